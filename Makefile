@@ -1,0 +1,73 @@
+# Everything runs in one locked virtual environment; `make` alone lists the targets.
+
+PYTHON ?= python3
+VENV   ?= .venv
+UV     ?= uv
+
+# Keras picks TensorFlow when nobody chooses, so we choose, whatever the caller's shell says.
+export KERAS_BACKEND := jax
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --no-input --quiet
+
+# Stamps live in the environment, so that they disappear with it.
+LOCKED := $(VENV)/.locked
+READY  := $(VENV)/.ready
+TORCH  := $(VENV)/.torch
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv test test-torch lint format demo bench lock clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+venv: $(READY)  ## build the environment in $(VENV) from requirements.lock
+
+$(LOCKED): requirements.lock
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) --no-deps --require-hashes -r requirements.lock
+	@touch $@
+
+# The lock pins the build backend too: nothing is fetched here.
+$(READY): $(LOCKED) pyproject.toml
+	$(PIP) --no-deps --no-build-isolation --no-index --editable .
+	@touch $@
+
+# Outside the lock: which build of PyTorch fits depends on the machine.
+$(TORCH): $(READY)
+	$(PIP) "torch==2.13.*"
+	@touch $@
+
+test: lint  ## lint, types and the default tests
+	$(BIN)/python -m pytest
+
+test-torch: $(TORCH)  ## read our artifacts with Keras on PyTorch, which is installed first
+	$(BIN)/python -m pytest -m torch
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(READY)  ## let ruff mend style and order imports
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+demo: $(READY)  ## quantize a small real model and print what it cost in accuracy
+	$(BIN)/python -m tests.benchmarks.accuracy --demo
+
+bench: $(READY)  ## time the solver
+	$(BIN)/python -m tests.benchmarks.solver
+
+# uv reads what to leave out from [tool.uv] in pyproject.toml. Add LOCK_FLAGS=--upgrade for
+# newer versions; without it, pins move only where pyproject.toml asks.
+lock:  ## resolve requirements.lock again (needs uv)
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) pip compile --quiet --universal \
+		--python-version 3.11 --generate-hashes --extra test --group build \
+		$(LOCK_FLAGS) pyproject.toml -o requirements.lock
+
+clean:  ## remove the environment and every cache
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Many models: what a person or a scheduler starts."""

@@ -1,0 +1,105 @@
+"""Quantize weights of Keras layers: schemes, calibration sums, solvers, stored formats.
+
+hessian = quantizer.HessianSum.of(inputs)
+solution = quantizer.solve(weight, hessian, quantizer.GPTQScheme(weight_bits=4))
+quantizer.quantize_layer(layer, quantizer.GPTQScheme(), hessian)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quantizer.batch import solve_batch
+    from quantizer.drift import DriftSum
+    from quantizer.errors import (
+        CalibrationError,
+        LayerError,
+        QuantizationError,
+        SchemeError,
+        WeightError,
+    )
+    from quantizer.hessian import HessianSum, MagnitudeSum, tree_merge
+    from quantizer.layers import kernel_layout, quantize_layer, save_model
+    from quantizer.schemes import (
+        SCHEMES,
+        AWQScheme,
+        Float8Scheme,
+        GPTQScheme,
+        Int4Scheme,
+        Int8Scheme,
+        Scheme,
+        scheme_from_dict,
+        scheme_to_dict,
+    )
+    from quantizer.slices import row_slices
+    from quantizer.solution import Account, QuantizedWeight, Solution
+    from quantizer.solver import solve, solve_stack
+
+_MODULES = {
+    "quantizer.batch": ("solve_batch",),
+    "quantizer.drift": ("DriftSum",),
+    "quantizer.errors": (
+        "CalibrationError",
+        "LayerError",
+        "QuantizationError",
+        "SchemeError",
+        "WeightError",
+    ),
+    "quantizer.hessian": ("HessianSum", "MagnitudeSum", "tree_merge"),
+    "quantizer.layers": ("kernel_layout", "quantize_layer", "save_model"),
+    "quantizer.schemes": (
+        "SCHEMES",
+        "AWQScheme",
+        "Float8Scheme",
+        "GPTQScheme",
+        "Int4Scheme",
+        "Int8Scheme",
+        "Scheme",
+        "scheme_from_dict",
+        "scheme_to_dict",
+    ),
+    "quantizer.solution": ("Account", "QuantizedWeight", "Solution"),
+    "quantizer.slices": ("row_slices",),
+    "quantizer.solver": ("solve", "solve_stack"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "SCHEMES",
+    "AWQScheme",
+    "Account",
+    "CalibrationError",
+    "DriftSum",
+    "Float8Scheme",
+    "GPTQScheme",
+    "HessianSum",
+    "Int4Scheme",
+    "Int8Scheme",
+    "LayerError",
+    "MagnitudeSum",
+    "QuantizationError",
+    "QuantizedWeight",
+    "Scheme",
+    "SchemeError",
+    "Solution",
+    "WeightError",
+    "kernel_layout",
+    "quantize_layer",
+    "row_slices",
+    "save_model",
+    "scheme_from_dict",
+    "scheme_to_dict",
+    "solve",
+    "solve_batch",
+    "solve_stack",
+    "tree_merge",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: naming a scheme must not cost the import of JAX and Keras.
+    if name not in _HOME:
+        raise AttributeError(f"module 'quantizer' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,147 @@
+"""AWQ (arXiv 2306.00978, Eq. 4-5): scale up the inputs that matter, round, scale back down.
+
+The scale of an input is its magnitude to a power; the power is searched. With a Hessian each
+try is judged by the layer's true output error tr(Δ H Δᵀ), as the paper does on calibration
+data; with magnitudes alone, by H's diagonal, as Keras does. A power of 0 is round-to-nearest,
+so AWQ never loses to it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from quantizer.grid import decode, encode, find_grid, num_groups
+from quantizer.hessian import HessianSum, MagnitudeSum
+from quantizer.schemes import AWQScheme
+from quantizer.solution import Account, Float32, GroupedWeight, Solution, weight_error
+
+_MAX_CODE = 15.0
+_SMALLEST_SCALE = 1e-4
+
+
+@partial(jax.jit, static_argnames=("group_size", "search", "scale_dtype"))
+def _attempt(
+    weight_CR: Array,
+    input_scale_C: Array,
+    energy_C: Array,
+    gram_CC: Array | None,
+    *,
+    group_size: int,
+    search: bool,
+    scale_dtype: str,
+) -> tuple[Array, Array, Array, Array]:
+    """Codes, scales, zero points and loss of one choice of input scales."""
+    scaled_CR = weight_CR * input_scale_C[:, None]
+    scale_GR, zero_GR = find_grid(
+        scaled_CR,
+        # An error of the scaled weight counts as much as it does after scaling back.
+        (energy_C / input_scale_C**2)[:, None],
+        weight_bits=4,
+        group_size=group_size,
+        symmetric=False,
+        search=search,
+        scale_dtype=scale_dtype,
+    )
+    size = weight_CR.shape[0] if group_size == -1 else group_size
+    group_C = jnp.arange(weight_CR.shape[0]) // size
+    scale_CR, zero_CR = scale_GR[group_C], zero_GR[group_C]
+    codes_CR = encode(scaled_CR, scale_CR, zero_CR, _MAX_CODE)
+    error_CR = weight_CR - decode(codes_CR, scale_CR, zero_CR) / input_scale_C[:, None]
+    if gram_CC is None:
+        loss = jnp.sum(energy_C[:, None] * error_CR**2)
+    else:
+        pushed_CR = jnp.matmul(gram_CC, error_CR, precision=lax.Precision.HIGHEST)
+        loss = jnp.sum(error_CR * pushed_CR)
+    return codes_CR.astype(jnp.uint8), scale_GR, zero_GR, loss
+
+
+def input_scales(magnitude_C: Float32, ratio: float) -> Float32:
+    """magnitude^ratio, centred so that the largest and smallest are reciprocal (as Keras)."""
+    magnitude_C = np.where(magnitude_C < 1e-8, np.float32(1), magnitude_C)
+    scale_C = np.maximum(np.power(magnitude_C, np.float32(ratio)), np.float32(_SMALLEST_SCALE))
+    centre = np.sqrt(scale_C.max() * scale_C.min())
+    centred_C: Float32 = (scale_C / np.maximum(centre, np.float32(1e-8))).astype(np.float32)
+    return centred_C
+
+
+def solve_awq(
+    weight_RC: Float32,
+    inputs: HessianSum | MagnitudeSum,
+    scheme: AWQScheme,
+    *,
+    scale_dtype: str,
+) -> Solution:
+    """Search the input scales and quantize.
+
+    Args:
+        weight_RC: [out_features, in_features], float32.
+        inputs: what calibration saw; a HessianSum judges by the true output error.
+        scale_dtype: dtype in which scales will be stored; they are rounded to it first.
+    """
+    if isinstance(inputs, HessianSum):
+        energy_C = np.float32(2 / inputs.num_rows) * np.diagonal(inputs.gram_CC)
+        magnitude_C = np.sqrt(energy_C / 2)
+        gram_CC = jnp.asarray(inputs.gram_CC) * (2.0 / inputs.num_rows)
+    else:
+        energy_C = np.float32(2 / inputs.num_rows) * inputs.sum_square_C
+        magnitude_C = inputs.sum_abs_C / np.float32(inputs.num_rows)
+        gram_CC = None
+    weight_CR = jnp.asarray(weight_RC.T)
+
+    def attempt(ratio: float, search: bool) -> tuple[tuple[Array, ...], Float32, float]:
+        scale_C = input_scales(magnitude_C, ratio)
+        scale_C = scale_C.astype(scale_dtype).astype(np.float32)
+        *found, loss = _attempt(
+            weight_CR,
+            jnp.asarray(scale_C),
+            jnp.asarray(energy_C),
+            gram_CC,
+            group_size=scheme.group_size,
+            search=search,
+            scale_dtype=scale_dtype,
+        )
+        return tuple(found), scale_C, max(float(loss), 0.0)
+
+    found, scale_C, loss = attempt(0.0, search=False)
+    rtn_loss, best_ratio, kept = loss, 0.0, "rtn"
+    first = 0 if scheme.clip_search else 1
+    for step in range(first, scheme.num_grid_points + 1):
+        ratio = step / scheme.num_grid_points
+        candidate = attempt(ratio, scheme.clip_search)
+        if candidate[2] < loss:
+            (found, scale_C, loss), best_ratio, kept = candidate, ratio, "awq"
+    codes_CR, scale_GR, zero_GR = (np.asarray(array) for array in found)
+    num_inputs = weight_RC.shape[1]
+    size = num_inputs if scheme.group_size == -1 else scheme.group_size
+    weight = GroupedWeight(
+        np.ascontiguousarray(codes_CR.T),
+        np.ascontiguousarray(scale_GR.T),
+        np.ascontiguousarray(zero_GR.T).astype(np.uint8),
+        (np.arange(num_inputs) // size).astype(np.int32),
+        scale_C,
+    )
+    assert weight.scale_RG.shape[1] == num_groups(num_inputs, scheme.group_size)
+    reason = (
+        f"input scales of magnitude^{best_ratio:.2f} had the lowest output error"
+        if kept == "awq"
+        else "no input scale or clipping lowered the output error"
+    )
+    return Solution(
+        weight,
+        Account(
+            weight_error=weight_error(weight_RC, weight.dequantize()),
+            output_error=loss,
+            rtn_output_error=rtn_loss,
+            kept=kept,
+            reason=reason,
+            rtn_rows=weight_RC.shape[0] if kept == "rtn" else 0,
+            dead_inputs=int(np.sum(energy_C == 0)),
+            num_rows=inputs.num_rows,
+            ratio=best_ratio,
+        ),
+    )

@@ -1,0 +1,136 @@
+"""The Hessian's factor: what turns one column's rounding error into the next one's correction.
+
+GPTQ (arXiv 2210.17323, Alg. 1) reads its corrections from the Cholesky factor of H⁻¹. With
+H = A D Aᵀ, A unit upper triangular and D diagonal, the same corrections are
+
+    w̃_k = w_k + Σ_{i<k} (w_i - ŵ_i) A_ik
+
+(arXiv 2307.13304, Theorem 6: GPTQ is LDLQ). So H is factored once, from its last column up,
+and nothing is inverted: ⅓C³ flops instead of ⅔C³. The loss comes out for free, too:
+tr(Δ H Δᵀ) = Σ_k D_k ‖w̃_k - ŵ_k‖².
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from numpy.typing import NDArray
+
+PANEL = 512
+"""Columns whose corrections are brought up to date by one matrix product."""
+TILE = 16
+"""Columns solved one by one inside a panel; in_features is padded to a multiple."""
+
+SMALLEST_PIVOT = 1e-6
+"""Below this share of the mean diagonal a pivot is rounding noise, not curvature."""
+_FIRST_RAISE = 1e-4
+_RAISE = 10.0
+_LARGEST_DAMPING = 1.0
+
+
+@dataclass(frozen=True)
+class Factor:
+    """H + damping, in solving order, as A D Aᵀ; shared by all layers of one input.
+
+    Attributes:
+        panels: columns [a:b) of A down to row b, [b, b - a] for each panel; with C' the
+            padded in_features.
+        pivot_C: D, [C'].
+        order_C: the input solved at each step, [C']; entries from in_features on are padding.
+        dead_C: inputs that were zero in every calibration row, [in_features].
+        shift: what was added to the diagonal.
+        damping: the same as a share of the mean diagonal; above the scheme's when that failed.
+    """
+
+    panels: tuple[Array, ...]
+    pivot_C: Array
+    order_C: Array
+    dead_C: NDArray[np.bool_]
+    shift: float
+    damping: float
+
+
+def dampings(hessian_damping: float) -> list[float]:
+    """The shares of the mean diagonal to try, rising."""
+    tries = [hessian_damping]
+    while tries[-1] < _LARGEST_DAMPING:
+        tries.append(min(max(tries[-1] * _RAISE, _FIRST_RAISE), _LARGEST_DAMPING))
+    return tries
+
+
+@partial(jax.jit, static_argnames="activation_order")
+def arrange(gram_CC: Array, num_rows: Array, activation_order: bool) -> tuple[Array, ...]:
+    """The Hessian in solving order, padded; that order, dead inputs and the mean diagonal."""
+    energy_C = 2.0 / num_rows * jnp.diagonal(gram_CC)
+    dead_C = energy_C == 0
+    mean = jnp.sum(energy_C) / jnp.maximum(jnp.sum(~dead_C), 1)
+    count = energy_C.shape[0]
+    padding = -count % TILE
+    if activation_order:
+        order_C = jnp.argsort(-energy_C, stable=True)
+        gram_CC = jnp.take(jnp.take(gram_CC, order_C, axis=0), order_C, axis=1)
+    else:
+        order_C = jnp.arange(count)
+    hessian_CC = jnp.pad(gram_CC * (2.0 / num_rows), ((0, padding), (0, padding)))
+    # A dead or padded input is alone in its row: any positive curvature leaves it uncoupled.
+    alone_C = jnp.pad(dead_C[order_C], (0, padding), constant_values=True)
+    hessian_CC = hessian_CC + jnp.diag(jnp.where(alone_C, mean, 0.0))
+    order_C = jnp.concatenate([order_C, jnp.arange(count, count + padding)])
+    return hessian_CC, order_C, dead_C, mean
+
+
+@jax.jit
+def factorize_shifted(hessian_CC: Array, shift: Array) -> tuple[tuple[Array, ...], Array]:
+    """Blocked H + shift·I = A D Aᵀ, last panel first; a failure shows as NaN pivots."""
+    size = hessian_CC.shape[0]
+    starts = range(0, size, PANEL)
+    factors: dict[int, Array] = {}
+    for a in reversed(starts):
+        b = min(a + PANEL, size)
+        panel = hessian_CC[:b, a:b]
+        for later in starts:
+            if later > a:
+                right = factors[later]
+                panel = panel - jnp.matmul(right[:b], right[a:b].T, precision=lax.Precision.HIGHEST)
+        # A Cholesky from the last row up is the ordinary one of the reversed matrix.
+        corner = panel[a:b] + shift * jnp.eye(b - a)
+        lower = lax.linalg.cholesky(corner[::-1, ::-1], symmetrize_input=False)
+        inverse = lax.linalg.triangular_solve(lower, jnp.eye(b - a), left_side=True, lower=True)[
+            ::-1, ::-1
+        ]
+        above = jnp.matmul(panel[:a], inverse.T, precision=lax.Precision.HIGHEST)
+        factors[a] = jnp.concatenate([above, lower[::-1, ::-1]])
+    scale_C = jnp.concatenate([jnp.diagonal(factors[a][a:]) for a in starts])
+    panels = tuple(factors[a] / scale_C[a : a + PANEL] for a in starts)
+    return panels, scale_C**2
+
+
+def factorize(
+    gram_CC: Array, num_rows: int, *, hessian_damping: float, activation_order: bool
+) -> Factor | None:
+    """Factor the Hessian 2·gram/num_rows, raising the damping until it can be.
+
+    Returns:
+        The factor, or None when even a damping of 1 left it indefinite (gram_CC is then no
+        sum of xᵀx): the caller rounds to nearest and says so.
+    """
+    hessian_CC, order_C, dead_C, mean = arrange(gram_CC, jnp.float32(num_rows), activation_order)
+    for damping in dampings(hessian_damping):
+        shift = damping * float(mean)
+        panels, pivot_C = factorize_shifted(hessian_CC, jnp.float32(shift))
+        smallest = float(jnp.min(pivot_C))  # NaN fails the comparison below, too
+        if smallest >= SMALLEST_PIVOT * float(mean):
+            return Factor(
+                panels,
+                pivot_C,
+                order_C,
+                np.asarray(dead_C),
+                shift,
+                damping,
+            )
+    return None

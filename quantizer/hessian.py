@@ -1,0 +1,179 @@
+"""Sums over calibration rows: what a layer's inputs looked like, in mergeable form.
+
+Raw sums travel and are merged; means do not (uneven shards would weigh wrongly).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from quantizer.errors import CalibrationError
+
+Float32 = NDArray[np.float32]
+_Sum = TypeVar("_Sum")
+
+
+def _rows(inputs: ArrayLike, mask: ArrayLike | None) -> Float32:
+    """Inputs [..., C] as finite float32 rows [N, C], without the masked ones."""
+    rows = np.asarray(inputs, dtype=np.float32)
+    if rows.ndim < 2:
+        raise CalibrationError(f"inputs must be [..., in_features], got shape {rows.shape}")
+    rows = rows.reshape(-1, rows.shape[-1])
+    if mask is not None:
+        keep = np.asarray(mask, dtype=bool).reshape(-1)
+        if keep.shape[0] != rows.shape[0]:
+            raise CalibrationError(
+                f"the mask has {keep.shape[0]} entries for {rows.shape[0]} rows of inputs"
+            )
+        rows = rows[keep]
+    if not np.isfinite(rows).all():
+        raise CalibrationError(
+            "inputs contain NaN or infinity; check the model's own outputs in this precision"
+        )
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class HessianSum:
+    """Sum of xᵀx over calibration rows.
+
+    Attributes:
+        gram_CC: Σ xᵀx, [in_features, in_features], float32.
+        num_rows: calibration rows (tokens) in the sum.
+    """
+
+    gram_CC: Float32
+    num_rows: int
+
+    @classmethod
+    def of(cls, inputs: ArrayLike, mask: ArrayLike | None = None) -> HessianSum:
+        """The sum over inputs [..., C]; rows where `mask` [...] is false are left out.
+
+        Raises:
+            CalibrationError: inputs that are not finite or of the wrong shape.
+        """
+        rows = _rows(inputs, mask)
+        return cls(rows.T @ rows, rows.shape[0])
+
+    def merge(self, other: HessianSum) -> HessianSum:
+        """The sum over both; uneven shards weigh by their rows."""
+        if self.gram_CC.shape != other.gram_CC.shape:
+            raise CalibrationError(
+                f"cannot merge sums over {self.gram_CC.shape[0]} and "
+                f"{other.gram_CC.shape[0]} input features"
+            )
+        return HessianSum(self.gram_CC + other.gram_CC, self.num_rows + other.num_rows)
+
+    def check(self, in_features: int, name: str) -> None:
+        """Refuse a sum that no solver could use; `name` is the layer, for the message.
+
+        Raises:
+            CalibrationError: empty, of the wrong shape, not finite, no sum of xᵀx, or all zero.
+        """
+        _check_sum(self.gram_CC.shape, (in_features, in_features), self.num_rows, name)
+        if not np.isfinite(self.gram_CC).all():
+            raise CalibrationError(
+                f"{name}: the Hessian contains NaN or infinity. Calibrate in a wider dtype "
+                "(float32), or look for non-finite activations in the model."
+            )
+        diagonal_C = np.diagonal(self.gram_CC)
+        if (diagonal_C < 0).any():
+            raise CalibrationError(
+                f"{name}: the Hessian has a negative diagonal, so it is no sum of xᵀx; rebuild "
+                "it with HessianSum.of(inputs)"
+            )
+        if not diagonal_C.any():
+            raise _all_zero(name)
+
+
+@dataclass(frozen=True, slots=True)
+class MagnitudeSum:
+    """Per-channel input magnitudes: all that AWQ and float8 need.
+
+    Attributes:
+        sum_abs_C, sum_square_C: Σ|x| and Σx² by input feature, float32.
+        max_abs_C: max|x| by input feature, float32.
+        num_rows: calibration rows (tokens) in the sums.
+    """
+
+    sum_abs_C: Float32
+    sum_square_C: Float32
+    max_abs_C: Float32
+    num_rows: int
+
+    @classmethod
+    def of(cls, inputs: ArrayLike, mask: ArrayLike | None = None) -> MagnitudeSum:
+        """The sums over inputs [..., C]; rows where `mask` [...] is false are left out."""
+        size = np.abs(_rows(inputs, mask))
+        return cls(size.sum(0), np.square(size).sum(0), size.max(0, initial=0.0), size.shape[0])
+
+    def merge(self, other: MagnitudeSum) -> MagnitudeSum:
+        """The sums over both."""
+        if self.sum_abs_C.shape != other.sum_abs_C.shape:
+            raise CalibrationError(
+                f"cannot merge sums over {self.sum_abs_C.shape[0]} and "
+                f"{other.sum_abs_C.shape[0]} input features"
+            )
+        return MagnitudeSum(
+            self.sum_abs_C + other.sum_abs_C,
+            self.sum_square_C + other.sum_square_C,
+            np.maximum(self.max_abs_C, other.max_abs_C),
+            self.num_rows + other.num_rows,
+        )
+
+    def check(self, in_features: int, name: str) -> None:
+        """Refuse sums that no solver could use; `name` is the layer, for the message.
+
+        Raises:
+            CalibrationError: empty, of the wrong shape, not finite, or all zero.
+        """
+        _check_sum(self.max_abs_C.shape, (in_features,), self.num_rows, name)
+        sums = np.stack([self.sum_abs_C, self.sum_square_C, self.max_abs_C])
+        if not np.isfinite(sums).all():
+            raise CalibrationError(
+                f"{name}: the input magnitudes contain NaN or infinity. Calibrate in a wider "
+                "dtype (float32), or look for non-finite activations in the model."
+            )
+        if not self.max_abs_C.any():
+            raise _all_zero(name)
+
+
+def tree_merge(sums: Sequence[_Sum], merge: Callable[[_Sum, _Sum], _Sum]) -> _Sum:
+    """Reduce by a binary tree whose shape depends on the number of leaves alone.
+
+    Floating-point addition is not associative: the same leaves in the same places give the
+    same bits, whichever of them arrived first.
+    """
+    if not sums:
+        raise CalibrationError("no calibration shard to reduce; give at least one")
+    level = list(sums)
+    while len(level) > 1:
+        pairs = [merge(level[i], level[i + 1]) for i in range(0, len(level) - 1, 2)]
+        level = pairs + level[len(pairs) * 2 :]
+    return level[0]
+
+
+def _check_sum(shape: tuple[int, ...], expected: tuple[int, ...], num_rows: int, name: str) -> None:
+    if shape != expected:
+        raise CalibrationError(
+            f"{name}: the calibration sum has shape {shape}, but the weight has {expected[0]} "
+            f"input features; expected {expected}"
+        )
+    if num_rows < 1:
+        raise CalibrationError(
+            f"{name}: no calibration row reached this layer. Raise num_samples, or give the "
+            "layer a scheme that needs no calibration, such as int8."
+        )
+
+
+def _all_zero(name: str) -> CalibrationError:
+    return CalibrationError(
+        f"{name}: every calibration input of this layer is zero, so nothing tells which weights "
+        "matter. Check the padding mask and the calibration text, or use a scheme that needs no "
+        "calibration, such as int8."
+    )

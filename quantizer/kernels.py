@@ -1,0 +1,145 @@
+"""A layer's kernel, seen three ways: as Keras builds it, as a matrix, and as Keras stores it.
+
+The equation says which axes are in_features (summed with the input) and which are out_features
+(shared with the output alone); solvers see weight_RC. Stock Keras stores gptq and awq kernels
+in a two-dimensional layout that it picks by the kernel's largest axis, whatever the equation
+says. For most kernels the two agree; for Gemma's query (n, d, h), with d summed, Keras' rows
+are (n, d): each head's d inputs once more. Both views hold the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantizer.errors import CalibrationError, LayerError
+
+
+@dataclass(frozen=True, slots=True)
+class KernelLayout:
+    """Where a kernel's in_features and out_features are.
+
+    Attributes:
+        shape: the kernel's shape, as Keras builds it.
+        in_axes: kernel axes summed with the input, in kernel order.
+        out_axes: the other kernel axes, in kernel order.
+        input_axes: the input's axes that meet in_axes, counted from its end.
+        scale_shape: a per-output-channel scale that broadcasts over the layer's output.
+        scale_axes: the order of out_axes in it.
+        batched: some kernel axis is in both input and output, so that each of its entries is
+            a matrix of its own with inputs of its own (out_axes holds it).
+    """
+
+    shape: tuple[int, ...]
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    input_axes: tuple[int, ...]
+    scale_shape: tuple[int, ...]
+    scale_axes: tuple[int, ...]
+    batched: bool = False
+
+    @property
+    def in_features(self) -> int:
+        """C: inputs summed into each output."""
+        return math.prod(self.shape[axis] for axis in self.in_axes)
+
+    @property
+    def out_features(self) -> int:
+        """R: outputs that each have weights of their own."""
+        return math.prod(self.shape[axis] for axis in self.out_axes)
+
+    @property
+    def keras_rows(self) -> int:
+        """Rows of the layout in which stock Keras stores gptq and awq (groups run along them)."""
+        return math.prod(self.shape[: self._num_row_axes])
+
+    @property
+    def keras_rows_are_inputs(self) -> bool:
+        """Whether that layout is just the weight matrix, transposed."""
+        return self.in_axes == tuple(range(self._num_row_axes))
+
+    @property
+    def _num_row_axes(self) -> int:
+        # Keras: shape.index(max(shape)) == 0 splits after the first axis, else after the second.
+        if len(self.shape) == 2:
+            return 1
+        return 1 if self.shape.index(max(self.shape)) == 0 else 2
+
+    def to_matrix(self, kernel: NDArray[Any]) -> NDArray[Any]:
+        """Kernel → [out_features, in_features]."""
+        return kernel.transpose(self.out_axes + self.in_axes).reshape(self.out_features, -1)
+
+    def from_matrix(self, matrix_RC: NDArray[Any]) -> NDArray[Any]:
+        """The inverse of `to_matrix`."""
+        axes = self.out_axes + self.in_axes
+        return matrix_RC.reshape([self.shape[axis] for axis in axes]).transpose(np.argsort(axes))
+
+    def to_output(self, channel_R: NDArray[Any]) -> NDArray[Any]:
+        """One value per output channel, [out_features] → broadcastable over the output."""
+        values = channel_R.reshape([self.shape[axis] for axis in self.out_axes])
+        order = [self.out_axes.index(axis) for axis in self.scale_axes]
+        return values.transpose(order).reshape(self.scale_shape)
+
+    def to_keras(self, matrix_RC: NDArray[Any]) -> NDArray[Any]:
+        """[out_features, in_features] → [columns, rows], as stored by gptq and awq."""
+        return self.from_matrix(matrix_RC).reshape(self.keras_rows, -1).T
+
+    def flatten_inputs(self, inputs: NDArray[Any]) -> NDArray[Any]:
+        """The layer's inputs → [..., in_features], in the order of the matrix's columns.
+
+        Raises:
+            CalibrationError: inputs that do not fit the kernel.
+        """
+        expected = tuple(self.shape[axis] for axis in self.in_axes)
+        found = tuple(inputs.shape[axis] for axis in self.input_axes if -axis <= inputs.ndim)
+        if found != expected:
+            raise CalibrationError(
+                f"inputs of shape {inputs.shape} do not fit a kernel of shape {self.shape}: "
+                f"axes {self.input_axes} must be {expected}"
+            )
+        last = tuple(range(-len(self.input_axes), 0))
+        moved = np.moveaxis(inputs, self.input_axes, last)
+        return moved.reshape(*moved.shape[: -len(last)], -1)
+
+
+def dense_layout(shape: tuple[int, ...]) -> KernelLayout:
+    """The layout of a Dense kernel, (in_features, out_features)."""
+    return KernelLayout(shape, (0,), (1,), (-1,), (shape[1],), (1,))
+
+
+def einsum_layout(equation: str, shape: tuple[int, ...]) -> KernelLayout:
+    """The layout of an EinsumDense kernel.
+
+    Args:
+        equation: "input,kernel->output".
+        shape: the kernel's shape.
+
+    Raises:
+        LayerError: an equation with an ellipsis (stock Keras 3.15 fails to build such a layer
+            quantized), or one that is not of this kernel.
+    """
+    if "..." in equation:
+        raise LayerError(
+            f"einsum equation {equation!r}: stock Keras cannot load a quantized EinsumDense "
+            "whose equation has an ellipsis; exclude the layer, or write its axes out"
+        )
+    match = re.fullmatch("([a-zA-Z]+),([a-zA-Z]+)->([a-zA-Z]+)", equation)
+    if match is None or len(match[2]) != len(shape):
+        raise LayerError(f"cannot read the einsum equation {equation!r} of a kernel {shape}")
+    source, kernel, target = match.groups()
+    in_axes = tuple(i for i, label in enumerate(kernel) if label not in target)
+    out_axes = tuple(i for i, label in enumerate(kernel) if label in target)
+    return KernelLayout(
+        shape,
+        in_axes,
+        out_axes,
+        tuple(source.index(kernel[axis]) - len(source) for axis in in_axes),
+        tuple(shape[kernel.index(label)] if label in kernel else 1 for label in target),
+        tuple(kernel.index(label) for label in target if label in kernel),
+        any(label in source and label in target for label in kernel),
+    )

@@ -1,0 +1,71 @@
+"""int8 and int4: round to nearest, in the arithmetic of stock Keras.
+
+Same operations in the same order and dtype as `keras.quantizers`, so the codes and scales are
+Keras' own, bit for bit. One exception: Keras' int4 groups corrupt weights whose range does not
+span zero (the zero point is clipped, the range is not widened); here the range includes 0.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantizer.grid import num_groups
+from quantizer.solution import ChannelWeight, Float32, GroupedWeight
+
+# Keras' own guard against a division by zero (keras.config.epsilon's default).
+_EPSILON = np.float32(1e-7)
+_INT4_LOW, _INT4_HIGH = -8, 7
+
+
+def round_channels(weight_RC: Float32, *, low: int, high: int, scale_dtype: str) -> ChannelWeight:
+    """One symmetric scale per output channel: code = round(w · scale), scale = high / max|w|.
+
+    Args:
+        weight_RC: [out_features, in_features], float32.
+        low, high: the code range, (-127, 127) for int8 and (-8, 7) for int4.
+        scale_dtype: dtype in which the scale will be stored; it is rounded to it first.
+    """
+    scale_R1 = np.float32(high) / (np.abs(weight_RC).max(1, keepdims=True) + _EPSILON)
+    scale_R1 = scale_R1.astype(scale_dtype).astype(np.float32)
+    codes_RC = np.clip(np.round(weight_RC * scale_R1), low, high).astype(np.int8)
+    return ChannelWeight(codes_RC, scale_R1[:, 0])
+
+
+def round_groups(weight_RC: Float32, *, block_size: int, scale_dtype: str) -> GroupedWeight:
+    """int4 with a scale and a zero point for each `block_size` inputs.
+
+    Args:
+        weight_RC: [out_features, in_features], float32.
+        block_size: inputs in a group; the last group may be short.
+        scale_dtype: dtype in which the scale will be stored; it is rounded to it first.
+    """
+    num_outputs, num_inputs = weight_RC.shape
+    groups = num_groups(num_inputs, block_size)
+    padded = np.pad(weight_RC, ((0, 0), (0, groups * block_size - num_inputs)))
+    weight_RGS = padded.reshape(num_outputs, groups, block_size)
+    low_RG = np.minimum(weight_RGS.min(2), 0)
+    high_RG = np.maximum(weight_RGS.max(2), 0)
+    scale_RG = (high_RG - low_RG + _EPSILON) / np.float32(_INT4_HIGH - _INT4_LOW)
+    scale_RG = scale_RG.astype(scale_dtype).astype(np.float32)
+    zero_RG = np.clip(np.round(-low_RG / scale_RG) + _INT4_LOW, _INT4_LOW, _INT4_HIGH)
+    codes_RGS = np.round(weight_RGS / scale_RG[..., None]) + zero_RG[..., None]
+    codes_RGS = np.clip(codes_RGS, _INT4_LOW, _INT4_HIGH).astype(np.int8)
+    group_C: NDArray[np.int32] = (np.arange(num_inputs) // block_size).astype(np.int32)
+    return GroupedWeight(
+        np.ascontiguousarray(codes_RGS.reshape(num_outputs, -1)[:, :num_inputs]),
+        scale_RG,
+        zero_RG.astype(np.int8),
+        group_C,
+    )
+
+
+def round_weight(
+    weight_RC: Float32, *, bits: int, block_size: int, scale_dtype: str
+) -> ChannelWeight | GroupedWeight:
+    """int8 (`bits` 8, per channel) or int4 (`bits` 4, per channel when `block_size` is -1)."""
+    if bits == 8:
+        return round_channels(weight_RC, low=-127, high=127, scale_dtype=scale_dtype)
+    if block_size == -1:
+        return round_channels(weight_RC, low=_INT4_LOW, high=_INT4_HIGH, scale_dtype=scale_dtype)
+    return round_groups(weight_RC, block_size=block_size, scale_dtype=scale_dtype)

@@ -1,0 +1,183 @@
+"""GPTQ of a whole weight: its fixed row slices, one after the other, and their common account."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from quantizer.factor import Factor, factorize
+from quantizer.gptq import SLICE_ROWS, SolvedSlice, round_slice, solve_slice
+from quantizer.grid import find_grid
+from quantizer.hessian import HessianSum
+from quantizer.schemes import GPTQScheme
+from quantizer.solution import Account, Float32, GroupedWeight, Solution, relative_error
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Scales and zero points of groups of inputs.
+
+    Attributes:
+        scale_RG, zero_RG: [out_features, groups], float32; zero points are whole.
+        group_C: group of each input, int32.
+    """
+
+    scale_RG: Float32
+    zero_RG: Float32
+    group_C: NDArray[np.int32]
+
+
+def row_slices(out_features: int) -> list[tuple[int, int]]:
+    """The fixed slices [a, b) of output channels that are solved on their own."""
+    return [(a, min(a + SLICE_ROWS, out_features)) for a in range(0, out_features, SLICE_ROWS)]
+
+
+def contiguous_groups(in_features: int, group_size: int) -> NDArray[np.int32]:
+    """Group of each input when groups are runs of `group_size` inputs, [in_features]."""
+    size = in_features if group_size == -1 else group_size
+    return (np.arange(in_features) // size).astype(np.int32)
+
+
+def factorize_hessian(hessian: HessianSum, scheme: GPTQScheme) -> Factor | None:
+    """The factor that all layers of one input share; None when H stayed indefinite."""
+    return factorize(
+        jnp.asarray(hessian.gram_CC),
+        hessian.num_rows,
+        hessian_damping=scheme.hessian_damping,
+        activation_order=scheme.activation_order,
+    )
+
+
+def grid_of(
+    weight_RC: Float32,
+    energy_RC: Float32,
+    scheme: GPTQScheme,
+    scale_dtype: str,
+) -> Grid:
+    """The scheme's grid over contiguous groups.
+
+    Args:
+        weight_RC: [out_features, in_features], float32.
+        energy_RC: weight of each squared error, [1 or out_features, in_features].
+    """
+    parts = [
+        find_grid(
+            jnp.asarray(weight_RC[a:b].T),
+            jnp.asarray(energy_RC[a:b].T if len(energy_RC) > 1 else energy_RC.T),
+            weight_bits=scheme.weight_bits,
+            group_size=scheme.group_size,
+            symmetric=scheme.symmetric,
+            search=scheme.scale_search,
+            scale_dtype=scale_dtype,
+        )
+        for a, b in row_slices(weight_RC.shape[0])
+    ]
+    return Grid(
+        np.concatenate([np.asarray(scale_GR).T for scale_GR, _ in parts]),
+        np.concatenate([np.asarray(zero_GR).T for _, zero_GR in parts]),
+        contiguous_groups(weight_RC.shape[1], scheme.group_size),
+    )
+
+
+def solve_on_grid(
+    weight_RC: Float32, factor: Factor | None, hessian: HessianSum, grid: Grid, weight_bits: int
+) -> SolvedSlice:
+    """One slice (at most SLICE_ROWS output channels) on a given grid, as NumPy arrays."""
+    operands = (
+        jnp.asarray(weight_RC.T),
+        jnp.asarray(grid.scale_RG.T),
+        jnp.asarray(grid.zero_RG.T),
+        jnp.asarray(grid.group_C),
+    )
+    if factor is None:
+        hessian_CC = jnp.asarray(hessian.gram_CC) * (2.0 / hessian.num_rows)
+        solved = round_slice(*operands, hessian_CC, weight_bits=weight_bits)
+    else:
+        solved = solve_slice(
+            *operands,
+            jnp.asarray(~factor.dead_C),
+            factor.order_C,
+            factor.panels,
+            factor.pivot_C,
+            jnp.float32(factor.shift),
+            weight_bits=weight_bits,
+        )
+    arrays: SolvedSlice = jax.device_get(solved)
+    return arrays
+
+
+def solve_gptq(
+    weight_RC: Float32,
+    factor: Factor | None,
+    hessian: HessianSum,
+    scheme: GPTQScheme,
+    *,
+    scale_dtype: str,
+) -> Solution:
+    """Solve checked weights under a factor of their Hessian (None: round to nearest).
+
+    Args:
+        weight_RC: [out_features, in_features], float32.
+        scale_dtype: dtype in which scales will be stored; they are rounded to it first.
+    """
+    energy_1C = input_energy(hessian)[None]
+    slices: list[SolvedSlice] = []
+    grids: list[Grid] = []
+    for a, b in row_slices(weight_RC.shape[0]):
+        grid = grid_of(weight_RC[a:b], energy_1C, scheme, scale_dtype)
+        slices.append(solve_on_grid(weight_RC[a:b], factor, hessian, grid, scheme.weight_bits))
+        grids.append(grid)
+    weight = GroupedWeight(
+        np.concatenate([part.codes_CR.T for part in slices]),
+        np.concatenate([grid.scale_RG for grid in grids]),
+        np.concatenate([grid.zero_RG for grid in grids]).astype(np.uint8),
+        grids[0].group_C,
+    )
+    return Solution(
+        weight, gptq_account(slices, factor.damping if factor else None, hessian, scheme)
+    )
+
+
+def input_energy(hessian: HessianSum) -> Float32:
+    """The undamped Hessian's diagonal, [in_features], float32."""
+    energy_C: Float32 = hessian.gram_CC.diagonal() * np.float32(2 / hessian.num_rows)
+    return energy_C
+
+
+def gptq_account(
+    slices: list[SolvedSlice], damping: float | None, hessian: HessianSum, scheme: GPTQScheme
+) -> Account:
+    """The common account of all slices of one weight; no damping: none made H definite."""
+
+    def total(field: str) -> float:
+        return float(sum(np.sum(getattr(part, field), dtype=np.float64) for part in slices))
+
+    rows = sum(part.loss_R.shape[0] for part in slices)
+    rtn_rows = int(total("rtn_kept_R"))
+    if damping is None:
+        reason = "the Hessian stayed indefinite at a damping of 1: rounded to nearest"
+    else:
+        reason = (
+            f"gptq had the lower output error in {rows - rtn_rows} of {rows} output channels, "
+            f"round-to-nearest in {rtn_rows}"
+        )
+        if damping > scheme.hessian_damping:
+            reason += (
+                f"; damping was raised from {scheme.hessian_damping:g} to {damping:g}, "
+                "where the Hessian could be factored"
+            )
+    return Account(
+        weight_error=relative_error(total("weight_error_R"), total("weight_energy_R")),
+        output_error=total("loss_R"),
+        rtn_output_error=total("rtn_loss_R"),
+        kept="gptq" if rtn_rows == 0 else "rtn" if rtn_rows == rows else "gptq+rtn",
+        reason=reason,
+        rtn_rows=rtn_rows,
+        damping=damping,
+        dead_inputs=int(np.sum(hessian.gram_CC.diagonal() == 0)),
+        num_rows=hessian.num_rows,
+    )

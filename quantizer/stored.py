@@ -1,0 +1,240 @@
+"""From a kernel to the variables that stock Keras stores for it, mode by mode.
+
+Names and shapes are those of the layers' `variable_serialization_spec`; what a mode does not
+have (a zero point of int8, a bias) is not in the dict.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantizer.awq import solve_awq
+from quantizer.drift import DriftSum
+from quantizer.errors import LayerError
+from quantizer.float8 import AMAX_HISTORY_LENGTH
+from quantizer.hessian import HessianSum, MagnitudeSum
+from quantizer.kernels import KernelLayout
+from quantizer.packing import pack_nibbles
+from quantizer.regroup import solve_in_keras_groups
+from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
+from quantizer.solution import (
+    Account,
+    ChannelWeight,
+    Float8Weight,
+    Float32,
+    GroupedWeight,
+    output_error,
+    weight_error,
+)
+from quantizer.solver import Statistics, check_scheme, check_weight, solve
+
+Variables = dict[str, NDArray[Any]]
+
+
+def solve_kernel(
+    kernel: Float32,
+    layout: KernelLayout,
+    scheme: Scheme,
+    statistics: Statistics | None,
+    *,
+    drift: DriftSum | None = None,
+    scale_dtype: str = "float32",
+    name: str = "kernel",
+) -> tuple[Variables, Account]:
+    """Quantize a Dense or EinsumDense kernel into the variables that stock Keras stores.
+
+    Args:
+        kernel: float32, shaped as Keras builds it.
+        layout: of that kernel, from `quantizer.kernels`.
+        statistics: of the layer's inputs, flattened by `layout.flatten_inputs`.
+        scale_dtype: the layer's variable dtype.
+        name: the layer, for messages.
+
+    Raises:
+        LayerError: a kernel that stock Keras cannot store in this mode.
+        QuantizationError: as `quantizer.solve`.
+    """
+    if isinstance(scheme, GPTQScheme | AWQScheme) and (
+        layout.batched or len(layout.shape) not in (2, 3)
+    ):
+        raise LayerError(
+            f"{name}: stock Keras stores {scheme.mode} kernels as one matrix, which a kernel of "
+            f"shape {layout.shape} with this equation is not; exclude the layer, or use int8"
+        )
+    check_weight(layout.to_matrix(kernel), name)
+    options: dict[str, Any] = {"scale_dtype": scale_dtype, "name": name}
+    match scheme:
+        case GPTQScheme():
+            return _gptq(kernel, layout, scheme, statistics, drift, options)
+        case AWQScheme():
+            return _awq(kernel, layout, scheme, statistics, options)
+        case Int8Scheme():
+            solution = solve(layout.to_matrix(kernel), statistics, scheme, **options)
+            assert isinstance(solution.weight, ChannelWeight)
+            variables = {
+                "kernel": np.ascontiguousarray(layout.from_matrix(solution.weight.codes_RC)),
+                "kernel_scale": layout.to_output(solution.weight.scale_R),
+            }
+            return variables, solution.account
+        case Int4Scheme():
+            return _int4(kernel, layout, scheme, statistics, options)
+        case Float8Scheme():
+            solution = solve(layout.to_matrix(kernel), statistics, scheme, **options)
+            assert isinstance(solution.weight, Float8Weight)
+            return _float8(solution.weight, layout), solution.account
+
+
+def _grouped(codes: NDArray[Any], scale: Float32, zero: NDArray[Any], bits: int) -> Variables:
+    """gptq and awq: codes [columns, rows], two to a byte along the columns at 4 bits."""
+    return {
+        "quantized_kernel": pack_nibbles(codes, axis=0) if bits == 4 else codes,
+        "kernel_scale": scale,
+        "kernel_zero": zero,
+    }
+
+
+def _gptq(
+    kernel: Float32,
+    layout: KernelLayout,
+    scheme: GPTQScheme,
+    statistics: Statistics | None,
+    drift: DriftSum | None,
+    options: dict[str, Any],
+) -> tuple[Variables, Account]:
+    weight_RC = layout.to_matrix(kernel)
+    if layout.keras_rows_are_inputs:
+        solution = solve(weight_RC, statistics, scheme, drift=drift, **options)
+        assert isinstance(solution.weight, GroupedWeight)
+        weight, account = solution.weight, solution.account
+        codes = np.ascontiguousarray(weight.codes_RC)
+    else:
+        weight, account = solve_in_keras_groups(
+            weight_RC, layout, scheme, statistics, drift=drift, **options
+        )
+        codes = weight.codes_RC
+    variables = _grouped(codes, weight.scale_RG, weight.zero_RG, scheme.weight_bits)
+    return {**variables, "g_idx": weight.group_C.astype(np.float32)}, account
+
+
+def _awq(
+    kernel: Float32,
+    layout: KernelLayout,
+    scheme: AWQScheme,
+    statistics: Statistics | None,
+    options: dict[str, Any],
+) -> tuple[Variables, Account]:
+    weight_RC = layout.to_matrix(kernel)
+    if layout.keras_rows_are_inputs:
+        solution = solve(weight_RC, statistics, scheme, **options)
+    else:
+        # Keras repeats the inputs along its rows (Gemma: once a head), and each row has an
+        # input scale of its own. As one big layer, its Hessian is the heads' on a diagonal;
+        # their magnitudes say all that Keras' own criterion uses.
+        check_scheme(scheme, layout.in_features, options["name"])
+        spread = _spread(statistics, layout, options["name"])
+        keras_weight = np.ascontiguousarray(layout.to_keras(weight_RC))
+        solution = solve_awq(keras_weight, spread, scheme, scale_dtype=options["scale_dtype"])
+    weight = solution.weight
+    assert isinstance(weight, GroupedWeight)
+    assert weight.input_scale_C is not None
+    variables = {
+        **_grouped(weight.codes_RC, weight.scale_RG, weight.zero_RG, scheme.weight_bits),
+        "awq_scales": weight.input_scale_C,
+        "g_idx": weight.group_C.astype(np.float32),
+    }
+    return variables, solution.account
+
+
+def _spread(statistics: Statistics | None, layout: KernelLayout, name: str) -> MagnitudeSum:
+    """Input magnitudes by row of Keras' layout."""
+    if not set(layout.in_axes) <= set(range(2)):
+        raise LayerError(
+            f"{name}: stock Keras stores awq with one input scale a row, and the rows of a kernel "
+            f"{layout.shape} with this equation mix inputs; exclude the layer, or use gptq"
+        )
+    if statistics is None:
+        raise LayerError(f"{name}: awq needs calibration; give a HessianSum or a MagnitudeSum")
+    statistics.check(layout.in_features, name)
+    if isinstance(statistics, HessianSum):
+        square_C = statistics.gram_CC.diagonal()
+        root_C = np.sqrt(square_C / np.float32(statistics.num_rows))
+        magnitudes = MagnitudeSum(
+            root_C * np.float32(statistics.num_rows),
+            square_C,
+            np.sqrt(square_C),
+            statistics.num_rows,
+        )
+    else:
+        magnitudes = statistics
+    inputs_RC = np.broadcast_to(
+        np.arange(layout.in_features), (layout.out_features, layout.in_features)
+    )
+    input_of_row = layout.to_keras(inputs_RC)[0]
+    return MagnitudeSum(
+        magnitudes.sum_abs_C[input_of_row],
+        magnitudes.sum_square_C[input_of_row],
+        magnitudes.max_abs_C[input_of_row],
+        magnitudes.num_rows,
+    )
+
+
+def _int4(
+    kernel: Float32,
+    layout: KernelLayout,
+    scheme: Int4Scheme,
+    statistics: Statistics | None,
+    options: dict[str, Any],
+) -> tuple[Variables, Account]:
+    # Keras folds the kernel to [inputs, outputs] without moving axes first: for a kernel whose
+    # inputs are not its leading axes the rows are a mixture, and only errors on the unfolded
+    # kernel mean anything.
+    flat_CR = kernel.reshape(layout.in_features, layout.out_features)
+    solution = solve(np.ascontiguousarray(flat_CR.T), None, scheme, **options)
+    weight = solution.weight
+    matrix_RC = layout.to_matrix(kernel)
+    restored_RC = layout.to_matrix(weight.dequantize().T.reshape(layout.shape))
+    account = dataclasses.replace(
+        solution.account, weight_error=weight_error(matrix_RC, restored_RC)
+    )
+    if statistics is not None:
+        statistics.check(layout.in_features, options["name"])
+        loss = output_error(matrix_RC, restored_RC, statistics)
+        account = dataclasses.replace(
+            account, output_error=loss, rtn_output_error=loss, num_rows=statistics.num_rows
+        )
+    if isinstance(weight, ChannelWeight):
+        codes_CR = weight.codes_RC.T
+        return {
+            "kernel": pack_nibbles(codes_CR, axis=-1),
+            "kernel_scale": weight.scale_R,
+        }, account
+    assert isinstance(weight, GroupedWeight)
+    return {
+        "kernel": pack_nibbles(weight.codes_RC.T, axis=-1),
+        "kernel_scale": np.ascontiguousarray(weight.scale_RG.T),
+        "kernel_zero": np.ascontiguousarray(weight.zero_RG.T),
+        "g_idx": weight.group_C.astype(np.float32),
+    }, account
+
+
+def _float8(weight: Float8Weight, layout: KernelLayout) -> Variables:
+    def history(amax: np.float32) -> Float32:
+        # Newest first: should the model be trained on, Keras goes on from what was calibrated.
+        amax_H = np.zeros(AMAX_HISTORY_LENGTH, np.float32)
+        amax_H[0] = amax
+        return amax_H
+
+    return {
+        "kernel": np.ascontiguousarray(layout.from_matrix(weight.value_RC)),
+        "inputs_scale": np.asarray(weight.input_scale),
+        "inputs_amax_history": history(weight.input_amax),
+        "kernel_scale": np.asarray(weight.weight_scale),
+        "kernel_amax_history": history(weight.weight_amax),
+        # Inference has no gradients; these are Keras' own initial values.
+        "outputs_grad_scale": np.ones((), np.float32),
+        "outputs_grad_amax_history": history(np.float32(0)),
+    }
