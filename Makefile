@@ -45,6 +45,7 @@ test: lint  ## lint, types and the default tests
 
 test-torch: $(TORCH)  ## read our artifacts with Keras on PyTorch, which is installed first
 	$(BIN)/python -m pytest -m torch
+	KERAS_BACKEND=torch $(BIN)/python -m pytest tests/quantizer/test_layers.py
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check

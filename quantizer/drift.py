@@ -48,14 +48,21 @@ class DriftSum:
                 f"and {seen.shape}"
             )
         seen = seen.reshape(-1, seen.shape[-1])
-        drift = exact.reshape(seen.shape) - seen
-        cross_CC = (drift.T @ seen).astype(np.float32)
+        # What is not finite, or overflows, shows in the sum.
+        with np.errstate(over="ignore", invalid="ignore"):
+            drift = exact.reshape(seen.shape) - seen
+            cross_CC = (drift.T @ seen).astype(np.float32)
         if not np.isfinite(cross_CC).all():
             raise CalibrationError("inputs contain NaN or infinity; check the model's outputs")
         return cls(cross_CC, seen.shape[0])
 
     def merge(self, other: DriftSum) -> DriftSum:
         """The sum over both."""
+        if self.cross_CC.shape != other.cross_CC.shape:
+            raise CalibrationError(
+                f"cannot merge sums over {self.cross_CC.shape[0]} and "
+                f"{other.cross_CC.shape[0]} input features"
+            )
         return DriftSum(self.cross_CC + other.cross_CC, self.num_rows + other.num_rows)
 
 
@@ -66,18 +73,23 @@ def correct_target(
     *,
     strength: float,
     hessian_damping: float,
+    name: str = "weight",
 ) -> Float32:
     """The weights that best answer for W on the drifted inputs, [out_features, in_features].
 
     Raises:
-        CalibrationError: the drift covers other rows than the Hessian, or no damping made the
-            Hessian definite.
+        CalibrationError: the drift covers other rows than the Hessian or is not finite, or no
+            damping made the Hessian definite; the message names the layer.
     """
     if drift.num_rows != hessian.num_rows or drift.cross_CC.shape != hessian.gram_CC.shape:
         raise CalibrationError(
-            f"the drift covers {drift.num_rows} rows of {drift.cross_CC.shape[0]} inputs, the "
-            f"Hessian {hessian.num_rows} rows of {hessian.gram_CC.shape[0]}; both must come "
-            "from the same calibration rows"
+            f"{name}: the drift covers {drift.num_rows} rows of {drift.cross_CC.shape[0]} "
+            f"inputs, the Hessian {hessian.num_rows} rows of {hessian.gram_CC.shape[0]}; both "
+            "must come from the same calibration rows"
+        )
+    if not np.isfinite(drift.cross_CC).all():
+        raise CalibrationError(
+            f"{name}: the drift contains NaN or infinity; look for non-finite activations"
         )
     diagonal_C = np.diagonal(hessian.gram_CC)
     live_C = diagonal_C > 0
@@ -89,4 +101,7 @@ def correct_target(
         if np.isfinite(step_CC).all():
             shifted: Float32 = weight_RC + np.float32(strength) * (weight_RC @ step_CC)
             return shifted
-    raise CalibrationError("the Hessian is indefinite; rebuild it with HessianSum.of(inputs)")
+    raise CalibrationError(
+        f"{name}: the Hessian is indefinite, so it is no sum of xᵀx; rebuild it with "
+        "HessianSum.of(inputs)"
+    )

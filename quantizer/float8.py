@@ -28,11 +28,11 @@ def float8_scale(amax: float, *, power_of_two: bool) -> np.float32:
     """
     if amax <= 0:
         return np.float32(1)
-    scale = np.float32(amax) / E4M3_MAX
+    # A subnormal amax would give a scale of 0, and a division by it.
+    scale = max(np.float32(amax) / E4M3_MAX, np.finfo(np.float32).tiny)
     if power_of_two:
         scale = np.exp2(np.ceil(np.log2(scale)))
-    # A subnormal amax would give a scale of 0, and a division by it.
-    return max(np.float32(scale), np.finfo(np.float32).tiny)
+    return np.float32(scale)
 
 
 def round_to_float8(value: Float32, scale: np.float32) -> Float32:

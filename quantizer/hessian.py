@@ -17,6 +17,10 @@ from quantizer.errors import CalibrationError
 Float32 = NDArray[np.float32]
 _Sum = TypeVar("_Sum")
 
+# Beyond these, float32 overflows: squares of inputs, and losses of weights (see check_weight).
+_LARGEST_INPUT = 1e15
+_LARGEST_ENERGY = 1e16
+
 
 def _rows(inputs: ArrayLike, mask: ArrayLike | None) -> Float32:
     """Inputs [..., C] as finite float32 rows [N, C], without the masked ones."""
@@ -34,6 +38,11 @@ def _rows(inputs: ArrayLike, mask: ArrayLike | None) -> Float32:
     if not np.isfinite(rows).all():
         raise CalibrationError(
             "inputs contain NaN or infinity; check the model's own outputs in this precision"
+        )
+    if np.abs(rows).max(initial=0.0) > _LARGEST_INPUT:
+        raise CalibrationError(
+            f"inputs beyond {_LARGEST_INPUT:g} are too large to square; look for exploding "
+            "activations in the model"
         )
     return rows
 
@@ -89,6 +98,7 @@ class HessianSum:
             )
         if not diagonal_C.any():
             raise _all_zero(name)
+        _check_energy(float(diagonal_C.max()) / self.num_rows, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +142,22 @@ class MagnitudeSum:
         Raises:
             CalibrationError: empty, of the wrong shape, not finite, or all zero.
         """
-        _check_sum(self.max_abs_C.shape, (in_features,), self.num_rows, name)
-        sums = np.stack([self.sum_abs_C, self.sum_square_C, self.max_abs_C])
+        arrays = (self.sum_abs_C, self.sum_square_C, self.max_abs_C)
+        for array in arrays:
+            _check_sum(array.shape, (in_features,), self.num_rows, name)
+        sums = np.stack(arrays)
         if not np.isfinite(sums).all():
             raise CalibrationError(
                 f"{name}: the input magnitudes contain NaN or infinity. Calibrate in a wider "
                 "dtype (float32), or look for non-finite activations in the model."
             )
+        if (sums < 0).any():
+            raise CalibrationError(
+                f"{name}: an input magnitude is negative; rebuild it with MagnitudeSum.of(inputs)"
+            )
         if not self.max_abs_C.any():
             raise _all_zero(name)
+        _check_energy(float(self.sum_square_C.max()) / self.num_rows, name)
 
 
 def tree_merge(sums: Sequence[_Sum], merge: Callable[[_Sum, _Sum], _Sum]) -> _Sum:
@@ -168,6 +185,14 @@ def _check_sum(shape: tuple[int, ...], expected: tuple[int, ...], num_rows: int,
         raise CalibrationError(
             f"{name}: no calibration row reached this layer. Raise num_samples, or give the "
             "layer a scheme that needs no calibration, such as int8."
+        )
+
+
+def _check_energy(largest: float, name: str) -> None:
+    if largest > _LARGEST_ENERGY:
+        raise CalibrationError(
+            f"{name}: the largest mean square of an input is {largest:g}, too large to solve in "
+            f"float32 (at most {_LARGEST_ENERGY:g}); look for exploding activations in the model"
         )
 
 

@@ -31,19 +31,19 @@ from quantizer.solution import Account
 from quantizer.solver import Statistics
 from quantizer.stored import solve_kernel
 
+_WITH_KERNEL = (keras.layers.Dense, keras.layers.EinsumDense)
+_WITH_TABLE = (keras.layers.Embedding, keras.layers.ReversibleEmbedding)
+
 
 def kernel_layout(layer: keras.layers.Layer) -> KernelLayout:
     """The layout of a built Dense or EinsumDense layer's kernel.
 
     Raises:
-        LayerError: another type of layer, a subclass, or one not built.
+        LayerError: another type of layer, one not built, or an equation that stock Keras cannot
+            quantize.
     """
-    # Keras refuses subclasses: they may use the kernel in ways of their own.
-    if type(layer) not in (keras.layers.Dense, keras.layers.EinsumDense):
-        raise LayerError(
-            f"{layer.path}: {type(layer).__name__} is not a layer that stock Keras can load "
-            "quantized; it can Dense, EinsumDense, Embedding and ReversibleEmbedding"
-        )
+    if type(layer) not in _WITH_KERNEL:
+        raise _unsupported(layer)
     _check_fresh(layer)
     shape = tuple(layer._kernel.shape)
     if type(layer) is keras.layers.Dense:
@@ -51,7 +51,7 @@ def kernel_layout(layer: keras.layers.Layer) -> KernelLayout:
     try:
         return einsum_layout(layer.equation, shape)
     except LayerError as error:
-        raise LayerError(f"{layer.path}: {error}") from None
+        raise LayerError(f"{_name(layer)}: {error}") from None
 
 
 def quantize_layer(
@@ -77,10 +77,13 @@ def quantize_layer(
         LayerError: a layer that stock Keras cannot hold in this scheme.
         QuantizationError: bad weights, statistics or scheme; the message names the layer.
     """
+    # Keras refuses subclasses: they may use their weights in ways of their own.
+    if type(layer) not in _WITH_KERNEL + _WITH_TABLE:
+        raise _unsupported(layer)
+    _check_fresh(layer)
     policy = _quantized_policy(layer, scheme)
-    options: dict[str, Any] = {"scale_dtype": layer.variable_dtype, "name": layer.path}
-    if type(layer) in (keras.layers.Embedding, keras.layers.ReversibleEmbedding):
-        _check_fresh(layer)
+    options: dict[str, Any] = {"scale_dtype": layer.variable_dtype, "name": _name(layer)}
+    if type(layer) in _WITH_TABLE:
         reverse = getattr(layer, "reverse_embeddings", None)
         variables, account = solve_embeddings(
             _float32(layer._embeddings),
@@ -122,7 +125,9 @@ def own_variables(layer: keras.layers.Layer) -> list[NDArray[Any]]:
         getattr(layer, f"_{name}" if name in ("kernel", "embeddings") else name, None)
         for name in names
     ]
-    return [keras.ops.convert_to_numpy(value) for value in values if value is not None]
+    return [
+        keras.ops.convert_to_numpy(variable.value) for variable in values if variable is not None
+    ]
 
 
 @contextmanager
@@ -146,21 +151,33 @@ def _complete_state(model: keras.Model) -> Iterator[None]:
             object.__delattr__(layer, "save_own_variables")
 
 
+def _name(layer: keras.layers.Layer) -> str:
+    # A layer that was never built has no path yet.
+    return str(layer.path or layer.name)
+
+
+def _unsupported(layer: keras.layers.Layer) -> LayerError:
+    return LayerError(
+        f"{_name(layer)}: stock Keras cannot load a {type(layer).__name__} quantized; it can "
+        "Dense, EinsumDense, Embedding and ReversibleEmbedding themselves. Exclude the layer"
+    )
+
+
 def _check_fresh(layer: keras.layers.Layer) -> None:
     if not layer.built:
-        raise LayerError(f"{layer.path}: the layer has no weights yet; call it once, or build it")
+        raise LayerError(f"{_name(layer)}: the layer has no weights yet; call it once, or build it")
     if layer.quantization_mode is not None:
         raise LayerError(
-            f"{layer.path}: already quantized ({layer.dtype_policy.name}); start from the float "
+            f"{_name(layer)}: already quantized ({layer.dtype_policy.name}); start from the float "
             "model"
         )
     if layer.lora_enabled:
-        raise LayerError(f"{layer.path}: LoRA is on; merge it into the kernel first")
+        raise LayerError(f"{_name(layer)}: LoRA is on; merge it into the kernel first")
 
 
 def _float32(variable: keras.Variable) -> NDArray[np.float32]:
     # Through Keras: a bfloat16 tensor of PyTorch has no NumPy form of its own.
-    return np.asarray(keras.ops.convert_to_numpy(variable), dtype=np.float32)
+    return np.asarray(keras.ops.convert_to_numpy(variable.value), dtype=np.float32)
 
 
 def _keras_config(scheme: Scheme) -> keras.quantizers.QuantizationConfig:
@@ -197,4 +214,4 @@ def _quantized_policy(layer: keras.layers.Layer, scheme: Scheme) -> keras.DTypeP
     try:
         return keras.dtype_policies.get(f"{scheme.policy}_from_{layer.dtype_policy.name}")
     except ValueError as error:
-        raise LayerError(f"{layer.path}: {error}") from None
+        raise LayerError(f"{_name(layer)}: {error}") from None

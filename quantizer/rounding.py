@@ -7,6 +7,7 @@ span zero (the zero point is clipped, the range is not widened); here the range 
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,6 +28,8 @@ def round_channels(weight_RC: Float32, *, low: int, high: int, scale_dtype: str)
         scale_dtype: dtype in which the scale will be stored; it is rounded to it first.
     """
     scale_R1 = np.float32(high) / (np.abs(weight_RC).max(1, keepdims=True) + _EPSILON)
+    # The inverse step of a tiny channel: beyond float16, so its codes just stay small.
+    scale_R1 = np.minimum(scale_R1, np.float32(ml_dtypes.finfo(scale_dtype).max))
     scale_R1 = scale_R1.astype(scale_dtype).astype(np.float32)
     codes_RC = np.clip(np.round(weight_RC * scale_R1), low, high).astype(np.int8)
     return ChannelWeight(codes_RC, scale_R1[:, 0])
@@ -41,12 +44,15 @@ def round_groups(weight_RC: Float32, *, block_size: int, scale_dtype: str) -> Gr
         scale_dtype: dtype in which the scale will be stored; it is rounded to it first.
     """
     num_outputs, num_inputs = weight_RC.shape
+    block_size = min(block_size, num_inputs)
     groups = num_groups(num_inputs, block_size)
     padded = np.pad(weight_RC, ((0, 0), (0, groups * block_size - num_inputs)))
     weight_RGS = padded.reshape(num_outputs, groups, block_size)
     low_RG = np.minimum(weight_RGS.min(2), 0)
     high_RG = np.maximum(weight_RGS.max(2), 0)
     scale_RG = (high_RG - low_RG + _EPSILON) / np.float32(_INT4_HIGH - _INT4_LOW)
+    # The step of a tiny group: float16 would round it to 0.
+    scale_RG = np.maximum(scale_RG, np.float32(ml_dtypes.finfo(scale_dtype).smallest_subnormal))
     scale_RG = scale_RG.astype(scale_dtype).astype(np.float32)
     zero_RG = np.clip(np.round(-low_RG / scale_RG) + _INT4_LOW, _INT4_LOW, _INT4_HIGH)
     codes_RGS = np.round(weight_RGS / scale_RG[..., None]) + zero_RG[..., None]

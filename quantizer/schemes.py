@@ -195,10 +195,10 @@ def scheme_from_dict(values: dict[str, Any]) -> Scheme:
     """
     fields = dict(values)
     mode = fields.pop("mode", None)
-    if mode not in SCHEMES:
+    if not isinstance(mode, str) or mode not in SCHEMES:
         raise SchemeError(f"unknown scheme mode {mode!r}; choose one of {', '.join(SCHEMES)}")
     known = [field.name for field in dataclasses.fields(SCHEMES[mode])]
-    unknown = sorted(set(fields) - set(known))
+    unknown = sorted(set(fields) - set(known), key=str)
     if unknown:
         raise SchemeError(
             f"scheme {mode!r} has no field {', '.join(map(repr, unknown))}; "

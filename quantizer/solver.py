@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (teaches NumPy the name "bfloat16")
 import numpy as np
 from numpy.typing import ArrayLike
@@ -27,6 +28,12 @@ from quantizer.solution import Account, Float32, Solution, output_error, weight_
 
 Statistics = HessianSum | MagnitudeSum
 
+SCALE_DTYPES = ("float32", "bfloat16", "float16")
+"""Dtypes that scales may be stored in."""
+
+# Squares of larger weights, weighed by the largest input energy, overflow float32.
+_LARGEST_WEIGHT = 1e8
+
 
 def solve(
     weight: ArrayLike,
@@ -49,14 +56,16 @@ def solve(
         name: the layer, for messages.
 
     Returns:
-        The quantized weight and its account. Solving `weight[a:b]` for each (a, b) of
-        `row_slices` gives those rows of the whole, bit for bit.
+        The quantized weight and its account. With gptq, int8 and int4, solving `weight[a:b]`
+        for each (a, b) of `row_slices` gives those rows of the whole, bit for bit; awq's input
+        scales and float8's scale are one choice for all rows.
 
     Raises:
         WeightError, CalibrationError, SchemeError: bad input; the message names the layer.
     """
     weight_RC = check_weight(weight, name)
     check_scheme(scheme, weight_RC.shape[1], name)
+    check_scale_dtype(scale_dtype, weight_RC, scheme, name)
     match scheme:
         case GPTQScheme():
             hessian = require_hessian(statistics, weight_RC.shape[1], scheme.mode, name)
@@ -64,12 +73,12 @@ def solve(
             factor = factorize_hessian(hessian, scheme)
             return solve_gptq(weight_RC, factor, hessian, scheme, scale_dtype=scale_dtype)
         case AWQScheme():
-            if statistics is None:
+            if not isinstance(statistics, Statistics):
                 raise _missing(name, scheme.mode, "a HessianSum or a MagnitudeSum")
             statistics.check(weight_RC.shape[1], name)
             return solve_awq(weight_RC, statistics, scheme, scale_dtype=scale_dtype)
         case Float8Scheme():
-            if statistics is None:
+            if not isinstance(statistics, Statistics):
                 raise _missing(name, scheme.mode, "a MagnitudeSum")
             statistics.check(weight_RC.shape[1], name)
             if not isinstance(statistics, MagnitudeSum):
@@ -101,7 +110,12 @@ def solve_stack(
     checked = [check_weight(w, n) for w, n in zip(weights, names, strict=True)]
     for weight_RC, name in zip(checked, names, strict=True):
         check_scheme(scheme, weight_RC.shape[1], name)
-        hessian.check(weight_RC.shape[1], name)
+        if not isinstance(scheme, GPTQScheme):
+            raise SchemeError(f"{name}: a stack is solved by a GPTQScheme, not {scheme!r}")
+        check_scale_dtype(scale_dtype, weight_RC, scheme, name)
+        require_hessian(hessian, weight_RC.shape[1], scheme.mode, name)
+    if not checked:
+        return []
     factor = factorize_hessian(hessian, scheme)
     return [
         solve_gptq(
@@ -127,6 +141,11 @@ def _round(
     restored_RC = weight.dequantize()
     loss = None
     if statistics is not None:
+        if not isinstance(statistics, Statistics):
+            raise CalibrationError(
+                f"{name}: statistics must be a HessianSum, a MagnitudeSum or None, "
+                f"got {type(statistics).__name__}"
+            )
         statistics.check(weight_RC.shape[1], name)
         loss = output_error(weight_RC, restored_RC, statistics)
     return Solution(
@@ -147,9 +166,19 @@ def check_weight(weight: ArrayLike, name: str) -> Float32:
     """The weight as finite float32 [out_features, in_features].
 
     Raises:
-        WeightError: another rank, no entries, NaN or infinity.
+        WeightError: no floats, another rank, no entries, NaN, infinity or beyond float32.
     """
-    weight_RC = np.asarray(weight, dtype=np.float32)
+    try:
+        given = np.asarray(weight)
+    except ValueError as error:
+        raise WeightError(f"{name}: expected a matrix of floats: {error}") from error
+    if not jnp.issubdtype(given.dtype, jnp.floating):
+        raise WeightError(
+            f"{name}: expected a float weight, got {given.dtype}; if the layer is already "
+            "quantized, start from its float checkpoint"
+        )
+    with np.errstate(over="ignore"):  # what overflows is infinite, and refused below
+        weight_RC = given.astype(np.float32, copy=False)
     if weight_RC.ndim != 2 or weight_RC.size == 0:
         raise WeightError(
             f"{name}: expected a weight of shape [out_features, in_features], got {weight_RC.shape}"
@@ -160,20 +189,52 @@ def check_weight(weight: ArrayLike, name: str) -> Float32:
             f"{name}: {bad} of {weight_RC.size} weights are NaN or infinite; "
             "the checkpoint is damaged or was saved in too narrow a dtype"
         )
+    largest = float(np.abs(weight_RC).max())
+    if largest > _LARGEST_WEIGHT:
+        raise WeightError(
+            f"{name}: the largest weight is {largest:g}, too large to solve in float32 "
+            f"(at most {_LARGEST_WEIGHT:g}); check the checkpoint, or rescale the layer"
+        )
     return weight_RC
 
 
 def check_scheme(scheme: Scheme, in_features: int, name: str) -> None:
-    """Refuse a group larger than the layer's inputs.
+    """Refuse what is no scheme, or a group larger than the layer's inputs.
 
     Raises:
         SchemeError: with the remedy.
     """
+    if not isinstance(scheme, Scheme):
+        raise SchemeError(
+            f"{name}: {scheme!r} is no scheme; give one such as GPTQScheme(), or "
+            "scheme_from_dict(values)"
+        )
     if isinstance(scheme, GPTQScheme | AWQScheme) and scheme.group_size > in_features:
         raise SchemeError(
             f"{name}: group_size {scheme.group_size} is larger than the layer's {in_features} "
             f"input features; use at most {in_features}, or -1 for one group"
         )
+
+
+def check_scale_dtype(scale_dtype: str, weight_RC: Float32, scheme: Scheme, name: str) -> None:
+    """Refuse a dtype that cannot hold scales, or not those of this weight.
+
+    Raises:
+        SchemeError: an unknown dtype.
+        WeightError: weights beyond the dtype's range.
+    """
+    if scale_dtype not in SCALE_DTYPES:
+        raise SchemeError(
+            f"{name}: scales are stored in float32, bfloat16 or float16, not {scale_dtype!r}"
+        )
+    # float8 keeps its scales in float32 whatever is asked.
+    if scale_dtype == "float16" and not isinstance(scheme, Float8Scheme):
+        largest = float(np.abs(weight_RC).max())
+        if largest > float(np.finfo(np.float16).max):
+            raise WeightError(
+                f"{name}: the largest weight is {largest:g}, beyond float16; store the scales "
+                "in bfloat16 or float32"
+            )
 
 
 def _missing(name: str, mode: str, wanted: str) -> CalibrationError:
@@ -222,4 +283,5 @@ def correct_drift(
         drift,
         strength=scheme.drift_correction,
         hessian_damping=scheme.hessian_damping,
+        name=name,
     )

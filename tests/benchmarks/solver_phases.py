@@ -1,0 +1,44 @@
+"""Where the solver's time goes: its own phases, one after the other."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import numpy as np
+
+from quantizer import GPTQScheme, HessianSum, row_slices
+from quantizer.slices import factorize_hessian, grid_of, input_energy, solve_on_grid
+from quantizer.solver import check_weight
+
+
+def phase_seconds(
+    weight_RC: np.ndarray, hessian: HessianSum, scheme: GPTQScheme, repeats: int
+) -> dict[str, float]:
+    """Median seconds of each phase, once `quantizer.solve` has compiled them."""
+    rounds = [_one_round(weight_RC, hessian, scheme) for _ in range(repeats)]
+    return {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+
+
+def _one_round(weight_RC: np.ndarray, hessian: HessianSum, scheme: GPTQScheme) -> dict[str, float]:
+    seconds = dict.fromkeys(("checks", "factor", "grid", "loop"), 0.0)
+    last = time.perf_counter()
+
+    def lap(phase: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        seconds[phase] += now - last
+        last = now
+
+    check_weight(weight_RC, "layer")
+    hessian.check(weight_RC.shape[1], "layer")
+    lap("checks")
+    factor = factorize_hessian(hessian, scheme)  # reads the pivots, so it has finished
+    lap("factor")
+    energy_1C = input_energy(hessian)[None]
+    for a, b in row_slices(weight_RC.shape[0]):
+        grid = grid_of(weight_RC[a:b], energy_1C, scheme, "float32")
+        lap("grid")
+        solve_on_grid(weight_RC[a:b], factor, hessian, grid, scheme.weight_bits)
+        lap("loop")
+    return seconds

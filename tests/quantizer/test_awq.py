@@ -1,0 +1,92 @@
+"""AWQ against its paper's search in float64."""
+
+import numpy as np
+import pytest
+
+from quantizer import AWQScheme, solve
+from tests import reference
+from tests.quantizer.problems import PROBLEMS
+
+CASES = [
+    ("square", AWQScheme(group_size=64, num_grid_points=10)),
+    ("tall", AWQScheme(group_size=-1, clip_search=False)),
+    ("wide", AWQScheme(group_size=64, clip_search=False)),
+    ("ragged group", AWQScheme(group_size=64)),
+    ("dead inputs", AWQScheme(group_size=-1, num_grid_points=7)),
+    ("rank-deficient", AWQScheme(group_size=64, num_grid_points=10)),
+    ("three panels", AWQScheme(group_size=64, num_grid_points=5)),
+    ("two slices", AWQScheme(group_size=64, num_grid_points=10)),
+]
+SEEN = [(*case, "hessian") for case in CASES] + [(*case, "magnitudes") for case in CASES[1:5]]
+
+
+@pytest.mark.parametrize(("name", "scheme", "known"), SEEN, ids=[f"{c[0]}-{c[2]}" for c in SEEN])
+def test_codes_and_loss_are_those_of_the_paper(name, scheme, known):
+    problem = PROBLEMS[name]
+    weight, rows = problem.weight_RC, problem.inputs_NC.astype(np.float64)
+    if known == "hessian":
+        hessian, magnitude = problem.true_hessian, np.sqrt(np.square(rows).mean(0))
+    else:
+        hessian = np.diag(np.diagonal(problem.true_hessian))
+        magnitude = np.abs(rows).mean(0)
+    solution = solve(weight, getattr(problem, known), scheme)
+    answer = reference.awq(
+        weight,
+        magnitude,
+        hessian,
+        group_size=scheme.group_size,
+        num_grid_points=scheme.num_grid_points,
+        clip_search=scheme.clip_search,
+    )
+    restored, account = solution.weight.dequantize(), solution.account
+    assert np.mean(solution.weight.codes_RC == answer.codes_RC) >= 0.999
+    error = reference.loss(weight, restored, hessian)
+    assert error == pytest.approx(reference.loss(weight, answer.restored_RC, hessian), rel=1e-3)
+    assert account.output_error == pytest.approx(error, rel=1e-3)
+    assert account.rtn_output_error == pytest.approx(
+        reference.loss(weight, answer.rtn_RC, hessian), rel=1e-3
+    )
+    assert account.output_error <= account.rtn_output_error
+    assert account.weight_error == pytest.approx(
+        reference.relative_weight_error(weight, restored), rel=1e-3
+    )
+    assert account.dead_inputs == np.sum(~problem.inputs_NC.any(0))
+    assert account.num_rows == len(rows)
+
+
+def test_the_best_exponent_and_why_are_in_the_account():
+    problem = PROBLEMS["tall"]
+    account = solve(problem.weight_RC, problem.hessian, CASES[1][1]).account
+    assert account.kept == "awq"
+    assert 0 < account.ratio <= 1
+    assert f"magnitude^{account.ratio:.2f}" in account.reason
+
+
+def test_nothing_gained_keeps_round_to_nearest():
+    # Weights on the grid already: no scale or clipping can gain anything.
+    weight = np.tile(np.arange(-8, 8, dtype=np.float32), (4, 4))
+    problem = PROBLEMS["tall"]
+    solution = solve(weight, problem.hessian, AWQScheme(group_size=-1))
+    assert solution.account.kept == "rtn"
+    assert solution.account.rtn_rows == 4
+    assert solution.account.ratio == 0
+    np.testing.assert_allclose(solution.weight.dequantize(), weight, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale_dtype", ["bfloat16", "float16"])
+def test_scales_are_stored_values(scale_dtype):
+    problem = PROBLEMS["tall"]
+    solution = solve(problem.weight_RC, problem.hessian, CASES[1][1], scale_dtype=scale_dtype)
+    for scale in (solution.weight.scale_RG, solution.weight.input_scale_C):
+        np.testing.assert_array_equal(scale, reference.stored(scale, scale_dtype))
+    error = reference.loss(problem.weight_RC, solution.weight.dequantize(), problem.true_hessian)
+    assert solution.account.output_error == pytest.approx(error, rel=1e-3)
+
+
+def test_a_second_run_gives_the_same_bits():
+    problem, scheme = PROBLEMS["tall"], CASES[1][1]
+    first = solve(problem.weight_RC, problem.hessian, scheme)
+    second = solve(problem.weight_RC, problem.hessian, scheme)
+    assert first.account == second.account
+    np.testing.assert_array_equal(first.weight.codes_RC, second.weight.codes_RC)
+    np.testing.assert_array_equal(first.weight.input_scale_C, second.weight.input_scale_C)

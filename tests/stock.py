@@ -1,0 +1,149 @@
+"""What a stock Keras layer holds, read back and run in plain NumPy.
+
+Written from Keras' own definition of each mode, not from quantizer's code: two readings of the
+same bytes that agree.
+"""
+
+import keras
+import ml_dtypes
+import numpy as np
+
+KERNEL_FORMS = {
+    "dense": (None, (2, 5, 48), 40),
+    "llama query": ("bqm,muh->bquh", (2, 5, 48), (None, 4, 8)),
+    "llama output": ("bquh,uhm->bqm", (2, 5, 4, 8), (None, 48)),
+    "gpt2 query": ("abc,cde->abde", (2, 5, 48), (None, 4, 8)),
+    "gemma query": ("btd,ndh->btnh", (2, 5, 48), (None, 4, 8)),
+    "gemma output": ("btnh,nhd->btd", (2, 5, 4, 8), (None, 48)),
+    "gemma feedforward": ("btd,df->btf", (2, 5, 48), (None, 64)),
+    "odd outputs": ("btd,df->btf", (2, 5, 48), (None, 37)),
+}
+
+
+def kernel_layer(form, dtype="float32", seed=0):
+    """A built layer of that form with random kernel and bias, and an input for it."""
+    equation, input_shape, output_shape = KERNEL_FORMS[form]
+    rng = np.random.default_rng(seed)
+    if equation is None:
+        layer = keras.layers.Dense(output_shape, dtype=dtype, name="dense")
+    else:
+        layer = keras.layers.EinsumDense(
+            equation, output_shape, bias_axes=equation[-1], dtype=dtype, name="einsum"
+        )
+    layer.build(input_shape)
+    for variable in layer.weights:
+        variable.assign(rng.normal(size=variable.shape, scale=0.3))
+    return layer, rng.normal(size=input_shape).astype("float32")
+
+
+def _value(variable):
+    value = keras.ops.convert_to_numpy(getattr(variable, "value", variable))
+    return value.astype("float64") if value.dtype.kind not in "iu" else value
+
+
+def _unpack(packed, length, axis):
+    packed = np.moveaxis(packed, axis, 0).astype(np.int64) & 0xFF
+    codes = np.stack([packed & 15, packed >> 4], 1).reshape(-1, *packed.shape[1:])[:length]
+    return np.moveaxis(codes, 0, axis)
+
+
+def _signed(codes):
+    return np.where(codes > 7, codes - 16, codes)
+
+
+def _keras_rows(shape):
+    if len(shape) == 2:
+        return shape[0]
+    return shape[0] if shape.index(max(shape)) == 0 else shape[0] * shape[1]
+
+
+def read_kernel(layer, kernel_shape):
+    """The float64 kernel that a quantized Dense or EinsumDense layer stands for."""
+    mode = layer.quantization_mode
+    shape = tuple(kernel_shape)
+    if mode in ("gptq", "awq"):
+        rows = _keras_rows(shape)
+        columns = int(np.prod(shape)) // rows
+        codes = _value(layer.quantized_kernel)
+        if mode == "awq" or layer.dtype_policy.weight_bits == 4:
+            codes = _unpack(codes, columns, 0)
+        group = _value(layer.g_idx).astype(int)
+        zero, scale = _value(layer.kernel_zero).astype(int), _value(layer.kernel_scale)
+        values = (codes.astype(int) - zero[:, group]) * scale[:, group]
+        if mode == "awq":
+            values = values / _value(layer.awq_scales)
+        return values.T.reshape(shape)
+    if mode == "int8":
+        scale = _value(layer.kernel_scale)
+        if isinstance(layer, keras.layers.EinsumDense):
+            _, kernel, output = layer.equation.replace("->", ",").split(",")
+            kept = [label for label in output if label in kernel]
+            scale = scale.reshape([shape[kernel.index(label)] for label in kept])
+            in_kernel_order = [kept.index(label) for label in kernel if label in kept]
+            scale = scale.transpose(in_kernel_order)
+            for axis, label in enumerate(kernel):
+                if label not in output:
+                    scale = np.expand_dims(scale, axis)
+        return _value(layer._kernel) / scale
+    if mode == "int4":
+        if isinstance(layer, keras.layers.EinsumDense):
+            _, kernel, output = layer.equation.replace("->", ",").split(",")
+            outputs = int(np.prod([shape[i] for i, label in enumerate(kernel) if label in output]))
+        else:
+            outputs = shape[1]
+        codes = _signed(_unpack(_value(layer._kernel), outputs, -1))
+        return _grouped_or_channel(codes, layer, "kernel", axis=0).reshape(shape)
+    assert mode == "float8"
+    return _float8(_value(layer._kernel), _value(layer.kernel_scale))
+
+
+def _grouped_or_channel(codes, layer, prefix, axis):
+    scale = _value(getattr(layer, f"{prefix}_scale"))
+    zero = getattr(layer, f"{prefix}_zero", None)
+    if zero is None:
+        return codes / np.expand_dims(scale, axis)
+    group = _value(layer.g_idx).astype(int)
+    return (codes - np.take(_value(zero), group, axis)) * np.take(scale, group, axis)
+
+
+def _float8(value, scale):
+    scale = np.float32(scale)
+    clipped = np.clip(np.asarray(value, "float32") / scale, -448, 448)
+    return clipped.astype(ml_dtypes.float8_e4m3fn).astype("float64") * scale
+
+
+def _int8_activations(inputs, axes):
+    """Keras' AbsMaxQuantizer at run time, in its own float32 arithmetic."""
+    inputs = inputs.astype("float32")
+    scale = np.float32(127) / (np.abs(inputs).max(axes, keepdims=True) + np.float32(1e-7))
+    return np.clip(np.round(inputs * scale), -127, 127).astype("float64") / scale
+
+
+def run_layer(layer, kernel, inputs):
+    """What the layer should answer with this kernel, in float64."""
+    equation = getattr(layer, "equation", "...i,io->...o")
+    source, _, output = equation.replace("->", ",").split(",")
+    mode = layer.quantization_mode
+    if mode == "int8" and layer.inputs_quantizer is not None:
+        axes = (
+            (-1,)
+            if "..." in equation
+            else tuple(i for i, label in enumerate(source) if label not in output)
+        )
+        inputs = _int8_activations(inputs, axes)
+    bias = _value(layer.bias)
+    if mode == "float8":
+        inputs = _float8(inputs, _value(layer.inputs_scale))
+        # Keras sends the bias through bfloat16 in this mode.
+        bias = bias.astype(ml_dtypes.bfloat16).astype("float64")
+    return np.einsum(equation, inputs.astype("float64"), kernel) + bias
+
+
+def read_table(layer, *, reverse=False):
+    """The float64 table [tokens, vector] of a quantized embedding, or of its untied way back."""
+    prefix = "reverse_embeddings" if reverse else "embeddings"
+    codes = _value(layer.reverse_embeddings if reverse else layer._embeddings)
+    if layer.quantization_mode == "int4":
+        codes = _signed(_unpack(codes, layer.output_dim, 0 if reverse else -1))
+    table = _grouped_or_channel(codes, layer, prefix, axis=0 if reverse else -1)
+    return table.T if reverse else table
