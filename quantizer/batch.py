@@ -16,7 +16,7 @@ from quantizer.gptq import SolvedSlice, solve_slice
 from quantizer.grid import find_grid
 from quantizer.hessian import HessianSum
 from quantizer.schemes import GPTQScheme
-from quantizer.slices import contiguous_groups, gptq_account, input_energy, row_slices
+from quantizer.slices import contiguous_groups, gptq_account, row_slices
 from quantizer.solution import GroupedWeight, Solution
 from quantizer.solver import check_scheme, check_weight, solve
 
@@ -55,6 +55,10 @@ def solve_batch(
         raise CalibrationError(
             f"{names[0]} …: a batch corrects no drift; set drift_correction to 0, or use solve"
         )
+    if scheme.refinement_sweeps:
+        raise CalibrationError(
+            f"{names[0]} …: a batch refines nothing; set refinement_sweeps to 0, or use solve"
+        )
     num_outputs, num_inputs = checked[0].shape
     for hessian, name in zip(hessians, names, strict=True):
         check_scheme(scheme, num_inputs, name)
@@ -69,7 +73,8 @@ def solve_batch(
     panels, pivot_PC = jax.vmap(factorize_shifted)(hessian_PCC, shift_P)
     solvable_P = np.asarray(jnp.min(pivot_PC, axis=1) >= SMALLEST_PIVOT * mean_P)
 
-    energy_PC = jnp.stack([jnp.asarray(input_energy(h)) for h in hessians])
+    place_PC = jnp.argsort(order_PC, axis=1)[:, :num_inputs]
+    energy_PC = jnp.where(dead_PC, 0.0, jnp.take_along_axis(pivot_PC, place_PC, axis=1))
     group_C = contiguous_groups(num_inputs, scheme.group_size)
     grid = partial(
         find_grid,
@@ -85,7 +90,8 @@ def solve_batch(
     parts = []
     for a, b in row_slices(num_outputs):
         weight_PCR = jnp.stack([jnp.asarray(weight_RC[a:b].T) for weight_RC in checked])
-        scale_PGR, zero_PGR = jax.vmap(grid)(weight_PCR, energy_PC[:, :, None])
+        live_PCR = jnp.where(dead_PC[:, :, None], 0.0, weight_PCR)
+        scale_PGR, zero_PGR = jax.vmap(grid)(live_PCR, energy_PC[:, :, None])
         solved = run(
             weight_PCR, scale_PGR, zero_PGR, jnp.asarray(group_C), ~dead_PC, order_PC, panels,
             pivot_PC, shift_P,

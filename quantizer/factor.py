@@ -18,8 +18,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from numpy.typing import NDArray
+
+from quantizer.cholesky import cholesky_with_inverse, product
 
 PANEL = 512
 """Columns whose corrections are brought up to date by one matrix product."""
@@ -96,14 +98,11 @@ def factorize_shifted(hessian_CC: Array, shift: Array) -> tuple[tuple[Array, ...
         for later in starts:
             if later > a:
                 right = factors[later]
-                panel = panel - jnp.matmul(right[:b], right[a:b].T, precision=lax.Precision.HIGHEST)
+                panel = panel - product(right[:b], right[a:b].T)
         # A Cholesky from the last row up is the ordinary one of the reversed matrix.
         corner = panel[a:b] + shift * jnp.eye(b - a)
-        lower = lax.linalg.cholesky(corner[::-1, ::-1], symmetrize_input=False)
-        inverse = lax.linalg.triangular_solve(lower, jnp.eye(b - a), left_side=True, lower=True)[
-            ::-1, ::-1
-        ]
-        above = jnp.matmul(panel[:a], inverse.T, precision=lax.Precision.HIGHEST)
+        lower, inverse = cholesky_with_inverse(corner[::-1, ::-1])
+        above = product(panel[:a], inverse[::-1, ::-1].T)
         factors[a] = jnp.concatenate([above, lower[::-1, ::-1]])
     scale_C = jnp.concatenate([jnp.diagonal(factors[a][a:]) for a in starts])
     panels = tuple(factors[a] / scale_C[a : a + PANEL] for a in starts)

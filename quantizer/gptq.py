@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from quantizer.cholesky import product
 from quantizer.factor import PANEL, TILE
 from quantizer.grid import decode, encode
 
@@ -41,11 +42,6 @@ class SolvedSlice(NamedTuple):
     rtn_kept_R: Array
     weight_error_R: Array
     weight_energy_R: Array
-
-
-def _product(left: Array, right: Array) -> Array:
-    # HIGHEST keeps TF32 out: corrections need all of float32.
-    return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)
 
 
 def _solve_tile(
@@ -113,80 +109,82 @@ def solve_slice(
     # One row of panels for both answers: errors of GPTQ beside those of round-to-nearest.
     done: list[Array] = []
     codes: list[Array] = []
-    loss_R = jnp.zeros(num_outputs)
-    rtn_loss_R = jnp.zeros(num_outputs)
+    rtn_codes: list[Array] = []
+    zeros_R = jnp.zeros(num_outputs)
+    loss_R, rtn_loss_R, error_R, rtn_error_R = zeros_R, zeros_R, zeros_R, zeros_R
     for index, panel in enumerate(panels):
         a, b = index * PANEL, panel.shape[0]
-        weight_BR = sorted_CR[a:b]
-        group_B = sorted_group_C[a:b]
-        scale_BR = jnp.take(scale_GR, group_B, axis=0)
-        zero_BR = jnp.take(zero_GR, group_B, axis=0)
+        weight_BR, group_B = sorted_CR[a:b], sorted_group_C[a:b]
         corner_BB = panel[a:b]
-        rtn_BR = weight_BR - decode(
-            encode(weight_BR, scale_BR, zero_BR, max_code), scale_BR, zero_BR
-        )
-        rtn_deviation_BR = _product(corner_BB.T, rtn_BR)
-        target_BR = weight_BR
-        if done:
-            correction = _product(panel[:a].T, jnp.concatenate(done))
-            target_BR = target_BR + correction[:, :num_outputs]
-            rtn_deviation_BR = rtn_deviation_BR + correction[:, num_outputs:]
+        pull_BR = jnp.zeros((b - a, 2 * num_outputs))
+        # Product by product: joining the finished panels first would copy them all each time.
+        for finished, errors_B2R in enumerate(done):
+            start = finished * PANEL
+            pull_BR = pull_BR + product(panel[start : start + PANEL].T, errors_B2R)
+        target_BR = weight_BR + pull_BR[:, :num_outputs]
 
         def solve_tile(
             t: Array,
-            state: tuple[Array, Array, Array],
+            state: tuple[Array, ...],
             corner_BB: Array = corner_BB,
             target_BR: Array = target_BR,
             weight_BR: Array = weight_BR,
-            scale_BR: Array = scale_BR,
-            zero_BR: Array = zero_BR,
-        ) -> tuple[Array, Array, Array]:
+            group_B: Array = group_B,
+        ) -> tuple[Array, ...]:
             start = t * TILE
 
             def tile_of(rows_BR: Array) -> Array:
                 return lax.dynamic_slice_in_dim(rows_BR, start, TILE)
 
+            # The grid is spread here, tile by tile: laid out whole it would outweigh the slice.
+            scale_TR = jnp.take(scale_GR, tile_of(group_B), axis=0)
+            zero_TR = jnp.take(zero_GR, tile_of(group_B), axis=0)
+            weight_TR = tile_of(weight_BR)
+            rtn_codes_TR = encode(weight_TR, scale_TR, zero_TR, max_code)
+            rtn_TR = weight_TR - decode(rtn_codes_TR, scale_TR, zero_TR)
             above_BT = lax.dynamic_slice_in_dim(corner_BB, start, TILE, axis=1)
-            target_TR = tile_of(target_BR) + _product(above_BT.T, state[1])
+            target_TR = tile_of(target_BR) + product(above_BT.T, state[1])
             solved = _solve_tile(
-                target_TR,
-                tile_of(weight_BR),
-                tile_of(scale_BR),
-                tile_of(zero_BR),
-                tile_of(above_BT),
-                max_code,
+                target_TR, weight_TR, scale_TR, zero_TR, tile_of(above_BT), max_code
             )
-            return tuple(  # type: ignore[return-value]
+            return tuple(
                 lax.dynamic_update_slice_in_dim(rows_BR, rows_TR, start, 0)
-                for rows_BR, rows_TR in zip(state, solved, strict=True)
+                for rows_BR, rows_TR in zip(
+                    state, (*solved, rtn_codes_TR.astype(jnp.uint8), rtn_TR), strict=True
+                )
             )
 
         empty_BR = jnp.zeros_like(weight_BR)
-        codes_BR, errors_BR, deviations_BR = lax.fori_loop(
-            0, (b - a) // TILE, solve_tile, (empty_BR.astype(jnp.uint8), empty_BR, empty_BR)
+        no_codes_BR = empty_BR.astype(jnp.uint8)
+        codes_BR, errors_BR, deviations_BR, rtn_codes_BR, rtn_BR = lax.fori_loop(
+            0,
+            (b - a) // TILE,
+            solve_tile,
+            (no_codes_BR, empty_BR, empty_BR, no_codes_BR, empty_BR),
         )
+        rtn_deviation_BR = pull_BR[:, num_outputs:] + product(corner_BB.T, rtn_BR)
         codes.append(codes_BR)
-        done.append(jnp.concatenate([errors_BR, rtn_BR], axis=1))
+        rtn_codes.append(rtn_codes_BR)
+        if index + 1 < len(panels):
+            done.append(jnp.concatenate([errors_BR, rtn_BR], axis=1))
         # tr(Δ H Δᵀ) = tr(Δ (H + shift I) Δᵀ) - shift ‖Δ‖², column by column.
         pivot_B1 = pivot_C[a:b, None]
         loss_R += jnp.sum(pivot_B1 * deviations_BR**2 - shift * errors_BR**2, axis=0)
         rtn_loss_R += jnp.sum(pivot_B1 * rtn_deviation_BR**2 - shift * rtn_BR**2, axis=0)
+        error_R += jnp.sum(errors_BR**2, axis=0)
+        rtn_error_R += jnp.sum(rtn_BR**2, axis=0)
 
-    place_C = jnp.zeros_like(order_C).at[order_C].set(jnp.arange(order_C.shape[0]))
-    codes_CR = jnp.take(jnp.concatenate(codes), place_C[:num_inputs], axis=0)
-    scale_CR = jnp.take(scale_GR, group_C, axis=0)
-    zero_CR = jnp.take(zero_GR, group_C, axis=0)
-    rtn_CR = encode(live_CR, scale_CR, zero_CR, max_code).astype(jnp.uint8)
     rtn_kept_R = rtn_loss_R < loss_R
-    codes_CR = jnp.where(rtn_kept_R, rtn_CR, codes_CR)
-    restored_CR = decode(codes_CR.astype(jnp.float32), scale_CR, zero_CR)
+    codes_CR = jnp.where(rtn_kept_R, jnp.concatenate(rtn_codes), jnp.concatenate(codes))
+    place_C = jnp.zeros_like(order_C).at[order_C].set(jnp.arange(order_C.shape[0]))
+    dead_error_R = jnp.sum(jnp.where(live_C[:, None], 0.0, weight_CR) ** 2, axis=0)
     return SolvedSlice(
-        codes_CR,
+        jnp.take(codes_CR, place_C[:num_inputs], axis=0),
         # Rounding can leave a loss of nothing just below zero.
         jnp.maximum(jnp.minimum(loss_R, rtn_loss_R), 0.0),
         jnp.maximum(rtn_loss_R, 0.0),
         rtn_kept_R,
-        jnp.sum((weight_CR - restored_CR) ** 2, axis=0),
+        jnp.where(rtn_kept_R, rtn_error_R, error_R) + dead_error_R,
         jnp.sum(weight_CR**2, axis=0),
     )
 
@@ -209,7 +207,7 @@ def round_slice(
     zero_CR = jnp.take(zero_GR, group_C, axis=0)
     codes_CR = encode(weight_CR, scale_CR, zero_CR, 2.0**weight_bits - 1)
     error_CR = weight_CR - decode(codes_CR, scale_CR, zero_CR)
-    loss_R = jnp.maximum(jnp.sum(error_CR * _product(hessian_CC, error_CR), axis=0), 0.0)
+    loss_R = jnp.maximum(jnp.sum(error_CR * product(hessian_CC, error_CR), axis=0), 0.0)
     return SolvedSlice(
         codes_CR.astype(jnp.uint8),
         loss_R,

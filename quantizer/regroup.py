@@ -21,8 +21,8 @@ from quantizer.slices import (
     factorize_hessian,
     gptq_account,
     grid_of,
-    input_energy,
     row_slices,
+    search_energy,
     solve_on_grid,
 )
 from quantizer.solution import Account, Float32, GroupedWeight
@@ -50,9 +50,10 @@ def solve_in_keras_groups(
     weight_RC = correct_drift(weight_RC, hessian, drift, scheme, name)
     factor = factorize_hessian(hessian, scheme)
 
-    energy_RC = np.broadcast_to(input_energy(hessian), weight_RC.shape)
+    energy_RC = np.broadcast_to(search_energy(factor, hessian), weight_RC.shape)
+    live_RC = weight_RC if factor is None else np.where(factor.dead_C, 0, weight_RC)
     keras_grid = grid_of(
-        np.ascontiguousarray(layout.to_keras(weight_RC)),
+        np.ascontiguousarray(layout.to_keras(live_RC)),
         np.ascontiguousarray(layout.to_keras(energy_RC)),
         scheme,
         scale_dtype,
@@ -62,9 +63,7 @@ def solve_in_keras_groups(
     for channels, grid in _grids_by_pattern(layout, keras_grid, scheme.group_size):
         for a, b in row_slices(len(channels)):
             part = Grid(grid.scale_RG[a:b], grid.zero_RG[a:b], grid.group_C)
-            solved = solve_on_grid(
-                weight_RC[channels[a:b]], factor, hessian, part, scheme.weight_bits
-            )
+            solved = solve_on_grid(weight_RC[channels[a:b]], factor, hessian, part, scheme)
             codes_RC[channels[a:b]] = solved.codes_CR.T
             slices.append(solved)
     weight = GroupedWeight(

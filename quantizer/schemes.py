@@ -58,6 +58,9 @@ class GPTQScheme:
     scale_search: bool = _option(
         True, "Search each group's range for the least error weighted by input energy (ours)."
     )
+    refinement_sweeps: int = _option(
+        0, "Times that every solved weight is revisited, all others known (ours); 2 is plenty."
+    )
     drift_correction: float = _option(
         0.0, "Share (0 to 1) of the input drift of already quantized layers to undo (ours)."
     )
@@ -71,6 +74,12 @@ class GPTQScheme:
         _check_group_size("GPTQScheme", "group_size", self.group_size)
         for name in ("symmetric", "activation_order", "scale_search"):
             _check_type("GPTQScheme", name, getattr(self, name), bool)
+        _check_type("GPTQScheme", "refinement_sweeps", self.refinement_sweeps, int)
+        if not 0 <= self.refinement_sweeps <= 100:
+            raise SchemeError(
+                f"GPTQScheme.refinement_sweeps must lie between 0 and 100, got "
+                f"{self.refinement_sweeps}"
+            )
         for name in ("hessian_damping", "drift_correction"):
             value = getattr(self, name)
             _check_type("GPTQScheme", name, value, float)

@@ -13,6 +13,7 @@ from quantizer.factor import Factor, factorize
 from quantizer.gptq import SLICE_ROWS, SolvedSlice, round_slice, solve_slice
 from quantizer.grid import find_grid
 from quantizer.hessian import HessianSum
+from quantizer.refine import refine_slice
 from quantizer.schemes import GPTQScheme
 from quantizer.solution import Account, Float32, GroupedWeight, Solution, relative_error
 
@@ -84,7 +85,11 @@ def grid_of(
 
 
 def solve_on_grid(
-    weight_RC: Float32, factor: Factor | None, hessian: HessianSum, grid: Grid, weight_bits: int
+    weight_RC: Float32,
+    factor: Factor | None,
+    hessian: HessianSum,
+    grid: Grid,
+    scheme: GPTQScheme,
 ) -> SolvedSlice:
     """One slice (at most SLICE_ROWS output channels) on a given grid, as NumPy arrays."""
     operands = (
@@ -95,17 +100,30 @@ def solve_on_grid(
     )
     if factor is None:
         hessian_CC = jnp.asarray(hessian.gram_CC) * (2.0 / hessian.num_rows)
-        solved = round_slice(*operands, hessian_CC, weight_bits=weight_bits)
+        solved = round_slice(*operands, hessian_CC, weight_bits=scheme.weight_bits)
     else:
+        live_C = jnp.asarray(~factor.dead_C)
+        shift = jnp.float32(factor.shift)
         solved = solve_slice(
             *operands,
-            jnp.asarray(~factor.dead_C),
+            live_C,
             factor.order_C,
             factor.panels,
             factor.pivot_C,
-            jnp.float32(factor.shift),
-            weight_bits=weight_bits,
+            shift,
+            weight_bits=scheme.weight_bits,
         )
+        if scheme.refinement_sweeps:
+            solved = refine_slice(
+                solved,
+                *operands,
+                live_C,
+                jnp.asarray(hessian.gram_CC),
+                jnp.float32(hessian.num_rows),
+                shift,
+                weight_bits=scheme.weight_bits,
+                sweeps=scheme.refinement_sweeps,
+            )
     arrays: SolvedSlice = jax.device_get(solved)
     return arrays
 
@@ -124,12 +142,17 @@ def solve_gptq(
         weight_RC: [out_features, in_features], float32.
         scale_dtype: dtype in which scales will be stored; they are rounded to it first.
     """
-    energy_1C = input_energy(hessian)[None]
+    energy_1C = search_energy(factor, hessian)[None]
+    if factor is not None and factor.dead_C.any():
+        # Dead weights become zero: they must not widen the range of the live ones.
+        weight_GC = np.where(factor.dead_C, np.float32(0), weight_RC)
+    else:
+        weight_GC = weight_RC
     slices: list[SolvedSlice] = []
     grids: list[Grid] = []
     for a, b in row_slices(weight_RC.shape[0]):
-        grid = grid_of(weight_RC[a:b], energy_1C, scheme, scale_dtype)
-        slices.append(solve_on_grid(weight_RC[a:b], factor, hessian, grid, scheme.weight_bits))
+        grid = grid_of(weight_GC[a:b], energy_1C, scheme, scale_dtype)
+        slices.append(solve_on_grid(weight_RC[a:b], factor, hessian, grid, scheme))
         grids.append(grid)
     weight = GroupedWeight(
         np.concatenate([part.codes_CR.T for part in slices]),
@@ -142,10 +165,19 @@ def solve_gptq(
     )
 
 
-def input_energy(hessian: HessianSum) -> Float32:
-    """The undamped Hessian's diagonal, [in_features], float32."""
+def search_energy(factor: Factor | None, hessian: HessianSum) -> Float32:
+    """What a squared rounding error costs at each input, [in_features], float32.
+
+    Once GPTQ corrects for it, an error at column k costs its pivot D_k and not the diagonal
+    H_kk: the search weighs errors by that. Without a factor nothing is corrected.
+    """
     energy_C: Float32 = hessian.gram_CC.diagonal() * np.float32(2 / hessian.num_rows)
-    return energy_C
+    if factor is None:
+        return energy_C
+    pivot_C = np.empty(factor.order_C.shape[0], np.float32)
+    pivot_C[np.asarray(factor.order_C)] = np.asarray(factor.pivot_C)
+    cost_C: Float32 = np.where(factor.dead_C, np.float32(0), pivot_C[: energy_C.shape[0]])
+    return cost_C
 
 
 def gptq_account(

@@ -169,24 +169,31 @@ def gptq(
     activation_order: bool,
     hessian_damping: float,
     scale_search: bool,
+    refinement_sweeps: int = 0,
     scale_dtype: str = "float32",
 ) -> Answer:
-    """Algorithm 1 with static groups, then round-to-nearest wherever that had the lower loss."""
+    """Algorithm 1 with static groups, then round-to-nearest wherever that had the lower loss.
+
+    Refinement is QuantEase's coordinate descent on the damped loss, kept where the undamped fell.
+    """
     weight = np.asarray(weight_RC, np.float64)
     energy = np.diagonal(hessian_CC).copy()
     top = 2**weight_bits - 1
+    live = np.where(energy == 0, 0.0, weight)
+    order = np.argsort(-energy, kind="stable") if activation_order else np.arange(len(energy))
+    factor = inverse_factor(damped(hessian_CC, hessian_damping)[np.ix_(order, order)])
+    # Algorithm 1 pays 1 / factor_jj² for a squared error at column j.
+    cost = np.empty_like(energy)
+    cost[order] = 1 / np.diagonal(factor) ** 2
     scale, zero = grid(
-        weight,
-        energy,
+        live,
+        np.where(energy == 0, 0.0, cost),
         weight_bits=weight_bits,
         group_size=group_size,
         symmetric=symmetric,
         search=scale_search,
         scale_dtype=scale_dtype,
     )
-    live = np.where(energy == 0, 0.0, weight)
-    order = np.argsort(-energy, kind="stable") if activation_order else np.arange(len(energy))
-    factor = inverse_factor(damped(hessian_CC, hessian_damping)[np.ix_(order, order)])
 
     moved = live[:, order].copy()
     codes = np.empty_like(moved)
@@ -202,6 +209,18 @@ def gptq(
     restored_RC, rtn_RC = (solved - zero) * scale, (rounded - zero) * scale
     rtn_better = row_losses(live - rtn_RC, hessian_CC) < row_losses(live - restored_RC, hessian_CC)
     solved[rtn_better] = rounded[rtn_better]
+    if refinement_sweeps:
+        ridge = damped(hessian_CC, hessian_damping)
+        refined = solved.copy()
+        for _ in range(refinement_sweeps):
+            for j in range(len(energy)):
+                values = (refined - zero) * scale
+                pull = (live - values) @ ridge[:, j] / ridge[j, j]
+                refined[:, j] = nearest(values[:, j] + pull, scale[:, j], zero[:, j], top)
+        before = row_losses(live - (solved - zero) * scale, hessian_CC)
+        after = row_losses(live - (refined - zero) * scale, hessian_CC)
+        solved = np.where((after < before)[:, None], refined, solved)
+        rtn_better &= after >= before
     return Answer(solved, (solved - zero) * scale, rtn_RC, int(rtn_better.sum()))
 
 

@@ -66,15 +66,15 @@ class Timing:
     skipped: dict[str, str] = field(default_factory=dict)
 
     @property
-    def rate(self) -> float:
-        """Flops per second of the large matrix product."""
-        return _PRODUCT_FLOPS / statistics.median(self.product)
+    def rates(self) -> list[float]:
+        """Flops per second of the large matrix product, round by round."""
+        return [_PRODUCT_FLOPS / seconds for seconds in self.product]
 
     @property
     def limit(self) -> float:
         """Seconds of R·C² + ⅔·C³ flops at that rate."""
         inputs, outputs = self.num_inputs, self.num_outputs
-        return (outputs * inputs**2 + 2 / 3 * inputs**3) / self.rate
+        return (outputs * inputs**2 + 2 / 3 * inputs**3) / statistics.median(self.rates)
 
     def median(self, name: str) -> float | None:
         """Median seconds of one contender; None when it did not run."""

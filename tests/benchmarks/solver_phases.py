@@ -8,7 +8,7 @@ import time
 import numpy as np
 
 from quantizer import GPTQScheme, HessianSum, row_slices
-from quantizer.slices import factorize_hessian, grid_of, input_energy, solve_on_grid
+from quantizer.slices import factorize_hessian, grid_of, search_energy, solve_on_grid
 from quantizer.solver import check_weight
 
 
@@ -35,7 +35,7 @@ def _one_round(weight_RC: np.ndarray, hessian: HessianSum, scheme: GPTQScheme) -
     lap("checks")
     factor = factorize_hessian(hessian, scheme)  # reads the pivots, so it has finished
     lap("factor")
-    energy_1C = input_energy(hessian)[None]
+    energy_1C = search_energy(factor, hessian)[None]
     for a, b in row_slices(weight_RC.shape[0]):
         grid = grid_of(weight_RC[a:b], energy_1C, scheme, "float32")
         lap("grid")

@@ -13,6 +13,7 @@ from rich.table import Table
 _VARIANTS = ("plain", "best")
 _BASELINES = ("NumPy loop", "Keras (jax)", "Keras (numpy)")
 _KERAS_GOAL = 100.0
+_STEADY = 0.8
 
 
 class TimingLike(Protocol):
@@ -25,7 +26,7 @@ class TimingLike(Protocol):
     skipped: dict[str, str]
 
     @property
-    def rate(self) -> float: ...
+    def rates(self) -> list[float]: ...
 
     @property
     def limit(self) -> float: ...
@@ -36,10 +37,16 @@ class TimingLike(Protocol):
 def print_report(console: Console, timings: Sequence[TimingLike]) -> None:
     """Print the two tables and one line per goal."""
     device = jax.devices()[0]
+    rates = [rate / 1e9 for each in timings for rate in each.rates]
     console.print(
         f"device: {device.device_kind} ({device.platform}), {os.cpu_count()} cores; "
-        f"float32 matrix product: {max(each.rate for each in timings) / 1e9:,.0f} Gflop/s"
+        f"float32 matrix product: {max(rates):,.0f} Gflop/s"
     )
+    if min(rates) < _STEADY * max(rates):
+        console.print(
+            f"[yellow]The machine was busy: that rate fell to {min(rates):,.0f} Gflop/s in some "
+            "rounds, so the ratios below are rough.[/yellow]"
+        )
     console.print(_comparison(timings))
     console.print(_phases(timings))
     for line in goals(timings):

@@ -12,7 +12,12 @@ from tests.quantizer.problems import PROBLEMS, Float32, make, without_ties
 
 
 def scheme(
-    weight_bits: int, group_size: int, symmetric: bool, activation_order: bool, search: bool
+    weight_bits: int,
+    group_size: int,
+    symmetric: bool,
+    activation_order: bool,
+    search: bool,
+    sweeps: int = 0,
 ) -> GPTQScheme:
     return GPTQScheme(
         weight_bits=weight_bits,
@@ -20,6 +25,7 @@ def scheme(
         symmetric=symmetric,
         activation_order=activation_order,
         scale_search=search,
+        refinement_sweeps=sweeps,
     )
 
 
@@ -41,6 +47,9 @@ CASES = [
     ("three panels", scheme(2, -1, False, False, True)),
     ("two slices", scheme(3, -1, True, True, False)),
     ("two slices", scheme(4, 64, False, False, True)),
+    ("ragged group", scheme(3, 64, False, True, True, sweeps=2)),
+    ("dead inputs", scheme(2, -1, True, False, True, sweeps=1)),
+    ("three panels", scheme(4, 64, False, True, True, sweeps=2)),
 ]
 EVERY_CASE = [
     (problem, scheme(bits, group_size, symmetric, order, search))
@@ -57,6 +66,8 @@ def case_id(case: tuple[str, GPTQScheme]) -> str:
     problem, options = case
     flags = ("symmetric", "activation_order", "scale_search")
     chosen = [flag for flag in flags if getattr(options, flag)]
+    if options.refinement_sweeps:
+        chosen.append(f"{options.refinement_sweeps} sweeps")
     return "-".join([problem, str(options.weight_bits), str(options.group_size), *chosen])
 
 
@@ -145,7 +156,7 @@ def test_activation_order_leaves_groups_in_the_order_of_the_inputs():
 
 
 def test_each_output_channel_is_no_worse_than_round_to_nearest():
-    weight, solution, answer = solved("two slices", CASES[-1][1])
+    weight, solution, answer = solved("two slices", scheme(4, 64, False, False, True))
     hessian = PROBLEMS["two slices"].true_hessian
     ours = reference.row_losses(weight - solution.weight.dequantize(), hessian)
     rounded = reference.row_losses(weight - answer.rtn_RC, hessian)
