@@ -119,6 +119,7 @@ def factorize(
         sum of xᵀx): the caller rounds to nearest and says so.
     """
     hessian_CC, order_C, dead_C, mean = arrange(gram_CC, jnp.float32(num_rows), activation_order)
+    del gram_CC  # as large as all that follows; the caller, too, let go of it
     for damping in dampings(hessian_damping):
         shift = damping * float(mean)
         panels, pivot_C = factorize_shifted(hessian_CC, jnp.float32(shift))

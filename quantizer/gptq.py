@@ -20,10 +20,6 @@ from quantizer.cholesky import product
 from quantizer.factor import PANEL, TILE
 from quantizer.grid import decode, encode
 
-SLICE_ROWS = 1024
-"""Output channels solved together. A fixed size: a product's rounding depends on its shape,
-and any worker that solves a slice must get the same bits."""
-
 
 class SolvedSlice(NamedTuple):
     """One slice of output channels.

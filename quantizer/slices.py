@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantizer.factor import Factor, factorize
-from quantizer.gptq import SLICE_ROWS, SolvedSlice, round_slice, solve_slice
+from quantizer.gptq import SolvedSlice, round_slice, solve_slice
 from quantizer.grid import find_grid
 from quantizer.hessian import HessianSum
 from quantizer.refine import refine_slice
@@ -33,8 +33,14 @@ class Grid:
 
 
 def row_slices(out_features: int) -> list[tuple[int, int]]:
-    """The fixed slices [a, b) of output channels that are solved on their own."""
-    return [(a, min(a + SLICE_ROWS, out_features)) for a in range(0, out_features, SLICE_ROWS)]
+    """The fixed slices [a, b) of output channels that are solved on their own.
+
+    Fixed by the kind of machine alone: a product's rounding depends on its shape, and any worker
+    that solves a slice must get the same bits. On a CPU a slice's panel stays in cache; a GPU
+    wants all it can get.
+    """
+    size = 1024 if jax.default_backend() == "cpu" else 16384
+    return [(a, min(a + size, out_features)) for a in range(0, out_features, size)]
 
 
 def contiguous_groups(in_features: int, group_size: int) -> NDArray[np.int32]:
@@ -91,7 +97,7 @@ def solve_on_grid(
     grid: Grid,
     scheme: GPTQScheme,
 ) -> SolvedSlice:
-    """One slice (at most SLICE_ROWS output channels) on a given grid, as NumPy arrays."""
+    """One slice of output channels on a given grid, as NumPy arrays."""
     operands = (
         jnp.asarray(weight_RC.T),
         jnp.asarray(grid.scale_RG.T),
@@ -148,12 +154,15 @@ def solve_gptq(
         weight_GC = np.where(factor.dead_C, np.float32(0), weight_RC)
     else:
         weight_GC = weight_RC
-    slices: list[SolvedSlice] = []
-    grids: list[Grid] = []
-    for a, b in row_slices(weight_RC.shape[0]):
+
+    def solve_rows(rows: tuple[int, int]) -> tuple[SolvedSlice, Grid]:
+        a, b = rows
         grid = grid_of(weight_GC[a:b], energy_1C, scheme, scale_dtype)
-        slices.append(solve_on_grid(weight_RC[a:b], factor, hessian, grid, scheme))
-        grids.append(grid)
+        return solve_on_grid(weight_RC[a:b], factor, hessian, grid, scheme), grid
+
+    solved = [solve_rows(rows) for rows in row_slices(weight_RC.shape[0])]
+    slices = [part for part, _ in solved]
+    grids = [grid for _, grid in solved]
     weight = GroupedWeight(
         np.concatenate([part.codes_CR.T for part in slices]),
         np.concatenate([grid.scale_RG for grid in grids]),

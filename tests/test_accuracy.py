@@ -17,8 +17,6 @@ from tests.benchmarks.keras_gptq import KerasGPTQ
 from tests.benchmarks.minilm import RealLayer, load_backbone, record_layers, weight_matrix
 
 GROUP_SIZE = 64
-LEAST_MEDIAN_GAIN = 1.9
-WANTED_MEDIAN_GAIN = 3.0
 
 Comparisons = dict[int, list[Comparison]]
 
@@ -48,8 +46,12 @@ def _check_every_layer(comparisons: Comparisons) -> None:
         assert each.ours < each.keras_default, each
         assert each.ours < each.keras_activation_order, each
         assert each.ours <= each.rtn, each
-    for of_width in comparisons.values():
-        assert statistics.median(each.gain for each in of_width) >= LEAST_MEDIAN_GAIN
+
+
+def _median_gains(comparisons: list[Comparison]) -> tuple[float, float]:
+    """Over Keras as it comes, and over the better of its two activation orders."""
+    default = statistics.median(each.keras_default / each.ours for each in comparisons)
+    return default, statistics.median(each.gain for each in comparisons)
 
 
 def test_each_matrix_of_a_block_is_recorded_once(block: list[RealLayer]) -> None:
@@ -90,7 +92,12 @@ def test_rounding_stays_within_a_step(block: list[RealLayer]) -> None:
 def test_one_block_beats_keras_and_rounding(
     block: list[RealLayer], keras_gptq: KerasGPTQ, bits: int
 ) -> None:
-    _check_every_layer(_comparisons(block, (bits,), keras_gptq))
+    comparisons = _comparisons(block, (bits,), keras_gptq)
+    _check_every_layer(comparisons)
+    # The first block gains least; all six are in the slow test.
+    over_default, over_better_order = _median_gains(comparisons[bits])
+    assert over_default >= 2.3
+    assert over_better_order >= 2.0
 
 
 @pytest.mark.slow
@@ -99,6 +106,6 @@ def test_all_blocks_beat_keras_and_rounding(keras_gptq: KerasGPTQ) -> None:
     comparisons = _comparisons(record_layers(), (2, 3, 4, 8), keras_gptq)
     assert all(len(of_width) == 36 for of_width in comparisons.values())
     _check_every_layer(comparisons)
-    gain = statistics.median(each.gain for each in comparisons[4])
-    if gain < WANTED_MEDIAN_GAIN:
-        pytest.xfail(f"wanted {WANTED_MEDIAN_GAIN:g}× below Keras at 4 bits, measured {gain:.2f}×")
+    over_default, over_better_order = _median_gains(comparisons[4])
+    assert over_default >= 2.9
+    assert over_better_order >= 2.4

@@ -129,8 +129,8 @@ def main() -> None:
     console.print(error_table(comparisons, others))
     console.print(
         "rounding: to nearest on the min-max grid. Keras GPTQ: Keras' own, in the better of its "
-        "two activation\norders. ours: activation order and scale search. All with groups of "
-        f"{arguments.group_size} and the same calibration data."
+        "two activation\norders. ours: activation order, scale search and refinement. All with "
+        f"groups of {arguments.group_size} and the same calibration data."
     )
     console.print(f"[bold]{conclusion(comparisons)}[/bold]")
     if arguments.json:

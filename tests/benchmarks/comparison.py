@@ -19,6 +19,7 @@ from tests.benchmarks.minilm import RealLayer
 Float32 = NDArray[np.float32]
 
 DAMPING = 0.01
+REFINEMENT_SWEEPS = 4
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Comparison:
         rtn: round to nearest on the min-max grid.
         keras_default: Keras' GPTQ as it comes, inputs in order.
         keras_activation_order: Keras' GPTQ, the most active inputs first.
-        ours: our GPTQ with scale search and activation order.
+        ours: our GPTQ with scale search, activation order and refinement.
     """
 
     layer: str
@@ -104,6 +105,7 @@ def compare(
         group_size=group_size,
         activation_order=True,
         scale_search=True,
+        refinement_sweeps=REFINEMENT_SWEEPS,
         hessian_damping=DAMPING,
     )
     out_features, in_features = layer.weight_RC.shape

@@ -39,6 +39,6 @@ def _one_round(weight_RC: np.ndarray, hessian: HessianSum, scheme: GPTQScheme) -
     for a, b in row_slices(weight_RC.shape[0]):
         grid = grid_of(weight_RC[a:b], energy_1C, scheme, "float32")
         lap("grid")
-        solve_on_grid(weight_RC[a:b], factor, hessian, grid, scheme.weight_bits)
+        solve_on_grid(weight_RC[a:b], factor, hessian, grid, scheme)
         lap("loop")
     return seconds
