@@ -75,7 +75,7 @@ def error_table(comparisons: Sequence[Comparison], others: dict[str, float]) -> 
             table.add_section()
         table.add_row(
             str(each.bits),
-            each.layer,
+            each.layer.removesuffix("_dense").replace("_", " "),
             f"{each.in_features} → {each.out_features}",
             _percent(each.rtn),
             _percent(each.keras),
@@ -84,7 +84,7 @@ def error_table(comparisons: Sequence[Comparison], others: dict[str, float]) -> 
         )
     table.add_section()
     for name, error in others.items():
-        table.add_row("", f"{name}, all layers together", "", "", "", _percent(error), "")
+        table.add_row("", f"{name}: all layers", "", "", "", _percent(error), "")
     return table
 
 
