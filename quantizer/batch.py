@@ -18,7 +18,13 @@ from quantizer.hessian import HessianSum
 from quantizer.schemes import GPTQScheme
 from quantizer.slices import contiguous_groups, gptq_account, row_slices
 from quantizer.solution import GroupedWeight, Solution
-from quantizer.solver import check_scheme, check_weight, solve
+from quantizer.solver import (
+    check_scale_dtype,
+    check_scheme,
+    check_weight,
+    require_hessian,
+    solve,
+)
 
 
 def solve_batch(
@@ -61,8 +67,10 @@ def solve_batch(
         )
     num_outputs, num_inputs = checked[0].shape
     for hessian, name in zip(hessians, names, strict=True):
+        require_hessian(hessian, num_inputs, scheme.mode, name)
+    for weight_RC, name in zip(checked, names, strict=True):
         check_scheme(scheme, num_inputs, name)
-        hessian.check(num_inputs, name)
+        check_scale_dtype(scale_dtype, weight_RC, scheme, name)
 
     ordered = jax.vmap(partial(arrange, activation_order=scheme.activation_order))
     hessian_PCC, order_PC, dead_PC, mean_P = ordered(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from quantizer.awq import solve_awq
 from quantizer.drift import DriftSum
-from quantizer.errors import LayerError
+from quantizer.errors import CalibrationError, LayerError
 from quantizer.float8 import AMAX_HISTORY_LENGTH
 from quantizer.hessian import HessianSum, MagnitudeSum
 from quantizer.kernels import KernelLayout
@@ -30,7 +30,7 @@ from quantizer.solution import (
     output_error,
     weight_error,
 )
-from quantizer.solver import Statistics, check_scheme, check_weight, solve
+from quantizer.solver import Statistics, check_scale_dtype, check_scheme, check_weight, solve
 
 Variables = dict[str, NDArray[Any]]
 
@@ -65,7 +65,9 @@ def solve_kernel(
             f"{name}: stock Keras stores {scheme.mode} kernels as one matrix, which a kernel of "
             f"shape {layout.shape} with this equation is not; exclude the layer, or use int8"
         )
-    check_weight(layout.to_matrix(kernel), name)
+    weight_RC = check_weight(layout.to_matrix(kernel), name)
+    check_scheme(scheme, layout.in_features, name)
+    check_scale_dtype(scale_dtype, weight_RC, scheme, name)
     options: dict[str, Any] = {"scale_dtype": scale_dtype, "name": name}
     match scheme:
         case GPTQScheme():
@@ -134,7 +136,6 @@ def _awq(
         # Keras repeats the inputs along its rows (Gemma: once a head), and each row has an
         # input scale of its own. As one big layer, its Hessian is the heads' on a diagonal;
         # their magnitudes say all that Keras' own criterion uses.
-        check_scheme(scheme, layout.in_features, options["name"])
         spread = _spread(statistics, layout, options["name"])
         keras_weight = np.ascontiguousarray(layout.to_keras(weight_RC))
         solution = solve_awq(keras_weight, spread, scheme, scale_dtype=options["scale_dtype"])
@@ -156,8 +157,11 @@ def _spread(statistics: Statistics | None, layout: KernelLayout, name: str) -> M
             f"{name}: stock Keras stores awq with one input scale a row, and the rows of a kernel "
             f"{layout.shape} with this equation mix inputs; exclude the layer, or use gptq"
         )
-    if statistics is None:
-        raise LayerError(f"{name}: awq needs calibration; give a HessianSum or a MagnitudeSum")
+    if not isinstance(statistics, Statistics):
+        raise CalibrationError(
+            f"{name}: awq needs calibration; give a HessianSum or a MagnitudeSum of the layer's "
+            "inputs, or a scheme that needs none, such as int8"
+        )
     statistics.check(layout.in_features, name)
     if isinstance(statistics, HessianSum):
         square_C = statistics.gram_CC.diagonal()

@@ -20,6 +20,8 @@ from quantizer import (
     solve,
     solve_stack,
 )
+from quantizer.kernels import einsum_layout
+from quantizer.stored import solve_kernel
 
 NAME = "transformer_block_3/query"
 IN_FEATURES, OUT_FEATURES, NUM_ROWS = 32, 8, 64
@@ -277,3 +279,19 @@ def test_inputs_are_left_alone():
     weight.flags.writeable = gram.flags.writeable = False
     solve(weight, HessianSum(gram, NUM_ROWS), GPTQ)
     np.testing.assert_array_equal(weight, WEIGHT)
+
+
+@pytest.mark.parametrize(
+    "shape", [(48, 4, 8), (4, 48, 8)], ids=["stored as its matrix", "stored once a head"]
+)
+@pytest.mark.parametrize("scheme", [GPTQScheme(group_size=8), AWQScheme(group_size=8)])
+@pytest.mark.parametrize("statistics", [None, "sums"])
+def test_kernels_are_refused_like_matrices_however_keras_stores_them(shape, scheme, statistics):
+    equation = "bqm,muh->bquh" if shape[0] == 48 else "btd,ndh->btnh"
+    layout = einsum_layout(equation, shape)
+    kernel = np.ones(shape, np.float32)
+    with pytest.raises(CalibrationError, match="decoder/query"):
+        solve_kernel(kernel, layout, scheme, statistics, name="decoder/query")
+    hessian = HessianSum.of(np.eye(48, dtype=np.float32))
+    with pytest.raises(SchemeError, match=r"decoder/query.*float64"):
+        solve_kernel(kernel, layout, scheme, hessian, scale_dtype="float64", name="decoder/query")
