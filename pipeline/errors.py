@@ -5,3 +5,47 @@ from __future__ import annotations
 
 class PipelineError(ValueError):
     """Base of every error that `pipeline` raises on purpose."""
+
+
+class SourceError(PipelineError):
+    """A source model that is missing, damaged, or of a kind that cannot be quantized."""
+
+
+class RecipeError(PipelineError):
+    """A recipe that is unknown, cannot be read, or does not fit the model."""
+
+
+class CalibrationTextError(PipelineError):
+    """Calibration texts that are missing, unreadable, or too few."""
+
+
+class StorageError(PipelineError):
+    """Object storage that cannot be used as asked; the message names the URL and the remedy."""
+
+
+class MissingObjectError(StorageError, FileNotFoundError):
+    """No object under this key."""
+
+
+class ObjectExistsError(StorageError, FileExistsError):
+    """Create-once met other bytes under this key."""
+
+
+class DamagedObjectError(StorageError):
+    """An object whose bytes are not those that were written."""
+
+
+class DivergenceError(PipelineError):
+    """Two computations of the same thing gave other bytes; nothing more may be published."""
+
+
+class PlanMismatchError(PipelineError):
+    """A run directory that belongs to another plan."""
+
+
+class ShardError(PipelineError):
+    """A weights file that is damaged, hostile, or not of the model at hand."""
+
+
+class ArtifactError(PipelineError):
+    """A result that stock KerasHub could not load; the message says what it lacks."""

@@ -7,6 +7,7 @@ have (a zero point of int8, a bias) is not in the dict.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,19 @@ from quantizer.solution import (
     Float8Weight,
     Float32,
     GroupedWeight,
+    Solution,
     output_error,
     weight_error,
 )
-from quantizer.solver import Statistics, check_scale_dtype, check_scheme, check_weight, solve
+from quantizer.solver import (
+    Statistics,
+    check_scale_dtype,
+    check_scheme,
+    check_weight,
+    require_hessian,
+    solve,
+    solve_stack,
+)
 
 Variables = dict[str, NDArray[Any]]
 
@@ -90,6 +100,49 @@ def solve_kernel(
             return _float8(solution.weight, layout), solution.account
 
 
+def solve_kernels(
+    kernels: Sequence[Float32],
+    layouts: Sequence[KernelLayout],
+    scheme: Scheme,
+    statistics: Statistics | None,
+    *,
+    scale_dtype: Sequence[str],
+    names: Sequence[str],
+) -> list[tuple[Variables, Account]]:
+    """`solve_kernel` for several kernels of one input, with the same results, bit for bit.
+
+    Those of gptq share one factorization where Keras keeps them as matrices.
+    """
+    found: dict[int, tuple[Variables, Account]] = {}
+    stacked: dict[str, list[int]] = {}
+    for index, layout in enumerate(layouts):
+        if isinstance(scheme, GPTQScheme) and layout.keras_rows_are_inputs:
+            stacked.setdefault(scale_dtype[index], []).append(index)
+        else:
+            found[index] = solve_kernel(
+                kernels[index],
+                layout,
+                scheme,
+                statistics,
+                scale_dtype=scale_dtype[index],
+                name=names[index],
+            )
+    for dtype, members in stacked.items():
+        assert isinstance(scheme, GPTQScheme)
+        solutions = solve_stack(
+            [layouts[index].to_matrix(kernels[index]) for index in members],
+            require_hessian(
+                statistics, layouts[members[0]].in_features, scheme.mode, names[members[0]]
+            ),
+            scheme,
+            scale_dtype=dtype,
+            names=[names[index] for index in members],
+        )
+        for index, solution in zip(members, solutions, strict=True):
+            found[index] = _stored_gptq(solution, scheme), solution.account
+    return [found[index] for index in range(len(kernels))]
+
+
 def _grouped(codes: NDArray[Any], scale: Float32, zero: NDArray[Any], bits: int) -> Variables:
     """gptq and awq: codes [columns, rows], two to a byte along the columns at 4 bits."""
     return {
@@ -110,16 +163,20 @@ def _gptq(
     weight_RC = layout.to_matrix(kernel)
     if layout.keras_rows_are_inputs:
         solution = solve(weight_RC, statistics, scheme, drift=drift, **options)
-        assert isinstance(solution.weight, GroupedWeight)
-        weight, account = solution.weight, solution.account
-        codes = np.ascontiguousarray(weight.codes_RC)
     else:
         weight, account = solve_in_keras_groups(
             weight_RC, layout, scheme, statistics, drift=drift, **options
         )
-        codes = weight.codes_RC
+        solution = Solution(weight, account)
+    return _stored_gptq(solution, scheme), solution.account
+
+
+def _stored_gptq(solution: Solution, scheme: GPTQScheme) -> Variables:
+    weight = solution.weight
+    assert isinstance(weight, GroupedWeight)
+    codes = np.ascontiguousarray(weight.codes_RC)
     variables = _grouped(codes, weight.scale_RG, weight.zero_RG, scheme.weight_bits)
-    return {**variables, "g_idx": weight.group_C.astype(np.float32)}, account
+    return {**variables, "g_idx": weight.group_C.astype(np.float32)}
 
 
 def _awq(

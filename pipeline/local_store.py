@@ -1,0 +1,128 @@
+"""A store on a local disk, or on a file system that several machines mount."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.errors import StorageError
+
+_REMEDIES = {
+    errno.EACCES: "no permission; check owner and mode",
+    errno.EPERM: "not permitted; check owner and mode, and that the file system has hard links",
+    errno.EROFS: "the file system is read-only; choose another place",
+    errno.ENOSPC: "the disk is full; free some space and start again",
+    errno.EDQUOT: "the disk quota is used up; free some space and start again",
+    errno.ENOTSUP: "the file system has no hard links, which creating a file only once needs",
+    errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter place",
+    errno.EIO: "the disk fails to read or write; check its health",
+}
+
+
+class LocalBackend:
+    """Files below a directory, written so that a crash at any moment leaves whole files only.
+
+    Temporary files lie beside their target and begin with a dot; a crash may leave some behind,
+    and no listing shows them.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def read(self, key: str, num_bytes: int | None) -> bytes:  # noqa: ARG002 - of use afar
+        with self._explained(key) as path:
+            return path.read_bytes()
+
+    def read_range(self, key: str, start: int, stop: int) -> bytes:
+        with self._explained(key) as path, path.open("rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
+
+    def size(self, key: str) -> int:
+        with self._explained(key) as path:
+            if path.is_dir():
+                raise FileNotFoundError(path)
+            return path.stat().st_size
+
+    def write(self, key: str, data: bytes) -> None:
+        with self._explained(key) as path, _temporary(path, data) as temporary:
+            temporary.replace(path)
+
+    def create(self, key: str, data: bytes) -> None:
+        with self._explained(key) as path:
+            if path.exists():
+                raise FileExistsError(path)
+            # Linking fails if the name is taken: the one atomic create that carries the content.
+            with _temporary(path, data) as temporary:
+                path.hardlink_to(temporary)
+
+    def list(self, prefix: str) -> Iterator[str]:
+        top = self._root / prefix.rpartition("/")[0]
+        with self._explained(prefix):
+            for directory, subdirectories, names in os.walk(top, onerror=_unless_absent):
+                subdirectories[:] = [name for name in subdirectories if name[0] != "."]
+                for name in names:
+                    key = (Path(directory) / name).relative_to(self._root).as_posix()
+                    if key.startswith(prefix):
+                        yield key
+
+    def delete(self, key: str) -> None:
+        with self._explained(key) as path:
+            path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _explained(self, key: str) -> Iterator[Path]:
+        try:
+            yield self._root / key
+        except (IsADirectoryError, NotADirectoryError) as error:
+            # Object storage has no directories: no object has this name.
+            raise FileNotFoundError(self._root / key) from error
+        except OSError as error:
+            if error.errno not in _REMEDIES:
+                raise
+            raise StorageError(f"{self._root / key}: {_REMEDIES[error.errno]}") from error
+
+
+@contextmanager
+def _temporary(path: Path, data: bytes) -> Iterator[Path]:
+    """A durable file with `data` beside `path`; whatever the block names lasts after it."""
+    _make_directory(path.parent)
+    if path.is_dir():
+        raise StorageError(f"{path}: a directory is where this file belongs; move it away")
+    temporary = path.parent / f".{path.name[:100]}.{secrets.token_hex(8)}"
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_directory(path.parent)
+
+
+def _make_directory(path: Path) -> None:
+    if not path.is_dir():
+        _make_directory(path.parent)
+        if path.is_file():
+            raise StorageError(f"{path}: a file is where a directory is needed; move it away")
+        path.mkdir(exist_ok=True)
+        _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unless_absent(error: OSError) -> None:
+    # os.walk leaves errors out by default: a listing would be silently incomplete.
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error

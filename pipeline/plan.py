@@ -1,0 +1,191 @@
+"""The plan of a run: what is quantized how, on what, in which order. Its digest is the run.
+
+Everything here decides bytes of the result; where the source lies and how many workers there are
+do not, and are left out of the digest. The plan is plain data: whoever holds it needs no Keras.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from pipeline.canonical import canonical_json, digest_of
+from pipeline.errors import DamagedObjectError
+from pipeline.recipe import Kind, Statistics
+
+PLAN_KEY = "plan.json"
+
+_STRICT = ConfigDict(strict=True, extra="forbid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """One layer that holds matrices.
+
+    Attributes:
+        path: Keras' path of the layer.
+        name: the path within its block; outside the blocks, the path.
+        kind: "kernel" or "embedding".
+        in_features, out_features: of the matrix; of an embedding, vector and tokens.
+        scheme: as `quantizer.scheme_to_dict` gives it; None leaves the layer in float.
+        note: why it stays in float, where its recipe asked otherwise.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    path: str
+    name: str
+    kind: Kind
+    in_features: int
+    out_features: int
+    scheme: dict[str, Any] | None
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupPlan:
+    """Layers of one block that share an input, so that one sum and one factor serve them.
+
+    Attributes:
+        targets: the layers' names within the block.
+        in_features: C.
+        statistics: what is summed over calibration.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    targets: tuple[str, ...]
+    in_features: int
+    statistics: Statistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartPlan:
+    """What goes into one file of the artifact: part 0 is outside the blocks, part i + 1 block i.
+
+    Attributes:
+        part: the file's number.
+        name: the block's name; "rest" for part 0.
+        source_bytes: of its variables in the source.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    part: int
+    name: str
+    source_bytes: int
+    layers: tuple[LayerPlan, ...]
+    groups: tuple[GroupPlan, ...] = ()
+
+    @property
+    def num_weights(self) -> int:
+        return sum(layer.in_features * layer.out_features for layer in self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensPlan:
+    """The calibration windows, and how they are cut up.
+
+    Attributes:
+        key: storage key of the token windows, named by their digest.
+        digest: SHA-256 of that object.
+        fingerprint: SHA-256 of the texts.
+        num_samples, sequence_length: windows, and tokens in each.
+        micro_batch: windows that go through a block at once.
+        shards: slices [a, b) of the windows, the leaves of the reduction tree.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    key: str
+    digest: str
+    fingerprint: str
+    num_samples: int
+    sequence_length: int
+    micro_batch: int
+    shards: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One model × one recipe.
+
+    Attributes:
+        source_url: where the preset lies; not part of the digest.
+        source_digest: SHA-256 over the preset's content.
+        model: the backbone's class.
+        recipe: as `Recipe.to_dict` gives it.
+        tokens: calibration; None where no layer needs any.
+        parts: part 0, then the blocks in order.
+        machine: kind of processor and threads of each worker: other ones round otherwise.
+        versions: of the packages that compute.
+        policies: dtype policy by layer path, as the artifact's JSON names them.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    source_url: str
+    source_digest: str
+    model: str
+    recipe: dict[str, Any]
+    tokens: TokensPlan | None
+    parts: tuple[PartPlan, ...]
+    machine: dict[str, str]
+    versions: dict[str, str]
+    policies: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.parts) - 1
+
+    @property
+    def chained(self) -> bool:
+        """Whether a block's result depends on the blocks before it."""
+        return self.tokens is not None
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything that decides the result."""
+        values = dataclasses.asdict(self)
+        del values["source_url"]
+        return digest_of(values)
+
+    def to_json(self) -> bytes:
+        return canonical_json(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Plan:
+        """Read what `to_json` wrote.
+
+        Raises:
+            DamagedObjectError: anything else.
+        """
+        try:
+            # As JSON: strict validation takes lists for tuples there.
+            plan = TypeAdapter(cls).validate_json(data)
+            if plan.to_json() != data:
+                raise DamagedObjectError(f"{PLAN_KEY}: not as it was written")
+        except (ValidationError, json.JSONDecodeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise DamagedObjectError(f"{PLAN_KEY}: no plan of this version ({reason})") from error
+        return plan
+
+
+def micro_batches(num_samples: int, sequence_length: int) -> tuple[int, int]:
+    """Windows that go through a block at once, and windows of a shard.
+
+    About 2,048 tokens fill a matrix product; a shard holds a whole number of micro-batches, and
+    there are at most 32 shards.
+    """
+    micro_batch = min(num_samples, max(1, _TOKENS_AT_ONCE // sequence_length))
+    batches = -(-num_samples // micro_batch)
+    return micro_batch, micro_batch * -(-batches // _MOST_SHARDS)
+
+
+_TOKENS_AT_ONCE = 2048
+_MOST_SHARDS = 32

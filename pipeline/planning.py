@@ -1,0 +1,258 @@
+"""Make a plan: read the preset's JSON, build its skeleton, decide every layer's scheme.
+
+Everything that can be refused is refused here, before any weight is read or byte written.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+
+from pipeline.blocks import Block, BlockGraph, find_blocks
+from pipeline.calibration import make_windows, shards
+from pipeline.errors import RecipeError
+from pipeline.forward import BlockProgram, call_with
+from pipeline.inputs import model_inputs
+from pipeline.plan import GroupPlan, LayerPlan, PartPlan, Plan, TokensPlan, micro_batches
+from pipeline.preset import PresetFiles
+from pipeline.preset_json import layer_policy, policy_map
+from pipeline.quantizable import Target
+from pipeline.recipe import Kind, Recipe, Statistics, statistics_of
+from pipeline.recipe_check import check_recipe
+from pipeline.skeleton import Skeleton, build_skeleton
+from pipeline.source import open_source
+from pipeline.texts import read_texts
+from pipeline.token_windows import TokenWindows
+from pipeline.tokenizer import preset_tokenizer
+from quantizer import kernel_layout, scheme_to_dict
+from quantizer.schemes import AWQScheme, GPTQScheme, Scheme
+
+# What computes the result; another version may round otherwise.
+_PACKAGES = ("quantfleet", "jax", "jaxlib", "keras", "keras-hub", "numpy", "ml-dtypes", "h5py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A plan, and the token windows that it names."""
+
+    plan: Plan
+    windows: TokenWindows | None
+
+
+def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
+    """Decide everything about a run.
+
+    Args:
+        preset: the source.
+        recipe: what is wanted.
+        threads: of each worker's matrix products, which decide their rounding.
+
+    Raises:
+        PipelineError: a source, recipe or calibration that cannot be carried out.
+    """
+    skeleton = build_skeleton(preset)
+    graph = find_blocks(skeleton)
+    source = open_source(preset)
+    own = {id(layer) for layer in skeleton.backbone._flatten_layers()}
+    chosen = {
+        target.path: _scheme_of(target, recipe, in_block=False)
+        if id(target.layer) in own
+        else (None, "part of the task, not of the backbone; left in float")
+        for target in graph.rest_targets
+    }
+    for block in graph.blocks:
+        for target in block.targets:
+            chosen[target.path] = _scheme_of(target, recipe, in_block=True)
+    _check(recipe, graph)
+    policies = {path: layer_policy(scheme) for path, (scheme, _) in chosen.items() if scheme}
+    # Refuses, by name, what Keras has no policy for.
+    policy_map(_base_policy(skeleton), policies)
+    needs = any(statistics_of(scheme) for scheme, _ in chosen.values())
+    windows = _windows(preset, skeleton, recipe) if needs else None
+    tokens = None if windows is None else _tokens_plan(windows)
+    plan = Plan(
+        source_url=preset.url,
+        source_digest=source.digest(),
+        model=type(skeleton.backbone).__name__,
+        recipe=recipe.to_dict(),
+        tokens=tokens,
+        parts=_parts(skeleton, graph, chosen, tokens),
+        machine={
+            "platform": jax.default_backend(),
+            "device": _device_kind(),
+            "threads": str(threads),
+        },
+        versions={name: importlib.metadata.version(name) for name in _PACKAGES},
+        policies=policies,
+    )
+    return Planned(plan=plan, windows=windows)
+
+
+def _scheme_of(target: Target, recipe: Recipe, *, in_block: bool) -> tuple[Scheme | None, str]:
+    """A layer's scheme, or None with the reason where the recipe's cannot be had."""
+    kind = _kind(target)
+    scheme = recipe.scheme_for(target.path, kind)
+    if scheme is None or kind == "embedding":
+        return scheme, ""
+    if isinstance(scheme, GPTQScheme) and scheme.drift_correction:
+        raise RecipeError(
+            f"recipe {recipe.name}: drift_correction needs the float model's activations beside "
+            "the quantized one's, which a run does not carry; set it to 0"
+        )
+    if statistics_of(scheme) and not in_block:
+        return None, f"{scheme.mode} is calibrated inside blocks only; left in float"
+    layout = kernel_layout(target.layer)
+    if isinstance(scheme, GPTQScheme | AWQScheme) and (
+        layout.batched or len(layout.shape) not in (2, 3)
+    ):
+        return None, f"stock Keras cannot store this kernel in {scheme.mode}; left in float"
+    return scheme, ""
+
+
+def _kind(target: Target) -> Kind:
+    tables = (keras.layers.Embedding, keras.layers.ReversibleEmbedding)
+    return "embedding" if isinstance(target.layer, tables) else "kernel"
+
+
+def _check(recipe: Recipe, graph: BlockGraph) -> None:
+    targets = [*graph.rest_targets, *(target for b in graph.blocks for target in b.targets)]
+    check_recipe(recipe, [(t.path, _kind(t), _features(t)[0]) for t in targets])
+
+
+def _features(target: Target) -> tuple[int, int]:
+    if _kind(target) == "embedding":
+        return int(target.layer.output_dim), int(target.layer.input_dim)
+    layout = kernel_layout(target.layer)
+    return layout.in_features, layout.out_features
+
+
+def _base_policy(skeleton: Skeleton) -> str:
+    return str(skeleton.backbone.dtype_policy.name)
+
+
+def _windows(preset: PresetFiles, skeleton: Skeleton, recipe: Recipe) -> TokenWindows:
+    assert recipe.calibration is not None
+    tokenizer = preset_tokenizer(preset)
+    return make_windows(
+        read_texts(recipe.calibration),
+        tokenizer.tokenize,
+        recipe.calibration,
+        start_token=tokenizer.start_token,
+        end_token=tokenizer.end_token,
+        pad_token=tokenizer.pad_token or 0,
+        vocabulary_size=getattr(skeleton.backbone, "vocabulary_size", None),
+    )
+
+
+def _tokens_plan(windows: TokenWindows) -> TokensPlan:
+    num_samples, sequence_length = windows.tokens.shape
+    micro_batch, samples_per_shard = micro_batches(num_samples, sequence_length)
+    return TokensPlan(
+        key=windows.key,
+        digest=windows.digest,
+        fingerprint=windows.fingerprint,
+        num_samples=num_samples,
+        sequence_length=sequence_length,
+        micro_batch=micro_batch,
+        shards=shards(num_samples, samples_per_shard),
+    )
+
+
+def _parts(
+    skeleton: Skeleton,
+    graph: BlockGraph,
+    chosen: Mapping[str, tuple[Scheme | None, str]],
+    tokens: TokensPlan | None,
+) -> tuple[PartPlan, ...]:
+    in_blocks = {id(v) for block in graph.blocks for v in block.layer.weights}
+    rest = [v for v in skeleton.backbone.weights if id(v) not in in_blocks]
+    parts = [
+        PartPlan(
+            part=0,
+            name="rest",
+            source_bytes=_num_bytes(rest),
+            layers=(
+                *_layer_plans(graph.rest_targets, chosen),
+                *(_left(u.path, u.reason) for u in graph.rest_unsupported),
+            ),
+        )
+    ]
+    groups: dict[tuple[Any, ...], tuple[GroupPlan, ...]] = {}
+    for block in graph.blocks:
+        wanted = {t.name: statistics_of(chosen[t.path][0]) for t in block.targets}
+        kind = (block.kind, tuple(wanted.items()))
+        if tokens is not None and kind not in groups:
+            groups[kind] = _group_plans(graph, block, wanted, tokens)
+        parts.append(
+            PartPlan(
+                part=block.index + 1,
+                name=block.name,
+                source_bytes=_num_bytes(block.layer.weights),
+                layers=(
+                    *_layer_plans(block.targets, chosen),
+                    *(_left(u.path, u.reason) for u in block.unsupported),
+                ),
+                groups=groups.get(kind, ()),
+            )
+        )
+    return tuple(parts)
+
+
+def _layer_plans(
+    targets: Sequence[Target], chosen: Mapping[str, tuple[Scheme | None, str]]
+) -> list[LayerPlan]:
+    plans = []
+    for target in targets:
+        scheme, note = chosen[target.path]
+        in_features, out_features = _features(target)
+        plans.append(
+            LayerPlan(
+                path=target.path,
+                name=target.name,
+                kind=_kind(target),
+                in_features=in_features,
+                out_features=out_features,
+                scheme=None if scheme is None else scheme_to_dict(scheme),
+                note=note,
+            )
+        )
+    return plans
+
+
+def _left(path: str, reason: str) -> LayerPlan:
+    return LayerPlan(
+        path=path, name=path, kind="kernel", in_features=0, out_features=0, scheme=None, note=reason
+    )
+
+
+def _group_plans(
+    graph: BlockGraph, block: Block, wanted: Mapping[str, Statistics | None], tokens: TokensPlan
+) -> tuple[GroupPlan, ...]:
+    shape = (tokens.micro_batch, tokens.sequence_length)
+    example = model_inputs(graph.embed, np.zeros(shape, np.int32), np.ones(shape, bool))
+    weights = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in graph.embed.weights]
+    stream, *sides = jax.eval_shape(lambda v: _embed(graph, v, example), weights)
+    program = BlockProgram(block, wanted, stream, sides)
+    return tuple(
+        GroupPlan(targets=g.targets, in_features=g.in_features, statistics=g.statistics)
+        for g in program.groups
+    )
+
+
+def _embed(graph: BlockGraph, values: Sequence[Any], inputs: Sequence[Any]) -> Any:
+    return call_with(graph.embed, values, inputs)
+
+
+def _num_bytes(variables: Sequence[Any]) -> int:
+    return sum(int(np.prod(v.shape)) * np.dtype(v.dtype).itemsize for v in variables)
+
+
+def _device_kind() -> str:
+    device = jax.devices()[0]
+    return str(device.device_kind)

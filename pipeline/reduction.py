@@ -1,0 +1,75 @@
+"""The shape of a reduction: which sums are added to which, whoever holds them.
+
+Floating-point addition is not associative, so the tree is fixed by the number of calibration
+shards alone (`quantizer.tree_merge` draws the same one). Workers are given whole subtrees; what
+is left of the tree joins their sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+_Sum = TypeVar("_Sum")
+
+
+@dataclass(frozen=True, slots=True)
+class Subtree:
+    """The leaves [start, stop) below one node."""
+
+    start: int
+    stop: int
+
+    @property
+    def leaves(self) -> range:
+        return range(self.start, self.stop)
+
+
+def split(num_leaves: int, num_workers: int) -> list[list[Subtree]]:
+    """Whole subtrees of the tree over `num_leaves` leaves for each worker, in leaf order.
+
+    All subtrees but the last are of one size: the largest that leaves no worker without one,
+    where there are leaves enough.
+    """
+    size = 1
+    while -(-num_leaves // (2 * size)) >= min(num_workers, num_leaves):
+        size *= 2
+        if size >= num_leaves:
+            break
+    subtrees = [Subtree(a, min(a + size, num_leaves)) for a in range(0, num_leaves, size)]
+    shares: list[list[Subtree]] = []
+    taken = 0
+    for worker in range(num_workers):
+        count = -(-(len(subtrees) - taken) // (num_workers - worker))
+        shares.append(subtrees[taken : taken + count])
+        taken += count
+    return shares
+
+
+def reduce_subtree(
+    subtree: Subtree, leaf: Callable[[int], _Sum], merge: Callable[[_Sum, _Sum], _Sum]
+) -> _Sum:
+    """The sum of one subtree, holding at most one unmerged sum for each of its levels."""
+    # Like carrying in binary: two finished sums of one level make one of the next.
+    pending: list[tuple[int, _Sum]] = []
+    for index in subtree.leaves:
+        level, found = 0, leaf(index)
+        while pending and pending[-1][0] == level:
+            found = merge(pending.pop()[1], found)
+            level += 1
+        pending.append((level, found))
+    total = pending.pop()[1]
+    # The ragged end: a node without a neighbour rises unmerged until it meets one.
+    while pending:
+        total = merge(pending.pop()[1], total)
+    return total
+
+
+def join(sums: Sequence[_Sum], merge: Callable[[_Sum, _Sum], _Sum]) -> _Sum:
+    """What remains of the tree above the subtrees' sums, given in leaf order."""
+    level = list(sums)
+    while len(level) > 1:
+        pairs = [merge(level[i], level[i + 1]) for i in range(0, len(level) - 1, 2)]
+        level = pairs + level[2 * len(pairs) :]
+    return level[0]

@@ -1,0 +1,254 @@
+"""The driver of one run: a plan carried out block by block, each committed as soon as it is solved.
+
+It holds no arrays and no Keras: keys and handles go out, small records come back. What is in
+storage decides where it starts, so resuming is the same as running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline import activations
+from pipeline.canonical import sha256
+from pipeline.commits import committed_parts, quarantine
+from pipeline.crew import Crew, WorkerLostError
+from pipeline.errors import PlanMismatchError
+from pipeline.plan import PLAN_KEY, GroupPlan, PartPlan, Plan
+from pipeline.records import Manifest, PartRecord
+from pipeline.reduction import join, split
+from pipeline.storage import ObjectStore
+
+_MOST_LOSSES = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Something that a run reports.
+
+    Attributes:
+        event: "resumed", "committed", "kept", "lost" or "sealed".
+        part: the part that it is about.
+        record: of a committed part.
+        seconds: of work by stage since the last report, all workers together.
+        text: more, in words.
+    """
+
+    event: str
+    part: int | None = None
+    record: PartRecord | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    text: str = ""
+
+
+Report = Callable[[Step], None]
+
+
+def claim(store: ObjectStore, plan: Plan) -> Plan:
+    """Write the plan into an empty run directory, or make sure that it is the one there.
+
+    Raises:
+        PlanMismatchError: the directory belongs to another plan, or holds other things.
+    """
+    if store.exists(PLAN_KEY):
+        found = Plan.from_json(store.get(PLAN_KEY))
+        if found.digest != plan.digest:
+            raise PlanMismatchError(
+                f"{store.url(PLAN_KEY)} is the plan of another run ({_difference(found, plan)}); "
+                "choose another --output, or resume that run with what it was started with"
+            )
+        return found
+    foreign = [key for key in store.list() if not key.startswith("tokens/")]
+    if foreign:
+        raise PlanMismatchError(
+            f"{store.url(foreign[0])} is there already, and no {PLAN_KEY} beside it; choose an "
+            "empty --output"
+        )
+    store.create(PLAN_KEY, plan.to_json())
+    return plan
+
+
+def quantize(
+    plan: Plan, store: ObjectStore, crew: Crew, report: Report, *, keep_every: int = 8
+) -> Manifest:
+    """Carry a plan out, from wherever storage says it stands, to its manifest.
+
+    Args:
+        plan: the one at the run's root (see `claim`).
+        store: opened at the run's root.
+        crew: workers for this plan.
+        report: is told what happens.
+        keep_every: blocks between activations kept in storage.
+
+    Raises:
+        PipelineError: what repetition does not mend; resuming goes on from the last block.
+    """
+    losses = 0
+    while True:
+        try:
+            records = _committed(plan, store, report)
+            _quantize_alone(plan, crew, records, report)
+            if plan.chained:
+                _quantize_in_turn(plan, store, crew, records, report, keep_every)
+            [manifest] = crew.fetch([crew.submit(0, "seal", records)])
+        except WorkerLostError as error:
+            losses += 1
+            if losses > _MOST_LOSSES:
+                raise
+            report(Step(event="lost", text=f"a worker was lost ({error}); its work is done again"))
+            crew.revive()
+        else:
+            report(Step(event="sealed", seconds=crew.seconds()))
+            return manifest  # type: ignore[no-any-return]
+
+
+def _committed(plan: Plan, store: ObjectStore, report: Report) -> dict[int, PartRecord]:
+    found = committed_parts(
+        store,
+        plan_digest=plan.digest,
+        num_blocks=plan.num_blocks,
+        chained=plan.chained,
+        verify=True,
+    )
+    for finding in found.findings:
+        report(Step(event="damaged", text=finding.problem))
+    quarantine(store, found.findings)
+    if found.parts:
+        report(Step(event="resumed", text=f"{len(found.parts)} of {len(plan.parts)} parts"))
+    return dict(found.parts)
+
+
+def _quantize_alone(
+    plan: Plan, crew: Crew, records: dict[int, PartRecord], report: Report
+) -> None:
+    """The parts that depend on nothing: all of them without calibration, else what is no block."""
+    parts = [0] if plan.chained else range(len(plan.parts))
+    pending = [part for part in parts if part not in records]
+    for start in range(0, len(pending), crew.num_workers):
+        wave = pending[start : start + crew.num_workers]
+        handles = [crew.submit(i, "quantize_alone", part) for i, part in enumerate(wave)]
+        for record in crew.fetch(handles):
+            _note(records, record, crew, report)
+
+
+def _quantize_in_turn(
+    plan: Plan,
+    store: ObjectStore,
+    crew: Crew,
+    records: dict[int, PartRecord],
+    report: Report,
+    keep_every: int,
+) -> None:
+    """The blocks, each calibrated on what the quantized ones before it give."""
+    first = next((b for b in range(plan.num_blocks) if b + 1 not in records), plan.num_blocks)
+    if first == plan.num_blocks:
+        return
+    assert plan.tokens is not None
+    num_shards = len(plan.tokens.shards)
+    shares = split(num_shards, crew.num_workers)
+    shards = [[leaf for subtree in share for leaf in subtree.leaves] for share in shares]
+    start = activations.latest(store, first, num_shards)
+    values = crew.submit(first % crew.num_workers, "read", first + 1)
+    crew.fetch(
+        [crew.submit(w, "restore", first, held, start) for w, held in enumerate(shards) if held]
+    )
+    for block in range(first, plan.num_blocks):
+        part = plan.parts[block + 1]
+        last = block + 1 == plan.num_blocks
+        following = None if last else crew.submit(block % crew.num_workers, "read", block + 2)
+        sums = _capture(part, block, crew, shares, values)
+        solved = _solve(part, crew, sums, values)
+        previous = sha256(records[block].to_json()) if block else ""
+        record = crew.submit(block % crew.num_workers, "commit", block + 1, previous, values, *solved)
+        moved = [
+            crew.submit(w, "propagate", block, held, values, *solved)
+            for w, held in enumerate(shards)
+            if held and not last
+        ]
+        _note(records, *crew.fetch([record]), crew, report)
+        crew.fetch(moved)
+        if not last and (block + 1) % keep_every == 0:
+            _keep(store, crew, block + 1, shards, report)
+        values = following
+
+
+def _capture(
+    part: PartPlan, block: int, crew: Crew, shares: Sequence[Any], values: Any
+) -> list[Any]:
+    """Handles to the sum of every group's input, over all shards."""
+    if not part.groups:
+        return []
+    by_subtree = [
+        (w, _as_list(crew.submit(w, "capture", block, subtree, values, num_returns=len(part.groups))))
+        for w, share in enumerate(shares)
+        for subtree in share
+    ]
+    sums = []
+    for group in range(len(part.groups)):
+        leaves = [(w, handles[group]) for w, handles in by_subtree]
+        # The left one's worker adds: its sum need not travel.
+        total = join(
+            leaves, lambda left, right: (left[0], crew.submit(left[0], "merge", left[1], right[1]))
+        )
+        sums.append(total[1])
+    return sums
+
+
+def _solve(part: PartPlan, crew: Crew, sums: Sequence[Any], values: Any) -> list[Any]:
+    """Handles to the solved layers, costliest input first, each to the worker with the least."""
+    schemed = {layer.name: layer for layer in part.layers if layer.scheme is not None}
+    jobs = [
+        ([schemed[name].path for name in group.targets], sums[i], _cost(part, group))
+        for i, group in enumerate(part.groups)
+    ]
+    calibrated = {name for group in part.groups for name in group.targets}
+    alone = [layer.path for name, layer in schemed.items() if name not in calibrated]
+    if alone:
+        jobs.append((alone, None, 0.0))
+    handles: list[Any] = [None] * len(jobs)
+    load = [0.0] * crew.num_workers
+    for index in sorted(range(len(jobs)), key=lambda i: (-jobs[i][2], i)):
+        paths, total, cost = jobs[index]
+        worker = load.index(min(load))
+        load[worker] += cost
+        handles[index] = crew.submit(worker, "solve", part.part, paths, values, total)
+    return handles
+
+
+def _cost(part: PartPlan, group: GroupPlan) -> float:
+    """Flops of a GPTQ solve: R·C² for the columns, ⅔·C³ for the factor."""
+    if group.statistics != "hessian":
+        return 0.0
+    rows = sum(layer.out_features for layer in part.layers if layer.name in group.targets)
+    return rows * group.in_features**2 + 2 / 3 * group.in_features**3
+
+
+def _keep(
+    store: ObjectStore, crew: Crew, block: int, shards: Sequence[Sequence[int]], report: Report
+) -> None:
+    kept: dict[int, activations.Kept] = {}
+    for found in crew.fetch(
+        [crew.submit(w, "keep", block, held) for w, held in enumerate(shards) if held]
+    ):
+        kept |= found
+    activations.finish(store, block, kept)
+    activations.discard(store, block)
+    report(Step(event="kept", part=block))
+
+
+def _note(
+    records: dict[int, PartRecord], record: PartRecord, crew: Crew, report: Report
+) -> None:
+    records[record.part] = record
+    report(Step(event="committed", part=record.part, record=record, seconds=crew.seconds()))
+
+
+def _as_list(handles: Any) -> list[Any]:
+    return list(handles) if isinstance(handles, list) else [handles]
+
+
+def _difference(found: Plan, wanted: Plan) -> str:
+    fields = ("source_digest", "recipe", "tokens", "machine", "versions", "parts")
+    other = [name for name in fields if getattr(found, name) != getattr(wanted, name)]
+    return f"other {', '.join(other)}"

@@ -1,0 +1,1 @@
+"""Models and text for tests and benchmarks, none of them downloaded."""
