@@ -1,29 +1,59 @@
 """The `quantfleet` command.
 
-Starting it must stay instant, so nothing here may import JAX or Keras before a command needs them.
+Starting it must stay instant, so nothing here may import Ray, JAX or Keras before a command needs
+them. Exit codes: 0 done; 1 a fault of ours; 2 bad input; 3 storage or cluster cannot be used as
+asked; 4 a result that is damaged or incomplete; 130 interrupted.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from jobs.schemes import describe_scheme, schemes_table
+from pipeline.errors import PipelineError
+from quantizer.errors import QuantizationError
 from quantizer.schemes import SCHEMES
+
+if TYPE_CHECKING:
+    from jobs.quantize import Place
+    from pipeline.recipe import Recipe
 
 app = typer.Typer(
     help="Quantize Keras language models in batches.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+_Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster to join, such as auto or ray://head:10001; default: start one."),
+]
+_Workers = Annotated[
+    int | None, typer.Option(min=1, help="Workers; default: one a node, or one a GPU.")
+]
+_Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="Threads of each worker; they decide rounding, so they are planned."),
+]
+_Device = Annotated[str, typer.Option(help="auto, cpu or gpu.")]
+_EvaluationTexts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--evaluate-on", help="Texts, other than calibration's, to judge the result by; repeatable."
+    ),
+]
+_Windows = Annotated[int, typer.Option("--windows", min=1, help="Token windows to evaluate on.")]
+_KeepEvery = Annotated[
+    int, typer.Option(min=1, help="Blocks between activations kept in storage, to resume from.")
+]
 
 
 def _print_version(requested: bool) -> None:
@@ -45,68 +75,184 @@ def quantfleet(
 
 
 @app.command()
-def schemes(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
+def schemes(as_json: _Json = False) -> None:
     """List the quantization schemes: their fields, defaults and meaning."""
     described = {mode: describe_scheme(scheme) for mode, scheme in SCHEMES.items()}
     if as_json:
         typer.echo(json.dumps(described, indent=2))
     else:
-        Console().print(_schemes_table(described))
+        Console().print(schemes_table(described))
 
 
-def describe_scheme(scheme: type) -> dict[str, Any]:
-    """Return what a scheme's dataclass says about itself, as plain JSON values."""
-    return {
-        "summary": _first_line(scheme.__doc__),
-        "fields": [
-            {
-                "name": field.name,
-                "default": None if _is_required(field) else _default(field),
-                "required": _is_required(field),
-                "doc": _first_line(field.metadata.get("doc")),
-            }
-            for field in dataclasses.fields(scheme)
-            if field.init
-        ],
-    }
+@app.command()
+def recipes(as_json: _Json = False) -> None:
+    """List the built-in recipes."""
+    from jobs.recipes import recipes_json, recipes_table
+
+    if as_json:
+        typer.echo(json.dumps(recipes_json(), indent=2))
+    else:
+        Console().print(recipes_table())
 
 
-def _is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+@app.command()
+def quantize(
+    preset: Annotated[str, typer.Argument(help="Folder of a KerasHub preset, or its URL.")],
+    recipe: Annotated[str, typer.Option(help="A built-in recipe's name, or a YAML file.")],
+    output: Annotated[str, typer.Option(help="Where to write: a folder, or a URL.")],
+    texts: Annotated[
+        list[str] | None,
+        typer.Option(help="Calibrate on these texts instead of the recipe's; repeatable."),
+    ] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(min=1, help="Calibration windows, instead of the recipe's.")
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens in each, instead of the recipe's.")
+    ] = None,
+    evaluate_on: _EvaluationTexts = None,
+    windows: _Windows = 8,
+    address: _Address = None,
+    workers: _Workers = None,
+    threads: _Threads = None,
+    device: _Device = "auto",
+    keep_every: _KeepEvery = 8,
+    dry_run: Annotated[
+        bool, typer.Option(help="Print the plan and its cost; run nothing.")
+    ] = False,
+    as_json: _Json = False,
+) -> None:
+    """Quantize one model by one recipe, or go on where an earlier attempt stopped."""
+    from jobs.quantize import Job, run_job
+
+    job = Job(
+        source_url=preset,
+        recipe=_recipe(recipe, texts, num_samples, sequence_length),
+        output_url=output,
+        evaluation_texts=tuple(evaluate_on or ()),
+        evaluation_windows=windows,
+        keep_every=keep_every,
+    )
+    run_job(
+        job,
+        _place(address, workers, threads, device),
+        Console(stderr=True),
+        as_json=as_json,
+        dry_run=dry_run,
+    )
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
+@app.command()
+def resume(
+    output: Annotated[str, typer.Argument(help="Where the run was writing.")],
+    source: Annotated[
+        str | None, typer.Option(help="The preset, should it lie elsewhere now.")
+    ] = None,
+    address: _Address = None,
+    workers: _Workers = None,
+    threads: _Threads = None,
+    device: _Device = "auto",
+    keep_every: _KeepEvery = 8,
+    as_json: _Json = False,
+) -> None:
+    """Go on with a run from its last committed block."""
+    from jobs.quantize import resume_job
+
+    resume_job(
+        output,
+        _place(address, workers, threads, device),
+        Console(stderr=True),
+        as_json=as_json,
+        source_url=source,
+        keep_every=keep_every,
+    )
 
 
-def _first_line(text: str | None) -> str:
-    return (text or "").strip().partition("\n")[0]
+@app.command()
+def evaluate(
+    output: Annotated[str, typer.Argument(help="Where a finished run wrote.")],
+    evaluate_on: _EvaluationTexts = None,
+    windows: _Windows = 8,
+    source: Annotated[
+        str | None, typer.Option(help="The preset, should it lie elsewhere now.")
+    ] = None,
+    address: _Address = None,
+    workers: _Workers = None,
+    device: _Device = "auto",
+    as_json: _Json = False,
+) -> None:
+    """Compare a finished result with its source, on texts."""
+    from jobs.quantize import resume_job
+
+    if not evaluate_on:
+        raise PipelineError("nothing to evaluate on; give --evaluate-on texts.jsonl")
+    resume_job(
+        output,
+        _place(address, workers, None, device),
+        Console(stderr=True),
+        as_json=as_json,
+        source_url=source,
+        evaluation_texts=tuple(evaluate_on),
+        evaluation_windows=windows,
+        must_be_finished=True,
+    )
 
 
-def _schemes_table(described: dict[str, dict[str, Any]]) -> Table:
-    table = Table("scheme", "field", "default", "meaning")
-    for mode, scheme in described.items():
-        table.add_row(Text(mode, style="bold"), "", "", Text(scheme["summary"]))
-        for field in scheme["fields"]:
-            default = "required" if field["required"] else json.dumps(field["default"])
-            # Text, since Rich would read a str's square brackets as markup.
-            table.add_row("", field["name"], Text(default), Text(field["doc"]))
-        table.add_section()
-    return table
+@app.command()
+def verify(
+    output: Annotated[str, typer.Argument(help="Where a finished run wrote.")],
+    stock: Annotated[
+        bool, typer.Option(help="Also load and run it with stock KerasHub, in a fresh process.")
+    ] = True,
+    as_json: _Json = False,
+) -> None:
+    """Check every file of a finished result, and that stock KerasHub loads it."""
+    from jobs.verify import verify_run
+
+    verify_run(output, Console(stderr=True), stock=stock, as_json=as_json)
+
+
+def _recipe(
+    name: str, texts: Sequence[str] | None, num_samples: int | None, sequence_length: int | None
+) -> Recipe:
+    from pipeline.recipe_file import load_recipe, recipe_from_dict
+
+    recipe = load_recipe(name)
+    given = {"texts": texts or None, "num_samples": num_samples, "sequence_length": sequence_length}
+    changes = {field: value for field, value in given.items() if value is not None}
+    if not changes or not recipe.needs_calibration:
+        return recipe
+    values = recipe.to_dict()
+    values["calibration"] |= changes
+    return recipe_from_dict(values, where=name)
+
+
+def _place(address: str | None, workers: int | None, threads: int | None, device: str) -> Place:
+    from jobs.quantize import Place
+
+    if device not in ("auto", "cpu", "gpu"):
+        raise PipelineError(f"--device must be auto, cpu or gpu, not {device!r}")
+    return Place(address=address, workers=workers, threads=threads, device=device)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line: a user's mistake costs one line and exit code 2, no traceback."""
+    """Run the command line: a user's mistake costs one line and an exit code, no traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         status = app(arguments or ["--help"], prog_name="quantfleet", standalone_mode=False)
     except typer.TyperException as mistake:
-        typer.echo(f"quantfleet: {' '.join(mistake.format_message().split())}", err=True)
+        _say(mistake.format_message())
         sys.exit(2)
-    except typer.Abort:  # Ctrl-C
+    except PipelineError as error:
+        _say(str(error))
+        sys.exit(error.exit_code)
+    except QuantizationError as error:
+        _say(str(error))
+        sys.exit(2)
+    except (typer.Abort, KeyboardInterrupt):  # Ctrl-C
         sys.exit(130)
     sys.exit(status or 0)
+
+
+def _say(message: str) -> None:
+    typer.echo(f"quantfleet: {' '.join(message.split())}", err=True)

@@ -57,13 +57,9 @@ def finish(store: ObjectStore, block: int, kept: Mapping[int, Kept]) -> None:
 
 
 def latest(store: ObjectStore, block: int, num_shards: int) -> int:
-    """The last block at or before `block` that a whole, undamaged set enters; 0 if there is none."""
+    """The last block up to `block` that a whole, undamaged set enters; 0 if there is none."""
     found = sorted(
-        (
-            int(key.removeprefix(PREFIX).partition("/")[0])
-            for key in store.list(PREFIX)
-            if key.endswith("/index.json")
-        ),
+        (_block_of(key) for key in store.list(PREFIX) if key.endswith("/index.json")),
         reverse=True,
     )
     for candidate in found:
@@ -75,10 +71,11 @@ def latest(store: ObjectStore, block: int, num_shards: int) -> int:
 def discard(store: ObjectStore, keep: int) -> None:
     """Delete all sets but that of block `keep` and the one before it."""
     keys = store.list(PREFIX)
-    blocks = sorted({key.removeprefix(PREFIX).partition("/")[0] for key in keys})
-    old = set(blocks[: max(0, blocks.index(f"{keep:05d}") - 1)]) if f"{keep:05d}" in blocks else set()
+    blocks = sorted({_block_of(key) for key in keys})
+    before = [block for block in blocks if block < keep]
+    old = set(before[:-1])
     for key in keys:
-        if key.removeprefix(PREFIX).partition("/")[0] in old:
+        if _block_of(key) in old:
             store.delete(key)
 
 
@@ -100,6 +97,10 @@ def _index(store: ObjectStore, block: int) -> dict[int, Kept]:
         return {int(shard): Kept(*entry) for shard, entry in json.loads(data).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise DamagedObjectError(f"{store.url(_index_key(block))}: damaged ({error})") from None
+
+
+def _block_of(key: str) -> int:
+    return int(key.removeprefix(PREFIX).partition("/")[0])
 
 
 def _shard_key(block: int, shard: int) -> str:

@@ -7,7 +7,7 @@ block turns it into the next, and what else blocks ask for (masks) is a side inp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,6 +17,7 @@ from keras import tree
 
 from pipeline.block_kind import block_kind
 from pipeline.errors import SourceError
+from pipeline.functional_graph import behind, replay
 from pipeline.quantizable import Target, Unsupported, find_targets, find_unsupported, holds_kernels
 from pipeline.skeleton import Skeleton
 
@@ -222,29 +223,14 @@ def _refuse_shortcuts(
 ) -> None:
     """Nothing but the next block may use what a block gives, nor the head what is inside."""
     for tensor in sides.values():
-        for node in _behind([tensor]):
+        for node in behind([tensor]):
             if node.operation in blocks:
                 raise _no_chain(backbone, node.operation, "a later block uses more than its stream")
-    for node in _behind(tree.flatten(backbone.output), {id(last)}):
+    for node in behind(tree.flatten(backbone.output), {id(last)}):
         if node.operation in blocks:
             raise _no_chain(
                 backbone, node.operation, "the model's output uses it past later blocks"
             )
-
-
-def _behind(tensors: Iterable[Any], ends: Set[int] = frozenset()) -> Iterator[Any]:
-    """Every call (node) that tensors come from, up to the model's inputs or `ends` (ids)."""
-    seen: set[int] = set(ends)
-    pending = list(tensors)
-    while pending:
-        tensor = pending.pop()
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        operation, node_index, _ = tensor._keras_history
-        node = operation._inbound_nodes[node_index]
-        yield node
-        pending.extend(node.input_tensors)
 
 
 def _head(skeleton: Skeleton, last: Any) -> tuple[keras.Model, tuple[str, ...]]:
@@ -252,47 +238,18 @@ def _head(skeleton: Skeleton, last: Any) -> tuple[keras.Model, tuple[str, ...]]:
     backbone, task = skeleton.backbone, skeleton.task
     stream = keras.Input(batch_shape=last.shape, dtype=last.dtype, name="stream")
     inputs: dict[str, Any] = {}
-    output = _replay(backbone.output, {id(last): stream}, inputs)
+    output = replay(backbone.output, {id(last): stream}, inputs)
     if task is not None:
         node = _backbone_call(backbone, task)
         given = dict(zip(map(id, node.output_tensors), tree.flatten(output), strict=True))
-        output = _replay(task.output, given, inputs)
+        output = replay(task.output, given, inputs)
     return keras.Model([stream, *inputs.values()], output, name="head"), tuple(inputs)
-
-
-def _replay(output: Any, given: dict[int, Any], inputs: dict[str, Any]) -> Any:
-    """Compute a graph's output again, from given tensors (by the id of those they replace).
-
-    Not `keras.Model(last, output)`: Keras 3.15 fails when an output is itself an input, as in
-    BERT. Inputs that turn out to be needed are added to `inputs` by name.
-    """
-
-    def compute(tensor: Any) -> Any:
-        if not isinstance(tensor, keras.KerasTensor):
-            return tensor
-        if id(tensor) not in given:
-            operation, node_index, _ = tensor._keras_history
-            if isinstance(operation, keras.layers.InputLayer):
-                again = keras.Input(
-                    batch_shape=tensor.shape, dtype=tensor.dtype, name=operation.name
-                )
-                given[id(tensor)] = inputs.setdefault(str(operation.name), again)
-            else:
-                node = operation._inbound_nodes[node_index]
-                args, kwargs = tree.map_structure(
-                    compute, (node.arguments.args, node.arguments.kwargs)
-                )
-                results = tree.flatten(operation(*args, **kwargs))
-                given.update(zip(map(id, node.output_tensors), results, strict=True))
-        return given[id(tensor)]
-
-    return tree.map_structure(compute, output)
 
 
 def _backbone_call(backbone: Any, task: Any) -> Any:
     """The node by which a task calls its backbone."""
     calls = {
-        id(node): node for node in _behind(tree.flatten(task.output)) if node.operation is backbone
+        id(node): node for node in behind(tree.flatten(task.output)) if node.operation is backbone
     }
     if len(calls) != 1:
         raise SourceError(

@@ -159,17 +159,18 @@ class RayCrew:
 
     def __init__(self, resources: Resources, *worker_args: Any) -> None:
         self.num_workers = resources.workers
-        actor = ray.remote(
-            num_cpus=resources.threads,
-            num_gpus=resources.gpus,
-            max_restarts=-1,
+        options: dict[str, Any] = {
+            "num_cpus": resources.threads,
+            "num_gpus": resources.gpus,
+            "max_restarts": -1,
             # A call is repeated by the driver, which first brings the worker's shards back.
-            max_task_retries=0,
+            "max_task_retries": 0,
             # The next block is read while this one is solved.
-            concurrency_groups={"io": 1},
-            runtime_env={"env_vars": worker_environment(resources)},
-        )(_Actor)
-        self._actors = [actor.remote(*worker_args) for _ in range(resources.workers)]
+            "concurrency_groups": {"io": 1},
+            "runtime_env": {"env_vars": worker_environment(resources)},
+        }
+        actor: Any = ray.remote(**options)(_Actor)
+        self._actors: list[Any] = [actor.remote(*worker_args) for _ in range(resources.workers)]
 
     def submit(self, worker: int, method: str, *args: Any, num_returns: int = 1) -> Any:
         options: dict[str, Any] = {"num_returns": num_returns}

@@ -21,6 +21,8 @@ class WorkerLostError(Exception):
 class CrewError(PipelineError):
     """Work cannot be carried out here; the message says what is missing."""
 
+    exit_code = 3
+
 
 class Crew(Protocol):
     """Workers 0 … num_workers - 1, each a `pipeline.worker.Worker`."""
@@ -79,7 +81,9 @@ class LocalCrew:
         self._workers = [TimedWorker(worker) for worker in workers]
 
     def submit(self, worker: int, method: str, *args: Any, num_returns: int = 1) -> Any:
-        return self._workers[worker].call(method, *args)
+        found = self._workers[worker].call(method, *args)
+        assert num_returns == 1 or len(found) == num_returns
+        return found
 
     def fetch(self, handles: Sequence[Any]) -> list[Any]:
         return list(handles)
@@ -87,7 +91,7 @@ class LocalCrew:
     def seconds(self) -> dict[str, float]:
         total: Counter[str] = Counter()
         for worker in self._workers:
-            total.update(worker.take_seconds())  # type: ignore[arg-type]
+            total.update(worker.take_seconds())
         return dict(total)
 
     def revive(self) -> None:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class PipelineError(ValueError):
-    """Base of every error that `pipeline` raises on purpose."""
+    """Base of every error that `pipeline` raises on purpose.
+
+    Attributes:
+        exit_code: of the command that it ends: 2 for bad input, 3 for storage or a cluster that
+            cannot be used as asked, 4 for a result that is damaged.
+    """
+
+    exit_code: ClassVar[int] = 2
 
 
 class SourceError(PipelineError):
@@ -22,6 +31,8 @@ class CalibrationTextError(PipelineError):
 class StorageError(PipelineError):
     """Object storage that cannot be used as asked; the message names the URL and the remedy."""
 
+    exit_code = 3
+
 
 class MissingObjectError(StorageError, FileNotFoundError):
     """No object under this key."""
@@ -34,9 +45,13 @@ class ObjectExistsError(StorageError, FileExistsError):
 class DamagedObjectError(StorageError):
     """An object whose bytes are not those that were written."""
 
+    exit_code = 4
+
 
 class DivergenceError(PipelineError):
     """Two computations of the same thing gave other bytes; nothing more may be published."""
+
+    exit_code = 4
 
 
 class PlanMismatchError(PipelineError):

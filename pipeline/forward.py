@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -75,8 +76,8 @@ class BlockProgram:
         if self._wanted:
             values = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in block.layer.weights]
             jax.eval_shape(self._learn, values, stream, list(sides))
-        self._run = jax.jit(self._output)
-        self._capture = jax.jit(self._sums, donate_argnums=(4,))
+        self._run: Callable[..., Array] = jax.jit(self._output)
+        self._capture: Callable[..., list[_Carry]] = jax.jit(self._sums, donate_argnums=(4,))
 
     def run(self, values: Sequence[Any], stream: Any, sides: Sequence[Any]) -> Array:
         """The block's output, [batch, sequence, hidden].
@@ -127,7 +128,8 @@ class BlockProgram:
 
     def _output(self, values: Sequence[Array], stream: Array, sides: Sequence[Array]) -> Array:
         args, kwargs = self._block.bind(stream, sides)
-        return call_with(self._block.layer, values, *args, **kwargs)
+        output: Array = call_with(self._block.layer, values, *args, **kwargs)
+        return output
 
     def _sums(
         self,
@@ -169,7 +171,7 @@ class BlockProgram:
 
 
 def call_with(layer: Any, values: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-    """`layer(*args, **kwargs)` with these values of its weights, in the order of `layer.weights`."""
+    """`layer(*args, **kwargs)` with values for its weights, in the order of `layer.weights`."""
     mapping = list(zip(layer.weights, values, strict=True))
     with keras.StatelessScope(state_mapping=mapping):
         return layer(*args, **kwargs)
@@ -215,7 +217,7 @@ def gram(rows_NC: Array) -> Array:
             jnp.matmul(rows_NC[:, a:b].T, rows_NC[:, a:], precision=lax.Precision.HIGHEST),
             ((0, 0), (a, 0)),
         )
-        for a, b in zip(edges, edges[1:], strict=False)
+        for a, b in pairwise(edges)
     ]
     upper = jnp.triu(jnp.concatenate(bands))
     return upper + jnp.triu(upper, 1).T

@@ -11,9 +11,7 @@ from numpy.typing import NDArray
 from pipeline.errors import SourceError
 
 
-def model_inputs(
-    model: keras.Model, tokens: NDArray[np.int32], mask: NDArray[np.bool_]
-) -> Any:
+def model_inputs(model: keras.Model, tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> Any:
     """The inputs of a model that is fed a backbone's inputs, in the structure that it takes.
 
     Args:

@@ -27,7 +27,6 @@ from pipeline.weight_layout import weight_layout
 from quantizer import kernel_layout, scheme_from_dict
 from quantizer.restore import restore_kernel
 
-
 TASK_WEIGHTS = "task.weights.h5"
 """Where KerasHub keeps what a task has beside its backbone."""
 
@@ -50,10 +49,19 @@ class ModelState:
         return find_blocks(build_skeleton(self._preset, "float32"))
 
     @cached_property
+    def own(self) -> Skeleton:
+        """The source as it is, in its own dtype."""
+        return build_skeleton(self._preset)
+
+    @cached_property
+    def own_graph(self) -> BlockGraph:
+        """The source's blocks, in its own dtype."""
+        return find_blocks(self.own)
+
+    @cached_property
     def quantized(self) -> Skeleton:
         """As the artifact's JSON describes it."""
-        plain = build_skeleton(self._preset)
-        base = base_policy(dict(plain.backbone_json))
+        base = base_policy(dict(self.own.backbone_json))
         return build_skeleton(self._preset, policy_map(base, self.plan.policies))
 
     @cached_property
@@ -70,7 +78,7 @@ class ModelState:
     def preset_files(self) -> dict[str, bytes]:
         """The source's files as KerasHub saves a preset, but for its weights, by name."""
         if self._preset.kind == "huggingface":
-            return converted_files(self._preset, build_skeleton(self._preset))
+            return converted_files(self._preset, self.own)
         names = {*self._preset.json_files, *self._preset.assets} - {INDEX_FILE}
         if TASK_WEIGHTS in self._preset.sizes:
             names.add(TASK_WEIGHTS)

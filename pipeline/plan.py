@@ -118,7 +118,7 @@ class Plan:
     Attributes:
         source_url: where the preset lies; not part of the digest.
         source_digest: SHA-256 over the preset's content.
-        model: the backbone's class.
+        model, task: the classes of the backbone, and of what stock KerasHub loads.
         recipe: as `Recipe.to_dict` gives it.
         tokens: calibration; None where no layer needs any.
         parts: part 0, then the blocks in order.
@@ -132,6 +132,7 @@ class Plan:
     source_url: str
     source_digest: str
     model: str
+    task: str
     recipe: dict[str, Any]
     tokens: TokensPlan | None
     parts: tuple[PartPlan, ...]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pipeline.cluster import Resources, run_once
+from pipeline.crew import Crew
+from pipeline.fidelity import Fidelity, average
 from pipeline.plan import Plan
-from pipeline.recipe import Recipe
+from pipeline.recipe import Calibration, Recipe
 from pipeline.recipe_file import recipe_from_dict
 from pipeline.run import claim
 from pipeline.storage import ObjectStore
+
+_WINDOW = 512
+"""Tokens in an evaluation window where no calibration says otherwise."""
 
 
 def plan_run(source_url: str, recipe: Recipe, resources: Resources) -> tuple[Plan, bytes | None]:
@@ -18,9 +24,7 @@ def plan_run(source_url: str, recipe: Recipe, resources: Resources) -> tuple[Pla
     Raises:
         PipelineError: a source, recipe or calibration that cannot be carried out.
     """
-    plan_json, windows = run_once(
-        _plan, resources, source_url, recipe.to_dict(), resources.threads
-    )
+    plan_json, windows = run_once(_plan, resources, source_url, recipe.to_dict(), resources.threads)
     return Plan.from_json(plan_json), windows
 
 
@@ -36,6 +40,40 @@ def claim_run(store: ObjectStore, plan: Plan, windows: bytes | None) -> Plan:
     return claimed
 
 
+def source_digest(source_url: str, resources: Resources) -> str:
+    """SHA-256 over the source's content, read in a process of the cluster."""
+    return str(run_once(_source_digest, resources, source_url))
+
+
+def evaluation_windows(
+    source_url: str, plan: Plan, texts: Sequence[str], num_windows: int, resources: Resources
+) -> bytes:
+    """Token windows of texts to judge a result by, serialized; as long as calibration's.
+
+    Raises:
+        PipelineError: texts that are missing, unreadable or too few.
+    """
+    length = _WINDOW if plan.tokens is None else plan.tokens.sequence_length
+    wanted = Calibration(
+        texts=tuple(texts), num_samples=num_windows, sequence_length=length, sampling="sequential"
+    )
+    return bytes(run_once(_windows, resources, source_url, wanted.model_dump(mode="json")))
+
+
+def measure(crew: Crew, windows: bytes, num_windows: int) -> Fidelity:
+    """Compare source and finished artifact over windows, spread over the workers."""
+    shares = [list(range(w, num_windows, crew.num_workers)) for w in range(crew.num_workers)]
+    found = crew.fetch(
+        [crew.submit(w, "compare", windows, share) for w, share in enumerate(shares) if share]
+    )
+    by_window = {
+        index: one
+        for share, several in zip(filter(None, shares), found, strict=True)
+        for index, one in zip(share, several, strict=True)
+    }
+    return average([by_window[index] for index in sorted(by_window)])
+
+
 def _plan(source_url: str, recipe: dict[str, Any], threads: int) -> tuple[bytes, bytes | None]:
     # Here, so that the driver, which imports this module, imports neither JAX nor Keras.
     from pipeline.planning import make_plan
@@ -44,3 +82,20 @@ def _plan(source_url: str, recipe: dict[str, Any], threads: int) -> tuple[bytes,
     planned = make_plan(read_preset(source_url), recipe_from_dict(recipe), threads=threads)
     windows = planned.windows
     return planned.plan.to_json(), None if windows is None else windows.to_bytes()
+
+
+def _source_digest(source_url: str) -> str:
+    from pipeline.preset import read_preset
+    from pipeline.source import open_source
+
+    return open_source(read_preset(source_url)).digest()
+
+
+def _windows(source_url: str, calibration: dict[str, Any]) -> bytes:
+    from pipeline.planning import token_windows
+    from pipeline.preset import read_preset
+    from pipeline.skeleton import build_skeleton
+
+    preset = read_preset(source_url)
+    wanted = Calibration.model_validate(calibration)
+    return token_windows(preset, build_skeleton(preset), wanted).to_bytes()

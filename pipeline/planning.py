@@ -6,6 +6,7 @@ Everything that can be refused is refused here, before any weight is read or byt
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +22,9 @@ from pipeline.forward import BlockProgram, call_with
 from pipeline.inputs import model_inputs
 from pipeline.plan import GroupPlan, LayerPlan, PartPlan, Plan, TokensPlan, micro_batches
 from pipeline.preset import PresetFiles
-from pipeline.preset_json import layer_policy, policy_map
+from pipeline.preset_json import layer_policy, policy_map, quantized_json
 from pipeline.quantizable import Target
-from pipeline.recipe import Kind, Recipe, Statistics, statistics_of
+from pipeline.recipe import Calibration, Kind, Recipe, Statistics, statistics_of
 from pipeline.recipe_check import check_recipe
 from pipeline.skeleton import Skeleton, build_skeleton
 from pipeline.source import open_source
@@ -80,6 +81,7 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
         source_url=preset.url,
         source_digest=source.digest(),
         model=type(skeleton.backbone).__name__,
+        task=_task_name(skeleton, preset, policies),
         recipe=recipe.to_dict(),
         tokens=tokens,
         parts=_parts(skeleton, graph, chosen, tokens),
@@ -138,14 +140,32 @@ def _base_policy(skeleton: Skeleton) -> str:
 
 def _windows(preset: PresetFiles, skeleton: Skeleton, recipe: Recipe) -> TokenWindows:
     assert recipe.calibration is not None
+    return token_windows(preset, skeleton, recipe.calibration)
+
+
+def token_windows(
+    preset: PresetFiles, skeleton: Skeleton, calibration: Calibration
+) -> TokenWindows:
+    """Windows of texts in a preset's own tokens, with the special ones that it puts around them.
+
+    Raises:
+        PipelineError: no tokenizer, or texts that are missing, unreadable or too few.
+    """
+    texts = read_texts(calibration)
     tokenizer = preset_tokenizer(preset)
+    special = tokenizer.special_ids
+    wanted: dict[str, Any] = {}
+    if "preprocessor.json" in preset.json_files:
+        wanted = preset.parse("preprocessor.json").get("config", {})
+    start = special.get("start", special.get("cls"))
+    end = special.get("end", special.get("sep"))
     return make_windows(
-        read_texts(recipe.calibration),
-        tokenizer.tokenize,
-        recipe.calibration,
-        start_token=tokenizer.start_token,
-        end_token=tokenizer.end_token,
-        pad_token=tokenizer.pad_token or 0,
+        texts,
+        tokenizer,
+        calibration,
+        start_token=start if wanted.get("add_start_token", True) else None,
+        end_token=end,
+        pad_token=special.get("pad", 0),
         vocabulary_size=getattr(skeleton.backbone, "vocabulary_size", None),
     )
 
@@ -247,6 +267,14 @@ def _group_plans(
 
 def _embed(graph: BlockGraph, values: Sequence[Any], inputs: Sequence[Any]) -> Any:
     return call_with(graph.embed, values, inputs)
+
+
+def _task_name(skeleton: Skeleton, preset: PresetFiles, policies: Mapping[str, str]) -> str:
+    """The class that the artifact's task.json will name."""
+    if skeleton.task is not None:
+        return type(skeleton.task).__name__
+    written = quantized_json(preset.json_files, policies)["task.json"]
+    return str(json.loads(written)["class_name"])
 
 
 def _num_bytes(variables: Sequence[Any]) -> int:

@@ -53,18 +53,17 @@ def policy_map(base_policy: str, policies: Mapping[str, str]) -> dict[str, Any]:
     Raises:
         ArtifactError: a policy that Keras does not know, or does not allow on this base.
     """
-    return {
-        "module": "keras",
-        "class_name": "DTypePolicyMap",
-        "config": {
-            "default_policy": base_policy,
-            "policy_map": {
-                path: _serialized_policy(path, policies[path], base_policy)
-                for path in sorted(policies)
-            },
-        },
-        "registered_name": None,
-    }
+    keras_map = keras.dtype_policies.DTypePolicyMap(base_policy)
+    for path in sorted(policies):
+        try:
+            keras_map[path] = keras.dtype_policies.get(f"{policies[path]}_from_{base_policy}")
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise ArtifactError(
+                f"{path}: Keras refuses {policies[path]!r} on {base_policy!r}: {reason}"
+            ) from None
+    serialized: dict[str, Any] = keras.dtype_policies.serialize(keras_map)
+    return serialized
 
 
 def base_policy(config: Mapping[str, Any]) -> str:
@@ -117,17 +116,6 @@ def quantized_json(files: Mapping[str, bytes], policies: Mapping[str, str]) -> d
     else:
         task = _task_around(config, files)
     return {CONFIG_FILE: _to_json(config), TASK_FILE: _to_json(task)}
-
-
-def _serialized_policy(path: str, policy: str, base: str) -> dict[str, Any]:
-    try:
-        serialized = keras.dtype_policies.serialize(
-            keras.dtype_policies.get(f"{policy}_from_{base}")
-        )
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise ArtifactError(f"{path}: Keras refuses {policy!r} on {base!r}: {reason}") from None
-    return dict(serialized)
 
 
 def _task_around(config: dict[str, Any], files: Mapping[str, bytes]) -> dict[str, Any]:

@@ -28,8 +28,9 @@ class Step:
     """Something that a run reports.
 
     Attributes:
-        event: "resumed", "committed", "kept", "lost" or "sealed".
+        event: "damaged", "resumed", "committed", "kept", "lost" or "sealed".
         part: the part that it is about.
+        parts: those that a resumed run finds committed.
         record: of a committed part.
         seconds: of work by stage since the last report, all workers together.
         text: more, in words.
@@ -37,6 +38,7 @@ class Step:
 
     event: str
     part: int | None = None
+    parts: tuple[int, ...] = ()
     record: PartRecord | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     text: str = ""
@@ -115,13 +117,17 @@ def _committed(plan: Plan, store: ObjectStore, report: Report) -> dict[int, Part
         report(Step(event="damaged", text=finding.problem))
     quarantine(store, found.findings)
     if found.parts:
-        report(Step(event="resumed", text=f"{len(found.parts)} of {len(plan.parts)} parts"))
+        report(
+            Step(
+                event="resumed",
+                parts=tuple(found.parts),
+                text=f"{len(found.parts)} of {len(plan.parts)} parts were committed before",
+            )
+        )
     return dict(found.parts)
 
 
-def _quantize_alone(
-    plan: Plan, crew: Crew, records: dict[int, PartRecord], report: Report
-) -> None:
+def _quantize_alone(plan: Plan, crew: Crew, records: dict[int, PartRecord], report: Report) -> None:
     """The parts that depend on nothing: all of them without calibration, else what is no block."""
     parts = [0] if plan.chained else range(len(plan.parts))
     pending = [part for part in parts if part not in records]
@@ -160,13 +166,15 @@ def _quantize_in_turn(
         sums = _capture(part, block, crew, shares, values)
         solved = _solve(part, crew, sums, values)
         previous = sha256(records[block].to_json()) if block else ""
-        record = crew.submit(block % crew.num_workers, "commit", block + 1, previous, values, *solved)
+        record = crew.submit(
+            block % crew.num_workers, "commit", block + 1, previous, values, *solved
+        )
         moved = [
             crew.submit(w, "propagate", block, held, values, *solved)
             for w, held in enumerate(shards)
             if held and not last
         ]
-        _note(records, *crew.fetch([record]), crew, report)
+        _note(records, crew.fetch([record])[0], crew, report)
         crew.fetch(moved)
         if not last and (block + 1) % keep_every == 0:
             _keep(store, crew, block + 1, shards, report)
@@ -180,7 +188,12 @@ def _capture(
     if not part.groups:
         return []
     by_subtree = [
-        (w, _as_list(crew.submit(w, "capture", block, subtree, values, num_returns=len(part.groups))))
+        (
+            w,
+            _as_list(
+                crew.submit(w, "capture", block, subtree, values, num_returns=len(part.groups))
+            ),
+        )
         for w, share in enumerate(shares)
         for subtree in share
     ]
@@ -237,9 +250,7 @@ def _keep(
     report(Step(event="kept", part=block))
 
 
-def _note(
-    records: dict[int, PartRecord], record: PartRecord, crew: Crew, report: Report
-) -> None:
+def _note(records: dict[int, PartRecord], record: PartRecord, crew: Crew, report: Report) -> None:
     records[record.part] = record
     report(Step(event="committed", part=record.part, record=record, seconds=crew.seconds()))
 

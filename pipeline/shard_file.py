@@ -110,8 +110,9 @@ def _filters(array: NDArray[Any]) -> dict[str, Any]:
     bits = max(1, int(array.max()).bit_length())
     if bits > _PACKED_CODE_BITS:
         return {}
-    row_bytes = math.prod(array.shape[1:])
-    num_rows = min(array.shape[0], max(1, _CHUNK_BYTES // row_bytes))
+    # Chunks of equal size: the last one is stored whole, however little is in it.
+    num_chunks = min(array.shape[0], math.ceil(array.nbytes / _CHUNK_BYTES))
+    num_rows = math.ceil(array.shape[0] / num_chunks)
     return {"scaleoffset": bits, "chunks": (num_rows, *array.shape[1:])}
 
 

@@ -96,9 +96,7 @@ def _solve_table(target: Target, layer: LayerPlan, values: Values) -> SolvedLaye
         scale_dtype=str(table.dtype),
         name=layer.path,
     )
-    return SolvedLayer(
-        path=layer.path, variables=variables, account=account.to_dict(), kernel=None
-    )
+    return SolvedLayer(path=layer.path, variables=variables, account=account.to_dict(), kernel=None)
 
 
 def _dtype(target: Target, values: Values) -> str:

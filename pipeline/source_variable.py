@@ -81,5 +81,5 @@ def check_stored(
     if not fits:
         raise SourceError(
             f"{where}: dtype {dtype}, where {kind} is expected; a source must be a float model"
-            + (" that says which 2-byte type it uses" if dtype == "void16" else "")
+            + (" that says which 2-byte type it uses" if dtype == "|V2" else "")
         )

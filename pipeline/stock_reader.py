@@ -16,14 +16,14 @@ if __name__ == "__main__":
         # Importing it now raises ImportError.
         sys.modules[_package] = None  # type: ignore[assignment]
 
-import keras  # noqa: E402
-import keras_hub  # noqa: E402
-import numpy as np  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
+import keras
+import keras_hub
+import numpy as np
+from numpy.typing import NDArray
 
 
-def model_inputs(names: list[str], token_ids: NDArray[np.int32]) -> dict[str, NDArray[np.int32]]:
-    """What a KerasHub text model asks for beside its tokens: nothing padded, one segment."""
+def run_model(task: keras.Model, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
+    """What a KerasHub text model answers to token ids [batch, sequence]: nothing padded."""
     positions = np.arange(token_ids.shape[1], dtype="int32")
     known = {
         "token_ids": token_ids,
@@ -32,7 +32,10 @@ def model_inputs(names: list[str], token_ids: NDArray[np.int32]) -> dict[str, ND
         # A masked language model answers at these positions: at all of them.
         "mask_positions": np.broadcast_to(positions, token_ids.shape),
     }
-    return {name: known[name] for name in names}
+    # It would take text and tokenize it.
+    task.preprocessor = None
+    answer = task.predict_on_batch({name: known[name] for name in task.input})
+    return np.asarray(answer, dtype="float32")
 
 
 def main() -> None:
@@ -41,9 +44,8 @@ def main() -> None:
         preset = pathlib.Path(job["preset"])
         name = json.loads((preset / "task.json").read_text(encoding="utf-8"))["class_name"]
         task = getattr(keras_hub.models, name).from_preset(str(preset))
-        inputs = model_inputs(list(task.input), np.load(job["inputs"], allow_pickle=False))
-        answer = keras.ops.convert_to_numpy(task(inputs))
-        np.save(job["outputs"], np.asarray(answer, dtype="float32"))
+        token_ids = np.load(job["inputs"], allow_pickle=False)
+        np.save(job["outputs"], run_model(task, token_ids))
     versions = {"keras": keras.__version__, "keras_hub": keras_hub.__version__}
     sys.stdout.write(json.dumps({"backend": keras.backend.backend(), **versions}) + "\n")
 

@@ -11,6 +11,8 @@ import keras_hub
 from pipeline.errors import SourceError
 
 _TRUSTED = ("keras", "keras_hub")
+# Where Keras keeps activations.
+_FUNCTIONS = ("builtins", "keras.activations", "keras.ops", "keras")
 # Classes of Keras itself that run what their config says.
 _RUN_CODE = frozenset(
     {"Lambda", "__lambda__", "TorchModuleWrapper", "JaxLayer", "FlaxLayer", "TFSMLayer"}
@@ -39,10 +41,13 @@ def check_trusted(content: Any, where: str) -> None:
 
 
 def _check_class(item: Mapping[str, Any], where: str) -> None:
-    name, module = item["class_name"], item.get("module")
-    package = str(module or "keras").partition(".")[0]
-    plain = package == "builtins" and name == "function" and isinstance(item.get("config"), str)
-    if name in _RUN_CODE or not (package in _TRUSTED or plain):
+    # Keras joins module and name, so that a name may itself hold dots.
+    name, module = str(item["class_name"]), str(item.get("module") or "keras")
+    if name == "function":
+        trusted = module in _FUNCTIONS and isinstance(item.get("config"), str)
+    else:
+        trusted = module.partition(".")[0] in _TRUSTED
+    if not trusted or name.rpartition(".")[2] in _RUN_CODE:
         raise SourceError(
             f"{where}: refuses {name!r} of module {module!r}; a source may hold only "
             "classes of keras and keras_hub that run no code of its own"

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import keras_hub
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +19,8 @@ from pipeline import activations
 from pipeline.artifact import encode_part
 from pipeline.canonical import sha256
 from pipeline.commits import commit_part
+from pipeline.comparison import compare
+from pipeline.fidelity import WindowFidelity
 from pipeline.forward import Sums
 from pipeline.model_state import ModelState, in_order
 from pipeline.plan import LayerPlan, Plan
@@ -26,6 +29,7 @@ from pipeline.reduction import Subtree, reduce_subtree
 from pipeline.sealing import seal
 from pipeline.solving import SolvedLayer, Values, solve_layers
 from pipeline.storage import open_store
+from pipeline.streamed import artifact_model, source_model
 from pipeline.token_windows import TokenWindows
 
 
@@ -88,7 +92,8 @@ class Worker:
             carry = program.empty()
             for stream, sides, mask in zip(shard.streams, shard.sides, shard.masks, strict=True):
                 carry = program.capture(weights, stream, sides, mask, carry)
-            return program.finish(carry)
+            sums: list[Sums] = program.finish(carry)
+            return sums
 
         return reduce_subtree(subtree, leaf, _merge_all)
 
@@ -166,6 +171,18 @@ class Worker:
         """Write the artifact's small files and the manifest; all parts must be committed."""
         return seal(self._plan, self._model, self._store, records)
 
+    def compare(self, windows: bytes, chosen: Sequence[int]) -> list[WindowFidelity]:
+        """Run source and finished artifact over some of the windows."""
+        given = TokenWindows.from_bytes(windows)
+        picked = list(chosen)
+        return compare(
+            source_model(self._model),
+            artifact_model(self._model, self._store),
+            given.tokens[picked],
+            given.mask[picked],
+            causal=isinstance(self._model.own.task, keras_hub.models.CausalLM),
+        )
+
     def keep(self, block: int, shards: Sequence[int]) -> dict[int, activations.Kept]:
         """Store the activations that enter `block`, to resume from."""
         return {
@@ -208,9 +225,7 @@ class Worker:
         padding = ((0, -(b - a) % tokens.micro_batch), (0, 0))
         return np.pad(windows.tokens[a:b], padding), np.pad(windows.mask[a:b], padding)
 
-    def _embedded(
-        self, rest: Values, tokens: NDArray[np.int32], mask: NDArray[np.bool_]
-    ) -> _Shard:
+    def _embedded(self, rest: Values, tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> _Shard:
         assert self._plan.tokens is not None
         size = self._plan.tokens.micro_batch
         shard = _Shard(0, [], [], [])

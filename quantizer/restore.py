@@ -31,12 +31,12 @@ def restore_kernel(
     match scheme:
         case GPTQScheme() | AWQScheme():
             num_columns = layout.in_features * layout.out_features // layout.keras_rows
-            codes = variables["quantized_kernel"]
+            codes: NDArray[Any] = variables["quantized_kernel"]
             if scheme.weight_bits == 4:
                 codes = unpack_nibbles(codes, num_columns, axis=0)
             values = _decode(codes, variables, "kernel", axis=1)
             if isinstance(scheme, AWQScheme):
-                values = values / variables["awq_scales"].astype(np.float32)
+                values /= variables["awq_scales"].astype(np.float32)
             return np.ascontiguousarray(values.T).reshape(layout.shape)
         case Int8Scheme():
             scale_R = _by_channel(variables["kernel_scale"], layout)
@@ -47,7 +47,7 @@ def restore_kernel(
             if "g_idx" in variables:
                 values = _decode(codes, variables, "kernel", axis=0)
             else:
-                values = codes.astype(np.float32) / variables["kernel_scale"].astype(np.float32)
+                values = _float32(codes) / _float32(variables["kernel_scale"])
             return values.reshape(layout.shape)
         case Float8Scheme():
             kernel: Float32 = variables["kernel"].astype(np.float32)
@@ -63,6 +63,10 @@ def _decode(
     scale = np.take(variables[f"{prefix}_scale"].astype(np.float32), group, axis)
     values: Float32 = (codes.astype(np.float32) - zero) * scale
     return values
+
+
+def _float32(array: NDArray[Any]) -> Float32:
+    return array.astype(np.float32)
 
 
 def _by_channel(scale: NDArray[Any], layout: KernelLayout) -> Float32:

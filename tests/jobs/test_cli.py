@@ -6,7 +6,8 @@ from importlib.metadata import version
 
 import pytest
 
-from jobs.cli import describe_scheme, main
+from jobs.cli import main
+from jobs.schemes import describe_scheme
 from quantizer.schemes import SCHEMES
 
 

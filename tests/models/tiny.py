@@ -7,7 +7,6 @@ real checkpoints, what its `get_config` forgets is written into the JSON afterwa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from keras.src.backend.common import global_state
 from keras.src.utils.naming import reset_uids
 
+from tests.models.saved_preset import complete
 from tests.models.tiny_tokenizers import TOKENIZERS
 
 NUM_HEADS = 4
@@ -145,7 +145,8 @@ def tiny_preset(
     task.save_to_preset(str(path))
     if preprocessor is None:
         tokenizer.save_to_preset(str(path))
-    complete_configs(path, {"tie_word_embeddings": tied} if kind.ties else {})
+    forgotten = {"tie_word_embeddings": tied} if kind.ties else {}
+    complete(path, forgotten, origin={"architecture": architecture, "seed": seed})
     return path
 
 
@@ -161,19 +162,3 @@ def randomize(model: Any, seed: int) -> None:
             weight.assign(noise * (np.prod(weight.shape) / max(weight.shape)) ** -0.5)
         else:
             weight.assign(0.1 * noise + weight.path.endswith(("gamma", "scale")))
-
-
-def complete_configs(path: Path, forgotten: dict[str, Any]) -> None:
-    """Add to a preset's JSON what `Backbone.get_config` forgets, and take the date out."""
-    for name, place in (("config.json", ()), ("task.json", ("config", "backbone"))):
-        file = path / name
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        backbone = saved
-        for key in place:
-            backbone = backbone[key]
-        backbone["config"].update(forgotten)
-        file.write_text(json.dumps(saved, indent=4), encoding="utf-8")
-    file = path / "metadata.json"
-    metadata = json.loads(file.read_text(encoding="utf-8"))
-    metadata["date_saved"] = "2000-01-01@00:00:00"
-    file.write_text(json.dumps(metadata, indent=4), encoding="utf-8")

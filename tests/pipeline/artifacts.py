@@ -19,7 +19,7 @@ from pipeline.artifact import INDEX_FILE, Part, cut_parts, encode_part, weights_
 from pipeline.preset_json import base_policy, layer_policy, policy_map, quantized_json
 from pipeline.shard_file import read_shard
 from pipeline.skeleton import build_skeleton, read_preset
-from pipeline.stock_reader import model_inputs
+from pipeline.stock_reader import run_model
 from pipeline.weight_layout import weight_layout
 from quantizer import HessianSum, MagnitudeSum, Scheme, kernel_layout, quantize_layer
 from quantizer.embeddings import solve_embeddings
@@ -152,6 +152,7 @@ def restore(task: Any, quantized: Any) -> dict[str, float]:
         if getattr(other, "quantization_mode", None) is None or type(layer) not in KERNELS:
             continue
         assert layer.path == other.path
+        other._dtype_policy = other.dtype_policy[other.path]  # as `read_kernel` wants it
         original = np.asarray(layer._kernel.value, "float64")
         restored = read_kernel(other, original.shape)
         errors[layer.path] = float(np.linalg.norm(restored - original) / np.linalg.norm(original))
@@ -166,5 +167,4 @@ def some_tokens(task: Any, shape: Sequence[int] = (2, 12)) -> NDArray[np.int32]:
 
 def run(task: Any, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
     """What a task answers to token ids."""
-    outputs = task(model_inputs(list(task.input), tokens))
-    return np.asarray(keras.ops.convert_to_numpy(outputs), "float32")
+    return run_model(task, tokens)

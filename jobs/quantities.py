@@ -1,0 +1,24 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+_BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
+_DECIMAL = ("", "k", "M", "G", "T", "P", "E")
+
+
+def size(num_bytes: float) -> str:
+    """Bytes, as 12.3 MiB."""
+    return _scaled(num_bytes, 1024.0, _BINARY)
+
+
+def count(number: float) -> str:
+    """A large count, as 12.3 T."""
+    return _scaled(number, 1000.0, _DECIMAL).rstrip()
+
+
+def _scaled(value: float, step: float, units: tuple[str, ...]) -> str:
+    index = 0
+    while abs(value) >= step and index + 1 < len(units):
+        value /= step
+        index += 1
+    return f"{value:.0f} {units[index]}" if index == 0 else f"{value:.1f} {units[index]}"

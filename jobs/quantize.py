@@ -1,0 +1,222 @@
+"""`quantfleet quantize` and `resume`: one model × one recipe, from the plan to the report."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+from jobs.plan_table import plan_table
+from jobs.progress import watch
+from jobs.summary import Summary, summary_table
+from pipeline.cluster import RayCrew, Resources, choose_resources, joined
+from pipeline.commits import read_manifest
+from pipeline.crew import CrewError
+from pipeline.errors import PipelineError
+from pipeline.estimates import Estimate, estimate
+from pipeline.events import EventLog
+from pipeline.fidelity import Fidelity
+from pipeline.plan import PLAN_KEY, Plan
+from pipeline.planned_run import claim_run, evaluation_windows, measure, plan_run, source_digest
+from pipeline.recipe import Recipe
+from pipeline.records import MANIFEST_KEY, Manifest
+from pipeline.run import quantize
+from pipeline.storage import ObjectStore, open_store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a run computes.
+
+    Attributes:
+        address: of a Ray cluster; None starts one on this machine.
+        workers, threads: None lets the cluster decide.
+        device: "auto", "cpu" or "gpu".
+    """
+
+    address: str | None = None
+    workers: int | None = None
+    threads: int | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to quantize, how, and where to put it."""
+
+    source_url: str
+    recipe: Recipe
+    output_url: str
+    evaluation_texts: tuple[str, ...] = ()
+    evaluation_windows: int = 8
+    keep_every: int = 8
+
+
+def run_job(job: Job, place: Place, console: Console, *, as_json: bool, dry_run: bool) -> None:
+    """Plan, claim, quantize, evaluate and report.
+
+    Raises:
+        PipelineError: with what to do about it.
+    """
+    store = open_store(job.output_url)
+    # Before anything else: an output that cannot be read cannot be written either.
+    store.exists(PLAN_KEY)
+    with _place(place, console) as resources:
+        with console.status("planning: reading the preset, checking every layer, cutting texts"):
+            plan, windows = plan_run(job.source_url, job.recipe, resources)
+        costs = estimate(plan, resources.workers)
+        if dry_run:
+            _print_plan(plan, costs, resources, console, as_json=as_json)
+            return
+        plan = claim_run(store, plan, windows)
+        _carry_out(plan, job, store, resources, costs, console, as_json=as_json)
+
+
+def resume_job(
+    output_url: str,
+    place: Place,
+    console: Console,
+    *,
+    as_json: bool,
+    source_url: str | None,
+    keep_every: int = 8,
+    evaluation_texts: tuple[str, ...] = (),
+    evaluation_windows: int = 8,
+    must_be_finished: bool = False,
+) -> None:
+    """Go on with the run at `output_url`, as its plan says.
+
+    Raises:
+        PipelineError: there is no run, or its source is not what it was.
+    """
+    store = open_store(output_url)
+    if not store.exists(PLAN_KEY):
+        raise PipelineError(
+            f"{store.url(PLAN_KEY)} is missing: no run was started there; start one with "
+            "quantfleet quantize"
+        )
+    if must_be_finished and not store.exists(MANIFEST_KEY):
+        raise PipelineError(
+            f"{store.url(MANIFEST_KEY)} is missing: the run is not finished; finish it with "
+            f"quantfleet resume {shlex.quote(output_url)}"
+        )
+    plan = Plan.from_json(store.get(PLAN_KEY))
+    url = source_url or plan.source_url
+    wanted = dataclasses.replace(place, threads=place.threads or int(plan.machine["threads"]))
+    with _place(wanted, console) as resources:
+        with console.status("checking that the source is what it was"):
+            found = source_digest(url, resources)
+        if found != plan.source_digest:
+            raise PipelineError(
+                f"{url}: the source changed since the run was planned (digest {found[:12]}, "
+                f"planned {plan.source_digest[:12]}); put it back, or start a new run elsewhere"
+            )
+        job = Job(
+            source_url=url,
+            recipe=Recipe.model_validate(plan.recipe),
+            output_url=output_url,
+            evaluation_texts=evaluation_texts,
+            evaluation_windows=evaluation_windows,
+            keep_every=keep_every,
+        )
+        costs = estimate(plan, resources.workers)
+        _carry_out(plan, job, store, resources, costs, console, as_json=as_json)
+
+
+def _carry_out(
+    plan: Plan,
+    job: Job,
+    store: ObjectStore,
+    resources: Resources,
+    costs: Estimate,
+    console: Console,
+    *,
+    as_json: bool,
+) -> None:
+    start = time.monotonic()
+    log = EventLog(store, plan, resources)
+    fidelity: Fidelity | None = None
+    try:
+        finished = store.exists(MANIFEST_KEY)
+        if finished:
+            manifest: Manifest = read_manifest(store)
+            console.print(f"{job.output_url}: finished before; nothing to do")
+        crew = None
+        if not finished or job.evaluation_texts:
+            crew = RayCrew(resources, plan.to_json(), job.source_url, job.output_url)
+        if not finished:
+            assert crew is not None
+            with watch(plan, console) as report:
+                manifest = quantize(plan, store, crew, log.also(report), keep_every=job.keep_every)
+        seconds = time.monotonic() - start
+        if job.evaluation_texts:
+            assert crew is not None
+            with console.status(
+                "evaluating source and result on texts that calibration did not see"
+            ):
+                windows = evaluation_windows(
+                    job.source_url,
+                    plan,
+                    job.evaluation_texts,
+                    job.evaluation_windows,
+                    resources,
+                )
+                fidelity = measure(crew, windows, job.evaluation_windows)
+    except (PipelineError, CrewError, KeyboardInterrupt):
+        console.print(f"to go on from the last committed block: {resume_command(job)}")
+        raise
+    summary = Summary.of(
+        plan, store, manifest, costs, log.seconds, wall_seconds=seconds, fidelity=fidelity
+    )
+    log.close(summary.to_dict())
+    if as_json:
+        sys.stdout.write(json.dumps(summary.to_dict(), indent=2) + "\n")
+    else:
+        console.print(summary_table(summary))
+        console.print(
+            f"load it:  keras_hub.models.{summary.task}.from_preset({store.url('artifact')!r})"
+        )
+
+
+def resume_command(job: Job) -> str:
+    """The command that goes on with a run."""
+    return f"quantfleet resume {shlex.quote(job.output_url)}"
+
+
+@contextlib.contextmanager
+def _place(place: Place, console: Console) -> Iterator[Resources]:
+    wanted = None
+    if place.address is None and place.workers is not None:
+        wanted = place.workers * (place.threads or 1)
+    with joined(place.address, wanted):
+        resources = choose_resources(place.workers, place.threads, device=place.device)
+        on = "one GPU each" if resources.gpus else "CPU"
+        why = "" if resources.gpus or place.device == "cpu" else " (the cluster has no GPU)"
+        console.print(
+            f"{resources.workers} worker(s) × {resources.threads} thread(s) on {on}{why}, "
+            f"{place.address or 'a Ray cluster started on this machine'}"
+        )
+        yield resources
+
+
+def _print_plan(
+    plan: Plan, costs: Estimate, resources: Resources, console: Console, *, as_json: bool
+) -> None:
+    if as_json:
+        described: dict[str, Any] = {
+            "plan_digest": plan.digest,
+            "plan": dataclasses.asdict(plan),
+            "estimate": dataclasses.asdict(costs) | {"flops": costs.flops},
+            "resources": dataclasses.asdict(resources),
+        }
+        sys.stdout.write(json.dumps(described, indent=2) + "\n")
+    else:
+        console.print(plan_table(plan, costs, resources))

@@ -1,0 +1,204 @@
+"""What a run amounts to: sizes, errors, quality, time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from jobs.quantities import count, size
+from pipeline.canonical import sha256
+from pipeline.estimates import Estimate
+from pipeline.fidelity import Fidelity
+from pipeline.plan import Plan
+from pipeline.records import LayerRecord, Manifest, PartRecord
+from pipeline.storage import ObjectStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchemeSummary:
+    """All layers of one scheme.
+
+    Attributes:
+        scheme: its mode, bits and group size.
+        layers: how many.
+        weight_error: mean ‖W - Ŵ‖ / ‖W‖.
+        error_against_rtn: mean ratio of the output error to that of rounding to nearest; None
+            where nothing was calibrated.
+        rounded: layers in which rounding to nearest was kept for some output channel.
+        damped: layers whose damping had to be raised, or whose Hessian could not be factored.
+    """
+
+    scheme: str
+    layers: int
+    weight_error: float | None
+    error_against_rtn: float | None
+    rounded: int
+    damped: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """One run's result.
+
+    Attributes:
+        source_bytes, stored_bytes, loaded_bytes: of the weights: in the source, in the artifact's
+            files, and in memory once stock Keras has loaded them.
+        wall_seconds: of this invocation, evaluation aside.
+        seconds: of work by stage in this invocation, all workers together.
+        flops: of the plan.
+        left_in_float: layer path and reason.
+    """
+
+    plan_digest: str
+    manifest_sha256: str
+    model: str
+    task: str
+    source_bytes: int
+    stored_bytes: int
+    loaded_bytes: int
+    schemes: tuple[SchemeSummary, ...]
+    left_in_float: dict[str, str]
+    wall_seconds: float
+    seconds: dict[str, float]
+    flops: float
+    fidelity: Fidelity | None
+
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        store: ObjectStore,
+        manifest: Manifest,
+        costs: Estimate,
+        seconds: Mapping[str, float],
+        *,
+        wall_seconds: float,
+        fidelity: Fidelity | None,
+    ) -> Summary:
+        """Read a finished run's records."""
+        records = [
+            PartRecord.from_json(store.get(key, sha256=digest))
+            for key, digest in sorted(manifest.records.items())
+        ]
+        layers = [layer for record in records for layer in record.layers]
+        return cls(
+            plan_digest=plan.digest,
+            manifest_sha256=sha256(manifest.to_json()),
+            model=plan.model,
+            task=plan.task,
+            source_bytes=costs.source_bytes,
+            stored_bytes=sum(record.size_bytes for record in records),
+            loaded_bytes=sum(record.loaded_bytes for record in records),
+            schemes=_by_scheme(layers),
+            left_in_float={layer.path: layer.note for layer in layers if layer.note},
+            wall_seconds=wall_seconds,
+            seconds=dict(seconds),
+            flops=costs.flops,
+            fidelity=fidelity,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+def _by_scheme(layers: list[LayerRecord]) -> tuple[SchemeSummary, ...]:
+    groups: dict[str, list[LayerRecord]] = {}
+    for layer in layers:
+        if layer.scheme is not None:
+            groups.setdefault(scheme_name(layer.scheme), []).append(layer)
+    return tuple(_summarized(name, members) for name, members in groups.items())
+
+
+def _summarized(name: str, layers: list[LayerRecord]) -> SchemeSummary:
+    accounts = [layer.account for layer in layers if layer.account is not None]
+    ratios = [
+        account["output_error"] / account["rtn_output_error"]
+        for account in accounts
+        if account["rtn_output_error"]
+    ]
+    wanted = {layer.path: (layer.scheme or {}).get("hessian_damping") for layer in layers}
+    damped = [
+        layer
+        for layer in layers
+        if wanted[layer.path] is not None
+        and layer.account is not None
+        and layer.account["damping"] != wanted[layer.path]
+    ]
+    return SchemeSummary(
+        scheme=name,
+        layers=len(layers),
+        weight_error=_mean([account["weight_error"] for account in accounts]),
+        error_against_rtn=_mean(ratios),
+        rounded=sum(1 for account in accounts if "rtn" in account["kept"] and ratios),
+        damped=len(damped),
+    )
+
+
+def scheme_name(scheme: Mapping[str, Any]) -> str:
+    """A scheme in a word, such as gptq/4/128."""
+    size_of_group = scheme.get("group_size", scheme.get("block_size"))
+    parts = (scheme["mode"], scheme.get("weight_bits"), size_of_group)
+    return "/".join(str(part) for part in parts if part is not None)
+
+
+def summary_table(summary: Summary) -> RenderableType:
+    """The summary as tables."""
+    schemes = Table(title=f"{summary.model}, plan {summary.plan_digest[:12]}")
+    schemes.add_column("scheme")
+    for name in ("layers", "weight error", "output error / rounding's", "rounded", "damped more"):
+        schemes.add_column(name, justify="right")
+    for row in summary.schemes:
+        schemes.add_row(
+            row.scheme,
+            str(row.layers),
+            _number(row.weight_error),
+            _number(row.error_against_rtn),
+            str(row.rounded),
+            str(row.damped),
+        )
+    facts = Table(show_header=False, box=None)
+    facts.add_row(
+        "weights",
+        f"{size(summary.source_bytes)} → {size(summary.stored_bytes)} stored, "
+        f"{size(summary.loaded_bytes)} loaded",
+    )
+    if summary.fidelity is not None:
+        facts.add_row("quality", _quality(summary.fidelity))
+    if summary.seconds:
+        stages = ", ".join(f"{name} {value:.1f}" for name, value in summary.seconds.items())
+        facts.add_row("seconds", f"{summary.wall_seconds:.1f} in all; by stage: {stages}")
+        work = sum(summary.seconds.values())
+        if summary.flops and work:
+            facts.add_row(
+                "flops", f"{count(summary.flops)}, {count(summary.flops / work)} a second"
+            )
+    facts.add_row("manifest", f"sha256 {summary.manifest_sha256}")
+    notes = {note: path for path, note in summary.left_in_float.items()}
+    return Group(
+        schemes, facts, *(Text(f"left in float: {p}: {note}") for note, p in notes.items())
+    )
+
+
+def _quality(fidelity: Fidelity) -> str:
+    if fidelity.cosine is not None:
+        return f"mean cosine {fidelity.cosine:.5f} over {fidelity.count} vectors"
+    return (
+        f"perplexity {fidelity.source_perplexity:.3f} → {fidelity.result_perplexity:.3f}, KL "
+        f"{fidelity.divergence:.4f} nats, same next token {fidelity.agreement:.1%} "
+        f"({fidelity.count} tokens in {fidelity.num_windows} windows)"
+    )
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"

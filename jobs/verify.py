@@ -1,0 +1,69 @@
+"""`quantfleet verify`: is a finished result whole, and does stock KerasHub load it?"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from pipeline.commits import damaged_files, read_manifest
+from pipeline.errors import ArtifactError, DamagedObjectError
+from pipeline.records import ARTIFACT_PREFIX, MANIFEST_KEY, Manifest
+from pipeline.stock_load import ask_stock
+from pipeline.storage import ObjectStore, open_store
+
+_TOKENS = 16
+
+
+def verify_run(output_url: str, console: Console, *, stock: bool, as_json: bool) -> None:
+    """Read and hash everything that the manifest names, then load it with stock KerasHub.
+
+    Raises:
+        DamagedObjectError: a file is missing or not as the manifest says.
+        ArtifactError: stock KerasHub does not load it, or answers nonsense.
+        MissingObjectError: the run is not finished.
+    """
+    store = open_store(output_url)
+    manifest = read_manifest(store)
+    with console.status("reading every file again"):
+        damaged = damaged_files(store, manifest)
+    if damaged:
+        for finding in damaged:
+            console.print(finding.problem, soft_wrap=True)
+        raise DamagedObjectError(
+            f"{len(damaged)} of {len(manifest.files) + len(manifest.records)} objects are damaged; "
+            "quantize again into an empty place"
+        )
+    found = {
+        "files": len(manifest.files),
+        "bytes": sum(entry.size_bytes for entry in manifest.files.values()),
+        "plan_digest": manifest.plan_digest,
+        "stock": _load(store, manifest, console) if stock else None,
+    }
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+        return
+    console.print(
+        f"{store.url(MANIFEST_KEY)}: {found['files']} files, {found['bytes']:,} bytes, all as the "
+        f"manifest says{'; ' + str(found['stock']) if stock else ''}"
+    )
+
+
+def _load(store: ObjectStore, manifest: Manifest, console: Console) -> str:
+    with tempfile.TemporaryDirectory(prefix="quantfleet-verify-") as folder:
+        with console.status("fetching the artifact"):
+            for key, entry in sorted(manifest.files.items()):
+                path = Path(folder, key.removeprefix(ARTIFACT_PREFIX))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(store.get(key, sha256=entry.sha256, size=entry.size_bytes))
+        tokens = np.arange(1, _TOKENS + 1, dtype=np.int32)[None]
+        with console.status("loading it with stock KerasHub"):
+            answer = ask_stock([folder], [tokens])
+    if not np.isfinite(answer.outputs[0]).all():
+        raise ArtifactError(f"{store.url(ARTIFACT_PREFIX)}: loads, but answers NaN or infinity")
+    shape = " × ".join(map(str, answer.outputs[0].shape))
+    return f"stock KerasHub {answer.keras_hub} on {answer.backend} loads it and answers {shape}"

@@ -1,0 +1,61 @@
+"""GPTQModel on one job of `peers`; runs in an environment of its own.
+
+    python -P peer_gptqmodel.py JOB.json
+
+JOB.json: model, tokens (.npy, [windows, length]), bits, group_size, output.
+"""
+
+# mypy: disable-error-code="import-not-found"
+# The environment of the tests has none of these packages.
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+from gptqmodel.nn_modules.qlinear import BaseQuantLinear
+from safetensors.torch import save_file
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    tokens = np.load(job["tokens"]).tolist()
+    # Everything else is its default; group-aware activation order is.
+    config = QuantizeConfig(
+        bits=job["bits"],
+        group_size=job["group_size"],
+        sym=False,
+        format="gptq_v2",  # the one that stores every zero point
+        device="cpu",
+        offload_to_disk=False,
+    )
+    model = GPTQModel.load(job["model"], config, dtype=torch.float32)
+    rows = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in tokens]
+    began = time.perf_counter()
+    model.quantize(rows, calibration_sort=None, batch_size=1)
+    seconds = time.perf_counter() - began
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(folder)
+        saved = GPTQModel.load(folder, device="cpu", backend=BACKEND.TORCH, dtype=torch.float32)
+        save_file(_effective_weights(saved.model), job["output"])
+    print(json.dumps({"seconds": seconds}))
+
+
+def _effective_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What each quantized layer multiplies by, [out_features, in_features]."""
+    with torch.inference_mode():
+        return {
+            f"{name}.weight": layer(torch.eye(layer.in_features)).T.float().contiguous()
+            for name, layer in model.model.layers.named_modules(prefix="model.layers")
+            if isinstance(layer, BaseQuantLinear)
+        }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""English prose that ships with every Python: its manual and its standard library's docstrings.
+
+The manual's topics (`pydoc_data`) and the modules are the documents. A paragraph occurs once over
+all documents, for topics contain one another and docstrings are copied; so what is calibrated on
+is never evaluated on. Every fourth document is for evaluation.
+
+The text is the same in every process on one machine. Another release of Python, even a patch of
+it or a distribution's build, has other text: numbers compare within one interpreter only.
+
+    python -m tests.models.texts FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import functools
+import json
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+
+_MIN_PARAGRAPH = 100  # characters; shorter ones are titles, code and tables
+_MIN_DOCUMENT = 400
+_EVALUATION_EVERY = 4
+
+
+def write_texts(folder: str | Path) -> tuple[Path, Path]:
+    """Write calibration.jsonl and evaluation.jsonl: a document a line, as {"text": …}."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / "calibration.jsonl", folder / "evaluation.jsonl"
+    for path, documents in zip(
+        paths, (calibration_documents(), evaluation_documents()), strict=True
+    ):
+        lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents]
+        path.write_text("".join(lines), encoding="utf-8")
+    return paths
+
+
+def calibration_documents() -> list[str]:
+    """Three of four documents, in the order of their names."""
+    return [text for place, text in enumerate(_documents()) if place % _EVALUATION_EVERY]
+
+
+def evaluation_documents() -> list[str]:
+    """One of four documents, in the order of their names."""
+    return list(_documents()[::_EVALUATION_EVERY])
+
+
+@functools.cache
+def _documents() -> tuple[str, ...]:
+    sources = {f"topic {name}": text.split("\n\n") for name, text in topics.items()}
+    sources |= {f"module {name}": paragraphs for name, paragraphs in _docstrings()}
+    # The larger contains the smaller; so the larger keeps what they share.
+    by_size = sorted(sources, key=lambda name: (-sum(map(len, sources[name])), name))
+    seen: set[str] = set()
+    documents = {}
+    for name in by_size:
+        kept = []
+        for paragraph in map(_joined, sources[name]):
+            if _is_prose(paragraph) and paragraph not in seen:
+                kept.append(paragraph)
+                seen.add(paragraph)
+        text = "\n\n".join(kept)
+        if len(text) >= _MIN_DOCUMENT:
+            documents[name] = text
+    return tuple(documents[name] for name in sorted(documents))
+
+
+def _docstrings() -> Iterator[tuple[str, list[str]]]:
+    """Yield name and docstrings of the modules that are one file; nothing is imported."""
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        tree = ast.parse(file.read_bytes())
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
+        yield file.stem, [paragraph for text in texts if text for paragraph in text.split("\n\n")]
+
+
+def _joined(paragraph: str) -> str:
+    return " ".join(paragraph.split())
+
+
+def _is_prose(paragraph: str) -> bool:
+    return len(paragraph) >= _MIN_PARAGRAPH and paragraph[0].isalpha() and ">>>" not in paragraph
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="where to write the two files")
+    for path in write_texts(parser.parse_args().folder):
+        print(f"{path}: {len(path.read_text(encoding='utf-8').splitlines())} documents")
+
+
+if __name__ == "__main__":
+    main()
