@@ -67,8 +67,8 @@ def estimate(plan: Plan, workers: int) -> Estimate:
         result_bytes=sum(part.source_bytes - _saved_bytes(part) for part in plan.parts),
         activation_bytes=activation_bytes,
         worker_bytes=int(worker_bytes),
-        # Once with the float weights to see the inputs, once with the quantized ones to go on.
-        forward_flops=float(sum(4 * part.num_weights * num_tokens for part in blocks)),
+        # Every layer runs once, on what the quantized ones before it give.
+        forward_flops=float(sum(2 * part.num_weights * num_tokens for part in blocks)),
         # Above the diagonal in four bands: 10/16 of the whole product.
         gram_flops=float(
             sum(

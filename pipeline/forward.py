@@ -1,8 +1,10 @@
-"""One compiled program per kind of block: run it, or see what its layers are fed.
+"""A block, cut at the inputs of its layers, so that each layer is calibrated on quantized ones.
 
-A Keras layer is traced once with the values of its variables as arguments, so blocks of one kind
-share a program. While capture is traced, the target layers' `call` also notes its input: the
-traced function then returns Σxᵀx (or magnitudes) of every distinct input, in one fused program.
+The block is traced once with the values of its variables as arguments; blocks of one kind share
+what was compiled. While it is traced, the target layers' `call` notes its input: there the
+traced program is cut. Stage k computes up to the input of the k-th group of layers; once those
+are quantized, stage k + 1 goes on with their new weights. So every layer runs just once, and sees
+what it will see in the quantized model.
 """
 
 from __future__ import annotations
@@ -11,28 +13,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import keras
-import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from pipeline.blocks import Block
+from pipeline.errors import SourceError
 from pipeline.quantizable import Target
 from pipeline.recipe import Statistics
-from quantizer import HessianSum, MagnitudeSum, kernel_layout
-from quantizer.kernels import KernelLayout
-
-# A Gram is symmetric: of so many column blocks only those on and right of the diagonal are
-# multiplied, 10/16 of the flops.
-_GRAM_BLOCKS = 4
-_SMALLEST_GRAM_BLOCK = 128
-
-Sums = HessianSum | MagnitudeSum
-_Carry = tuple[Array, ...]
+from pipeline.traced_program import Stage, cut
+from quantizer import kernel_layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +34,18 @@ class InputGroup:
     Attributes:
         targets: their names within the block, in the order of their calls.
         in_features: C.
+        input_axes: the axes of the tensor that are summed with the kernels, from its end.
         statistics: what their schemes need to know of it.
     """
 
     targets: tuple[str, ...]
     in_features: int
+    input_axes: tuple[int, ...]
     statistics: Statistics
 
 
 class BlockProgram:
-    """A block's kind, compiled: `run` it, or `capture` the inputs of its targets."""
+    """A block's kind as stages: one to the input of each group, and one to the block's output."""
 
     def __init__(
         self,
@@ -60,12 +54,15 @@ class BlockProgram:
         stream: jax.ShapeDtypeStruct,
         sides: Sequence[jax.ShapeDtypeStruct],
     ) -> None:
-        """Trace the block abstractly, to learn which of its targets share an input.
+        """Trace the block; nothing is computed.
 
         Args:
             block: any block of the kind.
-            statistics: what to capture, by a target's name; None or absent for nothing.
+            statistics: what to know of a target's input, by its name; None or absent for nothing.
             stream, sides: shapes and dtypes of one micro-batch.
+
+        Raises:
+            SourceError: a target that the block calls more than once.
         """
         self._block = block
         self._wanted = {
@@ -73,101 +70,67 @@ class BlockProgram:
         }
         self._statistics = statistics
         self.groups: tuple[InputGroup, ...] = ()
-        if self._wanted:
-            values = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in block.layer.weights]
-            jax.eval_shape(self._learn, values, stream, list(sides))
-        self._run: Callable[..., Array] = jax.jit(self._output)
-        self._capture: Callable[..., list[_Carry]] = jax.jit(self._sums, donate_argnums=(4,))
+        values = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in block.layer.weights]
+        traced = jax.make_jaxpr(self._trace)(values, stream, list(sides))
+        stages = cut(traced, num_values=len(values))
+        self._stages: tuple[Stage, ...] = stages
 
-    def run(self, values: Sequence[Any], stream: Any, sides: Sequence[Any]) -> Array:
-        """The block's output, [batch, sequence, hidden].
+    def start(self, stream: Any, sides: Sequence[Any]) -> tuple[Any, ...]:
+        """What stage 0 begins with."""
+        return (stream, *sides)
+
+    def advance(
+        self, stage: int, values: Sequence[Any], live: tuple[Any, ...]
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """Run one stage on one micro-batch.
 
         Args:
+            stage: below `len(groups)`, up to the input of that group; else, to the end.
             values: of the block's weights, in the order of `layer.weights`.
+            live: from `start`, or from the stage before.
+
+        Returns:
+            the group's input, or the block's output; and what the next stage begins with.
         """
-        return self._run(values, stream, list(sides))
-
-    def capture(
-        self,
-        values: Sequence[Any],
-        stream: Any,
-        sides: Sequence[Any],
-        mask: Any,
-        carry: list[_Carry],
-    ) -> list[_Carry]:
-        """Add one micro-batch to the sums.
-
-        Args:
-            mask: [batch, sequence], bool; rows where it is false are left out.
-            carry: the sums so far (see `empty`); it is used up.
-        """
-        return self._capture(values, stream, list(sides), mask, carry)
-
-    def empty(self) -> list[_Carry]:
-        """Sums of nothing, one for each group."""
-        return [_EMPTY[group.statistics](group.in_features) for group in self.groups]
-
-    def finish(self, carry: Sequence[_Carry]) -> list[Sums]:
-        """Sums as the solvers take them, one for each group."""
-        return [
-            _FINISH[group.statistics](*(np.asarray(array) for array in arrays))
-            for group, arrays in zip(self.groups, carry, strict=True)
-        ]
-
-    def _learn(self, values: Sequence[Array], stream: Array, sides: Sequence[Array]) -> Array:
-        inputs, output = self._trace(values, stream, sides)
-        self.groups = tuple(
-            InputGroup(
-                targets=names,
-                in_features=kernel_layout(self._wanted[names[0]].layer).in_features,
-                statistics=statistics,
-            )
-            for names, _, statistics in inputs
-        )
-        return output
-
-    def _output(self, values: Sequence[Array], stream: Array, sides: Sequence[Array]) -> Array:
-        args, kwargs = self._block.bind(stream, sides)
-        output: Array = call_with(self._block.layer, values, *args, **kwargs)
-        return output
-
-    def _sums(
-        self,
-        values: Sequence[Array],
-        stream: Array,
-        sides: Sequence[Array],
-        mask: Array,
-        carry: list[_Carry],
-    ) -> list[_Carry]:
-        inputs, _ = self._trace(values, stream, sides)
-        added = []
-        for (names, tensor, statistics), sums in zip(inputs, carry, strict=True):
-            layout = kernel_layout(self._wanted[names[0]].layer)
-            added.append(_ADD[statistics](sums, _rows(tensor, layout), mask))
-        return added
+        return self._stages[stage](values, live)
 
     def _trace(
         self, values: Sequence[Array], stream: Array, sides: Sequence[Array]
-    ) -> tuple[list[tuple[tuple[str, ...], Array, Statistics]], Array]:
-        """Distinct inputs: names of the targets fed it, the tensor, what to know; and the output.
-
-        Layers of one input that need other statistics of it are two groups.
-        """
+    ) -> tuple[Array, ...]:
+        """The inputs of the groups, in the order of their first calls, and the output."""
         seen: list[tuple[Target, Array]] = []
+        args, kwargs = self._block.bind(stream, sides)
         with _noting(self._wanted.values(), seen):
-            output = self._output(values, stream, sides)
+            output = call_with(self._block.layer, values, *args, **kwargs)
+        names = [target.name for target, _ in seen]
+        for name in names:
+            if names.count(name) > 1:
+                raise SourceError(
+                    f"{self._block.name}/{name}: called more than once in its block, so it has no "
+                    "input of its own; give it a scheme that needs no calibration, or null"
+                )
         grouped: list[tuple[list[str], Array, tuple[int, ...], Statistics]] = []
         for target, tensor in seen:
             axes = kernel_layout(target.layer).input_axes
             wanted = self._statistics[target.name]
             assert wanted is not None
-            for names, other, *rest in grouped:
+            for members, other, *rest in grouped:
+                # Layers of one input that need to know other things of it are two groups.
                 if other is tensor and rest == [axes, wanted]:
-                    names.append(target.name)
+                    members.append(target.name)
                     break
             else:
                 grouped.append(([target.name], tensor, axes, wanted))
-        return [(tuple(names), tensor, wanted) for names, tensor, _, wanted in grouped], output
+        self.groups = tuple(
+            InputGroup(
+                targets=tuple(members),
+                in_features=kernel_layout(self._wanted[members[0]].layer).in_features,
+                input_axes=axes,
+                statistics=wanted,
+            )
+            for members, _, axes, wanted in grouped
+        )
+        return (*(tensor for _, tensor, _, _ in grouped), output)
 
 
 def call_with(layer: Any, values: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
@@ -192,66 +155,3 @@ def _noting(targets: Any, seen: list[tuple[Target, Array]]) -> Iterator[None]:
     finally:
         for target in watched:
             object.__delattr__(target.layer, "call")
-
-
-def _rows(tensor: Array, layout: KernelLayout) -> Array:
-    """A layer's input as float32 [batch, sequence, in_features]."""
-    last = tuple(range(-len(layout.input_axes), 0))
-    moved = jnp.moveaxis(tensor, layout.input_axes, last)
-    return moved.reshape(*moved.shape[: -len(last)], -1).astype(jnp.float32)
-
-
-def _masked(rows: Array, mask: Array) -> Array:
-    # Chosen, not multiplied: padding may hold infinity.
-    return jnp.where(mask[..., None], rows, 0.0).reshape(-1, rows.shape[-1])
-
-
-def gram(rows_NC: Array) -> Array:
-    """Σ xᵀx in full float32, [C, C], exactly symmetric."""
-    count = rows_NC.shape[1]
-    if count < _GRAM_BLOCKS * _SMALLEST_GRAM_BLOCK:
-        return jnp.matmul(rows_NC.T, rows_NC, precision=lax.Precision.HIGHEST)
-    edges = [count * i // _GRAM_BLOCKS for i in range(_GRAM_BLOCKS + 1)]
-    bands = [
-        jnp.pad(
-            jnp.matmul(rows_NC[:, a:b].T, rows_NC[:, a:], precision=lax.Precision.HIGHEST),
-            ((0, 0), (a, 0)),
-        )
-        for a, b in pairwise(edges)
-    ]
-    upper = jnp.triu(jnp.concatenate(bands))
-    return upper + jnp.triu(upper, 1).T
-
-
-def _add_hessian(sums: _Carry, rows: Array, mask: Array) -> _Carry:
-    gram_CC, num_rows = sums
-    return gram_CC + gram(_masked(rows, mask)), num_rows + jnp.sum(mask, dtype=jnp.int32)
-
-
-def _add_magnitudes(sums: _Carry, rows: Array, mask: Array) -> _Carry:
-    total, square, largest, num_rows = sums
-    size_NC = jnp.abs(_masked(rows, mask))
-    return (
-        total + jnp.sum(size_NC, axis=0),
-        square + jnp.sum(jnp.square(size_NC), axis=0),
-        jnp.maximum(largest, jnp.max(size_NC, axis=0)),
-        num_rows + jnp.sum(mask, dtype=jnp.int32),
-    )
-
-
-def _empty_hessian(size: int) -> _Carry:
-    return jnp.zeros((size, size)), jnp.int32(0)
-
-
-def _empty_magnitudes(size: int) -> _Carry:
-    return jnp.zeros(size), jnp.zeros(size), jnp.zeros(size), jnp.int32(0)
-
-
-_ADD = {"hessian": _add_hessian, "magnitudes": _add_magnitudes}
-_EMPTY = {"hessian": _empty_hessian, "magnitudes": _empty_magnitudes}
-_FINISH: Mapping[str, Callable[..., Sums]] = {
-    "hessian": lambda gram_CC, num_rows: HessianSum(gram_CC, int(num_rows)),
-    "magnitudes": lambda total, square, largest, num_rows: MagnitudeSum(
-        total, square, largest, int(num_rows)
-    ),
-}

@@ -1,4 +1,4 @@
-"""What a backbone is fed for a window of tokens."""
+"""What a model is fed for a window of tokens."""
 
 from __future__ import annotations
 
@@ -11,6 +11,23 @@ from numpy.typing import NDArray
 from pipeline.errors import SourceError
 
 
+def text_inputs(tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
+    """All that text gives a model, by the names that KerasHub has for it, each [batch, sequence].
+
+    Args:
+        tokens: [batch, sequence], int32.
+        mask: [batch, sequence]: True where a token is text.
+    """
+    positions = np.arange(tokens.shape[1], dtype=np.int32)
+    return {
+        "token_ids": tokens,
+        "padding_mask": mask.astype(np.int32),
+        "segment_ids": np.zeros_like(tokens),
+        # Where a masked language model is to answer: everywhere.
+        "mask_positions": np.broadcast_to(positions, tokens.shape),
+    }
+
+
 def model_inputs(model: keras.Model, tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> Any:
     """The inputs of a model that is fed a backbone's inputs, in the structure that it takes.
 
@@ -21,11 +38,7 @@ def model_inputs(model: keras.Model, tokens: NDArray[np.int32], mask: NDArray[np
     Raises:
         SourceError: the model wants something that text alone does not give.
     """
-    given = {
-        "token_ids": tokens,
-        "padding_mask": mask.astype(np.int32),
-        "segment_ids": np.zeros_like(tokens),
-    }
+    given = text_inputs(tokens, mask)
     names = [tensor.name for tensor in model.inputs]
     unknown = sorted(set(names) - set(given))
     if unknown:

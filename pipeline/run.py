@@ -13,11 +13,11 @@ from typing import Any
 from pipeline import activations
 from pipeline.canonical import sha256
 from pipeline.commits import committed_parts, quarantine
-from pipeline.crew import Crew, WorkerLostError
+from pipeline.crew import Crew, CrewError, WorkerLostError
 from pipeline.errors import PlanMismatchError
-from pipeline.plan import PLAN_KEY, GroupPlan, PartPlan, Plan
+from pipeline.plan import PLAN_KEY, PartPlan, Plan
 from pipeline.records import Manifest, PartRecord
-from pipeline.reduction import join, split
+from pipeline.reduction import Subtree, join, split
 from pipeline.storage import ObjectStore
 
 _MOST_LOSSES = 20
@@ -47,8 +47,12 @@ class Step:
 Report = Callable[[Step], None]
 
 
-def claim(store: ObjectStore, plan: Plan) -> Plan:
+def claim(store: ObjectStore, plan: Plan, windows: bytes | None = None) -> Plan:
     """Write the plan into an empty run directory, or make sure that it is the one there.
+
+    Args:
+        windows: the token windows that the plan names; written before it, so that a plan can
+            always be carried out.
 
     Raises:
         PlanMismatchError: the directory belongs to another plan, or holds other things.
@@ -67,6 +71,8 @@ def claim(store: ObjectStore, plan: Plan) -> Plan:
             f"{store.url(foreign[0])} is there already, and no {PLAN_KEY} beside it; choose an "
             "empty --output"
         )
+    if plan.tokens is not None and windows is not None:
+        store.create(plan.tokens.key, windows)
     store.create(PLAN_KEY, plan.to_json())
     return plan
 
@@ -97,7 +103,10 @@ def quantize(
         except WorkerLostError as error:
             losses += 1
             if losses > _MOST_LOSSES:
-                raise
+                raise CrewError(
+                    f"workers were lost more than {_MOST_LOSSES} times, the last by {error}; check "
+                    "the memory and logs of the cluster's nodes, then resume"
+                ) from error
             report(Step(event="lost", text=f"a worker was lost ({error}); its work is done again"))
             crew.revive()
         else:
@@ -163,8 +172,7 @@ def _quantize_in_turn(
         part = plan.parts[block + 1]
         last = block + 1 == plan.num_blocks
         following = None if last else crew.submit(block % crew.num_workers, "read", block + 2)
-        sums = _capture(part, block, crew, shares, values)
-        solved = _solve(part, crew, sums, values)
+        solved = _solve_in_turn(part, block, crew, shares, values)
         previous = sha256(records[block].to_json()) if block else ""
         record = crew.submit(
             block % crew.num_workers, "commit", block + 1, previous, values, *solved
@@ -181,60 +189,53 @@ def _quantize_in_turn(
         values = following
 
 
-def _capture(
-    part: PartPlan, block: int, crew: Crew, shares: Sequence[Any], values: Any
+def _solve_in_turn(
+    part: PartPlan, block: int, crew: Crew, shares: Sequence[Sequence[Subtree]], values: Any
 ) -> list[Any]:
-    """Handles to the sum of every group's input, over all shards."""
-    if not part.groups:
-        return []
-    by_subtree = [
-        (
-            w,
-            _as_list(
-                crew.submit(w, "capture", block, subtree, values, num_returns=len(part.groups))
-            ),
-        )
-        for w, share in enumerate(shares)
-        for subtree in share
-    ]
-    sums = []
-    for group in range(len(part.groups)):
-        leaves = [(w, handles[group]) for w, handles in by_subtree]
-        # The left one's worker adds: its sum need not travel.
-        total = join(
-            leaves, lambda left, right: (left[0], crew.submit(left[0], "merge", left[1], right[1]))
-        )
-        sums.append(total[1])
-    return sums
+    """Handles to the solved layers: those that need no calibration, then group after group.
 
-
-def _solve(part: PartPlan, crew: Crew, sums: Sequence[Any], values: Any) -> list[Any]:
-    """Handles to the solved layers, costliest input first, each to the worker with the least."""
+    Each group is calibrated on what the quantized ones before it give. Its layers are solved side
+    by side, the costliest first, each by the worker with the least to do.
+    """
     schemed = {layer.name: layer for layer in part.layers if layer.scheme is not None}
-    jobs = [
-        ([schemed[name].path for name in group.targets], sums[i], _cost(part, group))
-        for i, group in enumerate(part.groups)
-    ]
     calibrated = {name for group in part.groups for name in group.targets}
     alone = [layer.path for name, layer in schemed.items() if name not in calibrated]
-    if alone:
-        jobs.append((alone, None, 0.0))
-    handles: list[Any] = [None] * len(jobs)
-    load = [0.0] * crew.num_workers
-    for index in sorted(range(len(jobs)), key=lambda i: (-jobs[i][2], i)):
-        paths, total, cost = jobs[index]
-        worker = load.index(min(load))
-        load[worker] += cost
-        handles[index] = crew.submit(worker, "solve", part.part, paths, values, total)
-    return handles
+    solved = [crew.submit(0, "solve", part.part, alone, values, None)] if alone else []
+    for stage, group in enumerate(part.groups):
+        total = _capture(block, stage, crew, shares, values, solved)
+        load = [0] * crew.num_workers
+        shared: list[list[str]] = [[] for _ in load]
+        for name in sorted(group.targets, key=lambda name: (-schemed[name].out_features, name)):
+            worker = load.index(min(load))
+            load[worker] += schemed[name].out_features
+            shared[worker].append(schemed[name].path)
+        solved += [
+            crew.submit(worker, "solve", part.part, paths, values, total)
+            for worker, paths in enumerate(shared)
+            if paths
+        ]
+    return solved
 
 
-def _cost(part: PartPlan, group: GroupPlan) -> float:
-    """Flops of a GPTQ solve: R·C² for the columns, ⅔·C³ for the factor."""
-    if group.statistics != "hessian":
-        return 0.0
-    rows = sum(layer.out_features for layer in part.layers if layer.name in group.targets)
-    return rows * group.in_features**2 + 2 / 3 * group.in_features**3
+def _capture(
+    block: int,
+    stage: int,
+    crew: Crew,
+    shares: Sequence[Sequence[Subtree]],
+    values: Any,
+    solved: Sequence[Any],
+) -> Any:
+    """Handle to the sum of one group's input over all shards."""
+    by_subtree = [
+        (worker, crew.submit(worker, "capture", block, stage, subtree, values, *solved))
+        for worker, share in enumerate(shares)
+        for subtree in share
+    ]
+    # The left one's worker adds: its sum need not travel.
+    return join(
+        by_subtree,
+        lambda left, right: (left[0], crew.submit(left[0], "merge", left[1], right[1])),
+    )[1]
 
 
 def _keep(
@@ -253,10 +254,6 @@ def _keep(
 def _note(records: dict[int, PartRecord], record: PartRecord, crew: Crew, report: Report) -> None:
     records[record.part] = record
     report(Step(event="committed", part=record.part, record=record, seconds=crew.seconds()))
-
-
-def _as_list(handles: Any) -> list[Any]:
-    return list(handles) if isinstance(handles, list) else [handles]
 
 
 def _difference(found: Plan, wanted: Plan) -> str:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.artifact import decode_part
 from pipeline.blocks import BlockGraph
-from pipeline.inputs import model_inputs
+from pipeline.inputs import model_inputs, text_inputs
 from pipeline.model_state import ModelState
 from pipeline.records import file_key
 from pipeline.storage import ObjectStore
@@ -71,13 +71,8 @@ class StreamedModel:
         values = [value for _, value in pairs]
 
         def run(stream: Any, tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> Array:
-            inputs = model_inputs(self.graph.embed, tokens, mask)
-            named = (
-                inputs
-                if isinstance(inputs, dict)
-                else dict(zip((t.name for t in self.graph.embed.inputs), inputs, strict=True))
-            )
-            return program(values, [self.graph.bind_head(stream, named)], {})  # type: ignore[no-any-return]
+            given = self.graph.bind_head(stream, text_inputs(tokens, mask))
+            return program(values, [given], {})  # type: ignore[no-any-return]
 
         return run
 

@@ -11,17 +11,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import keras_hub
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import activations
+from pipeline import activations, input_sums
 from pipeline.artifact import encode_part
 from pipeline.canonical import sha256
 from pipeline.commits import commit_part
 from pipeline.comparison import compare
+from pipeline.crew import WorkerLostError
 from pipeline.fidelity import WindowFidelity
-from pipeline.forward import Sums
+from pipeline.forward import BlockProgram
+from pipeline.input_sums import Sums
 from pipeline.model_state import ModelState, in_order
 from pipeline.plan import LayerPlan, Plan
 from pipeline.records import LayerRecord, Manifest, PartRecord, file_key
@@ -34,19 +37,29 @@ from pipeline.token_windows import TokenWindows
 
 
 @dataclass
-class _Shard:
-    """A calibration shard on its way through the blocks: one entry per micro-batch.
+class _Batch:
+    """A micro-batch on its way through the blocks.
 
     Attributes:
-        streams: [micro_batch, sequence, hidden], float32: what enters block `block`.
+        stream: [micro_batch, sequence, hidden], float32: what enters the block.
         sides: the blocks' other inputs.
-        masks: [micro_batch, sequence], bool: where there is text.
+        mask: [micro_batch, sequence], bool: where there is text.
+        live: inside the block, what its next stage begins with.
     """
 
-    block: int
-    streams: list[NDArray[np.float32]]
-    sides: list[list[NDArray[Any]]]
-    masks: list[NDArray[np.bool_]]
+    stream: NDArray[np.float32]
+    sides: list[NDArray[Any]]
+    mask: NDArray[np.bool_]
+    live: tuple[Any, ...] | None = None
+
+
+@dataclass
+class _Shard:
+    """A calibration shard, and where it stands: before a stage of a block."""
+
+    batches: list[_Batch]
+    block: int = 0
+    stage: int = 0
 
 
 class Worker:
@@ -75,31 +88,52 @@ class Worker:
             shard = self._embedded(rest, tokens, mask)
             if start:
                 shard.block = start
-                shard.streams = activations.load(self._store, start, index)
+                streams = activations.load(self._store, start, index)
+                for batch, stream in zip(shard.batches, streams, strict=True):
+                    batch.stream = stream
             self._shards[index] = shard
         for done in range(start, block):
             key = file_key(done + 1)
             kernels = self._model.kernels(done + 1, self._store.get(key))
-            self._advance(done, shards, self._model.read(done + 1), kernels)
+            self._repeat(done, shards, self._model.read(done + 1), kernels)
 
-    def capture(self, block: int, subtree: Subtree, values: Values) -> list[Sums]:
-        """Sums over the subtree's shards of every distinct input of the block's layers."""
+    def capture(
+        self,
+        block: int,
+        stage: int,
+        subtree: Subtree,
+        values: Values,
+        *solved: Sequence[SolvedLayer],
+    ) -> Sums:
+        """Go on to the input of the block's group `stage`, and sum it over the subtree's shards.
 
-        def leaf(index: int) -> list[Sums]:
-            shard = self._at(index, block)
+        Args:
+            solved: the results of all groups before, and of layers that needed no calibration.
+        """
+        weights = self._weights(block, values, solved)
+
+        def leaf(index: int) -> Sums:
+            shard = self._at(index, block, stage)
             program = self._program(block, shard)
-            weights = in_order(self._model.graph.blocks[block].layer.weights, values, {})
-            carry = program.empty()
-            for stream, sides, mask in zip(shard.streams, shard.sides, shard.masks, strict=True):
-                carry = program.capture(weights, stream, sides, mask, carry)
-            sums: list[Sums] = program.finish(carry)
-            return sums
+            group = program.groups[stage]
+            carry = input_sums.empty(group.statistics, group.in_features)
+            for batch in shard.batches:
+                inputs = self._advance(program, stage, weights, batch)
+                carry = input_sums.add(
+                    carry,
+                    inputs,
+                    batch.mask,
+                    statistics=group.statistics,
+                    input_axes=group.input_axes,
+                )
+            shard.stage = stage + 1
+            return input_sums.finish(group.statistics, carry)
 
-        return reduce_subtree(subtree, leaf, _merge_all)
+        return reduce_subtree(subtree, leaf, _merged)
 
     def merge(self, left: Sums, right: Sums) -> Sums:
         """One node of the reduction."""
-        return left.merge(right)  # type: ignore[arg-type]
+        return _merged(left, right)
 
     def solve(
         self, part: int, paths: Sequence[str], values: Values, sums: Sums | None
@@ -151,15 +185,8 @@ class Worker:
     def propagate(
         self, block: int, shards: Sequence[int], values: Values, *solved: Sequence[SolvedLayer]
     ) -> None:
-        """Send shards through the quantized block."""
-        targets = self._model.targets(block + 1)
-        kernels = {
-            str(targets[layer.path].layer._kernel.path): layer.kernel
-            for layers in solved
-            for layer in layers
-            if layer.kernel is not None
-        }
-        self._advance(block, shards, values, kernels)
+        """Send shards through what is left of the block after its last capture."""
+        self._leave(block, shards, self._weights(block, values, solved))
 
     def quantize_alone(self, part: int) -> PartRecord:
         """Read, solve and commit a part whose layers need no calibration."""
@@ -186,34 +213,75 @@ class Worker:
     def keep(self, block: int, shards: Sequence[int]) -> dict[int, activations.Kept]:
         """Store the activations that enter `block`, to resume from."""
         return {
-            index: activations.store(self._store, block, index, self._at(index, block).streams)
+            index: activations.store(
+                self._store, block, index, [b.stream for b in self._at(index, block).batches]
+            )
             for index in shards
         }
 
+    def _weights(
+        self, block: int, values: Values, solved: Sequence[Sequence[SolvedLayer]]
+    ) -> list[Any]:
+        """The block's weights, quantized as far as they are, on the device."""
+        targets = self._model.targets(block + 1)
+        kernels = {
+            str(targets[layer.path].layer._kernel.path): layer.kernel
+            for layers in solved
+            for layer in layers
+            if layer.kernel is not None
+        }
+        return self._on_device(block, values, kernels)
+
+    def _on_device(
+        self, block: int, values: Values, kernels: Mapping[str, NDArray[np.float32]]
+    ) -> list[Any]:
+        variables = self._model.graph.blocks[block].layer.weights
+        return [jnp.asarray(value) for value in in_order(variables, values, kernels)]
+
     def _advance(
+        self, program: BlockProgram, stage: int, weights: Sequence[Any], batch: _Batch
+    ) -> Any:
+        live = program.start(batch.stream, batch.sides) if batch.live is None else batch.live
+        result, batch.live = program.advance(stage, weights, live)
+        return result
+
+    def _leave(self, block: int, shards: Sequence[int], weights: Sequence[Any]) -> None:
+        last = len(self._plan.parts[block + 1].groups)
+        for index in shards:
+            shard = self._at(index, block, last)
+            program = self._program(block, shard)
+            for batch in shard.batches:
+                batch.stream = np.asarray(self._advance(program, last, weights, batch))
+                batch.live = None
+            shard.block, shard.stage = block + 1, 0
+
+    def _repeat(
         self,
         block: int,
         shards: Sequence[int],
         values: Values,
         kernels: Mapping[str, NDArray[np.float32]],
     ) -> None:
-        weights = in_order(self._model.graph.blocks[block].layer.weights, values, kernels)
+        """Send shards through a block that is committed, by the programs that did it before."""
+        weights = self._on_device(block, values, kernels)
         for index in shards:
-            shard = self._at(index, block)
+            shard = self._at(index, block, 0)
             program = self._program(block, shard)
-            for batch, (stream, sides) in enumerate(zip(shard.streams, shard.sides, strict=True)):
-                shard.streams[batch] = np.asarray(program.run(weights, stream, sides))
-            shard.block = block + 1
+            for stage in range(len(program.groups)):
+                for batch in shard.batches:
+                    self._advance(program, stage, weights, batch)
+            shard.stage = len(program.groups)
+        self._leave(block, shards, weights)
 
-    def _program(self, block: int, shard: _Shard) -> Any:
-        return self._model.program(
-            self._model.graph.blocks[block], shard.streams[0], shard.sides[0]
-        )
+    def _program(self, block: int, shard: _Shard) -> BlockProgram:
+        first = shard.batches[0]
+        return self._model.program(self._model.graph.blocks[block], first.stream, first.sides)
 
-    def _at(self, index: int, block: int) -> _Shard:
+    def _at(self, index: int, block: int, stage: int = 0) -> _Shard:
         shard = self._shards.get(index)
-        if shard is None or shard.block != block:
-            raise LostShardError(index, block, None if shard is None else shard.block)
+        if shard is None or (shard.block, shard.stage) != (block, stage):
+            held = None if shard is None else (shard.block, shard.stage)
+            raise LostShardError(f"shard {index} is wanted at {(block, stage)}, not {held}")
         return shard
 
     def _windows(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
@@ -228,21 +296,16 @@ class Worker:
     def _embedded(self, rest: Values, tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> _Shard:
         assert self._plan.tokens is not None
         size = self._plan.tokens.micro_batch
-        shard = _Shard(0, [], [], [])
+        batches = []
         for a in range(0, len(tokens), size):
             stream, sides = self._model.embed(rest, tokens[a : a + size], mask[a : a + size])
-            shard.streams.append(stream)
-            shard.sides.append(sides)
-            shard.masks.append(mask[a : a + size])
-        return shard
+            batches.append(_Batch(stream=stream, sides=sides, mask=mask[a : a + size]))
+        return _Shard(batches)
 
 
-class LostShardError(RuntimeError):
+class LostShardError(WorkerLostError):
     """A worker that was started anew is asked for a shard that it has not restored."""
 
-    def __init__(self, index: int, block: int, held: int | None) -> None:
-        super().__init__(f"shard {index} does not stand before block {block} (held: {held})")
 
-
-def _merge_all(left: list[Sums], right: list[Sums]) -> list[Sums]:
-    return [a.merge(b) for a, b in zip(left, right, strict=True)]  # type: ignore[arg-type]
+def _merged(left: Sums, right: Sums) -> Sums:
+    return left.merge(right)  # type: ignore[arg-type]
