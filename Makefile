@@ -56,8 +56,12 @@ format: $(READY)  ## let ruff mend style and order imports
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-demo: $(READY)  ## quantize a small real model and print what it cost in accuracy
-	$(BIN)/python -m tests.benchmarks.accuracy --demo
+demo: $(READY)  ## quantize a real language model, evaluate it, and generate with stock KerasHub
+	$(BIN)/python -m tests.demo.prepare out/demo
+	$(BIN)/quantfleet quantize out/demo/smollm2 --recipe tests/demo/recipe.yaml \
+		--output out/demo/quantized --evaluate-on out/demo/texts/evaluation.jsonl --windows 4
+	$(BIN)/quantfleet verify out/demo/quantized --no-stock
+	$(BIN)/python -I tests/demo/generate.py out/demo/quantized/artifact
 
 bench: $(READY)  ## time the solver
 	$(BIN)/python -m tests.benchmarks.solver

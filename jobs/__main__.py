@@ -1,0 +1,5 @@
+"""`python -m jobs` is `quantfleet`."""
+
+from jobs.cli import main
+
+main()

@@ -1,0 +1,28 @@
+"""Lay out what `make demo` works on: SmolLM2-135M-Instruct as a KerasHub preset, and texts.
+
+Both come from packages that are installed; nothing is fetched. What is there already is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tests.models.smollm2 import smollm2_preset
+from tests.models.texts import write_texts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    preset = folder / "smollm2"
+    if not (preset / "metadata.json").exists():
+        smollm2_preset(preset)
+    (folder / "texts").mkdir(parents=True, exist_ok=True)
+    for path in (preset, *write_texts(folder / "texts")):
+        print(f"ready: {path}")
+
+
+if __name__ == "__main__":
+    main()
