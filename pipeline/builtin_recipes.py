@@ -15,7 +15,6 @@ CALIBRATION = Calibration(texts=("hf:allenai/c4/en?split=train",))
 def _all() -> tuple[Recipe, ...]:
     return (
         _recipe("int8", Int8Scheme()),
-        _recipe("int8-weight-only", Int8Scheme(quantize_activations=False)),
         _recipe("int4", Int4Scheme()),
         _recipe("int4-g64", Int4Scheme(block_size=64)),
         _recipe("float8", Float8Scheme()),
