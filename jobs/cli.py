@@ -136,7 +136,7 @@ def quantize(
     run_job(
         job,
         _place(address, workers, threads, device),
-        Console(stderr=True),
+        _stderr(),
         as_json=as_json,
         dry_run=dry_run,
     )
@@ -161,7 +161,7 @@ def resume(
     resume_job(
         output,
         _place(address, workers, threads, device),
-        Console(stderr=True),
+        _stderr(),
         as_json=as_json,
         source_url=source,
         keep_every=keep_every,
@@ -189,7 +189,7 @@ def evaluate(
     resume_job(
         output,
         _place(address, workers, None, device),
-        Console(stderr=True),
+        _stderr(),
         as_json=as_json,
         source_url=source,
         evaluation_texts=tuple(evaluate_on),
@@ -209,7 +209,12 @@ def verify(
     """Check every file of a finished result, and that stock KerasHub loads it."""
     from jobs.verify import verify_run
 
-    verify_run(output, Console(stderr=True), stock=stock, as_json=as_json)
+    verify_run(output, _stderr(), stock=stock, as_json=as_json)
+
+
+def _stderr() -> Console:
+    """Where progress goes: paths and layer names are text, not markup, however they are spelled."""
+    return Console(stderr=True, markup=False, highlight=False)
 
 
 def _recipe(

@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.quantities import count, size
-from pipeline.cluster import Resources
 from pipeline.estimates import Estimate
 from pipeline.plan import LayerPlan, Plan
+from pipeline.resources import Resources
 
 
 def plan_table(plan: Plan, costs: Estimate, resources: Resources) -> RenderableType:

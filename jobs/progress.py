@@ -45,7 +45,7 @@ def watch(plan: Plan, console: Console) -> Iterator[Report]:
                 progress.update(bar, description=plan.parts[step.part].name)
             progress.update(bar, completed=len(done))
             if step.text:
-                progress.console.print(f"{step.event}: {step.text}")
+                _say(f"{step.event}: {step.text}", progress.console)
 
         yield report
 
@@ -53,12 +53,17 @@ def watch(plan: Plan, console: Console) -> Iterator[Report]:
 def _line(plan: Plan, step: Step, console: Console) -> None:
     if step.event == "committed" and step.part is not None:
         assert step.record is not None
-        stages = " ".join(f"{name} {value:.1f}s" for name, value in step.seconds.items())
-        console.print(
+        # Of parts that were solved side by side, the first reports the seconds of all.
+        stages = "".join(f", {name} {value:.1f}s" for name, value in step.seconds.items())
+        _say(
             f"committed {step.part + 1}/{len(plan.parts)} {plan.parts[step.part].name}: "
-            f"{step.record.size_bytes:,} bytes; {stages}",
-            soft_wrap=True,
-            highlight=False,
+            f"{step.record.size_bytes:,} bytes{stages}",
+            console,
         )
     elif step.text:
-        console.print(f"{step.event}: {step.text}", soft_wrap=True, highlight=False)
+        _say(f"{step.event}: {step.text}", console)
+
+
+def _say(line: str, console: Console) -> None:
+    """As it is: in one line, and square brackets are no markup."""
+    console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shlex
 import sys
 import time
@@ -14,20 +15,27 @@ from typing import Any
 
 from rich.console import Console
 
+from jobs.admission import check_identity, check_memory
 from jobs.plan_table import plan_table
 from jobs.progress import watch
 from jobs.summary import Summary, summary_table
-from pipeline.cluster import RayCrew, Resources, choose_resources, joined
+from pipeline.cluster import RayCrew, joined
 from pipeline.commits import read_manifest
-from pipeline.crew import CrewError
-from pipeline.errors import PipelineError
+from pipeline.errors import CalibrationTextError, PipelineError
 from pipeline.estimates import Estimate, estimate
 from pipeline.events import EventLog
 from pipeline.fidelity import Fidelity
 from pipeline.plan import PLAN_KEY, Plan
-from pipeline.planned_run import claim_run, evaluation_windows, measure, plan_run, source_digest
+from pipeline.planned_run import (
+    claim_run,
+    evaluation_windows,
+    identity,
+    measure,
+    plan_run,
+)
 from pipeline.recipe import Recipe
 from pipeline.records import MANIFEST_KEY, Manifest
+from pipeline.resources import Resources, choose_resources, memory_of_nodes
 from pipeline.run import quantize
 from pipeline.storage import ObjectStore, open_store
 
@@ -75,9 +83,14 @@ def run_job(job: Job, place: Place, console: Console, *, as_json: bool, dry_run:
         costs = estimate(plan, resources.workers)
         if dry_run:
             _print_plan(plan, costs, resources, console, as_json=as_json)
+        if not store.exists(MANIFEST_KEY):
+            check_memory(costs, memory_of_nodes(resources))
+        if dry_run:
             return
+        # Also read before anything is claimed: a mistyped file must not cost a run.
+        judged_on = _evaluation_windows(job, plan, resources)
         plan = claim_run(store, plan, windows)
-        _carry_out(plan, job, store, resources, costs, console, as_json=as_json)
+        _carry_out(plan, job, store, resources, costs, judged_on, console, as_json=as_json)
 
 
 def resume_job(
@@ -109,16 +122,21 @@ def resume_job(
             f"quantfleet resume {shlex.quote(output_url)}"
         )
     plan = Plan.from_json(store.get(PLAN_KEY))
+    finished = store.exists(MANIFEST_KEY)
+    if finished and not evaluation_texts:
+        console.print(f"{output_url}: finished before; nothing to do", soft_wrap=True)
+        costs = estimate(plan, 1)
+        summary = Summary.of(
+            plan, store, read_manifest(store), costs, {}, wall_seconds=0.0, fidelity=None
+        )
+        _print_summary(summary, store, console, as_json=as_json)
+        return
     url = source_url or plan.source_url
     wanted = dataclasses.replace(place, threads=place.threads or int(plan.machine["threads"]))
     with _place(wanted, console) as resources:
-        with console.status("checking that the source is what it was"):
-            found = source_digest(url, resources)
-        if found != plan.source_digest:
-            raise PipelineError(
-                f"{url}: the source changed since the run was planned (digest {found[:12]}, "
-                f"planned {plan.source_digest[:12]}); put it back, or start a new run elsewhere"
-            )
+        with console.status("checking that source and machine are what they were"):
+            found = identity(url, resources)
+        check_identity(plan, found, url, finished=finished)
         job = Job(
             source_url=url,
             recipe=Recipe.model_validate(plan.recipe),
@@ -128,7 +146,9 @@ def resume_job(
             keep_every=keep_every,
         )
         costs = estimate(plan, resources.workers)
-        _carry_out(plan, job, store, resources, costs, console, as_json=as_json)
+        check_memory(costs, memory_of_nodes(resources))
+        judged_on = _evaluation_windows(job, plan, resources)
+        _carry_out(plan, job, store, resources, costs, judged_on, console, as_json=as_json)
 
 
 def _carry_out(
@@ -137,6 +157,7 @@ def _carry_out(
     store: ObjectStore,
     resources: Resources,
     costs: Estimate,
+    judged_on: bytes | None,
     console: Console,
     *,
     as_json: bool,
@@ -148,42 +169,61 @@ def _carry_out(
         finished = store.exists(MANIFEST_KEY)
         if finished:
             manifest: Manifest = read_manifest(store)
-            console.print(f"{job.output_url}: finished before; nothing to do")
+            console.print(f"{job.output_url}: finished before; nothing to do", soft_wrap=True)
         crew = None
-        if not finished or job.evaluation_texts:
+        if not finished or judged_on is not None:
             crew = RayCrew(resources, plan.to_json(), job.source_url, job.output_url)
         if not finished:
             assert crew is not None
             with watch(plan, console) as report:
                 manifest = quantize(plan, store, crew, log.also(report), keep_every=job.keep_every)
         seconds = time.monotonic() - start
-        if job.evaluation_texts:
+        if judged_on is not None:
             assert crew is not None
-            with console.status(
-                "evaluating source and result on texts that calibration did not see"
-            ):
-                windows = evaluation_windows(
-                    job.source_url,
-                    plan,
-                    job.evaluation_texts,
-                    job.evaluation_windows,
-                    resources,
-                )
-                fidelity = measure(crew, windows, job.evaluation_windows)
-    except (PipelineError, CrewError, KeyboardInterrupt):
-        console.print(f"to go on from the last committed block: {resume_command(job)}")
+            with console.status("comparing the result with its source"):
+                fidelity = measure(crew, judged_on, job.evaluation_windows)
+    except (PipelineError, KeyboardInterrupt):
+        console.print(
+            f"to go on from the last committed block: {resume_command(job)}", soft_wrap=True
+        )
         raise
     summary = Summary.of(
         plan, store, manifest, costs, log.seconds, wall_seconds=seconds, fidelity=fidelity
     )
     log.close(summary.to_dict())
+    _print_summary(summary, store, console, as_json=as_json)
+
+
+def _print_summary(
+    summary: Summary, store: ObjectStore, console: Console, *, as_json: bool
+) -> None:
     if as_json:
         sys.stdout.write(json.dumps(summary.to_dict(), indent=2) + "\n")
     else:
         console.print(summary_table(summary))
-        console.print(
-            f"load it:  keras_hub.models.{summary.task}.from_preset({store.url('artifact')!r})"
+        console.print(f"load it:  {load_hint(summary.task, store)}", soft_wrap=True)
+
+
+def load_hint(task: str, store: ObjectStore) -> str:
+    """How stock KerasHub loads the result: it knows local folders, and no object storage."""
+    url = store.url("artifact")
+    local = url.removeprefix("file://")
+    if "://" not in local:
+        return f"keras_hub.models.{task}.from_preset({local!r})"
+    return f"copy {url} to a local folder, then keras_hub.models.{task}.from_preset(folder)"
+
+
+def _evaluation_windows(job: Job, plan: Plan, resources: Resources) -> bytes | None:
+    if not job.evaluation_texts:
+        return None
+    try:
+        return evaluation_windows(
+            job.source_url, plan, job.evaluation_texts, job.evaluation_windows, resources
         )
+    except CalibrationTextError as error:
+        raise CalibrationTextError(
+            f"--evaluate-on, with --windows {job.evaluation_windows}: {error}"
+        ) from None
 
 
 def resume_command(job: Job) -> str:
@@ -195,14 +235,15 @@ def resume_command(job: Job) -> str:
 def _place(place: Place, console: Console) -> Iterator[Resources]:
     wanted = None
     if place.address is None and place.workers is not None:
-        wanted = place.workers * (place.threads or 1)
+        wanted = max(place.workers * (place.threads or 1), len(os.sched_getaffinity(0)))
     with joined(place.address, wanted):
         resources = choose_resources(place.workers, place.threads, device=place.device)
         on = "one GPU each" if resources.gpus else "CPU"
         why = "" if resources.gpus or place.device == "cpu" else " (the cluster has no GPU)"
         console.print(
             f"{resources.workers} worker(s) × {resources.threads} thread(s) on {on}{why}, "
-            f"{place.address or 'a Ray cluster started on this machine'}"
+            f"{place.address or 'a Ray cluster started on this machine'}",
+            soft_wrap=True,
         )
         yield resources
 

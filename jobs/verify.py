@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -23,11 +24,15 @@ def verify_run(output_url: str, console: Console, *, stock: bool, as_json: bool)
     """Read and hash everything that the manifest names, then load it with stock KerasHub.
 
     Raises:
-        DamagedObjectError: a file is missing or not as the manifest says.
+        DamagedObjectError: the run is not finished, or a file is not as the manifest says.
         ArtifactError: stock KerasHub does not load it, or answers nonsense.
-        MissingObjectError: the run is not finished.
     """
     store = open_store(output_url)
+    if not store.exists(MANIFEST_KEY):
+        raise DamagedObjectError(
+            f"{store.url(MANIFEST_KEY)} is missing: the run is not finished; finish it with "
+            f"quantfleet resume {shlex.quote(output_url)}"
+        )
     manifest = read_manifest(store)
     with console.status("reading every file again"):
         damaged = damaged_files(store, manifest)

@@ -58,24 +58,17 @@ def finish(store: ObjectStore, block: int, kept: Mapping[int, Kept]) -> None:
 
 def latest(store: ObjectStore, block: int, num_shards: int) -> int:
     """The last block up to `block` that a whole, undamaged set enters; 0 if there is none."""
-    found = sorted(
-        (_block_of(key) for key in store.list(PREFIX) if key.endswith("/index.json")),
-        reverse=True,
-    )
-    for candidate in found:
+    for candidate in sorted(_sets(store), reverse=True):
         if candidate <= block and _is_whole(store, candidate, num_shards):
             return candidate
     return 0
 
 
 def discard(store: ObjectStore, keep: int) -> None:
-    """Delete all sets but that of block `keep` and the one before it."""
-    keys = store.list(PREFIX)
-    blocks = sorted({_block_of(key) for key in keys})
-    before = [block for block in blocks if block < keep]
-    old = set(before[:-1])
-    for key in keys:
-        if _block_of(key) in old:
+    """Delete all sets before block `keep`'s but the last."""
+    sets = _sets(store)
+    for block in sorted(block for block in sets if block < keep)[:-1]:
+        for key in sets[block]:
             store.delete(key)
 
 
@@ -99,8 +92,14 @@ def _index(store: ObjectStore, block: int) -> dict[int, Kept]:
         raise DamagedObjectError(f"{store.url(_index_key(block))}: damaged ({error})") from None
 
 
-def _block_of(key: str) -> int:
-    return int(key.removeprefix(PREFIX).partition("/")[0])
+def _sets(store: ObjectStore) -> dict[int, list[str]]:
+    """The keys of every set, whole or not, by the block that it enters."""
+    found: dict[int, list[str]] = {}
+    for key in store.list(PREFIX):
+        block, separator, _ = key.removeprefix(PREFIX).partition("/")
+        if separator and block.isdecimal():
+            found.setdefault(int(block), []).append(key)
+    return found
 
 
 def _shard_key(block: int, shard: int) -> str:

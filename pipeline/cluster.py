@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
+import importlib
 import os
-import tempfile
+import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray import exceptions
 
 from pipeline.crew import CrewError, TimedWorker, WorkerLostError
+from pipeline.resources import Resources, worker_environment
 
 # What a repetition on other, or restarted, processes can mend.
 _LOST = (
@@ -26,26 +26,11 @@ _LOST = (
     exceptions.NodeDiedError,
     exceptions.ObjectLostError,
     exceptions.OwnerDiedError,
+    exceptions.OutOfMemoryError,
     exceptions.RaySystemError,
 )
 _IO_METHODS = frozenset({"read"})
 _PATIENCE_SECONDS = 600.0
-_MEMORY_SHARE_OF_OBJECTS = 0.3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resources:
-    """What workers a run gets.
-
-    Attributes:
-        workers: how many.
-        threads: of each one's matrix products.
-        gpus: of each one: 0 or 1.
-    """
-
-    workers: int
-    threads: int
-    gpus: int = 0
 
 
 @contextlib.contextmanager
@@ -71,6 +56,7 @@ def joined(address: str | None, wanted_cpus: int | None = None) -> Iterator[None
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         options |= {"address": "local", "include_dashboard": False, "num_cpus": wanted_cpus}
     else:
+        _check_that_somebody_listens(address)
         options |= {"address": address}
     try:
         ray.init(**options)
@@ -86,63 +72,27 @@ def joined(address: str | None, wanted_cpus: int | None = None) -> Iterator[None
         ray.shutdown()
 
 
-def choose_resources(workers: int | None, threads: int | None, *, device: str) -> Resources:
-    """What a run takes of the cluster that was joined, where the user did not say.
-
-    One worker a node that uses all its CPUs, or one a GPU.
-
-    Raises:
-        CrewError: more is asked than the cluster has.
-    """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
-    if not cpus:
-        raise CrewError("the cluster has no CPU for workers; add a node, or wait for one")
-    if device == "gpu" and not gpus:
-        raise CrewError("the cluster has no GPU; use --device cpu, or add a node with one")
-    on_gpu = gpus > 0 and device != "cpu"
-    if on_gpu:
-        threads = threads or max(1, sum(cpus) // gpus)
-        workers = workers or gpus
-        if workers > gpus:
-            raise CrewError(f"{workers} workers need as many GPUs; the cluster has {gpus}")
-        return Resources(workers=workers, threads=threads, gpus=1)
-    threads = threads or min(cpus)
-    room = sum(count // threads for count in cpus)
-    workers = workers or max(1, room)
-    if workers > room:
+def _check_that_somebody_listens(address: str) -> None:
+    """Ray itself would wait for minutes, and fill the terminal meanwhile."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
         raise CrewError(
-            f"{workers} workers of {threads} threads do not fit the cluster's {sum(cpus)} CPUs "
-            f"(room for {room}); ask for fewer --workers or --threads"
-        )
-    return Resources(workers=workers, threads=threads)
-
-
-def worker_environment(resources: Resources) -> dict[str, str]:
-    """Environment variables of every process that computes; no secrets among them."""
-    cache = Path(tempfile.gettempdir()) / f"quantfleet-xla-{getpass.getuser()}"
-    environment = {
-        # Without it Keras takes TensorFlow.
-        "KERAS_BACKEND": "jax",
-        # The size of XLA's thread pool, on which the rounding of its products depends.
-        "NPROC": str(resources.threads),
-        "OMP_NUM_THREADS": str(resources.threads),
-        "OPENBLAS_NUM_THREADS": str(resources.threads),
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }
-    if not resources.gpus:
-        environment["JAX_PLATFORMS"] = "cpu"
-    return environment
+            f"no Ray cluster at {address}: {error}; check --address, or leave it out to start one "
+            "on this machine"
+        ) from None
 
 
 def run_once(function: Callable[..., Any], resources: Resources, *args: Any) -> Any:
     """Call a function in a process of the cluster, in the workers' environment.
 
+    It waits until it gets the resources of one worker, so no crew may be alive that holds all.
+
     Raises:
+        CrewError: the process is lost again and again.
         Exception: what the function raised.
     """
     task = ray.remote(
@@ -151,7 +101,13 @@ def run_once(function: Callable[..., Any], resources: Resources, *args: Any) -> 
         max_retries=3,
         runtime_env={"env_vars": worker_environment(resources)},
     )(function)
-    return _get([task.remote(*args)])[0]
+    try:
+        return _get([task.remote(*args)])[0]
+    except WorkerLostError as error:
+        raise CrewError(
+            f"a process that prepares the run was lost ({error}); check the memory of the "
+            "cluster's nodes, then try again"
+        ) from error
 
 
 class RayCrew:
@@ -183,8 +139,10 @@ class RayCrew:
 
     def seconds(self) -> dict[str, float]:
         total: Counter[str] = Counter()
-        for taken in _get([actor.take_seconds.remote() for actor in self._actors]):
-            total.update(taken)
+        for handle in [actor.take_seconds.remote() for actor in self._actors]:
+            # What a lost worker had counted is lost with it.
+            with contextlib.suppress(WorkerLostError):
+                total.update(_get([handle])[0])
         return dict(total)
 
     def revive(self) -> None:
@@ -214,17 +172,31 @@ class _Actor:
     def __init__(self, *worker_args: Any) -> None:
         import keras
 
-        from pipeline.worker import Worker
-
+        # What takes long is done before the first call.
+        importlib.import_module("pipeline.worker")
         if keras.backend.backend() != "jax":
             raise CrewError(f"a worker started with Keras on {keras.backend.backend()}, not JAX")
-        self._timed = TimedWorker(Worker(*worker_args))
+        self._worker_args = worker_args
+        self._timed: TimedWorker | None = None
+        self._lock = threading.Lock()
 
     def call(self, method: str, *args: Any) -> Any:
-        return self._timed.call(method, *args)
+        return self._worker().call(method, *args)
 
     def take_seconds(self) -> Mapping[str, float]:
-        return self._timed.take_seconds()
+        return {} if self._timed is None else self._timed.take_seconds()
+
+    def _worker(self) -> TimedWorker:
+        """Made by the first call: what fails here reaches the driver, as an actor's end does not.
+
+        Two of them may come at once, one to read.
+        """
+        from pipeline.worker import Worker
+
+        with self._lock:
+            if self._timed is None:
+                self._timed = TimedWorker(Worker(*self._worker_args))
+            return self._timed
 
     def process_id(self) -> int:
         return os.getpid()
@@ -240,3 +212,8 @@ def _get(handles: Sequence[Any]) -> list[Any]:
         raise cause from error
     except _LOST as error:
         raise WorkerLostError(type(error).__name__) from error
+    except exceptions.RayError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CrewError(
+            f"the Ray cluster failed ({type(error).__name__}: {reason}); check it, then resume"
+        ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.plan import LayerPlan, PartPlan, Plan
+from pipeline.reduction import split
 from quantizer.schemes import (
     AWQScheme,
     Float8Scheme,
@@ -15,10 +16,22 @@ from quantizer.schemes import (
 )
 
 _FLOAT_BYTES = 4
-# A process with JAX, Keras and compiled programs, before it holds any model.
-_PROCESS_BYTES = 700 << 20
+# A process with JAX and Keras, before it holds any model; and the programs that it compiles to
+# calibrate one.
+_PROCESS_BYTES = 450 << 20
+_PROGRAMS_BYTES = 450 << 20
+# The block as it was read, on the device, quantized and as it is written, and the next one.
+_BLOCK_COPIES = 5
+# What is outside the blocks: as read, in float32 to embed, and as it is written.
+_REST_COPIES = 3
 # A solve holds weight and Hessian about three times (`tests.benchmarks.memory`).
 _SOLVE_COPIES = 3
+# A micro-batch's Gram while it is added to a shard's, beside a sum for each level of the tree.
+_GRAM_COPIES = 6
+# A micro-batch inside a layer, and its attention's scores before and after the softmax.
+_LAYER_COPIES = 4
+_SCORE_COPIES = 2
+_HEAD_FEATURES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,22 +64,13 @@ def estimate(plan: Plan, workers: int) -> Estimate:
     blocks = plan.parts[1:]
     tokens = plan.tokens
     num_tokens = 0 if tokens is None else tokens.num_samples * tokens.sequence_length
-    hidden = max((min(layer.in_features for layer in _kernels(part)) for part in blocks), default=0)
+    hidden = _hidden(plan)
     activation_bytes = num_tokens * hidden * _FLOAT_BYTES
-    weights = max(part.num_weights for part in plan.parts) * _FLOAT_BYTES
-    grams = max(
-        (sum(g.in_features**2 for g in part.groups) * _FLOAT_BYTES for part in blocks), default=0
-    )
-    solve = max((_solve_bytes(part) for part in plan.parts), default=0)
-    # The block being worked on, the next one, and what the activations of a micro-batch need.
-    worker_bytes = (
-        _PROCESS_BYTES + 3 * weights + grams + solve + 2 * -(-activation_bytes // max(workers, 1))
-    )
     return Estimate(
         source_bytes=sum(part.source_bytes for part in plan.parts),
         result_bytes=sum(part.source_bytes - _saved_bytes(part) for part in plan.parts),
         activation_bytes=activation_bytes,
-        worker_bytes=int(worker_bytes),
+        worker_bytes=_worker_bytes(plan, workers),
         # Every layer runs once, on what the quantized ones before it give.
         forward_flops=float(sum(2 * part.num_weights * num_tokens for part in blocks)),
         # Above the diagonal in four bands: 10/16 of the whole product.
@@ -80,6 +84,46 @@ def estimate(plan: Plan, workers: int) -> Estimate:
         ),
         solve_flops=float(sum(_solve_flops(part) for part in blocks)),
     )
+
+
+def _worker_bytes(plan: Plan, workers: int) -> int:
+    """The most that a worker holds at a time: programs, blocks, sums or a solve, activations."""
+    rest, *blocks = (part.num_weights * _FLOAT_BYTES for part in plan.parts)
+    weights = max(_REST_COPIES * rest, _BLOCK_COPIES * max(blocks))
+    solve = max(_solve_bytes(part) for part in plan.parts)
+    tokens = plan.tokens
+    if tokens is None:
+        return _PROCESS_BYTES + weights + solve
+    num_shards = len(tokens.shards)
+    held = max(sum(len(tree.leaves) for tree in share) for share in split(num_shards, workers))
+    windows = held * max(stop - start for start, stop in tokens.shards)
+    hidden = _hidden(plan)
+    widest = max(g.in_features for part in plan.parts for g in part.groups)
+    # Between two stages of a block: the stream, what goes around the layers, and their input.
+    activations = windows * tokens.sequence_length * (3 * hidden + widest)
+    batch = tokens.micro_batch * tokens.sequence_length
+    layer = _LAYER_COPIES * batch * widest
+    scores = _SCORE_COPIES * batch * tokens.sequence_length * -(-hidden // _HEAD_FEATURES)
+    return (
+        _PROCESS_BYTES
+        + _PROGRAMS_BYTES
+        + weights
+        + max(solve, _gram_bytes(plan, num_shards))
+        + (activations + max(layer, scores)) * _FLOAT_BYTES
+    )
+
+
+def _gram_bytes(plan: Plan, num_shards: int) -> int:
+    sizes = [
+        g.in_features**2 for part in plan.parts for g in part.groups if g.statistics == "hessian"
+    ]
+    return (_GRAM_COPIES + num_shards.bit_length()) * max(sizes, default=0) * _FLOAT_BYTES
+
+
+def _hidden(plan: Plan) -> int:
+    """Features of the stream between blocks."""
+    sizes = [min((k.in_features for k in _kernels(part)), default=0) for part in plan.parts[1:]]
+    return max(sizes, default=0)
 
 
 def _kernels(part: PartPlan) -> list[LayerPlan]:

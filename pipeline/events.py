@@ -14,8 +14,8 @@ import secrets
 from collections import Counter
 from typing import Any
 
-from pipeline.cluster import Resources
 from pipeline.plan import Plan
+from pipeline.resources import Resources
 from pipeline.run import Report, Step
 from pipeline.storage import ObjectStore
 

@@ -54,11 +54,6 @@ class ModelState:
         return build_skeleton(self._preset)
 
     @cached_property
-    def own_graph(self) -> BlockGraph:
-        """The source's blocks, in its own dtype."""
-        return find_blocks(self.own)
-
-    @cached_property
     def quantized(self) -> Skeleton:
         """As the artifact's JSON describes it."""
         base = base_policy(dict(self.own.backbone_json))
@@ -68,6 +63,24 @@ class ModelState:
     def quantized_graph(self) -> BlockGraph:
         """The quantized skeleton's blocks."""
         return find_blocks(self.quantized)
+
+    @cached_property
+    def evaluated(self) -> tuple[Skeleton, Skeleton]:
+        """Source and result as they can be run here: as they are, where JAX can do that."""
+        base = base_policy(dict(self.own.backbone_json))
+        if base != "float16" or jax.default_backend() != "cpu":
+            return self.own, self.quantized
+        # JAX has no float16 attention on a CPU. Float32 holds every float16, so the model is
+        # the same, only computed more exactly.
+        source = build_skeleton(self._preset, "float32")
+        return source, build_skeleton(self._preset, policy_map("float32", self.plan.policies))
+
+    @cached_property
+    def evaluated_graphs(self) -> tuple[BlockGraph, BlockGraph]:
+        """Their blocks."""
+        source, result = self.evaluated
+        shared = result is self.quantized
+        return find_blocks(source), self.quantized_graph if shared else find_blocks(result)
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:

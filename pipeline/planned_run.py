@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from pipeline.cluster import Resources, run_once
-from pipeline.crew import Crew
+from pipeline.cluster import run_once
+from pipeline.crew import Crew, CrewError, WorkerLostError
 from pipeline.fidelity import Fidelity, average
 from pipeline.plan import Plan
 from pipeline.recipe import Calibration, Recipe
 from pipeline.recipe_file import recipe_from_dict
+from pipeline.resources import Resources
 from pipeline.run import claim
 from pipeline.storage import ObjectStore
 
 _WINDOW = 512
 """Tokens in an evaluation window where no calibration says otherwise."""
+_MOST_LOSSES = 5
 
 
 def plan_run(source_url: str, recipe: Recipe, resources: Resources) -> tuple[Plan, bytes | None]:
@@ -34,15 +37,25 @@ def claim_run(store: ObjectStore, plan: Plan, windows: bytes | None) -> Plan:
     Raises:
         PlanMismatchError: the directory belongs to another plan, or holds other things.
     """
-    claimed = claim(store, plan)
-    if plan.tokens is not None and windows is not None:
-        store.create(plan.tokens.key, windows)
-    return claimed
+    return claim(store, plan, windows)
 
 
-def source_digest(source_url: str, resources: Resources) -> str:
-    """SHA-256 over the source's content, read in a process of the cluster."""
-    return str(run_once(_source_digest, resources, source_url))
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What of a plan can be found out without planning again; see `Plan`."""
+
+    source_digest: str
+    machine: dict[str, str]
+    versions: dict[str, str]
+
+
+def identity(source_url: str, resources: Resources) -> Identity:
+    """What a plan made now would say of source, machine and versions; reads the whole source.
+
+    Raises:
+        PipelineError: the source cannot be read.
+    """
+    return Identity(**run_once(_identity, resources, source_url, resources.threads))
 
 
 def evaluation_windows(
@@ -61,11 +74,29 @@ def evaluation_windows(
 
 
 def measure(crew: Crew, windows: bytes, num_windows: int) -> Fidelity:
-    """Compare source and finished artifact over windows, spread over the workers."""
+    """Compare source and finished artifact over windows, spread over the workers.
+
+    Raises:
+        CrewError: workers are lost again and again.
+    """
     shares = [list(range(w, num_windows, crew.num_workers)) for w in range(crew.num_workers)]
-    found = crew.fetch(
-        [crew.submit(w, "compare", windows, share) for w, share in enumerate(shares) if share]
-    )
+    for _ in range(_MOST_LOSSES):
+        try:
+            found = crew.fetch(
+                [
+                    crew.submit(w, "compare", windows, share)
+                    for w, share in enumerate(shares)
+                    if share
+                ]
+            )
+            break
+        except WorkerLostError:
+            crew.revive()
+    else:
+        raise CrewError(
+            f"workers were lost {_MOST_LOSSES} times while they evaluated; check the memory and "
+            "logs of the cluster's nodes, then run quantfleet evaluate"
+        )
     by_window = {
         index: one
         for share, several in zip(filter(None, shares), found, strict=True)
@@ -84,11 +115,16 @@ def _plan(source_url: str, recipe: dict[str, Any], threads: int) -> tuple[bytes,
     return planned.plan.to_json(), None if windows is None else windows.to_bytes()
 
 
-def _source_digest(source_url: str) -> str:
+def _identity(source_url: str, threads: int) -> dict[str, Any]:
+    from pipeline.planning import machine, versions
     from pipeline.preset import read_preset
     from pipeline.source import open_source
 
-    return open_source(read_preset(source_url)).digest()
+    return {
+        "source_digest": open_source(read_preset(source_url)).digest(),
+        "machine": machine(threads),
+        "versions": versions(),
+    }
 
 
 def _windows(source_url: str, calibration: dict[str, Any]) -> bytes:

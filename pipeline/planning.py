@@ -17,6 +17,7 @@ import numpy as np
 
 from pipeline.blocks import Block, BlockGraph, find_blocks
 from pipeline.calibration import make_windows, shards
+from pipeline.converted_files import converted_files
 from pipeline.errors import RecipeError
 from pipeline.forward import BlockProgram, call_with
 from pipeline.inputs import model_inputs
@@ -74,6 +75,11 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
     policies = {path: layer_policy(scheme) for path, (scheme, _) in chosen.items() if scheme}
     # Refuses, by name, what Keras has no policy for.
     policy_map(_base_policy(skeleton), policies)
+    # All weights are where they should be; their numbers are read later, block by block.
+    source.variables()
+    if preset.kind == "huggingface":
+        # What cannot be written at the end is refused at the beginning.
+        converted_files(preset, skeleton)
     needs = any(statistics_of(scheme) for scheme, _ in chosen.values())
     windows = _windows(preset, skeleton, recipe) if needs else None
     tokens = None if windows is None else _tokens_plan(windows)
@@ -85,15 +91,25 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
         recipe=recipe.to_dict(),
         tokens=tokens,
         parts=_parts(skeleton, graph, chosen, tokens),
-        machine={
-            "platform": jax.default_backend(),
-            "device": _device_kind(),
-            "threads": str(threads),
-        },
-        versions={name: importlib.metadata.version(name) for name in _PACKAGES},
+        machine=machine(threads),
+        versions=versions(),
         policies=policies,
     )
     return Planned(plan=plan, windows=windows)
+
+
+def machine(threads: int) -> dict[str, str]:
+    """The kind of machine that this process runs on: another may round otherwise."""
+    return {
+        "platform": jax.default_backend(),
+        "device": str(jax.devices()[0].device_kind),
+        "threads": str(threads),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that compute the result."""
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def _scheme_of(target: Target, recipe: Recipe, *, in_block: bool) -> tuple[Scheme | None, str]:
@@ -279,8 +295,3 @@ def _task_name(skeleton: Skeleton, preset: PresetFiles, policies: Mapping[str, s
 
 def _num_bytes(variables: Sequence[Any]) -> int:
     return sum(int(np.prod(v.shape)) * np.dtype(v.dtype).itemsize for v in variables)
-
-
-def _device_kind() -> str:
-    device = jax.devices()[0]
-    return str(device.device_kind)

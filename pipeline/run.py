@@ -257,6 +257,13 @@ def _note(records: dict[int, PartRecord], record: PartRecord, crew: Crew, report
 
 
 def _difference(found: Plan, wanted: Plan) -> str:
-    fields = ("source_digest", "recipe", "tokens", "machine", "versions", "parts")
-    other = [name for name in fields if getattr(found, name) != getattr(wanted, name)]
-    return f"other {', '.join(other)}"
+    """What of two plans differs: fields by name; of machine and versions, what they are."""
+    fields = ("source_digest", "recipe", "tokens", "parts")
+    other = [f"other {name}" for name in fields if getattr(found, name) != getattr(wanted, name)]
+    theirs, ours = found.machine | found.versions, wanted.machine | wanted.versions
+    other += [
+        f"{name} {theirs.get(name)} there, {ours.get(name)} here"
+        for name in sorted(theirs | ours)
+        if theirs.get(name) != ours.get(name)
+    ]
+    return "; ".join(other)

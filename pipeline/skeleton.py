@@ -22,7 +22,7 @@ from pipeline.huggingface import convert_config
 from pipeline.preset import PresetFiles, read_preset
 from pipeline.trusted import check_trusted, registered_class
 
-__all__ = ["PresetFiles", "Skeleton", "build_skeleton", "read_preset"]
+__all__ = ["PresetFiles", "Skeleton", "apart", "build_skeleton", "read_preset"]
 
 _GLOBALS: dict[str, Callable[[], Any]] = {
     "object_name_uids": lambda: defaultdict(int),
@@ -77,7 +77,7 @@ def build_skeleton(
         backbone_json, keras_hub.models.Backbone, f"{preset.url}/config.json"
     )
     # Task and backbone may disagree in a few rarely used dtypes only: a task takes its backbone's.
-    with _apart(), keras.StatelessScope(initialize_variables=False):
+    with apart(), keras.StatelessScope(initialize_variables=False):
         backbone = _build(backbone_class, backbone_json["config"], f"{preset.url}/config.json")
         task = None
         if task_json is not None:
@@ -134,7 +134,7 @@ def _copy(config: Any) -> Any:
 
 
 @contextmanager
-def _apart() -> Iterator[None]:
+def apart() -> Iterator[None]:
     """Build without a trace in Keras' global state, and without being touched by what is there.
 
     Keras counts the names that it makes up per process. And it gives every variable that waits

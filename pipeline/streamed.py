@@ -21,6 +21,7 @@ from pipeline.inputs import model_inputs, text_inputs
 from pipeline.model_state import ModelState
 from pipeline.records import file_key
 from pipeline.storage import ObjectStore
+from pipeline.weight_layout import weight_layout
 
 Pairs = list[tuple[Any, NDArray[Any]]]
 """A model's variables, each with its value."""
@@ -91,37 +92,39 @@ class StreamedModel:
 
 
 def source_model(model: ModelState) -> StreamedModel:
-    """The source, in its own dtype."""
-    graph = model.own_graph
-    own = {str(v.path): v for v in model.own.model.variables}
+    """The source, in its own dtype where this machine can."""
+    skeleton, _ = model.evaluated
+    own = {str(v.path): v for v in skeleton.model.variables}
 
     def read(part: int) -> Pairs:
         values = model.read(part)
-        return [(own[path], np.asarray(values[path], own[path].dtype)) for path in values]
+        return [(own[path], _cast(values[path], own[path])) for path in values]
 
-    return StreamedModel(graph, read)
+    return StreamedModel(model.evaluated_graphs[0], read)
 
 
 def artifact_model(model: ModelState, store: ObjectStore) -> StreamedModel:
     """The artifact, from its committed files."""
-    graph = model.quantized_graph
-    for layer in model.quantized.backbone._flatten_layers():
+    _, skeleton = model.evaluated
+    for layer in skeleton.backbone._flatten_layers():
         # What Keras' loader sets when it reads such a layer's variables.
         mode = getattr(layer, "quantization_mode", None)
         if mode in ("gptq", "awq"):
             setattr(layer, f"is_{mode}_calibrated", True)
-    rest_of_task = {
-        str(v.path): v
-        for v in model.quantized.model.variables
-        if not any(v is own for own in model.quantized.backbone.variables)
-    }
+    own = {stored.place: stored.variable for stored in weight_layout(skeleton.backbone)}
+    of_backbone = {id(variable) for variable in skeleton.backbone.variables}
+    rest_of_task = {str(v.path): v for v in skeleton.model.variables if id(v) not in of_backbone}
 
     def read(part: int) -> Pairs:
         values = decode_part(model.parts[part], store.get(file_key(part)))
-        pairs = [(stored.variable, values[stored.place]) for stored in model.parts[part].variables]
+        pairs = [(own[place], _cast(value, own[place])) for place, value in values.items()]
         if part == 0 and rest_of_task:
             found = model.read(0)
-            pairs += [(v, found[path]) for path, v in rest_of_task.items() if path in found]
+            pairs += [(v, _cast(found[p], v)) for p, v in rest_of_task.items() if p in found]
         return pairs
 
-    return StreamedModel(graph, read)
+    return StreamedModel(model.evaluated_graphs[1], read)
+
+
+def _cast(value: NDArray[Any], variable: Any) -> NDArray[Any]:
+    return np.asarray(value, np.dtype(variable.dtype))

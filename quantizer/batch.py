@@ -16,7 +16,7 @@ from quantizer.gptq import SolvedSlice, solve_slice
 from quantizer.grid import find_grid
 from quantizer.hessian import HessianSum
 from quantizer.schemes import GPTQScheme
-from quantizer.slices import contiguous_groups, gptq_account, row_slices
+from quantizer.slices import contiguous_groups, gptq_account, row_slices, transposed
 from quantizer.solution import GroupedWeight, Solution
 from quantizer.solver import (
     check_scale_dtype,
@@ -113,12 +113,15 @@ def solve_batch(
             continue
         slices = [SolvedSlice(*(array[p] for array in solved)) for solved, _, _ in parts]
         weight = GroupedWeight(
-            np.concatenate([part.codes_CR.T for part in slices]),
+            transposed([np.asarray(part.codes_CR) for part in slices]),
             np.concatenate([scale_PGR[p].T for _, scale_PGR, _ in parts]),
             np.concatenate([zero_PGR[p].T for _, _, zero_PGR in parts]).astype(np.uint8),
             group_C,
         )
         solutions.append(
-            Solution(weight, gptq_account(slices, scheme.hessian_damping, hessian, scheme))
+            Solution(
+                weight,
+                gptq_account(weight_RC, slices, scheme.hessian_damping, hessian, scheme),
+            )
         )
     return solutions

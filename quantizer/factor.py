@@ -25,6 +25,8 @@ from quantizer.cholesky import cholesky_with_inverse, product
 
 PANEL = 512
 """Columns whose corrections are brought up to date by one matrix product."""
+BLOCK = 128
+"""Columns of a panel whose corrections come from the same panel by one matrix product."""
 TILE = 16
 """Columns solved one by one inside a panel; in_features is padded to a multiple."""
 
@@ -40,16 +42,16 @@ class Factor:
     """H + damping, in solving order, as A D Aᵀ; shared by all layers of one input.
 
     Attributes:
-        panels: columns [a:b) of A down to row b, [b, b - a] for each panel; with C' the
-            padded in_features.
-        pivot_C: D, [C'].
+        panels: for each panel of columns [a:b), its blocks of Aᵀ, [b - a, panel's width], one for
+            each panel up to itself: transposed, since XLA multiplies those a third faster.
+        pivot_C: D, [C'], with C' the padded in_features.
         order_C: the input solved at each step, [C']; entries from in_features on are padding.
         dead_C: inputs that were zero in every calibration row, [in_features].
         shift: what was added to the diagonal.
         damping: the same as a share of the mean diagonal; above the scheme's when that failed.
     """
 
-    panels: tuple[Array, ...]
+    panels: tuple[tuple[Array, ...], ...]
     pivot_C: Array
     order_C: Array
     dead_C: NDArray[np.bool_]
@@ -87,26 +89,30 @@ def arrange(gram_CC: Array, num_rows: Array, activation_order: bool) -> tuple[Ar
 
 
 @jax.jit
-def factorize_shifted(hessian_CC: Array, shift: Array) -> tuple[tuple[Array, ...], Array]:
+def factorize_shifted(
+    hessian_CC: Array, shift: Array
+) -> tuple[tuple[tuple[Array, ...], ...], Array]:
     """Blocked H + shift·I = A D Aᵀ, last panel first; a failure shows as NaN pivots."""
     size = hessian_CC.shape[0]
-    starts = range(0, size, PANEL)
-    factors: dict[int, Array] = {}
-    for a in reversed(starts):
-        b = min(a + PANEL, size)
-        panel = hessian_CC[:b, a:b]
-        for later in starts:
-            if later > a:
-                right = factors[later]
-                panel = panel - product(right[:b], right[a:b].T)
+    bounds = [(a, min(a + PANEL, size)) for a in range(0, size, PANEL)]
+    rows: dict[int, list[Array]] = {}
+    for j in reversed(range(len(bounds))):
+        a, b = bounds[j]
+        row = [hessian_CC[a:b, c:d] for c, d in bounds[: j + 1]]
+        for later in rows.values():
+            row = [
+                block - product(later[j].T, right) for block, right in zip(row, later, strict=False)
+            ]
         # A Cholesky from the last row up is the ordinary one of the reversed matrix.
-        corner = panel[a:b] + shift * jnp.eye(b - a)
+        corner = row[j] + shift * jnp.eye(b - a)
         lower, inverse = cholesky_with_inverse(corner[::-1, ::-1])
-        above = product(panel[:a], inverse[::-1, ::-1].T)
-        factors[a] = jnp.concatenate([above, lower[::-1, ::-1]])
-    scale_C = jnp.concatenate([jnp.diagonal(factors[a][a:]) for a in starts])
-    panels = tuple(factors[a] / scale_C[a : a + PANEL] for a in starts)
-    return panels, scale_C**2
+        rows[j] = [product(inverse[::-1, ::-1], block) for block in row[:j]]
+        rows[j].append(lower[::-1, ::-1].T)
+    scales = [jnp.diagonal(rows[j][j]) for j in range(len(bounds))]
+    panels = tuple(
+        tuple(block / scales[j][:, None] for block in rows[j]) for j in range(len(bounds))
+    )
+    return panels, jnp.concatenate(scales) ** 2
 
 
 def factorize(

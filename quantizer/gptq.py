@@ -1,10 +1,13 @@
 """GPTQ's column loop (arXiv 2210.17323), for a fixed slice of output channels.
 
-Two nested, left-looking blocks: a panel of columns is brought up to date by one matrix
-product with the errors of all finished panels, a tile inside it by a small one, and only the
-columns of a tile see each other one at a time. Nothing finished is ever multiplied again, and
-the tile stays in cache. Round-to-nearest runs along in the same products, so each output
-channel's loss is known both ways and the better one is kept.
+Three nested, left-looking levels: a panel of columns is brought up to date by products with the
+errors of all finished panels, a block inside it by products with the panel's own, a tile inside
+that by a small one, and only the columns of a tile see each other one at a time. Nothing finished
+is ever multiplied again, and a tile stays in cache.
+
+Round-to-nearest is GPTQ that does not obey its corrections. It runs along in the same products, as
+the second half of every row, so each output channel's loss is known both ways and the better one
+is kept.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from quantizer.cholesky import product
-from quantizer.factor import PANEL, TILE
+from quantizer.factor import BLOCK, PANEL, TILE
 from quantizer.grid import decode, encode
 
 
@@ -29,7 +32,7 @@ class SolvedSlice(NamedTuple):
         loss_R, rtn_loss_R: output error under the undamped Hessian of what was kept and of
             round-to-nearest, per output channel.
         rtn_kept_R: where round-to-nearest was the better one.
-        weight_error_R, weight_energy_R: Σ(w - ŵ)² and Σw² per output channel.
+        weight_error_R: Σ(w - ŵ)² per output channel, dead inputs left out.
     """
 
     codes_CR: Array
@@ -37,38 +40,96 @@ class SolvedSlice(NamedTuple):
     rtn_loss_R: Array
     rtn_kept_R: Array
     weight_error_R: Array
-    weight_energy_R: Array
+
+
+class _Columns(NamedTuple):
+    """What the columns read: the slice in its original input order, and where to find a column.
+
+    Attributes:
+        weight_CR, scale_GR, zero_GR, live_C: as in `solve_slice`.
+        input_C, group_C: the input solved at each step and its group, [C'].
+    """
+
+    weight_CR: Array
+    scale_GR: Array
+    zero_GR: Array
+    live_C: Array
+    input_C: Array
+    group_C: Array
 
 
 def _solve_tile(
-    target_TR: Array,
-    weight_TR: Array,
-    scale_TR: Array,
-    zero_TR: Array,
+    columns: _Columns,
+    first: Array,
+    pull_T2R: Array,
     tile_TT: Array,
+    codes_C2R: Array,
     max_code: float,
 ) -> tuple[Array, Array, Array]:
-    """Quantize a tile's columns one by one.
+    """Quantize a tile's columns one by one, from step `first` on; GPTQ first, then rounding.
 
-    target_TR holds the weights corrected for all that lies before the tile. Returns codes,
-    errors w - ŵ and deviations w̃ - ŵ, each [TILE, slice].
+    pull_T2R holds the corrections by all that lies before the tile. Returns the codes with the
+    tile's written at its inputs, its errors w - ŵ and deviations w̃ - ŵ, [TILE, 2, slice].
     """
+    obeys_2R = jnp.array([[1.0], [0.0]])
 
     def column(k: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        codes_TR, errors_TR, deviations_TR = state
+        codes_C2R, errors_T2R, deviations_T2R = state
+        source, group = columns.input_C[first + k], columns.group_C[first + k]
+        weight_R = jnp.where(columns.live_C[source], columns.weight_CR[source], 0.0)
+        scale_R, zero_R = columns.scale_GR[group], columns.zero_GR[group]
         # Errors of columns not yet solved are still zero: no mask is needed.
-        wanted_R = target_TR[k] + jnp.sum(tile_TT[:, k, None] * errors_TR, axis=0)
-        code_R = encode(wanted_R, scale_TR[k], zero_TR[k], max_code)
-        restored_R = decode(code_R, scale_TR[k], zero_TR[k])
+        seen = jnp.sum(tile_TT[k][:, None] * errors_T2R.reshape(TILE, -1), axis=0)
+        pull_2R = pull_T2R[k] + seen.reshape(2, -1)
+        code_2R = encode(weight_R + obeys_2R * pull_2R, scale_R, zero_R, max_code)
+        error_2R = weight_R - decode(code_2R, scale_R, zero_R)
         return (
-            lax.dynamic_update_index_in_dim(codes_TR, code_R.astype(jnp.uint8), k, 0),
-            lax.dynamic_update_index_in_dim(errors_TR, weight_TR[k] - restored_R, k, 0),
-            lax.dynamic_update_index_in_dim(deviations_TR, wanted_R - restored_R, k, 0),
+            lax.dynamic_update_index_in_dim(codes_C2R, code_2R.astype(jnp.uint8), source, 0),
+            lax.dynamic_update_index_in_dim(errors_T2R, error_2R, k, 0),
+            lax.dynamic_update_index_in_dim(deviations_T2R, error_2R + pull_2R, k, 0),
         )
 
-    empty_TR = jnp.zeros_like(target_TR)
+    empty_T2R = jnp.zeros_like(pull_T2R)
     solved: tuple[Array, Array, Array] = lax.fori_loop(
-        0, TILE, column, (empty_TR.astype(jnp.uint8), empty_TR, empty_TR)
+        0, TILE, column, (codes_C2R, empty_T2R, empty_T2R)
+    )
+    return solved
+
+
+def _pull(block_BA: Array, errors_A2R: Array) -> Array:
+    """The corrections that finished columns' errors ask for, [B, 2, slice]."""
+    flat = product(block_BA, errors_A2R.reshape(errors_A2R.shape[0], -1))
+    return flat.reshape(-1, *errors_A2R.shape[1:])
+
+
+def _solve_block(
+    columns: _Columns,
+    first: int,
+    pull_B2R: Array,
+    corner_BB: Array,
+    codes_C2R: Array,
+    max_code: float,
+) -> tuple[Array, Array, Array]:
+    """Quantize a block's columns tile by tile; arguments and results as `_solve_tile`'s."""
+
+    def tile(t: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        codes_C2R, errors_B2R, deviations_B2R = state
+        start = t * TILE
+        above_TB = lax.dynamic_slice_in_dim(corner_BB, start, TILE)
+        pull_T2R = lax.dynamic_slice_in_dim(deviations_B2R, start, TILE)
+        pull_T2R = pull_T2R + _pull(above_TB, errors_B2R)
+        tile_TT = lax.dynamic_slice_in_dim(above_TB, start, TILE, axis=1)
+        codes_C2R, errors_T2R, deviations_T2R = _solve_tile(
+            columns, first + start, pull_T2R, tile_TT, codes_C2R, max_code
+        )
+        return (
+            codes_C2R,
+            lax.dynamic_update_slice_in_dim(errors_B2R, errors_T2R, start, 0),
+            lax.dynamic_update_slice_in_dim(deviations_B2R, deviations_T2R, start, 0),
+        )
+
+    solved: tuple[Array, Array, Array] = lax.fori_loop(
+        0, corner_BB.shape[0] // TILE, tile, (codes_C2R, jnp.zeros_like(pull_B2R), pull_B2R)
     )
     return solved
 
@@ -81,7 +142,7 @@ def solve_slice(
     group_C: Array,
     live_C: Array,
     order_C: Array,
-    panels: tuple[Array, ...],
+    panels: tuple[tuple[Array, ...], ...],
     pivot_C: Array,
     shift: Array,
     *,
@@ -96,92 +157,55 @@ def solve_slice(
         live_C: False where calibration never saw the input: its weights become zero.
     """
     num_inputs, num_outputs = weight_CR.shape
+    num_steps = order_C.shape[0]
     max_code = 2.0**weight_bits - 1
-    padding = order_C.shape[0] - num_inputs
-    live_CR = jnp.where(live_C[:, None], weight_CR, 0.0)
-    sorted_CR = jnp.take(jnp.pad(live_CR, ((0, padding), (0, 0))), order_C, axis=0)
-    sorted_group_C = jnp.take(jnp.pad(group_C, (0, padding)), order_C)
-
-    # One row of panels for both answers: errors of GPTQ beside those of round-to-nearest.
+    padding = num_steps - num_inputs
+    # A padded input is a dead one.
+    columns = _Columns(
+        weight_CR,
+        scale_GR,
+        zero_GR,
+        jnp.pad(live_C, (0, padding)),
+        order_C,
+        jnp.take(jnp.pad(group_C, (0, padding)), order_C),
+    )
+    codes_C2R = jnp.zeros((num_steps, 2, num_outputs), jnp.uint8)
     done: list[Array] = []
-    codes: list[Array] = []
-    rtn_codes: list[Array] = []
-    zeros_R = jnp.zeros(num_outputs)
-    loss_R, rtn_loss_R, error_R, rtn_error_R = zeros_R, zeros_R, zeros_R, zeros_R
-    for index, panel in enumerate(panels):
-        a, b = index * PANEL, panel.shape[0]
-        weight_BR, group_B = sorted_CR[a:b], sorted_group_C[a:b]
-        corner_BB = panel[a:b]
-        pull_BR = jnp.zeros((b - a, 2 * num_outputs))
+    loss_2R = error_2R = jnp.zeros((2, num_outputs))
+    for index, blocks in enumerate(panels):
+        a = index * PANEL
+        *above, corner_BB = blocks
+        size = corner_BB.shape[0]
+        pull_B2R = jnp.zeros((size, 2, num_outputs))
         # Product by product: joining the finished panels first would copy them all each time.
-        for finished, errors_B2R in enumerate(done):
-            start = finished * PANEL
-            pull_BR = pull_BR + product(panel[start : start + PANEL].T, errors_B2R)
-        target_BR = weight_BR + pull_BR[:, :num_outputs]
-
-        def solve_tile(
-            t: Array,
-            state: tuple[Array, ...],
-            corner_BB: Array = corner_BB,
-            target_BR: Array = target_BR,
-            weight_BR: Array = weight_BR,
-            group_B: Array = group_B,
-        ) -> tuple[Array, ...]:
-            start = t * TILE
-
-            def tile_of(rows_BR: Array) -> Array:
-                return lax.dynamic_slice_in_dim(rows_BR, start, TILE)
-
-            # The grid is spread here, tile by tile: laid out whole it would outweigh the slice.
-            scale_TR = jnp.take(scale_GR, tile_of(group_B), axis=0)
-            zero_TR = jnp.take(zero_GR, tile_of(group_B), axis=0)
-            weight_TR = tile_of(weight_BR)
-            rtn_codes_TR = encode(weight_TR, scale_TR, zero_TR, max_code)
-            rtn_TR = weight_TR - decode(rtn_codes_TR, scale_TR, zero_TR)
-            above_BT = lax.dynamic_slice_in_dim(corner_BB, start, TILE, axis=1)
-            target_TR = tile_of(target_BR) + product(above_BT.T, state[1])
-            solved = _solve_tile(
-                target_TR, weight_TR, scale_TR, zero_TR, tile_of(above_BT), max_code
+        for block_BA, errors_A2R in zip(above, done, strict=True):
+            pull_B2R = pull_B2R + _pull(block_BA, errors_A2R)
+        errors: list[Array] = []
+        for m in range(0, size, BLOCK):
+            n = min(m + BLOCK, size)
+            pull_M2R = pull_B2R[m:n]
+            for i, errors_M2R in enumerate(errors):
+                pull_M2R = pull_M2R + _pull(corner_BB[m:n, i * BLOCK : (i + 1) * BLOCK], errors_M2R)
+            codes_C2R, errors_M2R, deviations_M2R = _solve_block(
+                columns, a + m, pull_M2R, corner_BB[m:n, m:n], codes_C2R, max_code
             )
-            return tuple(
-                lax.dynamic_update_slice_in_dim(rows_BR, rows_TR, start, 0)
-                for rows_BR, rows_TR in zip(
-                    state, (*solved, rtn_codes_TR.astype(jnp.uint8), rtn_TR), strict=True
-                )
-            )
-
-        empty_BR = jnp.zeros_like(weight_BR)
-        no_codes_BR = empty_BR.astype(jnp.uint8)
-        codes_BR, errors_BR, deviations_BR, rtn_codes_BR, rtn_BR = lax.fori_loop(
-            0,
-            (b - a) // TILE,
-            solve_tile,
-            (no_codes_BR, empty_BR, empty_BR, no_codes_BR, empty_BR),
-        )
-        rtn_deviation_BR = pull_BR[:, num_outputs:] + product(corner_BB.T, rtn_BR)
-        codes.append(codes_BR)
-        rtn_codes.append(rtn_codes_BR)
+            errors.append(errors_M2R)
+            # tr(Δ H Δᵀ) = tr(Δ (H + shift I) Δᵀ) - shift ‖Δ‖², column by column.
+            pivot_M = pivot_C[a + m : a + n, None, None]
+            loss_2R += jnp.sum(pivot_M * deviations_M2R**2 - shift * errors_M2R**2, axis=0)
+            error_2R += jnp.sum(errors_M2R**2, axis=0)
         if index + 1 < len(panels):
-            done.append(jnp.concatenate([errors_BR, rtn_BR], axis=1))
-        # tr(Δ H Δᵀ) = tr(Δ (H + shift I) Δᵀ) - shift ‖Δ‖², column by column.
-        pivot_B1 = pivot_C[a:b, None]
-        loss_R += jnp.sum(pivot_B1 * deviations_BR**2 - shift * errors_BR**2, axis=0)
-        rtn_loss_R += jnp.sum(pivot_B1 * rtn_deviation_BR**2 - shift * rtn_BR**2, axis=0)
-        error_R += jnp.sum(errors_BR**2, axis=0)
-        rtn_error_R += jnp.sum(rtn_BR**2, axis=0)
+            done.append(jnp.concatenate(errors))
 
+    loss_R, rtn_loss_R = loss_2R
     rtn_kept_R = rtn_loss_R < loss_R
-    codes_CR = jnp.where(rtn_kept_R, jnp.concatenate(rtn_codes), jnp.concatenate(codes))
-    place_C = jnp.zeros_like(order_C).at[order_C].set(jnp.arange(order_C.shape[0]))
-    dead_error_R = jnp.sum(jnp.where(live_C[:, None], 0.0, weight_CR) ** 2, axis=0)
     return SolvedSlice(
-        jnp.take(codes_CR, place_C[:num_inputs], axis=0),
+        jnp.where(rtn_kept_R, codes_C2R[:num_inputs, 1], codes_C2R[:num_inputs, 0]),
         # Rounding can leave a loss of nothing just below zero.
         jnp.maximum(jnp.minimum(loss_R, rtn_loss_R), 0.0),
         jnp.maximum(rtn_loss_R, 0.0),
         rtn_kept_R,
-        jnp.where(rtn_kept_R, rtn_error_R, error_R) + dead_error_R,
-        jnp.sum(weight_CR**2, axis=0),
+        jnp.where(rtn_kept_R, error_2R[1], error_2R[0]),
     )
 
 
@@ -210,5 +234,4 @@ def round_slice(
         loss_R,
         jnp.ones(loss_R.shape, bool),
         jnp.sum(error_CR**2, axis=0),
-        jnp.sum(weight_CR**2, axis=0),
     )

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from quantizer.cholesky import product
+
 # Range shrinkages tried by the search: 1.00, 0.96 … 0.20, then the best one's neighbours.
 _COARSE_STEPS = 21
 _COARSE_STEP = 0.04
@@ -64,51 +66,79 @@ def find_grid(
     energy_GSR = jnp.pad(energy_CR, padding).reshape(groups, size, energy_CR.shape[1])
     max_code = 2.0**weight_bits - 1
 
-    low_GR = jnp.minimum(weight_GSR.min(1), 0)
-    high_GR = jnp.maximum(weight_GSR.max(1), 0)
-    if symmetric:
-        high_GR = jnp.maximum(-low_GR, high_GR)
-        low_GR = -high_GR
+    def of_group(group: tuple[Array, Array]) -> tuple[Array, Array]:
+        weight_SR, energy_SR = group
+        return _group_grid(
+            weight_SR,
+            energy_SR,
+            max_code=max_code,
+            symmetric=symmetric,
+            search=search,
+            scale_dtype=scale_dtype,
+        )
 
-    def stored(scale_GR: Array) -> Array:
-        rounded = scale_GR.astype(scale_dtype).astype(jnp.float32)
+    # Group by group: all shrinkages of one are tried while it is in cache.
+    grid: tuple[Array, Array] = lax.map(of_group, (weight_GSR, energy_GSR))
+    return grid
+
+
+def _group_grid(
+    weight_SR: Array,
+    energy_SR: Array,
+    *,
+    max_code: float,
+    symmetric: bool,
+    search: bool,
+    scale_dtype: str,
+) -> tuple[Array, Array]:
+    """Scale and zero point of one group, [out_features] each; arguments as `find_grid`'s."""
+    low_R = jnp.minimum(weight_SR.min(0), 0)
+    high_R = jnp.maximum(weight_SR.max(0), 0)
+    if symmetric:
+        high_R = jnp.maximum(-low_R, high_R)
+        low_R = -high_R
+
+    def stored(scale_R: Array) -> Array:
+        rounded = scale_R.astype(scale_dtype).astype(jnp.float32)
         # An all-zero group, or one below the smallest scale: any scale holds its zeros.
         return jnp.where(rounded > 0, rounded, 1.0)
 
-    def zero_point(scale_GR: Array) -> Array:
+    def zero_point(scale_R: Array) -> Array:
         if symmetric:
-            return jnp.full_like(scale_GR, (max_code + 1) / 2)
-        return jnp.clip(jnp.round(-low_GR / scale_GR), 0, max_code)
+            return jnp.full_like(scale_R, (max_code + 1) / 2)
+        return jnp.clip(jnp.round(-low_R / scale_R), 0, max_code)
 
-    full_GR = (high_GR - low_GR) / max_code
+    full_R = (high_R - low_R) / max_code
     # The zero point is a ratio of the range, so shrinking does not move it.
-    zero_GR = zero_point(jnp.where(full_GR > 0, full_GR, 1.0))
+    zero_R = zero_point(jnp.where(full_R > 0, full_R, 1.0))
 
-    def error(scale_GR: Array) -> Array:
-        scale, zero = scale_GR[:, None], zero_GR[:, None]
-        code = jnp.clip(jnp.round(weight_GSR / scale) + zero, 0, max_code)
-        miss = (code - zero) * scale - weight_GSR
-        return jnp.sum(energy_GSR * miss * miss, axis=1)
+    def error(scale_R: Array) -> Array:
+        code_SR = encode(weight_SR, scale_R, zero_R, max_code)
+        miss_SR = decode(code_SR, scale_R, zero_R) - weight_SR
+        # Sums by a product: XLA's CPU reductions over rows are several times slower.
+        if energy_SR.shape[1] == 1:
+            return product(energy_SR.T, miss_SR * miss_SR)[0]
+        return product(jnp.ones((1, weight_SR.shape[0])), energy_SR * miss_SR * miss_SR)[0]
 
     def keep_better(best: tuple[Array, Array], shrink: Array) -> tuple[Array, Array]:
-        shrink_GR = jnp.broadcast_to(shrink, full_GR.shape)
-        loss_GR = error(stored(full_GR * shrink_GR))
-        better = loss_GR < best[0]
-        return jnp.where(better, loss_GR, best[0]), jnp.where(better, shrink_GR, best[1])
+        shrink_R = jnp.broadcast_to(shrink, full_R.shape)
+        loss_R = error(stored(full_R * shrink_R))
+        better = loss_R < best[0]
+        return jnp.where(better, loss_R, best[0]), jnp.where(better, shrink_R, best[1])
 
-    shrink_GR = jnp.ones_like(full_GR)
+    shrink_R = jnp.ones_like(full_R)
     if search:
-        best = (error(stored(full_GR)), shrink_GR)
+        best = (error(stored(full_R)), shrink_R)
         best = lax.fori_loop(
             1, _COARSE_STEPS, lambda i, b: keep_better(b, 1 - _COARSE_STEP * i), best
         )
         offsets = jnp.asarray(_FINE_OFFSETS)
-        centre_GR = best[1]
+        centre_R = best[1]
         best = lax.fori_loop(
-            0, len(_FINE_OFFSETS), lambda i, b: keep_better(b, centre_GR + offsets[i]), best
+            0, len(_FINE_OFFSETS), lambda i, b: keep_better(b, centre_R + offsets[i]), best
         )
-        shrink_GR = best[1]
-    return stored(full_GR * shrink_GR), zero_GR
+        shrink_R = best[1]
+    return stored(full_R * shrink_R), zero_R
 
 
 def encode(weight: Array, scale: Array, zero: Array, max_code: float) -> Array:

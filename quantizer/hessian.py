@@ -85,7 +85,10 @@ class HessianSum:
             CalibrationError: empty, of the wrong shape, not finite, no sum of xᵀx, or all zero.
         """
         _check_sum(self.gram_CC.shape, (in_features, in_features), self.num_rows, name)
-        if not np.isfinite(self.gram_CC).all():
+        # A sum needs no copy, and is finite only if all of its terms are.
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = self.gram_CC.sum()
+        if not np.isfinite(total) and not np.isfinite(self.gram_CC).all():
             raise CalibrationError(
                 f"{name}: the Hessian contains NaN or infinity. Calibrate in a wider dtype "
                 "(float32), or look for non-finite activations in the model."

@@ -145,6 +145,5 @@ def refine_slice(
         solved.rtn_loss_R,
         # A channel that began as rounded and was improved is no longer that.
         solved.rtn_kept_R & ~better_R,
-        jnp.sum((weight_CR - restored_CR) ** 2, axis=0),
-        solved.weight_energy_R,
+        jnp.sum((live_CR - restored_CR) ** 2, axis=0),
     )

@@ -72,7 +72,8 @@ def solve_in_keras_groups(
         keras_grid.zero_RG.astype(np.uint8),
         keras_grid.group_C,
     )
-    return weight, gptq_account(slices, factor.damping if factor else None, hessian, scheme)
+    damping = None if factor is None else factor.damping
+    return weight, gptq_account(weight_RC, slices, damping, hessian, scheme)
 
 
 def _grids_by_pattern(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -16,6 +17,8 @@ from quantizer.hessian import HessianSum
 from quantizer.refine import refine_slice
 from quantizer.schemes import GPTQScheme
 from quantizer.solution import Account, Float32, GroupedWeight, Solution, relative_error
+
+_BAND = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ def row_slices(out_features: int) -> list[tuple[int, int]]:
     that solves a slice must get the same bits. On a CPU a slice's panel stays in cache; a GPU
     wants all it can get.
     """
-    size = 1024 if jax.default_backend() == "cpu" else 16384
+    size = 512 if jax.default_backend() == "cpu" else 16384
     return [(a, min(a + size, out_features)) for a in range(0, out_features, size)]
 
 
@@ -164,14 +167,13 @@ def solve_gptq(
     slices = [part for part, _ in solved]
     grids = [grid for _, grid in solved]
     weight = GroupedWeight(
-        np.concatenate([part.codes_CR.T for part in slices]),
+        transposed([np.asarray(part.codes_CR) for part in slices]),
         np.concatenate([grid.scale_RG for grid in grids]),
         np.concatenate([grid.zero_RG for grid in grids]).astype(np.uint8),
         grids[0].group_C,
     )
-    return Solution(
-        weight, gptq_account(slices, factor.damping if factor else None, hessian, scheme)
-    )
+    damping = None if factor is None else factor.damping
+    return Solution(weight, gptq_account(weight_RC, slices, damping, hessian, scheme))
 
 
 def search_energy(factor: Factor | None, hessian: HessianSum) -> Float32:
@@ -189,14 +191,36 @@ def search_energy(factor: Factor | None, hessian: HessianSum) -> Float32:
     return cost_C
 
 
+def transposed(codes: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Codes [in_features, slice] of all slices as one [out_features, in_features]."""
+    codes_RC = np.empty((sum(part.shape[1] for part in codes), codes[0].shape[0]), np.uint8)
+    a = 0
+    for codes_CR in codes:
+        b = a + codes_CR.shape[1]
+        # By bands that stay in cache: a plain transposition misses it at every byte.
+        for band in range(0, codes_CR.shape[0], _BAND):
+            codes_RC[a:b, band : band + _BAND] = codes_CR[band : band + _BAND].T
+        a = b
+    return codes_RC
+
+
 def gptq_account(
-    slices: list[SolvedSlice], damping: float | None, hessian: HessianSum, scheme: GPTQScheme
+    weight_RC: Float32,
+    slices: list[SolvedSlice],
+    damping: float | None,
+    hessian: HessianSum,
+    scheme: GPTQScheme,
 ) -> Account:
     """The common account of all slices of one weight; no damping: none made H definite."""
 
     def total(field: str) -> float:
         return float(sum(np.sum(getattr(part, field), dtype=np.float64) for part in slices))
 
+    dead_C = hessian.gram_CC.diagonal() == 0
+    weight_error = total("weight_error_R")
+    if damping is not None and dead_C.any():  # rounding to nearest keeps dead weights
+        weight_error += float(np.sum(np.square(weight_RC[:, dead_C], dtype=np.float64)))
+    weight_energy_R = np.einsum("rc,rc->r", weight_RC, weight_RC)
     rows = sum(part.loss_R.shape[0] for part in slices)
     rtn_rows = int(total("rtn_kept_R"))
     if damping is None:
@@ -212,13 +236,13 @@ def gptq_account(
                 "where the Hessian could be factored"
             )
     return Account(
-        weight_error=relative_error(total("weight_error_R"), total("weight_energy_R")),
+        weight_error=relative_error(weight_error, float(np.sum(weight_energy_R, dtype=np.float64))),
         output_error=total("loss_R"),
         rtn_output_error=total("rtn_loss_R"),
         kept="gptq" if rtn_rows == 0 else "rtn" if rtn_rows == rows else "gptq+rtn",
         reason=reason,
         rtn_rows=rtn_rows,
         damping=damping,
-        dead_inputs=int(np.sum(hessian.gram_CC.diagonal() == 0)),
+        dead_inputs=int(dead_C.sum()),
         num_rows=hessian.num_rows,
     )

@@ -7,9 +7,11 @@ windows, to the same asymmetric grids in groups of 64, each with its authors' se
 All are judged by one float model on the same other text, which takes every quantizer's effective
 weights; ours is judged as stock KerasHub loads it. They take turns, on all cores, in one run.
 
-Seconds are of the whole command, from start to written result, and of quantizing alone: of a peer's
-quantizing call, and of our run once it is planned, reading and writing weights included. The peers are installed into virtual environments below FOLDER at the first
-run, a few GB each; which build of PyTorch they get is for pip's settings to say (PIP_INDEX_URL,
+Seconds are of the whole command, from start to written result, and of quantizing alone: of a
+peer's quantizing call, and of our run once it is planned, reading and writing weights included.
+
+The peers are installed into virtual environments below FOLDER at the first run, 1.5 GB each with a
+PyTorch for CPUs. Which build of it they get is for pip's settings to say (PIP_INDEX_URL,
 PIP_FIND_LINKS).
 """
 
@@ -69,7 +71,7 @@ class Outcome:
     def __str__(self) -> str:
         return (
             f"{self.quantizer:16}{self.bits:4}{self.command_seconds:9.1f}{self.call_seconds:8.1f}"
-            f"{self.perplexity:12.3f}"
+            f"{self.perplexity:14.3f}"
         )
 
 
@@ -199,8 +201,8 @@ def _timed(command: list[str]) -> tuple[float, str]:
 def compare(work: Work, pythons: dict[str, Path], widths: list[int]) -> None:
     """Print a line per quantizer and width as soon as it is known."""
     task: Any = keras_hub.models.CausalLM.from_preset(str(work.preset))
-    print(f"{'quantizer':16}bits  command    call  perplexity   (seconds, seconds)")
-    print(f"{'float32':16}{32:4}{'':17}{perplexity(task, work.evaluation_WT):12.3f}", flush=True)
+    print(f"{'quantizer':16}bits  command    call    perplexity   (seconds, seconds)")
+    print(f"{'float32':16}{32:4}{'':17}{perplexity(task, work.evaluation_WT):14.3f}", flush=True)
     for bits in widths:
         outcome, windows = run_quantfleet(work, bits)
         print(outcome, flush=True)

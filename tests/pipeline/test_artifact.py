@@ -16,6 +16,9 @@ from quantizer import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Schem
 from tests.models.tiny import tiny_preset
 from tests.pipeline import artifacts
 
+# KerasHub leaves a tokenizer's file open.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file .*vocabulary.spm:ResourceWarning")
+
 FORMATS = (
     # Without the searches, which compile longest and change no format.
     GPTQScheme(weight_bits=3, group_size=16, scale_search=False),

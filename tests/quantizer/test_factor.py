@@ -21,13 +21,14 @@ def factor_of(problem, *, hessian_damping=0.01, activation_order=False):
 
 
 def unit_factor(factor):
-    """A, from its panels."""
+    """A, from the transposed blocks of its panels."""
     size = len(factor.order_C)
     matrix = np.zeros((size, size))
     a = 0
-    for panel in factor.panels:
-        b = panel.shape[0]
-        matrix[:b, a:b] = panel
+    for blocks in factor.panels:
+        panel = np.concatenate(blocks, axis=1)
+        b = panel.shape[1]
+        matrix[:b, a:b] = panel.T
         a = b
     return matrix
 

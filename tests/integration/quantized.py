@@ -1,0 +1,124 @@
+"""Finished runs of small presets, made in this process, and what they answer block by block."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.crew import LocalCrew
+from pipeline.model_state import ModelState
+from pipeline.plan import Plan
+from pipeline.planned_run import claim_run
+from pipeline.planning import make_plan
+from pipeline.preset import read_preset
+from pipeline.recipe import Calibration, Recipe, Rule
+from pipeline.records import LayerRecord, PartRecord, record_key
+from pipeline.run import quantize
+from pipeline.storage import ObjectStore, open_store
+from pipeline.streamed import StreamedModel
+from pipeline.worker import Worker
+from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
+
+GROUP_SIZE = 16
+"""Of the tiny presets' schemes: a head's width, so that groups stay inside Gemma's heads."""
+
+SCHEMES: dict[str, Scheme] = {
+    **{f"gptq{bits}": GPTQScheme(weight_bits=bits, group_size=GROUP_SIZE) for bits in (2, 3, 4, 8)},
+    "awq": AWQScheme(group_size=GROUP_SIZE, num_grid_points=4),
+    "int8": Int8Scheme(),
+    "int4": Int4Scheme(block_size=GROUP_SIZE),
+    "int4-channel": Int4Scheme(block_size=-1),
+    "float8": Float8Scheme(),
+}
+"""Every format that an artifact can have."""
+
+
+@cache
+def _text() -> str:
+    """A file of some prose: a page of Python's manual."""
+    folder = Path(tempfile.mkdtemp(prefix="text-"))
+    atexit.register(shutil.rmtree, folder)
+    (folder / "page.txt").write_text(topics["assignment"], encoding="utf-8")
+    return str(folder / "page.txt")
+
+
+def recipe(
+    scheme: Scheme | None, *rules: Rule, embeddings: Scheme | None = None, name: str = "test"
+) -> Recipe:
+    """One that calibrates on ten short windows, where it calibrates at all."""
+    calibration = Calibration(texts=(_text(),), num_samples=10, sequence_length=32)
+    return Recipe(
+        name=name, scheme=scheme, rules=rules, embeddings=embeddings, calibration=calibration
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun:
+    """What a run left behind, and what it was made from."""
+
+    plan: Plan
+    source: Path
+    folder: Path
+
+    @property
+    def artifact(self) -> Path:
+        return self.folder / "artifact"
+
+    @property
+    def store(self) -> ObjectStore:
+        return open_store(str(self.folder))
+
+    @cached_property
+    def model(self) -> ModelState:
+        return ModelState(self.plan, str(self.source))
+
+    def layers(self) -> dict[str, LayerRecord]:
+        """What the records say of every layer, by path."""
+        records = [
+            PartRecord.from_json(self.store.get(record_key(part.part))) for part in self.plan.parts
+        ]
+        return {layer.path: layer for record in records for layer in record.layers}
+
+
+def finished_run(source: Path, wanted: Recipe, folder: Path) -> FinishedRun:
+    """Carry a recipe out, all in this process."""
+    planned = make_plan(read_preset(str(source)), wanted, threads=1)
+    store = open_store(str(folder))
+    claim_run(store, planned.plan, planned.windows.to_bytes() if planned.windows else None)
+    worker = Worker(planned.plan.to_json(), str(source), str(folder))
+    quantize(planned.plan, store, LocalCrew([worker]), lambda step: None)
+    return FinishedRun(plan=planned.plan, source=source, folder=folder)
+
+
+def answer(
+    model: StreamedModel, tokens: NDArray[np.int32], mask: NDArray[np.bool_] | None = None
+) -> Any:
+    """What a streamed model answers to tokens [batch, sequence], nothing padded by default."""
+    mask = np.ones(tokens.shape, bool) if mask is None else mask
+    states = [list(state) for state in model.embed([(tokens, mask)])]
+    for block in range(model.num_blocks):
+        model.advance(block, states)
+    return model.head()(states[0][0], tokens, mask)
+
+
+def distance(found: Any, expected: Any) -> float:
+    """The largest difference, relative to the largest value expected."""
+    found, expected = (np.asarray(value, "float64") for value in (found, expected))
+    assert found.shape == expected.shape
+    assert np.isfinite(found).all()
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def modes(layers: Iterable[LayerRecord]) -> set[str]:
+    """The quantization modes in use."""
+    return {layer.scheme["mode"] for layer in layers if layer.scheme is not None}

@@ -1,0 +1,106 @@
+"""A process that has stock KerasHub and nothing of ours, asked for one preset after another."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import pipeline.stock_reader
+from pipeline.streamed import artifact_model
+from tests.integration.quantized import FinishedRun, answer, distance
+
+_LOOP = Path(__file__).with_name("stock_loop.py")
+_READER = pipeline.stock_reader.__file__
+
+
+@dataclass(frozen=True, kw_only=True)
+class StockAnswer:
+    """What a preset answered: logits or embeddings, and its quantized layers' modes by path."""
+
+    output: NDArray[np.float32]
+    quantized: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class StockSession:
+    process: subprocess.Popen[str]
+    scratch: Path
+
+    def ask(self, preset: Path, tokens: NDArray[np.int32]) -> StockAnswer:
+        """Load a preset and run it on token ids [batch, sequence]."""
+        np.save(self.scratch / "in.npy", tokens)
+        return self._ask({"preset": str(preset), "inputs": str(self.scratch / "in.npy")})
+
+    def embed(self, preset: Path, texts: list[str], *, task: str | None = None) -> StockAnswer:
+        """Load a text embedder and give it strings.
+
+        Args:
+            task: the class to load it as, where there is no task.json to name one.
+        """
+        return self._ask({"preset": str(preset), "texts": texts, "task": task})
+
+    def _ask(self, job: dict[str, Any]) -> StockAnswer:
+        outputs = self.scratch / "out.npy"
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(job | {"outputs": str(outputs)}) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, f"stock KerasHub died: {(self.scratch / 'stderr.txt').read_text()[-2000:]}"
+        reply = json.loads(line)
+        assert "error" not in reply, reply["error"]
+        return StockAnswer(
+            output=np.load(outputs, allow_pickle=False), quantized=reply["quantized"]
+        )
+
+
+@contextmanager
+def stock_session(scratch: Path, backend: str = "jax") -> Iterator[StockSession]:
+    """Start the process, and stop it in the end.
+
+    Args:
+        scratch: a folder for what goes back and forth.
+        backend: of Keras: jax or torch.
+    """
+    with (
+        (scratch / "stderr.txt").open("w") as stderr,
+        subprocess.Popen(
+            # -I: neither the current folder nor PYTHONPATH leads to our packages.
+            [sys.executable, "-I", str(_LOOP), str(_READER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env={**os.environ, "KERAS_BACKEND": backend},
+            cwd=scratch,
+            text=True,
+        ) as process,
+    ):
+        yield StockSession(process, scratch)
+        # It ends when nothing more can come.
+        process.stdin.close()
+
+
+def some_tokens(run: FinishedRun) -> NDArray[np.int32]:
+    vocabulary_size = run.model.own.backbone.vocabulary_size
+    return np.random.default_rng(7).integers(5, vocabulary_size, (2, 12), dtype="int32")
+
+
+def assert_same(run: FinishedRun, *sessions: StockSession, tolerance: float = 1e-4) -> None:
+    """Stock loads what was planned, and answers what the pipeline's streamed forward does."""
+    tokens = some_tokens(run)
+    expected = answer(artifact_model(run.model, run.store), tokens)
+    for session in sessions:
+        found = session.ask(run.artifact, tokens)
+        policies = {path: policy.partition("/")[0] for path, policy in run.plan.policies.items()}
+        assert found.quantized == policies
+        assert distance(found.output, expected) <= tolerance

@@ -1,0 +1,66 @@
+"""From a real Hugging Face directory to a preset that stock KerasHub gives strings to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.recipe import Calibration, Recipe
+from quantizer.schemes import Float8Scheme, GPTQScheme, Int8Scheme, Scheme
+from tests.benchmarks.minilm import preset_folder
+from tests.integration.quantized import finished_run
+from tests.integration.stock_session import StockSession, assert_same, stock_session
+from tests.models.smollm2_huggingface import smollm2_directory
+from tests.models.texts import evaluation_documents, write_texts
+
+SENTENCES = [document[:300] for document in evaluation_documents()[:16]]
+
+# The least cosine between a sentence's vectors, of the float model and the quantized one.
+FIDELITY = {
+    "int8": (Int8Scheme(), 0.995),
+    "gptq4": (GPTQScheme(group_size=64, activation_order=True, refinement_sweeps=2), 0.97),
+    "float8": (Float8Scheme(), 0.99),
+}
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StockSession]:
+    with stock_session(tmp_path_factory.mktemp("stock")) as session:
+        yield session
+
+
+def recipe_on_texts(scheme: Scheme, folder: Path, num_samples: int) -> Recipe:
+    texts, _ = write_texts(folder)
+    calibration = Calibration(texts=(str(texts),), num_samples=num_samples, sequence_length=128)
+    return Recipe(name="test", scheme=scheme, calibration=calibration)
+
+
+@pytest.mark.parametrize("scheme", FIDELITY)
+def test_a_real_encoder_embeds_strings_as_the_float_model_does(
+    scheme: str, stock: StockSession, tmp_path: Path
+) -> None:
+    wanted, least = FIDELITY[scheme]
+    run = finished_run(
+        preset_folder(), recipe_on_texts(wanted, tmp_path / "texts", 32), tmp_path / "run"
+    )
+    before = stock.embed(preset_folder(), SENTENCES, task="TextEmbedder").output
+    after = stock.embed(run.artifact, SENTENCES)
+    assert set(after.quantized.values()) == {wanted.mode}
+    assert np.allclose(np.linalg.norm(after.output, axis=1), 1, atol=1e-3)
+    cosines = np.sum(before * after.output, axis=1)
+    print(f"{scheme}: cosine to the float model {cosines.mean():.4f}, at least {cosines.min():.4f}")
+    assert cosines.min() > least
+    # What they are compared with is no constant.
+    assert (before @ before.T).min() < 0.5
+    assert_same(run, stock)
+
+
+@pytest.mark.slow
+def test_a_real_llama_answers_as_the_pipeline_does(stock: StockSession, tmp_path: Path) -> None:
+    source = smollm2_directory(tmp_path / "smollm2", num_blocks=2)
+    wanted = recipe_on_texts(GPTQScheme(group_size=64), tmp_path / "texts", 16)
+    run = finished_run(source, wanted, tmp_path / "run")
+    assert_same(run, stock)

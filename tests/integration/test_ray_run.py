@@ -1,0 +1,259 @@
+"""A run on a real cluster: the same bytes by any workers, clear errors, no secrets."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.cluster import RayCrew, joined
+from pipeline.crew import CrewError
+from pipeline.errors import SourceError
+from pipeline.planned_run import claim_run, plan_run
+from pipeline.resources import Resources, choose_resources, memory_of_nodes
+from pipeline.run import Step, quantize
+from pipeline.storage import open_store
+from tests.integration.ray_cluster import NUM_CPUS, RunningCluster, quiet_environment
+from tests.pipeline.tiny_runs import NUM_BLOCKS, lasting, recipe, source, text_file
+from tests.s3 import ACCESS_KEY, SECRET_KEY, S3Server
+
+ROOT = Path(__file__).parents[2]
+# As a process that calls the command does, and then tells what it has imported.
+_COMMAND = """
+import atexit, sys
+from pathlib import Path
+heavy = {"jax", "keras", "keras_hub", "tensorflow", "torch"}
+told = Path(sys.argv.pop(1))
+atexit.register(lambda: told.write_text(" ".join(sorted(heavy & set(sys.modules)))))
+from jobs.cli import main
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def driver(cluster: RunningCluster) -> Iterator[None]:
+    """This process, joined to the cluster."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in quiet_environment().items():
+            patch.setenv(name, value)
+        with joined(cluster.address):
+            yield
+
+
+@contextmanager
+def crew_of(workers: int, output: Path) -> Iterator[tuple[RayCrew, object]]:
+    import ray
+
+    resources = Resources(workers=workers, threads=1)
+    plan, windows = plan_run(str(source()), recipe("gptq"), resources)
+    claim_run(open_store(str(output)), plan, windows)
+    crew = RayCrew(resources, plan.to_json(), str(source()), str(output))
+    try:
+        yield crew, plan
+    finally:
+        for actor in crew._actors:  # or they keep their CPUs until this process ends
+            ray.kill(actor)
+
+
+@pytest.fixture(scope="module")
+def of_one_worker(driver: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    output = tmp_path_factory.mktemp("one") / "run"
+    with crew_of(1, output) as (crew, plan):
+        quantize(plan, open_store(str(output)), crew, lambda step: None)
+    return lasting(open_store(str(output)))
+
+
+@pytest.mark.parametrize(
+    ("workers", "killed_after"),
+    [
+        (2, 1),
+        pytest.param(2, 0, marks=pytest.mark.slow),
+        pytest.param(2, 2, marks=pytest.mark.slow),
+        pytest.param(3, None, marks=pytest.mark.slow),
+        pytest.param(4, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_any_workers_leave_the_same_bytes_though_one_is_killed(
+    workers: int,
+    killed_after: int | None,
+    of_one_worker: dict[str, bytes],
+    tmp_path: Path,
+) -> None:
+    steps: list[Step] = []
+    with crew_of(workers, tmp_path / "run") as (crew, plan):
+        victim = crew.process_ids()[-1]
+
+        def report(step: Step) -> None:
+            if step.event == "committed" and step.part == killed_after and victim not in killed:
+                os.kill(victim, signal.SIGKILL)
+                killed.append(victim)
+            steps.append(step)
+
+        killed: list[int] = []
+        store = open_store(str(tmp_path / "run"))
+        quantize(plan, store, crew, report, keep_every=1)
+        assert (victim in crew.process_ids()) == (killed_after is None)
+    assert lasting(store) == of_one_worker
+    committed = [step.part for step in steps if step.event == "committed"]
+    assert sorted(set(committed)) == committed == list(range(NUM_BLOCKS + 1))
+    assert any(step.event == "lost" for step in steps) == (killed_after is not None)
+
+
+@pytest.mark.usefixtures("driver")
+def test_an_error_of_planning_arrives_as_it_was_raised() -> None:
+    with pytest.raises(SourceError, match=r"/nowhere: no config\.json there"):
+        plan_run("/nowhere", recipe("int8"), Resources(workers=1, threads=1))
+
+
+@pytest.mark.usefixtures("driver")
+def test_a_worker_that_cannot_be_made_says_why_at_once(tmp_path: Path) -> None:
+    with crew_of(1, tmp_path / "run") as (_, plan):
+        pass
+    import ray
+
+    crew = RayCrew(
+        Resources(workers=1, threads=1), plan.to_json(), "/nowhere", str(tmp_path / "run")
+    )
+    try:
+        with pytest.raises(SourceError, match="/nowhere"):
+            quantize(plan, open_store(str(tmp_path / "run")), crew, lambda step: None)
+    finally:
+        ray.kill(crew._actors[0])
+
+
+@pytest.mark.usefixtures("driver")
+def test_resources_are_those_of_the_cluster() -> None:
+    assert choose_resources(None, None, device="auto") == Resources(workers=1, threads=NUM_CPUS)
+    assert choose_resources(2, None, device="cpu") == Resources(workers=2, threads=NUM_CPUS // 2)
+    assert choose_resources(None, 2, device="auto") == Resources(workers=NUM_CPUS // 2, threads=2)
+    assert choose_resources(3, 2, device="auto") == Resources(workers=3, threads=2)
+    with pytest.raises(CrewError, match=r"9 workers of 1 threads do not fit.*--workers"):
+        choose_resources(9, 1, device="auto")
+    with pytest.raises(CrewError, match="no GPU; use --device cpu"):
+        choose_resources(None, None, device="gpu")
+    [(workers, memory_bytes)] = memory_of_nodes(Resources(workers=3, threads=2))
+    assert workers == 3
+    assert memory_bytes > 1 << 28
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a process that called the command left behind."""
+
+    status: int
+    out: str
+    err: str
+    imported: str
+
+
+def call(folder: Path, *arguments: object, **environment: str) -> Outcome:
+    told = folder / "imported"
+    finished = subprocess.run(
+        [sys.executable, "-c", _COMMAND, told, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=quiet_environment() | environment,
+        timeout=240,
+    )
+    return Outcome(finished.returncode, finished.stdout, finished.stderr, told.read_text())
+
+
+@pytest.fixture(scope="module")
+def on_s3(
+    cluster: RunningCluster, s3: S3Server, tmp_path_factory: pytest.TempPathFactory
+) -> Outcome:
+    """Quantize from s3:// to s3://, by the command line, with a secret in the environment."""
+    folder = tmp_path_factory.mktemp("s3")
+    for path in sorted(source().rglob("*")):
+        if path.is_file():
+            key = f"presets/llama/{path.relative_to(source())}"
+            s3.client().put_object(Bucket="quantfleet", Key=key, Body=path.read_bytes())
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe("gptq").to_dict()))
+    return call(
+        folder,
+        *("quantize", "s3://quantfleet/presets/llama"),
+        *("--recipe", folder / "recipe.yaml", "--output", "s3://quantfleet/runs/1"),
+        *("--address", cluster.address, "--workers", 2, "--threads", 1, "--json"),
+        *("--evaluate-on", text_file(), "--windows", 2),
+        **s3.environment,
+    )
+
+
+def objects(s3: S3Server, prefix: str) -> dict[str, bytes]:
+    pages = (
+        s3.client().get_paginator("list_objects_v2").paginate(Bucket="quantfleet", Prefix=prefix)
+    )
+    keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+    return {
+        key.removeprefix(prefix): s3.client()
+        .get_object(Bucket="quantfleet", Key=key)["Body"]
+        .read()
+        for key in keys
+    }
+
+
+def test_the_command_quantizes_from_object_storage_to_object_storage(on_s3: Outcome) -> None:
+    assert on_s3.status == 0, on_s3.err
+    summary = json.loads(on_s3.out)
+    assert summary["fidelity"]["num_windows"] == 2
+    assert summary["schemes"][0]["scheme"] == "gptq/4/32"
+    assert on_s3.err.count("committed ") == NUM_BLOCKS + 1
+
+
+def test_what_is_written_does_not_depend_on_where(
+    on_s3: Outcome, s3: S3Server, of_one_worker: dict[str, bytes]
+) -> None:
+    assert on_s3.status == 0, on_s3.err
+    found = objects(s3, "runs/1/")
+    # The plan and whatever names its digest do not; where the source lies is only noted there.
+    expected = {key: data for key, data in of_one_worker.items() if key != "plan.json"}
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_the_driver_imports_no_array_library(on_s3: Outcome) -> None:
+    assert on_s3.status == 0, on_s3.err
+    assert on_s3.imported == ""
+
+
+def test_no_secret_is_written_anywhere(
+    on_s3: Outcome, s3: S3Server, cluster: RunningCluster
+) -> None:
+    assert on_s3.status == 0, on_s3.err
+    written = {**objects(s3, "runs/1/"), "stdout": on_s3.out.encode(), "stderr": on_s3.err.encode()}
+    for path in cluster.session_folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            written[str(path)] = path.read_bytes()
+    assert len([name for name in written if "/logs/" in name]) > 10
+    assert any(name.startswith("events/") for name in written)
+    for secret in (SECRET_KEY, ACCESS_KEY):
+        found = [name for name, data in written.items() if secret.encode() in data]
+        assert found == []
+
+
+def test_a_mistake_is_one_line_from_a_cluster_too(cluster: RunningCluster, tmp_path: Path) -> None:
+    given = ("--recipe", "int8", "--output", tmp_path / "out", "--address", cluster.address)
+    outcome = call(tmp_path, "quantize", "/nowhere", *given, "--workers", 1, "--threads", 1)
+    assert outcome.status == 2
+    assert outcome.out == ""
+    assert outcome.err.splitlines()[-1].startswith("quantfleet: /nowhere: no config.json")
+    assert "Traceback" not in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    given = ("--recipe", "int8", "--output", tmp_path / "out", "--address", "127.0.0.1:9")
+    outcome = call(tmp_path, "quantize", source(), *given)
+    assert outcome.status == 3
+    assert outcome.err.splitlines()[-1].startswith("quantfleet: no Ray cluster at 127.0.0.1:9")
+    assert "Traceback" not in outcome.err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,60 @@
+import dataclasses
+
+import pytest
+
+from jobs.admission import check_identity, check_memory
+from pipeline.crew import CrewError
+from pipeline.errors import PipelineError
+from pipeline.estimates import Estimate, estimate
+from pipeline.planned_run import Identity
+from tests.pipeline.tiny_runs import planned
+
+GIB = 1 << 30
+
+
+def needing(worker_bytes: int) -> Estimate:
+    return dataclasses.replace(estimate(planned("gptq").plan, 1), worker_bytes=worker_bytes)
+
+
+def test_workers_that_fit_are_let_through() -> None:
+    check_memory(needing(2 * GIB), [(2, 4 * GIB), (1, 2 * GIB)])
+    check_memory(needing(2 * GIB), [])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "remedy"),
+    [
+        ([(1, 8 * GIB), (3, 5 * GIB)], "use --workers 2, or nodes with more memory"),
+        ([(1, 1 * GIB)], "lower num_samples, or use nodes with more memory"),
+    ],
+)
+def test_the_tightest_node_decides_and_the_remedy_fits(
+    nodes: list[tuple[int, int]], remedy: str
+) -> None:
+    with pytest.raises(CrewError, match=r"needs about 2\.0 GiB") as raised:
+        check_memory(needing(2 * GIB), nodes)
+    assert remedy in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def here(**other: object) -> Identity:
+    plan = planned("gptq").plan
+    same = Identity(source_digest=plan.source_digest, machine=plan.machine, versions=plan.versions)
+    return dataclasses.replace(same, **other)  # type: ignore[arg-type]
+
+
+def test_going_on_needs_the_same_source_machine_and_packages() -> None:
+    plan = planned("gptq").plan
+    check_identity(plan, here(), "preset", finished=False)
+    with pytest.raises(PipelineError, match="preset: the source changed"):
+        check_identity(plan, here(source_digest="0" * 64), "preset", finished=True)
+    with pytest.raises(PipelineError, match=r"threads 9, planned 2"):
+        check_identity(
+            plan, here(machine={**plan.machine, "threads": "9"}), "preset", finished=False
+        )
+    with pytest.raises(PipelineError, match=r"jax None, planned"):
+        check_identity(plan, here(versions={}), "preset", finished=False)
+
+
+def test_judging_a_finished_result_needs_the_same_source_alone() -> None:
+    check_identity(planned("gptq").plan, here(versions={}), "preset", finished=True)

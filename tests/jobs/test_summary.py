@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import io
+import json
+
+from rich.console import Console
+
+from jobs.summary import Summary, summary_table
+from pipeline.estimates import estimate
+from pipeline.fidelity import Fidelity
+from pipeline.records import PartRecord
+from pipeline.storage import ObjectStore, open_store
+from tests.pipeline.tiny_runs import execute, planned
+
+
+def finished(scheme: str) -> tuple[ObjectStore, Summary]:
+    store = open_store(f"memory://test-summary/{scheme}")
+    manifest, _ = execute(planned(scheme), store)
+    plan = planned(scheme).plan
+    summary = Summary.of(
+        plan,
+        store,
+        manifest,
+        estimate(plan, 1),
+        {"solve": 2.0, "read": 1.0},
+        wall_seconds=4.0,
+        fidelity=Fidelity(
+            num_windows=1,
+            count=9,
+            source_perplexity=10.0,
+            result_perplexity=11.0,
+            divergence=0.1,
+            agreement=0.5,
+        ),
+    )
+    return store, summary
+
+
+def test_a_summary_adds_up_what_the_records_say() -> None:
+    store, summary = finished("gptq")
+    records = [PartRecord.from_json(store.get(key)) for key in store.list("records/")]
+    assert summary.stored_bytes == sum(len(store.get(record.file)) for record in records)
+    assert summary.loaded_bytes == sum(record.loaded_bytes for record in records)
+    accounts = [layer.account for r in records for layer in r.layers if layer.account]
+    [row] = summary.schemes
+    assert row.layers == len(accounts) == 21
+    ratios = [a["output_error"] / a["rtn_output_error"] for a in accounts]
+    assert row.error_against_rtn == sum(ratios) / len(ratios)
+    assert row.error_against_rtn < 1
+    assert json.loads(json.dumps(summary.to_dict()))["schemes"][0]["scheme"] == "gptq/4/32"
+
+
+def test_rounding_alone_is_compared_with_nothing() -> None:
+    _, summary = finished("int8")
+    [row] = summary.schemes
+    assert row.error_against_rtn is None
+    assert row.weight_error is not None
+    assert (row.rounded, row.damped) == (0, 0)
+
+
+def test_the_table_shows_sizes_quality_and_time() -> None:
+    _, summary = finished("gptq")
+    stream = io.StringIO()
+    Console(file=stream, width=160).print(summary_table(summary))
+    text = stream.getvalue()
+    for part in ("10.000 → 11.000", "KL 0.1000", "50.0%", "4.0 in all", summary.manifest_sha256):
+        assert part in text

@@ -1,0 +1,138 @@
+"""Estimates from a plan's numbers hold for what really happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.estimates import bits_per_weight, estimate
+from pipeline.plan import Plan
+from pipeline.storage import open_store
+from tests.models.tiny import tiny_preset
+from tests.pipeline.tiny_runs import execute, planned, recipe
+
+ROOT = Path(__file__).parents[2]
+# A worker as in a process of Ray's, that does all of a run.
+_PROGRAM = """
+import sys
+from pathlib import Path
+from pipeline.crew import LocalCrew
+from pipeline.planned_run import claim_run
+from pipeline.plan import Plan
+from pipeline.run import quantize
+from pipeline.storage import open_store
+from pipeline.worker import Worker
+plan, windows, source, output = sys.argv[1:]
+store = open_store(output)
+plan = claim_run(store, Plan.from_json(Path(plan).read_bytes()), Path(windows).read_bytes())
+crew = LocalCrew([Worker(plan.to_json(), source, output)])
+quantize(plan, store, crew, lambda step: None, keep_every=2)
+# Not getrusage, whose maximum begins with that of the process that started this one.
+status = Path("/proc/self/status").read_text().splitlines()
+[peak] = [line.split()[1] for line in status if line.startswith("VmHWM:")]
+print(int(peak) * 1024)
+"""
+
+
+def run_and_weigh(folder: Path, scheme: str, **size: int) -> tuple[int, Plan]:
+    """Peak memory of a process that does a whole run, in bytes; and its plan."""
+    from pipeline.planning import make_plan
+    from pipeline.preset import read_preset
+
+    source = tiny_preset("Llama3", folder / "source", **size)
+    wanted = recipe(scheme, num_samples=32, sequence_length=128)
+    given = make_plan(read_preset(str(source)), wanted, threads=2)
+    (folder / "plan.json").write_bytes(given.plan.to_json())
+    windows = given.windows
+    (folder / "windows").write_bytes(b"" if windows is None else windows.to_bytes())
+    arguments = [folder / "plan.json", folder / "windows", source, folder / "run"]
+    environment = os.environ | {"KERAS_BACKEND": "jax", "NPROC": "2", "JAX_PLATFORMS": "cpu"}
+    finished = subprocess.run(
+        [sys.executable, "-c", _PROGRAM, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env=environment,
+    )
+    return int(json.loads(finished.stdout)), given.plan
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"hidden_dim": 512, "intermediate_dim": 2048, "num_blocks": 4},
+        {"hidden_dim": 1024, "intermediate_dim": 4096, "num_blocks": 2},
+    ],
+    ids=lambda size: str(size["hidden_dim"]),
+)
+@pytest.mark.parametrize("scheme", ["gptq", "awq", "int8"])
+def test_a_worker_takes_no_more_memory_than_estimated(
+    scheme: str, size: dict[str, int], tmp_path: Path
+) -> None:
+    peak_bytes, plan = run_and_weigh(tmp_path, scheme, **size)
+    estimated = estimate(plan, 1).worker_bytes
+    assert peak_bytes <= estimated
+    assert estimated < 3 * peak_bytes  # an upper bound that still says something
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
+    peaks = {}
+    for num_blocks in (4, 8, 16, 32):
+        folder = tmp_path / str(num_blocks)
+        folder.mkdir()
+        peaks[num_blocks], plan = run_and_weigh(
+            folder, "gptq", hidden_dim=256, intermediate_dim=1024, num_blocks=num_blocks
+        )
+        per_block = max(part.source_bytes for part in plan.parts[1:])
+    # 28 blocks more, of which not even two may be held at a time.
+    assert peaks[32] - peaks[4] < 2 * per_block + (8 << 20), peaks
+
+
+def test_what_is_read_is_what_the_source_holds() -> None:
+    plan = planned("gptq").plan
+    assert estimate(plan, 1).source_bytes == sum(part.source_bytes for part in plan.parts)
+
+
+@pytest.mark.parametrize("scheme", ["gptq", "awq", "int8"])
+def test_what_is_written_is_about_what_was_said(scheme: str) -> None:
+    store = open_store(f"memory://test-estimates/{scheme}")
+    execute(planned(scheme), store)
+    stored = sum(
+        len(store.get(key)) for key in store.list("artifact/model_") if key.endswith(".h5")
+    )
+    # Tiny files are half HDF5's own.
+    overhead = 12_000 * len(planned(scheme).plan.parts)
+    estimated = estimate(planned(scheme).plan, 1).result_bytes
+    assert 0.9 * estimated < stored < 1.1 * estimated + overhead
+
+
+def test_more_workers_share_the_activations_only() -> None:
+    plan = planned("gptq").plan
+    one, four = estimate(plan, 1), estimate(plan, 4)
+    assert one.worker_bytes > four.worker_bytes
+    assert (one.flops, one.source_bytes) == (four.flops, four.source_bytes)
+
+
+def test_flops_are_those_of_the_formulas() -> None:
+    plan = planned("gptq").plan
+    found = estimate(plan, 1)
+    tokens = 20 * 128
+    weights = 64 * (64 + 32 + 32 + 64 + 128 + 128) + 128 * 64
+    assert found.forward_flops == 3 * 2 * weights * tokens
+    assert found.solve_flops == pytest.approx(
+        3 * ((64 + 32 + 32 + 64 + 128 + 128) * 64**2 + 64 * 128**2 + 2 / 3 * (3 * 64**3 + 128**3))
+    )
+    assert estimate(planned("int8").plan, 1).flops == 0
+
+
+def test_bits_of_a_weight_count_its_share_of_scales() -> None:
+    layer = next(x for part in planned("gptq").plan.parts for x in part.layers if x.scheme)
+    assert bits_per_weight(layer) == 4 + 40 / 32

@@ -1,0 +1,33 @@
+import math
+
+import numpy as np
+import pytest
+
+from pipeline.fidelity import WindowFidelity, average
+
+
+def test_means_weigh_by_tokens_not_by_windows() -> None:
+    windows = [
+        WindowFidelity(count=3, source_loss=3.0, result_loss=6.0, divergence=0.3, agreement=3),
+        WindowFidelity(count=1, source_loss=5.0, result_loss=2.0, divergence=0.5, agreement=0),
+    ]
+    found = average(windows)
+    assert (found.num_windows, found.count) == (2, 4)
+    assert found.source_perplexity == pytest.approx(math.exp(2.0))
+    assert found.result_perplexity == pytest.approx(math.exp(2.0))
+    assert found.divergence == pytest.approx(0.2)
+    assert found.agreement == pytest.approx(0.75)
+    assert found.cosine is None
+
+
+def test_an_encoder_has_a_cosine_and_no_perplexity() -> None:
+    found = average([WindowFidelity(count=4, cosine=3.0), WindowFidelity(count=1, cosine=1.0)])
+    assert found.cosine == pytest.approx(0.8)
+    assert found.source_perplexity is None
+    assert found.divergence is None
+
+
+def test_sums_of_a_million_windows_lose_nothing() -> None:
+    losses = np.random.default_rng(0).uniform(1, 5, 100_000)
+    found = average([WindowFidelity(count=1, source_loss=x, result_loss=x) for x in losses])
+    assert found.source_perplexity == math.exp(math.fsum(losses) / len(losses))

@@ -1,0 +1,67 @@
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.canonical import canonical_json
+from pipeline.errors import DamagedObjectError
+from pipeline.plan import Plan, micro_batches
+from tests.pipeline.tiny_runs import planned
+
+
+def test_a_plan_survives_storage() -> None:
+    for scheme in ("gptq", "int8"):
+        plan = planned(scheme).plan
+        assert Plan.from_json(plan.to_json()) == plan
+        assert Plan.from_json(plan.to_json()).digest == plan.digest
+
+
+def test_the_digest_covers_all_that_decides_bytes() -> None:
+    plan = planned("gptq").plan
+    assert plan.tokens is not None
+    others = [
+        dataclasses.replace(plan, source_digest="0" * 64),
+        dataclasses.replace(plan, recipe={**plan.recipe, "name": "x"}),
+        dataclasses.replace(plan, tokens=dataclasses.replace(plan.tokens, digest="0" * 64)),
+        dataclasses.replace(plan, tokens=None),
+        dataclasses.replace(plan, parts=plan.parts[:-1]),
+        dataclasses.replace(plan, machine={**plan.machine, "threads": "3"}),
+        dataclasses.replace(plan, versions={**plan.versions, "jax": "0"}),
+        dataclasses.replace(plan, policies={}),
+    ]
+    digests = {plan.digest, *(other.digest for other in others)}
+    assert len(digests) == len(others) + 1
+    assert dataclasses.replace(plan, source_url="elsewhere").digest == plan.digest
+
+
+def test_anything_but_a_plan_is_damaged() -> None:
+    data = planned("gptq").plan.to_json()
+    values = json.loads(data)
+    cases = [
+        b"",
+        b"{}",
+        b"[]",
+        b"\xff\xfe",
+        data[:-1],
+        data.replace(b'"parts"', b'"party"'),
+        data + b"\n",
+        canonical_json(values | {"extra": 1}),
+        canonical_json(values | {"parts": 3}),
+        canonical_json(values | {"machine": {"threads": 2}}),
+        json.dumps(values, indent=1).encode(),
+    ]
+    for case in cases:
+        with pytest.raises(DamagedObjectError, match=r"plan\.json") as raised:
+            Plan.from_json(case)
+        assert "\n" not in str(raised.value)
+
+
+@given(st.integers(1, 100_000), st.integers(2, 10_000))
+def test_shards_hold_whole_micro_batches_and_are_few(num_samples: int, length: int) -> None:
+    micro_batch, per_shard = micro_batches(num_samples, length)
+    assert 1 <= micro_batch <= num_samples
+    assert per_shard % micro_batch == 0
+    assert -(-num_samples // per_shard) <= 32
+    assert micro_batch == 1 or micro_batch * length <= 2048

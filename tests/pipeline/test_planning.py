@@ -1,0 +1,139 @@
+"""A plan decides everything, and refuses what cannot be carried out."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pytest
+
+from pipeline.errors import RecipeError, SourceError
+from pipeline.plan import LayerPlan, Plan
+from pipeline.planning import make_plan
+from pipeline.preset import read_preset
+from pipeline.recipe_file import recipe_from_dict
+from tests.pipeline.tiny_runs import NUM_BLOCKS, planned, recipe, source, text_file
+
+CALIBRATION = {"texts": [str(text_file())], "num_samples": 4, "sequence_length": 64}
+
+
+def plan_of(architecture: str = "Llama3", **values: Any) -> Plan:
+    wanted = {"name": "test", "scheme": None, "calibration": CALIBRATION} | values
+    preset = read_preset(str(source(architecture)))
+    return make_plan(preset, recipe_from_dict(wanted), threads=2).plan
+
+
+def layers(plan: Plan) -> dict[str, LayerPlan]:
+    return {layer.path: layer for part in plan.parts for layer in part.layers}
+
+
+def test_the_same_request_is_the_same_plan() -> None:
+    again = make_plan(read_preset(str(source())), recipe("gptq"), threads=2)
+    assert again.plan == planned("gptq").plan
+    assert again.windows is not None
+    assert again.windows.to_bytes() == planned("gptq").windows.to_bytes()  # type: ignore[union-attr]
+
+
+def test_threads_are_part_of_the_plan() -> None:
+    other = make_plan(read_preset(str(source())), recipe("gptq"), threads=1).plan
+    assert other.digest != planned("gptq").plan.digest
+
+
+def test_weights_alone_need_no_texts() -> None:
+    wanted = recipe_from_dict(
+        {
+            "name": "x",
+            "scheme": {"mode": "int8"},
+            "calibration": {**CALIBRATION, "texts": ["/nowhere.txt"]},
+        }
+    )
+    found = make_plan(read_preset(str(source())), wanted, threads=2)
+    assert found.windows is None
+    assert not found.plan.chained
+
+
+def test_rules_decide_layer_by_layer() -> None:
+    plan = plan_of(
+        scheme={"mode": "int8"},
+        rules=[
+            {"pattern": "layer_1/.*query", "scheme": None},
+            {"pattern": "feedforward_output", "scheme": {"mode": "gptq", "group_size": 64}},
+        ],
+        embeddings={"mode": "int8"},
+    )
+    found = layers(plan)
+    assert found["transformer_layer_1/self_attention/query"].scheme is None
+    assert found["transformer_layer_0/self_attention/query"].scheme == {
+        **(found["transformer_layer_0/self_attention/key"].scheme or {}),
+    }
+    assert found["token_embedding"].scheme is not None
+    for part in plan.parts[1:]:
+        assert [group.targets for group in part.groups] == [("feedforward_output_dense",)]
+    expected = {path for path, layer in found.items() if layer.scheme}
+    assert set(plan.policies) == expected
+    assert len(expected) == 1 + 7 * NUM_BLOCKS - 1
+
+
+def test_what_cannot_be_quantized_stays_in_float_with_the_reason() -> None:
+    found = layers(plan_of("Bert", scheme={"mode": "gptq", "group_size": 32}))
+    assert found["pooled_dense"].scheme is None
+    assert "inside blocks only" in found["pooled_dense"].note
+    assert "PositionEmbedding" in found["position_embedding"].note
+    assert all(
+        layer.note
+        for layer in found.values()
+        if layer.scheme is None and "embedding" not in layer.path
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"scheme": {"mode": "gptq", "group_size": 128}}, "group_size of at most 64"),
+        (
+            {"scheme": {"mode": "gptq", "group_size": 32, "drift_correction": 0.5}},
+            "drift_correction",
+        ),
+        (
+            {"scheme": None, "rules": [{"pattern": "nothing", "scheme": {"mode": "int8"}}]},
+            "none of",
+        ),
+    ],
+)
+def test_impossible_recipes_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as raised:
+        plan_of(**values)
+    assert "\n" not in str(raised.value)
+
+
+def test_groups_need_not_divide_the_features() -> None:
+    plan = plan_of(scheme={"mode": "gptq", "group_size": 48})
+    assert layers(plan)["transformer_layer_0/self_attention/query"].in_features == 64
+
+
+def test_a_source_of_another_shape_is_refused_before_anything(tmp_path: Path) -> None:
+    preset = tmp_path / "preset"
+    shutil.copytree(source(), preset)
+    with h5py.File(preset / "model.weights.h5", "r+") as file:
+        group = file["layers/reversible_embedding/vars"]
+        values = group["0"][:-1]
+        del group["0"]
+        group["0"] = values
+    with pytest.raises(SourceError, match="reversible_embedding"):
+        make_plan(read_preset(str(preset)), recipe("int8"), threads=2)
+
+
+def test_a_changed_weight_is_another_plan(tmp_path: Path) -> None:
+    preset = tmp_path / "preset"
+    shutil.copytree(source(), preset)
+    with h5py.File(preset / "model.weights.h5", "r+") as file:
+        file["layers/reversible_embedding/vars/0"][0, 0] += 1
+    other = make_plan(read_preset(str(preset)), recipe("int8"), threads=2).plan
+    assert other.source_digest != planned("int8").plan.source_digest
+    shutil.rmtree(preset)
+    shutil.copytree(source(), preset)
+    (preset / "README.md").write_text("# Llama")
+    same = make_plan(read_preset(str(preset)), recipe("int8"), threads=2).plan
+    assert same.digest == planned("int8").plan.digest

@@ -1,0 +1,192 @@
+"""Runs of tiny models in this process: plans, crews that fail on demand, and what they leave."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pipeline.worker
+from pipeline.crew import LocalCrew, TimedWorker, WorkerLostError
+from pipeline.model_state import ModelState
+from pipeline.plan import Plan
+from pipeline.planned_run import claim_run
+from pipeline.planning import Planned, make_plan
+from pipeline.preset import read_preset
+from pipeline.recipe import Recipe
+from pipeline.recipe_file import recipe_from_dict
+from pipeline.records import Manifest
+from pipeline.run import Report, Step, quantize
+from pipeline.storage import ObjectStore
+from pipeline.worker import Worker
+from tests.pipeline.presets import shared_preset
+
+TEXT = "The quick brown fox jumps over the lazy dog, again and again and again. " * 300
+NUM_BLOCKS = 3
+# What differs between executions, or is only a cache.
+PASSING = ("events/", "activations/", "quarantine/")
+
+SCHEMES: dict[str, dict[str, Any]] = {
+    # The plainest of each: what it computes is the solvers' tests' business.
+    "gptq": {"mode": "gptq", "weight_bits": 4, "group_size": 32},
+    "awq": {"mode": "awq", "group_size": 32},
+    "float8": {"mode": "float8"},
+    "int8": {"mode": "int8"},
+}
+
+
+@cache
+def text_file() -> Path:
+    """English to calibrate on."""
+    folder = Path(tempfile.mkdtemp(prefix="texts-"))
+    atexit.register(shutil.rmtree, folder)
+    path = folder / "english.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def recipe(scheme: str, **calibration: Any) -> Recipe:
+    """The plainest recipe of a scheme, calibrated on 20 windows of 128 tokens: 2 shards."""
+    wanted = {"texts": [str(text_file())], "num_samples": 20, "sequence_length": 128}
+    return recipe_from_dict(
+        {"name": scheme, "scheme": SCHEMES[scheme], "calibration": wanted | calibration}
+    )
+
+
+def source(architecture: str = "Llama3", **options: Any) -> Path:
+    return shared_preset(architecture, **{"num_blocks": NUM_BLOCKS, **options})
+
+
+@cache
+def planned(scheme: str, architecture: str = "Llama3", **calibration: Any) -> Planned:
+    preset = read_preset(str(source(architecture)))
+    return make_plan(preset, recipe(scheme, **calibration), threads=2)
+
+
+@cache
+def model_state(plan_json: bytes, source_url: str) -> ModelState:
+    """One for all workers of all tests: what it holds can be built again, only not so fast."""
+    return ModelState(Plan.from_json(plan_json), source_url)
+
+
+class QuickWorker(Worker):
+    """A worker whose skeletons and compiled programs are those of all others."""
+
+    def __init__(self, plan: Plan, source_url: str, run_url: str) -> None:
+        found = model_state(plan.to_json(), source_url)
+        original = pipeline.worker.ModelState
+        pipeline.worker.ModelState = lambda plan, url: found  # type: ignore[assignment,misc]
+        try:
+            super().__init__(plan.to_json(), source_url, run_url)
+        finally:
+            pipeline.worker.ModelState = original  # type: ignore[misc]
+
+
+class _Lost:
+    """What a call of a lost worker stands for, and whatever is asked of it after."""
+
+
+class CountingCrew(LocalCrew):
+    """Notes what it is asked for, and loses workers on demand; as with Ray, `fetch` tells.
+
+    Attributes:
+        calls: of each method.
+        done: (method, first argument) in order.
+    """
+
+    def __init__(
+        self,
+        make_worker: Callable[[], Worker],
+        num_workers: int,
+        *,
+        lose: Sequence[tuple[str, int]] = (),
+    ) -> None:
+        """Args: lose: (method, n): at its nth call, from 1, its worker dies, and starts anew."""
+        super().__init__([make_worker() for _ in range(num_workers)])
+        self._make_worker = make_worker
+        self._lose = set(lose)
+        self.calls: Counter[str] = Counter()
+        self.done: list[tuple[str, Any]] = []
+
+    def submit(self, worker: int, method: str, *args: Any, num_returns: int = 1) -> Any:
+        self.calls[method] += 1
+        if (method, self.calls[method]) in self._lose:
+            self.restart(worker)
+            return self._lost(num_returns)
+        if any(isinstance(arg, _Lost) for arg in args):
+            return self._lost(num_returns)
+        self.done.append((method, args[0] if args else None))
+        try:
+            return super().submit(worker, method, *args, num_returns=num_returns)
+        except WorkerLostError:
+            return self._lost(num_returns)
+
+    def fetch(self, handles: Sequence[Any]) -> list[Any]:
+        if any(isinstance(handle, _Lost) for handle in handles):
+            raise WorkerLostError("killed")
+        return super().fetch(handles)
+
+    def restart(self, worker: int) -> None:
+        """Forget all that a worker holds, as Ray does when its process ends."""
+        self._workers[worker] = TimedWorker(self._make_worker())
+
+    def _lost(self, num_returns: int) -> Any:
+        return _Lost() if num_returns == 1 else [_Lost() for _ in range(num_returns)]
+
+    def solved_parts(self) -> list[int]:
+        """Parts of which some layer was solved, each once, in order."""
+        wanted = ("solve", "quantize_alone")
+        return list(dict.fromkeys(part for method, part in self.done if method in wanted))
+
+
+def execute(
+    given: Planned,
+    store: ObjectStore,
+    *,
+    workers: int = 1,
+    architecture: str = "Llama3",
+    keep_every: int = 8,
+    report: Report = lambda step: None,
+    lose: Sequence[tuple[str, int]] = (),
+    restart_after: int | None = None,
+) -> tuple[Manifest, CountingCrew]:
+    """Claim and quantize; whoever calls it again resumes.
+
+    Args:
+        restart_after: once this part is committed, every worker starts anew, and no call fails.
+    """
+    claim_run(store, given.plan, None if given.windows is None else given.windows.to_bytes())
+    url = str(source(architecture))
+    crew = CountingCrew(lambda: QuickWorker(given.plan, url, store.root_url), workers, lose=lose)
+
+    def tell(step: Step) -> None:
+        report(step)
+        if step.event == "committed" and step.part == restart_after:
+            for worker in range(workers):
+                crew.restart(worker)
+
+    return quantize(given.plan, store, crew, tell, keep_every=keep_every), crew
+
+
+def lasting(store: ObjectStore) -> dict[str, bytes]:
+    """All that a run leaves, but for what may differ."""
+    return {key: store.get(key) for key in store.list() if not key.startswith(PASSING)}
+
+
+class CrashError(Exception):
+    """What a driver dies of."""
+
+
+def crash_at(part: int) -> Report:
+    """Die as soon as a part is committed."""
+
+    def report(step: Step) -> None:
+        if step.event == "committed" and step.part == part:
+            raise CrashError
+
+    return report
