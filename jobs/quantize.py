@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -74,6 +75,9 @@ def run_job(job: Job, place: Place, console: Console, *, as_json: bool, dry_run:
     Raises:
         PipelineError: with what to do about it.
     """
+    job = dataclasses.replace(
+        job, source_url=_anywhere(job.source_url), output_url=_anywhere(job.output_url)
+    )
     store = open_store(job.output_url)
     # Before anything else: an output that cannot be read cannot be written either.
     store.exists(PLAN_KEY)
@@ -110,6 +114,8 @@ def resume_job(
     Raises:
         PipelineError: there is no run, or its source is not what it was.
     """
+    output_url = _anywhere(output_url)
+    source_url = None if source_url is None else _anywhere(source_url)
     store = open_store(output_url)
     if not store.exists(PLAN_KEY):
         raise PipelineError(
@@ -172,7 +178,7 @@ def _carry_out(
             console.print(f"{job.output_url}: finished before; nothing to do", soft_wrap=True)
         crew = None
         if not finished or judged_on is not None:
-            crew = RayCrew(resources, plan.to_json(), job.source_url, job.output_url)
+            crew = RayCrew(resources, job.source_url, job.output_url)
         if not finished:
             assert crew is not None
             with watch(plan, console) as report:
@@ -224,6 +230,11 @@ def _evaluation_windows(job: Job, plan: Plan, resources: Resources) -> bytes | N
         raise CalibrationTextError(
             f"--evaluate-on, with --windows {job.evaluation_windows}: {error}"
         ) from None
+
+
+def _anywhere(url: str) -> str:
+    """A local path as any process of this machine finds it; URLs as they are."""
+    return url if "://" in url else str(Path(url).expanduser().absolute())
 
 
 def resume_command(job: Job) -> str:

@@ -16,7 +16,9 @@ import ray
 from ray import exceptions
 
 from pipeline.crew import CrewError, TimedWorker, WorkerLostError
+from pipeline.plan import PLAN_KEY
 from pipeline.resources import Resources, worker_environment
+from pipeline.storage import open_store
 
 # What a repetition on other, or restarted, processes can mend.
 _LOST = (
@@ -113,7 +115,8 @@ def run_once(function: Callable[..., Any], resources: Resources, *args: Any) -> 
 class RayCrew:
     """Worker actors that Ray restarts as often as they die."""
 
-    def __init__(self, resources: Resources, *worker_args: Any) -> None:
+    def __init__(self, resources: Resources, source_url: str, run_url: str) -> None:
+        """Start workers for the run that was claimed at `run_url`."""
         self.num_workers = resources.workers
         options: dict[str, Any] = {
             "num_cpus": resources.threads,
@@ -126,7 +129,9 @@ class RayCrew:
             "runtime_env": {"env_vars": worker_environment(resources)},
         }
         actor: Any = ray.remote(**options)(_Actor)
-        self._actors: list[Any] = [actor.remote(*worker_args) for _ in range(resources.workers)]
+        self._actors: list[Any] = [
+            actor.remote(source_url, run_url) for _ in range(resources.workers)
+        ]
 
     def submit(self, worker: int, method: str, *args: Any, num_returns: int = 1) -> Any:
         options: dict[str, Any] = {"num_returns": num_returns}
@@ -169,14 +174,14 @@ class RayCrew:
 class _Actor:
     """A worker in a process of its own. The driver that defines it stays free of JAX."""
 
-    def __init__(self, *worker_args: Any) -> None:
+    def __init__(self, source_url: str, run_url: str) -> None:
         import keras
 
         # What takes long is done before the first call.
         importlib.import_module("pipeline.worker")
         if keras.backend.backend() != "jax":
             raise CrewError(f"a worker started with Keras on {keras.backend.backend()}, not JAX")
-        self._worker_args = worker_args
+        self._urls = source_url, run_url
         self._timed: TimedWorker | None = None
         self._lock = threading.Lock()
 
@@ -195,7 +200,9 @@ class _Actor:
 
         with self._lock:
             if self._timed is None:
-                self._timed = TimedWorker(Worker(*self._worker_args))
+                # From storage: a plan is too large for an argument that restarts must find.
+                plan_json = open_store(self._urls[1]).get(PLAN_KEY)
+                self._timed = TimedWorker(Worker(plan_json, *self._urls))
             return self._timed
 
     def process_id(self) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import getpass
-import tempfile
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +82,9 @@ def memory_of_nodes(resources: Resources) -> list[tuple[int, int]]:
 
 def worker_environment(resources: Resources) -> dict[str, str]:
     """Environment variables of every process that computes; no secrets among them."""
-    cache = Path(tempfile.gettempdir()) / f"quantfleet-xla-{getpass.getuser()}"
+    # In the home directory: programs from where others may write are not to be trusted.
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = home / "quantfleet" / "xla"
     environment = {
         # Without it Keras takes TensorFlow.
         "KERAS_BACKEND": "jax",

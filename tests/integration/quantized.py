@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -117,8 +116,3 @@ def distance(found: Any, expected: Any) -> float:
     assert found.shape == expected.shape
     assert np.isfinite(found).all()
     return float(np.abs(found - expected).max() / np.abs(expected).max())
-
-
-def modes(layers: Iterable[LayerRecord]) -> set[str]:
-    """The quantization modes in use."""
-    return {layer.scheme["mode"] for layer in layers if layer.scheme is not None}

@@ -86,8 +86,7 @@ def stock_session(scratch: Path, backend: str = "jax") -> Iterator[StockSession]
         ) as process,
     ):
         yield StockSession(process, scratch)
-        # It ends when nothing more can come.
-        process.stdin.close()
+        # Leaving closes its standard input, and it ends when nothing more can come.
 
 
 def some_tokens(run: FinishedRun) -> NDArray[np.int32]:

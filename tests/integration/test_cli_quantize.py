@@ -21,10 +21,10 @@ import jobs.quantize
 import pipeline.planned_run
 from jobs.cli import main
 from pipeline.canonical import canonical_json
-from pipeline.resources import Resources
 from pipeline.crew import LocalCrew
 from pipeline.plan import Plan
 from pipeline.records import file_key
+from pipeline.resources import Resources
 from pipeline.storage import open_store
 from tests.models.tiny import tiny_preset
 from tests.pipeline.tiny_runs import QuickWorker, lasting, recipe, source, text_file

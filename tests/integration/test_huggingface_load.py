@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import keras_hub
 import numpy as np
 import pytest
 
@@ -19,7 +20,7 @@ from tests.models.texts import evaluation_documents, write_texts
 SENTENCES = [document[:300] for document in evaluation_documents()[:16]]
 
 # The least cosine between a sentence's vectors, of the float model and the quantized one.
-FIDELITY = {
+FIDELITY: dict[str, tuple[Scheme, float]] = {
     "int8": (Int8Scheme(), 0.995),
     "gptq4": (GPTQScheme(group_size=64, activation_order=True, refinement_sweeps=2), 0.97),
     "float8": (Float8Scheme(), 0.99),
@@ -38,7 +39,10 @@ def recipe_on_texts(scheme: Scheme, folder: Path, num_samples: int) -> Recipe:
     return Recipe(name="test", scheme=scheme, calibration=calibration)
 
 
-@pytest.mark.parametrize("scheme", FIDELITY)
+@pytest.mark.parametrize(
+    "scheme",
+    ["int8", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gptq4", "float8"))],
+)
 def test_a_real_encoder_embeds_strings_as_the_float_model_does(
     scheme: str, stock: StockSession, tmp_path: Path
 ) -> None:
@@ -64,3 +68,6 @@ def test_a_real_llama_answers_as_the_pipeline_does(stock: StockSession, tmp_path
     wanted = recipe_on_texts(GPTQScheme(group_size=64), tmp_path / "texts", 16)
     run = finished_run(source, wanted, tmp_path / "run")
     assert_same(run, stock)
+    task = keras_hub.models.CausalLM.from_preset(str(run.artifact))
+    prompt = "The capital of France is"
+    assert task.generate(prompt, max_length=12).startswith(prompt)

@@ -2,8 +2,8 @@ import time
 
 import pytest
 
-from pipeline.resources import Resources, worker_environment
 from pipeline.crew import LocalCrew, TimedWorker
+from pipeline.resources import Resources, worker_environment
 
 
 class Adder:

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from pipeline.resources import Resources
 from pipeline.events import EventLog
 from pipeline.records import PartRecord, file_key
+from pipeline.resources import Resources
 from pipeline.run import Step
 from pipeline.storage import ObjectStore, open_store
 from tests.pipeline.tiny_runs import planned
