@@ -234,7 +234,8 @@ def _evaluation_windows(job: Job, plan: Plan, resources: Resources) -> bytes | N
 
 def _anywhere(url: str) -> str:
     """A local path as any process of this machine finds it; URLs as they are."""
-    return url if "://" in url else str(Path(url).expanduser().absolute())
+    is_local = bool(url) and "://" not in url
+    return str(Path(url).expanduser().absolute()) if is_local else url
 
 
 def resume_command(job: Job) -> str:
