@@ -23,7 +23,7 @@ from quantizer.schemes import SCHEMES
 
 if TYPE_CHECKING:
     from jobs.quantize import Place
-    from pipeline.recipe import Recipe
+    from pipeline.recipe.recipe import Recipe
 
 app = typer.Typer(
     help="Quantize Keras language models in batches.",
@@ -220,7 +220,7 @@ def _stderr() -> Console:
 def _recipe(
     name: str, texts: Sequence[str] | None, num_samples: int | None, sequence_length: int | None
 ) -> Recipe:
-    from pipeline.recipe_file import load_recipe, recipe_from_dict
+    from pipeline.recipe.recipe_file import load_recipe, recipe_from_dict
 
     recipe = load_recipe(name)
     given = {"texts": texts or None, "num_samples": num_samples, "sequence_length": sequence_length}

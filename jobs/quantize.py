@@ -34,11 +34,11 @@ from pipeline.planned_run import (
     measure,
     plan_run,
 )
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 from pipeline.records import MANIFEST_KEY, Manifest
 from pipeline.resources import Resources, choose_resources, memory_of_nodes
 from pipeline.run import quantize
-from pipeline.storage import ObjectStore, open_store
+from pipeline.storage.object_store import ObjectStore, open_store
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.summary import scheme_name
-from pipeline.builtin_recipes import builtin_recipes
+from pipeline.recipe.builtin_recipes import builtin_recipes
 from quantizer.schemes import scheme_to_dict
 
 

@@ -17,7 +17,7 @@ from pipeline.estimates import Estimate
 from pipeline.fidelity import Fidelity
 from pipeline.plan import Plan
 from pipeline.records import LayerRecord, Manifest, PartRecord
-from pipeline.storage import ObjectStore
+from pipeline.storage.object_store import ObjectStore
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from pipeline.artifact.stock_load import ask_stock
 from pipeline.commits import damaged_files, read_manifest
 from pipeline.errors import ArtifactError, DamagedObjectError
 from pipeline.records import ARTIFACT_PREFIX, MANIFEST_KEY, Manifest
-from pipeline.stock_load import ask_stock
-from pipeline.storage import ObjectStore, open_store
+from pipeline.storage.object_store import ObjectStore, open_store
 
 _TOKENS = 16
 

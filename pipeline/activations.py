@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.canonical import canonical_json, sha256
 from pipeline.errors import DamagedObjectError, MissingObjectError
-from pipeline.storage import ObjectStore
+from pipeline.storage.object_store import ObjectStore
 
 PREFIX = "activations/"
 

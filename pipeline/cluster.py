@@ -18,7 +18,7 @@ from ray import exceptions
 from pipeline.crew import CrewError, TimedWorker, WorkerLostError
 from pipeline.plan import PLAN_KEY
 from pipeline.resources import Resources, worker_environment
-from pipeline.storage import open_store
+from pipeline.storage.object_store import open_store
 
 # What a repetition on other, or restarted, processes can mend.
 _LOST = (
@@ -178,7 +178,7 @@ class _Actor:
         import keras
 
         # What takes long is done before the first call.
-        importlib.import_module("pipeline.worker")
+        importlib.import_module("pipeline.compute.worker")
         if keras.backend.backend() != "jax":
             raise CrewError(f"a worker started with Keras on {keras.backend.backend()}, not JAX")
         self._urls = source_url, run_url
@@ -196,7 +196,7 @@ class _Actor:
 
         Two of them may come at once, one to read.
         """
-        from pipeline.worker import Worker
+        from pipeline.compute.worker import Worker
 
         with self._lock:
             if self._timed is None:

@@ -25,7 +25,7 @@ from pipeline.records import (
     RecordError,
     record_key,
 )
-from pipeline.storage import ObjectStore
+from pipeline.storage.object_store import ObjectStore
 
 QUARANTINE_PREFIX = "quarantine/"
 

@@ -25,7 +25,7 @@ class CrewError(PipelineError):
 
 
 class Crew(Protocol):
-    """Workers 0 … num_workers - 1, each a `pipeline.worker.Worker`."""
+    """Workers 0 … num_workers - 1, each a `pipeline.compute.worker.Worker`."""
 
     num_workers: int
 

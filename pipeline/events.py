@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.plan import Plan
 from pipeline.resources import Resources
 from pipeline.run import Report, Step
-from pipeline.storage import ObjectStore
+from pipeline.storage.object_store import ObjectStore
 
 EVENTS_PREFIX = "events/"
 

@@ -2,7 +2,7 @@
 
 A causal language model is judged by perplexity before and after, and by the divergence
 KL(source ‖ result) of its next-token distributions; any other model by the cosine between what
-both answer. Plain data: `pipeline.comparison` does the work.
+both answer. Plain data: `pipeline.compute.comparison` does the work.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from pipeline.canonical import canonical_json, digest_of
 from pipeline.errors import DamagedObjectError
-from pipeline.recipe import Kind, Statistics
+from pipeline.recipe.recipe import Kind, Statistics
 
 PLAN_KEY = "plan.json"
 

@@ -10,11 +10,11 @@ from pipeline.cluster import run_once
 from pipeline.crew import Crew, CrewError, WorkerLostError
 from pipeline.fidelity import Fidelity, average
 from pipeline.plan import Plan
-from pipeline.recipe import Calibration, Recipe
-from pipeline.recipe_file import recipe_from_dict
+from pipeline.recipe.recipe import Calibration, Recipe
+from pipeline.recipe.recipe_file import recipe_from_dict
 from pipeline.resources import Resources
 from pipeline.run import claim
-from pipeline.storage import ObjectStore
+from pipeline.storage.object_store import ObjectStore
 
 _WINDOW = 512
 """Tokens in an evaluation window where no calibration says otherwise."""
@@ -108,7 +108,7 @@ def measure(crew: Crew, windows: bytes, num_windows: int) -> Fidelity:
 def _plan(source_url: str, recipe: dict[str, Any], threads: int) -> tuple[bytes, bytes | None]:
     # Here, so that the driver, which imports this module, imports neither JAX nor Keras.
     from pipeline.planning import make_plan
-    from pipeline.preset import read_preset
+    from pipeline.source.preset import read_preset
 
     planned = make_plan(read_preset(source_url), recipe_from_dict(recipe), threads=threads)
     windows = planned.windows
@@ -117,8 +117,8 @@ def _plan(source_url: str, recipe: dict[str, Any], threads: int) -> tuple[bytes,
 
 def _identity(source_url: str, threads: int) -> dict[str, Any]:
     from pipeline.planning import machine, versions
-    from pipeline.preset import read_preset
-    from pipeline.source import open_source
+    from pipeline.source.preset import read_preset
+    from pipeline.source.weights import open_source
 
     return {
         "source_digest": open_source(read_preset(source_url)).digest(),
@@ -129,8 +129,8 @@ def _identity(source_url: str, threads: int) -> dict[str, Any]:
 
 def _windows(source_url: str, calibration: dict[str, Any]) -> bytes:
     from pipeline.planning import token_windows
-    from pipeline.preset import read_preset
-    from pipeline.skeleton import build_skeleton
+    from pipeline.source.preset import read_preset
+    from pipeline.source.skeleton import build_skeleton
 
     preset = read_preset(source_url)
     wanted = Calibration.model_validate(calibration)

@@ -15,23 +15,23 @@ import jax
 import keras
 import numpy as np
 
-from pipeline.blocks import Block, BlockGraph, find_blocks
-from pipeline.calibration import make_windows, shards
-from pipeline.converted_files import converted_files
+from pipeline.artifact.preset_json import layer_policy, policy_map, quantized_json
+from pipeline.calibration.texts import read_texts
+from pipeline.calibration.token_windows import TokenWindows
+from pipeline.calibration.windows import make_windows, shards
+from pipeline.compute.forward import BlockProgram, call_with
+from pipeline.compute.inputs import model_inputs
 from pipeline.errors import RecipeError
-from pipeline.forward import BlockProgram, call_with
-from pipeline.inputs import model_inputs
 from pipeline.plan import GroupPlan, LayerPlan, PartPlan, Plan, TokensPlan, micro_batches
-from pipeline.preset import PresetFiles
-from pipeline.preset_json import layer_policy, policy_map, quantized_json
-from pipeline.quantizable import Target
-from pipeline.recipe import Calibration, Kind, Recipe, Statistics, statistics_of
-from pipeline.recipe_check import check_recipe
-from pipeline.skeleton import Skeleton, build_skeleton
-from pipeline.source import open_source
-from pipeline.texts import read_texts
-from pipeline.token_windows import TokenWindows
-from pipeline.tokenizer import preset_tokenizer
+from pipeline.recipe.recipe import Calibration, Kind, Recipe, Statistics, statistics_of
+from pipeline.recipe.recipe_check import check_recipe
+from pipeline.source.blocks import Block, BlockGraph, find_blocks
+from pipeline.source.converted_files import converted_files
+from pipeline.source.preset import PresetFiles
+from pipeline.source.quantizable import Target
+from pipeline.source.skeleton import Skeleton, build_skeleton
+from pipeline.source.tokenizer import preset_tokenizer
+from pipeline.source.weights import open_source
 from quantizer import kernel_layout, scheme_to_dict
 from quantizer.schemes import AWQScheme, GPTQScheme, Scheme
 

@@ -18,7 +18,7 @@ from pipeline.errors import PlanMismatchError
 from pipeline.plan import PLAN_KEY, PartPlan, Plan
 from pipeline.records import Manifest, PartRecord
 from pipeline.reduction import Subtree, join, split
-from pipeline.storage import ObjectStore
+from pipeline.storage.object_store import ObjectStore
 
 _MOST_LOSSES = 20
 

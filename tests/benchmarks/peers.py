@@ -34,8 +34,8 @@ import safetensors.numpy
 import yaml
 from numpy.typing import NDArray
 
-from pipeline.calibration import make_windows
-from pipeline.recipe import Calibration
+from pipeline.calibration.windows import make_windows
+from pipeline.recipe.recipe import Calibration
 from tests.benchmarks.perplexity import perplexity, put_weights
 from tests.models.smollm2 import smollm2_preset
 from tests.models.smollm2_huggingface import smollm2_directory

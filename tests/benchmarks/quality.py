@@ -19,13 +19,13 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.comparison import compare
+from pipeline.calibration.token_windows import TokenWindows
+from pipeline.compute.comparison import compare
+from pipeline.compute.model_state import ModelState
+from pipeline.compute.streamed import StreamedModel, source_model
 from pipeline.fidelity import Fidelity, average
-from pipeline.model_state import ModelState
 from pipeline.plan import PLAN_KEY, Plan
-from pipeline.storage import open_store
-from pipeline.streamed import StreamedModel, source_model
-from pipeline.token_windows import TokenWindows
+from pipeline.storage.object_store import open_store
 from quantizer import kernel_layout
 from quantizer.grid import decode, encode, find_grid
 from tests.models.smollm2 import smollm2_preset
@@ -168,9 +168,9 @@ def main() -> None:
 
 def _evaluation(plan: Plan, work: Path, windows: int) -> TokenWindows:
     from pipeline.planning import token_windows
-    from pipeline.preset import read_preset
-    from pipeline.recipe import Calibration
-    from pipeline.skeleton import build_skeleton
+    from pipeline.recipe.recipe import Calibration
+    from pipeline.source.preset import read_preset
+    from pipeline.source.skeleton import build_skeleton
 
     assert plan.tokens is not None
     preset = read_preset(str(work / "preset"))

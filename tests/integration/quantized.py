@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.compute.model_state import ModelState
+from pipeline.compute.streamed import StreamedModel
+from pipeline.compute.worker import Worker
 from pipeline.crew import LocalCrew
-from pipeline.model_state import ModelState
 from pipeline.plan import Plan
 from pipeline.planned_run import claim_run
 from pipeline.planning import make_plan
-from pipeline.preset import read_preset
-from pipeline.recipe import Calibration, Recipe, Rule
+from pipeline.recipe.recipe import Calibration, Recipe, Rule
 from pipeline.records import LayerRecord, PartRecord, record_key
 from pipeline.run import quantize
-from pipeline.storage import ObjectStore, open_store
-from pipeline.streamed import StreamedModel
-from pipeline.worker import Worker
+from pipeline.source.preset import read_preset
+from pipeline.storage.object_store import ObjectStore, open_store
 from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
 
 GROUP_SIZE = 16

@@ -1,6 +1,6 @@
 """Run as a script by `stock_session`: stock KerasHub, without quantfleet, as long as it is asked.
 
-    KERAS_BACKEND=… python -I stock_loop.py …/pipeline/stock_reader.py
+    KERAS_BACKEND=… python -I stock_loop.py …/pipeline/artifact/stock_reader.py
 
 A line of JSON asks for a preset: {"preset", "outputs"}, with "inputs", a file of token ids, or with
 "texts", strings; and "task", the class to load where no task.json says it. A line of JSON answers:

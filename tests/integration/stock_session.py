@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import pipeline.stock_reader
-from pipeline.streamed import artifact_model
+import pipeline.artifact.stock_reader
+from pipeline.compute.streamed import artifact_model
 from tests.integration.quantized import FinishedRun, answer, distance
 
 _LOOP = Path(__file__).with_name("stock_loop.py")
-_READER = pipeline.stock_reader.__file__
+_READER = pipeline.artifact.stock_reader.__file__
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from pipeline.crew import LocalCrew
 from pipeline.plan import Plan
 from pipeline.records import file_key
 from pipeline.resources import Resources
-from pipeline.storage import open_store
+from pipeline.storage.object_store import open_store
 from tests.models.tiny import tiny_preset
 from tests.pipeline.tiny_runs import QuickWorker, lasting, recipe, source, text_file
 from tests.s3 import S3Server

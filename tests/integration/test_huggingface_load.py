@@ -9,7 +9,7 @@ import keras_hub
 import numpy as np
 import pytest
 
-from pipeline.recipe import Calibration, Recipe
+from pipeline.recipe.recipe import Calibration, Recipe
 from quantizer.schemes import Float8Scheme, GPTQScheme, Int8Scheme, Scheme
 from tests.benchmarks.minilm import preset_folder
 from tests.integration.quantized import finished_run

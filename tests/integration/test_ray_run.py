@@ -21,7 +21,7 @@ from pipeline.errors import SourceError
 from pipeline.planned_run import claim_run, plan_run
 from pipeline.resources import Resources, choose_resources, memory_of_nodes
 from pipeline.run import Step, quantize
-from pipeline.storage import open_store
+from pipeline.storage.object_store import open_store
 from tests.integration.ray_cluster import NUM_CPUS, RunningCluster, quiet_environment
 from tests.pipeline.tiny_runs import NUM_BLOCKS, lasting, recipe, source, text_file
 from tests.s3 import ACCESS_KEY, SECRET_KEY, S3Server

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.recipe import Recipe, Rule
+from pipeline.recipe.recipe import Recipe, Rule
 from quantizer.schemes import Int4Scheme, Int8Scheme, Scheme
 from tests.integration.quantized import GROUP_SIZE, SCHEMES, finished_run, recipe
 from tests.integration.stock_session import StockSession, assert_same, stock_session

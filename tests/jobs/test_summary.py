@@ -9,7 +9,7 @@ from jobs.summary import Summary, summary_table
 from pipeline.estimates import estimate
 from pipeline.fidelity import Fidelity
 from pipeline.records import PartRecord
-from pipeline.storage import ObjectStore, open_store
+from pipeline.storage.object_store import ObjectStore, open_store
 from tests.pipeline.tiny_runs import execute, planned
 
 

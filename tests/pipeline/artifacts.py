@@ -15,12 +15,12 @@ import keras_hub
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.artifact import INDEX_FILE, Part, cut_parts, encode_part, weights_index
-from pipeline.preset_json import base_policy, layer_policy, policy_map, quantized_json
-from pipeline.shard_file import read_shard
-from pipeline.skeleton import build_skeleton, read_preset
-from pipeline.stock_reader import run_model
-from pipeline.weight_layout import weight_layout
+from pipeline.artifact.parts import INDEX_FILE, Part, cut_parts, encode_part, weights_index
+from pipeline.artifact.preset_json import base_policy, layer_policy, policy_map, quantized_json
+from pipeline.artifact.shard_file import read_shard
+from pipeline.artifact.stock_reader import run_model
+from pipeline.artifact.weight_layout import weight_layout
+from pipeline.source.skeleton import build_skeleton, read_preset
 from quantizer import HessianSum, MagnitudeSum, Scheme, kernel_layout, quantize_layer
 from quantizer.embeddings import solve_embeddings
 from quantizer.stored import solve_kernel

@@ -3,7 +3,7 @@ import pytest
 
 from pipeline import activations
 from pipeline.errors import DamagedObjectError, MissingObjectError
-from pipeline.storage import ObjectStore, open_store
+from pipeline.storage.object_store import ObjectStore, open_store
 
 _fresh = iter(range(1_000_000))
 

@@ -28,7 +28,7 @@ from pipeline.records import (
     manifest_of,
     record_key,
 )
-from pipeline.storage import ObjectStore, open_store
+from pipeline.storage.object_store import ObjectStore, open_store
 
 PLAN = sha256(b"plan")
 NUM_BLOCKS = 5

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.estimates import bits_per_weight, estimate
 from pipeline.plan import Plan
-from pipeline.storage import open_store
+from pipeline.storage.object_store import open_store
 from tests.models.tiny import tiny_preset
 from tests.pipeline.tiny_runs import execute, planned, recipe
 
@@ -25,8 +25,8 @@ from pipeline.crew import LocalCrew
 from pipeline.planned_run import claim_run
 from pipeline.plan import Plan
 from pipeline.run import quantize
-from pipeline.storage import open_store
-from pipeline.worker import Worker
+from pipeline.storage.object_store import open_store
+from pipeline.compute.worker import Worker
 plan, windows, source, output = sys.argv[1:]
 store = open_store(output)
 plan = claim_run(store, Plan.from_json(Path(plan).read_bytes()), Path(windows).read_bytes())
@@ -42,7 +42,7 @@ print(int(peak) * 1024)
 def run_and_weigh(folder: Path, scheme: str, **size: int) -> tuple[int, Plan]:
     """Peak memory of a process that does a whole run, in bytes; and its plan."""
     from pipeline.planning import make_plan
-    from pipeline.preset import read_preset
+    from pipeline.source.preset import read_preset
 
     source = tiny_preset("Llama3", folder / "source", **size)
     wanted = recipe(scheme, num_samples=32, sequence_length=128)

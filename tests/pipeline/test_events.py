@@ -6,7 +6,7 @@ from pipeline.events import EventLog
 from pipeline.records import PartRecord, file_key
 from pipeline.resources import Resources
 from pipeline.run import Step
-from pipeline.storage import ObjectStore, open_store
+from pipeline.storage.object_store import ObjectStore, open_store
 from tests.pipeline.tiny_runs import planned
 
 _fresh = iter(range(1_000_000))

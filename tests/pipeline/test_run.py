@@ -17,7 +17,7 @@ from pipeline.planned_run import claim_run
 from pipeline.planning import Planned
 from pipeline.records import MANIFEST_KEY, file_key, record_key
 from pipeline.run import Step, claim
-from pipeline.storage import ObjectStore, open_store
+from pipeline.storage.object_store import ObjectStore, open_store
 from tests.pipeline.tiny_runs import (
     NUM_BLOCKS,
     CrashError,

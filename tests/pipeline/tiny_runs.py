@@ -11,19 +11,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pipeline.worker
+import pipeline.compute.worker
+from pipeline.compute.model_state import ModelState
+from pipeline.compute.worker import Worker
 from pipeline.crew import LocalCrew, TimedWorker, WorkerLostError
-from pipeline.model_state import ModelState
 from pipeline.plan import Plan
 from pipeline.planned_run import claim_run
 from pipeline.planning import Planned, make_plan
-from pipeline.preset import read_preset
-from pipeline.recipe import Recipe
-from pipeline.recipe_file import recipe_from_dict
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.recipe_file import recipe_from_dict
 from pipeline.records import Manifest
 from pipeline.run import Report, Step, quantize
-from pipeline.storage import ObjectStore
-from pipeline.worker import Worker
+from pipeline.source.preset import read_preset
+from pipeline.storage.object_store import ObjectStore
 from tests.pipeline.presets import shared_preset
 
 TEXT = "The quick brown fox jumps over the lazy dog, again and again and again. " * 300
@@ -79,12 +79,12 @@ class QuickWorker(Worker):
 
     def __init__(self, plan: Plan, source_url: str, run_url: str) -> None:
         found = model_state(plan.to_json(), source_url)
-        original = pipeline.worker.ModelState
-        pipeline.worker.ModelState = lambda plan, url: found  # type: ignore[assignment,misc]
+        original = pipeline.compute.worker.ModelState
+        pipeline.compute.worker.ModelState = lambda plan, url: found  # type: ignore[assignment,misc]
         try:
             super().__init__(plan.to_json(), source_url, run_url)
         finally:
-            pipeline.worker.ModelState = original  # type: ignore[misc]
+            pipeline.compute.worker.ModelState = original  # type: ignore[misc]
 
 
 class _Lost:

@@ -1,0 +1,1 @@
+"""The result: weights files and JSON that stock Keras loads."""

@@ -1,0 +1,199 @@
+"""The result of a run as stock Keras reads it: one weights file a block, and an index of them.
+
+A part is the content of one file: part 0 holds what is outside the blocks (embeddings, final
+norm), part i + 1 all of block i. Parts are cut from the layout of the *quantized* skeleton, so
+each is known, down to its size in memory, before anything is solved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.artifact.shard_file import read_shard, shard_bytes
+from pipeline.artifact.weight_layout import StoredVariable
+from pipeline.canonical import canonical_json
+from pipeline.errors import ArtifactError, ShardError
+
+INDEX_FILE = "model.weights.json"
+"""Where stock KerasHub looks when there is no model.weights.h5."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one file of the artifact holds."""
+
+    number: int
+    """0 for what is outside the blocks, i + 1 for block i."""
+    variables: tuple[StoredVariable, ...]
+    """In Keras' order."""
+
+    @property
+    def file(self) -> str:
+        """The name is Keras': its reader opens model_00000 before it reads the index."""
+        return f"model_{self.number:05d}.weights.h5"
+
+    @property
+    def num_bytes(self) -> int:
+        """In memory; the file may be smaller."""
+        return sum(variable.num_bytes for variable in self.variables)
+
+    def layer_values(
+        self, layer_path: str, variables: Mapping[str, NDArray[Any]]
+    ) -> dict[str, NDArray[Any]]:
+        """What a solver gave for one layer, by place and in the dtypes that Keras stores.
+
+        Args:
+            layer_path: of a layer in this part.
+            variables: by the layer's own name for them, as `quantizer.stored.solve_kernel` and
+                `quantizer.embeddings.solve_embeddings` return them.
+
+        Raises:
+            ArtifactError: no such layer in this part, or none of its variables has that name.
+        """
+        own = {stored.name: stored for stored in self.variables if stored.layer_path == layer_path}
+        unknown = sorted(set(variables) - set(own))
+        if unknown:
+            raise ArtifactError(
+                f"{self.file}: {layer_path} has no variable {unknown[0]!r} but {sorted(own)}; is "
+                "its policy that of the scheme?"
+            )
+        return {
+            own[name].place: _in_dtype(value, np.dtype(own[name].dtype))
+            for name, value in variables.items()
+        }
+
+
+def cut_parts(
+    layout: Sequence[StoredVariable], blocks: Sequence[keras.layers.Layer]
+) -> tuple[Part, ...]:
+    """Sort a layout's variables into the files of the artifact.
+
+    Args:
+        layout: `weight_layout` of a backbone.
+        blocks: the backbone's transformer blocks, in order: layers of that same model.
+
+    Returns:
+        len(blocks) + 1 parts; a variable that blocks share is in the first one's.
+
+    Raises:
+        ArtifactError: a block without variables (of another model, or not built).
+    """
+    part_of_variable: dict[int, int] = {}
+    for index, block in enumerate(blocks):
+        for variable in block.variables:
+            part_of_variable.setdefault(id(variable), index + 1)
+    # A group is one layer's own variables; it is never spread over files.
+    part_of_group: dict[str, int] = {}
+    for stored in layout:
+        part_of_group.setdefault(stored.group, part_of_variable.get(id(stored.variable), 0))
+    parts = tuple(
+        Part(
+            number=number,
+            variables=tuple(stored for stored in layout if part_of_group[stored.group] == number),
+        )
+        for number in range(len(blocks) + 1)
+    )
+    for part in parts[1:]:
+        if not part.variables:
+            raise ArtifactError(
+                f"{blocks[part.number - 1].name}: no variable of this block is in the layout; take "
+                "layout and blocks from the same model"
+            )
+    return parts
+
+
+def encode_part(part: Part, values: Mapping[str, NDArray[Any]]) -> bytes:
+    """The file of a part: the same bytes for the same values.
+
+    Args:
+        part: from `cut_parts`.
+        values: an array for each of the part's variables, by `StoredVariable.place`; shape and
+            dtype must be the variable's. From the source come all those that are not quantized,
+            from `quantizer.stored.solve_kernel` and `quantizer.embeddings.solve_embeddings` the
+            others.
+
+    Raises:
+        ArtifactError: a variable without a value, a value without a variable, or a wrong shape
+            or dtype: stock Keras would refuse the file, or read it wrongly.
+    """
+    places = [variable.place for variable in part.variables]
+    if len(set(places)) != len(places):
+        twice = sorted({place for place in places if places.count(place) > 1})
+        raise ArtifactError(f"{part.file}: more than one variable at {twice}")
+    _check_complete(part.file, places, values)
+    groups: dict[str, list[NDArray[Any]]] = {}
+    for variable in part.variables:
+        value = values[variable.place]
+        _check_value(part.file, variable, value)
+        groups.setdefault(variable.group, []).append(value)
+    return shard_bytes(groups)
+
+
+def decode_part(part: Part, data: bytes) -> dict[str, NDArray[Any]]:
+    """The inverse of `encode_part`: every variable's value by its place.
+
+    Raises:
+        ShardError: a file that is damaged, hostile, or does not hold exactly this part.
+    """
+    groups = read_shard(data, max_bytes=part.num_bytes)
+    expected: dict[str, list[StoredVariable]] = {}
+    for variable in part.variables:
+        expected.setdefault(variable.group, []).append(variable)
+    found = {name: len(arrays) for name, arrays in groups.items()}
+    wanted = {name: len(variables) for name, variables in expected.items()}
+    if found != wanted:
+        odd = sorted(name for name in found | wanted if found.get(name) != wanted.get(name))
+        raise ShardError(
+            f"{part.file}: {odd[0]} holds {found.get(odd[0], 0)} arrays where the model has "
+            f"{wanted.get(odd[0], 0)}; it is not of this model"
+        )
+    values = {}
+    for name, variables in expected.items():
+        for variable, value in zip(variables, groups[name], strict=True):
+            try:
+                _check_value(part.file, variable, value)
+            except ArtifactError as error:
+                raise ShardError(f"{error}; the file is not of this model") from None
+            values[variable.place] = value
+    return values
+
+
+def weights_index(parts: Iterable[Part]) -> bytes:
+    """The content of model.weights.json, which leads stock Keras to each layer's file."""
+    total_bytes = 0
+    weight_map: dict[str, str] = {}
+    for part in parts:
+        total_bytes += part.num_bytes
+        # Keras looks a layer up by the absolute path of its group.
+        weight_map |= {f"/{variable.group}": part.file for variable in part.variables}
+    return canonical_json({"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+
+
+def _in_dtype(value: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    # Solvers work in float32 with scales that are exact in the layer's dtype. Codes stay codes.
+    return value if dtype.kind in "iu" else value.astype(dtype)
+
+
+def _check_complete(file: str, places: Sequence[str], values: Mapping[str, NDArray[Any]]) -> None:
+    missing = sorted(set(places) - set(values))
+    if missing:
+        raise ArtifactError(f"{file}: no value for {missing[0]} ({len(missing)} missing in all)")
+    unknown = sorted(set(values) - set(places))
+    if unknown:
+        raise ArtifactError(
+            f"{file}: {unknown[0]} has no place in this file ({len(unknown)} such values in all)"
+        )
+
+
+def _check_value(file: str, variable: StoredVariable, value: NDArray[Any]) -> None:
+    if value.shape != variable.shape or value.dtype != np.dtype(variable.dtype):
+        raise ArtifactError(
+            f"{file}: {variable.place} is {value.dtype}{list(value.shape)} where Keras reads "
+            f"{variable.dtype}{list(variable.shape)}"
+        )

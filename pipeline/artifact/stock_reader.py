@@ -1,0 +1,54 @@
+"""Run as a script by `stock_load`: stock KerasHub, without quantfleet, reads a preset.
+
+    KERAS_BACKEND=… python -I stock_reader.py
+
+Standard input is JSON: a list of {"preset", "inputs", "outputs"}. For each, the task that
+task.json names is loaded from the folder `preset`, runs on the token ids in the file `inputs`,
+and leaves what it answers in the file `outputs`. Standard output is JSON: what did it.
+"""
+
+import json
+import pathlib
+import sys
+
+if __name__ == "__main__":
+    for _package in ("quantizer", "pipeline", "jobs"):
+        # Importing it now raises ImportError.
+        sys.modules[_package] = None  # type: ignore[assignment]
+
+import keras
+import keras_hub
+import numpy as np
+from numpy.typing import NDArray
+
+
+def run_model(task: keras.Model, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
+    """What a KerasHub text model answers to token ids [batch, sequence]: nothing padded."""
+    positions = np.arange(token_ids.shape[1], dtype="int32")
+    known = {
+        "token_ids": token_ids,
+        "padding_mask": np.ones_like(token_ids),
+        "segment_ids": np.zeros_like(token_ids),
+        # A masked language model answers at these positions: at all of them.
+        "mask_positions": np.broadcast_to(positions, token_ids.shape),
+    }
+    # It would take text and tokenize it.
+    task.preprocessor = None
+    answer = task.predict_on_batch({name: known[name] for name in task.input})
+    return np.asarray(answer, dtype="float32")
+
+
+def main() -> None:
+    """Load and run what standard input lists."""
+    for job in json.load(sys.stdin):
+        preset = pathlib.Path(job["preset"])
+        name = json.loads((preset / "task.json").read_text(encoding="utf-8"))["class_name"]
+        task = getattr(keras_hub.models, name).from_preset(str(preset))
+        token_ids = np.load(job["inputs"], allow_pickle=False)
+        np.save(job["outputs"], run_model(task, token_ids))
+    versions = {"keras": keras.__version__, "keras_hub": keras_hub.__version__}
+    sys.stdout.write(json.dumps({"backend": keras.backend.backend(), **versions}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

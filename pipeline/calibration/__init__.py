@@ -1,0 +1,1 @@
+"""Calibration: texts, cut into token windows."""

@@ -1,0 +1,189 @@
+"""Calibration: texts cut into the token windows that a model will see.
+
+Documents are tokenized once and cut into windows of one length. The same texts, tokenizer and
+settings give the same bytes on every machine and under every version of NumPy, so windows are
+stored under the digest of their content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pipeline.calibration.token_windows import TokenWindows
+from pipeline.errors import CalibrationTextError
+from pipeline.recipe.recipe import Calibration
+
+Tokenize = Callable[[str], ArrayLike]
+_Int32 = NDArray[np.int32]
+
+
+def make_windows(
+    texts: Iterable[str],
+    tokenize: Tokenize,
+    calibration: Calibration,
+    *,
+    start_token: int | None = None,
+    end_token: int | None = None,
+    pad_token: int = 0,
+    vocabulary_size: int | None = None,
+) -> TokenWindows:
+    """Cut texts into token windows, reading no more of them than it takes.
+
+    With packing, documents are joined, each followed by `end_token`, and cut into full windows
+    that share no token; what is left over is dropped. Without, a window holds one document: the
+    first that fit of its tokens, then padding.
+
+    Args:
+        texts: documents; those without any token are passed over.
+        tokenize: gives a document's tokens, [num_tokens] of integers, no special ones added.
+        calibration: the number, length and choice of windows.
+        start_token: put first in every window, as decoders and encoders expect it.
+        end_token: put after every document, also one cut short.
+        pad_token: fills what is left of a window without packing.
+        vocabulary_size: tokens must be smaller, where given; an embedding would not notice.
+
+    Raises:
+        CalibrationTextError: too few texts, with how many windows there would be; or tokens that
+            are no tokens.
+    """
+    log = _ReadingLog()
+    num_samples, sequence_length = calibration.num_samples, calibration.sequence_length
+    num_special = (start_token is not None) + (0 if calibration.packing else end_token is not None)
+    if sequence_length <= num_special:
+        raise CalibrationTextError(
+            f"calibration.sequence_length {sequence_length} leaves no room for text beside "
+            f"{num_special} special tokens; raise it"
+        )
+    documents = log.tokens_of(texts, tokenize, vocabulary_size)
+    if calibration.packing:
+        windows = _packed(documents, sequence_length, start_token, end_token)
+    else:
+        windows = _one_each(documents, sequence_length, start_token, end_token)
+    factor = calibration.pool_factor if calibration.sampling == "random" else 1
+    pool = list(islice(windows, factor * num_samples))
+    if len(pool) < num_samples:
+        raise CalibrationTextError(_too_few(len(pool), log, calibration))
+    chosen = [pool[index] for index in _draw(len(pool), num_samples, calibration)]
+    tokens = np.full((num_samples, sequence_length), pad_token, np.int32)
+    for row, window in zip(tokens, chosen, strict=True):
+        row[: len(window)] = window
+    return TokenWindows(
+        tokens=tokens,
+        lengths=np.array([len(window) for window in chosen], np.int32),
+        fingerprint=log.fingerprint,
+        num_documents=log.num_documents,
+    )
+
+
+def shards(num_samples: int, samples_per_shard: int) -> tuple[tuple[int, int], ...]:
+    """Cut windows into the fixed slices [a, b) that work is planned by, the last maybe short."""
+    if num_samples < 1 or samples_per_shard < 1:
+        raise ValueError(
+            f"num_samples and samples_per_shard must be positive, got {num_samples} and "
+            f"{samples_per_shard}"
+        )
+    return tuple(
+        (start, min(start + samples_per_shard, num_samples))
+        for start in range(0, num_samples, samples_per_shard)
+    )
+
+
+class _ReadingLog:
+    """What was read so far: how much, and its digest."""
+
+    def __init__(self) -> None:
+        self.num_documents = 0
+        self.num_tokens = 0
+        self._hash = hashlib.sha256()
+
+    @property
+    def fingerprint(self) -> str:
+        return self._hash.hexdigest()
+
+    def tokens_of(
+        self, texts: Iterable[str], tokenize: Tokenize, vocabulary_size: int | None
+    ) -> Iterator[_Int32]:
+        for text in texts:
+            content = text.encode("utf-8", "surrogatepass")
+            # With its length first, so that no two lists of documents look alike.
+            self._hash.update(len(content).to_bytes(8, "little") + content)
+            self.num_documents += 1
+            tokens = _checked(tokenize(text), vocabulary_size, self.num_documents)
+            self.num_tokens += len(tokens)
+            if len(tokens):
+                yield tokens
+
+
+def _checked(given: Any, vocabulary_size: int | None, num_documents: int) -> _Int32:
+    tokens = np.asarray(given)
+    if tokens.size == 0:
+        return np.zeros(0, np.int32)
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise CalibrationTextError(
+            f"document {num_documents}: the tokenizer gave {tokens.dtype} of shape {tokens.shape} "
+            "where a list of integers was expected; give it no sequence_length, and dtype int32"
+        )
+    limit = np.iinfo(np.int32).max if vocabulary_size is None else vocabulary_size
+    if tokens.min() < 0 or tokens.max() >= limit:
+        raise CalibrationTextError(
+            f"document {num_documents}: token {tokens.min() if tokens.min() < 0 else tokens.max()} "
+            f"is not between 0 and {limit - 1}; is this the model's own tokenizer?"
+        )
+    return tokens.astype(np.int32)
+
+
+def _special(token: int | None) -> _Int32:
+    return np.array([] if token is None else [token], np.int32)
+
+
+def _packed(
+    documents: Iterator[_Int32], length: int, start_token: int | None, end_token: int | None
+) -> Iterator[_Int32]:
+    start, end = _special(start_token), _special(end_token)
+    num_text = length - len(start)
+    parts: list[_Int32] = []
+    num_waiting = 0
+    for document in documents:
+        parts += [document, end]
+        num_waiting += len(document) + len(end)
+        if num_waiting >= num_text:
+            joined = np.concatenate(parts)
+            num_used = num_waiting - num_waiting % num_text
+            for text in joined[:num_used].reshape(-1, num_text):
+                yield np.concatenate([start, text])
+            parts, num_waiting = [joined[num_used:]], num_waiting - num_used
+
+
+def _one_each(
+    documents: Iterator[_Int32], length: int, start_token: int | None, end_token: int | None
+) -> Iterator[_Int32]:
+    start, end = _special(start_token), _special(end_token)
+    num_text = length - len(start) - len(end)
+    for document in documents:
+        yield np.concatenate([start, document[:num_text], end])
+
+
+def _draw(num_windows: int, num_samples: int, calibration: Calibration) -> Sequence[int]:
+    """The chosen windows, in the order of the texts."""
+    if calibration.sampling == "sequential":
+        return range(num_samples)
+    # Raw bits: NumPy keeps those the same for ever, but not what Generator makes of them.
+    keys = np.random.PCG64(calibration.seed).random_raw(num_windows)
+    return sorted(np.argsort(keys, kind="stable")[:num_samples].tolist())
+
+
+def _too_few(num_windows: int, log: _ReadingLog, calibration: Calibration) -> str:
+    length, wanted = calibration.sequence_length, calibration.num_samples
+    found = (
+        f"calibration.texts: {log.num_documents} documents with {log.num_tokens} tokens give "
+        f"{num_windows} windows of {length} tokens, but num_samples is {wanted}"
+    )
+    if num_windows:
+        return f"{found}; set num_samples to at most {num_windows}, or name more texts"
+    return f"{found}; lower sequence_length, or name more texts"

@@ -1,0 +1,1 @@
+"""What workers compute, with JAX and Keras; the driver imports none of it."""

@@ -1,0 +1,172 @@
+"""What one process needs to know of a model to work on its parts: skeletons, files, programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.artifact.parts import INDEX_FILE, Part, cut_parts, decode_part
+from pipeline.artifact.preset_json import base_policy, policy_map
+from pipeline.artifact.weight_layout import weight_layout
+from pipeline.compute.forward import BlockProgram, call_with
+from pipeline.compute.inputs import model_inputs
+from pipeline.compute.solving import Values
+from pipeline.plan import LayerPlan, PartPlan, Plan
+from pipeline.recipe.recipe import Statistics, statistics_of
+from pipeline.source.blocks import Block, BlockGraph, find_blocks
+from pipeline.source.converted_files import converted_files
+from pipeline.source.preset import read_preset
+from pipeline.source.quantizable import Target
+from pipeline.source.skeleton import Skeleton, build_skeleton
+from pipeline.source.weights import open_source
+from quantizer import kernel_layout, scheme_from_dict
+from quantizer.restore import restore_kernel
+
+TASK_WEIGHTS = "task.weights.h5"
+"""Where KerasHub keeps what a task has beside its backbone."""
+
+
+class ModelState:
+    """A plan's model in this process. Everything in it can be built again from plan and source.
+
+    The model that is calibrated computes in float32, whatever its weights are stored in.
+    """
+
+    def __init__(self, plan: Plan, source_url: str) -> None:
+        self.plan = plan
+        self._preset = read_preset(source_url)
+        self.source = open_source(self._preset)
+        self._programs: dict[tuple[Any, ...], BlockProgram] = {}
+
+    @cached_property
+    def graph(self) -> BlockGraph:
+        """In float32: what is calibrated."""
+        return find_blocks(build_skeleton(self._preset, "float32"))
+
+    @cached_property
+    def own(self) -> Skeleton:
+        """The source as it is, in its own dtype."""
+        return build_skeleton(self._preset)
+
+    @cached_property
+    def quantized(self) -> Skeleton:
+        """As the artifact's JSON describes it."""
+        base = base_policy(dict(self.own.backbone_json))
+        return build_skeleton(self._preset, policy_map(base, self.plan.policies))
+
+    @cached_property
+    def quantized_graph(self) -> BlockGraph:
+        """The quantized skeleton's blocks."""
+        return find_blocks(self.quantized)
+
+    @cached_property
+    def evaluated(self) -> tuple[Skeleton, Skeleton]:
+        """Source and result as they can be run here: as they are, where JAX can do that."""
+        base = base_policy(dict(self.own.backbone_json))
+        if base != "float16" or jax.default_backend() != "cpu":
+            return self.own, self.quantized
+        # JAX has no float16 attention on a CPU. Float32 holds every float16, so the model is
+        # the same, only computed more exactly.
+        source = build_skeleton(self._preset, "float32")
+        return source, build_skeleton(self._preset, policy_map("float32", self.plan.policies))
+
+    @cached_property
+    def evaluated_graphs(self) -> tuple[BlockGraph, BlockGraph]:
+        """Their blocks."""
+        source, result = self.evaluated
+        shared = result is self.quantized
+        return find_blocks(source), self.quantized_graph if shared else find_blocks(result)
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """What each file of the artifact holds."""
+        layers = [block.layer for block in self.quantized_graph.blocks]
+        return cut_parts(weight_layout(self.quantized.backbone), layers)
+
+    def preset_files(self) -> dict[str, bytes]:
+        """The source's files as KerasHub saves a preset, but for its weights, by name."""
+        if self._preset.kind == "huggingface":
+            return converted_files(self._preset, self.own)
+        names = {*self._preset.json_files, *self._preset.assets} - {INDEX_FILE}
+        if TASK_WEIGHTS in self._preset.sizes:
+            names.add(TASK_WEIGHTS)
+        given = self._preset.json_files
+        return {name: given.get(name) or self._preset.read(name) for name in sorted(names)}
+
+    def targets(self, part: int) -> dict[str, Target]:
+        """The quantizable layers of a part, by path."""
+        graph = self.graph
+        found = graph.rest_targets if part == 0 else graph.blocks[part - 1].targets
+        return {target.path: target for target in found}
+
+    def read(self, part: int) -> dict[str, NDArray[Any]]:
+        """The source's arrays of one part, by variable path; part 0 is what no block holds."""
+        if part:
+            return self.source.read_layer(self.graph.blocks[part - 1].layer)
+        return self.source.read(self.source.rest_paths(self.graph))
+
+    def program(self, block: Block, stream: Any, sides: Sequence[Any]) -> BlockProgram:
+        """The block's compiled program for micro-batches of this shape."""
+        wanted = self._statistics(self.plan.parts[block.index + 1])
+        shapes = tuple((tuple(a.shape), str(a.dtype)) for a in (stream, *sides))
+        key = (block.kind, tuple(wanted.items()), shapes)
+        if key not in self._programs:
+            stream, *sides = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (stream, *sides))
+            self._programs[key] = BlockProgram(block, wanted, stream, sides)
+        return self._programs[key]
+
+    def embed(
+        self, values: Values, tokens: NDArray[np.int32], mask: NDArray[np.bool_]
+    ) -> tuple[NDArray[Any], list[NDArray[Any]]]:
+        """The stream that enters block 0, and the side inputs of all blocks."""
+        graph = self.graph
+        weights = in_order(graph.embed.weights, values, {})
+        stream, *sides = self._embed(weights, model_inputs(graph.embed, tokens, mask))
+        return np.asarray(stream), [np.asarray(side) for side in sides]
+
+    @cached_property
+    def _embed(self) -> Any:
+        embed = self.graph.embed
+        return jax.jit(lambda values, inputs: call_with(embed, values, inputs))
+
+    def kernels(self, part: int, data: bytes) -> dict[str, NDArray[np.float32]]:
+        """What a committed file's quantized kernels stand for, by the path of their variable."""
+        values = decode_part(self.parts[part], data)
+        by_layer: dict[str, dict[str, NDArray[Any]]] = {}
+        for stored in self.parts[part].variables:
+            by_layer.setdefault(stored.layer_path, {})[stored.name] = values[stored.place]
+        found = {}
+        for layer in self.plan.parts[part].layers:
+            if layer.scheme is not None and layer.kind == "kernel":
+                target = self.targets(part)[layer.path].layer
+                found[target._kernel.path] = restore_kernel(
+                    by_layer[layer.path], kernel_layout(target), scheme_from_dict(layer.scheme)
+                )
+        return found
+
+    def _statistics(self, part: PartPlan) -> dict[str, Statistics | None]:
+        return {layer.name: _statistics(layer) for layer in part.layers}
+
+
+def in_order(
+    variables: Sequence[Any], values: Values, replaced: Mapping[str, NDArray[np.float32]]
+) -> list[NDArray[Any]]:
+    """Values of variables, in their order and dtype.
+
+    Args:
+        values: the source's arrays, by variable path.
+        replaced: those that take the place of the source's.
+    """
+    return [
+        np.asarray(replaced.get(variable.path, values[variable.path]), dtype=variable.dtype)
+        for variable in variables
+    ]
+
+
+def _statistics(layer: LayerPlan) -> Statistics | None:
+    return None if layer.scheme is None else statistics_of(scheme_from_dict(layer.scheme))

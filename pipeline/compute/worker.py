@@ -1,0 +1,312 @@
+"""What one worker does. Every method is a function of its arguments and of what is in storage.
+
+A worker keeps the activations of the shards it was given; they can be made again by `restore`
+at any time, so a worker that dies costs its current block and no more. Nothing here knows of
+Ray: `pipeline.cluster` makes actors of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import keras_hub
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import activations
+from pipeline.artifact.parts import encode_part
+from pipeline.artifact.sealing import seal
+from pipeline.calibration.token_windows import TokenWindows
+from pipeline.canonical import sha256
+from pipeline.commits import commit_part
+from pipeline.compute import input_sums
+from pipeline.compute.comparison import compare
+from pipeline.compute.forward import BlockProgram
+from pipeline.compute.input_sums import Sums
+from pipeline.compute.model_state import ModelState, in_order
+from pipeline.compute.solving import SolvedLayer, Values, solve_layers
+from pipeline.compute.streamed import artifact_model, source_model
+from pipeline.crew import WorkerLostError
+from pipeline.fidelity import WindowFidelity
+from pipeline.plan import LayerPlan, Plan
+from pipeline.records import LayerRecord, Manifest, PartRecord, file_key
+from pipeline.reduction import Subtree, reduce_subtree
+from pipeline.storage.object_store import open_store
+
+
+@dataclass
+class _Batch:
+    """A micro-batch on its way through the blocks.
+
+    Attributes:
+        stream: [micro_batch, sequence, hidden], float32: what enters the block.
+        sides: the blocks' other inputs.
+        mask: [micro_batch, sequence], bool: where there is text.
+        live: inside the block, what its next stage begins with.
+    """
+
+    stream: NDArray[np.float32]
+    sides: list[NDArray[Any]]
+    mask: NDArray[np.bool_]
+    live: tuple[Any, ...] | None = None
+
+
+@dataclass
+class _Shard:
+    """A calibration shard, and where it stands: before a stage of a block."""
+
+    batches: list[_Batch]
+    block: int = 0
+    stage: int = 0
+
+
+class Worker:
+    """Holds shards, captures, merges, solves, commits and propagates."""
+
+    def __init__(self, plan_json: bytes, source_url: str, run_url: str) -> None:
+        self._plan = Plan.from_json(plan_json)
+        self._store = open_store(run_url)
+        self._model = ModelState(self._plan, source_url)
+        self._shards: dict[int, _Shard] = {}
+
+    def read(self, part: int) -> dict[str, NDArray[Any]]:
+        """The source's arrays of one part, by variable path."""
+        return self._model.read(part)
+
+    def restore(self, block: int, shards: Sequence[int], start: int) -> None:
+        """Bring shards to where they enter `block`.
+
+        Args:
+            start: the block before which stored activations are to be used; 0 for none.
+        """
+        rest = None
+        for index in shards:
+            tokens, mask = self._windows(index)
+            rest = self._model.read(0) if rest is None else rest
+            shard = self._embedded(rest, tokens, mask)
+            if start:
+                shard.block = start
+                streams = activations.load(self._store, start, index)
+                for batch, stream in zip(shard.batches, streams, strict=True):
+                    batch.stream = stream
+            self._shards[index] = shard
+        for done in range(start, block):
+            key = file_key(done + 1)
+            kernels = self._model.kernels(done + 1, self._store.get(key))
+            self._repeat(done, shards, self._model.read(done + 1), kernels)
+
+    def capture(
+        self,
+        block: int,
+        stage: int,
+        subtree: Subtree,
+        values: Values,
+        *solved: Sequence[SolvedLayer],
+    ) -> Sums:
+        """Go on to the input of the block's group `stage`, and sum it over the subtree's shards.
+
+        Args:
+            solved: the results of all groups before, and of layers that needed no calibration.
+        """
+        weights = self._weights(block, values, solved)
+
+        def leaf(index: int) -> Sums:
+            shard = self._at(index, block, stage)
+            program = self._program(block, shard)
+            group = program.groups[stage]
+            carry = input_sums.empty(group.statistics, group.in_features)
+            for batch in shard.batches:
+                inputs = self._advance(program, stage, weights, batch)
+                carry = input_sums.add(
+                    carry,
+                    inputs,
+                    batch.mask,
+                    statistics=group.statistics,
+                    input_axes=group.input_axes,
+                )
+            shard.stage = stage + 1
+            return input_sums.finish(group.statistics, carry)
+
+        return reduce_subtree(subtree, leaf, _merged)
+
+    def merge(self, left: Sums, right: Sums) -> Sums:
+        """One node of the reduction."""
+        return _merged(left, right)
+
+    def solve(
+        self, part: int, paths: Sequence[str], values: Values, sums: Sums | None
+    ) -> list[SolvedLayer]:
+        """Quantize some of a part's layers: those of one input, or those that need none."""
+        layers = {layer.path: layer for layer in self._plan.parts[part].layers}
+        chosen: list[LayerPlan] = [layers[path] for path in paths]
+        return solve_layers(self._model.targets(part), chosen, values, sums)
+
+    def commit(
+        self, part: int, previous: str, values: Values, *solved: Sequence[SolvedLayer]
+    ) -> PartRecord:
+        """Write a part's file and record, and return the record.
+
+        Args:
+            previous: digest of the record of the block before; "" where there is none.
+            solved: the results of `solve` for all of the part's layers with a scheme.
+        """
+        file = self._model.parts[part]
+        results = {layer.path: layer for layers in solved for layer in layers}
+        arrays: dict[str, NDArray[Any]] = {}
+        for path, result in results.items():
+            arrays |= file.layer_values(path, result.variables)
+        for stored in file.variables:
+            if stored.place not in arrays:
+                arrays[stored.place] = values[str(stored.variable.path)]
+        data = encode_part(file, arrays)
+        record = PartRecord(
+            part=part,
+            plan_digest=self._plan.digest,
+            file=file_key(part),
+            sha256=sha256(data),
+            size_bytes=len(data),
+            loaded_bytes=file.num_bytes,
+            previous=previous,
+            layers=tuple(
+                LayerRecord(
+                    path=layer.path,
+                    scheme=layer.scheme,
+                    account=results[layer.path].account if layer.path in results else None,
+                    note=layer.note,
+                )
+                for layer in self._plan.parts[part].layers
+            ),
+        )
+        commit_part(self._store, record, data)
+        return record
+
+    def propagate(
+        self, block: int, shards: Sequence[int], values: Values, *solved: Sequence[SolvedLayer]
+    ) -> None:
+        """Send shards through what is left of the block after its last capture."""
+        self._leave(block, shards, self._weights(block, values, solved))
+
+    def quantize_alone(self, part: int) -> PartRecord:
+        """Read, solve and commit a part whose layers need no calibration."""
+        values = self._model.read(part)
+        paths = [layer.path for layer in self._plan.parts[part].layers if layer.scheme]
+        return self.commit(part, "", values, self.solve(part, paths, values, None))
+
+    def seal(self, records: Mapping[int, PartRecord]) -> Manifest:
+        """Write the artifact's small files and the manifest; all parts must be committed."""
+        return seal(self._plan, self._model, self._store, records)
+
+    def compare(self, windows: bytes, chosen: Sequence[int]) -> list[WindowFidelity]:
+        """Run source and finished artifact over some of the windows."""
+        given = TokenWindows.from_bytes(windows)
+        picked = list(chosen)
+        return compare(
+            source_model(self._model),
+            artifact_model(self._model, self._store),
+            given.tokens[picked],
+            given.mask[picked],
+            causal=isinstance(self._model.own.task, keras_hub.models.CausalLM),
+        )
+
+    def keep(self, block: int, shards: Sequence[int]) -> dict[int, activations.Kept]:
+        """Store the activations that enter `block`, to resume from."""
+        return {
+            index: activations.store(
+                self._store, block, index, [b.stream for b in self._at(index, block).batches]
+            )
+            for index in shards
+        }
+
+    def _weights(
+        self, block: int, values: Values, solved: Sequence[Sequence[SolvedLayer]]
+    ) -> list[Any]:
+        """The block's weights, quantized as far as they are, on the device."""
+        targets = self._model.targets(block + 1)
+        kernels = {
+            str(targets[layer.path].layer._kernel.path): layer.kernel
+            for layers in solved
+            for layer in layers
+            if layer.kernel is not None
+        }
+        return self._on_device(block, values, kernels)
+
+    def _on_device(
+        self, block: int, values: Values, kernels: Mapping[str, NDArray[np.float32]]
+    ) -> list[Any]:
+        variables = self._model.graph.blocks[block].layer.weights
+        return [jnp.asarray(value) for value in in_order(variables, values, kernels)]
+
+    def _advance(
+        self, program: BlockProgram, stage: int, weights: Sequence[Any], batch: _Batch
+    ) -> Any:
+        live = program.start(batch.stream, batch.sides) if batch.live is None else batch.live
+        result, batch.live = program.advance(stage, weights, live)
+        return result
+
+    def _leave(self, block: int, shards: Sequence[int], weights: Sequence[Any]) -> None:
+        last = len(self._plan.parts[block + 1].groups)
+        for index in shards:
+            shard = self._at(index, block, last)
+            program = self._program(block, shard)
+            for batch in shard.batches:
+                batch.stream = np.asarray(self._advance(program, last, weights, batch))
+                batch.live = None
+            shard.block, shard.stage = block + 1, 0
+
+    def _repeat(
+        self,
+        block: int,
+        shards: Sequence[int],
+        values: Values,
+        kernels: Mapping[str, NDArray[np.float32]],
+    ) -> None:
+        """Send shards through a block that is committed, by the programs that did it before."""
+        weights = self._on_device(block, values, kernels)
+        for index in shards:
+            shard = self._at(index, block, 0)
+            program = self._program(block, shard)
+            for stage in range(len(program.groups)):
+                for batch in shard.batches:
+                    self._advance(program, stage, weights, batch)
+            shard.stage = len(program.groups)
+        self._leave(block, shards, weights)
+
+    def _program(self, block: int, shard: _Shard) -> BlockProgram:
+        first = shard.batches[0]
+        return self._model.program(self._model.graph.blocks[block], first.stream, first.sides)
+
+    def _at(self, index: int, block: int, stage: int = 0) -> _Shard:
+        shard = self._shards.get(index)
+        if shard is None or (shard.block, shard.stage) != (block, stage):
+            held = None if shard is None else (shard.block, shard.stage)
+            raise LostShardError(f"shard {index} is wanted at {(block, stage)}, not {held}")
+        return shard
+
+    def _windows(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """A shard's tokens and mask, padded to whole micro-batches."""
+        tokens = self._plan.tokens
+        assert tokens is not None
+        windows = TokenWindows.from_bytes(self._store.get(tokens.key, sha256=tokens.digest))
+        a, b = tokens.shards[index]
+        padding = ((0, -(b - a) % tokens.micro_batch), (0, 0))
+        return np.pad(windows.tokens[a:b], padding), np.pad(windows.mask[a:b], padding)
+
+    def _embedded(self, rest: Values, tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> _Shard:
+        assert self._plan.tokens is not None
+        size = self._plan.tokens.micro_batch
+        batches = []
+        for a in range(0, len(tokens), size):
+            stream, sides = self._model.embed(rest, tokens[a : a + size], mask[a : a + size])
+            batches.append(_Batch(stream=stream, sides=sides, mask=mask[a : a + size]))
+        return _Shard(batches)
+
+
+class LostShardError(WorkerLostError):
+    """A worker that was started anew is asked for a shard that it has not restored."""
+
+
+def _merged(left: Sums, right: Sums) -> Sums:
+    return left.merge(right)  # type: ignore[arg-type]

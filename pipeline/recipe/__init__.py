@@ -1,0 +1,1 @@
+"""Recipes: which scheme each layer gets, and the texts to calibrate on."""

@@ -1,0 +1,191 @@
+"""A recipe: which scheme each layer gets, and the texts to calibrate on.
+
+A recipe is frozen, checked once when it is made, and round-trips through plain JSON values.
+This module imports neither JAX nor Keras, so that listing recipes is instant.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self, TypeAlias, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
+
+from quantizer.schemes import (
+    AWQScheme,
+    Float8Scheme,
+    GPTQScheme,
+    Int4Scheme,
+    Int8Scheme,
+    Scheme,
+    scheme_from_dict,
+    scheme_to_dict,
+)
+
+Kind: TypeAlias = Literal["kernel", "embedding"]
+Statistics: TypeAlias = Literal["hessian", "magnitudes"]
+
+
+def statistics_of(scheme: Scheme | None) -> Statistics | None:
+    """What a layer's scheme must know of its inputs; None where the weights are enough."""
+    match scheme:
+        case GPTQScheme() | AWQScheme():
+            return "hessian"
+        case Float8Scheme():
+            return "magnitudes"
+        case Int8Scheme() | Int4Scheme() | None:
+            return None
+
+
+def _read_scheme(value: object) -> Scheme:
+    if isinstance(value, Scheme):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{value!r} is no scheme; give a mapping such as {{mode: gptq, weight_bits: 4}}, or "
+            "null to leave layers in float"
+        )
+    for name, field in value.items():
+        if isinstance(field, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", field):
+            # YAML 1.1 knows 1.0e-2 only.
+            raise ValueError(f"{name}: YAML reads {field} as text; write {float(field)!r}")
+    return scheme_from_dict(value)
+
+
+def _check_embeddings(scheme: Scheme) -> Scheme:
+    if not isinstance(scheme, Int8Scheme | Int4Scheme):
+        raise ValueError(
+            f"stock Keras quantizes embeddings to int8 or int4 only, not {scheme.mode}; "
+            "use {mode: int8}, or null to leave them in float"
+        )
+    return scheme
+
+
+def _check_pattern(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{pattern!r} is no regular expression: {error}; escape special characters with \\"
+        ) from None
+    return pattern
+
+
+SchemeField = Annotated[Scheme, PlainValidator(_read_scheme), PlainSerializer(scheme_to_dict)]
+_PatternField = Annotated[
+    StrictStr, Field(min_length=1, max_length=500), AfterValidator(_check_pattern)
+]
+
+
+class Rule(BaseModel):
+    """The scheme of those layers whose path the pattern is found in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pattern: _PatternField
+    """A regular expression, searched for anywhere in a layer's path; case matters."""
+    scheme: SchemeField | None
+    """The scheme of these layers; null leaves them in float."""
+
+
+class Calibration(BaseModel):
+    """The texts that layers are calibrated on, and how they are cut into token windows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    texts: tuple[Annotated[StrictStr, Field(min_length=1)], ...] = Field(min_length=1)
+    """Sources (see `pipeline.calibration.texts`), which take turns, a document each."""
+    text_field: Annotated[StrictStr, Field(min_length=1)] = "text"
+    """The column of a data set, or the key of a .jsonl line, that holds a document."""
+    num_samples: Annotated[StrictInt, Field(ge=1, le=1_000_000)] = 128
+    """Token windows."""
+    sequence_length: Annotated[StrictInt, Field(ge=2, le=1_000_000)] = 2048
+    """Tokens in a window."""
+    seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = 0
+    sampling: Literal["sequential", "random"] = "random"
+    """The first windows of the texts, or a draw without replacement from a pool of them."""
+    pool_factor: Annotated[StrictInt, Field(ge=1, le=1000)] = 8
+    """A random draw's pool: so many times num_samples windows, where the texts have as many."""
+    packing: StrictBool = True
+    """Join documents and cut them into full windows; false gives each window one document."""
+
+
+class Recipe(BaseModel):
+    """Schemes per layer and the calibration they need."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[StrictStr, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+    scheme: SchemeField | None
+    """The scheme of every kernel that no rule speaks of; null leaves them in float."""
+    rules: tuple[Rule, ...] = ()
+    """Exceptions, for kernels. The first rule whose pattern is found decides."""
+    embeddings: Annotated[SchemeField, AfterValidator(_check_embeddings)] | None = None
+    """The scheme of every embedding table, int8 or int4; null leaves them in float."""
+    calibration: Calibration | None = None
+    """Needed by gptq, awq and float8; ignored where no scheme needs it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        schemes = self._kernel_schemes()
+        if not any(schemes) and self.embeddings is None:
+            raise ValueError(
+                "nothing would be quantized; give scheme, a rule or embeddings a scheme such as "
+                "{mode: int8}"
+            )
+        if self.needs_calibration and self.calibration is None:
+            modes = sorted({scheme.mode for scheme in schemes if scheme and statistics_of(scheme)})
+            raise ValueError(
+                f"{' and '.join(modes)} must see texts; add calibration: {{texts: [...]}}"
+            )
+        return self
+
+    def _kernel_schemes(self) -> tuple[Scheme | None, ...]:
+        return (self.scheme, *(rule.scheme for rule in self.rules))
+
+    def scheme_for(self, layer_path: str, kind: Kind) -> Scheme | None:
+        """The scheme of one layer; None leaves it in float.
+
+        Args:
+            layer_path: names joined by "/", as `llama_transformer_decoder_3/self_attention/query`.
+            kind: "kernel" of a Dense or EinsumDense, where the first rule whose pattern is found
+                in the path decides; or "embedding", where `embeddings` alone does.
+        """
+        if kind not in get_args(Kind):
+            raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+        if kind == "embedding":
+            return self.embeddings
+        rule = self.rule_for(layer_path)
+        return self.scheme if rule is None else rule.scheme
+
+    def rule_for(self, layer_path: str) -> Rule | None:
+        """The rule that decides a kernel's scheme; None where the default does."""
+        for rule in self.rules:
+            if re.search(rule.pattern, layer_path):
+                return rule
+        return None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any layer's scheme may need to see its inputs."""
+        return any(statistics_of(scheme) for scheme in self._kernel_schemes())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain JSON values, to be stored or digested.
+
+        Every default is written out. A calibration that no scheme needs is left out: it changes
+        no byte of the result.
+        """
+        values = self.model_dump(mode="json")
+        return values if self.needs_calibration else values | {"calibration": None}

@@ -1,0 +1,1 @@
+"""A source preset: its files, its weightless model, its blocks, its weights."""

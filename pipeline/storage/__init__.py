@@ -1,0 +1,1 @@
+"""Object storage: one door to local disks, memory and remote stores."""

@@ -1,0 +1,194 @@
+"""A store behind a network: S3 and what speaks like it, through fsspec.
+
+Settings differ from s3fs' own where those can lose or invent bytes: no listing cache (reads came
+back truncated), no multipart writes (completing one may ignore that the object exists, and a lost
+acknowledgement leaves it open), no file handles for writing (closing one after an error publishes
+half an object), and one loop that tries again instead of three nested ones.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import fsspec
+from fsspec.asyn import AsyncFileSystem
+
+from pipeline.errors import StorageError
+from pipeline.storage.object_store import Patience
+from pipeline.storage.remote_errors import FAILURES, judge
+
+_T = TypeVar("_T")
+
+_S3 = ("s3", "s3a")
+# Those whose pipe_file(mode="create") is one conditional request. fsspec's own default looks
+# first and writes then, so that two writers can both succeed.
+_CREATE_ONCE = (*_S3, "gs", "gcs", "abfs", "abfss", "az")
+# The limit of one PUT. A larger write would need several, and so another way to be atomic.
+_LARGEST_BYTES = 5 * 2**30 - 1
+# Above this, several connections are faster than one.
+_SINGLE_READ_BYTES = 64 * 2**20
+# A transfer slower than this is taken to hang.
+_SLOWEST_BYTES_PER_SECOND = 2**20
+_FIRST_PAUSE_SECONDS = 0.1
+
+
+class RemoteBackend:
+    """Objects of an fsspec filesystem below a URL; credentials and endpoint from the environment.
+
+    Of other protocols than those in `_CREATE_ONCE` it only reads.
+    """
+
+    def __init__(self, root_url: str, patience: Patience) -> None:
+        self._root_url = root_url
+        self._patience = patience
+        self._protocol, _, place = root_url.partition("://")
+        self._opened: tuple[int, Any] | None = None
+        if not place:
+            raise StorageError(f"{root_url}:// names no bucket; write {root_url}://bucket/place")
+        try:
+            kind = fsspec.get_filesystem_class(self._protocol)
+        except (ImportError, ValueError) as error:
+            raise StorageError(
+                f"{root_url}: no filesystem for {self._protocol}:// is installed; use a path or "
+                "s3://, or install the fsspec package of that protocol"
+            ) from error
+        self._root: str = kind._strip_protocol(root_url)
+
+    def read(self, key: str, num_bytes: int | None) -> bytes:
+        options: dict[str, Any] = {}
+        if self._protocol in _S3:
+            # Reading in parts asks for the size first, and fills what does not arrive with zeros:
+            # only where the caller knows the size, and gains by it.
+            parallel = num_bytes is not None and num_bytes > _SINGLE_READ_BYTES
+            options["max_concurrency"] = 8 if parallel else 1
+        return self._try(
+            key, lambda fs, path: bytes(fs.cat_file(path, **options, **self._limit(fs, num_bytes)))
+        )
+
+    def read_range(self, key: str, start: int, stop: int) -> bytes:
+        if start == stop:  # HTTP has no empty range
+            return b""
+
+        def read(fs: Any, path: str) -> bytes:
+            return bytes(fs.cat_file(path, start=start, end=stop, **self._limit(fs, stop - start)))
+
+        try:
+            return self._try(key, read)
+        except EOFError:
+            return b""
+
+    def size(self, key: str) -> int:
+        info = self._try(key, lambda fs, path: fs.info(path, **self._limit(fs, 0)))
+        if info["type"] != "file":
+            raise FileNotFoundError(key)
+        return int(info["size"])
+
+    def write(self, key: str, data: bytes) -> None:
+        self._pipe(key, data, "overwrite")
+
+    def create(self, key: str, data: bytes) -> None:
+        self._pipe(key, data, "create")
+
+    def list(self, prefix: str) -> Iterator[str]:
+        directory = prefix.rpartition("/")[0]
+        try:
+            names = self._try(directory, lambda fs, path: fs.find(path))
+        except FileNotFoundError:
+            return
+        for name in names:
+            key = name.removeprefix(f"{self._root}/")
+            if key.startswith(prefix):
+                yield key
+
+    def delete(self, key: str) -> None:
+        try:
+            self._try(key, lambda fs, path: fs.rm_file(path, **self._limit(fs, 0)))
+        except FileNotFoundError:
+            return
+
+    def _pipe(self, key: str, data: bytes, mode: str) -> None:
+        if self._protocol not in _CREATE_ONCE:
+            raise StorageError(
+                f"{self._root_url}: {self._protocol}:// cannot create an object only once, so "
+                "nothing is written there; use a path or s3://"
+            )
+        if len(data) > _LARGEST_BYTES:
+            raise StorageError(
+                f"{self._root_url}/{key} would have {len(data)} bytes, but one write takes at most "
+                f"{_LARGEST_BYTES}; quantize this layer to fewer bits, or use a path"
+            )
+        # s3fs sends twice its chunk size at once; beyond, in parts.
+        options = {"chunksize": _LARGEST_BYTES} if self._protocol in _S3 else {}
+        self._try(
+            key,
+            lambda fs, path: fs.pipe_file(
+                path, data, mode=mode, **options, **self._limit(fs, len(data))
+            ),
+        )
+
+    def _try(self, key: str, operation: Callable[[Any, str], _T]) -> _T:
+        """Run an operation until it succeeds, cannot mend, or the deadline passes."""
+        path = f"{self._root}/{key}".rstrip("/")
+        url = f"{self._root_url}/{key}".rstrip("/")
+        start = time.monotonic()
+        pause = _FIRST_PAUSE_SECONDS
+        num_tries = 0
+        while True:
+            num_tries += 1
+            try:
+                return operation(self._filesystem(), path)
+            except FAILURES as error:
+                verdict = judge(error)
+                if verdict.is_missing:
+                    raise FileNotFoundError(url) from error
+                if verdict.is_conflict:
+                    raise FileExistsError(url) from error
+                if verdict.is_past_end:
+                    raise EOFError(url) from error
+                if not verdict.may_mend:
+                    raise StorageError(f"{url}: {verdict.text}") from error
+                elapsed = time.monotonic() - start
+                if elapsed >= self._patience.deadline_seconds:
+                    raise StorageError(
+                        f"{url}: {verdict.text}, {num_tries} times in {elapsed:.0f} seconds; check "
+                        "that the store is up and AWS_ENDPOINT_URL right, then start again"
+                    ) from error
+            # Jitter, so that a fleet that was throttled together does not return together.
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, self._patience.longest_pause_seconds)
+
+    def _limit(self, fs: Any, num_bytes: int | None) -> dict[str, float]:
+        """How long one try may take: sockets watch over answers, but over no stalled upload."""
+        if num_bytes is None or not isinstance(fs, AsyncFileSystem):
+            return {}
+        transfer_seconds = num_bytes / _SLOWEST_BYTES_PER_SECOND
+        # Twice, since looking at an object may take two requests.
+        silence_seconds = 2 * (self._patience.connect_seconds + self._patience.read_seconds)
+        return {"timeout": silence_seconds + transfer_seconds}
+
+    def _filesystem(self) -> Any:
+        # Its event loop and sockets do not survive a fork.
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = (os.getpid(), self._open())
+        return self._opened[1]
+
+    def _open(self) -> Any:
+        options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+        if self._protocol not in _S3:
+            return fsspec.filesystem(self._protocol, **options)
+        config: dict[str, Any] = {
+            "connect_timeout": self._patience.connect_seconds,
+            "read_timeout": self._patience.read_seconds,
+            # Ours is the only loop: tries multiply, and so do their pauses.
+            "retries": {"total_max_attempts": 1, "mode": "standard"},
+        }
+        if os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
+            # Other servers than Amazon's seldom have a host name for every bucket.
+            config["s3"] = {"addressing_style": "path"}
+        fs = fsspec.filesystem(self._protocol, config_kwargs=config, **options)
+        fs.retries = 1  # of s3fs, around those of botocore
+        return fs

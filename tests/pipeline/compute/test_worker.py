@@ -1,0 +1,129 @@
+"""What a worker does depends on storage and its arguments alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pipeline import activations
+from pipeline.canonical import sha256
+from pipeline.compute.worker import LostShardError, Worker
+from pipeline.errors import DivergenceError
+from pipeline.planned_run import claim_run
+from pipeline.records import file_key, record_key
+from pipeline.reduction import Subtree
+from pipeline.storage.object_store import ObjectStore, open_store
+from tests.pipeline.tiny_runs import QuickWorker, execute, planned, source
+
+_fresh = iter(range(1_000_000))
+
+
+@pytest.fixture
+def store() -> ObjectStore:
+    found = open_store(f"memory://test-worker/{next(_fresh)}")
+    given = planned("gptq")
+    assert given.windows is not None
+    claim_run(found, given.plan, given.windows.to_bytes())
+    return found
+
+
+def worker_of(store: ObjectStore) -> Worker:
+    return QuickWorker(planned("gptq").plan, str(source()), store.root_url)
+
+
+def finished(store: ObjectStore) -> ObjectStore:
+    execute(planned("gptq"), store, keep_every=1)
+    return store
+
+
+def streams(worker: Worker, index: int) -> list[np.ndarray]:
+    return [batch.stream for batch in worker._shards[index].batches]
+
+
+def test_every_token_of_the_windows_is_counted_and_no_other(store: ObjectStore) -> None:
+    """20 windows make 16 and 4, and the 4 are filled up to a micro-batch of 16."""
+    given = planned("gptq")
+    assert given.plan.tokens is not None
+    assert given.plan.tokens.shards == ((0, 16), (16, 20))
+    worker = worker_of(store)
+    worker.restore(0, [0, 1], 0)
+    found = worker.capture(0, 0, Subtree(0, 2), worker.read(1))
+    assert found.num_rows == 20 * 128
+    assert np.isfinite(found.gram_CC).all()
+    assert (found.gram_CC == found.gram_CC.T).all()
+
+
+def test_a_subtree_is_the_merge_of_its_shards(store: ObjectStore) -> None:
+    values = worker_of(store).read(1)
+    parts = []
+    for shard in (0, 1):
+        one = worker_of(store)
+        one.restore(0, [shard], 0)
+        parts.append(one.capture(0, 0, Subtree(shard, shard + 1), values))
+    whole = worker_of(store)
+    whole.restore(0, [0, 1], 0)
+    expected = whole.capture(0, 0, Subtree(0, 2), values)
+    merged = whole.merge(*parts)
+    assert (merged.gram_CC == expected.gram_CC).all()
+    assert merged.num_rows == expected.num_rows
+
+
+@pytest.mark.parametrize("start", [0, 1, 2])
+def test_shards_are_restored_to_the_same_bits_from_wherever(start: int, store: ObjectStore) -> None:
+    finished(store)
+    kept = activations.load(store, 2, 1)
+    worker = worker_of(store)
+    if start:
+        # The set before block 1 is kept as well, since the last but one is never removed.
+        assert activations.latest(store, start, 2) == start
+    worker.restore(2, [1], start)
+    for found, expected in zip(streams(worker, 1), kept, strict=True):
+        assert found.dtype == expected.dtype
+        assert (found == expected).all()
+
+
+def test_work_is_done_twice_without_harm(store: ObjectStore) -> None:
+    worker = worker_of(store)
+    record = worker.quantize_alone(0)
+    assert worker.quantize_alone(0) == record
+    assert worker_of(store).quantize_alone(0) == record
+    assert sha256(store.get(file_key(0))) == record.sha256
+
+
+def test_other_bytes_under_a_committed_name_are_refused(store: ObjectStore) -> None:
+    store.create(file_key(0), b"of another execution")
+    with pytest.raises(DivergenceError, match="nothing was overwritten"):
+        worker_of(store).quantize_alone(0)
+    assert store.get(file_key(0)) == b"of another execution"
+    assert not store.exists(record_key(0))
+
+
+def test_a_worker_says_which_shard_it_lacks(store: ObjectStore) -> None:
+    worker = worker_of(store)
+    values = worker.read(1)
+    with pytest.raises(LostShardError, match="shard 1"):
+        worker.capture(0, 0, Subtree(1, 2), values)
+    worker.restore(0, [1], 0)
+    with pytest.raises(LostShardError, match="shard 1"):
+        worker.capture(0, 1, Subtree(1, 2), values)
+    with pytest.raises(LostShardError, match="shard 1"):
+        worker.propagate(0, [1], values)
+    with pytest.raises(LostShardError, match="shard 1"):
+        worker.keep(1, [1])
+
+
+def test_a_record_names_every_layer_and_the_block_before(store: ObjectStore) -> None:
+    manifest, _ = execute(planned("gptq"), store)
+    from pipeline.records import PartRecord
+
+    previous = ""
+    for part in planned("gptq").plan.parts[1:]:
+        data = store.get(record_key(part.part))
+        record = PartRecord.from_json(data)
+        assert record.previous == previous
+        assert [layer.path for layer in record.layers] == [layer.path for layer in part.layers]
+        for layer in record.layers:
+            assert layer.account is not None
+            assert layer.account["output_error"] <= layer.account["rtn_output_error"] * (1 + 1e-6)
+        previous = sha256(data)
+    assert set(manifest.records) == {record_key(p.part) for p in planned("gptq").plan.parts}
