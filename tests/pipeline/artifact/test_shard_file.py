@@ -88,7 +88,7 @@ def test_bytes_depend_on_the_arrays_alone():
     assert shard_bytes(dict(reversed(groups.items()))) == data
     # Another process, at another second, whose fresh memory is full of other bytes.
     script = (
-        "import sys; from tests.pipeline.test_shard_file import some_groups; "
+        "import sys; from tests.pipeline.artifact.test_shard_file import some_groups; "
         "from pipeline.artifact.shard_file import shard_bytes; "
         "sys.stdout.buffer.write(shard_bytes(some_groups()))"
     )
