@@ -32,8 +32,15 @@ GROUP_SIZE = 16
 """Of the tiny presets' schemes: a head's width, so that groups stay inside Gemma's heads."""
 
 SCHEMES: dict[str, Scheme] = {
-    **{f"gptq{bits}": GPTQScheme(weight_bits=bits, group_size=GROUP_SIZE) for bits in (2, 3, 4, 8)},
-    "awq": AWQScheme(group_size=GROUP_SIZE, num_grid_points=4),
+    # Searches change no format; one scheme has all of them, as the built-in recipes do.
+    "gptq4": GPTQScheme(
+        weight_bits=4, group_size=GROUP_SIZE, activation_order=True, refinement_sweeps=2
+    ),
+    **{
+        f"gptq{bits}": GPTQScheme(weight_bits=bits, group_size=GROUP_SIZE, scale_search=False)
+        for bits in (2, 3, 8)
+    },
+    "awq": AWQScheme(group_size=GROUP_SIZE, num_grid_points=4, clip_search=False),
     "int8": Int8Scheme(),
     "int4": Int4Scheme(block_size=GROUP_SIZE),
     "int4-channel": Int4Scheme(block_size=-1),

@@ -36,32 +36,34 @@ class StockSession:
     process: subprocess.Popen[str]
     scratch: Path
 
-    def ask(self, preset: Path, tokens: NDArray[np.int32]) -> StockAnswer:
-        """Load a preset and run it on token ids [batch, sequence]."""
+    def ask(self, preset: Path, tokens: NDArray[np.int32]) -> None:
+        """Have it load a preset and run it on token ids [batch, sequence]; `answer` waits."""
         np.save(self.scratch / "in.npy", tokens)
-        return self._ask({"preset": str(preset), "inputs": str(self.scratch / "in.npy")})
+        self._ask({"preset": str(preset), "inputs": str(self.scratch / "in.npy")})
 
-    def embed(self, preset: Path, texts: list[str], *, task: str | None = None) -> StockAnswer:
-        """Load a text embedder and give it strings.
+    def ask_to_embed(self, preset: Path, texts: list[str], *, task: str | None = None) -> None:
+        """Have it load a text embedder and give it strings.
 
         Args:
             task: the class to load it as, where there is no task.json to name one.
         """
-        return self._ask({"preset": str(preset), "texts": texts, "task": task})
+        self._ask({"preset": str(preset), "texts": texts, "task": task})
 
-    def _ask(self, job: dict[str, Any]) -> StockAnswer:
-        outputs = self.scratch / "out.npy"
-        assert self.process.stdin is not None
+    def answer(self) -> StockAnswer:
+        """What it answers to what it was asked."""
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(job | {"outputs": str(outputs)}) + "\n")
-        self.process.stdin.flush()
         line = self.process.stdout.readline()
         assert line, f"stock KerasHub died: {(self.scratch / 'stderr.txt').read_text()[-2000:]}"
         reply = json.loads(line)
         assert "error" not in reply, reply["error"]
-        return StockAnswer(
-            output=np.load(outputs, allow_pickle=False), quantized=reply["quantized"]
-        )
+        output = np.load(self.scratch / "out.npy", allow_pickle=False)
+        return StockAnswer(output=output, quantized=reply["quantized"])
+
+    def _ask(self, job: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        job["outputs"] = str(self.scratch / "out.npy")
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
 
 
 @contextmanager
@@ -97,9 +99,10 @@ def some_tokens(run: FinishedRun) -> NDArray[np.int32]:
 def assert_same(run: FinishedRun, *sessions: StockSession, tolerance: float = 1e-4) -> None:
     """Stock loads what was planned, and answers what the pipeline's streamed forward does."""
     tokens = some_tokens(run)
-    expected = answer(artifact_model(run.model, run.store), tokens)
     for session in sessions:
-        found = session.ask(run.artifact, tokens)
-        policies = {path: policy.partition("/")[0] for path, policy in run.plan.policies.items()}
-        assert found.quantized == policies
+        session.ask(run.artifact, tokens)
+    expected = answer(artifact_model(run.model, run.store), tokens)
+    modes = {path: policy.partition("/")[0] for path, policy in run.plan.policies.items()}
+    for found in [session.answer() for session in sessions]:
+        assert found.quantized == modes
         assert distance(found.output, expected) <= tolerance

@@ -50,8 +50,10 @@ def test_a_real_encoder_embeds_strings_as_the_float_model_does(
     run = finished_run(
         preset_folder(), recipe_on_texts(wanted, tmp_path / "texts", 32), tmp_path / "run"
     )
-    before = stock.embed(preset_folder(), SENTENCES, task="TextEmbedder").output
-    after = stock.embed(run.artifact, SENTENCES)
+    stock.ask_to_embed(preset_folder(), SENTENCES, task="TextEmbedder")
+    before = stock.answer().output
+    stock.ask_to_embed(run.artifact, SENTENCES)
+    after = stock.answer()
     assert set(after.quantized.values()) == {wanted.mode}
     assert np.allclose(np.linalg.norm(after.output, axis=1), 1, atol=1e-3)
     cosines = np.sum(before * after.output, axis=1)

@@ -129,7 +129,8 @@ def test_bytes_depend_on_nothing_but_the_source(llama: Path, tmp_path: Path) -> 
     files = convert(llama)
     assert convert(llama) == files
     script = (
-        "import sys; from pathlib import Path; from tests.pipeline.source.test_converted_files import *; "
+        "import sys; from pathlib import Path; "
+        "from tests.pipeline.source.test_converted_files import *; "
         "unpack(convert(Path(sys.argv[1])), Path(sys.argv[2]))"
     )
     subprocess.run(
