@@ -22,7 +22,7 @@ import pipeline.planned_run
 from jobs.cli import main
 from pipeline.canonical import canonical_json
 from pipeline.crew import LocalCrew
-from pipeline.plan import Plan
+from pipeline.plan import PLAN_KEY, Plan
 from pipeline.records import file_key
 from pipeline.resources import Resources
 from pipeline.storage.object_store import open_store
@@ -39,8 +39,9 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     def place(*args: Any) -> Iterator[Resources]:
         yield Resources(workers=2, threads=2)
 
-    def crew(resources: Resources, plan: bytes, *urls: str) -> LocalCrew:
-        workers = [QuickWorker(Plan.from_json(plan), *urls) for _ in range(resources.workers)]
+    def crew(resources: Resources, source_url: str, run_url: str) -> LocalCrew:
+        plan = Plan.from_json(open_store(run_url).get(PLAN_KEY))
+        workers = [QuickWorker(plan, source_url, run_url) for _ in range(resources.workers)]
         return LocalCrew(workers)
 
     monkeypatch.setattr(jobs.quantize, "_place", place)
