@@ -17,7 +17,7 @@ from tests.integration.stock_session import StockSession, assert_same, stock_ses
 from tests.models.smollm2_huggingface import smollm2_directory
 from tests.models.texts import evaluation_documents, write_texts
 
-SENTENCES = [document[:300] for document in evaluation_documents()[:16]]
+SENTENCES = [document[:300] for document in evaluation_documents()[:8]]
 
 # The least cosine between a sentence's vectors, of the float model and the quantized one.
 FIDELITY: dict[str, tuple[Scheme, float]] = {
@@ -61,6 +61,11 @@ def test_a_real_encoder_embeds_strings_as_the_float_model_does(
     assert cosines.min() > least
     # What they are compared with is no constant.
     assert (before @ before.T).min() < 0.5
+
+
+@pytest.mark.slow
+def test_a_real_encoder_answers_as_the_pipeline_does(stock: StockSession, tmp_path: Path) -> None:
+    run = finished_run(preset_folder(), Recipe(name="int8", scheme=Int8Scheme()), tmp_path)
     assert_same(run, stock)
 
 
