@@ -9,8 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.quantities import count, size
+from jobs.summary import scheme_name
 from pipeline.estimates import Estimate
-from pipeline.plan import LayerPlan, Plan
+from pipeline.plan import Plan
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.recipe_check import unmatched_patterns
 from pipeline.resources import Resources
 
 
@@ -28,7 +31,8 @@ def plan_table(plan: Plan, costs: Estimate, resources: Resources) -> RenderableT
     for part in plan.parts:
         for layer in part.layers:
             shape = f"{layer.in_features} × {layer.out_features}" if layer.in_features else "–"
-            kinds[(layer.name if part.part else layer.path, _scheme(layer), shape)] += 1
+            scheme = scheme_name(layer.scheme) if layer.scheme else "float"
+            kinds[(layer.name if part.part else layer.path, scheme, shape)] += 1
     for (name, scheme, shape), number in kinds.items():
         layers.add_row(Text(name), Text(scheme), shape, str(number))
     notes = {layer.note: layer.path for part in plan.parts for layer in part.layers if layer.note}
@@ -51,13 +55,9 @@ def plan_table(plan: Plan, costs: Estimate, resources: Resources) -> RenderableT
     )
     facts.add_row("workers", f"{resources.workers} × {resources.threads} threads")
     lines = [Text(f"left in float: {path}: {note}") for note, path in notes.items()]
+    every = [(o.path, o.kind, o.in_features) for part in plan.parts for o in part.layers]
+    lines += [
+        Text(f"rule without a layer: {pattern!r} decides none; mistyped, or for other models?")
+        for pattern in unmatched_patterns(Recipe.model_validate(plan.recipe), every)
+    ]
     return Group(layers, facts, *lines)
-
-
-def _scheme(layer: LayerPlan) -> str:
-    if layer.scheme is None:
-        return "float"
-    values = layer.scheme
-    bits = values.get("weight_bits")
-    group = values.get("group_size", values.get("block_size"))
-    return "/".join(str(part) for part in (values["mode"], bits, group) if part is not None)

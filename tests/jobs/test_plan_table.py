@@ -1,3 +1,4 @@
+import dataclasses
 import io
 
 from rich.console import Console
@@ -34,3 +35,14 @@ def test_every_reason_for_float_is_shown_once_with_a_layer() -> None:
     text = shown("gptq", "Bert")
     lines = [line for line in text.splitlines() if line.startswith("left in float: ")]
     assert len(lines) == len({line.split(": ", 2)[2] for line in lines}) >= 3
+
+
+def test_a_rule_that_decides_no_layer_is_shown() -> None:
+    plan = planned("gptq").plan
+    rules = [{"pattern": pattern, "scheme": None} for pattern in ("querry", "self_attention/key")]
+    other = dataclasses.replace(plan, recipe={**plan.recipe, "rules": rules})
+    stream = io.StringIO()
+    table = plan_table(other, estimate(other, 1), Resources(workers=1, threads=1))
+    Console(file=stream, width=200).print(table)
+    lines = [line for line in stream.getvalue().splitlines() if "rule without a layer" in line]
+    assert [line.split("'")[1] for line in lines] == ["querry"]
