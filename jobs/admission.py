@@ -41,11 +41,10 @@ def check_identity(plan: Plan, found: Identity, source_url: str, *, finished: bo
     Raises:
         PipelineError: with what changed, and what to do.
     """
-    if found.source_digest != plan.source_digest:
+    if found.source_files_sha256 != plan.source_files_sha256:
         raise PipelineError(
-            f"{source_url}: the source changed since the run was planned (digest "
-            f"{found.source_digest[:12]}, planned {plan.source_digest[:12]}); put it back, or "
-            "start a new run elsewhere"
+            f"{source_url}: the source changed since the run was planned: its JSON, vocabulary or "
+            "the sizes of its weights files are others; put it back, or start a new run elsewhere"
         )
     now = {**found.machine, **found.versions}
     then = {**plan.machine, **plan.versions}

@@ -2,13 +2,14 @@
 
 Starting it must stay instant, so nothing here may import Ray, JAX or Keras before a command needs
 them. Exit codes: 0 done; 1 a fault of ours; 2 bad input; 3 storage or cluster cannot be used as
-asked; 4 a result that is damaged or incomplete; 130 interrupted.
+asked; 4 a result that is damaged or incomplete; 130 interrupted; 143 terminated.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +18,9 @@ import typer
 from rich.console import Console
 
 from jobs.schemes import describe_scheme, schemes_table
+from jobs.termination import Terminated
 from pipeline.errors import PipelineError
+from pipeline.storage.object_store import PATIENCE_VARIABLE
 from quantizer.errors import QuantizationError
 from quantizer.schemes import SCHEMES
 
@@ -53,6 +56,22 @@ _EvaluationTexts = Annotated[
 _Windows = Annotated[int, typer.Option("--windows", min=1, help="Token windows to evaluate on.")]
 _KeepEvery = Annotated[
     int, typer.Option(min=1, help="Blocks between activations kept in storage, to resume from.")
+]
+_Wait = Annotated[
+    bool,
+    typer.Option(help="Wait for another driver of the same run to end, or give up."),
+]
+_LeaseSeconds = Annotated[
+    float,
+    typer.Option(min=1.0, help="Silence after which another driver of a run is taken for dead."),
+]
+_Patience = Annotated[
+    float | None,
+    typer.Option(
+        "--storage-patience",
+        min=0.0,
+        help="Seconds that storage may be away before the run ends; default: 300.",
+    ),
 ]
 
 
@@ -117,21 +136,25 @@ def quantize(
     threads: _Threads = None,
     device: _Device = "auto",
     keep_every: _KeepEvery = 8,
+    wait: _Wait = True,
+    lease_seconds: _LeaseSeconds = 60.0,
+    patience: _Patience = None,
     dry_run: Annotated[
         bool, typer.Option(help="Print the plan and its cost; run nothing.")
     ] = False,
     as_json: _Json = False,
 ) -> None:
     """Quantize one model by one recipe, or go on where an earlier attempt stopped."""
-    from jobs.quantize import Job, run_job
+    from jobs.quantize import Driving, Job, run_job
 
+    _be_patient(patience)
     job = Job(
         source_url=preset,
         recipe=_recipe(recipe, texts, num_samples, sequence_length),
         output_url=output,
         evaluation_texts=tuple(evaluate_on or ()),
         evaluation_windows=windows,
-        keep_every=keep_every,
+        driving=Driving(keep_every=keep_every, wait=wait, lease_seconds=lease_seconds),
     )
     run_job(
         job,
@@ -153,18 +176,22 @@ def resume(
     threads: _Threads = None,
     device: _Device = "auto",
     keep_every: _KeepEvery = 8,
+    wait: _Wait = True,
+    lease_seconds: _LeaseSeconds = 60.0,
+    patience: _Patience = None,
     as_json: _Json = False,
 ) -> None:
     """Go on with a run from its last committed block."""
-    from jobs.quantize import resume_job
+    from jobs.quantize import Driving, resume_job
 
+    _be_patient(patience)
     resume_job(
         output,
         _place(address, workers, threads, device),
         _stderr(),
         as_json=as_json,
         source_url=source,
-        keep_every=keep_every,
+        driving=Driving(keep_every=keep_every, wait=wait, lease_seconds=lease_seconds),
     )
 
 
@@ -182,7 +209,7 @@ def evaluate(
     as_json: _Json = False,
 ) -> None:
     """Compare a finished result with its source, on texts."""
-    from jobs.quantize import resume_job
+    from jobs.quantize import Driving, resume_job
 
     if not evaluate_on:
         raise PipelineError("nothing to evaluate on; give --evaluate-on texts.jsonl")
@@ -192,6 +219,7 @@ def evaluate(
         _stderr(),
         as_json=as_json,
         source_url=source,
+        driving=Driving(),
         evaluation_texts=tuple(evaluate_on),
         evaluation_windows=windows,
         must_be_finished=True,
@@ -210,6 +238,27 @@ def verify(
     from jobs.verify import verify_run
 
     verify_run(output, _stderr(), stock=stock, as_json=as_json)
+
+
+@app.command()
+def gc(
+    url: Annotated[str, typer.Argument(help="A run, or a place below which runs lie.")],
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete it; otherwise it is only listed.")
+    ] = False,
+    lease_seconds: _LeaseSeconds = 60.0,
+    as_json: _Json = False,
+) -> None:
+    """List, or delete, what no manifest, plan or living run refers to."""
+    from jobs.collect import collect
+
+    collect(url, _stderr(), delete=delete, lease_seconds=lease_seconds, as_json=as_json)
+
+
+def _be_patient(seconds: float | None) -> None:
+    """With storage, here and in all processes of the run."""
+    if seconds is not None:
+        os.environ[PATIENCE_VARIABLE] = str(seconds)
 
 
 def _stderr() -> Console:
@@ -254,6 +303,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except QuantizationError as error:
         _say(str(error))
         sys.exit(2)
+    except Terminated:
+        sys.exit(143)
     except (typer.Abort, KeyboardInterrupt):  # Ctrl-C
         sys.exit(130)
     sys.exit(status or 0)

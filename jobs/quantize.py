@@ -20,13 +20,15 @@ from jobs.admission import check_identity, check_memory
 from jobs.plan_table import plan_table
 from jobs.progress import watch
 from jobs.summary import Summary, summary_table
+from jobs.termination import terminable
+from pipeline import lease
 from pipeline.cluster import RayCrew, joined
 from pipeline.commits import read_manifest
 from pipeline.errors import CalibrationTextError, PipelineError
 from pipeline.estimates import Estimate, estimate
 from pipeline.events import EventLog
 from pipeline.fidelity import Fidelity
-from pipeline.plan import PLAN_KEY, Plan
+from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.planned_run import (
     claim_run,
     evaluation_windows,
@@ -35,10 +37,10 @@ from pipeline.planned_run import (
     plan_run,
 )
 from pipeline.recipe.recipe import Recipe
-from pipeline.records import MANIFEST_KEY, Manifest
+from pipeline.records import MANIFEST_KEY
 from pipeline.resources import Resources, choose_resources, memory_of_nodes
 from pipeline.run import quantize
-from pipeline.storage.object_store import ObjectStore, open_store
+from pipeline.storage.object_store import ObjectStore, Patience, open_store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,21 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Driving:
+    """How a run is driven; none of it changes its result.
+
+    Attributes:
+        keep_every: blocks between activations kept in storage, to resume from.
+        wait: for another driver of the same run to end, rather than give up.
+        lease_seconds: silence after which another driver is taken to be dead.
+    """
+
+    keep_every: int = 8
+    wait: bool = True
+    lease_seconds: float = lease.SECONDS
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """What to quantize, how, and where to put it."""
 
@@ -66,7 +83,7 @@ class Job:
     output_url: str
     evaluation_texts: tuple[str, ...] = ()
     evaluation_windows: int = 8
-    keep_every: int = 8
+    driving: Driving = Driving()
 
 
 def run_job(job: Job, place: Place, console: Console, *, as_json: bool, dry_run: bool) -> None:
@@ -78,9 +95,8 @@ def run_job(job: Job, place: Place, console: Console, *, as_json: bool, dry_run:
     job = dataclasses.replace(
         job, source_url=_anywhere(job.source_url), output_url=_anywhere(job.output_url)
     )
+    _reach(job.output_url)
     store = open_store(job.output_url)
-    # Before anything else: an output that cannot be read cannot be written either.
-    store.exists(PLAN_KEY)
     with _place(place, console) as resources:
         with console.status("planning: reading the preset, checking every layer, cutting texts"):
             plan, windows = plan_run(job.source_url, job.recipe, resources)
@@ -104,7 +120,7 @@ def resume_job(
     *,
     as_json: bool,
     source_url: str | None,
-    keep_every: int = 8,
+    driving: Driving,
     evaluation_texts: tuple[str, ...] = (),
     evaluation_windows: int = 8,
     must_be_finished: bool = False,
@@ -116,6 +132,7 @@ def resume_job(
     """
     output_url = _anywhere(output_url)
     source_url = None if source_url is None else _anywhere(source_url)
+    _reach(output_url)
     store = open_store(output_url)
     if not store.exists(PLAN_KEY):
         raise PipelineError(
@@ -127,7 +144,7 @@ def resume_job(
             f"{store.url(MANIFEST_KEY)} is missing: the run is not finished; finish it with "
             f"quantfleet resume {shlex.quote(output_url)}"
         )
-    plan = Plan.from_json(store.get(PLAN_KEY))
+    plan = read_plan(store)
     finished = store.exists(MANIFEST_KEY)
     if finished and not evaluation_texts:
         console.print(f"{output_url}: finished before; nothing to do", soft_wrap=True)
@@ -149,7 +166,7 @@ def resume_job(
             output_url=output_url,
             evaluation_texts=evaluation_texts,
             evaluation_windows=evaluation_windows,
-            keep_every=keep_every,
+            driving=driving,
         )
         costs = estimate(plan, resources.workers)
         check_memory(costs, memory_of_nodes(resources))
@@ -169,20 +186,27 @@ def _carry_out(
     as_json: bool,
 ) -> None:
     start = time.monotonic()
-    log = EventLog(store, plan, resources)
     fidelity: Fidelity | None = None
     try:
-        finished = store.exists(MANIFEST_KEY)
-        if finished:
-            manifest: Manifest = read_manifest(store)
-            console.print(f"{job.output_url}: finished before; nothing to do", soft_wrap=True)
-        crew = None
-        if not finished or judged_on is not None:
-            crew = RayCrew(resources, job.source_url, job.output_url)
-        if not finished:
-            assert crew is not None
-            with watch(plan, console) as report:
-                manifest = quantize(plan, store, crew, log.also(report), keep_every=job.keep_every)
+        with _lease(job, store, console) as held:
+            log = EventLog(store, plan, resources, epoch=held.epoch if held else None)
+            if held is None:
+                console.print(f"{job.output_url}: finished before; nothing to do", soft_wrap=True)
+            crew = None
+            if held is not None or judged_on is not None:
+                crew = RayCrew(resources, job.source_url, job.output_url)
+            if held is not None:
+                assert crew is not None
+                with watch(plan, console) as report:
+                    quantize(
+                        plan,
+                        store,
+                        crew,
+                        log.also(report),
+                        keep_every=job.driving.keep_every,
+                        check_lease=held.check,
+                    )
+        manifest = read_manifest(store)
         seconds = time.monotonic() - start
         if judged_on is not None:
             assert crew is not None
@@ -198,6 +222,38 @@ def _carry_out(
     )
     log.close(summary.to_dict())
     _print_summary(summary, store, console, as_json=as_json)
+
+
+@contextlib.contextmanager
+def _lease(job: Job, store: ObjectStore, console: Console) -> Iterator[lease.Lease | None]:
+    """The right to drive the run for the time of the block; None if it is finished."""
+    if store.exists(MANIFEST_KEY):
+        yield None
+        return
+    driving = job.driving
+    held = lease.acquire(
+        store,
+        seconds=driving.lease_seconds,
+        wait=driving.wait,
+        tell=lambda text: console.print(text, soft_wrap=True),
+    )
+    try:
+        # Whoever was waited for may have finished.
+        yield None if store.exists(MANIFEST_KEY) else held
+    finally:
+        held.release()
+
+
+def _reach(output_url: str) -> None:
+    """Before anything else: an output that cannot be read cannot be written either.
+
+    At once: a store may rest for a while during a run, but not when it is named.
+    """
+    patience = Patience.configured()
+    open_store(
+        output_url,
+        dataclasses.replace(patience, deadline_seconds=min(15.0, patience.deadline_seconds)),
+    ).exists(PLAN_KEY)
 
 
 def _print_summary(
@@ -248,7 +304,7 @@ def _place(place: Place, console: Console) -> Iterator[Resources]:
     wanted = None
     if place.address is None and place.workers is not None:
         wanted = max(place.workers * (place.threads or 1), len(os.sched_getaffinity(0)))
-    with joined(place.address, wanted):
+    with joined(place.address, wanted), terminable():
         resources = choose_resources(place.workers, place.threads, device=place.device)
         on = "one GPU each" if resources.gpus else "CPU"
         why = "" if resources.gpus or place.device == "cpu" else " (the cluster has no GPU)"

@@ -72,6 +72,13 @@ def discard(store: ObjectStore, keep: int) -> None:
             store.delete(key)
 
 
+def needed(store: ObjectStore) -> frozenset[str]:
+    """The keys of the last two sets that have an index, which a resumed run may begin from."""
+    sets = _sets(store)
+    whole = [block for block in sorted(sets) if _index_key(block) in sets[block]]
+    return frozenset(key for block in whole[-2:] for key in sets[block])
+
+
 def _is_whole(store: ObjectStore, block: int, num_shards: int) -> bool:
     try:
         index = _index(store, block)

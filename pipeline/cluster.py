@@ -33,6 +33,10 @@ _LOST = (
 )
 _IO_METHODS = frozenset({"read"})
 _PATIENCE_SECONDS = 600.0
+"""How long workers may all be away before a run ends."""
+_ANSWER_SECONDS = 10.0
+_REPLACEMENT_SECONDS = 60.0
+"""How long the last of them are waited for, once others are back."""
 
 
 @contextlib.contextmanager
@@ -125,13 +129,12 @@ class RayCrew:
             # A call is repeated by the driver, which first brings the worker's shards back.
             "max_task_retries": 0,
             # The next block is read while this one is solved.
-            "concurrency_groups": {"io": 1},
+            "concurrency_groups": {"io": 1, "roll_call": 1},
             "runtime_env": {"env_vars": worker_environment(resources)},
         }
         actor: Any = ray.remote(**options)(_Actor)
-        self._actors: list[Any] = [
-            actor.remote(source_url, run_url) for _ in range(resources.workers)
-        ]
+        self._all: list[Any] = [actor.remote(source_url, run_url) for _ in range(resources.workers)]
+        self._actors = list(self._all)
 
     def submit(self, worker: int, method: str, *args: Any, num_returns: int = 1) -> Any:
         options: dict[str, Any] = {"num_returns": num_returns}
@@ -144,31 +147,58 @@ class RayCrew:
 
     def seconds(self) -> dict[str, float]:
         total: Counter[str] = Counter()
-        for handle in [actor.take_seconds.remote() for actor in self._actors]:
+        for handle in [_roll_call(actor) for actor in self._actors]:
             # What a lost worker had counted is lost with it.
             with contextlib.suppress(WorkerLostError):
                 total.update(_get([handle])[0])
         return dict(total)
 
-    def revive(self) -> None:
-        deadline = time.monotonic() + _PATIENCE_SECONDS
+    def revive(self) -> Sequence[str]:
+        """Wait for all workers, or else go on with those whose nodes are still there.
+
+        Who stays away is not given up: when something happens again, it is asked again.
+        """
+        before = self.num_workers
+        start = time.monotonic()
         pause = 0.2
         while True:
-            try:
-                _get([actor.take_seconds.remote() for actor in self._actors])
-                return
-            except WorkerLostError as error:
-                if time.monotonic() > deadline:
-                    raise CrewError(
-                        f"workers did not come back within {_PATIENCE_SECONDS:g} s ({error}); "
-                        "check the cluster's nodes, then resume"
-                    ) from error
-                time.sleep(pause)
-                pause = min(2 * pause, 5.0)
+            present = self._present()
+            elapsed = time.monotonic() - start
+            if len(present) == len(self._all) or (present and elapsed > _REPLACEMENT_SECONDS):
+                break
+            if elapsed > _PATIENCE_SECONDS:
+                raise CrewError(
+                    f"no worker came back within {_PATIENCE_SECONDS:g} s; check the cluster's "
+                    "nodes, then resume"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 5.0)
+        self._actors = present
+        self.num_workers = len(present)
+        if self.num_workers == before:
+            return ()
+        return (f"goes on with {self.num_workers} of {len(self._all)} workers",)
+
+    def _present(self) -> list[Any]:
+        """The workers that answer now."""
+        asked = {_roll_call(actor): actor for actor in self._all}
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS)
+        present = []
+        for handle in asked:
+            if handle in answered:
+                with contextlib.suppress(WorkerLostError):
+                    _get([handle])
+                    present.append(asked[handle])
+        return present
 
     def process_ids(self) -> list[int]:
         """Of the workers, on their nodes."""
         return [int(pid) for pid in _get([actor.process_id.remote() for actor in self._actors])]
+
+
+def _roll_call(actor: Any) -> Any:
+    """Answered at once, whatever else the worker does."""
+    return actor.take_seconds.options(concurrency_group="roll_call").remote()
 
 
 class _Actor:

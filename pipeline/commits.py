@@ -19,6 +19,7 @@ from pipeline.errors import (
 )
 from pipeline.records import (
     MANIFEST_KEY,
+    MOST_JSON_BYTES,
     RECORDS_PREFIX,
     Manifest,
     PartRecord,
@@ -115,6 +116,19 @@ def committed_parts(
     return Committed(parts=parts, findings=tuple(findings))
 
 
+def committed_file(store: ObjectStore, part: int) -> bytes:
+    """Read a committed part's file, which is as its record says.
+
+    Raises:
+        DamagedObjectError: it is not, or there is no record.
+    """
+    try:
+        record = PartRecord.from_json(store.get(record_key(part), at_most=MOST_JSON_BYTES))
+        return store.get(record.file, sha256=record.sha256, size=record.size_bytes)
+    except (RecordError, MissingObjectError) as error:
+        raise DamagedObjectError(f"part {part} is no longer committed: {error}") from error
+
+
 def quarantine(store: ObjectStore, findings: Sequence[Finding]) -> tuple[str, ...]:
     """Move damaged objects aside, so that their parts can be committed again.
 
@@ -173,7 +187,7 @@ def read_manifest(store: ObjectStore) -> Manifest:
         DamagedObjectError: it cannot be read.
     """
     try:
-        return Manifest.from_json(store.get(MANIFEST_KEY))
+        return Manifest.from_json(store.get(MANIFEST_KEY, at_most=MOST_JSON_BYTES))
     except RecordError as error:
         raise DamagedObjectError(f"{store.url(MANIFEST_KEY)} is damaged: {error}") from error
 
@@ -191,9 +205,11 @@ def _create(store: ObjectStore, key: str, data: bytes) -> None:
 
 def _record_bytes(store: ObjectStore, key: str) -> tuple[bytes, Finding | None]:
     try:
-        return store.get(key), None
+        return store.get(key, at_most=MOST_JSON_BYTES), None
     except MissingObjectError as error:  # deleted since the listing
         return b"", Finding(key=key, problem=str(error), is_damaged=False)
+    except DamagedObjectError as error:
+        return b"", Finding(key=key, problem=str(error), is_damaged=True)
 
 
 def _examine(
@@ -241,6 +257,6 @@ def _damaged_files(store: ObjectStore, manifest: Manifest) -> Iterator[Finding]:
             yield Finding(key=key, problem=str(error), is_damaged=True)
     for key, digest in sorted(manifest.records.items()):
         try:
-            store.get(key, sha256=digest)
+            store.get(key, sha256=digest, at_most=MOST_JSON_BYTES)
         except (DamagedObjectError, MissingObjectError) as error:
             yield Finding(key=key, problem=str(error), is_damaged=True)

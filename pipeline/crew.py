@@ -25,7 +25,10 @@ class CrewError(PipelineError):
 
 
 class Crew(Protocol):
-    """Workers 0 … num_workers - 1, each a `pipeline.compute.worker.Worker`."""
+    """Workers 0 … num_workers - 1, each a `pipeline.compute.worker.Worker`.
+
+    How many there are may change in `revive`, and then only.
+    """
 
     num_workers: int
 
@@ -49,8 +52,8 @@ class Crew(Protocol):
         """Seconds of work by method since the last call, all workers together."""
         ...
 
-    def revive(self) -> None:
-        """Wait until every worker answers again."""
+    def revive(self) -> Sequence[str]:
+        """Wait until workers answer again; returns what changed about them, in words."""
         ...
 
 
@@ -94,5 +97,5 @@ class LocalCrew:
             total.update(worker.take_seconds())
         return dict(total)
 
-    def revive(self) -> None:
-        pass
+    def revive(self) -> Sequence[str]:
+        return ()

@@ -54,6 +54,18 @@ class DivergenceError(PipelineError):
     exit_code = 4
 
 
+class LeaseHeldError(PipelineError):
+    """Another driver is at work on this run."""
+
+    exit_code = 3
+
+
+class LeaseLostError(PipelineError):
+    """Another driver has taken this run over."""
+
+    exit_code = 3
+
+
 class PlanMismatchError(PipelineError):
     """A run directory that belongs to another plan."""
 

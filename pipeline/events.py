@@ -29,7 +29,10 @@ class EventLog:
         seconds: of work by stage, all workers together.
     """
 
-    def __init__(self, store: ObjectStore, plan: Plan, resources: Resources) -> None:
+    def __init__(
+        self, store: ObjectStore, plan: Plan, resources: Resources, epoch: int | None = None
+    ) -> None:
+        """Args: epoch: of the lease under which the run is driven; None where it is finished."""
         now = datetime.datetime.now(datetime.UTC)
         self._store = store
         self._key = f"{EVENTS_PREFIX}{now:%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.jsonl"
@@ -40,6 +43,7 @@ class EventLog:
             plan_digest=plan.digest,
             host=platform.node(),
             process=os.getpid(),
+            epoch=epoch,
             **dataclasses.asdict(resources),
         )
 

@@ -17,8 +17,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pipeline.canonical import canonical_json, digest_of
 from pipeline.errors import DamagedObjectError
 from pipeline.recipe.recipe import Kind, Statistics
+from pipeline.storage.object_store import ObjectStore
 
 PLAN_KEY = "plan.json"
+
+_MOST_BYTES = 256 << 20
 
 _STRICT = ConfigDict(strict=True, extra="forbid")
 
@@ -72,6 +75,7 @@ class PartPlan:
         part: the file's number.
         name: the block's name; "rest" for part 0.
         source_bytes: of its variables in the source.
+        source_sha256: of their values (see `pipeline.source.weights.values_digest`).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -79,6 +83,7 @@ class PartPlan:
     part: int
     name: str
     source_bytes: int
+    source_sha256: str
     layers: tuple[LayerPlan, ...]
     groups: tuple[GroupPlan, ...] = ()
 
@@ -117,7 +122,8 @@ class Plan:
 
     Attributes:
         source_url: where the preset lies; not part of the digest.
-        source_digest: SHA-256 over the preset's content.
+        source_files_sha256: SHA-256 over the preset's JSON and vocabularies; its weights' are
+            those of the parts.
         model, task: the classes of the backbone, and of what stock KerasHub loads.
         recipe: as `Recipe.to_dict` gives it.
         tokens: calibration; None where no layer needs any.
@@ -130,7 +136,7 @@ class Plan:
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     source_url: str
-    source_digest: str
+    source_files_sha256: str
     model: str
     task: str
     recipe: dict[str, Any]
@@ -148,6 +154,11 @@ class Plan:
     def chained(self) -> bool:
         """Whether a block's result depends on the blocks before it."""
         return self.tokens is not None
+
+    @cached_property
+    def source_digest(self) -> str:
+        """SHA-256 of the whole source: of what decides the model, and of every weight."""
+        return digest_of([self.source_files_sha256, *(part.source_sha256 for part in self.parts)])
 
     @cached_property
     def digest(self) -> str:
@@ -177,16 +188,36 @@ class Plan:
         return plan
 
 
-def micro_batches(num_samples: int, sequence_length: int) -> tuple[int, int]:
+def read_plan(store: ObjectStore) -> Plan:
+    """Read the plan at a run's root.
+
+    Raises:
+        MissingObjectError: no run was started there.
+        DamagedObjectError: it cannot be read.
+    """
+    try:
+        return Plan.from_json(store.get(PLAN_KEY, at_most=_MOST_BYTES))
+    except DamagedObjectError as error:
+        raise DamagedObjectError(
+            f"{store.url(PLAN_KEY)}: damaged, so that nobody can tell what this run was to do "
+            f"({error}); start again in an empty place"
+        ) from error
+
+
+def micro_batches(num_samples: int, sequence_length: int, platform: str) -> tuple[int, int]:
     """Windows that go through a block at once, and windows of a shard.
 
-    About 2,048 tokens fill a matrix product; a shard holds a whole number of micro-batches, and
-    there are at most 32 shards.
+    A processor's caches hold the attention scores of about 512 tokens; an accelerator wants more.
+    A shard is worth a sum of its own from 2,048 tokens on. It holds a whole number of
+    micro-batches, and there are at most 32.
     """
-    micro_batch = min(num_samples, max(1, _TOKENS_AT_ONCE // sequence_length))
-    batches = -(-num_samples // micro_batch)
-    return micro_batch, micro_batch * -(-batches // _MOST_SHARDS)
+    at_once = _TOKENS_AT_ONCE.get(platform, _TOKENS_OF_A_SHARD)
+    micro_batch = min(num_samples, max(1, at_once // sequence_length))
+    unit = min(num_samples, max(1, _TOKENS_OF_A_SHARD // sequence_length))
+    unit = micro_batch * max(1, unit // micro_batch)
+    return micro_batch, unit * -(-num_samples // (unit * _MOST_SHARDS))
 
 
-_TOKENS_AT_ONCE = 2048
+_TOKENS_AT_ONCE = {"cpu": 512}
+_TOKENS_OF_A_SHARD = 2048
 _MOST_SHARDS = 32

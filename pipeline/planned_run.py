@@ -44,13 +44,15 @@ def claim_run(store: ObjectStore, plan: Plan, windows: bytes | None) -> Plan:
 class Identity:
     """What of a plan can be found out without planning again; see `Plan`."""
 
-    source_digest: str
+    source_files_sha256: str
     machine: dict[str, str]
     versions: dict[str, str]
 
 
 def identity(source_url: str, resources: Resources) -> Identity:
-    """What a plan made now would say of source, machine and versions; reads the whole source.
+    """What a plan made now would say of source, machine and versions.
+
+    Weights are not read: each part's are checked against the plan when they are.
 
     Raises:
         PipelineError: the source cannot be read.
@@ -121,7 +123,7 @@ def _identity(source_url: str, threads: int) -> dict[str, Any]:
     from pipeline.source.weights import open_source
 
     return {
-        "source_digest": open_source(read_preset(source_url)).digest(),
+        "source_files_sha256": open_source(read_preset(source_url)).files_digest(),
         "machine": machine(threads),
         "versions": versions(),
     }

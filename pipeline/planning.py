@@ -31,7 +31,7 @@ from pipeline.source.preset import PresetFiles
 from pipeline.source.quantizable import Target
 from pipeline.source.skeleton import Skeleton, build_skeleton
 from pipeline.source.tokenizer import preset_tokenizer
-from pipeline.source.weights import open_source
+from pipeline.source.weights import Source, open_source, values_digest
 from quantizer import kernel_layout, scheme_to_dict
 from quantizer.schemes import AWQScheme, GPTQScheme, Scheme
 
@@ -75,7 +75,7 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
     policies = {path: layer_policy(scheme) for path, (scheme, _) in chosen.items() if scheme}
     # Refuses, by name, what Keras has no policy for.
     policy_map(_base_policy(skeleton), policies)
-    # All weights are where they should be; their numbers are read later, block by block.
+    # All weights are where they should be; their numbers are read below, part by part.
     source.variables()
     if preset.kind == "huggingface":
         # What cannot be written at the end is refused at the beginning.
@@ -85,12 +85,12 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
     tokens = None if windows is None else _tokens_plan(windows)
     plan = Plan(
         source_url=preset.url,
-        source_digest=source.digest(),
+        source_files_sha256=source.files_digest(),
         model=type(skeleton.backbone).__name__,
         task=_task_name(skeleton, preset, policies),
         recipe=recipe.to_dict(),
         tokens=tokens,
-        parts=_parts(skeleton, graph, chosen, tokens),
+        parts=_parts(skeleton, graph, source, chosen, tokens),
         machine=machine(threads),
         versions=versions(),
         policies=policies,
@@ -188,7 +188,9 @@ def token_windows(
 
 def _tokens_plan(windows: TokenWindows) -> TokensPlan:
     num_samples, sequence_length = windows.tokens.shape
-    micro_batch, samples_per_shard = micro_batches(num_samples, sequence_length)
+    micro_batch, samples_per_shard = micro_batches(
+        num_samples, sequence_length, jax.default_backend()
+    )
     return TokensPlan(
         key=windows.key,
         digest=windows.digest,
@@ -203,6 +205,7 @@ def _tokens_plan(windows: TokenWindows) -> TokensPlan:
 def _parts(
     skeleton: Skeleton,
     graph: BlockGraph,
+    source: Source,
     chosen: Mapping[str, tuple[Scheme | None, str]],
     tokens: TokensPlan | None,
 ) -> tuple[PartPlan, ...]:
@@ -213,6 +216,7 @@ def _parts(
             part=0,
             name="rest",
             source_bytes=_num_bytes(rest),
+            source_sha256=values_digest(source.read(source.rest_paths(graph))),
             layers=(
                 *_layer_plans(graph.rest_targets, chosen),
                 *(_left(u.path, u.reason) for u in graph.rest_unsupported),
@@ -230,6 +234,7 @@ def _parts(
                 part=block.index + 1,
                 name=block.name,
                 source_bytes=_num_bytes(block.layer.weights),
+                source_sha256=values_digest(source.read_layer(block.layer)),
                 layers=(
                     *_layer_plans(block.targets, chosen),
                     *(_left(u.path, u.reason) for u in block.unsupported),

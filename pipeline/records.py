@@ -20,6 +20,8 @@ from pipeline.errors import PipelineError
 MANIFEST_KEY = "manifest.json"
 ARTIFACT_PREFIX = "artifact/"
 RECORDS_PREFIX = "records/"
+MOST_JSON_BYTES = 256 << 20
+"""No record, manifest or plan is larger; whoever reads one need not take in more."""
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 NumBytes = Annotated[int, Field(ge=0)]

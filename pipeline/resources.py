@@ -10,6 +10,7 @@ from pathlib import Path
 import ray
 
 from pipeline.crew import CrewError
+from pipeline.storage.object_store import PATIENCE_VARIABLE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,4 +100,6 @@ def worker_environment(resources: Resources) -> dict[str, str]:
     }
     if not resources.gpus:
         environment["JAX_PLATFORMS"] = "cpu"
+    if PATIENCE_VARIABLE in os.environ:
+        environment[PATIENCE_VARIABLE] = os.environ[PATIENCE_VARIABLE]
     return environment

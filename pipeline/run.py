@@ -14,13 +14,14 @@ from pipeline import activations
 from pipeline.canonical import sha256
 from pipeline.commits import committed_parts, quarantine
 from pipeline.crew import Crew, CrewError, WorkerLostError
-from pipeline.errors import PlanMismatchError
-from pipeline.plan import PLAN_KEY, PartPlan, Plan
+from pipeline.errors import DamagedObjectError, PipelineError, PlanMismatchError
+from pipeline.plan import PLAN_KEY, PartPlan, Plan, read_plan
 from pipeline.records import Manifest, PartRecord
 from pipeline.reduction import Subtree, join, split
 from pipeline.storage.object_store import ObjectStore
 
-_MOST_LOSSES = 20
+_MOST_LOSSES = 10
+"""In a row, with nothing committed between them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class Step:
     """Something that a run reports.
 
     Attributes:
-        event: "damaged", "resumed", "committed", "kept", "lost" or "sealed".
+        event: "damaged", "resumed", "committed", "kept", "lost", "fewer" or "sealed".
         part: the part that it is about.
         parts: those that a resumed run finds committed.
         record: of a committed part.
@@ -58,14 +59,14 @@ def claim(store: ObjectStore, plan: Plan, windows: bytes | None = None) -> Plan:
         PlanMismatchError: the directory belongs to another plan, or holds other things.
     """
     if store.exists(PLAN_KEY):
-        found = Plan.from_json(store.get(PLAN_KEY))
+        found = read_plan(store)
         if found.digest != plan.digest:
             raise PlanMismatchError(
                 f"{store.url(PLAN_KEY)} is the plan of another run ({_difference(found, plan)}); "
                 "choose another --output, or resume that run with what it was started with"
             )
         return found
-    foreign = [key for key in store.list() if not key.startswith("tokens/")]
+    foreign = [key for key in store.list() if not key.startswith(("tokens/", "leases/"))]
     if foreign:
         raise PlanMismatchError(
             f"{store.url(foreign[0])} is there already, and no {PLAN_KEY} beside it; choose an "
@@ -78,7 +79,13 @@ def claim(store: ObjectStore, plan: Plan, windows: bytes | None = None) -> Plan:
 
 
 def quantize(
-    plan: Plan, store: ObjectStore, crew: Crew, report: Report, *, keep_every: int = 8
+    plan: Plan,
+    store: ObjectStore,
+    crew: Crew,
+    report: Report,
+    *,
+    keep_every: int = 8,
+    check_lease: Callable[[], None] = lambda: None,
 ) -> Manifest:
     """Carry a plan out, from wherever storage says it stands, to its manifest.
 
@@ -88,33 +95,53 @@ def quantize(
         crew: workers for this plan.
         report: is told what happens.
         keep_every: blocks between activations kept in storage.
+        check_lease: raises where another driver has taken over; asked before anything is moved
+            or deleted, and before every block.
 
     Raises:
         PipelineError: what repetition does not mend; resuming goes on from the last block.
     """
-    losses = 0
+    losses, committed = 0, -1
     while True:
+        records: dict[int, PartRecord] = {}
         try:
-            records = _committed(plan, store, report)
+            records |= _committed(plan, store, report, check_lease)
             _quantize_alone(plan, crew, records, report)
             if plan.chained:
-                _quantize_in_turn(plan, store, crew, records, report, keep_every)
+                _quantize_in_turn(plan, store, crew, records, report, keep_every, check_lease)
             [manifest] = crew.fetch([crew.submit(0, "seal", records)])
-        except WorkerLostError as error:
-            losses += 1
+        except (WorkerLostError, DamagedObjectError) as error:
+            losses = losses + 1 if len(records) <= committed else 1
+            committed = max(committed, len(records))
             if losses > _MOST_LOSSES:
-                raise CrewError(
-                    f"workers were lost more than {_MOST_LOSSES} times, the last by {error}; check "
-                    "the memory and logs of the cluster's nodes, then resume"
-                ) from error
-            report(Step(event="lost", text=f"a worker was lost ({error}); its work is done again"))
-            crew.revive()
+                raise _given_up(error) from error
+            if isinstance(error, WorkerLostError):
+                text = f"a worker was lost ({error}); its work is done again"
+                report(Step(event="lost", text=text))
+                for change in crew.revive():
+                    report(Step(event="fewer", text=change))
+            else:
+                report(Step(event="damaged", text=f"{error}; it is made again"))
         else:
             report(Step(event="sealed", seconds=crew.seconds()))
             return manifest  # type: ignore[no-any-return]
 
 
-def _committed(plan: Plan, store: ObjectStore, report: Report) -> dict[int, PartRecord]:
+def _given_up(error: Exception) -> PipelineError:
+    if isinstance(error, DamagedObjectError):
+        return DamagedObjectError(
+            f"objects are damaged again and again, {_MOST_LOSSES} times in a row, the last: "
+            f"{error}; check the store, then resume"
+        )
+    return CrewError(
+        f"workers were lost {_MOST_LOSSES} times without one more block committed, the last by "
+        f"{error}; check the memory and logs of the cluster's nodes, then resume"
+    )
+
+
+def _committed(
+    plan: Plan, store: ObjectStore, report: Report, check_lease: Callable[[], None]
+) -> dict[int, PartRecord]:
     found = committed_parts(
         store,
         plan_digest=plan.digest,
@@ -124,7 +151,9 @@ def _committed(plan: Plan, store: ObjectStore, report: Report) -> dict[int, Part
     )
     for finding in found.findings:
         report(Step(event="damaged", text=finding.problem))
-    quarantine(store, found.findings)
+    if found.findings:
+        check_lease()
+        quarantine(store, found.findings)
     if found.parts:
         report(
             Step(
@@ -154,6 +183,7 @@ def _quantize_in_turn(
     records: dict[int, PartRecord],
     report: Report,
     keep_every: int,
+    check_lease: Callable[[], None],
 ) -> None:
     """The blocks, each calibrated on what the quantized ones before it give."""
     first = next((b for b in range(plan.num_blocks) if b + 1 not in records), plan.num_blocks)
@@ -169,6 +199,7 @@ def _quantize_in_turn(
         [crew.submit(w, "restore", first, held, start) for w, held in enumerate(shards) if held]
     )
     for block in range(first, plan.num_blocks):
+        check_lease()
         part = plan.parts[block + 1]
         last = block + 1 == plan.num_blocks
         following = None if last else crew.submit(block % crew.num_workers, "read", block + 2)
@@ -185,7 +216,7 @@ def _quantize_in_turn(
         _note(records, crew.fetch([record])[0], crew, report)
         crew.fetch(moved)
         if not last and (block + 1) % keep_every == 0:
-            _keep(store, crew, block + 1, shards, report)
+            _keep(store, crew, block + 1, shards, report, check_lease)
         values = following
 
 
@@ -239,7 +270,12 @@ def _capture(
 
 
 def _keep(
-    store: ObjectStore, crew: Crew, block: int, shards: Sequence[Sequence[int]], report: Report
+    store: ObjectStore,
+    crew: Crew,
+    block: int,
+    shards: Sequence[Sequence[int]],
+    report: Report,
+    check_lease: Callable[[], None],
 ) -> None:
     kept: dict[int, activations.Kept] = {}
     for found in crew.fetch(
@@ -247,6 +283,7 @@ def _keep(
     ):
         kept |= found
     activations.finish(store, block, kept)
+    check_lease()
     activations.discard(store, block)
     report(Step(event="kept", part=block))
 
@@ -258,7 +295,9 @@ def _note(records: dict[int, PartRecord], record: PartRecord, crew: Crew, report
 
 def _difference(found: Plan, wanted: Plan) -> str:
     """What of two plans differs: fields by name; of machine and versions, what they are."""
-    fields = ("source_digest", "recipe", "tokens", "parts")
+    fields = ["source_digest", "recipe", "tokens"]
+    if found.source_digest == wanted.source_digest:
+        fields.append("parts")  # they name the weights too
     other = [f"other {name}" for name in fields if getattr(found, name) != getattr(wanted, name)]
     theirs, ours = found.machine | found.versions, wanted.machine | wanted.versions
     other += [

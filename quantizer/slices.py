@@ -1,8 +1,9 @@
-"""GPTQ of a whole weight: its fixed row slices, one after the other, and their common account."""
+"""GPTQ of whole weights: their fixed row slices, two at a time, and their common accounts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import jax
@@ -19,6 +20,10 @@ from quantizer.schemes import GPTQScheme
 from quantizer.solution import Account, Float32, GroupedWeight, Solution, relative_error
 
 _BAND = 32
+_LARGEST_SLICE = 512
+_SLICE_STEP = 32
+# While one slice goes through its columns on one core, another's products keep the rest busy.
+_AT_ONCE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +44,12 @@ def row_slices(out_features: int) -> list[tuple[int, int]]:
     """The fixed slices [a, b) of output channels that are solved on their own.
 
     Fixed by the kind of machine alone: a product's rounding depends on its shape, and any worker
-    that solves a slice must get the same bits. On a CPU a slice's panel stays in cache; a GPU
-    wants all it can get.
+    that solves a slice must get the same bits. On a CPU a slice's panel stays in cache, and all
+    are of about one size; a GPU wants all it can get.
     """
-    size = 512 if jax.default_backend() == "cpu" else 16384
+    largest = _LARGEST_SLICE if jax.default_backend() == "cpu" else 16384
+    count = -(-out_features // largest)
+    size = -(-out_features // (count * _SLICE_STEP)) * _SLICE_STEP
     return [(a, min(a + size, out_features)) for a in range(0, out_features, size)]
 
 
@@ -138,42 +145,45 @@ def solve_on_grid(
 
 
 def solve_gptq(
-    weight_RC: Float32,
+    weights: Sequence[Float32],
     factor: Factor | None,
     hessian: HessianSum,
     scheme: GPTQScheme,
     *,
     scale_dtype: str,
-) -> Solution:
-    """Solve checked weights under a factor of their Hessian (None: round to nearest).
+) -> list[Solution]:
+    """Solve checked weights of one input under a factor of its Hessian (None: round to nearest).
 
     Args:
-        weight_RC: [out_features, in_features], float32.
+        weights: [out_features, in_features] each, float32.
         scale_dtype: dtype in which scales will be stored; they are rounded to it first.
     """
     energy_1C = search_energy(factor, hessian)[None]
-    if factor is not None and factor.dead_C.any():
-        # Dead weights become zero: they must not widen the range of the live ones.
-        weight_GC = np.where(factor.dead_C, np.float32(0), weight_RC)
-    else:
+
+    def solve_rows(weight_RC: Float32) -> tuple[SolvedSlice, Grid]:
         weight_GC = weight_RC
+        if factor is not None and factor.dead_C.any():
+            # Dead weights become zero: they must not widen the range of the live ones.
+            weight_GC = np.where(factor.dead_C, np.float32(0), weight_RC)
+        grid = grid_of(weight_GC, energy_1C, scheme, scale_dtype)
+        return solve_on_grid(weight_RC, factor, hessian, grid, scheme), grid
 
-    def solve_rows(rows: tuple[int, int]) -> tuple[SolvedSlice, Grid]:
-        a, b = rows
-        grid = grid_of(weight_GC[a:b], energy_1C, scheme, scale_dtype)
-        return solve_on_grid(weight_RC[a:b], factor, hessian, grid, scheme), grid
-
-    solved = [solve_rows(rows) for rows in row_slices(weight_RC.shape[0])]
-    slices = [part for part, _ in solved]
-    grids = [grid for _, grid in solved]
-    weight = GroupedWeight(
-        transposed([np.asarray(part.codes_CR) for part in slices]),
-        np.concatenate([grid.scale_RG for grid in grids]),
-        np.concatenate([grid.zero_RG for grid in grids]).astype(np.uint8),
-        grids[0].group_C,
-    )
+    slices = [(weight, a, b) for weight in weights for a, b in row_slices(len(weight))]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        solved = list(pool.map(solve_rows, (weight[a:b] for weight, a, b in slices)))
     damping = None if factor is None else factor.damping
-    return Solution(weight, gptq_account(weight_RC, slices, damping, hessian, scheme))
+    solutions = []
+    for weight in weights:
+        mine = [solved.pop(0) for _ in row_slices(len(weight))]
+        parts, grids = [part for part, _ in mine], [grid for _, grid in mine]
+        grouped = GroupedWeight(
+            transposed([np.asarray(part.codes_CR) for part in parts]),
+            np.concatenate([grid.scale_RG for grid in grids]),
+            np.concatenate([grid.zero_RG for grid in grids]).astype(np.uint8),
+            grids[0].group_C,
+        )
+        solutions.append(Solution(grouped, gptq_account(weight, parts, damping, hessian, scheme)))
+    return solutions
 
 
 def search_energy(factor: Factor | None, hessian: HessianSum) -> Float32:

@@ -71,7 +71,7 @@ def solve(
             hessian = require_hessian(statistics, weight_RC.shape[1], scheme.mode, name)
             weight_RC = correct_drift(weight_RC, hessian, drift, scheme, name)
             factor = factorize_hessian(hessian, scheme)
-            return solve_gptq(weight_RC, factor, hessian, scheme, scale_dtype=scale_dtype)
+            return solve_gptq([weight_RC], factor, hessian, scheme, scale_dtype=scale_dtype)[0]
         case AWQScheme():
             if not isinstance(statistics, Statistics):
                 raise _missing(name, scheme.mode, "a HessianSum or a MagnitudeSum")
@@ -117,16 +117,11 @@ def solve_stack(
     if not checked:
         return []
     factor = factorize_hessian(hessian, scheme)
-    return [
-        solve_gptq(
-            correct_drift(weight_RC, hessian, drift, scheme, name),
-            factor,
-            hessian,
-            scheme,
-            scale_dtype=scale_dtype,
-        )
+    targets = [
+        correct_drift(weight_RC, hessian, drift, scheme, name)
         for weight_RC, name in zip(checked, names, strict=True)
     ]
+    return solve_gptq(targets, factor, hessian, scheme, scale_dtype=scale_dtype)
 
 
 def _round(

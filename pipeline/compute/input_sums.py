@@ -6,7 +6,6 @@ what goes on: a block that is run again, to resume, gives the same activations w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from numpy.typing import NDArray
 
 from pipeline.recipe.recipe import Statistics
 from quantizer import HessianSum, MagnitudeSum
@@ -30,15 +30,15 @@ Carry = tuple[Array, ...]
 def empty(statistics: Statistics, in_features: int) -> Carry:
     """Sums over no rows."""
     if statistics == "hessian":
-        return jnp.zeros((in_features, in_features)), jnp.int32(0)
+        bands = (jnp.zeros((b - a, in_features - a)) for a, b in _bands(in_features))
+        return *bands, jnp.int32(0)
     return jnp.zeros(in_features), jnp.zeros(in_features), jnp.zeros(in_features), jnp.int32(0)
 
 
-@partial(jax.jit, static_argnames=("statistics", "input_axes"), donate_argnums=(0,))
 def add(
     carry: Carry,
     inputs: Array,
-    mask: Array,
+    mask: NDArray[np.bool_],
     *,
     statistics: Statistics,
     input_axes: tuple[int, ...],
@@ -50,14 +50,40 @@ def add(
         mask: [batch, sequence]; rows where it is false are left out.
         input_axes: the axes of `inputs` that are summed with the kernel, counted from its end.
     """
+    # Leaving nothing out is a program of its own: one pass over the rows less.
+    some = None if mask.all() else jnp.asarray(mask)
+    added: Carry = _add(
+        carry, inputs, some, mask.size, statistics=statistics, input_axes=input_axes
+    )
+    return added
+
+
+@partial(jax.jit, static_argnames=("statistics", "input_axes"), donate_argnums=(0,))
+def _add(
+    carry: Carry,
+    inputs: Array,
+    mask: Array | None,
+    num_all: Array,
+    *,
+    statistics: Statistics,
+    input_axes: tuple[int, ...],
+) -> Carry:
     last = tuple(range(-len(input_axes), 0))
     moved = jnp.moveaxis(inputs, input_axes, last)
     rows = moved.reshape(*moved.shape[: -len(last)], -1).astype(jnp.float32)
-    # Chosen, not multiplied: padding may hold infinity.
-    rows_NC = jnp.where(mask[..., None], rows, 0.0).reshape(-1, rows.shape[-1])
-    num_rows = carry[-1] + jnp.sum(mask, dtype=jnp.int32)
+    if mask is None:
+        num_rows = carry[-1] + num_all
+    else:
+        # Chosen, not multiplied: padding may hold infinity.
+        rows = jnp.where(mask[..., None], rows, 0.0)
+        num_rows = carry[-1] + jnp.sum(mask, dtype=jnp.int32)
+    rows_NC = rows.reshape(-1, rows.shape[-1])
     if statistics == "hessian":
-        return carry[0] + gram(rows_NC), num_rows
+        sums = (
+            band + jnp.matmul(rows_NC[:, a:b].T, rows_NC[:, a:], precision=lax.Precision.HIGHEST)
+            for band, (a, b) in zip(carry, _bands(rows_NC.shape[1]), strict=False)
+        )
+        return *sums, num_rows
     size_NC = jnp.abs(rows_NC)
     return (
         carry[0] + jnp.sum(size_NC, axis=0),
@@ -69,29 +95,26 @@ def add(
 
 def finish(statistics: Statistics, carry: Carry) -> Sums:
     """Sums as the solvers take them."""
-    return _FINISH[statistics](*(np.asarray(array) for array in carry))
+    if statistics == "hessian":
+        return HessianSum(np.asarray(_whole(carry[:-1])), int(carry[-1]))
+    total, square, largest, num_rows = (np.asarray(array) for array in carry)
+    return MagnitudeSum(total, square, largest, int(num_rows))
 
 
-def gram(rows_NC: Array) -> Array:
-    """Σ xᵀx in full float32, [C, C], exactly symmetric."""
-    count = rows_NC.shape[1]
-    if count < _GRAM_BLOCKS * _SMALLEST_GRAM_BLOCK:
-        return jnp.matmul(rows_NC.T, rows_NC, precision=lax.Precision.HIGHEST)
-    edges = [count * i // _GRAM_BLOCKS for i in range(_GRAM_BLOCKS + 1)]
-    bands = [
-        jnp.pad(
-            jnp.matmul(rows_NC[:, a:b].T, rows_NC[:, a:], precision=lax.Precision.HIGHEST),
-            ((0, 0), (a, 0)),
+@jax.jit
+def _whole(bands: Carry) -> Array:
+    """The Gram, [C, C], exactly symmetric, from its bands on and right of the diagonal."""
+    upper = jnp.triu(
+        jnp.concatenate(
+            [jnp.pad(band, ((0, 0), (bands[0].shape[1] - band.shape[1], 0))) for band in bands]
         )
-        for a, b in pairwise(edges)
-    ]
-    upper = jnp.triu(jnp.concatenate(bands))
+    )
     return upper + jnp.triu(upper, 1).T
 
 
-_FINISH: Mapping[str, Callable[..., Sums]] = {
-    "hessian": lambda gram_CC, num_rows: HessianSum(gram_CC, int(num_rows)),
-    "magnitudes": lambda total, square, largest, num_rows: MagnitudeSum(
-        total, square, largest, int(num_rows)
-    ),
-}
+def _bands(in_features: int) -> list[tuple[int, int]]:
+    """Columns [a, b) of each band: its product is with the columns from a on."""
+    if in_features < _GRAM_BLOCKS * _SMALLEST_GRAM_BLOCK:
+        return [(0, in_features)]
+    edges = [in_features * i // _GRAM_BLOCKS for i in range(_GRAM_BLOCKS + 1)]
+    return list(pairwise(edges))

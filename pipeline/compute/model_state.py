@@ -16,6 +16,7 @@ from pipeline.artifact.weight_layout import weight_layout
 from pipeline.compute.forward import BlockProgram, call_with
 from pipeline.compute.inputs import model_inputs
 from pipeline.compute.solving import Values
+from pipeline.errors import SourceError
 from pipeline.plan import LayerPlan, PartPlan, Plan
 from pipeline.recipe.recipe import Statistics, statistics_of
 from pipeline.source.blocks import Block, BlockGraph, find_blocks
@@ -23,7 +24,7 @@ from pipeline.source.converted_files import converted_files
 from pipeline.source.preset import read_preset
 from pipeline.source.quantizable import Target
 from pipeline.source.skeleton import Skeleton, build_skeleton
-from pipeline.source.weights import open_source
+from pipeline.source.weights import open_source, values_digest
 from quantizer import kernel_layout, scheme_from_dict
 from quantizer.restore import restore_kernel
 
@@ -105,10 +106,24 @@ class ModelState:
         return {target.path: target for target in found}
 
     def read(self, part: int) -> dict[str, NDArray[Any]]:
-        """The source's arrays of one part, by variable path; part 0 is what no block holds."""
+        """The source's arrays of one part, by variable path; part 0 is what no block holds.
+
+        Raises:
+            SourceError: they cannot be read, or are not those that the plan was made for.
+        """
         if part:
-            return self.source.read_layer(self.graph.blocks[part - 1].layer)
-        return self.source.read(self.source.rest_paths(self.graph))
+            values = self.source.read_layer(self.graph.blocks[part - 1].layer)
+        else:
+            values = self.source.read(self.source.rest_paths(self.graph))
+        planned = self.plan.parts[part]
+        found = values_digest(values)
+        if found != planned.source_sha256:
+            raise SourceError(
+                f"{self._preset.url}: the weights of {planned.name} changed since the run was "
+                f"planned (SHA-256 {found[:12]}, planned {planned.source_sha256[:12]}); put them "
+                "back and resume, or start a new run elsewhere"
+            )
+        return values
 
     def program(self, block: Block, stream: Any, sides: Sequence[Any]) -> BlockProgram:
         """The block's compiled program for micro-batches of this shape."""

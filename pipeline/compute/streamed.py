@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from pipeline.artifact.parts import decode_part
 from pipeline.artifact.weight_layout import weight_layout
+from pipeline.commits import committed_file
 from pipeline.compute.inputs import model_inputs, text_inputs
 from pipeline.compute.model_state import ModelState
-from pipeline.records import file_key
 from pipeline.source.blocks import BlockGraph
 from pipeline.storage.object_store import ObjectStore
 
@@ -116,7 +116,7 @@ def artifact_model(model: ModelState, store: ObjectStore) -> StreamedModel:
     rest_of_task = {str(v.path): v for v in skeleton.model.variables if id(v) not in of_backbone}
 
     def read(part: int) -> Pairs:
-        values = decode_part(model.parts[part], store.get(file_key(part)))
+        values = decode_part(model.parts[part], committed_file(store, part))
         pairs = [(own[place], _cast(value, own[place])) for place, value in values.items()]
         if part == 0 and rest_of_task:
             found = model.read(0)

@@ -21,7 +21,7 @@ from pipeline.artifact.parts import encode_part
 from pipeline.artifact.sealing import seal
 from pipeline.calibration.token_windows import TokenWindows
 from pipeline.canonical import sha256
-from pipeline.commits import commit_part
+from pipeline.commits import commit_part, committed_file
 from pipeline.compute import input_sums
 from pipeline.compute.comparison import compare
 from pipeline.compute.forward import BlockProgram
@@ -30,6 +30,7 @@ from pipeline.compute.model_state import ModelState, in_order
 from pipeline.compute.solving import SolvedLayer, Values, solve_layers
 from pipeline.compute.streamed import artifact_model, source_model
 from pipeline.crew import WorkerLostError
+from pipeline.errors import DamagedObjectError, MissingObjectError
 from pipeline.fidelity import WindowFidelity
 from pipeline.plan import LayerPlan, Plan
 from pipeline.records import LayerRecord, Manifest, PartRecord, file_key
@@ -89,13 +90,16 @@ class Worker:
             shard = self._embedded(rest, tokens, mask)
             if start:
                 shard.block = start
-                streams = activations.load(self._store, start, index)
+                try:
+                    streams = activations.load(self._store, start, index)
+                except (DamagedObjectError, MissingObjectError) as error:
+                    # They are a cache, and were whole a moment ago: begin from others.
+                    raise LostShardError(str(error)) from error
                 for batch, stream in zip(shard.batches, streams, strict=True):
                     batch.stream = stream
             self._shards[index] = shard
         for done in range(start, block):
-            key = file_key(done + 1)
-            kernels = self._model.kernels(done + 1, self._store.get(key))
+            kernels = self._model.kernels(done + 1, committed_file(self._store, done + 1))
             self._repeat(done, shards, self._model.read(done + 1), kernels)
 
     def capture(

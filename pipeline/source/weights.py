@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import keras
+import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.artifact.weight_layout import weight_layout
@@ -22,7 +23,6 @@ from pipeline.source.safetensors_source import SafetensorsWeights
 from pipeline.source.skeleton import Skeleton, build_skeleton
 from pipeline.source.source_variable import SourceVariable, WeightFiles
 
-_PIECE_BYTES = 64 << 20
 _PROSE = (".md", ".rst", "LICENSE")
 
 
@@ -99,25 +99,17 @@ class Source:
         inside = {path for block in graph.blocks for path in self.layer_paths(block.layer)}
         return tuple(path for path in self.paths if path not in inside)
 
-    def digest(self) -> str:
-        """SHA-256 over names, sizes and contents of all files that decide what the model is.
+    def files_digest(self) -> str:
+        """SHA-256 over all that decides what the model is but the weights that `read` reads.
 
-        Reads everything once, in pieces. README and the like do not count.
+        That is JSON and vocabularies with their contents, and of weights files the names and
+        sizes. README and the like do not count.
         """
         entries = {}
         for name in self._decisive_files():
-            content = hashlib.sha256()
-            size = self.preset.sizes[name]
-            for start in range(0, size, _PIECE_BYTES):
-                content.update(self.preset.read(name, start, min(start + _PIECE_BYTES, size)))
-            entries[name] = [size, content.hexdigest()]
-        return _sha256(entries)
-
-    def fingerprint(self) -> str:
-        """As `digest`, but of weights and vocabularies only the sizes count; they are not read."""
-        entries = {}
-        for name in self._decisive_files():
             content = self.preset.json_files.get(name)
+            if content is None and name not in self.weights.file_names:
+                content = self.preset.read(name)
             known = None if content is None else hashlib.sha256(content).hexdigest()
             entries[name] = [self.preset.sizes[name], known]
         return _sha256(entries)
@@ -125,6 +117,19 @@ class Source:
     def _decisive_files(self) -> list[str]:
         names = {*self.weights.file_names, *self.preset.json_files, *self.preset.assets}
         return sorted(name for name in names if not name.endswith(_PROSE))
+
+
+def values_digest(values: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 of variables' values, by path, wherever and however they are stored."""
+    entries = {
+        path: [
+            str(value.dtype),
+            list(value.shape),
+            hashlib.sha256(np.ascontiguousarray(value).view(np.uint8).data).hexdigest(),
+        ]
+        for path, value in values.items()
+    }
+    return _sha256(entries)
 
 
 def open_source(preset: PresetFiles, skeleton: Skeleton | None = None) -> Source:

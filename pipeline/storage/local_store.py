@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter place",
     errno.EIO: "the disk fails to read or write; check its health",
 }
+
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")
 
 
 class LocalBackend:
@@ -73,6 +77,16 @@ class LocalBackend:
     def delete(self, key: str) -> None:
         with self._explained(key) as path:
             path.unlink(missing_ok=True)
+
+    def leftovers(self) -> Iterator[str]:
+        with self._explained(""):
+            for directory, _, names in os.walk(self._root, onerror=_unless_absent):
+                for name in names:
+                    if _TEMPORARY.fullmatch(name):
+                        yield (Path(directory) / name).relative_to(self._root).as_posix()
+
+    def sweep(self, leftover: str) -> None:
+        self.delete(leftover)
 
     @contextmanager
     def _explained(self, key: str) -> Iterator[Path]:

@@ -47,3 +47,9 @@ class MemoryBackend:
     def delete(self, key: str) -> None:
         with _lock:
             _objects.pop(self._root + key, None)
+
+    def leftovers(self) -> Iterator[str]:
+        return iter(())
+
+    def sweep(self, leftover: str) -> None:
+        raise AssertionError(f"{leftover}: nothing is ever left over")

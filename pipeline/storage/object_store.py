@@ -7,6 +7,7 @@ the digest that a record names, and whoever creates an object learns whether oth
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,19 +31,41 @@ _LONGEST_KEY = 512
 _NUM_READS = 3
 _PIECE_BYTES = 64 * 2**20
 
+PATIENCE_VARIABLE = "QUANTFLEET_STORAGE_PATIENCE"
+"""Environment variable: `Patience.deadline_seconds` of every store that is opened without one."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Patience:
     """How long a remote store may keep us waiting. Local stores never do."""
 
-    deadline_seconds: float = 120.0
-    """An operation is tried again until this long after its first try."""
+    deadline_seconds: float = 300.0
+    """An operation is tried again until this long after its first try: the longest outage of the
+    store that only makes work wait."""
     connect_seconds: float = 3.0
     """Limit for opening a connection."""
     read_seconds: float = 20.0
     """Limit for silence while an answer is awaited."""
     longest_pause_seconds: float = 5.0
     """Pauses between tries double, with jitter, up to this."""
+
+    @classmethod
+    def configured(cls) -> Patience:
+        """As this process' environment says.
+
+        Raises:
+            StorageError: it says something that is no number of seconds.
+        """
+        given = os.environ.get(PATIENCE_VARIABLE)
+        if given is None:
+            return cls()
+        try:
+            seconds = float(given)
+        except ValueError:
+            seconds = -1.0
+        if not 0 <= seconds < float("inf"):
+            raise StorageError(f"{PATIENCE_VARIABLE} must be a number of seconds, not {given!r}")
+        return cls(deadline_seconds=seconds)
 
 
 class Backend(Protocol):
@@ -69,6 +92,12 @@ class Backend(Protocol):
     def delete(self, key: str) -> None:
         """Remove the object; it may be absent."""
 
+    def leftovers(self) -> Iterator[str]:
+        """Yield the names of what interrupted writes left behind, below the root."""
+
+    def sweep(self, leftover: str) -> None:
+        """Remove what `leftovers` named; it may be absent."""
+
 
 @dataclass(frozen=True)
 class ObjectStore:
@@ -90,22 +119,37 @@ class ObjectStore:
         """Return the object's full URL."""
         return f"{self.root_url}/{_checked(key)}"
 
-    def get(self, key: str, *, sha256: str | None = None, size: int | None = None) -> bytes:
+    def get(
+        self,
+        key: str,
+        *,
+        sha256: str | None = None,
+        size: int | None = None,
+        at_most: int | None = None,
+    ) -> bytes:
         """Read an object, and make sure that it is the expected one.
 
         Args:
             sha256: the digest that its bytes must have.
             size: the number of bytes that it must have.
+            at_most: the largest number of bytes that it may have; no more are read.
 
         Raises:
             MissingObjectError: nothing is there.
-            DamagedObjectError: other bytes are there, however often they are read.
+            DamagedObjectError: other bytes are there, however often they are read, or too many.
         """
         for _ in range(_NUM_READS):
             try:
-                data = self.backend.read(_checked(key), size)
+                if at_most is None:
+                    data = self.backend.read(_checked(key), size)
+                else:
+                    data = self.backend.read_range(_checked(key), 0, at_most + 1)
             except FileNotFoundError as error:
                 raise self._missing(key) from error
+            if at_most is not None and len(data) > at_most:
+                raise DamagedObjectError(
+                    f"{self.url(key)} is damaged: it has more than {at_most} bytes"
+                )
             if size is not None and len(data) != size:
                 problem = f"it has {len(data)} bytes instead of {size}"
             elif sha256 is not None and sha256_of(data) != sha256:
@@ -210,6 +254,16 @@ class ObjectStore:
         """Remove an object; none there is no error."""
         self.backend.delete(_checked(key))
 
+    def leftovers(self) -> tuple[str, ...]:
+        """Return what interrupted writes left behind: of no use, unless one is still under way."""
+        return tuple(sorted(self.backend.leftovers()))
+
+    def sweep(self, leftover: str) -> None:
+        """Remove one of `leftovers`."""
+        if leftover not in self.leftovers():
+            raise StorageError(f"{self.root_url}: {leftover!r} is no leftover of a write")
+        self.backend.sweep(leftover)
+
     def _missing(self, key: str) -> MissingObjectError:
         return MissingObjectError(f"{self.url(key)} does not exist")
 
@@ -221,7 +275,7 @@ def open_store(url: str, patience: Patience | None = None) -> ObjectStore:
         url: a local path, file://…, memory://… (this process only), s3://bucket/…, or a URL of
             another fsspec filesystem that can create an object only once. Credentials and
             endpoint come from the environment, such as AWS_ENDPOINT_URL, never from the URL.
-        patience: how long a remote store may keep us waiting.
+        patience: how long a remote store may keep us waiting; None for what the environment says.
 
     Raises:
         StorageError: a URL that cannot be used.
@@ -252,7 +306,7 @@ def open_store(url: str, patience: Patience | None = None) -> ObjectStore:
             return ObjectStore(root_url, MemoryBackend(rest.strip("/")))
     from pipeline.storage.remote_store import RemoteBackend
 
-    return ObjectStore(root_url, RemoteBackend(root_url, patience or Patience()))
+    return ObjectStore(root_url, RemoteBackend(root_url, patience or Patience.configured()))
 
 
 def _checked(key: str) -> str:

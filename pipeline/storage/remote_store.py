@@ -110,6 +110,13 @@ class RemoteBackend:
         except FileNotFoundError:
             return
 
+    def leftovers(self) -> Iterator[str]:
+        # One request writes a whole object, so that none is ever left half-written.
+        return iter(())
+
+    def sweep(self, leftover: str) -> None:
+        raise AssertionError(f"{leftover}: nothing is ever left over")
+
     def _pipe(self, key: str, data: bytes, mode: str) -> None:
         if self._protocol not in _CREATE_ONCE:
             raise StorageError(

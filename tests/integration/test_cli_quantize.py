@@ -298,7 +298,7 @@ def test_another_plan_in_the_output_is_refused_and_nothing_changes(
     again = ("--source", other, "--evaluate-on", text_file())
     assert command("resume", output) == 0
     assert command("evaluate", output, *again) == 2
-    assert "the source changed" in command.complaint
+    assert "changed since the run was planned" in command.complaint
     assert lasting(store) == before
 
 

@@ -39,7 +39,11 @@ def test_the_tightest_node_decides_and_the_remedy_fits(
 
 def here(**other: object) -> Identity:
     plan = planned("gptq").plan
-    same = Identity(source_digest=plan.source_digest, machine=plan.machine, versions=plan.versions)
+    same = Identity(
+        source_files_sha256=plan.source_files_sha256,
+        machine=plan.machine,
+        versions=plan.versions,
+    )
     return dataclasses.replace(same, **other)  # type: ignore[arg-type]
 
 
@@ -47,7 +51,7 @@ def test_going_on_needs_the_same_source_machine_and_packages() -> None:
     plan = planned("gptq").plan
     check_identity(plan, here(), "preset", finished=False)
     with pytest.raises(PipelineError, match="preset: the source changed"):
-        check_identity(plan, here(source_digest="0" * 64), "preset", finished=True)
+        check_identity(plan, here(source_files_sha256="0" * 64), "preset", finished=True)
     with pytest.raises(PipelineError, match=r"threads 9, planned 2"):
         check_identity(
             plan, here(machine={**plan.machine, "threads": "9"}), "preset", finished=False

@@ -22,7 +22,7 @@ def test_the_digest_covers_all_that_decides_bytes() -> None:
     plan = planned("gptq").plan
     assert plan.tokens is not None
     others = [
-        dataclasses.replace(plan, source_digest="0" * 64),
+        dataclasses.replace(plan, source_files_sha256="0" * 64),
         dataclasses.replace(plan, recipe={**plan.recipe, "name": "x"}),
         dataclasses.replace(plan, tokens=dataclasses.replace(plan.tokens, digest="0" * 64)),
         dataclasses.replace(plan, tokens=None),
@@ -60,7 +60,11 @@ def test_anything_but_a_plan_is_damaged() -> None:
 
 @given(st.integers(1, 100_000), st.integers(2, 10_000))
 def test_shards_hold_whole_micro_batches_and_are_few(num_samples: int, length: int) -> None:
-    micro_batch, per_shard = micro_batches(num_samples, length)
+    for platform in ("cpu", "gpu"):
+        check(*micro_batches(num_samples, length, platform), num_samples, length)
+
+
+def check(micro_batch: int, per_shard: int, num_samples: int, length: int) -> None:
     assert 1 <= micro_batch <= num_samples
     assert per_shard % micro_batch == 0
     assert -(-num_samples // per_shard) <= 32

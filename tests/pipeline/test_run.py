@@ -139,7 +139,7 @@ def test_a_worker_that_started_anew_unnoticed_is_given_its_shards_again(
 
 
 def test_workers_that_never_last_end_the_run(store: ObjectStore) -> None:
-    with pytest.raises(CrewError, match="20 times") as raised:
+    with pytest.raises(CrewError, match="10 times without one more") as raised:
         execute(planned("gptq"), store, lose=[("seal", n) for n in range(1, 100)])
     assert "\n" not in str(raised.value)
 
@@ -212,7 +212,7 @@ def other_plan(change: str) -> Planned:
         case "calibration":
             return planned("gptq", seed=1)
         case "source":
-            plan = dataclasses.replace(given.plan, source_digest="0" * 64)
+            plan = dataclasses.replace(given.plan, source_files_sha256="0" * 64)
             return dataclasses.replace(given, plan=plan)
     raise AssertionError(change)
 

@@ -194,7 +194,7 @@ def test_row_slices_solved_apart_equal_the_whole():
     weight, whole, _ = solved("two slices", options)
     hessian = PROBLEMS["two slices"].hessian
     slices = row_slices(len(weight))
-    assert slices == [(0, 512), (512, 1024), (1024, 1100)]
+    assert slices == [(0, 384), (384, 768), (768, 1100)]
     parts = [solve(weight[a:b], hessian, options) for a, b in slices]
     for field in ("codes_RC", "scale_RG", "zero_RG"):
         joined = np.concatenate([getattr(part.weight, field) for part in parts])

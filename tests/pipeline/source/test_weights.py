@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from pipeline.errors import SourceError
 from pipeline.source.blocks import find_blocks
 from pipeline.source.preset import read_preset
-from pipeline.source.weights import Source, open_source
+from pipeline.source.weights import Source, open_source, values_digest
 from pipeline.storage.object_store import open_store
 from tests.benchmarks.minilm import preset_folder
 from tests.models.tiny import ARCHITECTURES
@@ -130,23 +130,42 @@ def test_reads_from_an_object_store() -> None:
         if file.is_file():
             store.put(str(file.relative_to(path)), file.read_bytes())
     remote, local = source_of("memory://models/llama"), source_of(path)
-    assert remote.digest() == local.digest()
-    assert remote.fingerprint() == local.fingerprint()
-    for name, value in remote.read(remote.paths).items():
+    assert remote.files_digest() == local.files_digest()
+    values = remote.read(remote.paths)
+    assert values_digest(values) == values_digest(local.read(local.paths))
+    for name, value in values.items():
         assert np.array_equal(value, local.read([name])[name])
 
 
-def test_the_digest_is_of_what_decides_the_model(preset: Path) -> None:
-    source = source_of(preset)
-    digest, fingerprint = source.digest(), source.fingerprint()
+def test_the_digests_are_of_what_decides_the_model(preset: Path) -> None:
+    def digests() -> tuple[str, str]:
+        source = source_of(preset)
+        return source.files_digest(), values_digest(source.read(source.paths))
+
+    files, values = digests()
     (preset / "README.md").write_text("How nice")
-    assert source_of(preset).digest() == digest
+    assert digests() == (files, values)
     with h5py.File(preset / "model.weights.h5", "r+") as file:
         file[GATE][0, 0] += 1
-    assert source_of(preset).digest() != digest
-    assert source_of(preset).fingerprint() == fingerprint
+    assert digests()[0] == files
+    assert digests()[1] != values
     (preset / "config.json").write_text((preset / "config.json").read_text() + " ")
-    assert source_of(preset).fingerprint() != fingerprint
+    assert digests()[0] != files
+
+
+def test_the_values_digest_covers_path_dtype_shape_and_bits() -> None:
+    value = np.arange(6, dtype=np.float32)
+    given: list[dict[str, np.ndarray]] = [
+        {"a": value},
+        {"b": value},
+        {"a": value.reshape(2, 3)},
+        {"a": value.view(np.int32)},
+        {"a": value + 1},
+        {"a": value, "b": value},
+    ]
+    assert len({values_digest(one) for one in given}) == len(given)
+    transposed = np.asfortranarray(value.reshape(2, 3))
+    assert values_digest({"a": transposed}) == values_digest(given[2])
 
 
 def cut_short(file: Path) -> None:
