@@ -16,7 +16,7 @@ import ray
 from ray import exceptions
 
 from pipeline.crew import CrewError, TimedWorker, WorkerLostError
-from pipeline.plan import PLAN_KEY
+from pipeline.plan import read_plan
 from pipeline.resources import Resources, worker_environment
 from pipeline.storage.object_store import open_store
 
@@ -231,8 +231,8 @@ class _Actor:
         with self._lock:
             if self._timed is None:
                 # From storage: a plan is too large for an argument that restarts must find.
-                plan_json = open_store(self._urls[1]).get(PLAN_KEY)
-                self._timed = TimedWorker(Worker(plan_json, *self._urls))
+                plan = read_plan(open_store(self._urls[1]))
+                self._timed = TimedWorker(Worker(plan, *self._urls))
             return self._timed
 
     def process_id(self) -> int:

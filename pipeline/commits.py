@@ -19,13 +19,12 @@ from pipeline.errors import (
 )
 from pipeline.records import (
     MANIFEST_KEY,
-    MOST_JSON_BYTES,
     RECORDS_PREFIX,
     Manifest,
     PartRecord,
-    RecordError,
     record_key,
 )
+from pipeline.self_checked import MOST_BYTES, RecordError, read_self_checked
 from pipeline.storage.object_store import ObjectStore
 
 QUARANTINE_PREFIX = "quarantine/"
@@ -103,16 +102,13 @@ def committed_parts(
             problem = f"{store.url(key)} follows a block that is not committed"
             findings.append(Finding(key=key, problem=problem, is_damaged=False))
             continue
-        data, finding = _record_bytes(store, key)
-        record = None
-        if finding is None:
-            record, finding = _examine(store, part, data, plan_digest, previous or "", verify)
+        record, finding = _examine(store, part, plan_digest, previous or "", verify)
         if record is not None:
             parts[part] = record
         if finding is not None:
             findings.append(finding)
         if in_chain:
-            previous = sha256(data) if record is not None else None
+            previous = None if record is None else sha256(record.to_json())
     return Committed(parts=parts, findings=tuple(findings))
 
 
@@ -123,9 +119,9 @@ def committed_file(store: ObjectStore, part: int) -> bytes:
         DamagedObjectError: it is not, or there is no record.
     """
     try:
-        record = PartRecord.from_json(store.get(record_key(part), at_most=MOST_JSON_BYTES))
+        record = read_self_checked(store, record_key(part), PartRecord.from_json)
         return store.get(record.file, sha256=record.sha256, size=record.size_bytes)
-    except (RecordError, MissingObjectError) as error:
+    except MissingObjectError as error:
         raise DamagedObjectError(f"part {part} is no longer committed: {error}") from error
 
 
@@ -186,10 +182,7 @@ def read_manifest(store: ObjectStore) -> Manifest:
         MissingObjectError: the run is not finished.
         DamagedObjectError: it cannot be read.
     """
-    try:
-        return Manifest.from_json(store.get(MANIFEST_KEY, at_most=MOST_JSON_BYTES))
-    except RecordError as error:
-        raise DamagedObjectError(f"{store.url(MANIFEST_KEY)} is damaged: {error}") from error
+    return read_self_checked(store, MANIFEST_KEY, Manifest.from_json)
 
 
 def _create(store: ObjectStore, key: str, data: bytes) -> None:
@@ -203,17 +196,8 @@ def _create(store: ObjectStore, key: str, data: bytes) -> None:
         ) from error
 
 
-def _record_bytes(store: ObjectStore, key: str) -> tuple[bytes, Finding | None]:
-    try:
-        return store.get(key, at_most=MOST_JSON_BYTES), None
-    except MissingObjectError as error:  # deleted since the listing
-        return b"", Finding(key=key, problem=str(error), is_damaged=False)
-    except DamagedObjectError as error:
-        return b"", Finding(key=key, problem=str(error), is_damaged=True)
-
-
 def _examine(
-    store: ObjectStore, part: int, data: bytes, plan_digest: str, previous: str, verify: bool
+    store: ObjectStore, part: int, plan_digest: str, previous: str, verify: bool
 ) -> tuple[PartRecord | None, Finding | None]:
     """The record if both it and its file are good; otherwise what is wrong with which of them."""
     key = record_key(part)
@@ -223,9 +207,11 @@ def _examine(
         return None, Finding(key=key, problem=f"{url} {problem}", is_damaged=True)
 
     try:
-        record = PartRecord.from_json(data)
-    except RecordError as error:
-        return refuse(f"is damaged: {error}")
+        record = read_self_checked(store, key, PartRecord.from_json)
+    except DamagedObjectError as error:
+        return None, Finding(key=key, problem=str(error), is_damaged=True)
+    except MissingObjectError as error:  # deleted since the listing
+        return None, Finding(key=key, problem=str(error), is_damaged=False)
     if record.part != part:
         return refuse(f"is the record of part {record.part}")
     if record.plan_digest != plan_digest:
@@ -257,6 +243,6 @@ def _damaged_files(store: ObjectStore, manifest: Manifest) -> Iterator[Finding]:
             yield Finding(key=key, problem=str(error), is_damaged=True)
     for key, digest in sorted(manifest.records.items()):
         try:
-            store.get(key, sha256=digest, at_most=MOST_JSON_BYTES)
+            store.get(key, sha256=digest, at_most=MOST_BYTES)
         except (DamagedObjectError, MissingObjectError) as error:
             yield Finding(key=key, problem=str(error), is_damaged=True)

@@ -7,7 +7,6 @@ do not, and are left out of the digest. The plan is plain data: whoever holds it
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -17,11 +16,15 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pipeline.canonical import canonical_json, digest_of
 from pipeline.errors import DamagedObjectError
 from pipeline.recipe.recipe import Kind, Statistics
+from pipeline.self_checked import (
+    RecordError,
+    read_self_checked,
+    with_digest,
+    without_digest,
+)
 from pipeline.storage.object_store import ObjectStore
 
 PLAN_KEY = "plan.json"
-
-_MOST_BYTES = 256 << 20
 
 _STRICT = ConfigDict(strict=True, extra="forbid")
 
@@ -168,24 +171,25 @@ class Plan:
         return digest_of(values)
 
     def to_json(self) -> bytes:
-        return canonical_json(dataclasses.asdict(self))
+        return with_digest(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, data: bytes) -> Plan:
         """Read what `to_json` wrote.
 
         Raises:
-            DamagedObjectError: anything else.
+            RecordError: anything else; a single other byte is enough.
         """
+        content = without_digest(data)
         try:
             # As JSON: strict validation takes lists for tuples there.
-            plan = TypeAdapter(cls).validate_json(data)
-            if plan.to_json() != data:
-                raise DamagedObjectError(f"{PLAN_KEY}: not as it was written")
-        except (ValidationError, json.JSONDecodeError) as error:
-            reason = str(error).partition("\n")[0]
-            raise DamagedObjectError(f"{PLAN_KEY}: no plan of this version ({reason})") from error
-        return plan
+            return TypeAdapter(cls).validate_json(canonical_json(content))
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise RecordError(
+                f"no plan of this version of quantfleet ({place}: {first['msg']})"
+            ) from error
 
 
 def read_plan(store: ObjectStore) -> Plan:
@@ -196,11 +200,10 @@ def read_plan(store: ObjectStore) -> Plan:
         DamagedObjectError: it cannot be read.
     """
     try:
-        return Plan.from_json(store.get(PLAN_KEY, at_most=_MOST_BYTES))
+        return read_self_checked(store, PLAN_KEY, Plan.from_json)
     except DamagedObjectError as error:
         raise DamagedObjectError(
-            f"{store.url(PLAN_KEY)}: damaged, so that nobody can tell what this run was to do "
-            f"({error}); start again in an empty place"
+            f"{error}; nobody can tell what this run was to do: start again in an empty place"
         ) from error
 
 

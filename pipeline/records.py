@@ -8,20 +8,17 @@ host, so that two executions of one plan write the same bytes.
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
-from pipeline.canonical import canonical_json, digest_of, sha256
-from pipeline.errors import PipelineError
+from pipeline.canonical import canonical_json, sha256
+from pipeline.self_checked import RecordError, with_digest, without_digest
 
 MANIFEST_KEY = "manifest.json"
 ARTIFACT_PREFIX = "artifact/"
 RECORDS_PREFIX = "records/"
-MOST_JSON_BYTES = 256 << 20
-"""No record, manifest or plan is larger; whoever reads one need not take in more."""
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 NumBytes = Annotated[int, Field(ge=0)]
@@ -29,10 +26,6 @@ _Written = TypeVar("_Written", bound="PartRecord | Manifest")
 
 # Strict: a record is what we wrote, to the byte, or it is damaged.
 _STRICT = ConfigDict(strict=True, extra="forbid")
-
-
-class RecordError(PipelineError):
-    """Bytes that are no record, or a record that contradicts itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,30 +184,14 @@ def manifest_of(
 
 
 def _to_json(value: PartRecord | Manifest) -> bytes:
-    content = dataclasses.asdict(value)
-    return canonical_json({"content": content, "sha256": digest_of(content)})
+    return with_digest(dataclasses.asdict(value))
 
 
 def _from_json(kind: type[_Written], data: bytes) -> _Written:
-    content = _checked_content(data)
+    content = without_digest(data)
     try:
         return TypeAdapter(kind).validate_json(canonical_json(content))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise RecordError(f"{place}: {first['msg']}") from error
-
-
-def _checked_content(data: bytes) -> Any:
-    """What the bytes say, if they are our own writing to the last of them."""
-    try:
-        written = json.loads(data)
-        content = written["content"]
-        expected = canonical_json({"content": content, "sha256": digest_of(content)})
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"it is no JSON ({type(error).__name__})") from error
-    except (KeyError, TypeError) as error:
-        raise RecordError("it is JSON, but no record") from error
-    if expected != data:
-        raise RecordError("its bytes do not match the digest that it carries")
-    return content

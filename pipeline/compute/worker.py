@@ -67,8 +67,8 @@ class _Shard:
 class Worker:
     """Holds shards, captures, merges, solves, commits and propagates."""
 
-    def __init__(self, plan_json: bytes, source_url: str, run_url: str) -> None:
-        self._plan = Plan.from_json(plan_json)
+    def __init__(self, plan: Plan, source_url: str, run_url: str) -> None:
+        self._plan = plan
         self._store = open_store(run_url)
         self._model = ModelState(self._plan, source_url)
         self._shards: dict[int, _Shard] = {}

@@ -115,7 +115,7 @@ def test_random_faults_leave_the_same_bytes(
 ) -> None:
     rng = random.Random(seed)
     faults = rng.choices(list(_WEIGHTS), list(_WEIGHTS.values()), k=4000)
-    plan = [fault if rng.random() < 0.1 else None for fault in faults]
+    plan = [fault if rng.random() < 0.15 else None for fault in faults]
     crash = rng.choice([None, 0, 1, 2, 3])
     with reader(store.root_url) as seen:
         proxy.plan(*plan)

@@ -101,7 +101,7 @@ def finished_run(source: Path, wanted: Recipe, folder: Path) -> FinishedRun:
     planned = make_plan(read_preset(str(source)), wanted, threads=1)
     store = open_store(str(folder))
     claim_run(store, planned.plan, planned.windows.to_bytes() if planned.windows else None)
-    worker = Worker(planned.plan.to_json(), str(source), str(folder))
+    worker = Worker(planned.plan, str(source), str(folder))
     quantize(planned.plan, store, LocalCrew([worker]), lambda step: None)
     return FinishedRun(plan=planned.plan, source=source, folder=folder)
 

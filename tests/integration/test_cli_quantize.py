@@ -20,11 +20,11 @@ import yaml
 import jobs.quantize
 import pipeline.planned_run
 from jobs.cli import main
-from pipeline.canonical import canonical_json
 from pipeline.crew import LocalCrew
 from pipeline.plan import PLAN_KEY, Plan
 from pipeline.records import file_key
 from pipeline.resources import Resources
+from pipeline.self_checked import with_digest
 from pipeline.storage.object_store import open_store
 from tests.models.tiny import tiny_preset
 from tests.pipeline.tiny_runs import QuickWorker, lasting, recipe, source, text_file
@@ -327,11 +327,11 @@ def test_the_same_command_on_a_finished_run_does_nothing(
 def test_resume_refuses_where_it_would_round_otherwise(command: Command, tmp_path: Path) -> None:
     output = tmp_path / "out"
     assert command("quantize", source(), "--recipe", "int8", "--output", output) == 0
-    plan = json.loads((output / "plan.json").read_bytes())
+    plan = json.loads((output / "plan.json").read_bytes())["content"]
     assert plan["machine"]["threads"] == "2"
     (output / "manifest.json").unlink()
     plan_file = output / "plan.json"
-    plan_file.write_bytes(canonical_json(plan | {"versions": plan["versions"] | {"jax": "0.0.1"}}))
+    plan_file.write_bytes(with_digest(plan | {"versions": plan["versions"] | {"jax": "0.0.1"}}))
     assert command("resume", output) == 2
     assert "jax" in command.complaint
     assert "0.0.1" in command.complaint

@@ -23,11 +23,11 @@ from pipeline.errors import (
 from pipeline.records import (
     LayerRecord,
     PartRecord,
-    RecordError,
     file_key,
     manifest_of,
     record_key,
 )
+from pipeline.self_checked import RecordError
 from pipeline.storage.object_store import ObjectStore, open_store
 
 PLAN = sha256(b"plan")

@@ -30,7 +30,7 @@ from pipeline.compute.worker import Worker
 plan, windows, source, output = sys.argv[1:]
 store = open_store(output)
 plan = claim_run(store, Plan.from_json(Path(plan).read_bytes()), Path(windows).read_bytes())
-crew = LocalCrew([Worker(plan.to_json(), source, output)])
+crew = LocalCrew([Worker(plan, source, output)])
 quantize(plan, store, crew, lambda step: None, keep_every=2)
 # Not getrusage, whose maximum begins with that of the process that started this one.
 status = Path("/proc/self/status").read_text().splitlines()

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.canonical import canonical_json
-from pipeline.errors import DamagedObjectError
 from pipeline.plan import Plan, micro_batches
+from pipeline.self_checked import RecordError
 from tests.pipeline.tiny_runs import planned
 
 
@@ -53,7 +53,7 @@ def test_anything_but_a_plan_is_damaged() -> None:
         json.dumps(values, indent=1).encode(),
     ]
     for case in cases:
-        with pytest.raises(DamagedObjectError, match=r"plan\.json") as raised:
+        with pytest.raises(RecordError, match=r"plan\.json") as raised:
             Plan.from_json(case)
         assert "\n" not in str(raised.value)
 

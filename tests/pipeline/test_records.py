@@ -12,12 +12,12 @@ from pipeline.records import (
     LayerRecord,
     Manifest,
     PartRecord,
-    RecordError,
     block_part,
     file_key,
     manifest_of,
     record_key,
 )
+from pipeline.self_checked import RecordError
 from quantizer.schemes import GPTQScheme, scheme_to_dict
 
 PLAN = "a" * 64

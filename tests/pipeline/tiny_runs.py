@@ -82,7 +82,7 @@ class QuickWorker(Worker):
         original = pipeline.compute.worker.ModelState
         pipeline.compute.worker.ModelState = lambda plan, url: found  # type: ignore[assignment,misc]
         try:
-            super().__init__(plan.to_json(), source_url, run_url)
+            super().__init__(plan, source_url, run_url)
         finally:
             pipeline.compute.worker.ModelState = original  # type: ignore[misc]
 
