@@ -18,10 +18,10 @@ TORCH  := $(VENV)/.torch
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-torch lint format demo bench lock clean
+.PHONY: help venv test test-torch test-s3 lint format demo bench lock clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "%-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 venv: $(READY)  ## build the environment in $(VENV) from requirements.lock
 
@@ -46,6 +46,9 @@ test: lint  ## lint, types and the default tests
 test-torch: $(TORCH)  ## read our artifacts with Keras on PyTorch, which is installed first
 	$(BIN)/python -m pytest -m torch
 	KERAS_BACKEND=torch $(BIN)/python -m pytest tests/quantizer/test_layers.py
+
+test-s3: $(READY)  ## the storage and fault tests on a real S3 server (needs radosgw)
+	$(BIN)/python -m pytest -m radosgw
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check

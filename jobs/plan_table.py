@@ -24,17 +24,18 @@ def plan_table(plan: Plan, costs: Estimate, resources: Resources) -> RenderableT
         ("layer", "left"),
         ("scheme", "left"),
         ("in × out", "right"),
+        ("row slices", "right"),
         ("of", "right"),
     ):
         layers.add_column(name, justify=justify)  # type: ignore[arg-type]
-    kinds: Counter[tuple[str, str, str]] = Counter()
+    kinds: Counter[tuple[str, str, str, int]] = Counter()
     for part in plan.parts:
         for layer in part.layers:
             shape = f"{layer.in_features} × {layer.out_features}" if layer.in_features else "–"
             scheme = scheme_name(layer.scheme) if layer.scheme else "float"
-            kinds[(layer.name if part.part else layer.path, scheme, shape)] += 1
-    for (name, scheme, shape), number in kinds.items():
-        layers.add_row(Text(name), Text(scheme), shape, str(number))
+            kinds[(layer.name if part.part else layer.path, scheme, shape, layer.slices)] += 1
+    for (name, scheme, shape, slices), number in kinds.items():
+        layers.add_row(Text(name), Text(scheme), shape, str(slices), str(number))
     notes = {layer.note: layer.path for part in plan.parts for layer in part.layers if layer.note}
     facts = Table(show_header=False, box=None)
     tokens = plan.tokens
@@ -42,7 +43,8 @@ def plan_table(plan: Plan, costs: Estimate, resources: Resources) -> RenderableT
         facts.add_row(
             "calibration",
             f"{tokens.num_samples} windows of {tokens.sequence_length} tokens in "
-            f"{len(tokens.shards)} shards, {tokens.micro_batch} windows at once",
+            f"{len(tokens.shards)} shards (the leaves of the reduction), {tokens.micro_batch} "
+            "windows at once",
         )
     facts.add_row("read", size(costs.source_bytes))
     facts.add_row("written, about", size(costs.result_bytes))

@@ -24,6 +24,7 @@ from jobs.termination import terminable
 from pipeline import lease
 from pipeline.cluster import RayCrew, joined
 from pipeline.commits import read_manifest
+from pipeline.crew import Crew
 from pipeline.errors import CalibrationTextError, PipelineError
 from pipeline.estimates import Estimate, estimate
 from pipeline.events import EventLog
@@ -98,8 +99,10 @@ def run_job(job: Job, place: Place, console: Console, *, as_json: bool, dry_run:
     _reach(job.output_url)
     store = open_store(job.output_url)
     with _place(place, console) as resources:
+        wanted = dataclasses.replace(resources, workers=1) if dry_run else resources
+        crew = RayCrew(wanted, job.source_url, job.output_url)
         with console.status("planning: reading the preset, checking every layer, cutting texts"):
-            plan, windows = plan_run(job.source_url, job.recipe, resources)
+            plan, windows = plan_run(crew, job.source_url, job.recipe, resources.threads)
         costs = estimate(plan, resources.workers)
         if dry_run:
             _print_plan(plan, costs, resources, console, as_json=as_json)
@@ -108,9 +111,9 @@ def run_job(job: Job, place: Place, console: Console, *, as_json: bool, dry_run:
         if dry_run:
             return
         # Also read before anything is claimed: a mistyped file must not cost a run.
-        judged_on = _evaluation_windows(job, plan, resources)
+        judged_on = _evaluation_windows(job, plan, crew)
         plan = claim_run(store, plan, windows)
-        _carry_out(plan, job, store, resources, costs, judged_on, console, as_json=as_json)
+        _carry_out(plan, job, store, crew, resources, costs, judged_on, console, as_json=as_json)
 
 
 def resume_job(
@@ -157,8 +160,9 @@ def resume_job(
     url = source_url or plan.source_url
     wanted = dataclasses.replace(place, threads=place.threads or int(plan.machine["threads"]))
     with _place(wanted, console) as resources:
+        crew = RayCrew(resources, url, output_url)
         with console.status("checking that source and machine are what they were"):
-            found = identity(url, resources)
+            found = identity(crew, url, resources.threads)
         check_identity(plan, found, url, finished=finished)
         job = Job(
             source_url=url,
@@ -170,14 +174,15 @@ def resume_job(
         )
         costs = estimate(plan, resources.workers)
         check_memory(costs, memory_of_nodes(resources))
-        judged_on = _evaluation_windows(job, plan, resources)
-        _carry_out(plan, job, store, resources, costs, judged_on, console, as_json=as_json)
+        judged_on = _evaluation_windows(job, plan, crew)
+        _carry_out(plan, job, store, crew, resources, costs, judged_on, console, as_json=as_json)
 
 
 def _carry_out(
     plan: Plan,
     job: Job,
     store: ObjectStore,
+    crew: Crew,
     resources: Resources,
     costs: Estimate,
     judged_on: bytes | None,
@@ -192,11 +197,7 @@ def _carry_out(
             log = EventLog(store, plan, resources, epoch=held.epoch if held else None)
             if held is None:
                 console.print(f"{job.output_url}: finished before; nothing to do", soft_wrap=True)
-            crew = None
-            if held is not None or judged_on is not None:
-                crew = RayCrew(resources, job.source_url, job.output_url)
-            if held is not None:
-                assert crew is not None
+            else:
                 with watch(plan, console) as report:
                     quantize(
                         plan,
@@ -209,7 +210,6 @@ def _carry_out(
         manifest = read_manifest(store)
         seconds = time.monotonic() - start
         if judged_on is not None:
-            assert crew is not None
             with console.status("comparing the result with its source"):
                 fidelity = measure(crew, judged_on, job.evaluation_windows)
     except (PipelineError, KeyboardInterrupt):
@@ -275,12 +275,12 @@ def load_hint(task: str, store: ObjectStore) -> str:
     return f"copy {url} to a local folder, then keras_hub.models.{task}.from_preset(folder)"
 
 
-def _evaluation_windows(job: Job, plan: Plan, resources: Resources) -> bytes | None:
+def _evaluation_windows(job: Job, plan: Plan, crew: Crew) -> bytes | None:
     if not job.evaluation_texts:
         return None
     try:
         return evaluation_windows(
-            job.source_url, plan, job.evaluation_texts, job.evaluation_windows, resources
+            crew, job.source_url, plan, job.evaluation_texts, job.evaluation_windows
         )
     except CalibrationTextError as error:
         raise CalibrationTextError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import tempfile
@@ -59,12 +60,18 @@ def verify_run(output_url: str, console: Console, *, stock: bool, as_json: bool)
 
 
 def _load(store: ObjectStore, manifest: Manifest, console: Console) -> str:
+    # Only who asks for this pays for JAX and Keras; and Keras would choose TensorFlow.
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    from pipeline.artifact.inspection import inspect_artifact
+
     with tempfile.TemporaryDirectory(prefix="quantfleet-verify-") as folder:
         with console.status("fetching the artifact"):
             for key, entry in sorted(manifest.files.items()):
                 path = Path(folder, key.removeprefix(ARTIFACT_PREFIX))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(store.get(key, sha256=entry.sha256, size=entry.size_bytes))
+        with console.status("looking it over"):
+            inspect_artifact(Path(folder))
         tokens = np.arange(1, _TOKENS + 1, dtype=np.int32)[None]
         with console.status("loading it with stock KerasHub"):
             answer = ask_stock([folder], [tokens])

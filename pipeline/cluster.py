@@ -35,6 +35,7 @@ _IO_METHODS = frozenset({"read"})
 _PATIENCE_SECONDS = 600.0
 """How long workers may all be away before a run ends."""
 _ANSWER_SECONDS = 10.0
+_MOST_RUNS = 4
 _REPLACEMENT_SECONDS = 60.0
 """How long the last of them are waited for, once others are back."""
 
@@ -92,35 +93,11 @@ def _check_that_somebody_listens(address: str) -> None:
         ) from None
 
 
-def run_once(function: Callable[..., Any], resources: Resources, *args: Any) -> Any:
-    """Call a function in a process of the cluster, in the workers' environment.
-
-    It waits until it gets the resources of one worker, so no crew may be alive that holds all.
-
-    Raises:
-        CrewError: the process is lost again and again.
-        Exception: what the function raised.
-    """
-    task = ray.remote(
-        num_cpus=resources.threads,
-        num_gpus=resources.gpus,
-        max_retries=3,
-        runtime_env={"env_vars": worker_environment(resources)},
-    )(function)
-    try:
-        return _get([task.remote(*args)])[0]
-    except WorkerLostError as error:
-        raise CrewError(
-            f"a process that prepares the run was lost ({error}); check the memory of the "
-            "cluster's nodes, then try again"
-        ) from error
-
-
 class RayCrew:
     """Worker actors that Ray restarts as often as they die."""
 
     def __init__(self, resources: Resources, source_url: str, run_url: str) -> None:
-        """Start workers for the run that was claimed at `run_url`."""
+        """Start workers; what is asked of them but `run` needs a run claimed at `run_url`."""
         self.num_workers = resources.workers
         options: dict[str, Any] = {
             "num_cpus": resources.threads,
@@ -135,6 +112,24 @@ class RayCrew:
         actor: Any = ray.remote(**options)(_Actor)
         self._all: list[Any] = [actor.remote(source_url, run_url) for _ in range(resources.workers)]
         self._actors = list(self._all)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function of a module in the first worker's process, which has JAX and Keras.
+
+        Raises:
+            CrewError: the process is lost again and again.
+            Exception: what the function raised.
+        """
+        for _ in range(_MOST_RUNS):
+            try:
+                return _get([self._actors[0].run.remote(function, *args)])[0]
+            except WorkerLostError as error:
+                last = error
+                self.revive()
+        raise CrewError(
+            f"a worker that prepares the run was lost {_MOST_RUNS} times ({last}); check the "
+            "memory of the cluster's nodes, then try again"
+        )
 
     def submit(self, worker: int, method: str, *args: Any, num_returns: int = 1) -> Any:
         options: dict[str, Any] = {"num_returns": num_returns}
@@ -217,6 +212,9 @@ class _Actor:
 
     def call(self, method: str, *args: Any) -> Any:
         return self._worker().call(method, *args)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
 
     def take_seconds(self) -> Mapping[str, float]:
         return {} if self._timed is None else self._timed.take_seconds()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from pipeline.errors import PipelineError
@@ -31,6 +31,15 @@ class Crew(Protocol):
     """
 
     num_workers: int
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function of a module where workers are; the driver imports no JAX.
+
+        Raises:
+            CrewError: the process is lost again and again.
+            Exception: what the function raised.
+        """
+        ...
 
     def submit(self, worker: int, method: str, *args: Any, num_returns: int = 1) -> Any:
         """Ask a worker for something; returns a handle, or as many as `num_returns` says.
@@ -82,6 +91,9 @@ class LocalCrew:
     def __init__(self, workers: Sequence[Any]) -> None:
         self.num_workers = len(workers)
         self._workers = [TimedWorker(worker) for worker in workers]
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
 
     def submit(self, worker: int, method: str, *args: Any, num_returns: int = 1) -> Any:
         found = self._workers[worker].call(method, *args)

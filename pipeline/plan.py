@@ -40,6 +40,7 @@ class LayerPlan:
         in_features, out_features: of the matrix; of an embedding, vector and tokens.
         scheme: as `quantizer.scheme_to_dict` gives it; None leaves the layer in float.
         note: why it stays in float, where its recipe asked otherwise.
+        slices: runs of output channels that may be solved apart, each by another worker.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -51,6 +52,7 @@ class LayerPlan:
     out_features: int
     scheme: dict[str, Any] | None
     note: str = ""
+    slices: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""From what a user asks for to a claimed run: planned in a worker's process, not the driver's."""
+"""From what a user asks for to a claimed run: planned by a worker, not in the driver."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.cluster import run_once
 from pipeline.crew import Crew, CrewError, WorkerLostError
 from pipeline.fidelity import Fidelity, average
 from pipeline.plan import Plan
 from pipeline.recipe.recipe import Calibration, Recipe
 from pipeline.recipe.recipe_file import recipe_from_dict
-from pipeline.resources import Resources
 from pipeline.run import claim
 from pipeline.storage.object_store import ObjectStore
 
@@ -21,13 +19,15 @@ _WINDOW = 512
 _MOST_LOSSES = 5
 
 
-def plan_run(source_url: str, recipe: Recipe, resources: Resources) -> tuple[Plan, bytes | None]:
+def plan_run(
+    crew: Crew, source_url: str, recipe: Recipe, threads: int
+) -> tuple[Plan, bytes | None]:
     """The plan, and the token windows that it names, serialized.
 
     Raises:
         PipelineError: a source, recipe or calibration that cannot be carried out.
     """
-    plan_json, windows = run_once(_plan, resources, source_url, recipe.to_dict(), resources.threads)
+    plan_json, windows = crew.run(_plan, source_url, recipe.to_dict(), threads)
     return Plan.from_json(plan_json), windows
 
 
@@ -49,7 +49,7 @@ class Identity:
     versions: dict[str, str]
 
 
-def identity(source_url: str, resources: Resources) -> Identity:
+def identity(crew: Crew, source_url: str, threads: int) -> Identity:
     """What a plan made now would say of source, machine and versions.
 
     Weights are not read: each part's are checked against the plan when they are.
@@ -57,11 +57,11 @@ def identity(source_url: str, resources: Resources) -> Identity:
     Raises:
         PipelineError: the source cannot be read.
     """
-    return Identity(**run_once(_identity, resources, source_url, resources.threads))
+    return Identity(**crew.run(_identity, source_url, threads))
 
 
 def evaluation_windows(
-    source_url: str, plan: Plan, texts: Sequence[str], num_windows: int, resources: Resources
+    crew: Crew, source_url: str, plan: Plan, texts: Sequence[str], num_windows: int
 ) -> bytes:
     """Token windows of texts to judge a result by, serialized; as long as calibration's.
 
@@ -72,7 +72,7 @@ def evaluation_windows(
     wanted = Calibration(
         texts=tuple(texts), num_samples=num_windows, sequence_length=length, sampling="sequential"
     )
-    return bytes(run_once(_windows, resources, source_url, wanted.model_dump(mode="json")))
+    return bytes(crew.run(_windows, source_url, wanted.model_dump(mode="json")))
 
 
 def measure(crew: Crew, windows: bytes, num_windows: int) -> Fidelity:

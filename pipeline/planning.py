@@ -32,7 +32,7 @@ from pipeline.source.quantizable import Target
 from pipeline.source.skeleton import Skeleton, build_skeleton
 from pipeline.source.tokenizer import preset_tokenizer
 from pipeline.source.weights import Source, open_source, values_digest
-from quantizer import kernel_layout, scheme_to_dict
+from quantizer import kernel_layout, row_slices, scheme_to_dict
 from quantizer.schemes import AWQScheme, GPTQScheme, Scheme
 
 # What computes the result; another version may round otherwise.
@@ -261,9 +261,18 @@ def _layer_plans(
                 out_features=out_features,
                 scheme=None if scheme is None else scheme_to_dict(scheme),
                 note=note,
+                slices=_num_slices(target, scheme),
             )
         )
     return plans
+
+
+def _num_slices(target: Target, scheme: Scheme | None) -> int:
+    """Where Keras groups inputs otherwise than by the matrix's columns, a grid spans all rows."""
+    if not isinstance(scheme, GPTQScheme) or _kind(target) == "embedding":
+        return 1
+    layout = kernel_layout(target.layer)
+    return len(row_slices(layout.out_features)) if layout.keras_rows_are_inputs else 1
 
 
 def _left(path: str, reason: str) -> LayerPlan:

@@ -15,7 +15,7 @@ from pipeline.canonical import sha256
 from pipeline.commits import committed_parts, quarantine
 from pipeline.crew import Crew, CrewError, WorkerLostError
 from pipeline.errors import DamagedObjectError, PipelineError, PlanMismatchError
-from pipeline.plan import PLAN_KEY, PartPlan, Plan, read_plan
+from pipeline.plan import PLAN_KEY, LayerPlan, PartPlan, Plan, read_plan
 from pipeline.records import Manifest, PartRecord
 from pipeline.reduction import Subtree, join, split
 from pipeline.storage.object_store import ObjectStore
@@ -225,8 +225,8 @@ def _solve_in_turn(
 ) -> list[Any]:
     """Handles to the solved layers: those that need no calibration, then group after group.
 
-    Each group is calibrated on what the quantized ones before it give. Its layers are solved side
-    by side, the costliest first, each by the worker with the least to do.
+    Each group is calibrated on what the quantized ones before it give. Its layers, or slices of
+    their rows, are solved side by side.
     """
     schemed = {layer.name: layer for layer in part.layers if layer.scheme is not None}
     calibrated = {name for group in part.groups for name in group.targets}
@@ -234,18 +234,47 @@ def _solve_in_turn(
     solved = [crew.submit(0, "solve", part.part, alone, values, None)] if alone else []
     for stage, group in enumerate(part.groups):
         total = _capture(block, stage, crew, shares, values, solved)
-        load = [0] * crew.num_workers
-        shared: list[list[str]] = [[] for _ in load]
-        for name in sorted(group.targets, key=lambda name: (-schemed[name].out_features, name)):
-            worker = load.index(min(load))
-            load[worker] += schemed[name].out_features
-            shared[worker].append(schemed[name].path)
+        layers = [schemed[name] for name in group.targets]
+        whole, cut = shared(layers, crew.num_workers)
         solved += [
             crew.submit(worker, "solve", part.part, paths, values, total)
-            for worker, paths in enumerate(shared)
+            for worker, paths in enumerate(whole)
             if paths
         ]
+        slices = [
+            crew.submit(worker, "solve_slices", part.part, numbers, values, total)
+            for worker, numbers in enumerate(cut)
+            if numbers
+        ]
+        if slices:
+            paths = sorted({path for numbers in cut for path in numbers})
+            solved.append(crew.submit(0, "join", part.part, paths, values, *slices))
     return solved
+
+
+def shared(
+    layers: Sequence[LayerPlan], num_workers: int
+) -> tuple[list[list[str]], list[dict[str, list[int]]]]:
+    """Who solves what of some layers of one input: whole layers, and slices of others.
+
+    The costliest slice goes first, each to the worker with the least to do. By worker: paths of
+    the layers that it solves alone, and numbers of slices of those that it shares.
+    """
+    units = [
+        (-(-layer.out_features // layer.slices), layer.path, number)
+        for layer in layers
+        for number in range(layer.slices)
+    ]
+    load = [0] * num_workers
+    taken: list[dict[str, list[int]]] = [{} for _ in load]
+    for rows, path, number in sorted(units, key=lambda unit: (-unit[0], unit[1:])):
+        worker = load.index(min(load))
+        load[worker] += rows
+        taken[worker].setdefault(path, []).append(number)
+    slices = {layer.path: layer.slices for layer in layers}
+    alone = [[path for path in one if len(one[path]) == slices[path]] for one in taken]
+    cut = [{path: one[path] for path in one if len(one[path]) < slices[path]} for one in taken]
+    return alone, cut
 
 
 def _capture(

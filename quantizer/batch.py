@@ -121,7 +121,14 @@ def solve_batch(
         solutions.append(
             Solution(
                 weight,
-                gptq_account(weight_RC, slices, scheme.hessian_damping, hessian, scheme),
+                gptq_account(
+                    weight_RC,
+                    slices,
+                    scheme.hessian_damping,
+                    hessian.gram_CC.diagonal() == 0,
+                    hessian.num_rows,
+                    scheme,
+                ),
             )
         )
     return solutions

@@ -73,7 +73,9 @@ def solve_in_keras_groups(
         keras_grid.group_C,
     )
     damping = None if factor is None else factor.damping
-    return weight, gptq_account(weight_RC, slices, damping, hessian, scheme)
+    return weight, gptq_account(
+        weight_RC, slices, damping, hessian.gram_CC.diagonal() == 0, hessian.num_rows, scheme
+    )
 
 
 def _grids_by_pattern(

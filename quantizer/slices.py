@@ -144,6 +144,80 @@ def solve_on_grid(
     return arrays
 
 
+@dataclass(frozen=True, slots=True)
+class SolvedRows:
+    """One row slice of a weight, solved; plain arrays, so that it may travel.
+
+    Attributes:
+        solved: codes and errors.
+        grid: of these rows.
+        damping: that was needed; None where no damping made H definite.
+        dead_C: inputs that were zero in all of calibration.
+        num_rows: calibration rows (tokens).
+    """
+
+    solved: SolvedSlice
+    grid: Grid
+    damping: float | None
+    dead_C: NDArray[np.bool_]
+    num_rows: int
+
+
+def solve_slices(
+    slices: Sequence[Float32],
+    factor: Factor | None,
+    hessian: HessianSum,
+    scheme: GPTQScheme,
+    *,
+    scale_dtype: str,
+) -> list[SolvedRows]:
+    """Solve slices of checked weights of one input under a factor (None: round to nearest).
+
+    Args:
+        slices: `weight[a:b]` for (a, b) of `row_slices`, of one weight or of several.
+        scale_dtype: dtype in which scales will be stored; they are rounded to it first.
+    """
+    energy_1C = search_energy(factor, hessian)[None]
+    dead_C = hessian.gram_CC.diagonal() == 0
+
+    def solve_rows(weight_RC: Float32) -> SolvedRows:
+        weight_GC = weight_RC
+        if factor is not None and factor.dead_C.any():
+            # Dead weights become zero: they must not widen the range of the live ones.
+            weight_GC = np.where(factor.dead_C, np.float32(0), weight_RC)
+        grid = grid_of(weight_GC, energy_1C, scheme, scale_dtype)
+        return SolvedRows(
+            solved=solve_on_grid(weight_RC, factor, hessian, grid, scheme),
+            grid=grid,
+            damping=None if factor is None else factor.damping,
+            dead_C=dead_C,
+            num_rows=hessian.num_rows,
+        )
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(solve_rows, slices))
+
+
+def join_slices(weight_RC: Float32, parts: Sequence[SolvedRows], scheme: GPTQScheme) -> Solution:
+    """A weight's solution from all its slices, in order."""
+    first = parts[0]
+    grouped = GroupedWeight(
+        transposed([np.asarray(part.solved.codes_CR) for part in parts]),
+        np.concatenate([part.grid.scale_RG for part in parts]),
+        np.concatenate([part.grid.zero_RG for part in parts]).astype(np.uint8),
+        first.grid.group_C,
+    )
+    account = gptq_account(
+        weight_RC,
+        [part.solved for part in parts],
+        first.damping,
+        first.dead_C,
+        first.num_rows,
+        scheme,
+    )
+    return Solution(grouped, account)
+
+
 def solve_gptq(
     weights: Sequence[Float32],
     factor: Factor | None,
@@ -152,38 +226,13 @@ def solve_gptq(
     *,
     scale_dtype: str,
 ) -> list[Solution]:
-    """Solve checked weights of one input under a factor of its Hessian (None: round to nearest).
-
-    Args:
-        weights: [out_features, in_features] each, float32.
-        scale_dtype: dtype in which scales will be stored; they are rounded to it first.
-    """
-    energy_1C = search_energy(factor, hessian)[None]
-
-    def solve_rows(weight_RC: Float32) -> tuple[SolvedSlice, Grid]:
-        weight_GC = weight_RC
-        if factor is not None and factor.dead_C.any():
-            # Dead weights become zero: they must not widen the range of the live ones.
-            weight_GC = np.where(factor.dead_C, np.float32(0), weight_RC)
-        grid = grid_of(weight_GC, energy_1C, scheme, scale_dtype)
-        return solve_on_grid(weight_RC, factor, hessian, grid, scheme), grid
-
-    slices = [(weight, a, b) for weight in weights for a, b in row_slices(len(weight))]
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        solved = list(pool.map(solve_rows, (weight[a:b] for weight, a, b in slices)))
-    damping = None if factor is None else factor.damping
-    solutions = []
-    for weight in weights:
-        mine = [solved.pop(0) for _ in row_slices(len(weight))]
-        parts, grids = [part for part, _ in mine], [grid for _, grid in mine]
-        grouped = GroupedWeight(
-            transposed([np.asarray(part.codes_CR) for part in parts]),
-            np.concatenate([grid.scale_RG for grid in grids]),
-            np.concatenate([grid.zero_RG for grid in grids]).astype(np.uint8),
-            grids[0].group_C,
-        )
-        solutions.append(Solution(grouped, gptq_account(weight, parts, damping, hessian, scheme)))
-    return solutions
+    """`solve_slices` of whole weights, [out_features, in_features] each, joined."""
+    slices = [weight[a:b] for weight in weights for a, b in row_slices(len(weight))]
+    solved = iter(solve_slices(slices, factor, hessian, scheme, scale_dtype=scale_dtype))
+    return [
+        join_slices(weight, [next(solved) for _ in row_slices(len(weight))], scheme)
+        for weight in weights
+    ]
 
 
 def search_energy(factor: Factor | None, hessian: HessianSum) -> Float32:
@@ -218,7 +267,8 @@ def gptq_account(
     weight_RC: Float32,
     slices: list[SolvedSlice],
     damping: float | None,
-    hessian: HessianSum,
+    dead_C: NDArray[np.bool_],
+    num_rows: int,
     scheme: GPTQScheme,
 ) -> Account:
     """The common account of all slices of one weight; no damping: none made H definite."""
@@ -226,7 +276,6 @@ def gptq_account(
     def total(field: str) -> float:
         return float(sum(np.sum(getattr(part, field), dtype=np.float64) for part in slices))
 
-    dead_C = hessian.gram_CC.diagonal() == 0
     weight_error = total("weight_error_R")
     if damping is not None and dead_C.any():  # rounding to nearest keeps dead weights
         weight_error += float(np.sum(np.square(weight_RC[:, dead_C], dtype=np.float64)))
@@ -254,5 +303,5 @@ def gptq_account(
         rtn_rows=rtn_rows,
         damping=damping,
         dead_inputs=int(dead_C.sum()),
-        num_rows=hessian.num_rows,
+        num_rows=num_rows,
     )

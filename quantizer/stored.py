@@ -22,6 +22,13 @@ from quantizer.kernels import KernelLayout
 from quantizer.packing import pack_nibbles
 from quantizer.regroup import solve_in_keras_groups
 from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
+from quantizer.slices import (
+    SolvedRows,
+    factorize_hessian,
+    join_slices,
+    row_slices,
+    solve_slices,
+)
 from quantizer.solution import (
     Account,
     ChannelWeight,
@@ -141,6 +148,39 @@ def solve_kernels(
         for index, solution in zip(members, solutions, strict=True):
             found[index] = _stored_gptq(solution, scheme), solution.account
     return [found[index] for index in range(len(kernels))]
+
+
+def solve_kernel_rows(
+    kernel: Float32,
+    layout: KernelLayout,
+    scheme: GPTQScheme,
+    statistics: Statistics | None,
+    slices: Sequence[int],
+    *,
+    scale_dtype: str,
+    name: str,
+) -> list[SolvedRows]:
+    """Some row slices of a kernel, by their number in `row_slices`; see `join_kernel_rows`.
+
+    Raises:
+        QuantizationError: as `quantizer.solve`.
+    """
+    weight_RC = check_weight(layout.to_matrix(kernel), name)
+    check_scheme(scheme, layout.in_features, name)
+    check_scale_dtype(scale_dtype, weight_RC, scheme, name)
+    hessian = require_hessian(statistics, layout.in_features, scheme.mode, name)
+    all_slices = row_slices(layout.out_features)
+    chosen = [weight_RC[slice(*all_slices[number])] for number in slices]
+    factor = factorize_hessian(hessian, scheme)
+    return solve_slices(chosen, factor, hessian, scheme, scale_dtype=scale_dtype)
+
+
+def join_kernel_rows(
+    kernel: Float32, layout: KernelLayout, scheme: GPTQScheme, rows: Sequence[SolvedRows]
+) -> tuple[Variables, Account]:
+    """What `solve_kernel` gives, bit for bit, from all row slices of a kernel, in order."""
+    solution = join_slices(layout.to_matrix(kernel), rows, scheme)
+    return _stored_gptq(solution, scheme), solution.account
 
 
 def _grouped(codes: NDArray[Any], scale: Float32, zero: NDArray[Any], bits: int) -> Variables:

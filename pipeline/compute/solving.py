@@ -13,9 +13,13 @@ from pipeline.plan import LayerPlan
 from pipeline.source.quantizable import Target
 from quantizer import HessianSum, MagnitudeSum, kernel_layout, scheme_from_dict
 from quantizer.embeddings import solve_embeddings
+from quantizer.errors import CalibrationError
+from quantizer.kernels import KernelLayout
 from quantizer.restore import restore_kernel
+from quantizer.schemes import Float8Scheme, GPTQScheme, Scheme
+from quantizer.slices import SolvedRows
 from quantizer.solution import Float32
-from quantizer.stored import solve_kernels
+from quantizer.stored import join_kernel_rows, solve_kernel_rows, solve_kernels
 
 Values = Mapping[str, NDArray[Any]]
 """A source's arrays by the path of their variable."""
@@ -52,6 +56,9 @@ def solve_layers(
         values: the source's arrays.
         sums: of the shared input.
 
+    A sum that no solver can use, since the model's own numbers overflowed or are all zero, costs
+    its layers their calibration: they are rounded to nearest, and their accounts say why.
+
     Raises:
         QuantizationError: with the layer's path.
     """
@@ -64,11 +71,12 @@ def solve_layers(
         assert alike[0].scheme is not None
         scheme = scheme_from_dict(alike[0].scheme)
         layouts = [kernel_layout(targets[layer.path].layer) for layer in alike]
+        usable, problem = _usable(sums, layouts[0].in_features, scheme, alike[0].path)
         found = solve_kernels(
             [_float32(values[targets[layer.path].layer._kernel.path]) for layer in alike],
             layouts,
             scheme,
-            sums,
+            usable,
             scale_dtype=[_dtype(targets[layer.path], values) for layer in alike],
             names=[layer.path for layer in alike],
         )
@@ -76,13 +84,111 @@ def solve_layers(
             solved[layer.path] = SolvedLayer(
                 path=layer.path,
                 variables=variables,
-                account=account.to_dict(),
+                account=account.to_dict() | (_rounded(layout, problem) if problem else {}),
                 kernel=restore_kernel(variables, layout, scheme),
             )
     for layer in layers:
         if layer.kind == "embedding":
             solved[layer.path] = _solve_table(targets[layer.path], layer, values)
     return [solved[layer.path] for layer in layers]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolvedSlices:
+    """Some of one layer's row slices, by their numbers.
+
+    Attributes:
+        path: Keras' path of the layer.
+        rows: each slice's result.
+        problem: why they could not be calibrated; "" if they were.
+    """
+
+    path: str
+    rows: dict[int, SolvedRows]
+    problem: str = ""
+
+
+def solve_some(
+    target: Target,
+    layer: LayerPlan,
+    values: Values,
+    sums: HessianSum | MagnitudeSum | None,
+    slices: Sequence[int],
+) -> SolvedSlices:
+    """Quantize some row slices of a layer that may be cut (see `LayerPlan.slices`)."""
+    scheme = _gptq(layer)
+    layout = kernel_layout(target.layer)
+    usable, problem = _usable(sums, layout.in_features, scheme, layer.path)
+    rows = solve_kernel_rows(
+        _float32(values[target.layer._kernel.path]),
+        layout,
+        scheme,
+        usable,
+        slices,
+        scale_dtype=_dtype(target, values),
+        name=layer.path,
+    )
+    return SolvedSlices(path=layer.path, rows=dict(zip(slices, rows, strict=True)), problem=problem)
+
+
+def join_layer(
+    target: Target, layer: LayerPlan, values: Values, parts: Sequence[SolvedSlices]
+) -> SolvedLayer:
+    """What `solve_layers` gives for a layer, bit for bit, from all its slices."""
+    scheme = _gptq(layer)
+    layout = kernel_layout(target.layer)
+    rows = {number: found for part in parts for number, found in part.rows.items()}
+    variables, account = join_kernel_rows(
+        _float32(values[target.layer._kernel.path]),
+        layout,
+        scheme,
+        [rows[number] for number in range(layer.slices)],
+    )
+    problem = parts[0].problem
+    return SolvedLayer(
+        path=layer.path,
+        variables=variables,
+        account=account.to_dict() | (_rounded(layout, problem) if problem else {}),
+        kernel=restore_kernel(variables, layout, scheme),
+    )
+
+
+def _gptq(layer: LayerPlan) -> GPTQScheme:
+    assert layer.scheme is not None
+    scheme = scheme_from_dict(layer.scheme)
+    assert isinstance(scheme, GPTQScheme)
+    return scheme
+
+
+def _usable(
+    sums: HessianSum | MagnitudeSum | None, in_features: int, scheme: Scheme, path: str
+) -> tuple[HessianSum | MagnitudeSum | None, str]:
+    """The sums, or what stands for knowing nothing, and why."""
+    if sums is None:
+        return None, ""
+    try:
+        sums.check(in_features, path)
+    except CalibrationError as error:
+        if isinstance(scheme, Float8Scheme):
+            raise  # without the largest input there is no scale for inputs
+        ones_C = np.ones(in_features, np.float32)
+        if isinstance(sums, HessianSum):
+            # Inputs that have nothing to do with each other: no error can be made good elsewhere.
+            return HessianSum(np.diag(ones_C), 1), str(error)
+        return MagnitudeSum(ones_C, ones_C, ones_C, 1), str(error)
+    return sums, ""
+
+
+def _rounded(layout: KernelLayout, problem: str) -> dict[str, Any]:
+    """What an account says of a layer that could not be calibrated."""
+    return {
+        "output_error": None,
+        "rtn_output_error": None,
+        "kept": "rtn",
+        "rtn_rows": layout.out_features,
+        "num_rows": 0,
+        "reason": f"not calibrated, rounded to nearest: {problem}",
+    }
 
 
 def _solve_table(target: Target, layer: LayerPlan, values: Values) -> SolvedLayer:

@@ -27,7 +27,14 @@ from pipeline.compute.comparison import compare
 from pipeline.compute.forward import BlockProgram
 from pipeline.compute.input_sums import Sums
 from pipeline.compute.model_state import ModelState, in_order
-from pipeline.compute.solving import SolvedLayer, Values, solve_layers
+from pipeline.compute.solving import (
+    SolvedLayer,
+    SolvedSlices,
+    Values,
+    join_layer,
+    solve_layers,
+    solve_some,
+)
 from pipeline.compute.streamed import artifact_model, source_model
 from pipeline.crew import WorkerLostError
 from pipeline.errors import DamagedObjectError, MissingObjectError
@@ -147,6 +154,30 @@ class Worker:
         layers = {layer.path: layer for layer in self._plan.parts[part].layers}
         chosen: list[LayerPlan] = [layers[path] for path in paths]
         return solve_layers(self._model.targets(part), chosen, values, sums)
+
+    def solve_slices(
+        self, part: int, slices: Mapping[str, Sequence[int]], values: Values, sums: Sums
+    ) -> dict[str, SolvedSlices]:
+        """Quantize some row slices of some of a part's layers of one input, by path."""
+        layers = {layer.path: layer for layer in self._plan.parts[part].layers}
+        targets = self._model.targets(part)
+        return {
+            path: solve_some(targets[path], layers[path], values, sums, numbers)
+            for path, numbers in slices.items()
+        }
+
+    def join(
+        self, part: int, paths: Sequence[str], values: Values, *solved: Mapping[str, SolvedSlices]
+    ) -> list[SolvedLayer]:
+        """Put layers together whose slices several workers solved."""
+        layers = {layer.path: layer for layer in self._plan.parts[part].layers}
+        targets = self._model.targets(part)
+        return [
+            join_layer(
+                targets[path], layers[path], values, [one[path] for one in solved if path in one]
+            )
+            for path in paths
+        ]
 
     def commit(
         self, part: int, previous: str, values: Values, *solved: Sequence[SolvedLayer]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import secrets
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import StorageError
+from pipeline.storage.object_store import Version
 
 _REMEDIES = {
     errno.EACCES: "no permission; check owner and mode",
@@ -64,6 +66,26 @@ class LocalBackend:
             with _temporary(path, data) as temporary:
                 path.hardlink_to(temporary)
 
+    def replace(self, key: str, data: bytes, expected: bytes) -> None:
+        with self._explained(key) as path, _locked(path):
+            if path.read_bytes() != expected:
+                raise FileExistsError(path)
+            with _temporary(path, data) as temporary:
+                temporary.replace(path)
+
+    def version(self, key: str) -> Version:
+        with self._explained(key) as path:
+            if path.is_dir():
+                raise FileNotFoundError(path)
+            return file_version(path)
+
+    def versions(self, prefix: str) -> Iterator[tuple[str, Version]]:
+        for key in self.list(prefix):
+            try:
+                yield key, self.version(key)
+            except FileNotFoundError:  # deleted since the listing
+                continue
+
     def list(self, prefix: str) -> Iterator[str]:
         top = self._root / prefix.rpartition("/")[0]
         with self._explained(prefix):
@@ -99,6 +121,29 @@ class LocalBackend:
             if error.errno not in _REMEDIES:
                 raise
             raise StorageError(f"{self._root / key}: {_REMEDIES[error.errno]}") from error
+
+
+def file_version(path: Path) -> Version:
+    """What is known of a file without reading it.
+
+    Whoever writes a file can set its time of modification back, but not that of its last change.
+    """
+    known = path.stat()
+    parts = (known.st_size, known.st_mtime_ns, known.st_ctime_ns, known.st_ino)
+    return Version(
+        token="-".join(map(str, parts)), size_bytes=known.st_size, modified=known.st_mtime
+    )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Let only one process at a time, of those that ask so, replace the file at `path`."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(path)
+    # It stays: to remove it would leave two processes with a lock each.
+    with (path.parent / f".{path.name[:100]}.lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 from collections.abc import Iterator
 
+from pipeline.storage.object_store import Version
+
 _objects: dict[str, bytes] = {}
+_versions: dict[str, Version] = {}
 _lock = threading.Lock()
+_counter = itertools.count(1)
 
 
 class MemoryBackend:
@@ -29,13 +35,33 @@ class MemoryBackend:
 
     def write(self, key: str, data: bytes) -> None:
         with _lock:
-            _objects[self._root + key] = bytes(data)
+            self._store(key, data)
 
     def create(self, key: str, data: bytes) -> None:
         with _lock:
             if self._root + key in _objects:
                 raise FileExistsError(key)
-            _objects[self._root + key] = bytes(data)
+            self._store(key, data)
+
+    def replace(self, key: str, data: bytes, expected: bytes) -> None:
+        with _lock:
+            if self.read(key, None) != expected:
+                raise FileExistsError(key)
+            self._store(key, data)
+
+    def version(self, key: str) -> Version:
+        with _lock:
+            version = _versions.get(self._root + key)
+        if version is None:
+            raise FileNotFoundError(key)
+        return version
+
+    def versions(self, prefix: str) -> Iterator[tuple[str, Version]]:
+        with _lock:
+            found = dict(_versions)
+        for name, version in found.items():
+            if name.startswith(self._root + prefix):
+                yield name.removeprefix(self._root), version
 
     def list(self, prefix: str) -> Iterator[str]:
         with _lock:
@@ -47,9 +73,16 @@ class MemoryBackend:
     def delete(self, key: str) -> None:
         with _lock:
             _objects.pop(self._root + key, None)
+            _versions.pop(self._root + key, None)
 
     def leftovers(self) -> Iterator[str]:
         return iter(())
 
     def sweep(self, leftover: str) -> None:
         raise AssertionError(f"{leftover}: nothing is ever left over")
+
+    def _store(self, key: str, data: bytes) -> None:
+        _objects[self._root + key] = bytes(data)
+        _versions[self._root + key] = Version(
+            token=str(next(_counter)), size_bytes=len(data), modified=time.time()
+        )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,6 +68,23 @@ class Patience:
         return cls(deadline_seconds=seconds)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Version:
+    """What a store knows of an object without reading it.
+
+    Attributes:
+        token: another one whenever the object was written; the same bytes written again may have
+            the same one. No token says anything about other stores.
+        size_bytes: of the object.
+        modified: when it was written, in seconds since 1970 by the store's clock: for people to
+            read, since clocks differ.
+    """
+
+    token: str
+    size_bytes: int
+    modified: float
+
+
 class Backend(Protocol):
     """What keeps the bytes. Keys have been checked; missing ones raise FileNotFoundError."""
 
@@ -85,6 +102,15 @@ class Backend(Protocol):
 
     def create(self, key: str, data: bytes) -> None:
         """Write if nothing is there; FileExistsError otherwise, even if it was our own try."""
+
+    def replace(self, key: str, data: bytes, expected: bytes) -> None:
+        """Write if the object holds `expected`; FileExistsError otherwise, even by our own try."""
+
+    def version(self, key: str) -> Version:
+        """Return what is known of the object without reading it."""
+
+    def versions(self, prefix: str) -> Iterator[tuple[str, Version]]:
+        """Yield the same of every object whose key begins with `prefix`, in any order."""
 
     def list(self, prefix: str) -> Iterator[str]:
         """Yield every key that begins with `prefix`, in any order."""
@@ -240,6 +266,58 @@ class ObjectStore:
                 raise ObjectExistsError(
                     f"{self.url(key)} exists with other bytes, and is written only once"
                 ) from error
+
+    def replace(self, key: str, data: bytes, *, expected: bytes | None) -> None:
+        """Write an object if it still holds what its writer knows of it: compare and set.
+
+        Of several writers who expect the same, exactly one succeeds, unless they write the same.
+        The new bytes already there are success, as in `create`: nobody can tell a lost
+        acknowledgement from another's writing the same. So bytes that count changes, or name their
+        writer, never mislead.
+
+        Args:
+            expected: the bytes that are to be there now; None for no object.
+
+        Raises:
+            ObjectExistsError: other bytes are there; also a FileExistsError.
+            MissingObjectError: bytes were expected, and nothing is there.
+        """
+        if expected is None:
+            self.create(key, data)
+            return
+        try:
+            self.backend.replace(_checked(key), data, expected)
+        except FileNotFoundError as error:
+            raise self._missing(key) from error
+        except FileExistsError as error:
+            if self.get(key) != data:
+                raise ObjectExistsError(
+                    f"{self.url(key)} was changed by somebody else meanwhile; look again"
+                ) from error
+
+    def version(self, key: str) -> str:
+        """Return a token that is another one once the object was written again.
+
+        It is found without reading the object: on disk from size, times and inode, on S3 from size
+        and entity tag.
+
+        Raises:
+            MissingObjectError: nothing is there.
+        """
+        try:
+            return self.backend.version(_checked(key)).token
+        except FileNotFoundError as error:
+            raise self._missing(key) from error
+
+    def versions(self, prefix: str = "") -> Mapping[str, Version]:
+        """Return what is known of every object below a prefix, by key, without reading any.
+
+        On S3 that takes one request for a thousand objects. Prefixes are those of `list`.
+        """
+        if not _PREFIX.fullmatch(prefix):
+            raise StorageError(f"{self.root_url}: {prefix!r} is no prefix of a key")
+        found = (pair for pair in self.backend.versions(prefix) if _KEY.fullmatch(pair[0]))
+        return dict(sorted(found))
 
     def list(self, prefix: str = "") -> tuple[str, ...]:
         """Return every key that begins with `prefix`, sorted. Files that are no keys are left out.

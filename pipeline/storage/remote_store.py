@@ -8,17 +8,18 @@ half an object), and one loop that tries again instead of three nested ones.
 
 from __future__ import annotations
 
+import datetime
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 
 from pipeline.errors import StorageError
-from pipeline.storage.object_store import Patience
+from pipeline.storage.object_store import Patience, Version
 from pipeline.storage.remote_errors import FAILURES, judge
 
 _T = TypeVar("_T")
@@ -93,6 +94,38 @@ class RemoteBackend:
     def create(self, key: str, data: bytes) -> None:
         self._pipe(key, data, "create")
 
+    def replace(self, key: str, data: bytes, expected: bytes) -> None:
+        if self._protocol not in _S3:
+            raise StorageError(
+                f"{self._root_url}: {self._protocol}:// is not known to replace an object only if "
+                "it is unchanged, which moving a pointer needs; use a path or s3://"
+            )
+        # The tag first: should the object change before it is read, the write below fails.
+        info = self._try(key, lambda fs, path: fs.info(path, **self._limit(fs, 0)))
+        if info["type"] != "file":
+            raise FileNotFoundError(key)
+        if self.read(key, None) != expected:
+            raise FileExistsError(f"{self._root_url}/{key}")
+        # Unquoted: servers that compare strings take quotes for a part of it.
+        self._pipe(key, data, "overwrite", {"IfMatch": info["ETag"].strip('"')})
+
+    def version(self, key: str) -> Version:
+        info = self._try(key, lambda fs, path: fs.info(path, **self._limit(fs, 0)))
+        if info["type"] != "file":
+            raise FileNotFoundError(key)
+        return _version(info)
+
+    def versions(self, prefix: str) -> Iterator[tuple[str, Version]]:
+        directory = prefix.rpartition("/")[0]
+        try:
+            found = self._try(directory, lambda fs, path: fs.find(path, detail=True))
+        except FileNotFoundError:
+            return
+        for name, info in found.items():
+            key = name.removeprefix(f"{self._root}/")
+            if key.startswith(prefix) and info["type"] == "file":
+                yield key, _version(info)
+
     def list(self, prefix: str) -> Iterator[str]:
         directory = prefix.rpartition("/")[0]
         try:
@@ -117,7 +150,9 @@ class RemoteBackend:
     def sweep(self, leftover: str) -> None:
         raise AssertionError(f"{leftover}: nothing is ever left over")
 
-    def _pipe(self, key: str, data: bytes, mode: str) -> None:
+    def _pipe(
+        self, key: str, data: bytes, mode: str, conditions: Mapping[str, str] | None = None
+    ) -> None:
         if self._protocol not in _CREATE_ONCE:
             raise StorageError(
                 f"{self._root_url}: {self._protocol}:// cannot create an object only once, so "
@@ -129,7 +164,8 @@ class RemoteBackend:
                 f"{_LARGEST_BYTES}; quantize this layer to fewer bits, or use a path"
             )
         # s3fs sends twice its chunk size at once; beyond, in parts.
-        options = {"chunksize": _LARGEST_BYTES} if self._protocol in _S3 else {}
+        options: dict[str, Any] = {"chunksize": _LARGEST_BYTES} if self._protocol in _S3 else {}
+        options |= conditions or {}
         self._try(
             key,
             lambda fs, path: fs.pipe_file(
@@ -199,3 +235,12 @@ class RemoteBackend:
         fs = fsspec.filesystem(self._protocol, config_kwargs=config, **options)
         fs.retries = 1  # of s3fs, around those of botocore
         return fs
+
+
+def _version(info: Mapping[str, Any]) -> Version:
+    size_bytes = int(info["size"])
+    # Without an entity tag, as of http://, the size and the date are all there is.
+    modified = info.get("LastModified") or info.get("last_modified") or info.get("mtime")
+    tag = str(info.get("ETag") or info.get("etag") or modified or "").strip('"')
+    seconds = modified.timestamp() if isinstance(modified, datetime.datetime) else 0.0
+    return Version(token=f"{tag}-{size_bytes}", size_bytes=size_bytes, modified=seconds)

@@ -18,10 +18,9 @@ import pytest
 import yaml
 
 import jobs.quantize
-import pipeline.planned_run
 from jobs.cli import main
 from pipeline.crew import LocalCrew
-from pipeline.plan import PLAN_KEY, Plan
+from pipeline.plan import read_plan
 from pipeline.records import file_key
 from pipeline.resources import Resources
 from pipeline.self_checked import with_digest
@@ -39,17 +38,24 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     def place(*args: Any) -> Iterator[Resources]:
         yield Resources(workers=2, threads=2)
 
-    def crew(resources: Resources, source_url: str, run_url: str) -> LocalCrew:
-        plan = Plan.from_json(open_store(run_url).get(PLAN_KEY))
-        workers = [QuickWorker(plan, source_url, run_url) for _ in range(resources.workers)]
-        return LocalCrew(workers)
+    class LateCrew(LocalCrew):
+        """Its workers are made when they are first asked, from the plan that lies there then."""
+
+        def __init__(self, resources: Resources, source_url: str, run_url: str) -> None:
+            super().__init__([None] * resources.workers)
+            self._urls = source_url, run_url
+            self._made = False
+
+        def submit(self, worker: int, method: str, *args: Any, num_returns: int = 1) -> Any:
+            if not self._made:
+                plan = read_plan(open_store(self._urls[1]))
+                super().__init__([QuickWorker(plan, *self._urls) for _ in self._workers])
+                self._made = True
+            return super().submit(worker, method, *args, num_returns=num_returns)
 
     monkeypatch.setattr(jobs.quantize, "_place", place)
     monkeypatch.setattr(jobs.quantize, "memory_of_nodes", lambda resources: [(2, 1 << 40)])
-    monkeypatch.setattr(jobs.quantize, "RayCrew", crew)
-    monkeypatch.setattr(
-        pipeline.planned_run, "run_once", lambda function, _, *args: function(*args)
-    )
+    monkeypatch.setattr(jobs.quantize, "RayCrew", LateCrew)
 
 
 class Command:
@@ -312,10 +318,10 @@ def test_the_same_command_on_a_finished_run_does_nothing(
     first = json.loads(command.out)
     before = lasting(open_store(str(output)))
 
-    def no_crew(*args: Any) -> None:
-        raise AssertionError("workers were started")
+    def no_work(*args: Any) -> None:
+        raise AssertionError("a worker was asked")
 
-    monkeypatch.setattr(jobs.quantize, "RayCrew", no_crew)
+    monkeypatch.setattr(LocalCrew, "submit", no_work)
     for again in (given, ("resume", output, "--json")):
         assert command(*again) == 0
         assert "finished before" in command.err

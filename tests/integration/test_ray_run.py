@@ -53,11 +53,10 @@ def driver(cluster: RunningCluster) -> Iterator[None]:
 def crew_of(workers: int, output: Path) -> Iterator[tuple[RayCrew, object]]:
     import ray
 
-    resources = Resources(workers=workers, threads=1)
-    plan, windows = plan_run(str(source()), recipe("gptq"), resources)
-    claim_run(open_store(str(output)), plan, windows)
-    crew = RayCrew(resources, str(source()), str(output))
+    crew = RayCrew(Resources(workers=workers, threads=1), str(source()), str(output))
     try:
+        plan, windows = plan_run(crew, str(source()), recipe("gptq"), 1)
+        claim_run(open_store(str(output)), plan, windows)
         yield crew, plan
     finally:
         for actor in crew._actors:  # or they keep their CPUs until this process ends
@@ -110,9 +109,15 @@ def test_any_workers_leave_the_same_bytes_though_one_is_killed(
 
 
 @pytest.mark.usefixtures("driver")
-def test_an_error_of_planning_arrives_as_it_was_raised() -> None:
-    with pytest.raises(SourceError, match=r"/nowhere: no config\.json there"):
-        plan_run("/nowhere", recipe("int8"), Resources(workers=1, threads=1))
+def test_an_error_of_planning_arrives_as_it_was_raised(tmp_path: Path) -> None:
+    import ray
+
+    crew = RayCrew(Resources(workers=1, threads=1), "/nowhere", str(tmp_path / "run"))
+    try:
+        with pytest.raises(SourceError, match=r"/nowhere: no config\.json there"):
+            plan_run(crew, "/nowhere", recipe("int8"), 1)
+    finally:
+        ray.kill(crew._actors[0])
 
 
 @pytest.mark.usefixtures("driver")

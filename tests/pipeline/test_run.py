@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 
+import quantizer.slices
 from pipeline.canonical import sha256
 from pipeline.commits import read_manifest
 from pipeline.crew import CrewError
 from pipeline.errors import PlanMismatchError
-from pipeline.plan import PLAN_KEY
+from pipeline.plan import PLAN_KEY, LayerPlan
 from pipeline.planned_run import claim_run
-from pipeline.planning import Planned
+from pipeline.planning import Planned, make_plan
 from pipeline.records import MANIFEST_KEY, file_key, record_key
-from pipeline.run import Step, claim
+from pipeline.run import Step, claim, shared
+from pipeline.source.preset import read_preset
 from pipeline.storage.object_store import ObjectStore, open_store
 from tests.pipeline.tiny_runs import (
     NUM_BLOCKS,
@@ -25,6 +27,8 @@ from tests.pipeline.tiny_runs import (
     execute,
     lasting,
     planned,
+    recipe,
+    source,
 )
 
 ALL_PARTS = list(range(NUM_BLOCKS + 1))
@@ -55,6 +59,56 @@ def test_any_number_of_workers_leaves_the_same_bytes(
 ) -> None:
     execute(planned(scheme), store, workers=workers)
     assert lasting(store) == expected(scheme)
+
+
+def test_slices_of_rows_are_spread_and_leave_the_same_bytes(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantizer.slices, "_LARGEST_SLICE", 32)
+    given = make_plan(read_preset(str(source())), recipe("gptq"), threads=2)
+    counts = {layer.slices for part in given.plan.parts for layer in part.layers}
+    assert counts >= {1, 2, 4}
+    alone = fresh()
+    execute(given, alone)
+    _, crew = execute(given, store, workers=3, lose=[("join", 2), ("solve_slices", 9)])
+    assert crew.calls["solve_slices"] > 3 * NUM_BLOCKS
+    assert crew.calls["join"] >= NUM_BLOCKS
+    assert lasting(store) == lasting(alone)
+
+
+def layers(*rows_and_slices: tuple[int, int]) -> list[LayerPlan]:
+    return [
+        LayerPlan(
+            path=f"layer-{i}",
+            name=f"layer-{i}",
+            kind="kernel",
+            in_features=64,
+            out_features=rows,
+            scheme={},
+            slices=slices,
+        )
+        for i, (rows, slices) in enumerate(rows_and_slices)
+    ]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 7])
+def test_every_slice_has_one_worker_and_all_have_about_the_same(workers: int) -> None:
+    given = layers((4096, 8), (1024, 2), (1024, 2), (300, 1))
+    whole, cut = shared(given, workers)
+    slices = {layer.path: layer.slices for layer in given}
+    done = [(path, n) for one in cut for path in one for n in one[path]]
+    done += [(path, n) for one in whole for path in one for n in range(slices[path])]
+    assert sorted(done) == sorted((path, n) for path in slices for n in range(slices[path]))
+    assert not any(len(one[path]) == slices[path] for one in cut for path in one)
+    rows = {layer.path: layer.out_features / layer.slices for layer in given}
+    loads = [
+        sum(rows[path] * slices[path] for path in alone)
+        + sum(rows[path] * len(part[path]) for path in part)
+        for alone, part in zip(whole, cut, strict=True)
+    ]
+    assert max(loads) - min(loads) <= 512
+    if workers == 1:
+        assert cut == [{}]
 
 
 def test_every_block_has_one_file_and_the_manifest_names_all() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import itertools
@@ -186,6 +187,60 @@ class StoreContract:
         for number, turns in enumerate(won):
             assert all(store.get(f"race-{turn}") == b"%d" % number for turn in turns)
 
+    def test_replaces_only_what_is_expected(self, store):
+        store.replace("a/key", b"1", expected=None)
+        store.replace("a/key", b"2", expected=b"1")
+        store.replace("a/key", b"2", expected=b"1")  # a lost acknowledgement looks like this
+        for expected in (None, b"1", b"", b"other"):
+            with pytest.raises(ObjectExistsError, match="a/key"):
+                store.replace("a/key", b"3", expected=expected)
+        assert store.get("a/key") == b"2"
+        for key in ("absent", "a", "no/such/place"):
+            with pytest.raises(MissingObjectError, match=f"{key} does not exist"):
+                store.replace(key, b"3", expected=b"2")
+        assert store.list() == ("a/key",)
+
+    def test_of_racing_replacements_none_is_lost(self, store):
+        """Each adds one to what is there, as often as it takes."""
+        num_threads, num_turns = 4, 5
+        store.put("count", b"0 of nobody")
+
+        def add(number):
+            for _ in range(num_turns):
+                while True:
+                    found = store.get("count")
+                    count = int(found.split()[0]) + 1
+                    with contextlib.suppress(ObjectExistsError):
+                        store.replace("count", b"%d of %d" % (count, number), expected=found)
+                        break
+
+        threads = [threading.Thread(target=add, args=(n,)) for n in range(num_threads)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert store.get("count").split()[0] == b"%d" % (num_threads * num_turns)
+
+    def test_a_version_changes_with_every_other_content(self, store):
+        seen = []
+        for data in (b"a", b"b", b"", b"ab", b"ba"):
+            store.put("x/key", data)
+            seen.append(store.version("x/key"))
+            assert store.version("x/key") == seen[-1]
+        assert len(set(seen)) == len(seen)
+        store.put("y", DATA)
+        known = store.versions()
+        assert list(known) == ["x/key", "y"]
+        assert known["x/key"].token == seen[-1]
+        assert known["y"].size_bytes == len(DATA)
+        assert abs(known["y"].modified - time.time()) < 60
+        assert list(store.versions("x/")) == list(store.versions("x")) == ["x/key"]
+        assert store.versions("z/") == {}
+        store.delete("y")
+        with pytest.raises(MissingObjectError):
+            store.version("y")
+        assert list(store.versions()) == ["x/key"]
+
     def test_damage_is_seen(self, store, spoil_bit):
         store.put("key", DATA)
         spoil_bit("key", DATA)
@@ -212,15 +267,18 @@ class StoreContract:
             store.get, store.size, store.exists, store.delete, store.url,
             lambda k: store.put(k, DATA),
             lambda k: store.create(k, DATA),
-            lambda k: store.get_range(k, 0, 1),
+            lambda k: store.get_range(k, 0, 1), store.version,
+            lambda k: store.replace(k, DATA, expected=None),
+            lambda k: store.replace(k, DATA, expected=b""),
         ):  # fmt: skip
             with pytest.raises(StorageError, match="no storage key"):
                 use(key)
 
     @pytest.mark.parametrize("prefix", ["../", "/", "a//", ".", "a/../", "*"])
     def test_refuses_prefixes_that_lead_astray(self, store, prefix):
-        with pytest.raises(StorageError, match="no prefix"):
-            store.list(prefix)
+        for use in (store.list, store.versions):
+            with pytest.raises(StorageError, match="no prefix"):
+                use(prefix)
 
 
 class TestLocalStore(StoreContract):
@@ -248,6 +306,14 @@ class TestLocalStore(StoreContract):
         with pytest.raises(FileExistsError):
             store.create("a/once", b"")
         assert sorted(path.name for path in Path(url, "a").iterdir()) == ["key", "once"]
+
+    def test_a_version_tells_a_change_though_the_time_was_set_back(self, store, url):
+        store.put("key", b"before")
+        path = Path(url, "key")
+        times, seen = path.stat(), store.version("key")
+        path.write_bytes(b"behind")  # as long, the same inode
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert store.version("key") != seen
 
     def test_hides_what_a_crash_left_and_what_others_keep(self, store, url):
         store.put("a/key", DATA)
@@ -456,6 +522,17 @@ class TestS3Faults:
             store.create("key", b"other")
         assert store.get("key") == DATA
 
+    @pytest.mark.parametrize("fault", ["unavailable", "broken", "refused", "lost"])
+    def test_replacing_through_faults_is_our_own_success(self, store, proxy, fault):
+        store.put("key", b"1")
+        for skipped in range(3):  # the tag, the bytes, the write
+            expected, data = b"%d" % (skipped + 1), b"%d" % (skipped + 2)
+            proxy.plan(*[None] * skipped, fault, fault)
+            store.replace("key", data, expected=expected)
+            assert store.get("key") == data
+        with pytest.raises(ObjectExistsError):
+            store.replace("key", b"other", expected=b"1")
+
     @pytest.mark.parametrize("fault", ["cut", "short", "flip"])
     def test_spoiled_bodies_are_read_again(self, store, proxy, fault):
         store.put("key", DATA)
@@ -510,6 +587,8 @@ def test_writes_nothing_where_creating_once_is_not_atomic(tmp_path):
     for write in (store.put, store.create):
         with pytest.raises(StorageError, match="cannot create an object only once"):
             write("other", DATA)
+    with pytest.raises(StorageError, match="only if it is unchanged"):
+        store.replace("key", b"other", expected=DATA)
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
 
 

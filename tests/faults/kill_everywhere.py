@@ -1,0 +1,110 @@
+"""SIGKILL before and after every storage operation of a run, each in a process of its own.
+
+    python -m tests.faults.kill_everywhere [--stride 1] [--scheme gptq] [--processes 2]
+
+Driver and workers are one process here, so that every operation of the run is met, in order; what
+each killed process leaves is resumed in this one, and must end in the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+from pipeline.calibration.token_windows import TokenWindows
+from pipeline.plan import Plan
+from pipeline.planning import Planned
+from pipeline.storage import local_store
+from pipeline.storage.object_store import open_store
+from tests.faults.killing import Killer
+from tests.pipeline import tiny_runs
+
+KEEP_EVERY = 1
+
+
+@dataclass(frozen=True)
+class Given:
+    """What every process works from: plain data, and one source for all."""
+
+    plan_json: bytes
+    windows: bytes | None
+    source: Path
+
+    @classmethod
+    def of(cls, scheme: str) -> Given:
+        planned = tiny_runs.planned(scheme)
+        windows = None if planned.windows is None else planned.windows.to_bytes()
+        return cls(planned.plan.to_json(), windows, tiny_runs.source())
+
+    def planned(self) -> Planned:
+        windows = None if self.windows is None else TokenWindows.from_bytes(self.windows)
+        return Planned(plan=Plan.from_json(self.plan_json), windows=windows)
+
+
+def run(folder: str, given: Given, at: int, *, after: bool) -> int:
+    """Quantize into a folder; the number of storage operations, of a process that lives."""
+    killer = Killer(lambda: os.kill(os.getpid(), signal.SIGKILL), at=at, after=after)
+    original = local_store.LocalBackend
+
+    def watched(root: Path) -> object:
+        # The source is read through the same door; only the run's own operations count.
+        backend = original(root)
+        return killer.wrap(backend) if str(root) == folder else backend
+
+    with (
+        mock.patch.object(local_store, "LocalBackend", watched),
+        mock.patch.object(tiny_runs, "source", return_value=given.source),
+    ):
+        tiny_runs.execute(given.planned(), open_store(folder), workers=2, keep_every=KEEP_EVERY)
+    return len(killer.seen)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--scheme", default="gptq")
+    parser.add_argument("--stride", type=int, default=1, help="only every n-th operation")
+    parser.add_argument("--processes", type=int, default=2, help="at a time")
+    arguments = parser.parse_args()
+    work = Path(tempfile.mkdtemp(prefix="kill-everywhere-"))
+    # Children are forked from a process that has imported everything and computed nothing.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.faults.kill_everywhere"])
+    given = Given.of(arguments.scheme)
+    whole = str(work / "whole")
+    count = run(whole, given, 0, after=False)
+    expected = tiny_runs.lasting(open_store(whole))
+    print(f"{count} storage operations, {len(expected)} objects", flush=True)
+
+    def killed(number: int, after: bool) -> str:
+        folder = str(work / f"{number}-{after}")
+        process = context.Process(target=run, args=(folder, given, number), kwargs={"after": after})
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, process.exitcode
+        return folder
+
+    cases = [(n, after) for n in range(1, count + 1, arguments.stride) for after in (False, True)]
+    different = 0
+    with ThreadPoolExecutor(arguments.processes) as pool:
+        for case, folder in zip(cases, pool.map(lambda c: killed(*c), cases), strict=True):
+            run(folder, given, 0, after=False)
+            same = tiny_runs.lasting(open_store(folder)) == expected
+            different += not same
+            print(f"{case[0]} {'after' if case[1] else 'before'}: same bytes: {same}", flush=True)
+            shutil.rmtree(folder)
+    shutil.rmtree(work)
+    print(f"{len(cases)} kills, {different} runs that ended otherwise")
+    sys.exit(bool(different))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""A cluster that loses nodes and messages: later, by fewer workers, but the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pipeline.cluster
+from pipeline.cluster import RayCrew, joined
+from pipeline.planned_run import claim_run
+from pipeline.resources import Resources
+from pipeline.run import Step, quantize
+from pipeline.storage.object_store import open_store
+from tests.faults.random_kills import Fleet, fleet
+from tests.integration.ray_cluster import serve_ray
+from tests.pipeline.tiny_runs import NUM_BLOCKS, execute, lasting, planned, source
+
+pytestmark = pytest.mark.slow
+RESOURCES = Resources(workers=2, threads=1)
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+
+
+@pytest.fixture
+def expected() -> dict[str, bytes]:
+    store = open_store("memory://ray-faults/expected")
+    execute(planned("gptq"), store)
+    return lasting(store)
+
+
+@pytest.fixture
+def nodes() -> Iterator[Fleet]:
+    with fleet() as found:
+        yield found
+
+
+def run(output: Path, report: object, crew_options: Resources = RESOURCES) -> dict[str, bytes]:
+    store = open_store(str(output))
+    given = planned("gptq")
+    assert given.windows is not None
+    claim_run(store, given.plan, given.windows.to_bytes())
+    crew = RayCrew(crew_options, str(source()), str(output))
+    quantize(given.plan, store, crew, report, keep_every=1)  # type: ignore[arg-type]
+    return lasting(store)
+
+
+def test_a_node_lost_for_good_leaves_the_run_to_the_others(
+    nodes: Fleet, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.cluster, "_REPLACEMENT_SECONDS", 3.0)
+    steps: list[Step] = []
+
+    def report(step: Step) -> None:
+        steps.append(step)
+        if step.event == "committed" and step.part == 1 and len(nodes.nodes) == 2:
+            nodes.cluster.remove_node(nodes.nodes.pop(), allow_graceful=False)
+
+    with joined(nodes.address):
+        assert run(tmp_path / "run", report) == expected
+    assert len(nodes.nodes) == 1
+    assert any(step.event == "lost" for step in steps)
+    [fewer] = [step for step in steps if step.event == "fewer"]
+    assert "1 of 2 workers" in fewer.text
+    committed = [step.part for step in steps if step.event == "committed"]
+    assert sorted(set(committed)) == list(range(NUM_BLOCKS + 1))
+
+
+def test_a_node_that_is_replaced_is_waited_for(
+    nodes: Fleet, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    steps: list[Step] = []
+
+    def report(step: Step) -> None:
+        steps.append(step)
+        if step.event == "committed" and step.part == 1:
+            nodes.cluster.remove_node(nodes.nodes.pop(), allow_graceful=False)
+            nodes.fill()
+
+    with joined(nodes.address):
+        assert run(tmp_path / "run", report) == expected
+    assert any(step.event == "lost" for step in steps)
+    assert not any(step.event == "fewer" for step in steps)
+
+
+def test_lost_messages_change_nothing(
+    expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = (
+        '{"*":{"num_failures":-1,"req_failure_prob":5,"resp_failure_prob":5,'
+        '"in_flight_failure_prob":5}}'
+    )
+    monkeypatch.setenv("RAY_testing_rpc_failure", failing)
+    with serve_ray({"RAY_testing_rpc_failure": failing}) as cluster, joined(cluster.address):
+        assert run(tmp_path / "run", lambda step: None) == expected
