@@ -2,7 +2,8 @@
 
 Starting it must stay instant, so nothing here may import Ray, JAX or Keras before a command needs
 them. Exit codes: 0 done; 1 a fault of ours; 2 bad input; 3 storage or cluster cannot be used as
-asked; 4 a result that is damaged or incomplete; 130 interrupted; 143 terminated.
+asked; 4 a result that is damaged or incomplete; 5 a result that did not pass its gate;
+130 interrupted; 143 terminated.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from jobs.fleet_cli import add_commands
 from jobs.schemes import describe_scheme, schemes_table
 from jobs.termination import Terminated
 from pipeline.errors import PipelineError
@@ -246,13 +248,29 @@ def gc(
     delete: Annotated[
         bool, typer.Option("--delete", help="Delete it; otherwise it is only listed.")
     ] = False,
+    unpublished: Annotated[
+        bool,
+        typer.Option(
+            "--unpublished", help="Of a catalog's root: also runs that were never published."
+        ),
+    ] = False,
     lease_seconds: _LeaseSeconds = 60.0,
     as_json: _Json = False,
 ) -> None:
-    """List, or delete, what no manifest, plan or living run refers to."""
+    """List, or delete, what no manifest, plan, release or living run refers to."""
     from jobs.collect import collect
 
-    collect(url, _stderr(), delete=delete, lease_seconds=lease_seconds, as_json=as_json)
+    collect(
+        url,
+        _stderr(),
+        delete=delete,
+        lease_seconds=lease_seconds,
+        as_json=as_json,
+        unpublished=unpublished,
+    )
+
+
+add_commands(app)
 
 
 def _be_patient(seconds: float | None) -> None:

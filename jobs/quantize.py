@@ -20,7 +20,7 @@ from jobs.admission import check_identity, check_memory
 from jobs.plan_table import plan_table
 from jobs.progress import watch
 from jobs.summary import Summary, summary_table
-from jobs.termination import terminable
+from jobs.termination import Terminated, terminable
 from pipeline import lease
 from pipeline.cluster import RayCrew, joined
 from pipeline.commits import read_manifest
@@ -212,7 +212,7 @@ def _carry_out(
         if judged_on is not None:
             with console.status("comparing the result with its source"):
                 fidelity = measure(crew, judged_on, job.evaluation_windows)
-    except (PipelineError, KeyboardInterrupt):
+    except (PipelineError, KeyboardInterrupt, Terminated):
         console.print(
             f"to go on from the last committed block: {resume_command(job)}", soft_wrap=True
         )

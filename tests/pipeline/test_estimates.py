@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -39,8 +40,14 @@ print(int(peak) * 1024)
 """
 
 
-def run_and_weigh(folder: Path, scheme: str, **size: int) -> tuple[int, Plan]:
-    """Peak memory of a process that does a whole run, in bytes; and its plan."""
+def run_and_weigh(
+    folder: Path, scheme: str, *, limit_bytes: int | None = None, **size: int
+) -> tuple[int, Plan]:
+    """Peak memory of a process that does a whole run, in bytes; and its plan.
+
+    Args:
+        limit_bytes: of memory that the kernel lets the process have (`ulimit -d`).
+    """
     from pipeline.planning import make_plan
     from pipeline.source.preset import read_preset
 
@@ -59,8 +66,30 @@ def run_and_weigh(folder: Path, scheme: str, **size: int) -> tuple[int, Plan]:
         check=True,
         cwd=ROOT,
         env=environment,
+        preexec_fn=None if limit_bytes is None else lambda: limit(limit_bytes),
     )
     return int(json.loads(finished.stdout)), given.plan
+
+
+def limit(num_bytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, num_bytes))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("scheme", ["gptq", "int8"])
+def test_a_model_larger_than_a_worker_s_memory_is_quantized_within_it(
+    scheme: str, tmp_path: Path
+) -> None:
+    """3 GB of weights, in a process that the kernel refuses more than 2 GB in all."""
+    size = {"hidden_dim": 1024, "intermediate_dim": 4096, "num_blocks": 48}
+    limit_bytes = 2_000_000_000
+    peak_bytes, plan = run_and_weigh(tmp_path, scheme, limit_bytes=limit_bytes, **size)
+    costs = estimate(plan, 1)
+    assert costs.source_bytes > 1.4 * limit_bytes
+    assert peak_bytes < limit_bytes
+    assert costs.worker_bytes < limit_bytes
+    print(f"{scheme}: {costs.source_bytes:,} bytes of weights, peak {peak_bytes:,}")
 
 
 @pytest.mark.slow
