@@ -13,10 +13,18 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from jobs.catalog.request import RUNS_PREFIX
+from jobs.publishing.retention import (
+    Unneeded,
+    is_catalog_root,
+    is_still_unneeded,
+    unneeded_runs,
+)
+from jobs.publishing.seen_files import seen_key
 from jobs.quantities import size
 from pipeline import lease
 from pipeline.errors import LeaseHeldError, PipelineError
-from pipeline.garbage import Garbage, find_garbage, find_runs, remove
+from pipeline.garbage import Garbage, find_garbage, find_runs, remove, whole_run
 from pipeline.storage.object_store import ObjectStore, open_store
 
 
@@ -38,22 +46,42 @@ class Swept:
 
 
 def collect(
-    url: str, console: Console, *, delete: bool, lease_seconds: float, as_json: bool
+    url: str,
+    console: Console,
+    *,
+    delete: bool,
+    lease_seconds: float,
+    as_json: bool,
+    unpublished: bool = False,
 ) -> None:
     """Find, and delete if asked, the garbage of the runs at and below a URL.
+
+    At a catalog's root that is also whole runs that its releases refer to no more.
+
+    Args:
+        unpublished: also whole runs of which nothing was ever published.
 
     Raises:
         PipelineError: there is no run.
     """
     store = open_store(url)
-    runs = find_runs(store)
+    whole = unneeded_runs(store, unpublished=unpublished) if is_catalog_root(store) else {}
+    runs = {run.rstrip("/"): None for run in find_runs(store)}
+    runs |= dict.fromkeys(f"{RUNS_PREFIX}{run_id}" for run_id in whole)
     if not runs:
         raise PipelineError(f"{url}: no run lies there or below it (no plan.json)")
     swept = []
-    for run in runs:
+    for run in sorted(runs):
         root = f"{store.root_url}/{run}".rstrip("/")
+        unneeded = whole.get(run.removeprefix(RUNS_PREFIX))
         with console.status(f"looking through {root}"):
-            swept.append(_sweep(open_store(root), delete=delete, lease_seconds=lease_seconds))
+            if unneeded is None:
+                one = _sweep(open_store(root), delete=delete, lease_seconds=lease_seconds)
+            else:
+                one = _sweep_whole(
+                    store, unneeded, open_store(root), delete=delete, lease_seconds=lease_seconds
+                )
+        swept.append(one)
     if as_json:
         sys.stdout.write(json.dumps([dataclasses.asdict(one) for one in swept], indent=2) + "\n")
         return
@@ -76,6 +104,33 @@ def _sweep(store: ObjectStore, *, delete: bool, lease_seconds: float) -> Swept:
         return Swept(url=url, garbage=garbage, deleted=True)
     except (LeaseHeldError, PipelineError) as error:
         return Swept(url=url, skipped=str(error))
+
+
+def _sweep_whole(
+    root: ObjectStore, run: Unneeded, store: ObjectStore, *, delete: bool, lease_seconds: float
+) -> Swept:
+    url = store.root_url
+    try:
+        if not delete:
+            return Swept(url=url, garbage=whole_run(store, run.reason))
+        held = lease.acquire(store, seconds=lease_seconds, wait=False)
+        try:
+            if not is_still_unneeded(root, run):
+                return Swept(url=url, skipped="a release of it was made current meanwhile")
+            garbage = whole_run(store, run.reason)
+            for one in garbage:
+                if not one.key.startswith(lease.PREFIX):
+                    held.check()
+                    remove(store, one)
+        finally:
+            held.release()
+        # What the holder last said, too: nobody is to find a run here.
+        for key in store.list(lease.PREFIX):
+            store.delete(key)
+        root.delete(seen_key(run.run_id))
+    except (LeaseHeldError, PipelineError) as error:
+        return Swept(url=url, skipped=str(error))
+    return Swept(url=url, garbage=garbage, deleted=True)
 
 
 @contextlib.contextmanager

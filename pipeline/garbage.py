@@ -65,6 +65,24 @@ def find_garbage(store: ObjectStore) -> tuple[Garbage, ...]:
     return tuple(found)
 
 
+def whole_run(store: ObjectStore, reason: str) -> tuple[Garbage, ...]:
+    """All of the run at the store's root, in the order in which it is to be deleted.
+
+    The manifest goes first, so that nobody takes the rest for whole; the plan late, so that what an
+    interruption leaves is found again; and last the leases, one of which the deleter holds.
+    """
+
+    def turn(key: str) -> tuple[int, str]:
+        ranks = {MANIFEST_KEY: 0, PLAN_KEY: 2}
+        return (3 if key.startswith(lease.PREFIX) else ranks.get(key, 1), key)
+
+    known = store.versions()
+    return tuple(
+        Garbage(key=key, reason=reason, size_bytes=known[key].size_bytes)
+        for key in sorted(known, key=turn)
+    )
+
+
 def remove(store: ObjectStore, garbage: Garbage) -> None:
     """Delete it; somebody else may have been faster."""
     if garbage.is_leftover:

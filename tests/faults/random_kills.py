@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[2]
 # Leases, events and caches: what differs between executions, or may be missing.
 PASSING = ("events/", "activations/", "quarantine/", "leases/")
 TARGETS = ("driver", "worker", "node")
-_LONGEST_DELAY_SECONDS = 16.0
+_LONGEST_DELAY_SECONDS = 8.0
 _LONGEST_RUN_SECONDS = 900.0
 _QUICK_TO_NOTICE = {
     "health_check_initial_delay_ms": 0,
