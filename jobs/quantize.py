@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from jobs.admission import check_identity, check_memory
+from jobs.metrics import RunMetrics
 from jobs.plan_table import plan_table
 from jobs.progress import watch
 from jobs.summary import Summary, summary_table
@@ -192,6 +193,9 @@ def _carry_out(
 ) -> None:
     start = time.monotonic()
     fidelity: Fidelity | None = None
+    metrics = RunMetrics(
+        model=job.source_url.rstrip("/").rpartition("/")[2], recipe=plan.recipe["name"]
+    )
     try:
         with _lease(job, store, console) as held:
             log = EventLog(store, plan, resources, epoch=held.epoch if held else None)
@@ -203,7 +207,7 @@ def _carry_out(
                         plan,
                         store,
                         crew,
-                        log.also(report),
+                        metrics.also(log.also(report)),
                         keep_every=job.driving.keep_every,
                         check_lease=held.check,
                     )
@@ -212,7 +216,10 @@ def _carry_out(
         if judged_on is not None:
             with console.status("comparing the result with its source"):
                 fidelity = measure(crew, judged_on, job.evaluation_windows)
-    except (PipelineError, KeyboardInterrupt, Terminated):
+            metrics.judged(fidelity)
+        metrics.ended("finished")
+    except (PipelineError, KeyboardInterrupt, Terminated) as end:
+        metrics.ended("failed" if isinstance(end, PipelineError) else "interrupted")
         console.print(
             f"to go on from the last committed block: {resume_command(job)}", soft_wrap=True
         )

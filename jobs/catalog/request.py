@@ -1,0 +1,196 @@
+"""One model × one recipe, resolved: all that a process somewhere needs to make and judge it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from pipeline.canonical import canonical_json, digest_of
+from pipeline.errors import PipelineError
+from pipeline.self_checked import (
+    RecordError,
+    read_self_checked,
+    with_digest,
+    without_digest,
+)
+from pipeline.storage.object_store import ObjectStore, open_store
+
+REQUESTS_PREFIX = "requests/"
+RUNS_PREFIX = "runs/"
+
+_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,199}")
+_STRICT = ConfigDict(strict=True, extra="forbid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """What a result must keep to be published; None where there is no limit.
+
+    See `jobs.catalog.entries.GateLimits`.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    max_perplexity_increase: float | None = None
+    max_divergence: float | None = None
+    min_cosine: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What its run takes of a cluster; None leaves it to the cluster.
+
+    Attributes:
+        memory_bytes: the most that a worker may need.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    workers: int | None = None
+    threads: int | None = None
+    device: str = "auto"
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is wanted, and the state of everything that it is made from.
+
+    Attributes:
+        model, recipe_name: under which the result is published.
+        aliases: other models' names under which it is too.
+        source_url: the preset.
+        recipe: as `Recipe.to_dict` gives it.
+        evaluation_texts, evaluation_windows: what the result is judged by; none, and it is not.
+        gate: what it must keep.
+        needs: of a cluster.
+        keep: newest releases whose artifacts are kept.
+        source, texts, evaluation: token by file, of what it is made from and judged by.
+        versions: of the packages that compute.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    model: str
+    recipe_name: str
+    source_url: str
+    recipe: dict[str, Any]
+    aliases: tuple[str, ...] = ()
+    evaluation_texts: tuple[str, ...] = ()
+    evaluation_windows: int = 8
+    gate: Gate | None = None
+    needs: Needs = field(default_factory=Needs)
+    keep: int = 3
+    source: dict[str, str]
+    texts: dict[str, str]
+    evaluation: dict[str, str]
+    versions: dict[str, str]
+
+    @cached_property
+    def run_id(self) -> str:
+        """Of the run that makes it: what decides the result's bytes, and nothing else."""
+        decisive = {
+            "model": self.model,
+            "recipe": self.recipe,
+            "source": self.source,
+            "texts": self.texts,
+            "versions": self.versions,
+            "threads": self.needs.threads,
+            "device": self.needs.device,
+        }
+        return f"{self._name}-{digest_of(decisive)[:12]}"
+
+    @cached_property
+    def request_id(self) -> str:
+        """Of all of it: the same run may be asked for twice, and be judged otherwise."""
+        return f"{self._name}-{digest_of(dataclasses.asdict(self))[:12]}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The models under whose names the result is published."""
+        return (self.model, *self.aliases)
+
+    @property
+    def _name(self) -> str:
+        return f"{self.model}-{self.recipe_name}"
+
+    def to_json(self) -> bytes:
+        return with_digest(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Request:
+        """Read what `to_json` wrote.
+
+        Raises:
+            RecordError: anything else; a single other byte is enough.
+        """
+        content = without_digest(data)
+        try:
+            return TypeAdapter(cls).validate_json(canonical_json(content))
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise RecordError(
+                f"no request of this version of quantfleet ({place}: {first['msg']})"
+            ) from error
+
+
+def request_key(request_id: str) -> str:
+    """Below a catalog's root."""
+    return f"{REQUESTS_PREFIX}{checked_id(request_id)}.json"
+
+
+def run_prefix(run_id: str) -> str:
+    """Where a run lies, below a catalog's root."""
+    return f"{RUNS_PREFIX}{checked_id(run_id)}/"
+
+
+def run_store(root: ObjectStore, run_id: str) -> ObjectStore:
+    """The store at a run's root."""
+    return open_store(f"{root.root_url}/{run_prefix(run_id)}")
+
+
+def checked_id(given: str) -> str:
+    """A request's or a run's id, which becomes part of keys.
+
+    Raises:
+        PipelineError: it is none.
+    """
+    if not _ID.fullmatch(given) or ".." in given:
+        raise PipelineError(
+            f"{given[:200]!r} is no id of a run or request: lower-case letters, digits and ._- "
+            "only; take one that quantfleet status shows"
+        )
+    return given
+
+
+def save_request(root: ObjectStore, request: Request) -> str:
+    """Write a request once; returns its URL."""
+    key = request_key(request.request_id)
+    root.create(key, request.to_json())
+    return root.url(key)
+
+
+def load_request(url: str) -> tuple[ObjectStore, Request]:
+    """A catalog's root and a request that was written below it.
+
+    Raises:
+        PipelineError: the URL is no request's, or what lies there is none.
+    """
+    root_url, separator, name = url.rpartition(f"/{REQUESTS_PREFIX}")
+    if not separator or not name.endswith(".json"):
+        raise PipelineError(
+            f"{url} is no request; its URL ends in /{REQUESTS_PREFIX}NAME.json, as quantfleet "
+            "nightly and submit write them"
+        )
+    root = open_store(root_url)
+    key = request_key(name.removesuffix(".json"))
+    request = read_self_checked(root, key, Request.from_json)
+    if request_key(request.request_id) != key:
+        raise PipelineError(f"{root.url(key)} holds another request, {request.request_id}")
+    return root, request

@@ -1,0 +1,57 @@
+"""Where runs compute: what a run needs of a cluster, and who works there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from jobs.catalog.request import Needs
+from jobs.termination import terminable
+from pipeline.cluster import RayCrew, joined
+from pipeline.crew import Crew
+from pipeline.resources import Resources, choose_resources, memory_of_nodes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workplace:
+    """A cluster that was joined.
+
+    Attributes:
+        resources: what the run gets of it.
+        nodes: of each node, how many workers it may run, and bytes of memory for them.
+        hire: starts workers for a source's and a run's URL.
+    """
+
+    resources: Resources
+    nodes: tuple[tuple[int, int], ...]
+    hire: Callable[[str, str], Crew]
+
+
+Enter = Callable[[Needs], AbstractContextManager[Workplace]]
+"""Joins a cluster for the time of one run."""
+
+
+def on_ray(address: str | None) -> Enter:
+    """Join the Ray cluster at an address, or start one on this machine for each run."""
+
+    @contextlib.contextmanager
+    def enter(needs: Needs) -> Iterator[Workplace]:
+        wanted = None
+        if address is None and needs.workers is not None:
+            wanted = max(needs.workers * (needs.threads or 1), len(os.sched_getaffinity(0)))
+        with joined(address, wanted), terminable():
+            resources = choose_resources(needs.workers, needs.threads, device=needs.device)
+            nodes = memory_of_nodes(resources)
+            if needs.memory_bytes is not None:
+                limit = needs.memory_bytes
+                nodes = [(workers, min(memory, workers * limit)) for workers, memory in nodes]
+            yield Workplace(
+                resources=resources,
+                nodes=tuple(nodes),
+                hire=lambda source_url, run_url: RayCrew(resources, source_url, run_url),
+            )
+
+    return enter

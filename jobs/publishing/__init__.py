@@ -1,0 +1,1 @@
+"""Publishing: which result readers get, and what it had to prove before."""

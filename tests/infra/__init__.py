@@ -1,0 +1,1 @@
+"""What a platform team deploys, checked by the validators of those who will read it."""

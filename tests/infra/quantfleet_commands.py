@@ -1,0 +1,96 @@
+"""Every `quantfleet …` in infra/, as its words: in shell code, YAML lists, units and documents."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.infra.validators import INFRA
+
+_CODE_BLOCK = re.compile(r"^```(?:sh|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# In prose: at least a word after the name.
+_INLINE = re.compile(r"`(quantfleet [a-z][^`…]*)`")
+_CALL = re.compile(r"(?:^|[\s;&|(/\"])quantfleet\"?\s+(?P<rest>[a-z-][^;&|\n)`]*)", re.MULTILINE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One call.
+
+    Attributes:
+        where: the file.
+        words: what follows `quantfleet`.
+        is_mention: prose that names it, and may leave its arguments out.
+    """
+
+    where: str
+    words: tuple[str, ...]
+    is_mention: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.where}: {' '.join(self.words)}"
+
+
+def commands(folder: Path = INFRA) -> list[Command]:
+    """All of them, in the order of files."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix not in (".pyc", ".lock"):
+            where = str(path.relative_to(folder))
+            text = path.read_text(encoding="utf-8")
+            found += [Command(where=where, words=words) for words in _in_code(path, text)]
+            found += [
+                Command(where=where, words=words, is_mention=True)
+                for inline in _INLINE.finditer(text)
+                for words in _in_shell(inline[1])
+            ]
+    return found
+
+
+def _in_code(path: Path, text: str) -> Iterator[tuple[str, ...]]:
+    match path.suffix:
+        case ".yaml":
+            for document in yaml.safe_load_all(_plain(text)):
+                yield from _in_values(document)
+        case ".md":
+            for block in _CODE_BLOCK.finditer(text):
+                yield from _in_shell(block[1])
+        case "" if path.name == "Dockerfile":
+            for exec_form in re.findall(r"^(?:CMD|ENTRYPOINT) (\[.*\])$", text, re.MULTILINE):
+                yield from _in_values(json.loads(exec_form))
+        case ".sh" | ".service" | "":
+            lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+            yield from _in_shell("\n".join(lines))
+
+
+def _plain(text: str) -> str:
+    """YAML without the tags of CloudFormation."""
+    return re.sub(r"!(Ref|Sub|GetAtt) ", "", text)
+
+
+def _in_values(value: Any) -> Iterator[tuple[str, ...]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if name == "entrypoint" and isinstance(inner, str):
+                yield from _in_shell(inner)
+            yield from _in_values(inner)
+    elif isinstance(value, list):
+        if "quantfleet" in value and all(isinstance(word, str) for word in value):
+            yield tuple(value[value.index("quantfleet") + 1 :])
+        for inner in value:
+            yield from _in_values(inner)
+
+
+def _in_shell(code: str) -> Iterator[tuple[str, ...]]:
+    for call in _CALL.finditer(code.replace("\\\n", " ")):
+        # Redirections and a comment are the shell's, not the command's.
+        words = shlex.split(call["rest"].split(" > ")[0], comments=True)
+        # What a script hands on is its caller's.
+        yield tuple(word for word in words if word != "$@")

@@ -1,0 +1,158 @@
+"""Storage policies: what roles may do is what they need, and no more.
+
+Policies are read off the CloudFormation template; moto, which can ask for signatures and decide by
+policies as AWS does, stands for S3.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import yaml
+from botocore.config import Config
+
+from pipeline.plan import PLAN_KEY, read_plan
+from pipeline.storage.object_store import open_store
+from tests.infra.validators import INFRA
+from tests.s3 import S3Server, serve_s3
+
+BUCKET = "fleet"
+ROOT = "production"
+
+
+def _template() -> dict[str, Any]:
+    text = (INFRA / "storage" / "bucket.yaml").read_text()
+    # Only what policies refer to: the bucket's name, and the root below it.
+    text = text.replace("!GetAtt Bucket.Arn", f"arn:aws:s3:::{BUCKET}")
+    text = re.sub(r"!(Ref|Sub|GetAtt) ", "", text)
+    text = text.replace("${Bucket.Arn}", f"arn:aws:s3:::{BUCKET}").replace("${Root}", ROOT)
+    return yaml.safe_load(text)["Resources"]
+
+
+def policy(role: str) -> dict[str, Any]:
+    return _template()[f"{role.capitalize()}Policy"]["Properties"]["PolicyDocument"]
+
+
+def may(role: str, action: str, key: str) -> bool:
+    """Whether a statement allows it, as IAM matches: `*` stands for slashes too."""
+    for statement in policy(role)["Statement"]:
+        actions, resources = (
+            [given] if isinstance(given, str) else given
+            for given in (statement["Action"], statement["Resource"])
+        )
+        if action in actions and any(
+            fnmatch.fnmatchcase(f"arn:aws:s3:::{BUCKET}/{key}", resource) for resource in resources
+        ):
+            return True
+    return False
+
+
+RUN = f"{ROOT}/runs/llama-int8-0123abcd"
+PUBLISHED = [
+    f"{ROOT}/models/llama/int8/current.json",
+    f"{ROOT}/models/llama/int8/history/000001.json",
+    f"{ROOT}/requests/llama-int8-0123abcd.json",
+]
+KEPT = [f"{RUN}/plan.json", f"{RUN}/manifest.json", f"{RUN}/events/00001.jsonl"]
+
+
+@pytest.mark.parametrize("key", [*PUBLISHED, *KEPT, f"{RUN}/activations/x", f"{RUN}/artifact/x"])
+def test_workers_delete_nothing(key: str) -> None:
+    assert not may("worker", "s3:DeleteObject", key)
+    assert may("worker", "s3:PutObject", key) == key.startswith(RUN)
+
+
+@pytest.mark.parametrize("key", [*PUBLISHED, *KEPT, "sources/llama/config.json"])
+def test_drivers_delete_nothing_that_was_published_or_decided(key: str) -> None:
+    assert not may("driver", "s3:DeleteObject", key)
+
+
+@pytest.mark.parametrize("part", ["activations", "artifact", "records", "tokens"])
+def test_drivers_clear_what_no_run_needs_and_what_is_damaged(part: str) -> None:
+    assert may("driver", "s3:DeleteObject", f"{RUN}/{part}/x")
+
+
+@pytest.mark.parametrize("role", ["reader", "worker", "driver", "collector"])
+def test_nobody_touches_old_versions_or_sources(role: str) -> None:
+    actions = {
+        action
+        for statement in policy(role)["Statement"]
+        for action in (
+            [statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"]
+        )
+    }
+    known = {"s3:ListBucket", "s3:GetBucketLocation", "s3:GetObject"}
+    assert actions <= known | {"s3:PutObject", "s3:DeleteObject"}
+    for action in ("s3:PutObject", "s3:DeleteObject"):
+        assert not may(role, action, "sources/llama/model.weights.h5")
+
+
+def test_both_forms_of_the_lifecycle_say_the_same() -> None:
+    given = _template()["Bucket"]["Properties"]["LifecycleConfiguration"]["Rules"]
+    expected = json.loads((INFRA / "storage" / "lifecycle.json").read_text())["Rules"]
+    for rule in given:
+        rule["ID"] = rule.pop("Id")
+        rule["Filter"] = {"Prefix": rule.pop("Prefix")}
+    assert given == expected
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3Server]:
+    with serve_s3() as server:
+        server.create_bucket(BUCKET)
+        yield server
+
+
+def test_a_server_takes_the_lifecycle(s3: S3Server) -> None:
+    rules = json.loads((INFRA / "storage" / "lifecycle.json").read_text())
+    s3.client().put_bucket_lifecycle_configuration(Bucket=BUCKET, LifecycleConfiguration=rules)
+    kept = s3.client().get_bucket_lifecycle_configuration(Bucket=BUCKET)["Rules"]
+    assert [rule["ID"] for rule in kept] == ["abandoned-uploads", "deleted-and-overwritten"]
+
+
+@pytest.fixture
+def as_role(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Makes this process somebody with one role's policy, on a server that decides by it."""
+    iam = boto3.client(
+        "iam",
+        endpoint_url=s3.endpoint_url,
+        region_name="us-east-1",
+        aws_access_key_id="root",
+        aws_secret_access_key="root",
+        config=Config(retries={"total_max_attempts": 1}),
+    )
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    keys = {}
+    for role in ("worker", "driver", "collector"):
+        iam.create_user(UserName=role)
+        document = json.dumps(policy(role))
+        iam.put_user_policy(UserName=role, PolicyName=role, PolicyDocument=document)
+        keys[role] = iam.create_access_key(UserName=role)["AccessKey"]
+
+    def become(role: str) -> None:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", keys[role]["AccessKeyId"])
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", keys[role]["SecretAccessKey"])
+
+    with s3.demanding_credentials():
+        yield become
+
+
+def test_a_whole_run_needs_no_more_than_the_drivers_role(as_role: Any, tmp_path: Path) -> None:
+    """Both halves in this process: the driver's policy holds all that the worker's does."""
+    from tests.pipeline.tiny_runs import run_tiny
+
+    as_role("driver")
+    store = open_store(f"s3://{BUCKET}/{RUN}")
+    run_tiny(store)
+    assert read_plan(store)
+    as_role("worker")
+    with pytest.raises(Exception, match="denied|refused|403|credentials"):
+        open_store(store.root_url).delete(PLAN_KEY)

@@ -1,0 +1,206 @@
+"""A catalog is refused whole, with file, line and remedy, before anything is looked at."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs.catalog.catalog_file import Catalog, CatalogError, parse_catalog, read_catalog
+
+HEAD = "root: s3://bucket/fleet\n"
+
+
+def parsed(text: str, folder: Path | None = None) -> Catalog:
+    return parse_catalog(text, where="catalog.yaml", folder=folder)
+
+
+def test_models_inherit_what_they_do_not_say() -> None:
+    catalog = parsed("""\
+root: s3://bucket/fleet
+defaults:
+  recipes: [int8, gptq-w4-g128]
+  owner: nlp
+  calibration: {texts: [s3://bucket/c4.jsonl], num_samples: 16}
+  evaluate_on: [s3://bucket/held-out.jsonl]
+  gate: {max_perplexity_increase: 0.05, max_divergence: 1}
+  resources: {workers: 2, memory: 8GiB}
+models:
+  - {name: a, preset: s3://bucket/a}
+  - name: b
+    preset: s3://bucket/b
+    recipes: [int4]
+    owner: search
+    priority: 5
+    calibration: {num_samples: 32}
+    gate: {max_perplexity_increase: 0.1}
+  - {name: stable, alias_of: newest, owner: nlp}
+  - {name: newest, alias_of: b}
+""")
+    b, a = catalog.entries  # b is more urgent
+    assert (a.name, b.name) == ("a", "b")
+    assert (a.settings.owner, b.settings.owner) == ("nlp", "search")
+    assert [recipe.name for recipe in a.recipes] == ["int8", "gptq-w4-g128"]
+    assert b.aliases == ("newest", "stable")
+    assert a.settings.resources.memory == b.settings.resources.memory == 8 << 30
+    assert a.settings.gate is not None
+    assert b.settings.gate is not None
+    assert a.settings.gate.max_perplexity_increase == 0.05
+    assert b.settings.gate.max_perplexity_increase == 0.1
+    assert b.settings.gate.max_divergence == 1
+    calibration = a.recipes[1].calibration
+    assert calibration is not None
+    assert calibration.texts == ("s3://bucket/c4.jsonl",)
+    assert calibration.num_samples == 16
+    assert catalog.num_runs == 3
+
+
+def test_relative_paths_start_at_the_catalogs_folder(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(
+        "{name: own, scheme: {mode: gptq}, calibration: {texts: [t.txt]}}"
+    )
+    file = tmp_path / "catalog.yaml"
+    file.write_text(
+        "root: out\nmodels:\n  - {name: a, preset: presets/a, recipes: [./own.yaml],"
+        " evaluate_on: [e.txt, s3://bucket/e.txt, 'hf:some/texts']}\n"
+    )
+    catalog = read_catalog(str(file))
+    [entry] = catalog.entries
+    assert catalog.root_url == str(tmp_path / "out")
+    assert entry.preset == str(tmp_path / "presets/a")
+    assert entry.settings.evaluate_on == (
+        str(tmp_path / "e.txt"), "s3://bucket/e.txt", "hf:some/texts",
+    )  # fmt: skip
+    calibration = entry.recipes[0].calibration
+    assert calibration is not None
+    assert calibration.texts == (str(tmp_path / "t.txt"),)
+
+
+MISTAKES = {
+    "two of a name": (
+        "models:\n  - {name: a, preset: p, recipes: [int8]}\n"
+        "  - {name: a, preset: q, recipes: [int8]}\n",
+        4, "the name a is taken by line 3; rename one",
+    ),
+    "two recipes of a name": (
+        "models:\n  - {name: a, preset: s3://b/p, recipes: [int8, int8]}\n",
+        3, "a has two recipes named int8",
+    ),
+    "a circle of aliases": (
+        "models:\n  - {name: a, alias_of: b}\n  - {name: b, alias_of: a}\n",
+        3, "aliases go round in a circle (a → b → a)",
+    ),
+    "an alias of itself": (
+        "models:\n  - {name: a, alias_of: a}\n", 3, "in a circle (a → a)",
+    ),
+    "an alias of nothing": (
+        "models:\n  - {name: alpha, preset: s3://b/p, recipes: [int8]}\n"
+        "  - {name: b, alias_of: alpa}\n",
+        4, "did you mean alpha?",
+    ),
+    "an alias with settings": (
+        "models:\n  - {name: a, preset: s3://b/p, recipes: [int8]}\n"
+        "  - name: b\n    alias_of: a\n    priority: 3\n",
+        6, "b is an alias, so priority is that of a",
+    ),
+    "traversal in a name": (
+        "models:\n  - {name: ../a, preset: p, recipes: [int8]}\n", 3, "must match ^[a-z0-9]",
+    ),
+    "a slash in a name": (
+        "models:\n  - {name: a/b, preset: p, recipes: [int8]}\n", 3, "must match ^[a-z0-9]",
+    ),
+    "traversal in the root": (
+        "root: s3://bucket/../other\nmodels:\n  - {name: a, preset: s3://b/p, recipes: [int8]}\n",
+        1, "neither '?', '#' nor '..'",
+    ),
+    "an unknown recipe": (
+        "models:\n  - name: a\n    preset: s3://b/p\n    recipes:\n      - int8\n      - itn4\n",
+        7, "did you mean int4?",
+    ),
+    "a bad recipe written out": (
+        "models:\n  - name: a\n    preset: s3://b/p\n    recipes:\n"
+        "      - {name: x, scheme: {mode: gptq}}\n",
+        6, "gptq must see texts",
+    ),
+    "an unknown key": (
+        "models:\n  - name: a\n    preset: p\n    recipes: [int8]\n    priorty: 3\n",
+        6, "unknown key models[0].priorty",
+    ),
+    "an unknown key in the defaults": (
+        "defaults:\n  ownr: me\nmodels:\n  - {name: a, preset: p, recipes: [int8]}\n",
+        3, "unknown key defaults.ownr",
+    ),
+    "a gate and nothing to judge by": (
+        "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int8]\n"
+        "    gate: {min_cosine: 0.99}\n",
+        6, "a has a gate but no evaluate_on",
+    ),
+    "a gate without a limit": (
+        "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int8]\n"
+        "    evaluate_on: [s3://b/t.txt]\n    gate: {}\n",
+        7, "the gate sets no limit",
+    ),
+    "a gate of text": (
+        "models:\n  - name: a\n    preset: p\n    recipes: [int8]\n"
+        "    gate: {min_cosine: '0.99'}\n",
+        6, "must be a number, got '0.99'",
+    ),
+    "a gate of nan": (
+        "models:\n  - name: a\n    preset: p\n    recipes: [int8]\n"
+        "    gate: {max_divergence: .nan}\n",
+        6, "must be finite",
+    ),
+    "no preset": ("models:\n  - {name: a, recipes: [int8]}\n", 3, "a has no preset"),
+    "no recipes": ("models:\n  - {name: a, preset: s3://b/p}\n", 3, "a has no recipes"),
+    "no models": ("models: []\n", 2, "models is empty"),
+    "a password": (
+        "models:\n  - {name: a, preset: 's3://me:secret@b/p', recipes: [int8]}\n",
+        3, "contains a password",
+    ),
+    "memory that is no size": (
+        "models:\n  - name: a\n    preset: p\n    recipes: [int8]\n"
+        "    resources: {memory: plenty}\n",
+        6, "models[0].resources.memory",
+    ),
+    "a relative path and no folder": (
+        "models:\n  - {name: a, preset: here/a, recipes: [int8]}\n", 3, "write a full URL",
+    ),
+    "no mapping": ("- a\n", 1, "must be a mapping"),
+    "keys twice": ("models: []\nmodels: []\n", 3, "models is given twice"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_named_with_its_line(mistake: str) -> None:
+    text, line, message = MISTAKES[mistake]
+    head = "" if "root" in text or text.startswith("-") else HEAD
+    with pytest.raises(CatalogError) as caught:
+        parsed(head + text)
+    said = str(caught.value)
+    assert said.startswith(f"catalog.yaml:{line}: "), said
+    assert message in said
+    assert "secret" not in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"a: !!python/object:os.system {}", b"", b"{"])
+def test_what_is_no_catalog_is_refused(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "catalog.yaml"
+    file.write_bytes(content)
+    with pytest.raises(CatalogError, match=r"catalog\.yaml:1: "):
+        read_catalog(str(file))
+
+
+def test_a_thousand_entries_take_seconds_and_no_more_each_than_a_few() -> None:
+    seconds = {}
+    for number in (100, 1000):
+        lines = "".join(
+            f"  - {{name: m{i:04d}, preset: s3://bucket/presets/m{i:04d}}}\n" for i in range(number)
+        )
+        text = f"{HEAD}defaults: {{recipes: [int8, gptq-w4-g128]}}\nmodels:\n{lines}"
+        start = time.perf_counter()
+        assert parsed(text).num_runs == 2 * number
+        seconds[number] = time.perf_counter() - start
+    assert seconds[1000] < 8
+    assert seconds[1000] < 25 * seconds[100]

@@ -1,0 +1,129 @@
+"""A request's identity: what changes the bytes of its result changes its run, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.catalog.known_files import PACKAGES, package_versions, source_state, texts_state
+from jobs.catalog.request import (
+    Gate,
+    Needs,
+    Request,
+    checked_id,
+    load_request,
+    request_key,
+    save_request,
+)
+from jobs.fleet.staleness import changes
+from pipeline.errors import DamagedObjectError, PipelineError, SourceError
+from pipeline.storage.object_store import open_store
+
+REQUEST = Request(
+    model="a",
+    recipe_name="int8",
+    source_url="s3://bucket/a",
+    recipe={"name": "int8", "scheme": {"mode": "int8"}, "calibration": None},
+    evaluation_texts=("t.txt",),
+    gate=Gate(min_cosine=0.9),
+    source={"config.json": "sha256:1", "model.weights.h5": "2"},
+    texts={},
+    evaluation={"t.txt": "3"},
+    versions={"keras": "3.15.1"},
+)
+DECISIVE: dict[str, tuple[dict[str, Any], str]] = {
+    "source": (
+        {"source": {**REQUEST.source, "model.weights.h5": "9"}},
+        "source changed: model.weights.h5",
+    ),
+    "recipe": ({"recipe": {**REQUEST.recipe, "embeddings": None}}, "recipe changed"),
+    "texts": ({"texts": {"c.txt": "1"}}, "calibration changed: c.txt added"),
+    "versions": ({"versions": {"keras": "3.16"}}, "versions changed: keras 3.15.1 → 3.16"),
+    "threads": ({"needs": Needs(threads=3)}, "resources changed"),
+}
+PASSING: dict[str, tuple[dict[str, Any], str]] = {
+    "gate": ({"gate": Gate(min_cosine=0.8)}, "gate changed"),
+    "evaluation": ({"evaluation": {"t.txt": "4"}}, "evaluation changed: t.txt"),
+    "windows": ({"evaluation_windows": 9}, "evaluation changed: its settings"),
+    "url": ({"source_url": "s3://other/a"}, "source moved"),
+    "workers": ({"needs": Needs(workers=3)}, "resources changed"),
+    "aliases": ({"aliases": ("b",)}, "aliases changed"),
+    "keep": ({"keep": 9}, "retention changed"),
+}
+
+
+@pytest.mark.parametrize("change", [*DECISIVE, *PASSING])
+def test_what_decides_bytes_decides_the_run(change: str) -> None:
+    values, said = {**DECISIVE, **PASSING}[change]
+    other = dataclasses.replace(REQUEST, **values)
+    assert other.request_id != REQUEST.request_id
+    assert (other.run_id != REQUEST.run_id) == (change in DECISIVE)
+    assert list(changes(REQUEST, other)) == [said]
+    assert list(changes(REQUEST, dataclasses.replace(REQUEST))) == []
+
+
+def test_a_request_is_read_as_it_was_written() -> None:
+    root = open_store("memory://requests/round-trip")
+    url = save_request(root, REQUEST)
+    assert save_request(root, REQUEST) == url
+    found_root, found = load_request(url)
+    assert (found_root.root_url, found) == (root.root_url, REQUEST)
+    data = root.get(request_key(REQUEST.request_id))
+    root.put(request_key(REQUEST.request_id), data.replace(b"0.9", b"0.1"))
+    with pytest.raises(DamagedObjectError):
+        load_request(url)
+    root.put("requests/other-0.json", data)
+    with pytest.raises(PipelineError, match="holds another request"):
+        load_request(f"{root.root_url}/requests/other-0.json")
+
+
+@pytest.mark.parametrize("url", ["memory://x/requests/../a.json", "memory://x/requests/a", "/a"])
+def test_what_is_no_request_is_refused(url: str) -> None:
+    with pytest.raises(PipelineError):
+        load_request(url)
+
+
+@pytest.mark.parametrize("name", ["", "../a", "a/b", "a..b", ".a", "A", "a" * 201, "a\n"])
+def test_ids_lead_nowhere_else(name: str) -> None:
+    with pytest.raises(PipelineError, match="no id"):
+        checked_id(name)
+
+
+def test_the_state_is_of_what_decides_and_json_is_known_by_content(tmp_path: Path) -> None:
+    files = {"config.json": "{}", "model.weights.h5": "w", "assets/tokenizer/vocabulary.json": "v"}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    before = source_state(str(tmp_path))
+    assert sorted(before.state) == sorted(files)
+    assert before.bytes_read == 3
+    for name, content in {**files, "README.md": "prose", "pytorch_model.bin": "x"}.items():
+        (tmp_path / name).write_text(content)  # the same again, and what decides nothing
+    after = source_state(str(tmp_path))
+    assert [n for n in before.state if before.state[n] != after.state[n]] == ["model.weights.h5"]
+    with pytest.raises(SourceError, match=r"no config\.json"):
+        source_state(str(tmp_path / "assets"))
+
+
+def test_texts_are_known_file_by_file(tmp_path: Path) -> None:
+    for name in ("a b.txt", "c.txt"):
+        (tmp_path / name).write_text("text")
+    state = texts_state([f"{tmp_path}/*.txt", "hf:owner/name"]).state
+    assert list(state) == [
+        f"file://{tmp_path}/a b.txt",
+        f"file://{tmp_path}/c.txt",
+        "hf:owner/name",
+    ]
+    (tmp_path / "c.txt").write_text("tent")
+    again = texts_state([f"{tmp_path}/*.txt", "hf:owner/name"]).state
+    assert [n for n in state if state[n] != again[n]] == [f"file://{tmp_path}/c.txt"]
+
+
+def test_versions_are_those_that_a_plan_names() -> None:
+    from pipeline.planning import versions
+
+    assert package_versions() == versions()
+    assert set(PACKAGES) == set(versions())

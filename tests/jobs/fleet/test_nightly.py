@@ -1,0 +1,211 @@
+"""A night's pass makes exactly what is stale, says why, and a second one makes nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pytest
+
+from pipeline import lease
+from pipeline.errors import StorageError
+from pipeline.storage.object_store import open_store
+from tests.jobs.fleet.tiny_catalog import TinyCatalog, tiny_catalog
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyCatalog]:
+    """Two models in three recipes."""
+    with tiny_catalog(tmp_path_factory.mktemp("catalog")) as catalog:
+        catalog.add("alpha", ["int8", catalog.gptq()], evaluate_on=["texts/other.txt"], windows=1)
+        catalog.add("beta", ["int4"])
+        code, found = catalog.nightly()
+        assert code == 0, catalog.err
+        assert {one["result"] for one in found.values()} == {"published"}
+        assert {tuple(one["reasons"]) for one in found.values()} == {("never run",)}
+        yield catalog
+
+
+@pytest.fixture
+def made(published: TinyCatalog) -> TinyCatalog:
+    """All of it up to date, as every test finds and leaves it; nothing counted yet."""
+    assert done(published.nightly()[1]) == {}
+    published.work.calls.clear()
+    published.work.entered = 0
+    return published
+
+
+def done(found: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """The runs that were done, and why."""
+    return {name: one["reasons"] for name, one in found.items() if one["result"] != "up to date"}
+
+
+def test_a_second_pass_does_nothing_and_says_what_it_read(made: TinyCatalog) -> None:
+    before = {key: made.root.get(key) for key in made.root.list()}
+    code, found = made.nightly()
+    assert code == 0
+    assert done(found) == {}
+    assert made.work.solves == made.work.entered == 0
+    preset = made.folder / "presets" / "alpha"
+    json_bytes = sum(path.stat().st_size for path in preset.rglob("*.json"))
+    assert found["alpha int8"]["bytes_read"] == json_bytes
+    assert found["alpha gptq-w4"]["bytes_read"] == 0  # the source was looked at already
+    assert {key: made.root.get(key) for key in made.root.list()} == before
+
+
+def test_one_byte_of_a_source_makes_its_runs_again_and_no_others(made: TinyCatalog) -> None:
+    with h5py.File(made.folder / "presets" / "beta" / "model.weights.h5", "r+") as file:
+        names: list[str] = []
+        file.visit(lambda name: names.append(name) if name.endswith("query_dense/vars/0") else None)
+        file[names[0]][0, 0, 0] += 1.0
+    reasons = ["source changed: model.weights.h5"]
+    code, found = made.nightly("--dry-run")
+    assert code == 0
+    assert done(found) == {"beta int4": reasons}
+    assert made.work.solves == 0
+    before = made.current("beta", "int4"), made.current("alpha", "int8")
+    assert done(made.nightly()[1]) == {"beta int4": reasons}
+    assert made.work.solves == 3  # each of its parts
+    number = made.current("beta", "int4")["release"]["number"]
+    assert number == before[0]["release"]["number"] + 1
+    assert made.current("alpha", "int8") == before[1]
+    assert done(made.nightly()[1]) == {}
+
+
+def test_a_source_that_was_only_touched_is_not_quantized_again(made: TinyCatalog) -> None:
+    path = made.folder / "presets" / "alpha" / "model.weights.h5"
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data)
+    before = made.current("alpha", "gptq-w4")
+    code, found = made.nightly()
+    assert code == 0
+    assert done(found)["alpha gptq-w4"] == ["source changed: model.weights.h5"]
+    assert made.work.solves == 0
+    assert made.work.calls["compare"] == 0
+    after = made.current("alpha", "gptq-w4")
+    assert after["release"]["run_id"] == before["release"]["run_id"]
+    assert after["release"]["request_id"] != before["release"]["request_id"]
+    assert done(made.nightly()[1]) == {}
+
+
+def test_another_recipe_of_the_same_name_is_made(made: TinyCatalog) -> None:
+    recipe = {"name": "int4", "scheme": {"mode": "int4", "block_size": 32}}
+    made.values["models"][1]["recipes"][0] = recipe
+    assert done(made.nightly()[1]) == {"beta int4": ["recipe changed"]}
+    assert made.work.solves == 3
+
+
+def test_another_calibration_text_is_calibrated_on(made: TinyCatalog) -> None:
+    text = made.folder / "texts" / "english.txt"
+    text.write_text("x" + text.read_text()[1:])
+    assert done(made.nightly()[1]) == {"alpha gptq-w4": [f"calibration changed: file://{text}"]}
+    assert made.work.solves > 0
+
+
+def test_other_evaluation_texts_are_measured_without_quantizing(made: TinyCatalog) -> None:
+    text = made.folder / "texts" / "other.txt"
+    text.write_text(text.read_text()[1:])
+    found = done(made.nightly()[1])
+    assert len(found) == 2
+    assert set(map(tuple, found.values())) == {(f"evaluation changed: file://{text}",)}
+    assert made.work.solves == 0
+    assert made.work.calls["compare"] == 2
+
+
+def test_other_versions_are_named(made: TinyCatalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    import jobs.catalog.wanted
+
+    versions = dict(jobs.catalog.wanted.package_versions())
+    monkeypatch.setattr(
+        jobs.catalog.wanted, "package_versions", lambda: versions | {"keras": "9.9"}
+    )
+    _, found = made.nightly("--dry-run")
+    reasons = [f"versions changed: keras {versions['keras']} → 9.9"]
+    assert list(done(found).values()) == [reasons] * 3
+
+
+def artifact(made: TinyCatalog, model: str, recipe: str) -> Path:
+    release = made.current(model, recipe)["release"]
+    return made.folder / "results" / release["artifact"]
+
+
+def test_a_deleted_artifact_is_made_again_with_the_same_bytes(made: TinyCatalog) -> None:
+    folder, current = artifact(made, "beta", "int4"), made.current("beta", "int4")
+    before = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    shutil.rmtree(folder.parent)
+    assert done(made.nightly()[1]) == {"beta int4": ["artifact missing: manifest.json"]}
+    assert {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert made.current("beta", "int4") == current
+    assert done(made.nightly()[1]) == {}
+
+
+@pytest.mark.parametrize("name", ["model_00002.weights.h5", "config.json", "../manifest.json"])
+def test_a_damaged_artifact_is_made_whole_in_its_place(made: TinyCatalog, name: str) -> None:
+    path = (artifact(made, "alpha", "gptq-w4") / name).resolve()
+    good = path.read_bytes()
+    path.write_bytes(good[:-2] + bytes([good[-2] ^ 1]) + good[-1:])
+    key = f"artifact/{name}".replace("artifact/../", "")
+    code, found = made.nightly()
+    assert code == 0, made.err
+    assert done(found) == {"alpha gptq-w4": [f"artifact damaged: {key}"]}
+    assert found["alpha gptq-w4"]["bytes_read"] == len(good)  # no other was read
+    assert path.read_bytes() == good
+    assert (made.work.solves > 0) == name.endswith(".h5")
+    assert made.work.calls["compare"] == 0
+    assert done(made.nightly()[1]) == {}
+
+
+def test_a_touched_artifact_is_read_once_and_believed_then(made: TinyCatalog) -> None:
+    path = artifact(made, "alpha", "int8") / "model_00001.weights.h5"
+    os.utime(path)
+    _, found = made.nightly("--dry-run")
+    assert done(found) == {}
+    read = found["alpha int8"]["bytes_read"]
+    assert made.nightly()[1]["alpha int8"]["bytes_read"] == read
+    assert made.nightly()[1]["alpha int8"]["bytes_read"] == read - path.stat().st_size
+
+
+def test_what_another_drives_is_left_to_it(made: TinyCatalog) -> None:
+    made.values["models"][1]["recipes"].append("int4-g64")
+    _, found = made.nightly("--dry-run")
+    run = open_store(f"{made.root.root_url}/runs/{found['beta int4-g64']['run_id']}")
+    held = lease.acquire(run, seconds=1.0)
+    code, found = made.nightly("--lease-seconds", 1)
+    assert (code, found["beta int4-g64"]["result"]) == (0, "elsewhere")
+    assert made.work.solves == 0
+    held.release()
+    # What fails is begun, and goes on in the next pass; it keeps no other from being made.
+    made.values["models"].append({**made.values["models"][1], "name": "gamma", "priority": -1})
+    made.work.fail = StorageError("the store is away")
+    code, found = made.nightly()
+    assert code == 3
+    assert found["beta int4-g64"]["text"] == "the store is away"
+    assert found["gamma int4-g64"]["result"] == "published"
+    code, found = made.nightly()
+    assert (code, done(found)) == (0, {"beta int4-g64": ["begun, not finished or judged"]})
+
+
+def test_a_source_that_is_gone_is_named_and_the_rest_is_looked_at(made: TinyCatalog) -> None:
+    preset = made.folder / "presets" / "alpha"
+    preset.rename(made.folder / "away")
+    code, found = made.nightly()
+    assert code == 2
+    assert "presets/alpha: no config.json there" in found["alpha int8"]["text"]
+    assert found["beta int4"]["result"] == "up to date"
+    (made.folder / "away").rename(preset)
+
+
+def test_an_alias_is_published_along_and_later_too(made: TinyCatalog) -> None:
+    made.values["models"].append({"name": "stable", "alias_of": "alpha"})
+    assert set(done(made.nightly()[1])) == {"alpha int8", "alpha gptq-w4"}
+    assert made.work.solves == made.work.entered == 0
+    assert (
+        made.current("stable", "int8")["release"]["run_id"]
+        == made.current("alpha", "int8")["release"]["run_id"]
+    )
+    assert done(made.nightly()[1]) == {}

@@ -1,0 +1,77 @@
+"""What a run tells Prometheus, under names that never change."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import Any
+
+import pytest
+
+import jobs.metrics
+from jobs.metrics import COUNTERS, GAUGES, RunMetrics, nightly_ended
+from pipeline.fidelity import Fidelity
+from pipeline.run import Step
+from pipeline.storage.object_store import open_store
+from tests.pipeline.tiny_runs import NUM_BLOCKS, execute, planned
+
+
+class Told:
+    """Stands for all of Ray's metrics: what was added or set, by name and tags."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.values: dict[tuple[str, ...], float] = defaultdict(float)
+        monkeypatch.setattr(jobs.metrics, "_counter", self._metric)
+        monkeypatch.setattr(jobs.metrics, "_gauge", self._metric)
+
+    def _metric(self, name: str) -> Any:
+        told = self
+        known = {**COUNTERS, **GAUGES}[name][1]
+
+        class Metric:
+            def inc(self, value: float, tags: dict[str, str]) -> None:
+                assert tuple(tags) == known
+                told.values[(name, *tags.values())] += value
+
+            def set(self, value: float, tags: dict[str, str]) -> None:
+                assert tuple(tags) == known
+                told.values[(name, *tags.values())] = value
+
+        return Metric()
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    return Told(monkeypatch)
+
+
+def test_a_run_counts_what_it_commits_and_loses(told: Told) -> None:
+    store = open_store("memory://test-metrics")
+    seen: list[Step] = []
+    metrics = RunMetrics(model="llama", recipe="w4")
+    execute(
+        planned("gptq"), store, workers=2, report=metrics.also(seen.append), lose=[("solve", 2)]
+    )
+    metrics.ended("finished")
+    metrics.judged(Fidelity(num_windows=1, count=1, source_perplexity=20.0, result_perplexity=22.0))
+    sizes = [step.record.size_bytes for step in seen if step.record is not None]
+    assert told.values["quantfleet_blocks_total", "llama"] == NUM_BLOCKS + 1 == len(sizes)
+    assert told.values["quantfleet_written_bytes_total", "llama"] == sum(sizes)
+    assert told.values["quantfleet_lost_workers_total", "llama"] == 1
+    assert told.values["quantfleet_runs_total", "llama", "w4", "finished"] == 1
+    assert told.values["quantfleet_perplexity_ratio", "llama", "w4"] == pytest.approx(1.1)
+    assert told.values["quantfleet_stage_seconds_total", "llama", "capture"] > 0
+    assert told.values["quantfleet_last_block_timestamp_seconds", "llama"] > 1.7e9
+
+
+def test_a_nightly_pass_says_when_it_ended(told: Told) -> None:
+    nightly_ended("fleet")
+    assert told.values["quantfleet_nightly_timestamp_seconds", "fleet"] > 1.7e9
+
+
+def test_names_are_prometheus_own_and_counters_end_as_they_should() -> None:
+    for name, (description, tags) in {**COUNTERS, **GAUGES}.items():
+        assert re.fullmatch(r"quantfleet_[a-z_]+", name)
+        assert (name in COUNTERS) == name.endswith("_total")
+        assert description.endswith(".")
+        assert all(re.fullmatch(r"[a-z]+", tag) for tag in tags)
