@@ -39,10 +39,11 @@ class Killer:
         mine = len(self.seen) == self.at
         if mine and not self.after:
             self.end()
-        result = carry_out()
-        if mine and self.after:
-            self.end()
-        return result
+        try:
+            return carry_out()
+        finally:  # also after one that finds nothing
+            if mine and self.after:
+                self.end()
 
 
 class _Watched:

@@ -1,0 +1,56 @@
+"""A run in a process that dies at a chosen storage operation; see `kill_everywhere`."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+from pipeline.calibration.token_windows import TokenWindows
+from pipeline.plan import Plan
+from pipeline.planning import Planned
+from pipeline.storage import local_store
+from pipeline.storage.object_store import open_store
+from tests.faults.killing import Killer
+from tests.pipeline import tiny_runs
+
+KEEP_EVERY = 1
+
+
+@dataclass(frozen=True)
+class Given:
+    """What every process works from: plain data, and one source for all."""
+
+    plan_json: bytes
+    windows: bytes | None
+    source: Path
+
+    @classmethod
+    def of(cls, scheme: str) -> Given:
+        planned = tiny_runs.planned(scheme)
+        windows = None if planned.windows is None else planned.windows.to_bytes()
+        return cls(planned.plan.to_json(), windows, tiny_runs.source())
+
+    def planned(self) -> Planned:
+        windows = None if self.windows is None else TokenWindows.from_bytes(self.windows)
+        return Planned(plan=Plan.from_json(self.plan_json), windows=windows)
+
+
+def run(folder: str, given: Given, at: int, *, after: bool) -> int:
+    """Quantize into a folder; the number of storage operations, of a process that lives."""
+    killer = Killer(lambda: os.kill(os.getpid(), signal.SIGKILL), at=at, after=after)
+    original = local_store.LocalBackend
+
+    def watched(root: Path) -> object:
+        # The source is read through the same door; only the run's own operations count.
+        backend = original(root)
+        return killer.wrap(backend) if str(root) == folder else backend
+
+    with (
+        mock.patch.object(local_store, "LocalBackend", watched),
+        mock.patch.object(tiny_runs, "source", return_value=given.source),
+    ):
+        tiny_runs.execute(given.planned(), open_store(folder), workers=2, keep_every=KEEP_EVERY)
+    return len(killer.seen)
