@@ -40,12 +40,15 @@ $(TORCH): $(READY)
 	$(PIP) "torch==2.13.*"
 	@touch $@
 
+# Two at a time: most of it is one thread that traces and compiles.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: lint  ## lint, types and the default tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-torch: $(TORCH)  ## read our artifacts with Keras on PyTorch, which is installed first
-	$(BIN)/python -m pytest -m torch
-	KERAS_BACKEND=torch $(BIN)/python -m pytest tests/quantizer/test_layers.py
+	$(PYTEST) -m torch
+	KERAS_BACKEND=torch $(PYTEST) tests/quantizer/test_layers.py
 
 test-s3: $(READY)  ## the storage and fault tests on a real S3 server (needs radosgw)
 	$(BIN)/python -m pytest -m radosgw

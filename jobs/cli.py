@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from jobs.fleet_cli import add_commands
+from jobs import fleet_cli, standing_cli
 from jobs.schemes import describe_scheme, schemes_table
 from jobs.termination import Terminated
 from pipeline.errors import PipelineError
@@ -270,7 +270,8 @@ def gc(
     )
 
 
-add_commands(app)
+fleet_cli.add_commands(app)
+standing_cli.add_commands(app)
 
 
 def _be_patient(seconds: float | None) -> None:

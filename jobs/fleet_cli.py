@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
+from jobs.printing import print_json, stderr
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
     from jobs.catalog.catalog_file import Catalog
     from jobs.fleet.staleness import Decision
-    from jobs.publishing.releases import Current
     from pipeline.storage.object_store import ObjectStore
 
 catalog_app = typer.Typer(help="Catalogs: the models and recipes that a team wants.")
 
 _File = Annotated[str, typer.Argument(help="The catalog: a YAML file, or its URL.")]
-_Root = Annotated[str, typer.Argument(help="The catalog's root, where its results lie.")]
-_Model = Annotated[str, typer.Argument(help="The model's name in the catalog.")]
-_RecipeName = Annotated[str, typer.Argument(help="The recipe's name.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 _Address = Annotated[
     str | None,
@@ -48,10 +42,6 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(submit)
     app.command()(cancel)
     app.command()(fulfil)
-    app.command()(status)
-    app.command()(logs)
-    app.command()(promote)
-    app.command()(rollback)
 
 
 @catalog_app.command()
@@ -62,7 +52,7 @@ def check(file: _File, as_json: _Json = False) -> None:
 
     catalog = read_catalog(file)
     if as_json:
-        _print_json(catalog_json(catalog))
+        print_json(catalog_json(catalog))
     else:
         Console().print(catalog_table(catalog))
 
@@ -121,7 +111,7 @@ def submit(
     from jobs.fleet.submission import Limits, Submission, exit_code_of_tasks
     from jobs.fleet.submission_table import tasks_json, tasks_table, watch_tasks
 
-    console = _stderr()
+    console = stderr()
     catalog, root = _opened(file, only)
     jobs = RayJobs(address, working_dir=working_dir)
     with console.status("looking for what is stale"):
@@ -135,7 +125,7 @@ def submit(
     else:
         submission.step()
     if as_json:
-        _print_json(
+        print_json(
             {"jobs": tasks_json(submission.tasks), "others": [one.to_dict() for one in others]}
         )
     else:
@@ -160,9 +150,9 @@ def cancel(
     if not stopped:
         raise PipelineError(f"{name}: no such job is alive at {address}; nothing was stopped")
     if as_json:
-        _print_json(list(stopped))
+        print_json(list(stopped))
     for submission_id in stopped:
-        _stderr().print(f"stopping {submission_id}", soft_wrap=True)
+        stderr().print(f"stopping {submission_id}", soft_wrap=True)
 
 
 def fulfil(
@@ -180,12 +170,12 @@ def fulfil(
     from jobs.fleet import workplace
 
     root, wanted = load_request(request)
-    console = _stderr()
+    console = stderr()
     done = fulfilling.fulfil(
         root, wanted, workplace.on_ray(address), console, wait=wait, lease_seconds=lease_seconds
     )
     if as_json:
-        _print_json(fulfilling.fulfilled_json(done))
+        print_json(fulfilling.fulfilled_json(done))
     for release in done.releases:
         console.print(
             f"published as {release.model} in {release.recipe_name}, release {release.number}",
@@ -196,90 +186,6 @@ def fulfil(
             f"{wanted.request_id} is not good enough: {'; '.join(done.verdict.failures)}; it is "
             "kept, and what was published before stays"
         )
-
-
-def status(
-    what: Annotated[str, typer.Argument(help="A catalog's file, its root's URL, or a run's.")],
-    as_json: _Json = False,
-) -> None:
-    """Tell how runs and releases stand, from storage alone."""
-    from jobs.catalog.catalog_file import read_catalog
-    from jobs.fleet.run_state import run_state
-    from jobs.fleet.status import Row
-    from jobs.fleet.status import status as find_status
-    from jobs.fleet.status_table import status_table
-    from pipeline.plan import PLAN_KEY
-    from pipeline.storage.object_store import open_store
-
-    if what.endswith((".yaml", ".yml")):
-        catalog = read_catalog(what)
-        rows = find_status(open_store(catalog.root_url), catalog)
-    else:
-        store = open_store(what)
-        if store.exists(PLAN_KEY) or store.list("leases/"):
-            found = run_state(store)
-            name = store.root_url.rpartition("/")[2]
-            rows = (
-                Row(
-                    model=name,
-                    recipe="",
-                    state=found.state,
-                    run_id=name,
-                    run=found,
-                    source_bytes=found.source_bytes,
-                    stored_bytes=found.stored_bytes,
-                    text=found.text,
-                ),
-            )
-        else:
-            rows = find_status(store)
-            if not rows:
-                raise PipelineError(
-                    f"{what}: neither a run nor anything published or asked for lies there"
-                )
-    if as_json:
-        _print_json([row.to_dict() for row in rows])
-    else:
-        Console().print(status_table(rows))
-
-
-def logs(
-    run: Annotated[str, typer.Argument(help="A run's folder or URL, below runs/.")],
-    as_json: _Json = False,
-) -> None:
-    """Print what a run's drivers noted, in the order of time."""
-    from jobs.fleet.event_lines import event_dict, event_lines, read_events
-    from pipeline.storage.object_store import open_store
-
-    events = read_events(open_store(run))
-    if not events:
-        raise PipelineError(f"{run}: no events lie there; name a run, as quantfleet status does")
-    if as_json:
-        _print_json([event_dict(event) for event in events])
-    for line in () if as_json else event_lines(events):
-        typer.echo(line)
-
-
-def promote(
-    root: _Root,
-    model: _Model,
-    recipe: _RecipeName,
-    run_id: Annotated[str, typer.Argument(help="A run that was published under this name.")],
-    as_json: _Json = False,
-) -> None:
-    """Make a run's release the current one; nothing is deleted."""
-    from jobs.publishing import by_hand
-    from pipeline.storage.object_store import open_store
-
-    _print_current(by_hand.promote(open_store(root), model, recipe, run_id), as_json=as_json)
-
-
-def rollback(root: _Root, model: _Model, recipe: _RecipeName, as_json: _Json = False) -> None:
-    """Make the release before the current one current; nothing is deleted."""
-    from jobs.publishing import by_hand
-    from pipeline.storage.object_store import open_store
-
-    _print_current(by_hand.rollback(open_store(root), model, recipe), as_json=as_json)
 
 
 def _pass(
@@ -297,7 +203,7 @@ def _pass(
     from jobs.fleet.one_pass import exit_code_of, one_pass, pass_table, preview
     from jobs.fleet.staleness import decide
 
-    console = _stderr()
+    console = stderr()
     catalog, root = _opened(file, only)
     with console.status("looking for what is stale"):
         decisions = decide(root, catalog, note=not dry_run)
@@ -317,7 +223,7 @@ def _pass(
     else:
         outcomes = tuple(one_pass(root, decisions, carry, console))
     if as_json:
-        _print_json([outcome.to_dict() for outcome in outcomes])
+        print_json([outcome.to_dict() for outcome in outcomes])
     else:
         console.print(pass_table(outcomes))
     raise typer.Exit(exit_code_of(outcomes))
@@ -342,26 +248,3 @@ def _opened(file: str, only: list[str] | None) -> tuple[Catalog, ObjectStore]:
     soon = min(15.0, patience.deadline_seconds)
     open_store(catalog.root_url, dataclasses.replace(patience, deadline_seconds=soon)).exists("x")
     return catalog, open_store(catalog.root_url)
-
-
-def _print_current(current: Current, *, as_json: bool) -> None:
-    import dataclasses
-
-    release = current.release
-    if as_json:
-        _print_json(dataclasses.asdict(current))
-    else:
-        _stderr().print(
-            f"current of {release.model} in {release.recipe_name}: release {release.number}, run "
-            f"{release.run_id}",
-            soft_wrap=True,
-        )
-
-
-def _print_json(value: object) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def _stderr() -> Console:
-    """Paths and names are text, not markup, however they are spelled."""
-    return Console(stderr=True, markup=False, highlight=False)

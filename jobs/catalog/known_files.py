@@ -46,20 +46,21 @@ class Known:
 def source_state(url: str) -> Known:
     """The files of a preset that decide what the model is.
 
-    Small JSON is known by its content, so that writing it again unchanged changes nothing; weights
-    and vocabularies by size and version in their store.
+    All are known by size and version in their store; on a disk, where a version is no more than
+    times, small JSON is known by its content.
 
     Raises:
         SourceError: there is no preset.
         StorageError: the store cannot be used.
     """
     store = open_store(url)
+    is_on_disk = store.root_url.startswith("file://")
     state, bytes_read = {}, 0
     for name, version in store.versions().items():
         if name.endswith(_OTHERS):
             continue
         state[name] = version.token
-        if name.endswith(".json") and version.size_bytes <= _MOST_JSON_BYTES:
+        if is_on_disk and name.endswith(".json") and version.size_bytes <= _MOST_JSON_BYTES:
             content = store.get(name, at_most=_MOST_JSON_BYTES)
             bytes_read += len(content)
             state[name] = f"sha256:{sha256(content)}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from jobs.catalog.catalog_file import Catalog, Entry
@@ -10,6 +11,8 @@ from jobs.catalog.known_files import Known, package_versions, source_state, text
 from jobs.catalog.request import Gate, Needs, Request
 from pipeline.errors import PipelineError
 from pipeline.recipe.recipe import Recipe
+
+_AT_ONCE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,7 @@ def wanted_runs(catalog: Catalog) -> Iterator[Wanted]:
     listed once, and each text, however many entries name it.
     """
     looks = _Looks()
+    looks.ahead(dict.fromkeys(entry.preset for entry in catalog.entries))
     versions = dict(package_versions())
     for entry in catalog.entries:
         first = True
@@ -89,21 +93,30 @@ def _request(
     )
 
 
+def _look(url: str) -> Known | PipelineError:
+    try:
+        return source_state(url)
+    except PipelineError as problem:
+        return problem
+
+
 class _Looks:
     """What was looked at in this pass."""
 
     def __init__(self) -> None:
         self._sources: dict[str, Known | PipelineError] = {}
+        self._told: set[str] = set()
         self._texts: dict[tuple[str, ...], Known | PipelineError] = {}
+
+    def ahead(self, urls: Iterable[str]) -> None:
+        """Look at many sources at once: each is waited for, not worked for."""
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            self._sources.update(zip(urls, pool.map(_look, urls), strict=True))
 
     def source(self, url: str) -> tuple[Known, bool]:
         """What is known of a source, and whether nobody asked before."""
-        is_new = url not in self._sources
-        if is_new:
-            try:
-                self._sources[url] = source_state(url)
-            except PipelineError as problem:
-                self._sources[url] = problem
+        is_new = url not in self._told
+        self._told.add(url)
         found = self._sources[url]
         if isinstance(found, PipelineError):
             raise found

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jobs.catalog.catalog_file import Catalog
-from jobs.catalog.request import Request, request_key, run_store
+from jobs.catalog.request import RUNS_PREFIX, Request, request_key, run_store
 from jobs.catalog.wanted import Wanted, wanted_runs
 from jobs.publishing.releases import Current, find_current
 from jobs.publishing.seen_files import Look, look, save_seen
@@ -16,7 +16,7 @@ from jobs.publishing.verdict import Verdict, find_verdict
 from pipeline.errors import DamagedObjectError, MissingObjectError, PipelineError
 from pipeline.plan import PLAN_KEY
 from pipeline.self_checked import read_self_checked
-from pipeline.storage.object_store import ObjectStore
+from pipeline.storage.object_store import ObjectStore, Version
 
 State = Literal["fresh", "stale", "gate failed", "set aside", "unreachable"]
 
@@ -36,7 +36,7 @@ class Decision:
         reasons: why it is not fresh.
         bytes_read: of sources and artifacts, in deciding.
         current: what is published; None before the first.
-        verdict: on this very request; None where it was not reached.
+        verdict: on this very request, where it is not what is published; None without one.
     """
 
     wanted: Wanted
@@ -60,13 +60,28 @@ def decide(root: ObjectStore, catalog: Catalog, *, note: bool) -> tuple[Decision
         note: write down which artifacts were read again and found whole, so that the next pass
             need not.
     """
+    listed = _by_run(root)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return tuple(pool.map(lambda one: _decide(root, one, note=note), wanted_runs(catalog)))
+        return tuple(
+            pool.map(lambda one: _decide(root, one, listed, note=note), wanted_runs(catalog))
+        )
 
 
-def _decide(root: ObjectStore, wanted: Wanted, *, note: bool) -> Decision:
+_Listed = Mapping[str, Mapping[str, Version]]
+
+
+def _by_run(root: ObjectStore) -> _Listed:
+    """The files of all runs, by run: a few requests, instead of one for each."""
+    found: dict[str, dict[str, Version]] = {}
+    for key, version in root.versions(RUNS_PREFIX).items():
+        run_id, _, name = key.removeprefix(RUNS_PREFIX).partition("/")
+        found.setdefault(run_id, {})[name] = version
+    return found
+
+
+def _decide(root: ObjectStore, wanted: Wanted, listed: _Listed, *, note: bool) -> Decision:
     try:
-        return decision(root, wanted, note=note)
+        return decision(root, wanted, note=note, listed=listed)
     except PipelineError as problem:
         return Decision(
             wanted=wanted,
@@ -76,8 +91,14 @@ def _decide(root: ObjectStore, wanted: Wanted, *, note: bool) -> Decision:
         )
 
 
-def decision(root: ObjectStore, wanted: Wanted, *, note: bool) -> Decision:
+def decision(
+    root: ObjectStore, wanted: Wanted, *, note: bool, listed: _Listed | None = None
+) -> Decision:
     """Decide for one run.
+
+    Args:
+        note: see `decide`.
+        listed: files of all runs, where they were listed already.
 
     Raises:
         PipelineError: it cannot be looked at.
@@ -87,12 +108,15 @@ def decision(root: ObjectStore, wanted: Wanted, *, note: bool) -> Decision:
         assert wanted.problem is not None
         raise wanted.problem
     current = find_current(root, request.model, request.recipe_name)
-    verdict = find_verdict(root, request.request_id)
-    seen = Look()
+    verdict, seen = None, Look()
+    if current is None or current.release.request_id != request.request_id:
+        verdict = find_verdict(root, request.request_id)
     if current is None:
         state, reasons = _never_published(root, request, verdict)
     else:
-        seen = look(root, current.release.run_id, current.release.manifest_sha256)
+        release = current.release
+        files = None if listed is None else listed.get(release.run_id, {})
+        seen = look(root, release.run_id, release.manifest_sha256, files)
         if note and seen.seen is not None:
             save_seen(root, seen.seen)
         state, reasons = _published(root, request, current, verdict, seen)

@@ -89,14 +89,20 @@ def save_seen(root: ObjectStore, seen: Seen) -> None:
     root.put(seen_key(seen.run_id), seen.to_json())
 
 
-def look(root: ObjectStore, run_id: str, manifest_sha256: str) -> Look:
+def look(
+    root: ObjectStore,
+    run_id: str,
+    manifest_sha256: str,
+    versions: Mapping[str, Version] | None = None,
+) -> Look:
     """Find out whether a published artifact is still whole, reading only what was written since.
 
     Args:
         manifest_sha256: of the manifest that was published.
+        versions: of the run's files, where they were listed already.
     """
     store = run_store(root, run_id)
-    versions = store.versions()
+    versions = store.versions() if versions is None else versions
     if MANIFEST_KEY not in versions:
         return Look(missing=(MANIFEST_KEY,))
     seen = _saved(root, run_id)

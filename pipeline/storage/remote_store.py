@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 
+from pipeline.canonical import digest_of
 from pipeline.errors import StorageError
 from pipeline.storage.object_store import Patience, Version
 from pipeline.storage.remote_errors import FAILURES, judge
@@ -216,25 +218,44 @@ class RemoteBackend:
     def _filesystem(self) -> Any:
         # Its event loop and sockets do not survive a fork.
         if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), self._open())
+            self._opened = (os.getpid(), _shared(self._protocol, self._patience))
         return self._opened[1]
 
-    def _open(self) -> Any:
-        options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
-        if self._protocol not in _S3:
-            return fsspec.filesystem(self._protocol, **options)
-        config: dict[str, Any] = {
-            "connect_timeout": self._patience.connect_seconds,
-            "read_timeout": self._patience.read_seconds,
-            # Ours is the only loop: tries multiply, and so do their pauses.
-            "retries": {"total_max_attempts": 1, "mode": "standard"},
-        }
-        if os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
-            # Other servers than Amazon's seldom have a host name for every bucket.
-            config["s3"] = {"addressing_style": "path"}
-        fs = fsspec.filesystem(self._protocol, config_kwargs=config, **options)
-        fs.retries = 1  # of s3fs, around those of botocore
-        return fs
+
+# Making a client takes half a second, and a fleet opens thousands of stores.
+_opened: dict[tuple[int, str, Patience, str], Any] = {}
+_opening = threading.Lock()
+
+
+def _shared(protocol: str, patience: Patience) -> Any:
+    """The filesystem of all stores of this process that are reached in the same way."""
+    environment = sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))
+    # Only a digest: secrets are among them.
+    key = (os.getpid(), protocol, patience, digest_of(environment))
+    with _opening:
+        if key not in _opened:
+            _opened[key] = _open(protocol, patience)
+        return _opened[key]
+
+
+def _open(protocol: str, patience: Patience) -> Any:
+    options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+    if protocol not in _S3:
+        return fsspec.filesystem(protocol, **options)
+    config: dict[str, Any] = {
+        "connect_timeout": patience.connect_seconds,
+        "read_timeout": patience.read_seconds,
+        # Ours is the only loop: tries multiply, and so do their pauses.
+        "retries": {"total_max_attempts": 1, "mode": "standard"},
+    }
+    if os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
+        # Other servers than Amazon's seldom have a host name for every bucket.
+        config["s3"] = {"addressing_style": "path"}
+    fs = fsspec.filesystem(protocol, config_kwargs=config, **options)
+    fs.retries = 1  # of s3fs, around those of botocore
+    # Once, now: threads that come together would each make a client.
+    fs.connect()
+    return fs
 
 
 def _version(info: Mapping[str, Any]) -> Version:

@@ -9,19 +9,19 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import boto3
 import pytest
 import yaml
-from botocore.config import Config
 
-from pipeline.plan import PLAN_KEY, read_plan
+from pipeline.errors import StorageError
+from pipeline.plan import PLAN_KEY
 from pipeline.storage.object_store import open_store
 from tests.infra.validators import INFRA
-from tests.s3 import S3Server, serve_s3
+from tests.pipeline.tiny_runs import execute, planned
+from tests.s3 import ACCESS_KEY, SECRET_KEY, S3Server, serve_s3
 
 BUCKET = "fleet"
 ROOT = "production"
@@ -117,25 +117,32 @@ def test_a_server_takes_the_lifecycle(s3: S3Server) -> None:
     assert [rule["ID"] for rule in kept] == ["abandoned-uploads", "deleted-and-overwritten"]
 
 
-@pytest.fixture
-def as_role(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Makes this process somebody with one role's policy, on a server that decides by it."""
+@pytest.fixture(scope="module")
+def keys(s3: S3Server) -> dict[str, dict[str, str]]:
+    """Access keys of a user for each role."""
     iam = boto3.client(
         "iam",
         endpoint_url=s3.endpoint_url,
         region_name="us-east-1",
-        aws_access_key_id="root",
-        aws_secret_access_key="root",
-        config=Config(retries={"total_max_attempts": 1}),
+        aws_access_key_id=ACCESS_KEY,
+        aws_secret_access_key=SECRET_KEY,
     )
-    for name, value in s3.environment.items():
-        monkeypatch.setenv(name, value)
-    keys = {}
-    for role in ("worker", "driver", "collector"):
+    found = {}
+    for role in ("worker", "driver"):
         iam.create_user(UserName=role)
         document = json.dumps(policy(role))
         iam.put_user_policy(UserName=role, PolicyName=role, PolicyDocument=document)
-        keys[role] = iam.create_access_key(UserName=role)["AccessKey"]
+        found[role] = iam.create_access_key(UserName=role)["AccessKey"]
+    return found
+
+
+@pytest.fixture
+def as_role(
+    s3: S3Server, keys: dict[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str], None]]:
+    """Make this process somebody with one role's policy, on a server that decides by it."""
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
 
     def become(role: str) -> None:
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", keys[role]["AccessKeyId"])
@@ -145,14 +152,26 @@ def as_role(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield become
 
 
-def test_a_whole_run_needs_no_more_than_the_drivers_role(as_role: Any, tmp_path: Path) -> None:
-    """Both halves in this process: the driver's policy holds all that the worker's does."""
-    from tests.pipeline.tiny_runs import run_tiny
-
+def test_a_whole_run_needs_no_more_than_the_drivers_role(as_role: Callable[[str], None]) -> None:
+    """Driver and worker are both in this process, but what the driver may holds the worker's."""
     as_role("driver")
     store = open_store(f"s3://{BUCKET}/{RUN}")
-    run_tiny(store)
-    assert read_plan(store)
+    manifest, _ = execute(planned("gptq"), store, keep_every=1)
+    assert set(manifest.files) <= set(store.list())
+    # What is damaged is moved aside and made again.
+    damaged = min(key for key in manifest.files if key.endswith(".h5"))
+    store.put(damaged, b"damaged")
+    store.delete(damaged)
+    with pytest.raises(StorageError, match="refused"):
+        store.delete(PLAN_KEY)
+
+
+def test_a_worker_that_deletes_is_refused(as_role: Callable[[str], None]) -> None:
     as_role("worker")
-    with pytest.raises(Exception, match="denied|refused|403|credentials"):
-        open_store(store.root_url).delete(PLAN_KEY)
+    store = open_store(f"s3://{BUCKET}/{RUN}-2")
+    store.create("activations/1/0.npy", b"numbers")
+    assert store.get("activations/1/0.npy") == b"numbers"
+    with pytest.raises(StorageError, match="refused"):
+        store.delete("activations/1/0.npy")
+    with pytest.raises(StorageError, match="refused"):
+        open_store(f"s3://{BUCKET}/{ROOT}/models/llama/int8").put("current.json", b"mine")

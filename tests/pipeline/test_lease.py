@@ -20,7 +20,7 @@ from pipeline.process_identity import ProcessIdentity, this_process
 from pipeline.storage.object_store import ObjectStore, open_store
 
 _numbers = itertools.count()
-TERM = 0.6
+TERM = 1.2
 
 
 @pytest.fixture

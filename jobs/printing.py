@@ -1,0 +1,18 @@
+"""Where commands print: JSON for machines on stdout, what people are told on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from rich.console import Console
+
+
+def print_json(value: object) -> None:
+    """Plain JSON values, keys sorted."""
+    sys.stdout.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def stderr() -> Console:
+    """Paths and names are text, not markup, however they are spelled."""
+    return Console(stderr=True, markup=False, highlight=False)

@@ -1,0 +1,85 @@
+"""Catalogs of many entries that are done already, as far as storage can tell; no model is real."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from jobs.catalog.catalog_file import Catalog, parse_catalog
+from jobs.catalog.request import Request, run_store, save_request
+from jobs.catalog.wanted import wanted_runs
+from jobs.publishing.releases import publish
+from jobs.publishing.seen_files import note_whole
+from jobs.publishing.verdict import Verdict, save_verdict
+from pipeline.canonical import sha256
+from pipeline.records import MANIFEST_KEY, FileDigest, Manifest
+from pipeline.storage.object_store import ObjectStore, open_store
+
+FILES = {f"artifact/model_{part:05d}.weights.h5": bytes([part]) * 100 for part in range(6)}
+
+
+def catalog_text(url: str, num_entries: int) -> str:
+    """A catalog below a URL that names so many models, in one recipe each."""
+    models = "".join(
+        f"  - {{name: m{i:04d}, preset: {url}/presets/m{i:04d}}}\n" for i in range(num_entries)
+    )
+    return f"root: {url}/fleet\ndefaults: {{recipes: [int8]}}\nmodels:\n{models}"
+
+
+def write_sources(url: str, num_entries: int) -> None:
+    """A config and weights for each model."""
+    store = open_store(f"{url}/presets")
+
+    def write(i: int) -> None:
+        store.put(f"m{i:04d}/config.json", b"{}" * 500)
+        store.put(f"m{i:04d}/model.weights.h5", b"w" * 1000)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(num_entries)))
+
+
+def done_catalog(url: str, num_entries: int) -> Catalog:
+    """A catalog all of whose runs are published."""
+    write_sources(url, num_entries)
+    text = catalog_text(url, num_entries)
+    catalog = parse_catalog(text, where="catalog.yaml", folder=None)
+    root = open_store(catalog.root_url)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda request: finish(root, request), _requests(catalog)))
+    return catalog
+
+
+def _requests(catalog: Catalog) -> Iterator[Request]:
+    for wanted in wanted_runs(catalog):
+        assert wanted.request is not None
+        yield wanted.request
+
+
+def finish(root: ObjectStore, request: Request) -> None:
+    """Leave in storage what carrying a request out would."""
+    store = run_store(root, request.run_id)
+    for key, data in FILES.items():
+        store.put(key, data)
+    manifest = Manifest(
+        plan_digest="0" * 64,
+        files={k: FileDigest(sha256=sha256(d), size_bytes=len(d)) for k, d in FILES.items()},
+        records={},
+        provenance={},
+    )
+    store.put(MANIFEST_KEY, manifest.to_json())
+    note_whole(root, request.run_id, manifest, store.versions())
+    save_request(root, request)
+    verdict = Verdict(
+        request_id=request.request_id,
+        model=request.model,
+        recipe_name=request.recipe_name,
+        run_id=request.run_id,
+        plan_digest="0" * 64,
+        manifest_sha256=sha256(manifest.to_json()),
+        source_bytes=2000,
+        stored_bytes=600,
+        quality=None,
+        gate=None,
+    )
+    save_verdict(root, verdict)
+    publish(root, request, verdict)
