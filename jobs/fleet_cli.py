@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from jobs.printing import print_json, stderr
 from pipeline.errors import PipelineError

@@ -24,7 +24,7 @@ from pipeline.compute.comparison import compare
 from pipeline.compute.model_state import ModelState
 from pipeline.compute.streamed import StreamedModel, source_model
 from pipeline.fidelity import Fidelity, average
-from pipeline.plan import PLAN_KEY, Plan
+from pipeline.plan import Plan, read_plan
 from pipeline.storage.object_store import open_store
 from quantizer import kernel_layout
 from quantizer.grid import decode, encode, find_grid
@@ -153,7 +153,7 @@ def main() -> None:
         console.print(table)
     if not arguments.only:
         store = open_store(str(work / f"gptq-{arguments.bits[0]}"))
-        plan = Plan.from_json(store.get(PLAN_KEY))
+        plan = read_plan(store)
         windows = _evaluation(plan, work, arguments.windows)
         for bits in arguments.bits:
             found = rounding(plan, work / "preset", windows, bits, arguments.group_size)

@@ -14,10 +14,13 @@ import yaml
 
 from tests.infra.validators import INFRA
 
-_CODE_BLOCK = re.compile(r"^```(?:sh|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_CODE_BLOCK = re.compile(r"^ *```(?:sh|console)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 # In prose: at least a word after the name.
 _INLINE = re.compile(r"`(quantfleet [a-z][^`…]*)`")
-_CALL = re.compile(r"(?:^|[\s;&|(/\"])quantfleet\"?\s+(?P<rest>[a-z-][^;&|\n)`]*)", re.MULTILINE)
+# Where a command begins, or at the end of its path; elsewhere the word is an argument.
+_CALL = re.compile(
+    r"(?:^\s*|[;&|(]\s*|\bexec |-- |/)quantfleet\"?[ ](?P<rest>[a-z-][^;&|\n)`]*)", re.MULTILINE
+)
 
 
 @dataclass(frozen=True, kw_only=True)

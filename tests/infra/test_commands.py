@@ -32,7 +32,7 @@ def refusal(words: tuple[str, ...], *, is_mention: bool = False) -> str | None:
         return None
     except typer.TyperException as error:
         said = error.format_message()
-        return None if is_mention and said.startswith("Missing argument") else said
+        return None if is_mention and said.startswith("Missing ") else said
     return None
 
 
@@ -69,6 +69,11 @@ def test_the_commands_that_matter_are_found() -> None:
         ("a.yaml", "# run `quantfleet gc x` first\n", ("gc", "x")),
         ("a.md", "```sh\nquantfleet gc x   # why\n```\n", ("gc", "x")),
         ("a.md", "see `quantfleet gc x`\n", ("gc", "x")),
+        (
+            "a.md",
+            "```sh\ncp -n quantfleet x\nray job submit -- quantfleet gc x\n```\n",
+            ("gc", "x"),
+        ),
         ("Dockerfile", 'CMD ["quantfleet", "--help"]\n', ("--help",)),
     ],
 )

@@ -65,8 +65,31 @@ def test_labels_are_those_that_metrics_have() -> None:
         assert named | set(_MATCHED.findall(query)) <= LABELS, query
 
 
+def test_every_outcome_that_is_asked_for_is_told() -> None:
+    """An alert on an outcome that nothing tells would be silent for ever."""
+    sources = sorted((ROOT / "jobs").rglob("*.py"))
+    told = set().union(*(outcomes(path.read_text(encoding="utf-8")) for path in sources))
+    for query in queries():
+        for pattern in re.findall(r'outcome=~?"([^"]*)"', query):
+            assert any(re.fullmatch(pattern, outcome) for outcome in told), (pattern, told)
+
+
+def outcomes(source: str) -> set[str]:
+    """Every literal in the argument of a call of `….ended(…)`."""
+    return {
+        literal.value
+        for call in ast.walk(ast.parse(source))
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and call.func.attr == "ended"
+        for literal in ast.walk(call)
+        if isinstance(literal, ast.Constant) and isinstance(literal.value, str)
+    }
+
+
 def test_a_metric_is_found_where_it_stands() -> None:
     assert len(asked_for()) == 8
+    assert outcomes('m.ended("a" if isinstance(e, B) else "c")') == {"a", "c"}
     assert emitted('runs = Counter("quantfleet_runs_total", "Runs.")') == {"quantfleet_runs_total"}
 
 

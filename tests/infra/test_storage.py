@@ -156,7 +156,7 @@ def test_a_whole_run_needs_no_more_than_the_drivers_role(as_role: Callable[[str]
     """Driver and worker are both in this process, but what the driver may holds the worker's."""
     as_role("driver")
     store = open_store(f"s3://{BUCKET}/{RUN}")
-    manifest, _ = execute(planned("gptq"), store, keep_every=1)
+    manifest, _ = execute(planned("awq", num_samples=4, sequence_length=64), store, keep_every=1)
     assert set(manifest.files) <= set(store.list())
     # What is damaged is moved aside and made again.
     damaged = min(key for key in manifest.files if key.endswith(".h5"))

@@ -50,6 +50,21 @@ for turn in range(20):
         pass
 """
 
+# Adds one to what is there, twenty times, however often others are faster.
+COUNTER = """
+import contextlib, sys
+from pipeline.storage.object_store import open_store
+url, number = sys.argv[1:]
+store = open_store(url)
+for turn in range(20):
+    while True:
+        found = store.get("count")
+        with contextlib.suppress(FileExistsError):
+            data = b"%d of %s" % (int(found.split()[0]) + 1, number.encode())
+            store.replace("count", data, expected=found)
+            break
+"""
+
 
 class StoreContract:
     """What every store promises; a subclass gives `url` and `spoil_bit`."""
@@ -220,6 +235,15 @@ class StoreContract:
         for thread in threads:
             thread.join()
         assert store.get("count").split()[0] == b"%d" % (num_threads * num_turns)
+
+    def test_of_racing_processes_no_replacement_is_lost(self, store, url):
+        if url.startswith("memory:"):
+            pytest.skip("memory is not shared between processes")
+        store.put("count", b"0 of nobody")
+        command = [sys.executable, "-c", COUNTER, url]
+        racers = [subprocess.Popen([*command, number], cwd=ROOT) for number in "ab"]
+        assert [racer.wait() for racer in racers] == [0, 0]
+        assert store.get("count").split()[0] == b"40"
 
     def test_a_version_changes_with_every_other_content(self, store):
         seen = []
