@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -203,6 +204,8 @@ def _pass(
     from jobs.fleet.fulfil import fulfil as fulfil_request
     from jobs.fleet.one_pass import exit_code_of, one_pass, pass_table, preview
     from jobs.fleet.staleness import decide
+    from jobs.metrics import nightly_ended
+    from pipeline.cluster import joined
 
     console = stderr()
     catalog, root = _opened(file, only)
@@ -223,6 +226,9 @@ def _pass(
         outcomes = preview(decisions)
     else:
         outcomes = tuple(one_pass(root, decisions, carry, console))
+        if address is not None and not exit_code_of(outcomes):
+            with joined(address):  # an embedded cluster ends with its run, and its metrics too
+                nightly_ended(PurePath(file).stem)
     if as_json:
         print_json([outcome.to_dict() for outcome in outcomes])
     else:

@@ -298,7 +298,8 @@ def _evaluation_windows(job: Job, plan: Plan, crew: Crew) -> bytes | None:
 def _anywhere(url: str) -> str:
     """A local path as any process of this machine finds it; URLs as they are."""
     is_local = bool(url) and "://" not in url
-    return str(Path(url).expanduser().absolute()) if is_local else url
+    # Storage URLs hold no "..".
+    return os.path.normpath(Path(url).expanduser().absolute()) if is_local else url
 
 
 def resume_command(job: Job) -> str:

@@ -63,7 +63,9 @@ def identity(crew: Crew, source_url: str, threads: int) -> Identity:
 def evaluation_windows(
     crew: Crew, source_url: str, plan: Plan, texts: Sequence[str], num_windows: int
 ) -> bytes:
-    """Token windows of texts to judge a result by, serialized; as long as calibration's.
+    """Token windows of texts to judge a result by, serialized.
+
+    They are as long as calibration's; without one, 512 tokens, or what the model takes.
 
     Raises:
         PipelineError: texts that are missing, unreadable or too few.
@@ -72,7 +74,8 @@ def evaluation_windows(
     wanted = Calibration(
         texts=tuple(texts), num_samples=num_windows, sequence_length=length, sampling="sequential"
     )
-    return bytes(crew.run(_windows, source_url, wanted.model_dump(mode="json")))
+    values = wanted.model_dump(mode="json")
+    return bytes(crew.run(_windows, source_url, values, plan.tokens is None))
 
 
 def measure(crew: Crew, windows: bytes, num_windows: int) -> Fidelity:
@@ -129,11 +132,16 @@ def _identity(source_url: str, threads: int) -> dict[str, Any]:
     }
 
 
-def _windows(source_url: str, calibration: dict[str, Any]) -> bytes:
-    from pipeline.planning import token_windows
+def _windows(source_url: str, calibration: dict[str, Any], fit: bool) -> bytes:
+    """Args: fit: shorten windows to what the model takes."""
+    from pipeline.planning import most_tokens, token_windows
     from pipeline.source.preset import read_preset
     from pipeline.source.skeleton import build_skeleton
 
     preset = read_preset(source_url)
+    skeleton = build_skeleton(preset)
     wanted = Calibration.model_validate(calibration)
-    return token_windows(preset, build_skeleton(preset), wanted).to_bytes()
+    most = most_tokens(skeleton)
+    if fit and most is not None and most < wanted.sequence_length:
+        wanted = wanted.model_copy(update={"sequence_length": most})
+    return token_windows(preset, skeleton, wanted).to_bytes()

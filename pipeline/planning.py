@@ -167,6 +167,12 @@ def token_windows(
     Raises:
         PipelineError: no tokenizer, or texts that are missing, unreadable or too few.
     """
+    most = most_tokens(skeleton)
+    if most is not None and calibration.sequence_length > most:
+        raise RecipeError(
+            f"{preset.url}: the model has {most} positions, and windows of "
+            f"{calibration.sequence_length} tokens are wanted; set sequence_length to at most {most}"
+        )
     texts = read_texts(calibration)
     tokenizer = preset_tokenizer(preset)
     special = tokenizer.special_ids
@@ -184,6 +190,12 @@ def token_windows(
         pad_token=special.get("pad", 0),
         vocabulary_size=getattr(skeleton.backbone, "vocabulary_size", None),
     )
+
+
+def most_tokens(skeleton: Skeleton) -> int | None:
+    """The longest sequence that a model has positions for; None where it sets no limit."""
+    found = getattr(skeleton.backbone, "max_sequence_length", None)
+    return found if isinstance(found, int) else None
 
 
 def _tokens_plan(windows: TokenWindows) -> TokensPlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,7 +289,7 @@ class _Checked:
             raise self._refuse(
                 place, f"{url} is relative, but this catalog lies in no folder; write a full URL"
             )
-        return str(self._folder / path)
+        return os.path.normpath(self._folder / path)  # storage URLs hold no ".."
 
     def _refuse(self, place: Place, text: str) -> CatalogError:
         return CatalogError(f"{self._document.where}:{self._document.line_of(place)}: {text}")

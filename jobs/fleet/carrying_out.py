@@ -9,6 +9,7 @@ from rich.console import Console
 from jobs.admission import check_identity, check_memory
 from jobs.catalog.request import Request
 from jobs.fleet.workplace import Workplace
+from jobs.metrics import RunMetrics
 from jobs.progress import watch
 from jobs.summary import Summary
 from pipeline.commits import Finding, damaged_files, quarantine, read_manifest
@@ -65,6 +66,7 @@ def carry_out(
     held: Lease,
     console: Console,
     damaged: tuple[Finding, ...],
+    metrics: RunMetrics,
 ) -> Manifest:
     """Make what is missing or damaged of a claimed run.
 
@@ -84,7 +86,9 @@ def carry_out(
     held.check()
     quarantine(store, damaged)
     with watch(plan, console) as report:
-        manifest = quantize(plan, store, crew, log.also(report), check_lease=held.check)
+        manifest = quantize(
+            plan, store, crew, metrics.also(log.also(report)), check_lease=held.check
+        )
     seconds = time.monotonic() - start
     summary = Summary.of(
         plan, store, manifest, costs, log.seconds, wall_seconds=seconds, fidelity=None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -14,6 +14,7 @@ from rich.console import Console
 from jobs.catalog.request import Request, request_key, run_store
 from jobs.fleet.carrying_out import carry_out, evaluated, plan_of, whole_manifest
 from jobs.fleet.workplace import Enter, Workplace
+from jobs.metrics import RunMetrics
 from jobs.publishing.gate import failures, figures
 from jobs.publishing.releases import Release, find_current, publish
 from jobs.publishing.seen_files import note_whole
@@ -22,7 +23,12 @@ from pipeline import lease
 from pipeline.canonical import sha256
 from pipeline.commits import damaged_files
 from pipeline.crew import Crew
-from pipeline.errors import DamagedObjectError, MissingObjectError, PipelineError
+from pipeline.errors import (
+    DamagedObjectError,
+    LeaseHeldError,
+    MissingObjectError,
+    PipelineError,
+)
 from pipeline.fidelity import Fidelity
 from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.records import ARTIFACT_PREFIX, Manifest
@@ -99,6 +105,10 @@ def fulfil(
         save_verdict(root, verdict)
         held.check()
         releases = publish(root, request, verdict) if verdict.passed else ()
+        if fidelity is not None:
+            judged = fidelity
+            work.tell(lambda metrics: metrics.judged(judged))
+        work.tell(lambda metrics: metrics.ended("finished" if verdict.passed else "gate_failed"))
     return Fulfilled(request=request, verdict=verdict, releases=releases, solved=artifact.solved)
 
 
@@ -106,6 +116,7 @@ class _Work:
     """A cluster, joined when it is first needed, with a crew on one run at a time."""
 
     def __init__(self, request: Request, enter: Enter) -> None:
+        self.metrics = RunMetrics(model=request.model, recipe=request.recipe_name)
         self._request = request
         self._enter = enter
         self._stack = contextlib.ExitStack()
@@ -120,7 +131,14 @@ class _Work:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if isinstance(error, PipelineError) and not isinstance(error, LeaseHeldError):
+            self.tell(lambda metrics: metrics.ended("failed"))
         self._stack.__exit__(kind, error, trace)
+
+    def tell(self, what: Callable[[RunMetrics], None]) -> None:
+        """Tell Prometheus something, if a cluster was joined: who finds all done tells nothing."""
+        if self._at is not None:
+            what(self.metrics)
 
     def at(self, store: ObjectStore) -> tuple[Workplace, Crew]:
         """Where a run is worked on, and by whom."""
@@ -186,7 +204,7 @@ def _made(
             )
             return twin
         plan = claim(store, plan, windows)
-    manifest = carry_out(plan, store, crew, place, held, console, damaged)
+    manifest = carry_out(plan, store, crew, place, held, console, damaged, work.metrics)
     return _Artifact(run_id=request.run_id, plan=plan, manifest=manifest, solved=True)
 
 

@@ -137,3 +137,8 @@ def test_a_changed_weight_is_another_plan(tmp_path: Path) -> None:
     (preset / "README.md").write_text("# Llama")
     same = make_plan(read_preset(str(preset)), recipe("int8"), threads=2).plan
     assert same.digest == planned("int8").plan.digest
+
+
+def test_windows_longer_than_the_model_s_positions_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"has 256 positions.*at most 256"):
+        make_plan(read_preset(str(source("OPT"))), recipe("gptq", sequence_length=300), threads=2)
