@@ -170,8 +170,8 @@ def token_windows(
     most = most_tokens(skeleton)
     if most is not None and calibration.sequence_length > most:
         raise RecipeError(
-            f"{preset.url}: the model has {most} positions, and windows of "
-            f"{calibration.sequence_length} tokens are wanted; set sequence_length to at most {most}"
+            f"{preset.url}: the model has {most} positions, fewer than a window's "
+            f"{calibration.sequence_length} tokens; set sequence_length to at most {most}"
         )
     texts = read_texts(calibration)
     tokenizer = preset_tokenizer(preset)
