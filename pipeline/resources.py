@@ -9,6 +9,7 @@ from pathlib import Path
 
 import ray
 
+from pipeline.autoscaling import await_nodes
 from pipeline.crew import CrewError
 from pipeline.storage.object_store import PATIENCE_VARIABLE
 
@@ -34,8 +35,9 @@ def choose_resources(workers: int | None, threads: int | None, *, device: str) -
     One worker a node that uses all its CPUs, or one a GPU.
 
     Raises:
-        CrewError: more is asked than the cluster has.
+        CrewError: more is asked than the cluster has, or gets in time (see `await_nodes`).
     """
+    await_nodes(workers, threads, gpu=device == "gpu")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 
 import pipeline.cluster
 from pipeline.cluster import RayCrew, joined
+from pipeline.crew import CrewError
 from pipeline.planned_run import claim_run
-from pipeline.resources import Resources
+from pipeline.resources import Resources, choose_resources
 from pipeline.run import Step, quantize
 from pipeline.storage.object_store import open_store
 from tests.faults.random_kills import Fleet, fleet
@@ -98,3 +100,21 @@ def test_lost_messages_change_nothing(
     monkeypatch.setenv("RAY_testing_rpc_failure", failing)
     with serve_ray({"RAY_testing_rpc_failure": failing}) as cluster, joined(cluster.address):
         assert run(tmp_path / "run", lambda step: None) == expected
+
+
+def test_nodes_that_come_late_are_waited_for_and_no_longer(
+    nodes: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUANTFLEET_NODE_PATIENCE", "20")
+    for node in nodes.nodes:
+        nodes.cluster.remove_node(node)
+    nodes.nodes.clear()
+    with joined(nodes.address):
+        threading.Timer(3.0, nodes.fill).start()
+        assert choose_resources(2, 1, device="cpu") == RESOURCES
+        monkeypatch.setenv("QUANTFLEET_NODE_PATIENCE", "1")
+        with pytest.raises(CrewError, match=r"did not get nodes for them within 1 s"):
+            choose_resources(3, 1, device="cpu")
+        monkeypatch.delenv("QUANTFLEET_NODE_PATIENCE")
+        with pytest.raises(CrewError, match="do not fit"):
+            choose_resources(3, 1, device="cpu")

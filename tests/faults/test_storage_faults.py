@@ -155,6 +155,7 @@ def test_an_outage_longer_than_patience_ends_the_run_which_resumes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     patience_of(HOPELESS, monkeypatch)
+    store = open_store(store.root_url)
 
     def report(step: object) -> None:
         proxy.plan(always="unavailable")

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.compute.model_state import ModelState
 from pipeline.compute.streamed import StreamedModel, artifact_model, source_model
+from pipeline.errors import DamagedObjectError
 from pipeline.planning import make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.source.preset import read_preset
@@ -75,7 +76,7 @@ def test_an_artifact_is_run_from_its_own_files(tmp_path: Path) -> None:
     model = artifact_model(run.model, run.store)
     states = [list(state) for state in model.embed([(tokens, np.ones(tokens.shape, bool))])]
     model.advance(0, states)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(DamagedObjectError, match="part 2 is no longer committed"):
         model.advance(1, states)
 
 
