@@ -108,6 +108,7 @@ def check(differences):
         assert differences[name] <= 2e-2, name
 
 
+@pytest.mark.slow  # two minutes of models; layers are compared one by one in test_layers
 def test_stock_keras_on_jax_loads_what_was_saved(saved):
     check(read(saved, "jax"))
 
