@@ -36,6 +36,9 @@ _PATIENCE_SECONDS = 600.0
 """How long workers may all be away before a run ends."""
 _ANSWER_SECONDS = 10.0
 _MOST_RUNS = 4
+_LOOK_SECONDS = 15.0
+# Large arguments travel while nobody works.
+_MOST_IDLE_LOOKS = 3
 _REPLACEMENT_SECONDS = 60.0
 """How long the last of them are waited for, once others are back."""
 
@@ -138,7 +141,29 @@ class RayCrew:
         return self._actors[worker].call.options(**options).remote(method, *args)
 
     def fetch(self, handles: Sequence[Any]) -> list[Any]:
+        """Wait, as long as anybody works: a call whose message was lost would never be answered."""
+        pending = list(dict.fromkeys(handles))
+        idle = 0
+        while pending:
+            _, pending = ray.wait(
+                pending, num_returns=len(pending), timeout=_LOOK_SECONDS, fetch_local=False
+            )
+            idle = 0 if not pending or self._is_anybody_busy() else idle + 1
+            if idle >= _MOST_IDLE_LOOKS:
+                raise WorkerLostError("nobody works, and nothing arrives: calls were lost")
         return _get(handles)
+
+    def _is_anybody_busy(self) -> bool:
+        """Whether a worker is at work, or does not say: it may be starting."""
+        asked = [
+            actor.is_busy.options(concurrency_group="roll_call").remote() for actor in self._all
+        ]
+        answered, silent = ray.wait(asked, num_returns=len(asked), timeout=_ANSWER_SECONDS)
+        for handle in answered:
+            with contextlib.suppress(WorkerLostError):
+                if _get([handle])[0]:
+                    return True
+        return bool(silent)
 
     def seconds(self) -> dict[str, float]:
         total: Counter[str] = Counter()
@@ -209,9 +234,19 @@ class _Actor:
         self._urls = source_url, run_url
         self._timed: TimedWorker | None = None
         self._lock = threading.Lock()
+        self._num_calls = 0
 
     def call(self, method: str, *args: Any) -> Any:
-        return self._worker().call(method, *args)
+        with self._lock:
+            self._num_calls += 1
+        try:
+            return self._worker().call(method, *args)
+        finally:
+            with self._lock:
+                self._num_calls -= 1
+
+    def is_busy(self) -> bool:
+        return self._num_calls > 0
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)

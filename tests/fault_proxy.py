@@ -24,6 +24,9 @@ FAULTS = {
 }
 
 
+_OWN_HEADERS = {"content-length", "transfer-encoding"}
+
+
 class FaultProxy:
     """Takes one of FAULTS, or None, from `script` for each request; an empty script spoils nothing.
 
@@ -120,8 +123,10 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
             if content and fault == "flip":
                 content = content[:-1] + bytes([content[-1] ^ 1])
             self.send_response_only(status)
+            # The body is whole by now, and sent with its length.
+            ours = {"transfer-encoding"} if self.command == "HEAD" else _OWN_HEADERS
             for name, value in headers:
-                if self.command == "HEAD" or name.lower() != "content-length":
+                if name.lower() not in ours:
                     self.send_header(name, value)
             if self.command != "HEAD":
                 self.send_header("Content-Length", str(len(content)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,10 @@ from tests.pipeline.tiny_runs import execute, planned, recipe
 ROOT = Path(__file__).parents[2]
 # A worker as in a process of Ray's, that does all of a run.
 _PROGRAM = """
-import sys
+import resource, sys
+limit = int(sys.argv.pop(1))
+if limit:
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 from pathlib import Path
 from pipeline.crew import LocalCrew
 from pipeline.planned_run import claim_run
@@ -60,19 +62,14 @@ def run_and_weigh(
     arguments = [folder / "plan.json", folder / "windows", source, folder / "run"]
     environment = os.environ | {"KERAS_BACKEND": "jax", "NPROC": "2", "JAX_PLATFORMS": "cpu"}
     finished = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, *map(str, arguments)],
+        [sys.executable, "-c", _PROGRAM, str(limit_bytes or 0), *map(str, arguments)],
         capture_output=True,
         text=True,
-        check=True,
         cwd=ROOT,
         env=environment,
-        preexec_fn=None if limit_bytes is None else lambda: limit(limit_bytes),
     )
+    assert finished.returncode == 0, finished.stderr[-2000:]
     return int(json.loads(finished.stdout)), given.plan
-
-
-def limit(num_bytes: int) -> None:
-    resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, num_bytes))
 
 
 @pytest.mark.slow
