@@ -91,7 +91,7 @@ def _start(folder: Path) -> int:
     for name in ("mon", "osd", "run", "log", "rgw"):
         (folder / name).mkdir()
     cluster, osd = str(uuid.uuid4()), str(uuid.uuid4())
-    port, mon_port = _free_port(), _free_port()
+    port, mon_port = _free_ports()
     configuration = folder / "ceph.conf"
     configuration.write_text(
         _CONFIGURATION.format(cluster=cluster, folder=folder, port=port, mon_port=mon_port)
@@ -141,7 +141,8 @@ def _stop(folder: Path) -> None:
     time.sleep(0.5)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _free_ports() -> tuple[int, int]:
+    with socket.socket() as one, socket.socket() as other:
+        for probe in (one, other):
+            probe.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1]), int(other.getsockname()[1])
