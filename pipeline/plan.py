@@ -11,17 +11,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 
-from pipeline.canonical import canonical_json, digest_of
+from pipeline.canonical import digest_of
 from pipeline.errors import DamagedObjectError
 from pipeline.recipe.recipe import Kind, Statistics
-from pipeline.self_checked import (
-    RecordError,
-    read_self_checked,
-    with_digest,
-    without_digest,
-)
+from pipeline.self_checked import read_as, read_self_checked, with_digest
 from pipeline.storage.object_store import ObjectStore
 
 PLAN_KEY = "plan.json"
@@ -182,16 +177,7 @@ class Plan:
         Raises:
             RecordError: anything else; a single other byte is enough.
         """
-        content = without_digest(data)
-        try:
-            # As JSON: strict validation takes lists for tuples there.
-            return TypeAdapter(cls).validate_json(canonical_json(content))
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise RecordError(
-                f"no plan of this version of quantfleet ({place}: {first['msg']})"
-            ) from error
+        return read_as(cls, data)
 
 
 def read_plan(store: ObjectStore) -> Plan:

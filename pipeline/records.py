@@ -11,10 +11,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, StringConstraints
 
-from pipeline.canonical import canonical_json, sha256
-from pipeline.self_checked import RecordError, with_digest, without_digest
+from pipeline.canonical import sha256
+from pipeline.self_checked import RecordError, read_as, with_digest
 
 MANIFEST_KEY = "manifest.json"
 ARTIFACT_PREFIX = "artifact/"
@@ -88,7 +88,7 @@ class PartRecord:
         Raises:
             RecordError: anything else; a single other byte is enough.
         """
-        record = _from_json(cls, data)
+        record = read_as(cls, data)
         if record.file != file_key(record.part):
             raise RecordError(f"part {record.part} names the file {record.file!r}")
         return record
@@ -134,7 +134,7 @@ class Manifest:
         Raises:
             RecordError: anything else; a single other byte is enough.
         """
-        return _from_json(cls, data)
+        return read_as(cls, data)
 
 
 def block_part(block: int) -> int:
@@ -185,13 +185,3 @@ def manifest_of(
 
 def _to_json(value: PartRecord | Manifest) -> bytes:
     return with_digest(dataclasses.asdict(value))
-
-
-def _from_json(kind: type[_Written], data: bytes) -> _Written:
-    content = without_digest(data)
-    try:
-        return TypeAdapter(kind).validate_json(canonical_json(content))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise RecordError(f"{place}: {first['msg']}") from error

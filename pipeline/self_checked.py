@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+
 from pipeline.canonical import canonical_json, digest_of
 from pipeline.errors import DamagedObjectError, PipelineError
 from pipeline.storage.object_store import ObjectStore
@@ -44,6 +46,22 @@ def without_digest(data: bytes) -> Any:
     if expected != data:
         raise RecordError("its bytes do not match the digest that it carries")
     return content
+
+
+def read_as(kind: type[_T], data: bytes) -> _T:
+    """Read a dataclass whose `asdict` was given to `with_digest`; `kind` says how strictly.
+
+    Raises:
+        RecordError: anything else; a single other byte is enough.
+    """
+    content = without_digest(data)
+    try:
+        # As JSON: strict validation takes lists for tuples there.
+        return TypeAdapter(kind).validate_json(canonical_json(content))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise RecordError(f"not of this version of quantfleet ({place}: {first['msg']})") from error
 
 
 def read_self_checked(store: ObjectStore, key: str, parse: Callable[[bytes], _T]) -> _T:

@@ -8,16 +8,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 
-from pipeline.canonical import canonical_json, digest_of
+from pipeline.canonical import digest_of
 from pipeline.errors import PipelineError
-from pipeline.self_checked import (
-    RecordError,
-    read_self_checked,
-    with_digest,
-    without_digest,
-)
+from pipeline.self_checked import read_as, read_self_checked, with_digest
 from pipeline.storage.object_store import ObjectStore, open_store
 
 REQUESTS_PREFIX = "requests/"
@@ -129,15 +124,7 @@ class Request:
         Raises:
             RecordError: anything else; a single other byte is enough.
         """
-        content = without_digest(data)
-        try:
-            return TypeAdapter(cls).validate_json(canonical_json(content))
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise RecordError(
-                f"no request of this version of quantfleet ({place}: {first['msg']})"
-            ) from error
+        return read_as(cls, data)
 
 
 def request_key(request_id: str) -> str:

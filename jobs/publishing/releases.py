@@ -15,9 +15,9 @@ from typing import Any
 from jobs.catalog.entries import NAME_PATTERN
 from jobs.catalog.request import Request, run_prefix
 from jobs.publishing.verdict import Verdict
-from jobs.publishing.written import Written, read_as
+from jobs.publishing.written import Written
 from pipeline.errors import MissingObjectError, ObjectExistsError, PipelineError
-from pipeline.self_checked import read_self_checked
+from pipeline.self_checked import read_as, read_self_checked
 from pipeline.storage.object_store import ObjectStore
 
 MODELS_PREFIX = "models/"

@@ -13,13 +13,14 @@ from typing import ClassVar
 from pydantic import ConfigDict
 
 from jobs.catalog.request import checked_id, run_store
-from jobs.publishing.written import STRICT, Written, read_as
+from jobs.publishing.written import STRICT, Written
 from pipeline.canonical import sha256
 from pipeline.commits import read_manifest
 from pipeline.errors import DamagedObjectError, MissingObjectError
 from pipeline.records import MANIFEST_KEY, Manifest
-from pipeline.self_checked import read_self_checked
-from pipeline.storage.object_store import ObjectStore, Version
+from pipeline.self_checked import read_as, read_self_checked
+from pipeline.storage.backend import Version
+from pipeline.storage.object_store import ObjectStore
 
 SEEN_PREFIX = "seen/"
 

@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 from jobs.catalog.request import checked_id
-from jobs.publishing.written import Written, read_as
+from jobs.publishing.written import Written
 from pipeline.errors import DamagedObjectError, MissingObjectError
-from pipeline.self_checked import read_self_checked
+from pipeline.self_checked import read_as, read_self_checked
 from pipeline.storage.object_store import ObjectStore
 
 VERDICTS_PREFIX = "verdicts/"

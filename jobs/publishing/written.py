@@ -1,14 +1,13 @@
-"""Reading and writing the small records of publishing: strict, self-checked, size-capped."""
+"""What the small records of publishing have in common: strict, and with their own digest."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 
-from pipeline.canonical import canonical_json
-from pipeline.self_checked import RecordError, with_digest, without_digest
+from pipeline.self_checked import with_digest
 
 STRICT = ConfigDict(strict=True, extra="forbid")
 
@@ -24,21 +23,3 @@ class Written:
     def to_json(self) -> bytes:
         """The bytes that stand for it; the same content always has the same ones."""
         return with_digest(dataclasses.asdict(self))  # type: ignore[call-overload]
-
-
-_T = TypeVar("_T", bound=Written)
-
-
-def read_as(kind: type[_T], data: bytes) -> _T:
-    """Read what `to_json` wrote.
-
-    Raises:
-        RecordError: anything else; a single other byte is enough.
-    """
-    content: Any = without_digest(data)
-    try:
-        return TypeAdapter(kind).validate_json(canonical_json(content))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise RecordError(f"not of this version of quantfleet ({place}: {first['msg']})") from error
