@@ -125,7 +125,7 @@ class RayCrew:
         """
         for _ in range(_MOST_RUNS):
             try:
-                return _get([self._actors[0].run.remote(function, *args)])[0]
+                return self.fetch([self._actors[0].run.remote(function, *args)])[0]
             except WorkerLostError as error:
                 last = error
                 self.revive()
@@ -134,11 +134,11 @@ class RayCrew:
             "memory of the cluster's nodes, then try again"
         )
 
-    def submit(self, worker: int, method: str, *args: Any, num_returns: int = 1) -> Any:
-        options: dict[str, Any] = {"num_returns": num_returns}
+    def submit(self, worker: int, method: str, *args: Any) -> Any:
+        call = self._actors[worker].call
         if method in _IO_METHODS:
-            options["concurrency_group"] = "io"
-        return self._actors[worker].call.options(**options).remote(method, *args)
+            call = call.options(concurrency_group="io")
+        return call.remote(method, *args)
 
     def fetch(self, handles: Sequence[Any]) -> list[Any]:
         """Wait, as long as anybody works: a call whose message was lost would never be answered."""
@@ -233,23 +233,30 @@ class _Actor:
             raise CrewError(f"a worker started with Keras on {keras.backend.backend()}, not JAX")
         self._urls = source_url, run_url
         self._timed: TimedWorker | None = None
-        self._lock = threading.Lock()
+        self._making = threading.Lock()
+        self._counting = threading.Lock()
         self._num_calls = 0
 
     def call(self, method: str, *args: Any) -> Any:
-        with self._lock:
-            self._num_calls += 1
-        try:
+        with self._at_work():
             return self._worker().call(method, *args)
-        finally:
-            with self._lock:
-                self._num_calls -= 1
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        with self._at_work():
+            return function(*args)
 
     def is_busy(self) -> bool:
         return self._num_calls > 0
 
-    def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        return function(*args)
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        with self._counting:
+            self._num_calls += 1
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._num_calls -= 1
 
     def take_seconds(self) -> Mapping[str, float]:
         return {} if self._timed is None else self._timed.take_seconds()
@@ -261,7 +268,7 @@ class _Actor:
         """
         from pipeline.compute.worker import Worker
 
-        with self._lock:
+        with self._making:
             if self._timed is None:
                 # From storage: a plan is too large for an argument that restarts must find.
                 plan = read_plan(open_store(self._urls[1]))

@@ -41,8 +41,8 @@ class Crew(Protocol):
         """
         ...
 
-    def submit(self, worker: int, method: str, *args: Any, num_returns: int = 1) -> Any:
-        """Ask a worker for something; returns a handle, or as many as `num_returns` says.
+    def submit(self, worker: int, method: str, *args: Any) -> Any:
+        """Ask a worker for something; returns a handle to its result.
 
         Handles among `args` are replaced by what they stand for.
         """
@@ -95,10 +95,8 @@ class LocalCrew:
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
 
-    def submit(self, worker: int, method: str, *args: Any, num_returns: int = 1) -> Any:
-        found = self._workers[worker].call(method, *args)
-        assert num_returns == 1 or len(found) == num_returns
-        return found
+    def submit(self, worker: int, method: str, *args: Any) -> Any:
+        return self._workers[worker].call(method, *args)
 
     def fetch(self, handles: Sequence[Any]) -> list[Any]:
         return list(handles)

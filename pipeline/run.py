@@ -102,10 +102,12 @@ def quantize(
         PipelineError: what repetition does not mend; resuming goes on from the last block.
     """
     losses, committed = 0, -1
+    # Once is enough until something is found damaged: the end of the run reads all of it again.
+    verify = True
     while True:
         records: dict[int, PartRecord] = {}
         try:
-            records |= _committed(plan, store, report, check_lease)
+            records |= _committed(plan, store, report, check_lease, verify=verify)
             _quantize_alone(plan, crew, records, report)
             if plan.chained:
                 _quantize_in_turn(plan, store, crew, records, report, keep_every, check_lease)
@@ -115,6 +117,7 @@ def quantize(
             committed = max(committed, len(records))
             if losses > _MOST_LOSSES:
                 raise _given_up(error) from error
+            verify = isinstance(error, DamagedObjectError)
             if isinstance(error, WorkerLostError):
                 text = f"a worker was lost ({error}); its work is done again"
                 report(Step(event="lost", text=text))
@@ -140,14 +143,19 @@ def _given_up(error: Exception) -> PipelineError:
 
 
 def _committed(
-    plan: Plan, store: ObjectStore, report: Report, check_lease: Callable[[], None]
+    plan: Plan,
+    store: ObjectStore,
+    report: Report,
+    check_lease: Callable[[], None],
+    *,
+    verify: bool,
 ) -> dict[int, PartRecord]:
     found = committed_parts(
         store,
         plan_digest=plan.digest,
         num_blocks=plan.num_blocks,
         chained=plan.chained,
-        verify=True,
+        verify=verify,
     )
     for finding in found.findings:
         report(Step(event="damaged", text=finding.problem))

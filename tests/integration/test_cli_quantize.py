@@ -46,12 +46,12 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
             self._urls = source_url, run_url
             self._made = False
 
-        def submit(self, worker: int, method: str, *args: Any, num_returns: int = 1) -> Any:
+        def submit(self, worker: int, method: str, *args: Any) -> Any:
             if not self._made:
                 plan = read_plan(open_store(self._urls[1]))
                 super().__init__([QuickWorker(plan, *self._urls) for _ in self._workers])
                 self._made = True
-            return super().submit(worker, method, *args, num_returns=num_returns)
+            return super().submit(worker, method, *args)
 
     monkeypatch.setattr(jobs.quantize, "_place", place)
     monkeypatch.setattr(jobs.quantize, "memory_of_nodes", lambda resources: [(2, 1 << 40)])

@@ -10,9 +10,6 @@ class Adder:
     def add(self, left: int, right: int) -> int:
         return left + right
 
-    def pair(self, value: int) -> tuple[int, int]:
-        return value, -value
-
     def fail(self) -> None:
         time.sleep(0.01)
         raise KeyError("mine")
@@ -22,7 +19,6 @@ def test_handles_stand_for_results() -> None:
     crew = LocalCrew([Adder(), Adder()])
     first = crew.submit(0, "add", 1, 2)
     assert crew.fetch([crew.submit(1, "add", first, 4)]) == [7]
-    assert crew.fetch(crew.submit(0, "pair", 3, num_returns=2)) == [3, -3]
 
 
 def test_seconds_are_counted_once_and_of_failures_too() -> None:

@@ -319,3 +319,23 @@ def test_a_claimed_run_has_its_tokens(store: ObjectStore) -> None:
     watched = ObjectStore(store.root_url, Watched("unused"))
     claim_run(watched, given.plan, given.windows.to_bytes())
     assert order == [given.plan.tokens.key, PLAN_KEY]
+
+
+def test_what_was_read_once_is_not_read_again_whenever_a_worker_is_lost(
+    store: ObjectStore,
+) -> None:
+    """A lost worker costs its block, not another look at all blocks before it."""
+    with pytest.raises(CrashError):
+        execute(planned("gptq"), store, keep_every=1, report=crash_at(2))
+    reads: list[str] = []
+
+    class Watched(type(store.backend)):  # type: ignore[misc]
+        def read_range(self, key: str, start: int, stop: int) -> bytes:
+            reads.append(key)
+            return super().read_range(key, start, stop)
+
+    root = store.root_url.removeprefix("memory://")
+    watched = ObjectStore(store.root_url, Watched(root))
+    execute(planned("gptq"), watched, keep_every=1, lose=[("solve", 1), ("solve", 3)])
+    assert reads.count(file_key(1)) == 1
+    assert lasting(store) == expected("gptq")

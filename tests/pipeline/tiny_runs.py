@@ -113,18 +113,18 @@ class CountingCrew(LocalCrew):
         self.calls: Counter[str] = Counter()
         self.done: list[tuple[str, Any]] = []
 
-    def submit(self, worker: int, method: str, *args: Any, num_returns: int = 1) -> Any:
+    def submit(self, worker: int, method: str, *args: Any) -> Any:
         self.calls[method] += 1
         if (method, self.calls[method]) in self._lose:
             self.restart(worker)
-            return self._lost(num_returns)
+            return _Lost()
         if any(isinstance(arg, _Lost) for arg in args):
-            return self._lost(num_returns)
+            return _Lost()
         self.done.append((method, args[0] if args else None))
         try:
-            return super().submit(worker, method, *args, num_returns=num_returns)
+            return super().submit(worker, method, *args)
         except WorkerLostError:
-            return self._lost(num_returns)
+            return _Lost()
 
     def fetch(self, handles: Sequence[Any]) -> list[Any]:
         if any(isinstance(handle, _Lost) for handle in handles):
@@ -134,9 +134,6 @@ class CountingCrew(LocalCrew):
     def restart(self, worker: int) -> None:
         """Forget all that a worker holds, as Ray does when its process ends."""
         self._workers[worker] = TimedWorker(self._make_worker())
-
-    def _lost(self, num_returns: int) -> Any:
-        return _Lost() if num_returns == 1 else [_Lost() for _ in range(num_returns)]
 
     def solved_parts(self) -> list[int]:
         """Parts of which some layer was solved, each once, in order."""

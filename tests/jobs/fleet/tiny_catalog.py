@@ -69,7 +69,7 @@ class _Crew(LocalCrew):
         self._urls = source_url, run_url
         self._made = False
 
-    def submit(self, worker: int, method: str, *args: Any, num_returns: int = 1) -> Any:
+    def submit(self, worker: int, method: str, *args: Any) -> Any:
         self._at.calls[method] += 1
         if method in WORK and self._at.fail is not None:
             error, self._at.fail = self._at.fail, None
@@ -78,7 +78,7 @@ class _Crew(LocalCrew):
             plan = read_plan(open_store(self._urls[1]))
             super().__init__([QuickWorker(plan, *self._urls)])
             self._made = True
-        return super().submit(worker, method, *args, num_returns=num_returns)
+        return super().submit(worker, method, *args)
 
 
 class TinyCatalog:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -40,17 +42,26 @@ def streams(worker: Worker, index: int) -> list[np.ndarray]:
     return [batch.stream for batch in worker._shards[index].batches]
 
 
-def test_every_token_of_the_windows_is_counted_and_no_other(store: ObjectStore) -> None:
-    """20 windows make 16 and 4, and the 4 are filled up to a micro-batch of 16."""
-    given = planned("gptq")
+def test_every_token_of_the_windows_is_counted_and_no_other() -> None:
+    """18 windows make 16 and 2, and the 2 are filled up to a micro-batch of 4."""
+    given = planned("gptq", num_samples=18)
+    assert given.windows is not None
     assert given.plan.tokens is not None
-    assert given.plan.tokens.shards == ((0, 16), (16, 20))
-    worker = worker_of(store)
-    worker.restore(0, [0, 1], 0)
-    found = worker.capture(0, 0, Subtree(0, 2), worker.read(1))
-    assert found.num_rows == 20 * 128
-    assert np.isfinite(found.gram_CC).all()
-    assert (found.gram_CC == found.gram_CC.T).all()
+    assert given.plan.tokens.shards == ((0, 16), (16, 18))
+    assert given.plan.tokens.micro_batch == 4
+    # Windows one by one, so that nothing is filled up.
+    single = dataclasses.replace(given.plan.tokens, micro_batch=1)
+    sums = []
+    for plan in (given.plan, dataclasses.replace(given.plan, tokens=single)):
+        store = open_store(f"memory://test-worker/{next(_fresh)}")
+        claim_run(store, plan, given.windows.to_bytes())
+        worker = QuickWorker(plan, str(source()), store.root_url)
+        worker.restore(0, [0, 1], 0)
+        sums.append(worker.capture(0, 0, Subtree(0, 2), worker.read(1)))
+    filled, plain = sums
+    assert filled.num_rows == plain.num_rows == 18 * 128
+    assert (filled.gram_CC == filled.gram_CC.T).all()
+    np.testing.assert_allclose(filled.gram_CC, plain.gram_CC, rtol=1e-4, atol=1e-2)
 
 
 def test_a_subtree_is_the_merge_of_its_shards(store: ObjectStore) -> None:
