@@ -241,7 +241,7 @@ def _opened(file: str, only: list[str] | None) -> tuple[Catalog, ObjectStore]:
     import dataclasses
 
     from jobs.catalog.catalog_file import read_catalog
-    from pipeline.storage.object_store import Patience, open_store
+    from jobs.reachable import reachable
 
     catalog = read_catalog(file)
     if only:
@@ -250,8 +250,4 @@ def _opened(file: str, only: list[str] | None) -> tuple[Catalog, ObjectStore]:
             raise PipelineError(f"{file}: no model {', '.join(unknown)}; mend --only")
         chosen = tuple(entry for entry in catalog.entries if entry.name in only)
         catalog = dataclasses.replace(catalog, entries=chosen)
-    # At once: a store may rest for a while during a run, but not when it is named.
-    patience = Patience.configured()
-    soon = min(15.0, patience.deadline_seconds)
-    open_store(catalog.root_url, dataclasses.replace(patience, deadline_seconds=soon)).exists("x")
-    return catalog, open_store(catalog.root_url)
+    return catalog, reachable(catalog.root_url)

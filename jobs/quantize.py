@@ -17,13 +17,15 @@ from typing import Any
 from rich.console import Console
 
 from jobs.admission import check_identity, check_memory
+from jobs.computing import computing
 from jobs.metrics import RunMetrics
 from jobs.plan_table import plan_table
 from jobs.progress import watch
+from jobs.reachable import reachable
 from jobs.summary import Summary, summary_table
-from jobs.termination import Terminated, terminable
+from jobs.termination import Terminated
 from pipeline import lease
-from pipeline.cluster import RayCrew, joined
+from pipeline.cluster import RayCrew
 from pipeline.commits import read_manifest
 from pipeline.crew import Crew
 from pipeline.errors import CalibrationTextError, PipelineError
@@ -40,9 +42,9 @@ from pipeline.planned_run import (
 )
 from pipeline.recipe.recipe import Recipe
 from pipeline.records import MANIFEST_KEY
-from pipeline.resources import Resources, choose_resources, memory_of_nodes
+from pipeline.resources import Resources, memory_of_nodes
 from pipeline.run import quantize
-from pipeline.storage.object_store import ObjectStore, Patience, open_store
+from pipeline.storage.object_store import ObjectStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +99,9 @@ def run_job(job: Job, place: Place, console: Console, *, as_json: bool, dry_run:
     job = dataclasses.replace(
         job, source_url=_anywhere(job.source_url), output_url=_anywhere(job.output_url)
     )
-    _reach(job.output_url)
-    store = open_store(job.output_url)
+    # Before anything else: an output that cannot be read cannot be written either.
+    store = reachable(job.output_url)
+    reachable(job.source_url)
     with _place(place, console) as resources:
         wanted = dataclasses.replace(resources, workers=1) if dry_run else resources
         crew = RayCrew(wanted, job.source_url, job.output_url)
@@ -136,8 +139,7 @@ def resume_job(
     """
     output_url = _anywhere(output_url)
     source_url = None if source_url is None else _anywhere(source_url)
-    _reach(output_url)
-    store = open_store(output_url)
+    store = reachable(output_url)
     if not store.exists(PLAN_KEY):
         raise PipelineError(
             f"{store.url(PLAN_KEY)} is missing: no run was started there; start one with "
@@ -159,6 +161,7 @@ def resume_job(
         _print_summary(summary, store, console, as_json=as_json)
         return
     url = source_url or plan.source_url
+    reachable(url)
     wanted = dataclasses.replace(place, threads=place.threads or int(plan.machine["threads"]))
     with _place(wanted, console) as resources:
         crew = RayCrew(resources, url, output_url)
@@ -217,7 +220,8 @@ def _carry_out(
             with console.status("comparing the result with its source"):
                 fidelity = measure(crew, judged_on, job.evaluation_windows)
             metrics.judged(fidelity)
-        metrics.ended("finished")
+        if held is not None:  # or there was nothing to do
+            metrics.ended("finished")
     except (PipelineError, KeyboardInterrupt, Terminated) as end:
         metrics.ended("failed" if isinstance(end, PipelineError) else "interrupted")
         console.print(
@@ -249,18 +253,6 @@ def _lease(job: Job, store: ObjectStore, console: Console) -> Iterator[lease.Lea
         yield None if store.exists(MANIFEST_KEY) else held
     finally:
         held.release()
-
-
-def _reach(output_url: str) -> None:
-    """Before anything else: an output that cannot be read cannot be written either.
-
-    At once: a store may rest for a while during a run, but not when it is named.
-    """
-    patience = Patience.configured()
-    open_store(
-        output_url,
-        dataclasses.replace(patience, deadline_seconds=min(15.0, patience.deadline_seconds)),
-    ).exists(PLAN_KEY)
 
 
 def _print_summary(
@@ -309,11 +301,7 @@ def resume_command(job: Job) -> str:
 
 @contextlib.contextmanager
 def _place(place: Place, console: Console) -> Iterator[Resources]:
-    wanted = None
-    if place.address is None and place.workers is not None:
-        wanted = max(place.workers * (place.threads or 1), len(os.sched_getaffinity(0)))
-    with joined(place.address, wanted), terminable():
-        resources = choose_resources(place.workers, place.threads, device=place.device)
+    with computing(place.address, place.workers, place.threads, device=place.device) as resources:
         on = "one GPU each" if resources.gpus else "CPU"
         why = "" if resources.gpus or place.device == "cpu" else " (the cluster has no GPU)"
         console.print(

@@ -16,7 +16,8 @@ from jobs.publishing.verdict import Verdict, find_verdict
 from pipeline.errors import DamagedObjectError, MissingObjectError, PipelineError
 from pipeline.plan import PLAN_KEY
 from pipeline.self_checked import read_self_checked
-from pipeline.storage.object_store import ObjectStore, Version
+from pipeline.storage.backend import Version
+from pipeline.storage.object_store import ObjectStore
 
 State = Literal["fresh", "stale", "gate failed", "set aside", "unreachable"]
 

@@ -16,7 +16,8 @@ from jobs.publishing.releases import Current, find_current, published_pairs
 from jobs.publishing.verdict import find_verdict
 from pipeline.errors import PipelineError
 from pipeline.self_checked import read_self_checked
-from pipeline.storage.object_store import ObjectStore, Version
+from pipeline.storage.backend import Version
+from pipeline.storage.object_store import ObjectStore
 
 _AT_ONCE = 16
 _ID = re.compile(r"(?P<pair>.+)-[0-9a-f]{12}")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from jobs.catalog.request import Needs
-from jobs.termination import terminable
-from pipeline.cluster import RayCrew, joined
+from jobs.computing import computing
+from pipeline.cluster import RayCrew
 from pipeline.crew import Crew
-from pipeline.resources import Resources, choose_resources, memory_of_nodes
+from pipeline.resources import Resources, memory_of_nodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +38,7 @@ def on_ray(address: str | None) -> Enter:
 
     @contextlib.contextmanager
     def enter(needs: Needs) -> Iterator[Workplace]:
-        wanted = None
-        if address is None and needs.workers is not None:
-            wanted = max(needs.workers * (needs.threads or 1), len(os.sched_getaffinity(0)))
-        with joined(address, wanted), terminable():
-            resources = choose_resources(needs.workers, needs.threads, device=needs.device)
+        with computing(address, needs.workers, needs.threads, device=needs.device) as resources:
             nodes = memory_of_nodes(resources)
             if needs.memory_bytes is not None:
                 limit = needs.memory_bytes

@@ -1,0 +1,33 @@
+"""Where a command computes: a cluster that it joins or starts, and what it takes of that."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from jobs.termination import terminable
+from pipeline.cluster import joined
+from pipeline.resources import Resources, choose_resources
+
+
+@contextlib.contextmanager
+def computing(
+    address: str | None, workers: int | None, threads: int | None, *, device: str
+) -> Iterator[Resources]:
+    """Join the cluster at `address` for the time of the block, or start one on this machine.
+
+    SIGTERM ends the block in order.
+
+    Args:
+        workers, threads: None lets the cluster decide.
+        device: "auto", "cpu" or "gpu".
+
+    Raises:
+        CrewError: there is no cluster, or more is asked than it has.
+    """
+    wanted = None
+    if address is None and workers is not None:
+        wanted = max(workers * (threads or 1), len(os.sched_getaffinity(0)))
+    with joined(address, wanted), terminable():
+        yield choose_resources(workers, threads, device=device)

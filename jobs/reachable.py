@@ -1,0 +1,24 @@
+"""Stores that a user has just named: they answer within seconds, or something is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pipeline.storage.object_store import ObjectStore, open_store
+from pipeline.storage.patience import Patience
+
+_DEADLINE_SECONDS = 15.0
+
+
+def reachable(url: str) -> ObjectStore:
+    """Open the store at a URL and make sure that it answers.
+
+    A store may rest for minutes during a run (see `Patience`), but not when it is named.
+
+    Raises:
+        StorageError: it does not, or refuses.
+    """
+    patience = Patience.configured()
+    soon = min(_DEADLINE_SECONDS, patience.deadline_seconds)
+    open_store(url, dataclasses.replace(patience, deadline_seconds=soon)).exists("config.json")
+    return open_store(url)
