@@ -22,7 +22,7 @@ from jobs import fleet_cli, standing_cli
 from jobs.schemes import describe_scheme, schemes_table
 from jobs.termination import Terminated
 from pipeline.errors import PipelineError
-from pipeline.storage.object_store import PATIENCE_VARIABLE
+from pipeline.storage.patience import PATIENCE_VARIABLE
 from quantizer.errors import QuantizationError
 from quantizer.schemes import SCHEMES
 

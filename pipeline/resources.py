@@ -11,7 +11,7 @@ import ray
 
 from pipeline.autoscaling import await_nodes
 from pipeline.crew import CrewError
-from pipeline.storage.object_store import PATIENCE_VARIABLE
+from pipeline.storage.patience import PATIENCE_VARIABLE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import StorageError
-from pipeline.storage.object_store import Version
+from pipeline.storage.backend import Version
 
 _REMEDIES = {
     errno.EACCES: "no permission; check owner and mode",

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from pipeline.storage.object_store import Version
+from pipeline.storage.backend import Version
 
 _objects: dict[str, bytes] = {}
 _versions: dict[str, Version] = {}

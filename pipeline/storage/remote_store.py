@@ -21,7 +21,8 @@ from fsspec.asyn import AsyncFileSystem
 
 from pipeline.canonical import digest_of
 from pipeline.errors import StorageError
-from pipeline.storage.object_store import Patience, Version
+from pipeline.storage.backend import Version
+from pipeline.storage.patience import Patience
 from pipeline.storage.remote_errors import FAILURES, judge
 
 _T = TypeVar("_T")

@@ -313,6 +313,7 @@ def _kuberay_schemas() -> dict[str, Any]:
         pytest.skip(f"{CRD_VARIABLE} is unset: it names a folder of KubeRay's CRD files")
     schemas = {}
     for file in sorted(Path(folder).glob("ray.io_*.yaml")):
+        # The safe loader, in C: these files have a hundred thousand lines.
         definition = yaml.load(file.read_text(), Loader=yaml.CSafeLoader)["spec"]
         [version] = [one for one in definition["versions"] if one["name"] == "v1"]
         schemas[definition["names"]["kind"]] = _strict(version["schema"]["openAPIV3Schema"])
