@@ -241,6 +241,7 @@ def _opened(file: str, only: list[str] | None) -> tuple[Catalog, ObjectStore]:
     import dataclasses
 
     from jobs.catalog.catalog_file import read_catalog
+    from jobs.catalog.request import REQUESTS_PREFIX
     from jobs.reachable import reachable
 
     catalog = read_catalog(file)
@@ -250,4 +251,4 @@ def _opened(file: str, only: list[str] | None) -> tuple[Catalog, ObjectStore]:
             raise PipelineError(f"{file}: no model {', '.join(unknown)}; mend --only")
         chosen = tuple(entry for entry in catalog.entries if entry.name in only)
         catalog = dataclasses.replace(catalog, entries=chosen)
-    return catalog, reachable(catalog.root_url)
+    return catalog, reachable(catalog.root_url, REQUESTS_PREFIX.rstrip("/"))

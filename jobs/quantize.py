@@ -44,6 +44,7 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.records import MANIFEST_KEY
 from pipeline.resources import Resources, memory_of_nodes
 from pipeline.run import quantize
+from pipeline.source.preset import PRESET_KEY, check_preset
 from pipeline.storage.object_store import ObjectStore
 
 
@@ -100,8 +101,8 @@ def run_job(job: Job, place: Place, console: Console, *, as_json: bool, dry_run:
         job, source_url=_anywhere(job.source_url), output_url=_anywhere(job.output_url)
     )
     # Before anything else: an output that cannot be read cannot be written either.
-    store = reachable(job.output_url)
-    reachable(job.source_url)
+    store = reachable(job.output_url, PLAN_KEY)
+    check_preset(reachable(job.source_url, PRESET_KEY))
     with _place(place, console) as resources:
         wanted = dataclasses.replace(resources, workers=1) if dry_run else resources
         crew = RayCrew(wanted, job.source_url, job.output_url)
@@ -139,7 +140,7 @@ def resume_job(
     """
     output_url = _anywhere(output_url)
     source_url = None if source_url is None else _anywhere(source_url)
-    store = reachable(output_url)
+    store = reachable(output_url, PLAN_KEY)
     if not store.exists(PLAN_KEY):
         raise PipelineError(
             f"{store.url(PLAN_KEY)} is missing: no run was started there; start one with "
@@ -161,7 +162,7 @@ def resume_job(
         _print_summary(summary, store, console, as_json=as_json)
         return
     url = source_url or plan.source_url
-    reachable(url)
+    check_preset(reachable(url, PRESET_KEY))
     wanted = dataclasses.replace(place, threads=place.threads or int(plan.machine["threads"]))
     with _place(wanted, console) as resources:
         crew = RayCrew(resources, url, output_url)

@@ -10,8 +10,8 @@ from pipeline.storage.patience import Patience
 _DEADLINE_SECONDS = 15.0
 
 
-def reachable(url: str) -> ObjectStore:
-    """Open the store at a URL and make sure that it answers.
+def reachable(url: str, key: str) -> ObjectStore:
+    """Open the store at a URL and make sure that it answers, by asking for a key.
 
     A store may rest for minutes during a run (see `Patience`), but not when it is named.
 
@@ -20,5 +20,5 @@ def reachable(url: str) -> ObjectStore:
     """
     patience = Patience.configured()
     soon = min(_DEADLINE_SECONDS, patience.deadline_seconds)
-    open_store(url, dataclasses.replace(patience, deadline_seconds=soon)).exists("config.json")
+    open_store(url, dataclasses.replace(patience, deadline_seconds=soon)).exists(key)
     return open_store(url)

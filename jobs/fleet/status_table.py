@@ -13,34 +13,39 @@ from jobs.quantities import size
 
 
 def status_table(rows: Sequence[Row]) -> Table:
-    """A line for each."""
-    table = Table(
-        "model", "recipe", "state", "parts", "left", "heartbeat", "weights", "quality", ""
-    )
-    for row in rows:
-        run = row.run
-        parts = left = heartbeat = "–"
-        if run is not None and run.parts is not None:
-            parts = f"{run.parts_done}/{run.parts}"
-            if run.seconds_a_part is not None:
-                parts += f", {duration(run.seconds_a_part)} each"
-        if run is not None and run.seconds_left is not None:
-            left = duration(run.seconds_left)
-        if run is not None and run.heartbeat_seconds is not None:
-            heartbeat = f"{duration(run.heartbeat_seconds)} ago"
-        state = row.state if row.release is None else f"{row.state}, release {row.release}"
-        table.add_row(
-            Text(row.model),
-            Text(row.recipe),
-            state,
-            parts,
-            left,
-            heartbeat,
-            _weights(row),
-            quality_text(row.quality),
-            Text(row.text),
-        )
+    """A line for each; columns that would be empty are left out, for terminals are narrow."""
+    titles = ("model", "recipe", "state", "parts", "left", "heartbeat", "weights", "quality", "")
+    lines = [_line(row) for row in rows]
+    shown = [i for i in range(len(titles)) if any(line[i] not in ("", "–") for line in lines)]
+    table = Table(*(titles[i] for i in shown))
+    for line in lines:
+        table.add_row(*(Text(line[i]) for i in shown))
     return table
+
+
+def _line(row: Row) -> tuple[str, ...]:
+    run = row.run
+    parts = left = heartbeat = "–"
+    if run is not None and run.parts is not None:
+        parts = f"{run.parts_done}/{run.parts}"
+        if run.seconds_a_part is not None:
+            parts += f", {duration(run.seconds_a_part)} each"
+    if run is not None and run.seconds_left is not None:
+        left = duration(run.seconds_left)
+    if run is not None and run.heartbeat_seconds is not None:
+        heartbeat = f"{duration(run.heartbeat_seconds)} ago"
+    state = row.state if row.release is None else f"{row.state}, release {row.release}"
+    return (
+        row.model,
+        row.recipe,
+        state,
+        parts,
+        left,
+        heartbeat,
+        _weights(row),
+        quality_text(row.quality),
+        row.text,
+    )
 
 
 def duration(seconds: float) -> str:

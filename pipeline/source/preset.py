@@ -90,6 +90,23 @@ class PresetFiles:
             target.write_bytes(self.json_files.get(name) or self.read(name))
 
 
+PRESET_KEY = "config.json"
+"""What every preset has."""
+
+
+def check_preset(store: ObjectStore) -> None:
+    """Make sure that there is a preset at a store's root, as far as a glance tells.
+
+    Raises:
+        SourceError: there is none.
+    """
+    if not store.exists(PRESET_KEY):
+        raise SourceError(
+            f"{store.root_url.removeprefix('file://')}: no {PRESET_KEY} there; name the folder of "
+            "a KerasHub preset or of a Hugging Face model"
+        )
+
+
 def read_preset(url: str) -> PresetFiles:
     """List a preset's folder and read its JSON.
 
@@ -101,12 +118,8 @@ def read_preset(url: str) -> PresetFiles:
         StorageError: the store cannot be used.
     """
     store = open_store(url)
+    check_preset(store)
     names = store.list()
-    if "config.json" not in names:
-        raise SourceError(
-            f"{url}: no config.json there; name the folder of a KerasHub preset or of a Hugging "
-            "Face model"
-        )
     sizes = {name: store.size(name) for name in names}
     json_files = {}
     for name in names:
