@@ -39,6 +39,8 @@ _MOST_RUNS = 4
 _LOOK_SECONDS = 15.0
 # Large arguments travel while nobody works.
 _MOST_IDLE_LOOKS = 3
+_MOST_SILENT_LOOKS = 6
+_STUCK_SECONDS = 30.0
 _REPLACEMENT_SECONDS = 60.0
 """How long the last of them are waited for, once others are back."""
 
@@ -143,46 +145,40 @@ class RayCrew:
     def fetch(self, handles: Sequence[Any]) -> list[Any]:
         """Wait, as long as anybody works: a call whose message was lost would never be answered."""
         pending = list(dict.fromkeys(handles))
-        idle = 0
+        quiet = 0
         while pending:
             _, pending = ray.wait(
                 pending, num_returns=len(pending), timeout=_LOOK_SECONDS, fetch_local=False
             )
-            idle = 0 if not pending or self._is_anybody_busy() else idle + 1
-            if idle >= _MOST_IDLE_LOOKS:
+            if not pending:
+                break
+            answers = _ask(self._actors, "is_busy")
+            quiet = 0 if any(answers.values()) else quiet + 1
+            all_idle = len(answers) == len(self._actors)
+            # Who says nothing may be starting, or may never have heard the question.
+            if quiet >= (_MOST_IDLE_LOOKS if all_idle else _MOST_SILENT_LOOKS):
                 raise WorkerLostError("nobody works, and nothing arrives: calls were lost")
         return _get(handles)
 
-    def _is_anybody_busy(self) -> bool:
-        """Whether a worker is at work, or does not say: it may be starting."""
-        asked = [
-            actor.is_busy.options(concurrency_group="roll_call").remote() for actor in self._all
-        ]
-        answered, silent = ray.wait(asked, num_returns=len(asked), timeout=_ANSWER_SECONDS)
-        for handle in answered:
-            with contextlib.suppress(WorkerLostError):
-                if _get([handle])[0]:
-                    return True
-        return bool(silent)
-
     def seconds(self) -> dict[str, float]:
         total: Counter[str] = Counter()
-        for handle in [_roll_call(actor) for actor in self._actors]:
-            # What a lost worker had counted is lost with it.
-            with contextlib.suppress(WorkerLostError):
-                total.update(_get([handle])[0])
+        # What a lost worker had counted is lost with it.
+        for counted in _ask(self._actors, "take_seconds").values():
+            total.update(counted)
         return dict(total)
 
     def revive(self) -> Sequence[str]:
         """Wait for all workers, or else go on with those whose nodes are still there.
 
-        Who stays away is not given up: when something happens again, it is asked again.
+        Who stays away is not given up: when something happens again, it is asked again. Who is
+        there but does not answer is started anew.
         """
         before = self.num_workers
         start = time.monotonic()
         pause = 0.2
+        is_stuck = False
         while True:
-            present = self._present()
+            present = _ask(self._all, "is_busy")
             elapsed = time.monotonic() - start
             if len(present) == len(self._all) or (present and elapsed > _REPLACEMENT_SECONDS):
                 break
@@ -191,34 +187,36 @@ class RayCrew:
                     f"no worker came back within {_PATIENCE_SECONDS:g} s; check the cluster's "
                     "nodes, then resume"
                 )
+            if elapsed > _STUCK_SECONDS and not is_stuck:
+                is_stuck = True
+                for place, actor in enumerate(self._all):
+                    if place not in present:
+                        ray.kill(actor, no_restart=False)
             time.sleep(pause)
             pause = min(2 * pause, 5.0)
-        self._actors = present
-        self.num_workers = len(present)
+        self._actors = [self._all[place] for place in sorted(present)]
+        self.num_workers = len(self._actors)
         if self.num_workers == before:
             return ()
         return (f"goes on with {self.num_workers} of {len(self._all)} workers",)
-
-    def _present(self) -> list[Any]:
-        """The workers that answer now."""
-        asked = {_roll_call(actor): actor for actor in self._all}
-        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS)
-        present = []
-        for handle in asked:
-            if handle in answered:
-                with contextlib.suppress(WorkerLostError):
-                    _get([handle])
-                    present.append(asked[handle])
-        return present
 
     def process_ids(self) -> list[int]:
         """Of the workers, on their nodes."""
         return [int(pid) for pid in _get([actor.process_id.remote() for actor in self._actors])]
 
 
-def _roll_call(actor: Any) -> Any:
-    """Answered at once, whatever else the worker does."""
-    return actor.take_seconds.options(concurrency_group="roll_call").remote()
+def _ask(actors: Sequence[Any], question: str) -> dict[int, Any]:
+    """The answers of those that give one now, whatever else they do, by their place."""
+    asked = {
+        getattr(actor, question).options(concurrency_group="roll_call").remote(): place
+        for place, actor in enumerate(actors)
+    }
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS)
+    answers = {}
+    for handle in answered:
+        with contextlib.suppress(WorkerLostError):
+            answers[asked[handle]] = _get([handle])[0]
+    return answers
 
 
 class _Actor:
