@@ -23,7 +23,7 @@ from jobs.publishing.retention import (
 from jobs.publishing.seen_files import seen_key
 from jobs.quantities import size
 from pipeline import lease
-from pipeline.errors import LeaseHeldError, PipelineError
+from pipeline.errors import PipelineError
 from pipeline.garbage import Garbage, find_garbage, find_runs, remove, whole_run
 from pipeline.storage.object_store import ObjectStore, open_store
 
@@ -102,7 +102,7 @@ def _sweep(store: ObjectStore, *, delete: bool, lease_seconds: float) -> Swept:
                 held.check()
                 remove(store, one)
         return Swept(url=url, garbage=garbage, deleted=True)
-    except (LeaseHeldError, PipelineError) as error:
+    except PipelineError as error:
         return Swept(url=url, skipped=str(error))
 
 
@@ -128,7 +128,7 @@ def _sweep_whole(
         for key in store.list(lease.PREFIX):
             store.delete(key)
         root.delete(seen_key(run.run_id))
-    except (LeaseHeldError, PipelineError) as error:
+    except PipelineError as error:
         return Swept(url=url, skipped=str(error))
     return Swept(url=url, garbage=garbage, deleted=True)
 
