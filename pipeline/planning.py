@@ -284,7 +284,9 @@ def _num_slices(target: Target, scheme: Scheme | None) -> int:
     if not isinstance(scheme, GPTQScheme) or _kind(target) == "embedding":
         return 1
     layout = kernel_layout(target.layer)
-    return len(row_slices(layout.out_features)) if layout.keras_rows_are_inputs else 1
+    if not layout.keras_rows_are_inputs:
+        return 1
+    return len(row_slices(layout.out_features, layout.in_features))
 
 
 def _left(path: str, reason: str) -> LayerPlan:

@@ -99,6 +99,8 @@ def worker_environment(resources: Resources) -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
+        # glibc would keep what each thread has freed apart from the others.
+        "MALLOC_ARENA_MAX": "1",
     }
     if not resources.gpus:
         environment["JAX_PLATFORMS"] = "cpu"

@@ -96,7 +96,7 @@ def solve_batch(
         partial(solve_slice, weight_bits=scheme.weight_bits), in_axes=(0, 0, 0, None, *[0] * 5)
     )
     parts = []
-    for a, b in row_slices(num_outputs):
+    for a, b in row_slices(num_outputs, num_inputs):
         weight_PCR = jnp.stack([jnp.asarray(weight_RC[a:b].T) for weight_RC in checked])
         live_PCR = jnp.where(dead_PC[:, :, None], 0.0, weight_PCR)
         scale_PGR, zero_PGR = jax.vmap(grid)(live_PCR, energy_PC[:, :, None])

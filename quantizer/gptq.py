@@ -48,6 +48,7 @@ class _Columns(NamedTuple):
     Attributes:
         weight_CR, scale_GR, zero_GR, live_C: as in `solve_slice`.
         input_C, group_C: the input solved at each step and its group, [C'].
+        pivot_C, shift: as in `solve_slice`.
     """
 
     weight_CR: Array
@@ -56,50 +57,87 @@ class _Columns(NamedTuple):
     live_C: Array
     input_C: Array
     group_C: Array
+    pivot_C: Array
+    shift: Array
+
+    def at(self, step: Array) -> tuple[Array, Array, Array]:
+        """Weights, scales and zero points of the column solved at a step, [slice] each."""
+        source, group = self.input_C[step], self.group_C[step]
+        weight_R = jnp.where(self.live_C[source], self.weight_CR[source], 0.0)
+        return weight_R, self.scale_GR[group], self.zero_GR[group]
 
 
-def _solve_tile(
-    columns: _Columns,
-    first: Array,
-    pull_T2R: Array,
-    tile_TT: Array,
-    codes_C2R: Array,
-    max_code: float,
-) -> tuple[Array, Array, Array]:
-    """Quantize a tile's columns one by one, from step `first` on; GPTQ first, then rounding.
+class _Totals(NamedTuple):
+    """What is known of all columns solved so far, GPTQ first, then rounding.
 
-    pull_T2R holds the corrections by all that lies before the tile. Returns the codes with the
-    tile's written at its inputs, its errors w - ŵ and deviations w̃ - ŵ, [TILE, 2, slice].
+    Attributes:
+        codes_C2R: uint8, by step, [C', 2, slice].
+        loss_2R: output error under the undamped Hessian.
+        error_2R: Σ(w - ŵ)².
     """
-    obeys_2R = jnp.array([[1.0], [0.0]])
 
-    def column(k: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        codes_C2R, errors_T2R, deviations_T2R = state
-        source, group = columns.input_C[first + k], columns.group_C[first + k]
-        weight_R = jnp.where(columns.live_C[source], columns.weight_CR[source], 0.0)
-        scale_R, zero_R = columns.scale_GR[group], columns.zero_GR[group]
-        # Errors of columns not yet solved are still zero: no mask is needed.
-        seen = jnp.sum(tile_TT[k][:, None] * errors_T2R.reshape(TILE, -1), axis=0)
-        pull_2R = pull_T2R[k] + seen.reshape(2, -1)
-        code_2R = encode(weight_R + obeys_2R * pull_2R, scale_R, zero_R, max_code)
-        error_2R = weight_R - decode(code_2R, scale_R, zero_R)
-        return (
-            lax.dynamic_update_index_in_dim(codes_C2R, code_2R.astype(jnp.uint8), source, 0),
-            lax.dynamic_update_index_in_dim(errors_T2R, error_2R, k, 0),
-            lax.dynamic_update_index_in_dim(deviations_T2R, error_2R + pull_2R, k, 0),
+    codes_C2R: Array
+    loss_2R: Array
+    error_2R: Array
+
+    def with_tile(
+        self,
+        columns: _Columns,
+        first: Array,
+        errors_T2R: Array,
+        deviations_T2R: Array,
+        max_code: float,
+    ) -> _Totals:
+        """The totals with a tile more: its errors w - ŵ and deviations w̃ - ŵ."""
+        weight_TR, scale_TR, zero_TR = jax.vmap(columns.at)(first + jnp.arange(TILE))
+        # Each code comes back exactly: what rounding lost of w - (w - ŵ) is far below a step.
+        restored_T2R = weight_TR[:, None] - errors_T2R
+        codes_T2R = encode(restored_T2R, scale_TR[:, None], zero_TR[:, None], max_code)
+        square_T2R = errors_T2R**2
+        # tr(Δ H Δᵀ) = tr(Δ (H + shift I) Δᵀ) - shift ‖Δ‖², column by column.
+        pivot_T = lax.dynamic_slice_in_dim(columns.pivot_C, first, TILE)[:, None, None]
+        loss_T2R = pivot_T * deviations_T2R**2 - columns.shift * square_T2R
+        return _Totals(
+            lax.dynamic_update_slice_in_dim(self.codes_C2R, codes_T2R.astype(jnp.uint8), first, 0),
+            self.loss_2R + _column_sum(loss_T2R),
+            self.error_2R + _column_sum(square_T2R),
         )
 
-    empty_T2R = jnp.zeros_like(pull_T2R)
-    solved: tuple[Array, Array, Array] = lax.fori_loop(
-        0, TILE, column, (codes_C2R, empty_T2R, empty_T2R)
-    )
-    return solved
+
+def _column_sum(values_T2R: Array) -> Array:
+    # By a product: XLA's CPU reductions over rows are several times slower.
+    return _pull(jnp.ones((1, TILE)), values_T2R)[0]
 
 
 def _pull(block_BA: Array, errors_A2R: Array) -> Array:
     """The corrections that finished columns' errors ask for, [B, 2, slice]."""
-    flat = product(block_BA, errors_A2R.reshape(errors_A2R.shape[0], -1))
+    flat: Array = product(block_BA, errors_A2R.reshape(errors_A2R.shape[0], -1))
     return flat.reshape(-1, *errors_A2R.shape[1:])
+
+
+def _solve_tile(
+    columns: _Columns, first: Array, pull_T2R: Array, tile_TT: Array, max_code: float
+) -> Array:
+    """Quantize a tile's columns one by one, from step `first` on; GPTQ first, then rounding.
+
+    pull_T2R holds the corrections by all that lies before the tile. Returns its errors w - ŵ,
+    [TILE, 2, slice].
+    """
+    obeys_2R = jnp.array([[1.0], [0.0]])
+
+    # One product and one pass a column: the errors are all that is kept, and tell the rest.
+    def column(k: Array, errors_T2R: Array) -> Array:
+        weight_R, scale_R, zero_R = columns.at(first + k)
+        # Errors of columns not yet solved are still zero: no mask is needed.
+        seen_2R = _pull(lax.dynamic_slice_in_dim(tile_TT, k, 1), errors_T2R)[0]
+        wanted_2R = weight_R + obeys_2R * (pull_T2R[k] + seen_2R)
+        code_2R = encode(wanted_2R, scale_R, zero_R, max_code)
+        error_2R = weight_R - decode(code_2R, scale_R, zero_R)
+        with_column: Array = lax.dynamic_update_index_in_dim(errors_T2R, error_2R, k, 0)
+        return with_column
+
+    errors_T2R: Array = lax.fori_loop(0, TILE, column, jnp.zeros_like(pull_T2R))
+    return errors_T2R
 
 
 def _solve_block(
@@ -107,29 +145,28 @@ def _solve_block(
     first: int,
     pull_B2R: Array,
     corner_BB: Array,
-    codes_C2R: Array,
+    totals: _Totals,
     max_code: float,
-) -> tuple[Array, Array, Array]:
-    """Quantize a block's columns tile by tile; arguments and results as `_solve_tile`'s."""
+) -> tuple[Array, _Totals]:
+    """Quantize a block's columns tile by tile; the errors, and the totals with them."""
 
-    def tile(t: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        codes_C2R, errors_B2R, deviations_B2R = state
+    def tile(t: Array, state: tuple[Array, _Totals]) -> tuple[Array, _Totals]:
+        errors_B2R, totals = state
         start = t * TILE
         above_TB = lax.dynamic_slice_in_dim(corner_BB, start, TILE)
-        pull_T2R = lax.dynamic_slice_in_dim(deviations_B2R, start, TILE)
+        pull_T2R = lax.dynamic_slice_in_dim(pull_B2R, start, TILE)
         pull_T2R = pull_T2R + _pull(above_TB, errors_B2R)
         tile_TT = lax.dynamic_slice_in_dim(above_TB, start, TILE, axis=1)
-        codes_C2R, errors_T2R, deviations_T2R = _solve_tile(
-            columns, first + start, pull_T2R, tile_TT, codes_C2R, max_code
-        )
+        errors_T2R = _solve_tile(columns, first + start, pull_T2R, tile_TT, max_code)
+        # The factor's diagonal is one: each column's own error comes along.
+        deviations_T2R = pull_T2R + _pull(tile_TT, errors_T2R)
         return (
-            codes_C2R,
             lax.dynamic_update_slice_in_dim(errors_B2R, errors_T2R, start, 0),
-            lax.dynamic_update_slice_in_dim(deviations_B2R, deviations_T2R, start, 0),
+            totals.with_tile(columns, first + start, errors_T2R, deviations_T2R, max_code),
         )
 
-    solved: tuple[Array, Array, Array] = lax.fori_loop(
-        0, corner_BB.shape[0] // TILE, tile, (codes_C2R, jnp.zeros_like(pull_B2R), pull_B2R)
+    solved: tuple[Array, _Totals] = lax.fori_loop(
+        0, corner_BB.shape[0] // TILE, tile, (jnp.zeros_like(pull_B2R), totals)
     )
     return solved
 
@@ -168,10 +205,12 @@ def solve_slice(
         jnp.pad(live_C, (0, padding)),
         order_C,
         jnp.take(jnp.pad(group_C, (0, padding)), order_C),
+        pivot_C,
+        shift,
     )
-    codes_C2R = jnp.zeros((num_steps, 2, num_outputs), jnp.uint8)
     done: list[Array] = []
-    loss_2R = error_2R = jnp.zeros((2, num_outputs))
+    nothing_2R = jnp.zeros((2, num_outputs))
+    totals = _Totals(jnp.zeros((num_steps, 2, num_outputs), jnp.uint8), nothing_2R, nothing_2R)
     for index, blocks in enumerate(panels):
         a = index * PANEL
         *above, corner_BB = blocks
@@ -186,26 +225,23 @@ def solve_slice(
             pull_M2R = pull_B2R[m:n]
             for i, errors_M2R in enumerate(errors):
                 pull_M2R = pull_M2R + _pull(corner_BB[m:n, i * BLOCK : (i + 1) * BLOCK], errors_M2R)
-            codes_C2R, errors_M2R, deviations_M2R = _solve_block(
-                columns, a + m, pull_M2R, corner_BB[m:n, m:n], codes_C2R, max_code
+            errors_M2R, totals = _solve_block(
+                columns, a + m, pull_M2R, corner_BB[m:n, m:n], totals, max_code
             )
             errors.append(errors_M2R)
-            # tr(Δ H Δᵀ) = tr(Δ (H + shift I) Δᵀ) - shift ‖Δ‖², column by column.
-            pivot_M = pivot_C[a + m : a + n, None, None]
-            loss_2R += jnp.sum(pivot_M * deviations_M2R**2 - shift * errors_M2R**2, axis=0)
-            error_2R += jnp.sum(errors_M2R**2, axis=0)
         if index + 1 < len(panels):
             done.append(jnp.concatenate(errors))
 
-    loss_R, rtn_loss_R = loss_2R
+    loss_R, rtn_loss_R = totals.loss_2R
     rtn_kept_R = rtn_loss_R < loss_R
+    kept_CR = jnp.where(rtn_kept_R, totals.codes_C2R[:, 1], totals.codes_C2R[:, 0])
     return SolvedSlice(
-        jnp.where(rtn_kept_R, codes_C2R[:num_inputs, 1], codes_C2R[:num_inputs, 0]),
+        jnp.zeros_like(kept_CR).at[order_C].set(kept_CR, unique_indices=True)[:num_inputs],
         # Rounding can leave a loss of nothing just below zero.
         jnp.maximum(jnp.minimum(loss_R, rtn_loss_R), 0.0),
         jnp.maximum(rtn_loss_R, 0.0),
         rtn_kept_R,
-        jnp.where(rtn_kept_R, error_2R[1], error_2R[0]),
+        jnp.where(rtn_kept_R, totals.error_2R[1], totals.error_2R[0]),
     )
 
 

@@ -9,24 +9,29 @@ small one a tile.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from quantizer.cholesky import product
-from quantizer.factor import PANEL, TILE
+from quantizer.factor import BLOCK, PANEL, TILE
 from quantizer.gptq import SolvedSlice
 from quantizer.grid import decode, encode
 
 
-class _State(NamedTuple):
-    """Codes, errors w - ŵ and the running change of the loss, while columns are revisited."""
+@jax.jit
+def damped_hessian(gram_CC: Array, num_rows: Array, shift: Array) -> tuple[Array, ...]:
+    """2·gram/num_rows + shift·I as panels of rows, padded to whole tiles, [panel, C'] each.
 
-    codes_CR: Array
-    errors_CR: Array
-    change_R: Array
+    Made once for all slices of one input: each would otherwise keep a copy of its own.
+    """
+    size = gram_CC.shape[0]
+    padding = -size % TILE
+    hessian_CC = gram_CC * (2.0 / num_rows) + shift * jnp.eye(size)
+    # A padded input has no curvature.
+    hessian_PP = jnp.pad(hessian_CC, ((0, padding), (0, padding)))
+    return tuple(hessian_PP[a : a + PANEL] for a in range(0, size + padding, PANEL))
 
 
 @partial(jax.jit, static_argnames=("weight_bits", "sweeps"))
@@ -37,8 +42,7 @@ def refine_slice(
     zero_GR: Array,
     group_C: Array,
     live_C: Array,
-    gram_CC: Array,
-    num_rows: Array,
+    hessian_panels: tuple[Array, ...],
     shift: Array,
     *,
     weight_bits: int,
@@ -48,102 +52,108 @@ def refine_slice(
 
     Args:
         solved: what the column loop found.
-        gram_CC, num_rows, shift: the Hessian 2·gram/num_rows + shift·I, original input order.
+        weight_CR, scale_GR, zero_GR, group_C, live_C: as in `quantizer.gptq.solve_slice`.
+        hessian_panels, shift: of `damped_hessian`, original input order.
         sweeps: times that every column is revisited.
     """
     num_inputs, num_outputs = weight_CR.shape
     padding = -num_inputs % TILE
     max_code = 2.0**weight_bits - 1
-    scale_CR = jnp.take(scale_GR, group_C, axis=0)
-    zero_CR = jnp.take(zero_GR, group_C, axis=0)
-    live_CR = jnp.where(live_C[:, None], weight_CR, 0.0)
-    errors_CR = live_CR - decode(solved.codes_CR.astype(jnp.float32), scale_CR, zero_CR)
+    weight_PR = jnp.pad(jnp.where(live_C[:, None], weight_CR, 0.0), ((0, padding), (0, 0)))
+    # A padded input is revisited, has nothing to gain, and stays as it is.
+    group_P = jnp.pad(group_C, (0, padding))
+    starts = range(0, num_inputs + padding, PANEL)
+    curvature_P = jnp.concatenate(
+        [jnp.diagonal(rows_BP, a) for a, rows_BP in zip(starts, hessian_panels, strict=True)]
+    )
+    inverse_P = jnp.where(curvature_P > 0, 1.0 / curvature_P, 0.0)
 
-    def padded(array_CR: Array, fill: float = 0.0) -> Array:
-        return jnp.pad(array_CR, ((0, padding), (0, 0)), constant_values=fill)
+    def block_sweep(
+        pull_BR: Array, a: int, corner_BB: Array, restored_PR: Array
+    ) -> tuple[Array, Array]:
+        """By how much each weight of the block from input a on moves, and the loss's change."""
 
-    # A padded input has no error and no curvature: it is revisited and left alone.
-    weight_PR, scale_PR, zero_PR = padded(live_CR), padded(scale_CR, 1.0), padded(zero_CR)
-    hessian_CC = gram_CC * (2.0 / num_rows) + shift * jnp.eye(num_inputs)
-    hessian_CC = jnp.pad(hessian_CC, ((0, padding), (0, padding)))
-    curvature_C = jnp.diagonal(hessian_CC)
-    inverse_C = jnp.where(curvature_C > 0, 1.0 / curvature_C, 0.0)
-
-    def sweep(_: Array, state: _State) -> _State:
-        for a in range(0, num_inputs + padding, PANEL):
-            b = min(a + PANEL, num_inputs + padding)
-            state = panel_sweep(a, b, state)
-        return state
-
-    def panel_sweep(a: int, b: int, state: _State) -> _State:
-        pull_BR = product(hessian_CC[a:b], state.errors_CR)
-        before_BR = state.errors_CR[a:b]
-        corner_BB = hessian_CC[a:b, a:b]
-
-        def tile_sweep(t: Array, inner: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            codes_BR, errors_BR, change_R = inner
+        def tile_sweep(t: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+            moved_BR, change_R = state
             start = t * TILE
 
             def tile_of(rows: Array, offset: int = 0) -> Array:
                 return lax.dynamic_slice_in_dim(rows, offset + start, TILE)
 
             rows_TB = tile_of(corner_BB)
-            pull_TR = tile_of(pull_BR) + product(rows_TB, errors_BR - before_BR)
+            pull_TR = tile_of(pull_BR) + product(rows_TB, moved_BR)
             corner_TT = lax.dynamic_slice_in_dim(rows_TB, start, TILE, axis=1)
-            weight_TR = tile_of(weight_PR, a)
-            scale_TR, zero_TR = tile_of(scale_PR, a), tile_of(zero_PR, a)
-            inverse_T, curvature_T = tile_of(inverse_C, a), tile_of(curvature_C, a)
-            old_TR = tile_of(errors_BR)
+            restored_TR, inverse_T = tile_of(restored_PR, a), tile_of(inverse_P, a)
+            group_T = tile_of(group_P, a)
 
-            def column(k: Array, seen: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-                codes_TR, errors_TR, gain_R = seen
-                moved_TR = errors_TR - old_TR
-                pull_R = pull_TR[k] + jnp.sum(corner_TT[k][:, None] * moved_TR, axis=0)
+            def column(k: Array, moved_TR: Array) -> Array:
+                seen = product(lax.dynamic_slice_in_dim(corner_TT, k, 1), moved_TR)
                 # Where this weight alone would like to be, all others held.
-                wanted_R = weight_TR[k] - errors_TR[k] + pull_R * inverse_T[k]
-                code_R = encode(wanted_R, scale_TR[k], zero_TR[k], max_code)
-                error_R = weight_TR[k] - decode(code_R, scale_TR[k], zero_TR[k])
-                step_R = error_R - errors_TR[k]
-                gain_R = gain_R + step_R * (2.0 * pull_R + step_R * curvature_T[k])
-                return (
-                    lax.dynamic_update_index_in_dim(codes_TR, code_R.astype(jnp.uint8), k, 0),
-                    lax.dynamic_update_index_in_dim(errors_TR, error_R, k, 0),
-                    gain_R,
-                )
+                wanted_R = restored_TR[k] + (pull_TR[k] + seen[0]) * inverse_T[k]
+                scale_R, zero_R = scale_GR[group_T[k]], zero_GR[group_T[k]]
+                code_R = encode(wanted_R, scale_R, zero_R, max_code)
+                moved_R = restored_TR[k] - decode(code_R, scale_R, zero_R)
+                moved: Array = lax.dynamic_update_index_in_dim(moved_TR, moved_R, k, 0)
+                return moved
 
-            codes_TR, errors_TR, change_R = lax.fori_loop(
-                0, TILE, column, (tile_of(codes_BR), old_TR, change_R)
-            )
+            moved_TR: Array = lax.fori_loop(0, TILE, column, jnp.zeros_like(pull_TR))
+            # tr((E + M)ᵀ H (E + M)) - tr(Eᵀ H E), of these rows of M; sums by a product.
+            gain_TR = moved_TR * (2.0 * pull_TR + product(corner_TT, moved_TR))
             return (
-                lax.dynamic_update_slice_in_dim(codes_BR, codes_TR, start, 0),
-                lax.dynamic_update_slice_in_dim(errors_BR, errors_TR, start, 0),
-                change_R,
+                lax.dynamic_update_slice_in_dim(moved_BR, moved_TR, start, 0),
+                change_R + product(jnp.ones((1, TILE)), gain_TR)[0],
             )
 
-        codes_BR, errors_BR, change_R = lax.fori_loop(
-            0, (b - a) // TILE, tile_sweep, (state.codes_CR[a:b], before_BR, state.change_R)
+        swept: tuple[Array, Array] = lax.fori_loop(
+            0,
+            pull_BR.shape[0] // TILE,
+            tile_sweep,
+            (jnp.zeros_like(pull_BR), jnp.zeros(num_outputs)),
         )
-        return _State(
-            lax.dynamic_update_slice_in_dim(state.codes_CR, codes_BR, a, 0),
-            lax.dynamic_update_slice_in_dim(state.errors_CR, errors_BR, a, 0),
-            change_R,
-        )
+        return swept
 
-    start = _State(padded(solved.codes_CR), padded(errors_CR), jnp.zeros(num_outputs))
-    end = lax.fori_loop(0, sweeps, sweep, start)
+    def sweep(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        restored_PR, change_R = state
+        for a, rows_BP in zip(starts, hessian_panels, strict=True):
+            b = a + rows_BP.shape[0]
+            pull_BR = product(rows_BP, weight_PR - restored_PR)
+            moved: list[Array] = []
+            for m in range(0, b - a, BLOCK):
+                n = min(m + BLOCK, b - a)
+                pull_MR = pull_BR[m:n]
+                for i, moved_MR in enumerate(moved):
+                    before = a + i * BLOCK
+                    block_MM = rows_BP[m:n, before : before + BLOCK]
+                    pull_MR = pull_MR + product(block_MM, moved_MR)
+                corner_MM = rows_BP[m:n, a + m : a + n]
+                moved_MR, gain_R = block_sweep(pull_MR, a + m, corner_MM, restored_PR)
+                moved.append(moved_MR)
+                change_R = change_R + gain_R
+            after_BR = restored_PR[a:b] - jnp.concatenate(moved)
+            restored_PR = lax.dynamic_update_slice_in_dim(restored_PR, after_BR, a, 0)
+        return restored_PR, change_R
+
+    def restored(codes_CR: Array) -> Array:
+        codes = codes_CR.astype(jnp.float32)
+        return decode(codes, jnp.take(scale_GR, group_C, 0), jnp.take(zero_GR, group_C, 0))
+
+    before_PR = jnp.pad(restored(solved.codes_CR), ((0, padding), (0, 0)))
+    after_PR, change_R = lax.fori_loop(0, sweeps, sweep, (before_PR, jnp.zeros(num_outputs)))
 
     # From the damped loss, which fell by -change, to the undamped one, which is judged.
-    before_R = jnp.sum(start.errors_CR**2, axis=0)
-    after_R = jnp.sum(end.errors_CR**2, axis=0)
-    loss_R = solved.loss_R + end.change_R - shift * (after_R - before_R)
+    grown_R = jnp.sum((weight_PR - after_PR) ** 2 - (weight_PR - before_PR) ** 2, axis=0)
+    loss_R = solved.loss_R + change_R - shift * grown_R
     better_R = loss_R < solved.loss_R
-    codes_CR = jnp.where(better_R, end.codes_CR[:num_inputs], solved.codes_CR)
-    restored_CR = decode(codes_CR.astype(jnp.float32), scale_CR, zero_CR)
+    kept_CR = jnp.where(better_R, after_PR, before_PR)[:num_inputs]
+    # A code comes back exactly from the weight it stands for.
+    codes_CR = encode(
+        kept_CR, jnp.take(scale_GR, group_C, 0), jnp.take(zero_GR, group_C, 0), max_code
+    )
     return SolvedSlice(
-        codes_CR,
+        codes_CR.astype(jnp.uint8),
         jnp.maximum(jnp.minimum(loss_R, solved.loss_R), 0.0),
         solved.rtn_loss_R,
         # A channel that began as rounded and was improved is no longer that.
         solved.rtn_kept_R & ~better_R,
-        jnp.sum((live_CR - restored_CR) ** 2, axis=0),
+        jnp.sum((weight_PR[:num_inputs] - kept_CR) ** 2, axis=0),
     )

@@ -24,6 +24,7 @@ from quantizer.slices import (
     row_slices,
     search_energy,
     solve_on_grid,
+    to_refine,
 )
 from quantizer.solution import Account, Float32, GroupedWeight
 from quantizer.solver import Statistics, check_scheme, correct_drift, require_hessian
@@ -49,6 +50,7 @@ def solve_in_keras_groups(
     hessian = require_hessian(statistics, layout.in_features, scheme.mode, name)
     weight_RC = correct_drift(weight_RC, hessian, drift, scheme, name)
     factor = factorize_hessian(hessian, scheme)
+    damped = to_refine(factor, hessian, scheme)
 
     energy_RC = np.broadcast_to(search_energy(factor, hessian), weight_RC.shape)
     live_RC = weight_RC if factor is None else np.where(factor.dead_C, 0, weight_RC)
@@ -61,9 +63,10 @@ def solve_in_keras_groups(
     codes_RC = np.empty(weight_RC.shape, np.uint8)
     slices: list[SolvedSlice] = []
     for channels, grid in _grids_by_pattern(layout, keras_grid, scheme.group_size):
-        for a, b in row_slices(len(channels)):
+        for a, b in row_slices(len(channels), layout.in_features):
             part = Grid(grid.scale_RG[a:b], grid.zero_RG[a:b], grid.group_C)
-            solved = solve_on_grid(weight_RC[channels[a:b]], factor, hessian, part, scheme)
+            rows_RC = weight_RC[channels[a:b]]
+            solved = solve_on_grid(rows_RC, factor, hessian, damped, part, scheme)
             codes_RC[channels[a:b]] = solved.codes_CR.T
             slices.append(solved)
     weight = GroupedWeight(

@@ -9,18 +9,22 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from numpy.typing import NDArray
 
 from quantizer.factor import Factor, factorize
 from quantizer.gptq import SolvedSlice, round_slice, solve_slice
 from quantizer.grid import find_grid
 from quantizer.hessian import HessianSum
-from quantizer.refine import refine_slice
+from quantizer.refine import damped_hessian, refine_slice
 from quantizer.schemes import GPTQScheme
 from quantizer.solution import Account, Float32, GroupedWeight, Solution, relative_error
 
 _BAND = 32
 _LARGEST_SLICE = 512
+_LARGEST_WIDE_SLICE = 256
+_WIDE = 1024
+_LARGEST_SLICE_ON_GPU = 16384
 _SLICE_STEP = 32
 # While one slice goes through its columns on one core, another's products keep the rest busy.
 _AT_ONCE = 2
@@ -40,14 +44,18 @@ class Grid:
     group_C: NDArray[np.int32]
 
 
-def row_slices(out_features: int) -> list[tuple[int, int]]:
+def row_slices(out_features: int, in_features: int) -> list[tuple[int, int]]:
     """The fixed slices [a, b) of output channels that are solved on their own.
 
-    Fixed by the kind of machine alone: a product's rounding depends on its shape, and any worker
-    that solves a slice must get the same bits. On a CPU a slice's panel stays in cache, and all
-    are of about one size; a GPU wants all it can get.
+    Fixed by the kind of machine and the weight's shape alone: a product's rounding depends on its
+    shape, and any worker that solves a slice must get the same bits. On a CPU a slice's panel
+    stays in cache, what two slices hold stays below the Hessian's size, and all are of about one
+    size; a GPU wants all it can get.
     """
-    largest = _LARGEST_SLICE if jax.default_backend() == "cpu" else 16384
+    if jax.default_backend() != "cpu":
+        largest = _LARGEST_SLICE_ON_GPU
+    else:
+        largest = _LARGEST_WIDE_SLICE if in_features > _WIDE else _LARGEST_SLICE
     count = -(-out_features // largest)
     size = -(-out_features // (count * _SLICE_STEP)) * _SLICE_STEP
     return [(a, min(a + size, out_features)) for a in range(0, out_features, size)]
@@ -67,6 +75,16 @@ def factorize_hessian(hessian: HessianSum, scheme: GPTQScheme) -> Factor | None:
         hessian_damping=scheme.hessian_damping,
         activation_order=scheme.activation_order,
     )
+
+
+def to_refine(factor: Factor | None, hessian: HessianSum, scheme: GPTQScheme) -> tuple[Array, ...]:
+    """What refinement reads of the Hessian; nothing where nothing will be refined."""
+    if factor is None or not scheme.refinement_sweeps:
+        return ()
+    panels: tuple[Array, ...] = damped_hessian(
+        jnp.asarray(hessian.gram_CC), jnp.float32(hessian.num_rows), jnp.float32(factor.shift)
+    )
+    return panels
 
 
 def grid_of(
@@ -91,7 +109,7 @@ def grid_of(
             search=scheme.scale_search,
             scale_dtype=scale_dtype,
         )
-        for a, b in row_slices(weight_RC.shape[0])
+        for a, b in row_slices(*weight_RC.shape)
     ]
     return Grid(
         np.concatenate([np.asarray(scale_GR).T for scale_GR, _ in parts]),
@@ -104,10 +122,15 @@ def solve_on_grid(
     weight_RC: Float32,
     factor: Factor | None,
     hessian: HessianSum,
+    damped: tuple[Array, ...],
     grid: Grid,
     scheme: GPTQScheme,
 ) -> SolvedSlice:
-    """One slice of output channels on a given grid, as NumPy arrays."""
+    """One slice of output channels on a given grid, as NumPy arrays.
+
+    Args:
+        damped: of `to_refine`, for all slices of one input.
+    """
     operands = (
         jnp.asarray(weight_RC.T),
         jnp.asarray(grid.scale_RG.T),
@@ -129,13 +152,12 @@ def solve_on_grid(
             shift,
             weight_bits=scheme.weight_bits,
         )
-        if scheme.refinement_sweeps:
+        if damped:
             solved = refine_slice(
                 solved,
                 *operands,
                 live_C,
-                jnp.asarray(hessian.gram_CC),
-                jnp.float32(hessian.num_rows),
+                damped,
                 shift,
                 weight_bits=scheme.weight_bits,
                 sweeps=scheme.refinement_sweeps,
@@ -179,6 +201,7 @@ def solve_slices(
     """
     energy_1C = search_energy(factor, hessian)[None]
     dead_C = hessian.gram_CC.diagonal() == 0
+    damped = to_refine(factor, hessian, scheme)
 
     def solve_rows(weight_RC: Float32) -> SolvedRows:
         weight_GC = weight_RC
@@ -187,7 +210,7 @@ def solve_slices(
             weight_GC = np.where(factor.dead_C, np.float32(0), weight_RC)
         grid = grid_of(weight_GC, energy_1C, scheme, scale_dtype)
         return SolvedRows(
-            solved=solve_on_grid(weight_RC, factor, hessian, grid, scheme),
+            solved=solve_on_grid(weight_RC, factor, hessian, damped, grid, scheme),
             grid=grid,
             damping=None if factor is None else factor.damping,
             dead_C=dead_C,
@@ -227,10 +250,10 @@ def solve_gptq(
     scale_dtype: str,
 ) -> list[Solution]:
     """`solve_slices` of whole weights, [out_features, in_features] each, joined."""
-    slices = [weight[a:b] for weight in weights for a, b in row_slices(len(weight))]
+    slices = [weight[a:b] for weight in weights for a, b in row_slices(*weight.shape)]
     solved = iter(solve_slices(slices, factor, hessian, scheme, scale_dtype=scale_dtype))
     return [
-        join_slices(weight, [next(solved) for _ in row_slices(len(weight))], scheme)
+        join_slices(weight, [next(solved) for _ in row_slices(*weight.shape)], scheme)
         for weight in weights
     ]
 

@@ -169,7 +169,7 @@ def solve_kernel_rows(
     check_scheme(scheme, layout.in_features, name)
     check_scale_dtype(scale_dtype, weight_RC, scheme, name)
     hessian = require_hessian(statistics, layout.in_features, scheme.mode, name)
-    all_slices = row_slices(layout.out_features)
+    all_slices = row_slices(layout.out_features, layout.in_features)
     chosen = [weight_RC[slice(*all_slices[number])] for number in slices]
     factor = factorize_hessian(hessian, scheme)
     return solve_slices(chosen, factor, hessian, scheme, scale_dtype=scale_dtype)

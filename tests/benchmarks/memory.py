@@ -1,8 +1,9 @@
 """The solver's peak memory, in units of the weight and Hessian it was given.
 
-A fresh process per size: the inputs are allocated, the solver is compiled on the same shapes,
-the kernel's high-water mark is reset, and one solve is watched. Its peak is the rise of resident
-memory plus the inputs' own bytes; the goal is at most three times those. Linux only.
+A fresh process per size, with the one malloc arena that workers have: the inputs are allocated,
+the solver is compiled on the same shapes, the kernel's high-water mark is reset, and one solve is
+watched. Its peak is the rise of resident memory plus the inputs' own bytes; the goal is at most
+three times those. Linux only.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +66,10 @@ def _return_free_memory() -> None:
 def measure_in_fresh_process(size: str) -> dict[str, int]:
     command = [sys.executable, "-m", "tests.benchmarks.memory", "--child", size]
     root = Path(__file__).parents[2]
-    answer = subprocess.run(command, cwd=root, check=True, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
+    answer = subprocess.run(
+        command, cwd=root, check=True, stdout=subprocess.PIPE, text=True, env=environment
+    )
     return json.loads(answer.stdout)
 
 

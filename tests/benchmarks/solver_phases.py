@@ -36,7 +36,7 @@ def _one_round(weight_RC: np.ndarray, hessian: HessianSum, scheme: GPTQScheme) -
     factor = factorize_hessian(hessian, scheme)  # reads the pivots, so it has finished
     lap("factor")
     energy_1C = search_energy(factor, hessian)[None]
-    for a, b in row_slices(weight_RC.shape[0]):
+    for a, b in row_slices(*weight_RC.shape):
         grid = grid_of(weight_RC[a:b], energy_1C, scheme, "float32")
         lap("grid")
         solve_on_grid(weight_RC[a:b], factor, hessian, grid, scheme)

@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.estimates import bits_per_weight, estimate
 from pipeline.plan import Plan
+from pipeline.resources import Resources, worker_environment
 from pipeline.storage.object_store import open_store
 from tests.models.tiny import tiny_preset
 from tests.pipeline.tiny_runs import execute, planned, recipe
@@ -60,7 +61,8 @@ def run_and_weigh(
     windows = given.windows
     (folder / "windows").write_bytes(b"" if windows is None else windows.to_bytes())
     arguments = [folder / "plan.json", folder / "windows", source, folder / "run"]
-    environment = os.environ | {"KERAS_BACKEND": "jax", "NPROC": "2", "JAX_PLATFORMS": "cpu"}
+    one = Resources(workers=1, threads=2)
+    environment = os.environ | worker_environment(one)
     finished = subprocess.run(
         [sys.executable, "-c", _PROGRAM, str(limit_bytes or 0), *map(str, arguments)],
         capture_output=True,

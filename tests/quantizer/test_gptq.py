@@ -193,7 +193,7 @@ def test_row_slices_solved_apart_equal_the_whole():
     options = scheme(4, 64, False, False, True, sweeps=1)
     weight, whole, _ = solved("two slices", options)
     hessian = PROBLEMS["two slices"].hessian
-    slices = row_slices(len(weight))
+    slices = row_slices(*weight.shape)
     assert slices == [(0, 384), (384, 768), (768, 1100)]
     parts = [solve(weight[a:b], hessian, options) for a, b in slices]
     for field in ("codes_RC", "scale_RG", "zero_RG"):
