@@ -20,6 +20,7 @@ def product(left: Array, right: Array) -> Array:
     return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)
 
 
+@jax.jit
 def cholesky_with_inverse(matrix_NN: Array) -> tuple[Array, Array]:
     """L and L⁻¹ with L Lᵀ = matrix, L lower triangular; NaN where the matrix is not definite.
 

@@ -140,12 +140,15 @@ def _solve_tile(
     return errors_T2R
 
 
+# A program of its own within the others, so that blocks of one size are traced once.
+@partial(jax.jit, static_argnames="max_code")
 def _solve_block(
     columns: _Columns,
-    first: int,
+    first: Array,
     pull_B2R: Array,
     corner_BB: Array,
     totals: _Totals,
+    *,
     max_code: float,
 ) -> tuple[Array, _Totals]:
     """Quantize a block's columns tile by tile; the errors, and the totals with them."""
@@ -226,7 +229,12 @@ def solve_slice(
             for i, errors_M2R in enumerate(errors):
                 pull_M2R = pull_M2R + _pull(corner_BB[m:n, i * BLOCK : (i + 1) * BLOCK], errors_M2R)
             errors_M2R, totals = _solve_block(
-                columns, a + m, pull_M2R, corner_BB[m:n, m:n], totals, max_code
+                columns,
+                jnp.int32(a + m),
+                pull_M2R,
+                corner_BB[m:n, m:n],
+                totals,
+                max_code=max_code,
             )
             errors.append(errors_M2R)
         if index + 1 < len(panels):

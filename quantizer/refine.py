@@ -9,6 +9,7 @@ small one a tile.
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,68 @@ def damped_hessian(gram_CC: Array, num_rows: Array, shift: Array) -> tuple[Array
     # A padded input has no curvature.
     hessian_PP = jnp.pad(hessian_CC, ((0, padding), (0, padding)))
     return tuple(hessian_PP[a : a + PANEL] for a in range(0, size + padding, PANEL))
+
+
+class _Grid(NamedTuple):
+    """Where a weight may go: the slice's grid, each input's group and 1 / H_kk."""
+
+    scale_GR: Array
+    zero_GR: Array
+    group_P: Array
+    inverse_P: Array
+
+
+# A program of its own within the other, so that blocks of one size are traced once.
+@partial(jax.jit, static_argnames="max_code")
+def _sweep_block(
+    grid: _Grid,
+    first: Array,
+    pull_BR: Array,
+    corner_BB: Array,
+    restored_PR: Array,
+    *,
+    max_code: float,
+) -> tuple[Array, Array]:
+    """By how much each weight of the block from input `first` on moves, and the loss's change."""
+
+    def tile_sweep(t: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        moved_BR, change_R = state
+        start = t * TILE
+
+        def tile_of(rows: Array, offset: Array | int = 0) -> Array:
+            return lax.dynamic_slice_in_dim(rows, offset + start, TILE)
+
+        rows_TB = tile_of(corner_BB)
+        pull_TR = tile_of(pull_BR) + product(rows_TB, moved_BR)
+        corner_TT = lax.dynamic_slice_in_dim(rows_TB, start, TILE, axis=1)
+        restored_TR, inverse_T = tile_of(restored_PR, first), tile_of(grid.inverse_P, first)
+        group_T = tile_of(grid.group_P, first)
+
+        def column(k: Array, moved_TR: Array) -> Array:
+            seen = product(lax.dynamic_slice_in_dim(corner_TT, k, 1), moved_TR)
+            # Where this weight alone would like to be, all others held.
+            wanted_R = restored_TR[k] + (pull_TR[k] + seen[0]) * inverse_T[k]
+            scale_R, zero_R = grid.scale_GR[group_T[k]], grid.zero_GR[group_T[k]]
+            code_R = encode(wanted_R, scale_R, zero_R, max_code)
+            moved_R = restored_TR[k] - decode(code_R, scale_R, zero_R)
+            moved: Array = lax.dynamic_update_index_in_dim(moved_TR, moved_R, k, 0)
+            return moved
+
+        moved_TR: Array = lax.fori_loop(0, TILE, column, jnp.zeros_like(pull_TR))
+        # tr((E + M)ᵀ H (E + M)) - tr(Eᵀ H E), of these rows of M; sums by a product.
+        gain_TR = moved_TR * (2.0 * pull_TR + product(corner_TT, moved_TR))
+        return (
+            lax.dynamic_update_slice_in_dim(moved_BR, moved_TR, start, 0),
+            change_R + product(jnp.ones((1, TILE)), gain_TR)[0],
+        )
+
+    swept: tuple[Array, Array] = lax.fori_loop(
+        0,
+        pull_BR.shape[0] // TILE,
+        tile_sweep,
+        (jnp.zeros_like(pull_BR), jnp.zeros(pull_BR.shape[1])),
+    )
+    return swept
 
 
 @partial(jax.jit, static_argnames=("weight_bits", "sweeps"))
@@ -60,57 +123,13 @@ def refine_slice(
     padding = -num_inputs % TILE
     max_code = 2.0**weight_bits - 1
     weight_PR = jnp.pad(jnp.where(live_C[:, None], weight_CR, 0.0), ((0, padding), (0, 0)))
-    # A padded input is revisited, has nothing to gain, and stays as it is.
-    group_P = jnp.pad(group_C, (0, padding))
     starts = range(0, num_inputs + padding, PANEL)
     curvature_P = jnp.concatenate(
         [jnp.diagonal(rows_BP, a) for a, rows_BP in zip(starts, hessian_panels, strict=True)]
     )
     inverse_P = jnp.where(curvature_P > 0, 1.0 / curvature_P, 0.0)
-
-    def block_sweep(
-        pull_BR: Array, a: int, corner_BB: Array, restored_PR: Array
-    ) -> tuple[Array, Array]:
-        """By how much each weight of the block from input a on moves, and the loss's change."""
-
-        def tile_sweep(t: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-            moved_BR, change_R = state
-            start = t * TILE
-
-            def tile_of(rows: Array, offset: int = 0) -> Array:
-                return lax.dynamic_slice_in_dim(rows, offset + start, TILE)
-
-            rows_TB = tile_of(corner_BB)
-            pull_TR = tile_of(pull_BR) + product(rows_TB, moved_BR)
-            corner_TT = lax.dynamic_slice_in_dim(rows_TB, start, TILE, axis=1)
-            restored_TR, inverse_T = tile_of(restored_PR, a), tile_of(inverse_P, a)
-            group_T = tile_of(group_P, a)
-
-            def column(k: Array, moved_TR: Array) -> Array:
-                seen = product(lax.dynamic_slice_in_dim(corner_TT, k, 1), moved_TR)
-                # Where this weight alone would like to be, all others held.
-                wanted_R = restored_TR[k] + (pull_TR[k] + seen[0]) * inverse_T[k]
-                scale_R, zero_R = scale_GR[group_T[k]], zero_GR[group_T[k]]
-                code_R = encode(wanted_R, scale_R, zero_R, max_code)
-                moved_R = restored_TR[k] - decode(code_R, scale_R, zero_R)
-                moved: Array = lax.dynamic_update_index_in_dim(moved_TR, moved_R, k, 0)
-                return moved
-
-            moved_TR: Array = lax.fori_loop(0, TILE, column, jnp.zeros_like(pull_TR))
-            # tr((E + M)ᵀ H (E + M)) - tr(Eᵀ H E), of these rows of M; sums by a product.
-            gain_TR = moved_TR * (2.0 * pull_TR + product(corner_TT, moved_TR))
-            return (
-                lax.dynamic_update_slice_in_dim(moved_BR, moved_TR, start, 0),
-                change_R + product(jnp.ones((1, TILE)), gain_TR)[0],
-            )
-
-        swept: tuple[Array, Array] = lax.fori_loop(
-            0,
-            pull_BR.shape[0] // TILE,
-            tile_sweep,
-            (jnp.zeros_like(pull_BR), jnp.zeros(num_outputs)),
-        )
-        return swept
+    # A padded input is revisited, has nothing to gain, and stays as it is.
+    grid = _Grid(scale_GR, zero_GR, jnp.pad(group_C, (0, padding)), inverse_P)
 
     def sweep(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         restored_PR, change_R = state
@@ -126,7 +145,9 @@ def refine_slice(
                     block_MM = rows_BP[m:n, before : before + BLOCK]
                     pull_MR = pull_MR + product(block_MM, moved_MR)
                 corner_MM = rows_BP[m:n, a + m : a + n]
-                moved_MR, gain_R = block_sweep(pull_MR, a + m, corner_MM, restored_PR)
+                moved_MR, gain_R = _sweep_block(
+                    grid, jnp.int32(a + m), pull_MR, corner_MM, restored_PR, max_code=max_code
+                )
                 moved.append(moved_MR)
                 change_R = change_R + gain_R
             after_BR = restored_PR[a:b] - jnp.concatenate(moved)
