@@ -13,12 +13,14 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, Never
 
 import typer
 from rich.console import Console
 
 from jobs import fleet_cli, standing_cli
+from jobs.log_lines import FORMAT_VARIABLE, concern, is_json, speak_json, tell
+from jobs.printing import stderr
 from jobs.schemes import describe_scheme, schemes_table
 from jobs.termination import Terminated
 from pipeline.errors import PipelineError
@@ -85,14 +87,27 @@ def _print_version(requested: bool) -> None:
 
 @app.callback()
 def quantfleet(
-    version: Annotated[
+    _version: Annotated[
         bool,
         typer.Option(
             "--version", callback=_print_version, is_eager=True, help="Print the version."
         ),
     ] = False,
+    log_format: Annotated[
+        Literal["text", "json"],
+        typer.Option(
+            envvar=FORMAT_VARIABLE,
+            help="What stderr gets: text, or JSON objects, one a line; before the command.",
+        ),
+    ] = "text",
 ) -> None:
     """Options that belong to no command."""
+    os.environ[FORMAT_VARIABLE] = log_format  # also for the processes that a command starts
+    # Else Ray's nodes speak on stdout, among results, of what is told here anyway.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+    concern()
+    if log_format == "json":
+        speak_json()
 
 
 @app.command()
@@ -161,7 +176,7 @@ def quantize(
     run_job(
         job,
         _place(address, workers, threads, device),
-        _stderr(),
+        stderr(),
         as_json=as_json,
         dry_run=dry_run,
     )
@@ -190,7 +205,7 @@ def resume(
     resume_job(
         output,
         _place(address, workers, threads, device),
-        _stderr(),
+        stderr(),
         as_json=as_json,
         source_url=source,
         driving=Driving(keep_every=keep_every, wait=wait, lease_seconds=lease_seconds),
@@ -218,7 +233,7 @@ def evaluate(
     resume_job(
         output,
         _place(address, workers, None, device),
-        _stderr(),
+        stderr(),
         as_json=as_json,
         source_url=source,
         driving=Driving(),
@@ -239,7 +254,7 @@ def verify(
     """Check every file of a finished result, and that stock KerasHub loads it."""
     from jobs.verify import verify_run
 
-    verify_run(output, _stderr(), stock=stock, as_json=as_json)
+    verify_run(output, stderr(), stock=stock, as_json=as_json)
 
 
 @app.command()
@@ -262,7 +277,7 @@ def gc(
 
     collect(
         url,
-        _stderr(),
+        stderr(),
         delete=delete,
         lease_seconds=lease_seconds,
         as_json=as_json,
@@ -278,11 +293,6 @@ def _be_patient(seconds: float | None) -> None:
     """With storage, here and in all processes of the run."""
     if seconds is not None:
         os.environ[PATIENCE_VARIABLE] = str(seconds)
-
-
-def _stderr() -> Console:
-    """Where progress goes: paths and layer names are text, not markup, however they are spelled."""
-    return Console(stderr=True, markup=False, highlight=False)
 
 
 def _recipe(
@@ -314,20 +324,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         status = app(arguments or ["--help"], prog_name="quantfleet", standalone_mode=False)
     except typer.TyperException as mistake:
-        _say(mistake.format_message())
-        sys.exit(2)
+        _end(mistake.format_message(), 2)
     except PipelineError as error:
-        _say(str(error))
-        sys.exit(error.exit_code)
+        _end(str(error), error.exit_code)
     except QuantizationError as error:
-        _say(str(error))
-        sys.exit(2)
+        _end(str(error), 2)
     except Terminated:
-        sys.exit(143)
+        _end("", 143)
     except (typer.Abort, KeyboardInterrupt):  # Ctrl-C
-        sys.exit(130)
+        _end("", 130)
     sys.exit(status or 0)
 
 
-def _say(message: str) -> None:
-    typer.echo(f"quantfleet: {' '.join(message.split())}", err=True)
+def _end(message: str, exit_code: int) -> Never:
+    message = " ".join(message.split())
+    if is_json():
+        event = "failed" if message else "interrupted"
+        tell(stderr(), event, message, level="error", exit_code=exit_code)
+    elif message:
+        typer.echo(f"quantfleet: {message}", err=True)
+    sys.exit(exit_code)

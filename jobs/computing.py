@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+from jobs.log_lines import take_over
 from jobs.termination import terminable
 from pipeline.cluster import joined
 from pipeline.resources import Resources, choose_resources
@@ -26,6 +27,7 @@ def computing(
     Raises:
         CrewError: there is no cluster, or more is asked than it has.
     """
+    take_over("ray")
     wanted = None
     if address is None and workers is not None:
         wanted = max(workers * (threads or 1), len(os.sched_getaffinity(0)))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from jobs.log_lines import is_json, tell
 from jobs.printing import print_json, stderr
 from pipeline.errors import PipelineError
 
@@ -122,8 +123,8 @@ def submit(
     limits = Limits(at_once=at_once, attempts=attempts, poll_seconds=poll_seconds)
     submission = Submission(root, jobs, decisions, limits, entrypoint)
     if wait:
-        with watch_tasks(console) as tell:
-            submission.finish(tell)
+        with watch_tasks(console) as show:
+            submission.finish(show)
     else:
         submission.step()
     if as_json:
@@ -131,11 +132,12 @@ def submit(
             {"jobs": tasks_json(submission.tasks), "others": [one.to_dict() for one in others]}
         )
     else:
-        console.print(tasks_table(submission.tasks))
-        console.print(pass_table(others))
+        tell(console, "jobs", tasks_table(submission.tasks), jobs=tasks_json(submission.tasks))
+        tell(console, "others", pass_table(others), others=[one.to_dict() for one in others])
         waiting = sum(1 for task in submission.tasks if task.phase == "waiting")
         if waiting:
-            console.print(f"{waiting} run(s) wait for a place; submit again, or use --wait")
+            more = f"{waiting} run(s) wait for a place; submit again, or use --wait"
+            tell(console, "waiting", more)
     raise typer.Exit(exit_code_of_tasks(submission.tasks) or exit_code_of(others))
 
 
@@ -179,9 +181,11 @@ def fulfil(
     if as_json:
         print_json(fulfilling.fulfilled_json(done))
     for release in done.releases:
-        console.print(
+        tell(
+            console,
+            "published",
             f"published as {release.model} in {release.recipe_name}, release {release.number}",
-            soft_wrap=True,
+            release=release.number,
         )
     if not done.verdict.passed:
         raise fulfilling.GateFailedError(
@@ -202,7 +206,7 @@ def _pass(
     from jobs.fleet import workplace
     from jobs.fleet.fulfil import Fulfilled
     from jobs.fleet.fulfil import fulfil as fulfil_request
-    from jobs.fleet.one_pass import exit_code_of, one_pass, pass_table, preview
+    from jobs.fleet.one_pass import exit_code_of, one_pass, pass_table, preview, tell_outcome
     from jobs.fleet.staleness import decide
     from jobs.metrics import nightly_ended
     from pipeline.cluster import joined
@@ -224,6 +228,8 @@ def _pass(
 
     if dry_run:
         outcomes = preview(decisions)
+        for outcome in outcomes:
+            tell_outcome(outcome, console)
     else:
         outcomes = tuple(one_pass(root, decisions, carry, console))
         if address is not None and not exit_code_of(outcomes):
@@ -231,7 +237,7 @@ def _pass(
                 nightly_ended(PurePath(file).stem)
     if as_json:
         print_json([outcome.to_dict() for outcome in outcomes])
-    else:
+    elif not is_json():  # which told each when it was known
         console.print(pass_table(outcomes))
     raise typer.Exit(exit_code_of(outcomes))
 

@@ -1,4 +1,4 @@
-"""Where commands print: JSON for machines on stdout, what people are told on stderr."""
+"""Where commands print: JSON for machines on stdout, what is told meanwhile on stderr."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import sys
 
 from rich.console import Console
+
+from jobs.log_lines import JsonConsole, is_json
 
 
 def print_json(value: object) -> None:
@@ -15,4 +17,6 @@ def print_json(value: object) -> None:
 
 def stderr() -> Console:
     """Paths and names are text, not markup, however they are spelled."""
+    if is_json():
+        return JsonConsole()
     return Console(stderr=True, markup=False, highlight=False)

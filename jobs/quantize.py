@@ -18,6 +18,7 @@ from rich.console import Console
 
 from jobs.admission import check_identity, check_memory
 from jobs.computing import computing
+from jobs.log_lines import JsonConsole, concern, name_of, tell
 from jobs.metrics import RunMetrics
 from jobs.plan_table import plan_table
 from jobs.progress import watch
@@ -100,6 +101,7 @@ def run_job(job: Job, place: Place, console: Console, *, as_json: bool, dry_run:
     job = dataclasses.replace(
         job, source_url=_anywhere(job.source_url), output_url=_anywhere(job.output_url)
     )
+    concern(run=name_of(job.output_url), model=name_of(job.source_url), recipe=job.recipe.name)
     # Before anything else: an output that cannot be read cannot be written either.
     store = reachable(job.output_url, PLAN_KEY)
     check_preset(reachable(job.source_url, PRESET_KEY))
@@ -140,6 +142,7 @@ def resume_job(
     """
     output_url = _anywhere(output_url)
     source_url = None if source_url is None else _anywhere(source_url)
+    concern(run=name_of(output_url))
     store = reachable(output_url, PLAN_KEY)
     if not store.exists(PLAN_KEY):
         raise PipelineError(
@@ -152,16 +155,17 @@ def resume_job(
             f"quantfleet resume {shlex.quote(output_url)}"
         )
     plan = read_plan(store)
+    url = source_url or plan.source_url
+    concern(run=name_of(output_url), model=name_of(url), recipe=plan.recipe["name"])
     finished = store.exists(MANIFEST_KEY)
     if finished and not evaluation_texts:
-        console.print(f"{output_url}: finished before; nothing to do", soft_wrap=True)
+        tell(console, "finished before", f"{output_url}: finished before; nothing to do")
         costs = estimate(plan, 1)
         summary = Summary.of(
             plan, store, read_manifest(store), costs, {}, wall_seconds=0.0, fidelity=None
         )
         _print_summary(summary, store, console, as_json=as_json)
         return
-    url = source_url or plan.source_url
     check_preset(reachable(url, PRESET_KEY))
     wanted = dataclasses.replace(place, threads=place.threads or int(plan.machine["threads"]))
     with _place(wanted, console) as resources:
@@ -197,14 +201,14 @@ def _carry_out(
 ) -> None:
     start = time.monotonic()
     fidelity: Fidelity | None = None
-    metrics = RunMetrics(
-        model=job.source_url.rstrip("/").rpartition("/")[2], recipe=plan.recipe["name"]
-    )
+    metrics = RunMetrics(model=name_of(job.source_url), recipe=plan.recipe["name"])
     try:
         with _lease(job, store, console) as held:
             log = EventLog(store, plan, resources, epoch=held.epoch if held else None)
             if held is None:
-                console.print(f"{job.output_url}: finished before; nothing to do", soft_wrap=True)
+                tell(
+                    console, "finished before", f"{job.output_url}: finished before; nothing to do"
+                )
             else:
                 with watch(plan, console) as report:
                     quantize(
@@ -225,9 +229,7 @@ def _carry_out(
             metrics.ended("finished")
     except (PipelineError, KeyboardInterrupt, Terminated) as end:
         metrics.ended("failed" if isinstance(end, PipelineError) else "interrupted")
-        console.print(
-            f"to go on from the last committed block: {resume_command(job)}", soft_wrap=True
-        )
+        tell(console, "resumable", f"to go on from the last committed block: {resume_command(job)}")
         raise
     summary = Summary.of(
         plan, store, manifest, costs, log.seconds, wall_seconds=seconds, fidelity=fidelity
@@ -247,7 +249,7 @@ def _lease(job: Job, store: ObjectStore, console: Console) -> Iterator[lease.Lea
         store,
         seconds=driving.lease_seconds,
         wait=driving.wait,
-        tell=lambda text: console.print(text, soft_wrap=True),
+        tell=lambda text: tell(console, "waiting", text),
     )
     try:
         # Whoever was waited for may have finished.
@@ -261,9 +263,9 @@ def _print_summary(
 ) -> None:
     if as_json:
         sys.stdout.write(json.dumps(summary.to_dict(), indent=2) + "\n")
-    else:
-        console.print(summary_table(summary))
-        console.print(f"load it:  {load_hint(summary.task, store)}", soft_wrap=True)
+    if not as_json or isinstance(console, JsonConsole):
+        tell(console, "finished", summary_table(summary), summary=summary.to_dict())
+        tell(console, "loadable", f"load it:  {load_hint(summary.task, store)}")
 
 
 def load_hint(task: str, store: ObjectStore) -> str:
@@ -305,10 +307,12 @@ def _place(place: Place, console: Console) -> Iterator[Resources]:
     with computing(place.address, place.workers, place.threads, device=place.device) as resources:
         on = "one GPU each" if resources.gpus else "CPU"
         why = "" if resources.gpus or place.device == "cpu" else " (the cluster has no GPU)"
-        console.print(
+        tell(
+            console,
+            "joined",
             f"{resources.workers} worker(s) × {resources.threads} thread(s) on {on}{why}, "
             f"{place.address or 'a Ray cluster started on this machine'}",
-            soft_wrap=True,
+            **dataclasses.asdict(resources),
         )
         yield resources
 
@@ -325,4 +329,10 @@ def _print_plan(
         }
         sys.stdout.write(json.dumps(described, indent=2) + "\n")
     else:
-        console.print(plan_table(plan, costs, resources))
+        tell(
+            console,
+            "planned",
+            plan_table(plan, costs, resources),
+            plan_digest=plan.digest,
+            estimate=dataclasses.asdict(costs) | {"flops": costs.flops},
+        )

@@ -9,6 +9,7 @@ from rich.console import Console
 from jobs.admission import check_identity, check_memory
 from jobs.catalog.request import Request
 from jobs.fleet.workplace import Workplace
+from jobs.log_lines import tell
 from jobs.metrics import RunMetrics
 from jobs.progress import watch
 from jobs.summary import Summary
@@ -82,7 +83,7 @@ def carry_out(
     check_memory(costs, place.nodes)
     log = EventLog(store, plan, place.resources, epoch=held.epoch)
     for finding in damaged:
-        console.print(f"made again: {finding.problem}", soft_wrap=True)
+        tell(console, "damaged", f"made again: {finding.problem}", level="warning")
     held.check()
     quarantine(store, damaged)
     with watch(plan, console) as report:

@@ -14,6 +14,7 @@ from rich.console import Console
 from jobs.catalog.request import Request, request_key, run_store
 from jobs.fleet.carrying_out import carry_out, evaluated, plan_of, whole_manifest
 from jobs.fleet.workplace import Enter, Workplace
+from jobs.log_lines import concern, tell
 from jobs.metrics import RunMetrics
 from jobs.publishing.gate import failures, figures
 from jobs.publishing.releases import Release, find_current, publish
@@ -92,6 +93,7 @@ def fulfil(
         LeaseHeldError: another drives the run, and `wait` is False.
         PipelineError: with what to do about it.
     """
+    concern(run=request.run_id, model=request.model, recipe=request.recipe_name)
     store = run_store(root, request.run_id)
     with _held(store, console, lease_seconds, wait=wait) as held, _Work(request, enter) as work:
         artifact = _at_rest(root, request) or _made(root, request, work, held, console)
@@ -197,10 +199,11 @@ def _made(
     if not store.exists(PLAN_KEY):
         twin = _published_twin(root, request, plan)
         if twin is not None:
-            console.print(
+            tell(
+                console,
+                "same content",
                 f"{request.request_id}: files were written again, but their content is that of "
                 f"{twin.run_id}; nothing to quantize",
-                soft_wrap=True,
             )
             return twin
         plan = claim(store, plan, windows)
@@ -287,7 +290,7 @@ def _held(
         store,
         seconds=seconds,
         wait=wait,
-        tell=lambda text: console.print(text, soft_wrap=True),
+        tell=lambda text: tell(console, "waiting", text),
     )
     try:
         yield held

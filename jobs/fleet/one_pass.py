@@ -14,6 +14,7 @@ from jobs.catalog.request import save_request
 from jobs.fleet.fulfil import Fulfilled
 from jobs.fleet.quality_text import quality_text
 from jobs.fleet.staleness import Decision
+from jobs.log_lines import JsonConsole, Level, concern, tell
 from jobs.quantities import size
 from pipeline.errors import LeaseHeldError, PipelineError
 from pipeline.storage.object_store import ObjectStore
@@ -85,11 +86,29 @@ def one_pass(
     """
     for decision in decisions:
         if decision.state != "stale":
-            yield _left_alone(decision)
+            left_alone = _left_alone(decision)
+            tell_outcome(left_alone, console)
+            yield left_alone
             continue
-        console.print(f"{decision.wanted.name}: {'; '.join(decision.reasons)}", soft_wrap=True)
-        save_request(root, decision.request)
-        yield _done(decision, carry)
+        request = decision.request
+        concern(run=request.run_id, model=request.model, recipe=request.recipe_name)
+        why = "; ".join(decision.reasons)
+        tell(console, "stale", f"{decision.wanted.name}: {why}", reasons=list(decision.reasons))
+        save_request(root, request)
+        outcome = _done(decision, carry)
+        tell_outcome(outcome, console)
+        concern()
+        yield outcome
+
+
+def tell_outcome(outcome: Outcome, console: Console) -> None:
+    """To machines, as soon as it is known; people get a table in the end."""
+    if isinstance(console, JsonConsole):
+        level: Level = "info"
+        if outcome.exit_code:
+            level = "warning" if outcome.result == "gate failed" else "error"
+        values = outcome.to_dict()
+        tell(console, outcome.result, values.pop("text"), level=level, **values)
 
 
 def _done(decision: Decision, carry: Callable[[Decision], Fulfilled]) -> Outcome:

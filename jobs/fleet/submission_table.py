@@ -11,8 +11,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from jobs.fleet.submission import Task
+from jobs.fleet.submission import Phase, Task
+from jobs.log_lines import Level, tell
 
+_LEVELS: dict[Phase, Level] = {"gate failed": "warning", "failed": "error"}
 Tell = Callable[[Sequence[Task]], None]
 
 
@@ -25,15 +27,24 @@ def watch_tasks(console: Console) -> Iterator[Tell]:
         return
     told: dict[str, tuple[str, str]] = {}
 
-    def tell(tasks: Sequence[Task]) -> None:
+    def changes(tasks: Sequence[Task]) -> None:
         for task in tasks:
             state = (task.phase, task.job)
             if told.get(task.request.request_id) != state:
                 told[task.request.request_id] = state
                 more = f": {task.text}" if task.text else ""
-                console.print(f"{task.name}: {task.phase} {task.job}{more}", soft_wrap=True)
+                tell(
+                    console,
+                    task.phase,
+                    f"{task.name}: {task.phase} {task.job}{more}",
+                    level=_LEVELS.get(task.phase, "info"),
+                    run=task.request.run_id,
+                    model=task.request.model,
+                    recipe=task.request.recipe_name,
+                    job=task.job,
+                )
 
-    yield tell
+    yield changes
 
 
 def tasks_table(tasks: Sequence[Task]) -> Table:

@@ -1,15 +1,16 @@
-"""A catalog as Ray Jobs: a real head, dashboard, token and S3; killed drivers are healed."""
+"""A catalog as Ray Jobs: a real head, nodes, dashboard, token and S3; what is killed is healed."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,23 @@ import pytest
 import yaml
 
 from pipeline.artifact.stock_load import ask_stock
-from tests.integration.ray_head import ROOT, TOKEN, Head, kill, processes_of, serve_head
+from tests.integration.ray_head import (
+    ROOT,
+    TOKEN,
+    Head,
+    Node,
+    await_that,
+    kill,
+    processes_of,
+    serve_head,
+    serve_node,
+)
 from tests.models.tiny import tiny_preset
 from tests.pipeline.tiny_runs import TEXT
-from tests.s3 import ACCESS_KEY, SECRET_KEY, S3Server
+from tests.radosgw import serve_radosgw
+from tests.s3 import ACCESS_KEY, SECRET_KEY, S3Server, serve_s3
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.skipif(
         importlib.util.find_spec("aiohttp_cors") is None,
@@ -34,6 +45,7 @@ pytestmark = [
 ]
 BUCKET = "quantfleet"
 ARCHITECTURES = {"llama": "Llama3", "gpt": "GPT2", "gemma": "Gemma", "qwen": "Qwen3"}
+NUM_BLOCKS = {"llama": 4, "gpt": 12}
 
 
 @dataclass(frozen=True)
@@ -49,19 +61,43 @@ class Outcome:
         return json.loads(self.out)
 
 
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(serve_s3, marks=pytest.mark.slow, id="moto"),
+        pytest.param(serve_radosgw, marks=pytest.mark.radosgw, id="radosgw"),
+    ],
+)
+def s3(request: pytest.FixtureRequest) -> Iterator[S3Server]:
+    """Instead of the one that tests share: nothing may lie there yet."""
+    with request.param() as server:
+        server.create_bucket(BUCKET)
+        yield server
+
+
 @pytest.fixture(scope="module")
 def head(s3: S3Server) -> Iterator[Head]:
-    with serve_head(4, s3.environment) as running:
+    """One without CPUs: it runs drivers alone, as on Kubernetes."""
+    with serve_head(0, s3.environment | {"QUANTFLEET_LOG": "json"}) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
+def nodes(head: Head) -> Iterator[dict[str, Node]]:
+    """Where workers run, by name; either has room for all that is done at once."""
+    with ExitStack() as stack:
+        yield {
+            name: stack.enter_context(serve_node(head, name, 2)) for name in ("node-a", "node-b")
+        }
+
+
+@pytest.fixture(scope="module")
 def catalog(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four models, seven runs, everything in S3."""
+    """Four models, seven runs, everything in S3; the first two take long enough to be disturbed."""
     folder = tmp_path_factory.mktemp("catalog")
     client = s3.client()
     for name, architecture in ARCHITECTURES.items():
-        preset = tiny_preset(architecture, folder / name, num_blocks=4 if name == "llama" else 2)
+        preset = tiny_preset(architecture, folder / name, num_blocks=NUM_BLOCKS.get(name, 2))
         for path in sorted(preset.rglob("*")):
             if path.is_file():
                 key = f"presets/{name}/{path.relative_to(preset)}"
@@ -83,7 +119,7 @@ def catalog(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     models[0]["recipes"] = [gptq]
     models[0]["priority"] = 9
-    models[1]["recipes"] = ["int8"]
+    models[1] |= {"recipes": [gptq, "int8"], "priority": 8}
     models[2]["recipes"] = ["int4", "int8"]
     models[3] |= {
         "recipes": ["int8", hopeless],
@@ -114,7 +150,8 @@ def call(head: Head, *arguments: object, **environment: str) -> Outcome:
         env=head.environment | environment,
         timeout=600,
     )
-    assert "Traceback" not in finished.stderr, finished.stderr
+    for line in finished.stderr.splitlines():
+        assert "traceback" not in json.loads(line), line
     return Outcome(finished.returncode, finished.stdout, finished.stderr)
 
 
@@ -132,18 +169,26 @@ def submitting(head: Head, *arguments: object) -> Iterator[subprocess.Popen[str]
         yield process
     finally:
         process.kill()
-        process.communicate()
+        print(process.communicate()[1])  # what pytest shows of a failure
+
+
+def some_lie_at(s3: S3Server, prefix: str) -> bool:
+    return bool(s3.client().list_objects_v2(Bucket=BUCKET, Prefix=prefix)["KeyCount"])
 
 
 def driver_of(request: str, run: str, s3: S3Server) -> int:
     """The process that carries a request out, once it has committed a part."""
-    for _ in range(1200):
-        prefix = f"fleet/runs/{run}/records/"
-        if s3.client().list_objects_v2(Bucket=BUCKET, Prefix=prefix)["KeyCount"]:
-            # The shell that Ray starts it with comes first, with the same words.
-            return processes_of(f"fulfil s3://{BUCKET}/fleet/requests/{request}")[-1]
-        time.sleep(0.1)
-    raise TimeoutError(request)
+    await_that(lambda: some_lie_at(s3, f"fleet/runs/{run}/records/"), request)
+    # The shell that Ray starts it with comes first, with the same words.
+    return processes_of(f"fulfil s3://{BUCKET}/fleet/requests/{request}")[-1]
+
+
+def driver_lines(head: Head, request: str) -> list[dict[str, Any]]:
+    """What the drivers of a request printed; Ray itself begins each log, and a shell may end it."""
+    files = head.session_folder.rglob(f"job-driver-{request}-*.log")
+    lines = [line for path in sorted(files) for line in path.read_text().splitlines()]
+    others = re.compile(r"\S+ \S+\tINFO job_manager\.py|Running entrypoint for job|Killed$")
+    return [json.loads(line) for line in lines if not others.match(line)]
 
 
 def test_a_wrong_token_and_an_absent_cluster_start_nothing(
@@ -166,16 +211,20 @@ def test_a_wrong_token_and_an_absent_cluster_start_nothing(
     assert listed["KeyCount"] == 0
 
 
-def test_a_catalog_is_carried_out_though_a_driver_is_killed(
-    head: Head, catalog: Path, s3: S3Server, capsys: pytest.CaptureFixture[str]
+def test_a_catalog_is_carried_out_though_a_driver_and_a_node_are_killed(
+    head: Head,
+    nodes: dict[str, Node],
+    catalog: Path,
+    s3: S3Server,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     start = time.monotonic()
     dry = call(head, "nightly", catalog, "--dry-run", "--json")
     assert dry.status == 0, dry.err
     assert {one["result"] for one in dry.found} == {"to do"}
     by_name = {f"{one['model']} {one['recipe']}": one for one in dry.found}
-    assert len(by_name) == 6
-    [first] = [one for one in dry.found if one["model"] == "llama"]
+    assert len(by_name) == 7
+    first, second = by_name["llama gptq"], by_name["gpt gptq"]
     given = ("submit", catalog, "--address", head.address, "--at-once", 2, "--poll-seconds", 1)
 
     # The submitter itself is killed, too: its jobs go on, and the next one attaches to them.
@@ -183,6 +232,13 @@ def test_a_catalog_is_carried_out_though_a_driver_is_killed(
         driver = driver_of(first["request_id"], first["run_id"], s3)
         kill(process.pid)
     kill(driver)
+    driver_of(second["request_id"], second["run_id"], s3)
+    [used] = head.nodes_of_job(f"{second['request_id']}-attempt1")
+    kill(nodes[used].raylet)
+    assert not some_lie_at(s3, f"fleet/runs/{second['run_id']}/manifest.json")
+    await_that(lambda: head.state_of_node(used) == "DEAD", f"the end of {used}")
+    [left] = set(nodes) - {used}
+    assert head.state_of_node(left) == "ALIVE"
 
     healed = call(head, *given, "--wait", "--json")
     tasks = {f"{one['model']} {one['recipe']}": one for one in healed.found["jobs"]}
@@ -192,10 +248,11 @@ def test_a_catalog_is_carried_out_though_a_driver_is_killed(
     assert set(states.values()) == {"published"}, healed.err
     assert "more than 0.001" in tasks["qwen gptq-w2"]["text"]
     assert tasks["llama gptq"]["job"].endswith("-attempt2")
+    assert head.state_of_node(used) == "DEAD"
 
     # Everything is in storage: status needs no cluster, and a night has nothing to do.
     status = call(head, "status", catalog, "--json", RAY_ADDRESS="")
-    assert [row["state"] for row in status.found].count("published") == 5
+    assert [row["state"] for row in status.found].count("published") == 6
     assert [row["state"] for row in status.found].count("gate failed") == 1
     again = call(head, "nightly", catalog, "--json")
     assert again.status == 5
@@ -204,10 +261,13 @@ def test_a_catalog_is_carried_out_though_a_driver_is_killed(
     log = call(head, "logs", f"s3://{BUCKET}/fleet/runs/{tasks['llama gptq']['run_id']}")
     assert log.out.count(" started ") == 2
     assert " resumed " in log.out
+    # The driver of the other run outlived its workers' node.
+    log = call(head, "logs", f"s3://{BUCKET}/fleet/runs/{second['run_id']}")
+    assert " lost " in log.out
 
     with capsys.disabled():
         read = {f"{one['model']} {one['recipe']}": one["bytes_read"] for one in again.found}
-        print(f"\n6 runs in {time.monotonic() - start:.0f} s; read to decide: {read}")
+        print(f"\n7 runs, {used} lost, in {time.monotonic() - start:.0f} s; read to decide: {read}")
 
     # Stock KerasHub loads each from where its pointer leads.
     client = s3.client()
@@ -228,6 +288,12 @@ def test_a_catalog_is_carried_out_though_a_driver_is_killed(
         answer = ask_stock(presets, [tokens] * len(presets))
     assert all(np.isfinite(outputs).all() for outputs in answer.outputs)
 
+    # What drivers tell is for machines, and names the run, also when a node is lost.
+    told = driver_lines(head, second["request_id"])
+    assert {line["run"] for line in told} == {second["run_id"]}
+    assert {"committed", "layer", "lost", "published"} <= {line["event"] for line in told}
+    assert {line["level"] for line in told if line["event"] == "lost"} == {"warning"}
+
     # No secret of the store, nor the token, is in storage or in Ray's logs.
     written = {}
     for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix="fleet/"):
@@ -242,7 +308,7 @@ def test_a_catalog_is_carried_out_though_a_driver_is_killed(
 
 
 def test_a_job_is_cancelled_and_its_run_goes_on_later(
-    head: Head, catalog: Path, tmp_path: Path, s3: S3Server
+    head: Head, nodes: dict[str, Node], catalog: Path, tmp_path: Path, s3: S3Server
 ) -> None:
     values = yaml.safe_load(catalog.read_text())
     values["models"] = [{**values["models"][0], "name": "again"}]

@@ -1,9 +1,12 @@
+import dataclasses
 import io
+import json
 
 from rich.console import Console
 
+from jobs.log_lines import JsonConsole, concern
 from jobs.progress import watch
-from pipeline.records import PartRecord, file_key
+from pipeline.records import LayerRecord, PartRecord, file_key
 from pipeline.run import Step
 from tests.pipeline.tiny_runs import planned
 
@@ -51,3 +54,47 @@ def test_a_terminal_shows_how_far_the_run_is() -> None:
     text = told(Step(event="resumed", parts=(0, 1), text="2 of 4"), committed(2), terminal=True)
     assert "3/4" in text
     assert "resumed: 2 of 4" in text
+
+
+def test_machines_get_an_object_for_each_step_and_each_layer() -> None:
+    account = {"damping": 0.01, "weight_error": 0.1}
+    layers = (
+        LayerRecord(path="transformer_layer_0/query", scheme={"mode": "gptq"}, account=account),
+        LayerRecord(path="transformer_layer_0/norm", note="no matrix"),
+    )
+    step = committed(1)
+    assert step.record is not None
+    step = dataclasses.replace(step, record=dataclasses.replace(step.record, layers=layers))
+    concern(run="bert-gptq-0123")
+    stream = io.StringIO()
+    with watch(planned("int8").plan, JsonConsole(stream)) as report:
+        report(step)
+        report(Step(event="lost", text="ActorDiedError: a worker was lost"))
+        report(Step(event="sealed", seconds={"seal": 0.5}))
+    concern()
+    found = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert all(line.pop("time") and line.pop("run") == "bert-gptq-0123" for line in found)
+    where = {"parts": 4, "part": 1, "block": "transformer_layer_0"}
+    assert found == [
+        {
+            "level": "info", "event": "layer", **where, "layer": "transformer_layer_0/query",
+            "scheme": {"mode": "gptq"}, "account": account,
+        },
+        {
+            "level": "info", "event": "layer", **where, "layer": "transformer_layer_0/norm",
+            "message": "no matrix",
+        },
+        {
+            "level": "info", "event": "committed", **where, "size_bytes": 12345,
+            "seconds": {"solve": 1.26},
+            "message": "committed 2/4 transformer_layer_0: 12,345 bytes, solve 1.3s",
+        },
+        {
+            "level": "warning", "event": "lost", "parts": 4,
+            "message": "lost: ActorDiedError: a worker was lost",
+        },
+        {
+            "level": "info", "event": "sealed", "parts": 4, "seconds": {"seal": 0.5},
+            "message": "sealed",
+        },
+    ]  # fmt: skip
