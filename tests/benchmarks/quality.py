@@ -32,7 +32,8 @@ from tests.models.smollm2 import smollm2_preset
 from tests.models.texts import write_texts
 
 BEST = {"activation_order": True, "scale_search": True, "refinement_sweeps": 2}
-PLAIN = {"activation_order": False, "scale_search": False}
+# Keras' own defaults: inputs in order, a min-max grid.
+KERAS = {"activation_order": False, "scale_search": False}
 
 
 def gptq(bits: int, group_size: int, **options: Any) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def rows(bits: list[int], group_size: int) -> dict[str, dict[str, Any]]:
     """Schemes by the name of their row."""
     found = {}
     for width in bits:
-        found[f"gptq {width} plain"] = gptq(width, group_size, **PLAIN)
+        found[f"gptq {width}, as Keras"] = gptq(width, group_size, **KERAS)
         found[f"gptq {width}"] = gptq(width, group_size, **BEST)
     return found | {
         "awq 4": {"mode": "awq", "group_size": group_size},
@@ -55,7 +56,7 @@ def rows(bits: list[int], group_size: int) -> dict[str, dict[str, Any]]:
 
 def run_recipe(name: str, scheme: dict[str, Any], work: Path, arguments: Any) -> dict[str, Any]:
     """The summary that `quantfleet quantize --json` prints."""
-    slug = name.replace(" ", "-")
+    slug = name.replace(", ", "-").replace(" ", "-")
     recipe = work / f"{slug}.yaml"
     calibration = {
         "texts": [str(work / "texts/calibration.jsonl")],

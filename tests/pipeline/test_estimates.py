@@ -114,15 +114,18 @@ def test_a_worker_takes_no_more_memory_than_estimated(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
     peaks = {}
-    for num_blocks in (4, 8, 16, 32):
-        folder = tmp_path / str(num_blocks)
+    # The first one compiles, which takes memory of its own, and is measured again.
+    for attempt, num_blocks in enumerate((4, 4, 8, 16, 32)):
+        folder = tmp_path / str(attempt)
         folder.mkdir()
         peaks[num_blocks], plan = run_and_weigh(
-            folder, "gptq", hidden_dim=256, intermediate_dim=1024, num_blocks=num_blocks
+            folder, "gptq", hidden_dim=512, intermediate_dim=2048, num_blocks=num_blocks
         )
         per_block = max(part.source_bytes for part in plan.parts[1:])
+    print({num_blocks: f"{peak:,}" for num_blocks, peak in peaks.items()}, f"{per_block=:,}")
     # 28 blocks more, of which not even two may be held at a time.
     assert peaks[32] - peaks[4] < 2 * per_block + (8 << 20), peaks
 
