@@ -25,6 +25,7 @@ from pipeline.commits import commit_part, committed_file
 from pipeline.compute import input_sums
 from pipeline.compute.comparison import compare
 from pipeline.compute.forward import BlockProgram
+from pipeline.compute.free_memory import hand_back
 from pipeline.compute.input_sums import Sums
 from pipeline.compute.model_state import ModelState, in_order
 from pipeline.compute.solving import (
@@ -290,6 +291,7 @@ class Worker:
                 batch.stream = np.asarray(self._advance(program, last, weights, batch))
                 batch.live = None
             shard.block, shard.stage = block + 1, 0
+        hand_back()
 
     def _repeat(
         self,

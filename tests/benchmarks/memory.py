@@ -20,6 +20,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.compute.free_memory import hand_back
+
 SIZES = ("2048x2048", "4096x4096")
 GOAL = 3.0
 _RESET_PEAK = "5"  # proc(5), /proc/pid/clear_refs
@@ -45,22 +47,13 @@ def peak_of_solve(num_inputs: int, num_outputs: int) -> dict[str, int]:
     scheme = GPTQScheme(weight_bits=4, group_size=128, scale_search=True, activation_order=True)
     solve(weight_RC, hessian, scheme)
     gc.collect()
-    _return_free_memory()
+    hand_back()  # so that it is counted when used again
     Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
     before = resident_bytes("VmRSS")
     solution = solve(weight_RC, hessian, scheme)
     rise = resident_bytes("VmHWM") - before
     assert solution.account.kept
     return {"inputs": weight_RC.nbytes + hessian.gram_CC.nbytes, "rise": rise}
-
-
-def _return_free_memory() -> None:
-    """Let malloc hand freed pages back, so that they are counted when used again."""
-    import ctypes
-
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def measure_in_fresh_process(size: str) -> dict[str, int]:

@@ -8,7 +8,7 @@ import time
 import numpy as np
 
 from quantizer import GPTQScheme, HessianSum, row_slices
-from quantizer.slices import factorize_hessian, grid_of, search_energy, solve_on_grid
+from quantizer.slices import factorize_hessian, grid_of, search_energy, solve_on_grid, to_refine
 from quantizer.solver import check_weight
 
 
@@ -35,10 +35,11 @@ def _one_round(weight_RC: np.ndarray, hessian: HessianSum, scheme: GPTQScheme) -
     lap("checks")
     factor = factorize_hessian(hessian, scheme)  # reads the pivots, so it has finished
     lap("factor")
+    damped = to_refine(factor, hessian, scheme)
     energy_1C = search_energy(factor, hessian)[None]
     for a, b in row_slices(*weight_RC.shape):
         grid = grid_of(weight_RC[a:b], energy_1C, scheme, "float32")
         lap("grid")
-        solve_on_grid(weight_RC[a:b], factor, hessian, grid, scheme)
+        solve_on_grid(weight_RC[a:b], factor, hessian, damped, grid, scheme)
         lap("loop")
     return seconds
