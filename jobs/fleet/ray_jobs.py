@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,10 @@ from pipeline.crew import CrewError
 _T = TypeVar("_T")
 _ANSWER_SECONDS = 60.0
 _CONNECT_SECONDS = 10.0
+# What a head says whose agents, which start jobs, are not up yet.
+_NO_AGENT = "No available agent"
+_AGENT_SECONDS = 60.0
+_POLL_SECONDS = 1.0
 _ALIVE = frozenset({"PENDING", "RUNNING"})
 # They would send the client elsewhere than --address says.
 _REDIRECTIONS = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
@@ -105,12 +110,18 @@ class RayJobs:
                 entrypoint_num_cpus=0,
             )
 
-        try:
-            self._asked(submit)
-        except CrewError:
-            # Also what a lost answer to our own request looks like.
-            if submission_id not in self.list():
-                raise
+        deadline = time.monotonic() + _AGENT_SECONDS
+        while True:
+            try:
+                self._asked(submit)
+                return
+            except CrewError as error:
+                # Also what a lost answer to our own request looks like.
+                if submission_id in self.list():
+                    return
+                if _NO_AGENT not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(_POLL_SECONDS)
 
     def stop(self, submission_id: str) -> None:
         self._asked(lambda: self._client.stop_job(submission_id))
