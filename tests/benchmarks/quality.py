@@ -56,7 +56,7 @@ def rows(bits: list[int], group_size: int) -> dict[str, dict[str, Any]]:
 
 def run_recipe(name: str, scheme: dict[str, Any], work: Path, arguments: Any) -> dict[str, Any]:
     """The summary that `quantfleet quantize --json` prints."""
-    slug = name.replace(", ", "-").replace(" ", "-")
+    slug = name.lower().replace(", ", "-").replace(" ", "-")
     recipe = work / f"{slug}.yaml"
     calibration = {
         "texts": [str(work / "texts/calibration.jsonl")],
