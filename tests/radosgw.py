@@ -23,6 +23,7 @@ from tests.s3 import ACCESS_KEY, SECRET_KEY, S3Server
 
 PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "monmaptool", "ceph")
 _START_SECONDS = 120.0
+_MOST_STARTS = 3
 
 _CONFIGURATION = """
 [global]
@@ -77,14 +78,22 @@ def serve_radosgw() -> Iterator[S3Server]:
             f"{', '.join(missing)} missing; apt-get install --no-install-recommends radosgw "
             "ceph-mon ceph-osd"
         )
-    # Short: the daemons' sockets lie there, and such paths have at most 107 characters.
-    folder = Path(tempfile.mkdtemp(prefix="rgw-"))
-    try:
-        port = _start(folder)
-        yield S3Server(f"http://127.0.0.1:{port}")
-    finally:
-        _stop(folder)
-        shutil.rmtree(folder, ignore_errors=True)
+    for attempt in range(_MOST_STARTS):
+        # Short: the daemons' sockets lie there, and such paths have at most 107 characters.
+        folder = Path(tempfile.mkdtemp(prefix="rgw-"))
+        try:
+            try:
+                port = _start(folder)
+            except RuntimeError:
+                # Now and then the monitor refuses the new storage daemon ("wrong fsid").
+                if attempt + 1 == _MOST_STARTS:
+                    raise
+                continue
+            yield S3Server(f"http://127.0.0.1:{port}")
+            return
+        finally:
+            _stop(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _start(folder: Path) -> int:
