@@ -49,6 +49,8 @@ def render(folder: Path) -> list[dict[str, Any]]:
 def _resources(path: Path) -> Iterator[dict[str, Any]]:
     if path.is_dir():
         yield from render(path)
+    elif not path.exists():
+        raise KustomizeError(f"{path.parent.name}/kustomization.yaml: no resource {path.name}")
     else:
         # Aliases would make two places of a document one object, which a patch would change twice.
         documents = yaml.safe_load_all(path.read_text(encoding="utf-8"))
@@ -65,6 +67,9 @@ def _config_map(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     _only(given, {"name", "files", "literals", "options"}, "configMapGenerator")
     if given.get("options") != {"disableNameSuffixHash": True}:
         raise KustomizeError(f"{given['name']}: only without a suffix")
+    missing = [name for name in given.get("files", ()) if not (folder / name).exists()]
+    if missing:
+        raise KustomizeError(f"{given['name']}: no file {', '.join(missing)}")
     data = {name: (folder / name).read_text(encoding="utf-8") for name in given.get("files", ())}
     data |= dict(line.split("=", 1) for line in given.get("literals", ()))
     metadata = {"name": given["name"]}
@@ -81,8 +86,11 @@ def _apply(document: Any, operation: dict[str, Any]) -> None:
     """One operation of RFC 6902."""
     _only(operation, {"op", "path", "value"}, "operation")
     *parents, last = operation["path"].removeprefix("/").split("/")
-    for name in parents:
-        document = document[int(name)] if isinstance(document, list) else document[name]
+    try:
+        for name in parents:
+            document = document[int(name)] if isinstance(document, list) else document[name]
+    except (KeyError, IndexError, ValueError):
+        raise KustomizeError(f"no {operation['path']} to {operation['op']}") from None
     match operation["op"], document:
         case "add", list() if last == "-":
             document.append(operation["value"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shlex
@@ -10,8 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import typer
+import typer.main
 import yaml
+from typer.core import TyperGroup
 
+from jobs.cli import app
 from tests.infra.validators import INFRA
 
 _CODE_BLOCK = re.compile(r"^ *```(?:sh|console)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
@@ -97,3 +102,38 @@ def _in_shell(code: str) -> Iterator[tuple[str, ...]]:
         words = shlex.split(call["rest"].split(" > ")[0], comments=True)
         # What a script hands on is its caller's.
         yield tuple(word for word in words if word != "$@")
+
+
+@functools.cache
+def _program() -> Any:
+    return typer.main.get_command(app)
+
+
+def refusal(words: tuple[str, ...], *, is_mention: bool = False) -> str | None:
+    """What the program's own parser says against a command line, which is not carried out."""
+    program = _program()
+    context = program.make_context("quantfleet", [], resilient_parsing=True)
+    context.resilient_parsing = False
+    arguments = list(words)
+    try:
+        # Down to the command that is meant; what begins with "-" belongs to no command.
+        while isinstance(program, TyperGroup) and arguments and not arguments[0].startswith("-"):
+            name, program, arguments = program.resolve_command(context, arguments)
+            context = program.make_context(name, [], parent=context, resilient_parsing=True)
+            context.resilient_parsing = False
+        program.make_context(context.info_name, arguments, parent=context.parent)
+    except typer.Exit:
+        return None
+    except typer.TyperException as error:
+        said = error.format_message()
+        return None if is_mention and said.startswith("Missing ") else said
+    return None
+
+
+def faults(infra: Path, root: Path) -> list[str]:
+    """Commands that the program does not have, each with the file that it stands in."""
+    found = [
+        (command, refusal(command.words, is_mention=command.is_mention))
+        for command in commands(infra)
+    ]
+    return [f"{command}: {said}" for command, said in found if said is not None]

@@ -5,35 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import typer
-import typer.main
-from typer.core import TyperGroup
 
-from jobs.cli import app
-from tests.infra.quantfleet_commands import Command, commands
+from tests.infra.quantfleet_commands import Command, commands, refusal
 
 COMMANDS = commands()
-
-
-def refusal(words: tuple[str, ...], *, is_mention: bool = False) -> str | None:
-    """What the program's own parser says against a command line, which is not carried out."""
-    program = typer.main.get_command(app)
-    context = program.make_context("quantfleet", [], resilient_parsing=True)
-    context.resilient_parsing = False
-    arguments = list(words)
-    try:
-        # Down to the command that is meant; what begins with "-" belongs to no command.
-        while isinstance(program, TyperGroup) and arguments and not arguments[0].startswith("-"):
-            name, program, arguments = program.resolve_command(context, arguments)
-            context = program.make_context(name, [], parent=context, resilient_parsing=True)
-            context.resilient_parsing = False
-        program.make_context(context.info_name, arguments, parent=context.parent)
-    except typer.Exit:
-        return None
-    except typer.TyperException as error:
-        said = error.format_message()
-        return None if is_mention and said.startswith("Missing ") else said
-    return None
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=str)

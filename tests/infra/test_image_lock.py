@@ -89,5 +89,15 @@ def test_cuda_fits_the_jax_of_the_lock(image_lock: ModuleType) -> None:
     assert all(name.startswith(("jax-cuda12-", "nvidia-")) for name in theirs.keys() - ours.keys())
 
 
+def test_googles_client_fits_the_lock_and_is_checked_by_hash() -> None:
+    gcp = (INFRA / "vms" / "gcp.lock").read_text(encoding="utf-8")
+    pins = dict(re.findall(r"^(\S+)==(\S+) \\\n +--hash=sha256:[0-9a-f]{64}$", gcp, re.MULTILINE))
+    assert {"google-api-python-client", "google-auth-httplib2"} <= pins.keys()
+    assert len(pins) == len(re.findall(r"^[a-z]", gcp, re.MULTILINE))
+    # Installed with --no-deps: the rest of what they need is in the lock.
+    assert not pins.keys() & set(re.findall(r"^(\S+)==", LOCK, re.MULTILINE))
+    assert {"google-api-core", "google-auth"} <= set(re.findall(r"^(\S+)==", LOCK, re.MULTILINE))
+
+
 def _read(name: str) -> str:
     return Path(INFRA / "container" / name).read_text(encoding="utf-8")

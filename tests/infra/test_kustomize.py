@@ -53,9 +53,12 @@ def test_no_worker_waits_for_work_and_the_head_does_none(folder: str) -> None:
 def test_nothing_runs_as_root_or_without_limit(folder: str) -> None:
     for found in render(INFRA / "kubernetes" / folder):
         for pod in _pods(found):
+            # What the namespace enforces, by the standard "restricted".
             assert pod["securityContext"]["runAsNonRoot"] is True
+            assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
             for container in pod["containers"]:
                 assert container["securityContext"]["allowPrivilegeEscalation"] is False
+                assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
                 assert "memory" in container["resources"]["limits"]
 
 

@@ -15,7 +15,10 @@ from typing import Any
 import boto3
 import pytest
 import yaml
+from rich.console import Console
 
+from jobs.collect import collect
+from jobs.publishing.seen_files import seen_key
 from pipeline.errors import StorageError
 from pipeline.plan import PLAN_KEY
 from pipeline.storage.object_store import open_store
@@ -94,6 +97,13 @@ def test_nobody_touches_old_versions_or_sources(role: str) -> None:
         assert not may(role, action, "sources/llama/model.weights.h5")
 
 
+@pytest.mark.parametrize("key", [*PUBLISHED, "sources/llama/config.json"])
+def test_the_collector_deletes_runs_and_nothing_that_was_published(key: str) -> None:
+    assert not may("collector", "s3:DeleteObject", key)
+    assert not may("collector", "s3:PutObject", key)
+    assert all(may("collector", "s3:DeleteObject", kept) for kept in KEPT)
+
+
 def test_both_forms_of_the_lifecycle_say_the_same() -> None:
     given = _template()["Bucket"]["Properties"]["LifecycleConfiguration"]["Rules"]
     expected = json.loads((INFRA / "storage" / "lifecycle.json").read_text())["Rules"]
@@ -128,7 +138,7 @@ def keys(s3: S3Server) -> dict[str, dict[str, str]]:
         aws_secret_access_key=SECRET_KEY,
     )
     found = {}
-    for role in ("worker", "driver"):
+    for role in ("worker", "driver", "collector"):
         iam.create_user(UserName=role)
         document = json.dumps(policy(role))
         iam.put_user_policy(UserName=role, PolicyName=role, PolicyDocument=document)
@@ -164,6 +174,24 @@ def test_a_whole_run_needs_no_more_than_the_drivers_role(as_role: Callable[[str]
     store.delete(damaged)
     with pytest.raises(StorageError, match="refused"):
         store.delete(PLAN_KEY)
+
+
+def test_the_collectors_role_is_enough_to_delete_a_run(
+    as_role: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_role("driver")
+    root = open_store(f"s3://{BUCKET}/{ROOT}")
+    run_id = "tiny-int8-00000000"
+    execute(planned("int8"), open_store(f"s3://{BUCKET}/{ROOT}/runs/{run_id}"), keep_every=1)
+    root.put(seen_key(run_id), b"{}")
+    # As a catalog's root has it, of which nothing was published yet.
+    root.put(f"requests/{run_id}.json", b"{}")
+    as_role("collector")
+    url = f"s3://{BUCKET}/{ROOT}"
+    collect(url, Console(), delete=True, lease_seconds=1.0, as_json=True, unpublished=True)
+    [swept] = [one for one in json.loads(capsys.readouterr().out) if run_id in one["url"]]
+    assert (swept["deleted"], swept["skipped"]) == (True, "")
+    assert [key for key in root.list() if run_id in key] == [f"requests/{run_id}.json"]
 
 
 def test_a_worker_that_deletes_is_refused(as_role: Callable[[str], None]) -> None:

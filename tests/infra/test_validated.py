@@ -142,7 +142,8 @@ OTHERS = {
     "container/image_lock.py": "by ruff, and test_image_lock.py",
     "container/gpu.in": "by test_image_lock.py",
     "container/gpu.lock": "by test_image_lock.py",
-    "vms/.gitignore": "a name",
+    "vms/.gitignore": "names",
+    "vms/gcp.lock": "by test_image_lock.py",
 }
 
 FILES = [

@@ -21,6 +21,7 @@ import jsonschema
 import pytest
 import yaml
 
+from tests.infra.cron_times import is_cron_schedule
 from tests.infra.kustomized import KustomizeError, render
 
 ROOT = Path(__file__).parents[2]
@@ -130,26 +131,17 @@ def systemd(path: Path) -> list[str]:
         return [line for line in done.stderr.splitlines() if path.name in line]
 
 
-_CRON_FIELDS = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
-
-
 def crontab(path: Path) -> list[str]:
     faults = []
     for line in path.read_text().splitlines():
         if not line or line.startswith("#") or re.fullmatch(r"[A-Z]+=\S*", line):
             continue
         *fields, command = line.split(None, 5)
-        if len(fields) != 5 or not all(map(_is_cron_field, fields, _CRON_FIELDS)):
+        if not is_cron_schedule(" ".join(fields)):
             faults.append(line)
             continue
         faults += _said_of_script(command)
     return faults
-
-
-def _is_cron_field(field: str, limits: tuple[int, int]) -> bool:
-    if not re.fullmatch(r"(\*|\d+(-\d+)?)(/\d+)?(,\d+)*", field):
-        return False
-    return all(limits[0] <= int(number) <= limits[1] for number in re.findall(r"\d+", field))
 
 
 def _said_of_script(command: str) -> list[str]:
@@ -263,7 +255,7 @@ def kubernetes(path: Path) -> list[str]:
     except KustomizeError as error:
         return [str(error)]
     return [
-        f"{given['kind']}: {fault}"
+        f"{given['kind']} {given['metadata'].get('name')}: {fault}"
         for given in objects
         if not _is_rays(given)
         for fault in _of_kubernetes(given)
@@ -272,9 +264,13 @@ def kubernetes(path: Path) -> list[str]:
 
 def kuberay(path: Path) -> list[str]:
     """Every object of Ray's, against KubeRay's own definitions."""
+    try:
+        objects = _objects(path)
+    except KustomizeError as error:
+        return [str(error)]
     return [
-        f"{given['kind']}: {fault}"
-        for given in _objects(path)
+        f"{given['kind']} {given['metadata'].get('name')}: {fault}"
+        for given in objects
         if _is_rays(given)
         for fault in _against(given, _kuberay_schemas()[given["kind"]])
     ]
