@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array, lax
 from numpy.typing import NDArray
 
+from pipeline.compute.free_memory import make_room
 from pipeline.recipe.recipe import Statistics
 from quantizer import HessianSum, MagnitudeSum
 
@@ -30,6 +31,7 @@ Carry = tuple[Array, ...]
 def empty(statistics: Statistics, in_features: int) -> Carry:
     """Sums over no rows."""
     if statistics == "hessian":
+        make_room(4 * in_features**2)
         bands = (jnp.zeros((b - a, in_features - a)) for a, b in _bands(in_features))
         return *bands, jnp.int32(0)
     return jnp.zeros(in_features), jnp.zeros(in_features), jnp.zeros(in_features), jnp.int32(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -41,53 +42,55 @@ class ModelState:
     def __init__(self, plan: Plan, source_url: str) -> None:
         self.plan = plan
         self._preset = read_preset(source_url)
-        self.source = open_source(self._preset)
+        self.own = build_skeleton(self._preset)
+        """The source as it is, in its own dtype."""
+        self.source = open_source(self._preset, self.own)
         self._programs: dict[tuple[Any, ...], BlockProgram] = {}
 
     @cached_property
     def graph(self) -> BlockGraph:
         """In float32: what is calibrated."""
-        return find_blocks(build_skeleton(self._preset, "float32"))
+        return find_blocks(self._calibrated)
 
     @cached_property
-    def own(self) -> Skeleton:
-        """The source as it is, in its own dtype."""
-        return build_skeleton(self._preset)
+    def _calibrated(self) -> Skeleton:
+        # Skeletons grow with the number of blocks: one serves two ends where it can.
+        return self.own if self._base == "float32" else build_skeleton(self._preset, "float32")
 
     @cached_property
-    def quantized(self) -> Skeleton:
-        """As the artifact's JSON describes it."""
-        base = base_policy(dict(self.own.backbone_json))
+    def _base(self) -> str:
+        return base_policy(self.own.backbone_json)
+
+    def _quantized(self, base: str) -> Skeleton:
+        """As the artifact's JSON describes it, but for the dtype of what is not quantized."""
         return build_skeleton(self._preset, policy_map(base, self.plan.policies))
-
-    @cached_property
-    def quantized_graph(self) -> BlockGraph:
-        """The quantized skeleton's blocks."""
-        return find_blocks(self.quantized)
 
     @cached_property
     def evaluated(self) -> tuple[Skeleton, Skeleton]:
         """Source and result as they can be run here: as they are, where JAX can do that."""
-        base = base_policy(dict(self.own.backbone_json))
-        if base != "float16" or jax.default_backend() != "cpu":
-            return self.own, self.quantized
+        if self._base != "float16" or jax.default_backend() != "cpu":
+            return self.own, self._quantized(self._base)
         # JAX has no float16 attention on a CPU. Float32 holds every float16, so the model is
         # the same, only computed more exactly.
-        source = build_skeleton(self._preset, "float32")
-        return source, build_skeleton(self._preset, policy_map("float32", self.plan.policies))
+        return self._calibrated, self._quantized("float32")
 
     @cached_property
     def evaluated_graphs(self) -> tuple[BlockGraph, BlockGraph]:
         """Their blocks."""
         source, result = self.evaluated
-        shared = result is self.quantized
-        return find_blocks(source), self.quantized_graph if shared else find_blocks(result)
+        graph = self.graph if source is self._calibrated else find_blocks(source)
+        return graph, find_blocks(result)
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         """What each file of the artifact holds."""
-        layers = [block.layer for block in self.quantized_graph.blocks]
-        return cut_parts(weight_layout(self.quantized.backbone), layers)
+        quantized = self._quantized(self._base)
+        layers = [block.layer for block in find_blocks(quantized).blocks]
+        parts = cut_parts(weight_layout(quantized.backbone), layers)
+        del quantized, layers
+        # Layers know each other in circles: they would lie about for the rest of a run.
+        gc.collect()
+        return parts
 
     def preset_files(self) -> dict[str, bytes]:
         """The source's files as KerasHub saves a preset, but for its weights, by name."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.compute.free_memory import make_room
 from pipeline.plan import LayerPlan
 from pipeline.source.quantizable import Target
 from quantizer import HessianSum, MagnitudeSum, kernel_layout, scheme_from_dict
@@ -62,6 +63,7 @@ def solve_layers(
     Raises:
         QuantizationError: with the layer's path.
     """
+    _make_room(sums)
     kernels = [layer for layer in layers if layer.kind == "kernel"]
     solved = {}
     by_scheme: dict[str, list[LayerPlan]] = {}
@@ -116,6 +118,7 @@ def solve_some(
     slices: Sequence[int],
 ) -> SolvedSlices:
     """Quantize some row slices of a layer that may be cut (see `LayerPlan.slices`)."""
+    _make_room(sums)
     scheme = _gptq(layer)
     layout = kernel_layout(target.layer)
     usable, problem = _usable(sums, layout.in_features, scheme, layer.path)
@@ -151,6 +154,11 @@ def join_layer(
         account=account.to_dict() | (_rounded(layout, problem) if problem else {}),
         kernel=restore_kernel(variables, layout, scheme),
     )
+
+
+def _make_room(sums: HessianSum | MagnitudeSum | None) -> None:
+    if isinstance(sums, HessianSum):
+        make_room(sums.gram_CC.nbytes)
 
 
 def _gptq(layer: LayerPlan) -> GPTQScheme:
