@@ -1,101 +1,46 @@
-"""The door to Ray: start or join a cluster, keep a crew of warm worker actors on it."""
+"""The door to Ray: a crew of warm worker actors on the cluster that this process has joined."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import os
-import socket
+import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray import exceptions
 
+from pipeline.calls import Call, OpenCalls, answers_of, result_of
 from pipeline.crew import CrewError, TimedWorker, WorkerLostError
+from pipeline.joined_cluster import joined
 from pipeline.plan import read_plan
 from pipeline.resources import Resources, worker_environment
 from pipeline.storage.object_store import open_store
 
-# What a repetition on other, or restarted, processes can mend.
-_LOST = (
-    exceptions.ActorDiedError,
-    exceptions.ActorUnavailableError,
-    exceptions.WorkerCrashedError,
-    exceptions.NodeDiedError,
-    exceptions.ObjectLostError,
-    exceptions.OwnerDiedError,
-    exceptions.OutOfMemoryError,
-    exceptions.RaySystemError,
-)
+__all__ = ["RayCrew", "joined"]
+
 _IO_METHODS = frozenset({"read"})
 _PATIENCE_SECONDS = 600.0
 """How long workers may all be away before a run ends."""
-_ANSWER_SECONDS = 10.0
 _MOST_RUNS = 4
-_LOOK_SECONDS = 15.0
-# Large arguments travel while nobody works.
-_MOST_IDLE_LOOKS = 3
-_MOST_SILENT_LOOKS = 6
+_LOOK_SECONDS = 1.0
+_ROLL_CALL_SECONDS = 5.0
+_COPIES = 4
+"""Of a question: at 15% of messages lost, all are one time in two thousand."""
+_MOST_ROUNDS = 8
+"""Of asking again what was lost, with nothing answered between them."""
+# Large arguments travel while nobody works; then asking again is of no use, but does no harm.
+_IDLE_SECONDS = 10.0
+_MOST_REPEATS = 3
+# Who says nothing may be starting, or may work in a library that lets nobody else speak.
+_SILENT_SECONDS = 120.0
 _STUCK_SECONDS = 30.0
 _REPLACEMENT_SECONDS = 60.0
 """How long the last of them are waited for, once others are back."""
-
-
-@contextlib.contextmanager
-def joined(address: str | None, wanted_cpus: int | None = None) -> Iterator[None]:
-    """Join the cluster at `address`, or start one on this machine, for the time of the block.
-
-    Args:
-        address: as `ray.init` takes it; None starts a cluster of this machine alone.
-        wanted_cpus: logical CPUs of a cluster that is started; None for what the machine has.
-
-    Raises:
-        CrewError: there is no cluster at the address.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    options: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": "ERROR",
-        "configure_logging": True,
-    }
-    if address is None:
-        # A cluster of this process alone: nobody else has its ports' addresses, and Ray would
-        # otherwise leave a token file in the home directory.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        options |= {"address": "local", "include_dashboard": False, "num_cpus": wanted_cpus}
-    else:
-        _check_that_somebody_listens(address)
-        options |= {"address": address}
-    try:
-        ray.init(**options)
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-        reason = " ".join(str(error).split())
-        raise CrewError(
-            f"no Ray cluster at {address}: {reason}; check --address, or leave it out to start one "
-            "on this machine"
-        ) from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _check_that_somebody_listens(address: str) -> None:
-    """Ray itself would wait for minutes, and fill the terminal meanwhile."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except OSError as error:
-        raise CrewError(
-            f"no Ray cluster at {address}: {error}; check --address, or leave it out to start one "
-            "on this machine"
-        ) from None
 
 
 class RayCrew:
@@ -108,8 +53,11 @@ class RayCrew:
             "num_cpus": resources.threads,
             "num_gpus": resources.gpus,
             "max_restarts": -1,
-            # A call is repeated by the driver, which first brings the worker's shards back.
+            # Lost calls are repeated here: Ray's own repetitions outlive a worker's death, whose
+            # shards must be brought back first, and it tells of them on standard output.
             "max_task_retries": 0,
+            # A lost call holds up no other; what must come after it is given its result.
+            "allow_out_of_order_execution": True,
             # The next block is read while this one is solved.
             "concurrency_groups": {"io": 1, "roll_call": 1},
             "runtime_env": {"env_vars": worker_environment(resources)},
@@ -117,6 +65,8 @@ class RayCrew:
         actor: Any = ray.remote(**options)(_Actor)
         self._all: list[Any] = [actor.remote(source_url, run_url) for _ in range(resources.workers)]
         self._actors = list(self._all)
+        self._calls = OpenCalls()
+        self._tokens: dict[int, str] = {}
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function of a module in the first worker's process, which has JAX and Keras.
@@ -127,7 +77,7 @@ class RayCrew:
         """
         for _ in range(_MOST_RUNS):
             try:
-                return self.fetch([self._actors[0].run.remote(function, *args)])[0]
+                return self.fetch([self._ask(0, "run", None, function, *args)])[0]
             except WorkerLostError as error:
                 last = error
                 self.revive()
@@ -137,33 +87,74 @@ class RayCrew:
         )
 
     def submit(self, worker: int, method: str, *args: Any) -> Any:
-        call = self._actors[worker].call
-        if method in _IO_METHODS:
-            call = call.options(concurrency_group="io")
-        return call.remote(method, *args)
+        return self._ask(worker, "call", "io" if method in _IO_METHODS else None, method, *args)
+
+    def _ask(self, place: int, name: str, group: str | None, *args: Any) -> Call:
+        options = {} if group is None else {"concurrency_group": group}
+        method = getattr(self._actors[place], name).options(num_returns=2, **options)
+        return self._calls.ask(place, method, args)
 
     def fetch(self, handles: Sequence[Any]) -> list[Any]:
-        """Wait, as long as anybody works: a call whose message was lost would never be answered."""
-        pending = list(dict.fromkeys(handles))
-        quiet = 0
-        while pending:
-            _, pending = ray.wait(
-                pending, num_returns=len(pending), timeout=_LOOK_SECONDS, fetch_local=False
-            )
-            if not pending:
-                break
-            answers = _ask(self._actors, "is_busy")
-            quiet = 0 if any(answers.values()) else quiet + 1
-            all_idle = len(answers) == len(self._actors)
-            # Who says nothing may be starting, or may never have heard the question.
-            if quiet >= (_MOST_IDLE_LOOKS if all_idle else _MOST_SILENT_LOOKS):
-                raise WorkerLostError("nobody works, and nothing arrives: calls were lost")
-        return _get(handles)
+        """Wait, as long as anybody works, and ask again what was lost on the way."""
+        try:
+            self._await(handles)
+            return [result_of(call.result) for call in handles]
+        except Exception:
+            self._calls.give_up()
+            raise
+
+    def _await(self, wanted: Sequence[Call]) -> None:
+        rounds = repeats = 0
+        heard = asked = time.monotonic()
+        while True:
+            goes_on = self._calls.wait(wanted, _LOOK_SECONDS)
+            if all(call.state == "answered" for call in wanted):
+                return
+            if goes_on:
+                rounds = repeats = 0
+            lost = self._calls.in_state("lost")
+            if lost:
+                rounds += 1
+                if rounds > _MOST_ROUNDS:
+                    raise WorkerLostError(f"calls are lost {_MOST_ROUNDS} times in a row")
+                self._recognize(sorted({call.place for call in lost}))
+                self._calls.repeat(lost)
+            if goes_on or lost:
+                heard = asked = time.monotonic()
+            elif time.monotonic() - asked > _ROLL_CALL_SECONDS:
+                answers = _roll_call(self._actors)
+                asked = time.monotonic()
+                if any(is_busy for _, is_busy in answers.values()):
+                    heard = asked
+                all_idle = len(answers) == len(self._actors)
+                limit = _IDLE_SECONDS * 2**repeats if all_idle else _SILENT_SECONDS
+                if asked - heard > limit:
+                    repeats += 1
+                    if repeats > _MOST_REPEATS:
+                        raise WorkerLostError("nobody works, and nothing arrives")
+                    self._recognize(range(len(self._actors)))
+                    self._calls.repeat(self._calls.in_state("asked"))
+                    heard = asked
+
+    def _recognize(self, places: Iterable[int]) -> None:
+        """Make sure that workers are those that they were.
+
+        Raises:
+            WorkerLostError: one was started anew, or does not answer.
+        """
+        places = list(places)
+        answers = _roll_call([self._actors[place] for place in places])
+        for number, place in enumerate(places):
+            if number not in answers:
+                raise WorkerLostError(f"worker {place} does not answer")
+            token, _ = answers[number]
+            if self._tokens.setdefault(place, token) != token:
+                raise WorkerLostError(f"worker {place} was started anew")
 
     def seconds(self) -> dict[str, float]:
         total: Counter[str] = Counter()
         # What a lost worker had counted is lost with it.
-        for counted in _ask(self._actors, "take_seconds").values():
+        for counted in answers_of(self._actors, "take_seconds").values():
             total.update(counted)
         return dict(total)
 
@@ -178,7 +169,7 @@ class RayCrew:
         pause = 0.2
         is_stuck = False
         while True:
-            present = _ask(self._all, "is_busy")
+            present = _roll_call(self._all)
             elapsed = time.monotonic() - start
             if len(present) == len(self._all) or (present and elapsed > _REPLACEMENT_SECONDS):
                 break
@@ -195,6 +186,7 @@ class RayCrew:
             time.sleep(pause)
             pause = min(2 * pause, 5.0)
         self._actors = [self._all[place] for place in sorted(present)]
+        self._tokens = {i: present[place][0] for i, place in enumerate(sorted(present))}
         self.num_workers = len(self._actors)
         if self.num_workers == before:
             return ()
@@ -202,21 +194,12 @@ class RayCrew:
 
     def process_ids(self) -> list[int]:
         """Of the workers, on their nodes."""
-        return [int(pid) for pid in _get([actor.process_id.remote() for actor in self._actors])]
+        answers = answers_of(self._actors, "process_id", copies=_COPIES)
+        return [answers[place] for place in sorted(answers)]
 
 
-def _ask(actors: Sequence[Any], question: str) -> dict[int, Any]:
-    """The answers of those that give one now, whatever else they do, by their place."""
-    asked = {
-        getattr(actor, question).options(concurrency_group="roll_call").remote(): place
-        for place, actor in enumerate(actors)
-    }
-    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS)
-    answers = {}
-    for handle in answered:
-        with contextlib.suppress(WorkerLostError):
-            answers[asked[handle]] = _get([handle])[0]
-    return answers
+def _roll_call(actors: Sequence[Any]) -> dict[int, tuple[str, bool]]:
+    return answers_of(actors, "roll_call", copies=_COPIES)
 
 
 class _Actor:
@@ -234,17 +217,19 @@ class _Actor:
         self._making = threading.Lock()
         self._counting = threading.Lock()
         self._num_calls = 0
+        self._token = secrets.token_hex(8)
 
-    def call(self, method: str, *args: Any) -> Any:
+    def call(self, method: str, *args: Any) -> tuple[None, Any]:
         with self._at_work():
-            return self._worker().call(method, *args)
+            return None, self._worker().call(method, *args)
 
-    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+    def run(self, function: Callable[..., Any], *args: Any) -> tuple[None, Any]:
         with self._at_work():
-            return function(*args)
+            return None, function(*args)
 
-    def is_busy(self) -> bool:
-        return self._num_calls > 0
+    def roll_call(self) -> tuple[str, bool]:
+        """Who this is, another after every start; and whether it works."""
+        return self._token, self._num_calls > 0
 
     @contextlib.contextmanager
     def _at_work(self) -> Iterator[None]:
@@ -275,20 +260,3 @@ class _Actor:
 
     def process_id(self) -> int:
         return os.getpid()
-
-
-def _get(handles: Sequence[Any]) -> list[Any]:
-    try:
-        return list(ray.get(list(handles)))
-    except exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, _LOST):
-            raise WorkerLostError(type(cause).__name__) from error
-        raise cause from error
-    except _LOST as error:
-        raise WorkerLostError(type(error).__name__) from error
-    except exceptions.RayError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CrewError(
-            f"the Ray cluster failed ({type(error).__name__}: {reason}); check it, then resume"
-        ) from error

@@ -8,7 +8,6 @@ Ray: `pipeline.cluster` makes actors of it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,17 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import activations
-from pipeline.artifact.parts import encode_part
 from pipeline.artifact.sealing import seal
 from pipeline.calibration.token_windows import TokenWindows
-from pipeline.canonical import sha256
 from pipeline.commits import commit_part, committed_file
 from pipeline.compute import input_sums
 from pipeline.compute.comparison import compare
 from pipeline.compute.forward import BlockProgram
 from pipeline.compute.free_memory import hand_back
 from pipeline.compute.input_sums import Sums
+from pipeline.compute.made_part import make_part
 from pipeline.compute.model_state import ModelState, in_order
+from pipeline.compute.shards import Batch, LostShardError, Shards
 from pipeline.compute.solving import (
     SolvedLayer,
     SolvedSlices,
@@ -37,39 +36,12 @@ from pipeline.compute.solving import (
     solve_some,
 )
 from pipeline.compute.streamed import artifact_model, source_model
-from pipeline.crew import WorkerLostError
 from pipeline.errors import DamagedObjectError, MissingObjectError
 from pipeline.fidelity import WindowFidelity
 from pipeline.plan import LayerPlan, Plan
-from pipeline.records import LayerRecord, Manifest, PartRecord, file_key
+from pipeline.records import Manifest, PartRecord
 from pipeline.reduction import Subtree, reduce_subtree
 from pipeline.storage.object_store import open_store
-
-
-@dataclass
-class _Batch:
-    """A micro-batch on its way through the blocks.
-
-    Attributes:
-        stream: [micro_batch, sequence, hidden], float32: what enters the block.
-        sides: the blocks' other inputs.
-        mask: [micro_batch, sequence], bool: where there is text.
-        live: inside the block, what its next stage begins with.
-    """
-
-    stream: NDArray[np.float32]
-    sides: list[NDArray[Any]]
-    mask: NDArray[np.bool_]
-    live: tuple[Any, ...] | None = None
-
-
-@dataclass
-class _Shard:
-    """A calibration shard, and where it stands: before a stage of a block."""
-
-    batches: list[_Batch]
-    block: int = 0
-    stage: int = 0
 
 
 class Worker:
@@ -79,36 +51,40 @@ class Worker:
         self._plan = plan
         self._store = open_store(run_url)
         self._model = ModelState(self._plan, source_url)
-        self._shards: dict[int, _Shard] = {}
+        self._shards = Shards()
 
     def read(self, part: int) -> dict[str, NDArray[Any]]:
         """The source's arrays of one part, by variable path."""
         return self._model.read(part)
 
     def restore(self, block: int, shards: Sequence[int], start: int) -> None:
-        """Bring shards to where they enter `block`.
+        """Bring shards to where they enter `block`; those that are inside it need only go back.
 
         Args:
             start: the block before which stored activations are to be used; 0 for none.
         """
-        rest = None
+        missing = [index for index in shards if not self._shards.stand_in(index, block)]
         for index in shards:
+            if index not in missing:
+                for batch in self._shards.inside(index, block):
+                    batch.go_back()
+        rest = None
+        for index in missing:
             tokens, mask = self._windows(index)
             rest = self._model.read(0) if rest is None else rest
-            shard = self._embedded(rest, tokens, mask)
+            batches = self._embedded(rest, tokens, mask)
             if start:
-                shard.block = start
                 try:
                     streams = activations.load(self._store, start, index)
                 except (DamagedObjectError, MissingObjectError) as error:
                     # They are a cache, and were whole a moment ago: begin from others.
                     raise LostShardError(str(error)) from error
-                for batch, stream in zip(shard.batches, streams, strict=True):
-                    batch.stream = stream
-            self._shards[index] = shard
-        for done in range(start, block):
+                for batch, stream in zip(batches, streams, strict=True):
+                    batch.stream, batch.block = stream, start
+            self._shards.put(index, batches)
+        for done in range(start, block if missing else start):
             kernels = self._model.kernels(done + 1, committed_file(self._store, done + 1))
-            self._repeat(done, shards, self._model.read(done + 1), kernels)
+            self._leave(done, missing, self._on_device(done, self._model.read(done + 1), kernels))
 
     def capture(
         self,
@@ -118,7 +94,7 @@ class Worker:
         values: Values,
         *solved: Sequence[SolvedLayer],
     ) -> Sums:
-        """Go on to the input of the block's group `stage`, and sum it over the subtree's shards.
+        """Go on, or back, to the input of the block's group `stage`, and sum it over shards.
 
         Args:
             solved: the results of all groups before, and of layers that needed no calibration.
@@ -126,12 +102,12 @@ class Worker:
         weights = self._weights(block, values, solved)
 
         def leaf(index: int) -> Sums:
-            shard = self._at(index, block, stage)
-            program = self._program(block, shard)
+            batches = self._shards.inside(index, block)
+            program = self._program(block, batches[0])
             group = program.groups[stage]
             carry = input_sums.empty(group.statistics, group.in_features)
-            for batch in shard.batches:
-                inputs = self._advance(program, stage, weights, batch)
+            for batch in batches:
+                inputs = batch.pass_through(program, stage, weights)
                 carry = input_sums.add(
                     carry,
                     inputs,
@@ -139,7 +115,6 @@ class Worker:
                     statistics=group.statistics,
                     input_axes=group.input_axes,
                 )
-            shard.stage = stage + 1
             return input_sums.finish(group.statistics, carry)
 
         return reduce_subtree(subtree, leaf, _merged)
@@ -189,32 +164,9 @@ class Worker:
             previous: digest of the record of the block before; "" where there is none.
             solved: the results of `solve` for all of the part's layers with a scheme.
         """
-        file = self._model.parts[part]
         results = {layer.path: layer for layers in solved for layer in layers}
-        arrays: dict[str, NDArray[Any]] = {}
-        for path, result in results.items():
-            arrays |= file.layer_values(path, result.variables)
-        for stored in file.variables:
-            if stored.place not in arrays:
-                arrays[stored.place] = values[str(stored.variable.path)]
-        data = encode_part(file, arrays)
-        record = PartRecord(
-            part=part,
-            plan_digest=self._plan.digest,
-            file=file_key(part),
-            sha256=sha256(data),
-            size_bytes=len(data),
-            loaded_bytes=file.num_bytes,
-            previous=previous,
-            layers=tuple(
-                LayerRecord(
-                    path=layer.path,
-                    scheme=layer.scheme,
-                    account=results[layer.path].account if layer.path in results else None,
-                    note=layer.note,
-                )
-                for layer in self._plan.parts[part].layers
-            ),
+        record, data = make_part(
+            self._plan, self._model.parts[part], part, previous, values, results
         )
         commit_part(self._store, record, data)
         return record
@@ -222,7 +174,7 @@ class Worker:
     def propagate(
         self, block: int, shards: Sequence[int], values: Values, *solved: Sequence[SolvedLayer]
     ) -> None:
-        """Send shards through what is left of the block after its last capture."""
+        """Send shards through what is left of the block; nothing for those that have left it."""
         self._leave(block, shards, self._weights(block, values, solved))
 
     def quantize_alone(self, part: int) -> PartRecord:
@@ -251,7 +203,7 @@ class Worker:
         """Store the activations that enter `block`, to resume from."""
         return {
             index: activations.store(
-                self._store, block, index, [b.stream for b in self._at(index, block).batches]
+                self._store, block, index, [b.stream for b in self._shards.inside(index, block)]
             )
             for index in shards
         }
@@ -275,52 +227,14 @@ class Worker:
         variables = self._model.graph.blocks[block].layer.weights
         return [jnp.asarray(value) for value in in_order(variables, values, kernels)]
 
-    def _advance(
-        self, program: BlockProgram, stage: int, weights: Sequence[Any], batch: _Batch
-    ) -> Any:
-        live = program.start(batch.stream, batch.sides) if batch.live is None else batch.live
-        result, batch.live = program.advance(stage, weights, live)
-        return result
-
     def _leave(self, block: int, shards: Sequence[int], weights: Sequence[Any]) -> None:
-        last = len(self._plan.parts[block + 1].groups)
         for index in shards:
-            shard = self._at(index, block, last)
-            program = self._program(block, shard)
-            for batch in shard.batches:
-                batch.stream = np.asarray(self._advance(program, last, weights, batch))
-                batch.live = None
-            shard.block, shard.stage = block + 1, 0
+            for batch in self._shards.leaving(index, block):
+                batch.leave(self._program(block, batch), weights)
         hand_back()
 
-    def _repeat(
-        self,
-        block: int,
-        shards: Sequence[int],
-        values: Values,
-        kernels: Mapping[str, NDArray[np.float32]],
-    ) -> None:
-        """Send shards through a block that is committed, by the programs that did it before."""
-        weights = self._on_device(block, values, kernels)
-        for index in shards:
-            shard = self._at(index, block, 0)
-            program = self._program(block, shard)
-            for stage in range(len(program.groups)):
-                for batch in shard.batches:
-                    self._advance(program, stage, weights, batch)
-            shard.stage = len(program.groups)
-        self._leave(block, shards, weights)
-
-    def _program(self, block: int, shard: _Shard) -> BlockProgram:
-        first = shard.batches[0]
-        return self._model.program(self._model.graph.blocks[block], first.stream, first.sides)
-
-    def _at(self, index: int, block: int, stage: int = 0) -> _Shard:
-        shard = self._shards.get(index)
-        if shard is None or (shard.block, shard.stage) != (block, stage):
-            held = None if shard is None else (shard.block, shard.stage)
-            raise LostShardError(f"shard {index} is wanted at {(block, stage)}, not {held}")
-        return shard
+    def _program(self, block: int, batch: Batch) -> BlockProgram:
+        return self._model.program(self._model.graph.blocks[block], batch.stream, batch.sides)
 
     def _windows(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """A shard's tokens and mask, padded to whole micro-batches."""
@@ -331,18 +245,16 @@ class Worker:
         padding = ((0, -(b - a) % tokens.micro_batch), (0, 0))
         return np.pad(windows.tokens[a:b], padding), np.pad(windows.mask[a:b], padding)
 
-    def _embedded(self, rest: Values, tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> _Shard:
+    def _embedded(
+        self, rest: Values, tokens: NDArray[np.int32], mask: NDArray[np.bool_]
+    ) -> list[Batch]:
         assert self._plan.tokens is not None
         size = self._plan.tokens.micro_batch
         batches = []
         for a in range(0, len(tokens), size):
             stream, sides = self._model.embed(rest, tokens[a : a + size], mask[a : a + size])
-            batches.append(_Batch(stream=stream, sides=sides, mask=mask[a : a + size]))
-        return _Shard(batches)
-
-
-class LostShardError(WorkerLostError):
-    """A worker that was started anew is asked for a shard that it has not restored."""
+            batches.append(Batch(stream=stream, sides=sides, mask=mask[a : a + size]))
+        return batches
 
 
 def _merged(left: Sums, right: Sums) -> Sums:

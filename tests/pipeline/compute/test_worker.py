@@ -9,8 +9,11 @@ import pytest
 
 from pipeline import activations
 from pipeline.canonical import sha256
-from pipeline.compute.worker import LostShardError, Worker
-from pipeline.errors import DivergenceError
+from pipeline.compute.input_sums import Sums
+from pipeline.compute.shards import LostShardError
+from pipeline.compute.solving import SolvedLayer
+from pipeline.compute.worker import Worker
+from pipeline.errors import DivergenceError, MissingObjectError
 from pipeline.planned_run import claim_run
 from pipeline.records import file_key, record_key
 from pipeline.reduction import Subtree
@@ -39,7 +42,7 @@ def finished(store: ObjectStore) -> ObjectStore:
 
 
 def streams(worker: Worker, index: int) -> list[np.ndarray]:
-    return [batch.stream for batch in worker._shards[index].batches]
+    return [batch.stream for batch in worker._shards._held[index]]
 
 
 def test_every_token_of_the_windows_is_counted_and_no_other() -> None:
@@ -115,12 +118,57 @@ def test_a_worker_says_which_shard_it_lacks(store: ObjectStore) -> None:
     with pytest.raises(LostShardError, match="shard 1"):
         worker.capture(0, 0, Subtree(1, 2), values)
     worker.restore(0, [1], 0)
+    with pytest.raises(LostShardError, match="shard 1 is wanted in block 1"):
+        worker.capture(1, 0, Subtree(1, 2), worker.read(2))
     with pytest.raises(LostShardError, match="shard 1"):
-        worker.capture(0, 1, Subtree(1, 2), values)
-    with pytest.raises(LostShardError, match="shard 1"):
-        worker.propagate(0, [1], values)
+        worker.propagate(1, [1], worker.read(2))
     with pytest.raises(LostShardError, match="shard 1"):
         worker.keep(1, [1])
+
+
+def same(left: Sums, right: Sums) -> bool:
+    return np.array_equal(left.gram_CC, right.gram_CC) and left.num_rows == right.num_rows
+
+
+def test_a_block_may_be_gone_back_in_and_gone_on_from_anywhere(store: ObjectStore) -> None:
+    """As where calls are repeated, and the first of two comes last."""
+    plan = planned("gptq").plan
+    groups, layers = plan.parts[1].groups, plan.parts[1].layers
+    paths = {layer.name: layer.path for layer in layers}
+    steady, shaken = worker_of(store), worker_of(store)
+    for worker in (steady, shaken):
+        worker.restore(0, [0], 0)
+    values = steady.read(1)
+    solved: list[list[SolvedLayer]] = []
+    totals = []
+    for stage, group in enumerate(groups):
+        totals.append(steady.capture(0, stage, Subtree(0, 1), values, *solved))
+        for again in [*range(stage, -1, -1), stage]:
+            found = shaken.capture(0, again, Subtree(0, 1), values, *solved[:again])
+            assert same(found, totals[again])
+        chosen = [paths[name] for name in group.targets]
+        solved.append(steady.solve(1, chosen, values, totals[stage]))
+    steady.propagate(0, [0], values, *solved)
+    shaken.restore(0, [0], 0)
+    for _ in range(2):
+        shaken.propagate(0, [0], values, *solved)
+    for left, right in zip(streams(steady, 0), streams(shaken, 0), strict=True):
+        assert (left == right).all()
+    assert steady.keep(1, [0]) == shaken.keep(1, [0])
+
+
+def test_what_is_inside_its_block_is_restored_without_reading(store: ObjectStore) -> None:
+    worker = worker_of(store)
+    worker.restore(0, [0], 0)
+    values = worker.read(1)
+    first = worker.capture(0, 0, Subtree(0, 1), values)
+    tokens = planned("gptq").plan.tokens
+    assert tokens is not None
+    store.delete(tokens.key)
+    worker.restore(0, [0], 0)
+    assert same(worker.capture(0, 0, Subtree(0, 1), values), first)
+    with pytest.raises(MissingObjectError):
+        worker.restore(0, [0, 1], 0)
 
 
 def test_a_record_names_every_layer_and_the_block_before(store: ObjectStore) -> None:

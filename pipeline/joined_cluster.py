@@ -1,0 +1,68 @@
+"""This process as a part of a Ray cluster, for a while."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+
+from pipeline.crew import CrewError
+
+
+@contextlib.contextmanager
+def joined(address: str | None, wanted_cpus: int | None = None) -> Iterator[None]:
+    """Join the cluster at `address`, or start one on this machine, for the time of the block.
+
+    Args:
+        address: as `ray.init` takes it; None starts a cluster of this machine alone.
+        wanted_cpus: logical CPUs of a cluster that is started; None for what the machine has.
+
+    Raises:
+        CrewError: there is no cluster at the address.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Of calls that are given up; what matters is asked for.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": "ERROR",
+        "configure_logging": True,
+    }
+    if address is None:
+        # A cluster of this process alone: nobody else has its ports' addresses, and Ray would
+        # otherwise leave a token file in the home directory.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        options |= {"address": "local", "include_dashboard": False, "num_cpus": wanted_cpus}
+    else:
+        _check_that_somebody_listens(address)
+        options |= {"address": address}
+    try:
+        ray.init(**options)
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        reason = " ".join(str(error).split())
+        raise CrewError(
+            f"no Ray cluster at {address}: {reason}; check --address, or leave it out to start one "
+            "on this machine"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_that_somebody_listens(address: str) -> None:
+    """Ray itself would wait for minutes, and fill the terminal meanwhile."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise CrewError(
+            f"no Ray cluster at {address}: {error}; check --address, or leave it out to start one "
+            "on this machine"
+        ) from None
