@@ -16,7 +16,7 @@ import ray
 
 from pipeline.calls import Call, OpenCalls, answers_of, result_of
 from pipeline.crew import CrewError, TimedWorker, WorkerLostError
-from pipeline.joined_cluster import joined
+from pipeline.joined_cluster import Head, joined
 from pipeline.plan import read_plan
 from pipeline.resources import Resources, worker_environment
 from pipeline.storage.object_store import open_store
@@ -66,6 +66,7 @@ class RayCrew:
         self._all: list[Any] = [actor.remote(source_url, run_url) for _ in range(resources.workers)]
         self._actors = list(self._all)
         self._calls = OpenCalls()
+        self._head = Head()
         self._tokens: dict[int, str] = {}
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -110,6 +111,7 @@ class RayCrew:
             goes_on = self._calls.wait(wanted, _LOOK_SECONDS)
             if all(call.state == "answered" for call in wanted):
                 return
+            self._head.check()
             if goes_on:
                 rounds = repeats = 0
             lost = self._calls.in_state("lost")

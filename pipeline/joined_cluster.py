@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import ray
 
 from pipeline.crew import CrewError
+
+_ASK_SECONDS = 5.0
+_HEAD_SECONDS = 30.0
+"""How long a head may be away. After twice that, Ray ends this process without a word of ours."""
 
 
 @contextlib.contextmanager
@@ -56,13 +61,50 @@ def joined(address: str | None, wanted_cpus: int | None = None) -> Iterator[None
 
 def _check_that_somebody_listens(address: str) -> None:
     """Ray itself would wait for minutes, and fill the terminal meanwhile."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():
+    if not address.rpartition(":")[2].isdigit():
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        _knock(address, timeout=10)
     except OSError as error:
         raise CrewError(
             f"no Ray cluster at {address}: {error}; check --address, or leave it out to start one "
             "on this machine"
         ) from None
+
+
+def _knock(address: str, timeout: float) -> None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=timeout).close()
+
+
+class Head:
+    """The head of the cluster that this process has joined."""
+
+    def __init__(self) -> None:
+        self._address = str(ray.get_runtime_context().gcs_address)
+        self._asked = time.monotonic()
+        self._away_since: float | None = None
+
+    def check(self) -> None:
+        """Ask now and then whether it is there.
+
+        Raises:
+            CrewError: it has not been for half a minute.
+        """
+        now = time.monotonic()
+        if now - self._asked < _ASK_SECONDS:
+            return
+        self._asked = now
+        try:
+            _knock(self._address, timeout=_ASK_SECONDS)
+        except OSError as error:
+            if self._away_since is None:
+                self._away_since = now
+            if now - self._away_since > _HEAD_SECONDS:
+                raise CrewError(
+                    f"the head of the Ray cluster at {self._address} has been away for "
+                    f"{now - self._away_since:.0f} s ({error}); start it again, or another "
+                    "cluster, then resume"
+                ) from None
+        else:
+            self._away_since = None

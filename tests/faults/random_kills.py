@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import random
@@ -74,9 +75,13 @@ class Fleet:
         self.cluster.remove_node(node, allow_graceful=False)
         return True
 
-    def kill_worker(self, rng: random.Random) -> bool:
+    def workers(self) -> list[int]:
+        """Process ids of this cluster's workers, and of no other's."""
         raylets = {info.process.pid for node in self.nodes for info in node.all_processes["raylet"]}
-        workers = sorted(pid for pid in _actors() if _parent(pid) in raylets)
+        return sorted(pid for pid in _actors() if _parent(pid) in raylets)
+
+    def kill_worker(self, rng: random.Random) -> bool:
+        workers = self.workers()
         if not workers:
             return False
         os.kill(rng.choice(workers), signal.SIGKILL)
@@ -113,6 +118,7 @@ def fleet() -> Iterator[Fleet]:
         yield found
     finally:
         cluster.shutdown()
+        gc.collect()  # Ray leaves sockets to the collector, which warns whoever is there then
 
 
 @contextlib.contextmanager

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import yaml
 
 import pipeline.cluster
 from pipeline.cluster import RayCrew, joined
@@ -16,9 +19,9 @@ from pipeline.planned_run import claim_run
 from pipeline.resources import Resources, choose_resources
 from pipeline.run import Step, quantize
 from pipeline.storage.object_store import open_store
-from tests.faults.random_kills import Fleet, fleet
+from tests.faults.random_kills import Fleet, fleet, left, start
 from tests.integration.ray_cluster import serve_ray
-from tests.pipeline.tiny_runs import NUM_BLOCKS, lasting, planned, source
+from tests.pipeline.tiny_runs import NUM_BLOCKS, lasting, planned, recipe, source
 
 pytestmark = [
     pytest.mark.slow,
@@ -134,3 +137,35 @@ def test_nodes_that_come_late_are_waited_for_and_no_longer(
         monkeypatch.delenv("QUANTFLEET_NODE_PATIENCE")
         with pytest.raises(CrewError, match="do not fit"):
             choose_resources(3, 1, device="cpu")
+
+
+def test_a_cluster_without_its_head_is_given_up_in_order_and_the_run_resumes_on_another(
+    tmp_path: Path,
+) -> None:
+    """Workers are stopped too: else so small a run ends well without a head."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe("gptq").to_dict()))
+    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+    log = tmp_path / "drivers.log"
+    with fleet() as nodes:
+        assert start(tmp_path, whole, nodes.address).wait() == 0
+        log.unlink()
+        driver = start(tmp_path, cut, nodes.address)
+        store = open_store(cut)
+        while not any(store.list("records/")):
+            time.sleep(0.05)
+        workers = nodes.workers()
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)
+        [head] = nodes.cluster.head_node.all_processes["gcs_server"]
+        head.process.kill()
+        head.process.wait()
+        try:
+            assert driver.wait(120) == 3
+        finally:
+            for worker in workers:
+                os.kill(worker, signal.SIGKILL)
+    assert "the head of the Ray cluster at" in log.read_text()
+    assert f"quantfleet resume {cut}" in log.read_text()
+    with fleet() as others:
+        assert start(tmp_path, cut, others.address).wait() == 0
+    assert left(cut) == left(whole)
