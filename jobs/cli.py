@@ -41,7 +41,7 @@ app = typer.Typer(
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 _Address = Annotated[
     str | None,
-    typer.Option(help="Ray cluster to join, such as auto or ray://head:10001; default: start one."),
+    typer.Option(help="Ray cluster to join, such as auto or 10.0.0.5:6379; default: start one."),
 ]
 _Workers = Annotated[
     int | None, typer.Option(min=1, help="Workers; default: one a node, or one a GPU.")

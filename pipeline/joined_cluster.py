@@ -27,8 +27,13 @@ def joined(address: str | None, wanted_cpus: int | None = None) -> Iterator[None
         wanted_cpus: logical CPUs of a cluster that is started; None for what the machine has.
 
     Raises:
-        CrewError: there is no cluster at the address.
+        CrewError: there is no cluster at the address, or it is a Ray Client's.
     """
+    if address is not None and address.startswith("ray://"):
+        raise CrewError(
+            f"{address}: a Ray Client cannot drive a run; on a machine of the cluster say "
+            "--address auto, from elsewhere send the run as a job with quantfleet submit"
+        )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Of calls that are given up; what matters is asked for.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
@@ -73,7 +78,7 @@ def _check_that_somebody_listens(address: str) -> None:
 
 
 def _knock(address: str, timeout: float) -> None:
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     socket.create_connection((host.strip("[]"), int(port)), timeout=timeout).close()
 
 
