@@ -108,10 +108,11 @@ class RayCrew:
         rounds = repeats = 0
         heard = asked = time.monotonic()
         while True:
+            # Also where answers come quickly: Ray does not wait for a slow one to end this process.
+            self._head.check()
             goes_on = self._calls.wait(wanted, _LOOK_SECONDS)
             if all(call.state == "answered" for call in wanted):
                 return
-            self._head.check()
             if goes_on:
                 rounds = repeats = 0
             lost = self._calls.in_state("lost")
