@@ -157,7 +157,8 @@ class RayCrew:
     def seconds(self) -> dict[str, float]:
         total: Counter[str] = Counter()
         # What a lost worker had counted is lost with it.
-        for counted in answers_of(self._actors, "take_seconds").values():
+        for place, (token, counted) in answers_of(self._actors, "take_seconds").items():
+            self._tokens.setdefault(place, token)
             total.update(counted)
         return dict(total)
 
@@ -244,8 +245,9 @@ class _Actor:
             with self._counting:
                 self._num_calls -= 1
 
-    def take_seconds(self) -> Mapping[str, float]:
-        return {} if self._timed is None else self._timed.take_seconds()
+    def take_seconds(self) -> tuple[str, Mapping[str, float]]:
+        """Who this is, and what it counted."""
+        return self._token, {} if self._timed is None else self._timed.take_seconds()
 
     def _worker(self) -> TimedWorker:
         """Made by the first call: what fails here reaches the driver, as an actor's end does not.

@@ -11,8 +11,6 @@ import ray
 from ray import exceptions
 
 from pipeline.calls import Call, LostCallError, OpenCalls, answers_of, result_of
-from pipeline.joined_cluster import joined
-from tests.integration.ray_cluster import RunningCluster, quiet_environment
 
 
 class Counter:
@@ -42,15 +40,6 @@ class Counter:
 
     def given(self) -> list[int]:
         return self._given
-
-
-@pytest.fixture(scope="module")
-def driver(cluster: RunningCluster) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in quiet_environment().items():
-            patch.setenv(name, value)
-        with joined(cluster.address):
-            yield
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.cluster import RayCrew, joined
+from pipeline.cluster import RayCrew
 from pipeline.crew import CrewError
 from pipeline.errors import SourceError
 from pipeline.planned_run import claim_run, plan_run
@@ -37,16 +37,6 @@ atexit.register(lambda: told.write_text(" ".join(sorted(heavy & set(sys.modules)
 from jobs.cli import main
 main()
 """
-
-
-@pytest.fixture(scope="module")
-def driver(cluster: RunningCluster) -> Iterator[None]:
-    """This process, joined to the cluster."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in quiet_environment().items():
-            patch.setenv(name, value)
-        with joined(cluster.address):
-            yield
 
 
 @contextmanager
@@ -105,9 +95,7 @@ def test_any_workers_leave_the_same_bytes_though_one_is_killed(
     assert lasting(store) == of_one_worker
     committed = [step.part for step in steps if step.event == "committed"]
     assert sorted(set(committed)) == committed == list(range(NUM_BLOCKS + 1))
-    # Before block 0 nobody holds a shard, and what was asked is only asked again.
-    if killed_after != 0:
-        assert any(step.event == "lost" for step in steps) == (killed_after is not None)
+    assert any(step.event == "lost" for step in steps) == (killed_after is not None)
 
 
 @pytest.mark.usefixtures("driver")
