@@ -16,7 +16,7 @@ from jobs.catalog.entries import CatalogFile, Model, Settings
 from pipeline.calibration.given_files import read_given_file
 from pipeline.errors import PipelineError, RecipeError, StorageError
 from pipeline.recipe.marked_yaml import MAX_BYTES, MarkedYaml, Place, read_yaml
-from pipeline.recipe.mistakes import describe_mistake
+from pipeline.recipe.mistakes import describe_mistake, in_turn
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.recipe_file import load_recipe, recipe_from_dict
 from pipeline.storage.object_store import open_store
@@ -97,7 +97,7 @@ def parse_catalog(text: str, *, where: str, folder: Path | None) -> Catalog:
     except ValidationError as invalid:
         errors = sorted(
             filter(_counts(invalid.errors()), invalid.errors()),
-            key=lambda error: document.line_of(error["loc"]),
+            key=lambda error: in_turn(error, document.line_of(error["loc"])),
         )
         more = f" ({len(errors) - 1} more after it)" if len(errors) > 1 else ""
         mistake = describe_mistake(errors[0], CatalogFile)

@@ -8,6 +8,11 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 
+def in_turn(error: ErrorDetails, line: int) -> tuple[bool, int]:
+    """To sort mistakes by: lines, but what is missing last, as it may stand there misspelled."""
+    return error["type"] == "missing", line
+
+
 def describe_mistake(error: ErrorDetails, model: type[BaseModel]) -> str:
     """Say which value is wrong, what was given and what is right, in one line.
 

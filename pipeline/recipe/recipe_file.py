@@ -12,7 +12,7 @@ from pipeline.calibration.given_files import read_given_file
 from pipeline.errors import RecipeError
 from pipeline.recipe.builtin_recipes import builtin_recipes
 from pipeline.recipe.marked_yaml import MAX_BYTES, MarkedYaml, Place, read_yaml
-from pipeline.recipe.mistakes import describe_mistake
+from pipeline.recipe.mistakes import describe_mistake, in_turn
 from pipeline.recipe.recipe import Recipe
 
 
@@ -58,7 +58,7 @@ def parse_recipe(text: str, *, where: str) -> Recipe:
     try:
         return Recipe.model_validate(document.values)
     except ValidationError as invalid:
-        errors = sorted(invalid.errors(), key=lambda error: _line(error, document))
+        errors = sorted(invalid.errors(), key=lambda error: in_turn(error, _line(error, document)))
         line = _line(errors[0], document)
         raise RecipeError(f"{where}:{line}: {_first_of(errors)}") from None
 

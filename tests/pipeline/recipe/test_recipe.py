@@ -201,6 +201,7 @@ def test_a_huge_file_is_refused_unread(tmp_path):
 CALIBRATED = "name: a\nscheme: {mode: gptq}\ncalibration:\n  texts: [a.txt]\n"
 MISTAKES = {
     "unknown key": ("name: a\nscheme: {mode: int8}\nscheem: 1\n", 3, "unknown key scheem; the"),
+    "misspelled key": ("name: a\nschem: {mode: int8}\n", 2, "unknown key schem; the"),
     "missing name": ("scheme: {mode: int8}\n", 1, "name is missing; add it"),
     "missing scheme": ("name: a\n", 1, "scheme is missing; add it"),
     "name of another type": ("name: 3\nscheme: null\n", 1, "name must be text, got 3; put it"),
