@@ -182,8 +182,19 @@ def _outcome(handle: Any) -> tuple[Any, Exception | None]:
             cause = cause.cause
         return None, LostCallError(type(cause).__name__) if isinstance(cause, _LOST) else cause
     except _LOST as error:
+        if isinstance(error, exceptions.RayActorError) and error.actor_init_failed:
+            return None, _not_started(error)
         return None, LostCallError(type(error).__name__)
     except exceptions.RayError as error:
         reason = " ".join(str(error).split())[:300]
         text = f"the Ray cluster failed ({type(error).__name__}: {reason}); check it, then resume"
         return None, CrewError(text)
+
+
+def _not_started(error: exceptions.RayActorError) -> CrewError:
+    """Of an actor whose constructor failed: Ray does not start it again."""
+    reason = str(error).strip().splitlines()[-1].strip()[:300]
+    return CrewError(
+        f"a worker cannot start ({reason}); check that quantfleet is installed alike on all nodes "
+        "of the cluster, then resume"
+    )

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -63,7 +64,10 @@ class RayCrew:
             "runtime_env": {"env_vars": worker_environment(resources)},
         }
         actor: Any = ray.remote(**options)(_Actor)
-        self._all: list[Any] = [actor.remote(source_url, run_url) for _ in range(resources.workers)]
+        here = str(Path.cwd())
+        self._all: list[Any] = [
+            actor.remote(source_url, run_url, here) for _ in range(resources.workers)
+        ]
         self._actors = list(self._all)
         self._calls = OpenCalls()
         self._head = Head()
@@ -209,9 +213,13 @@ def _roll_call(actors: Sequence[Any]) -> dict[int, tuple[str, bool]]:
 class _Actor:
     """A worker in a process of its own. The driver that defines it stays free of JAX."""
 
-    def __init__(self, source_url: str, run_url: str) -> None:
+    def __init__(self, source_url: str, run_url: str, folder: str) -> None:
         import keras
 
+        # Paths of texts are meant from where the user is. On another machine that may be nowhere,
+        # and then a text that is not found is named.
+        with contextlib.suppress(OSError):
+            os.chdir(folder)
         # What takes long is done before the first call.
         importlib.import_module("pipeline.compute.worker")
         if keras.backend.backend() != "jax":

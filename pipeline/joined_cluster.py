@@ -7,12 +7,14 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from pipeline.crew import CrewError
 
+_CODE = Path(__file__).parents[1]
 _ASK_SECONDS = 5.0
 _HEAD_SECONDS = 30.0
 """How long a head may be away. After twice that, Ray ends this process without a word of ours."""
@@ -51,7 +53,10 @@ def joined(address: str | None, wanted_cpus: int | None = None) -> Iterator[None
         _check_that_somebody_listens(address)
         options |= {"address": address}
     try:
-        ray.init(**options)
+        # Ray puts this folder before all others that workers import from. Were it the caller's, a
+        # folder of theirs named "pipeline" would be taken for this package.
+        with contextlib.chdir(_CODE):
+            ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
         reason = " ".join(str(error).split())
         raise CrewError(

@@ -22,7 +22,7 @@ from pipeline.commits import commit_part, committed_file
 from pipeline.compute import input_sums
 from pipeline.compute.comparison import compare
 from pipeline.compute.forward import BlockProgram
-from pipeline.compute.free_memory import hand_back
+from pipeline.compute.free_memory import FreedMemory
 from pipeline.compute.input_sums import Sums
 from pipeline.compute.made_part import make_part
 from pipeline.compute.model_state import ModelState, in_order
@@ -52,6 +52,7 @@ class Worker:
         self._store = open_store(run_url)
         self._model = ModelState(self._plan, source_url)
         self._shards = Shards()
+        self._freed = FreedMemory()
 
     def read(self, part: int) -> dict[str, NDArray[Any]]:
         """The source's arrays of one part, by variable path."""
@@ -231,7 +232,7 @@ class Worker:
         for index in shards:
             for batch in self._shards.leaving(index, block):
                 batch.leave(self._program(block, batch), weights)
-        hand_back()
+        self._freed.limit()
 
     def _program(self, block: int, batch: Batch) -> BlockProgram:
         return self._model.program(self._model.graph.blocks[block], batch.stream, batch.sides)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import pipeline.cluster
 from pipeline.cluster import RayCrew
 from pipeline.crew import CrewError
 from pipeline.errors import SourceError
@@ -125,6 +126,16 @@ def test_a_worker_that_cannot_be_made_says_why_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("driver")
+def test_a_worker_that_cannot_start_says_why_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.cluster, "worker_environment", lambda _: {"KERAS_BACKEND": "no"})
+    crew = RayCrew(Resources(workers=1, threads=1), str(source()), str(tmp_path / "run"))
+    with pytest.raises(CrewError, match=r"a worker cannot start \(.*no.*\); check .* all nodes"):
+        plan_run(crew, str(source()), recipe("int8"), 1)
+
+
+@pytest.mark.usefixtures("driver")
 def test_resources_are_those_of_the_cluster() -> None:
     assert choose_resources(None, None, device="auto") == Resources(workers=1, threads=NUM_CPUS)
     assert choose_resources(2, None, device="cpu") == Resources(workers=2, threads=NUM_CPUS // 2)
@@ -149,13 +160,14 @@ class Outcome:
     imported: str
 
 
-def call(folder: Path, *arguments: object, **environment: str) -> Outcome:
+def call(folder: Path, *arguments: object, where: Path = ROOT, **environment: str) -> Outcome:
     told = folder / "imported"
     finished = subprocess.run(
-        [sys.executable, "-c", _COMMAND, told, *map(str, arguments)],
+        # -P: what is installed, as for a command, and not what lies in the current folder.
+        [sys.executable, "-P", "-c", _COMMAND, told, *map(str, arguments)],
         capture_output=True,
         text=True,
-        cwd=ROOT,
+        cwd=where,
         env=quiet_environment() | environment,
         timeout=240,
     )
@@ -242,6 +254,31 @@ def test_a_mistake_is_one_line_from_a_cluster_too(cluster: RunningCluster, tmp_p
     assert outcome.err.splitlines()[-1].startswith("quantfleet: /nowhere: no config.json")
     assert "Traceback" not in outcome.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_user_s_own_folders_are_not_taken_for_ours_and_paths_are_theirs(tmp_path: Path) -> None:
+    for name in ("jobs", "pipeline", "quantizer"):
+        package = tmp_path / name
+        package.mkdir()
+        (package / "__init__.py").write_text("raise ImportError('not ours')")
+    (tmp_path / "mine.txt").write_bytes(Path(text_file()).read_bytes())
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump(recipe("gptq").to_dict() | {"name": "mine"})
+    )
+    given = ("--recipe", "recipe.yaml", "--texts", "mine.txt", "--output", "out")
+    outcome = call(
+        tmp_path,
+        "quantize",
+        source(),
+        *given,
+        "--threads",
+        1,
+        "--dry-run",
+        "--json",
+        where=tmp_path,
+    )
+    assert outcome.status == 0, outcome.err
+    assert "plan_digest" in json.loads(outcome.out)
 
 
 def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
