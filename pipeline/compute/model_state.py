@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import keras
 import numpy as np
 from numpy.typing import NDArray
 
@@ -107,6 +108,11 @@ class ModelState:
         graph = self.graph
         found = graph.rest_targets if part == 0 else graph.blocks[part - 1].targets
         return {target.path: target for target in found}
+
+    @property
+    def scale_dtype(self) -> str:
+        """In which the scales of most layers are stored: that of their weights."""
+        return str(keras.DTypePolicy(self._base).variable_dtype)
 
     def read(self, part: int) -> dict[str, NDArray[Any]]:
         """The source's arrays of one part, by variable path; part 0 is what no block holds.

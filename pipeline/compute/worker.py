@@ -21,6 +21,7 @@ from pipeline.calibration.token_windows import TokenWindows
 from pipeline.commits import commit_part, committed_file
 from pipeline.compute import input_sums
 from pipeline.compute.comparison import compare
+from pipeline.compute.compiling import CompiledAhead
 from pipeline.compute.forward import BlockProgram
 from pipeline.compute.free_memory import FreedMemory
 from pipeline.compute.input_sums import Sums
@@ -53,6 +54,7 @@ class Worker:
         self._model = ModelState(self._plan, source_url)
         self._shards = Shards()
         self._freed = FreedMemory()
+        self._compiled = CompiledAhead(plan, self._model.targets, self._model.scale_dtype)
 
     def read(self, part: int) -> dict[str, NDArray[Any]]:
         """The source's arrays of one part, by variable path."""
@@ -130,6 +132,7 @@ class Worker:
         """Quantize some of a part's layers: those of one input, or those that need none."""
         layers = {layer.path: layer for layer in self._plan.parts[part].layers}
         chosen: list[LayerPlan] = [layers[path] for path in paths]
+        self._compiled.await_for(chosen)
         return solve_layers(self._model.targets(part), chosen, values, sums)
 
     def solve_slices(
@@ -138,6 +141,7 @@ class Worker:
         """Quantize some row slices of some of a part's layers of one input, by path."""
         layers = {layer.path: layer for layer in self._plan.parts[part].layers}
         targets = self._model.targets(part)
+        self._compiled.await_for([layers[path] for path in slices])
         return {
             path: solve_some(targets[path], layers[path], values, sums, numbers)
             for path, numbers in slices.items()
