@@ -21,6 +21,18 @@ settings.register_profile("quantfleet", settings.default, deadline=None)
 settings.load_profile("quantfleet")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Programs that this process has compiled, kept apart from other processes'.
+
+    Many tests trace the same ones anew; of what they compile, a sixth was compiled before.
+    """
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
 @pytest.fixture(scope="session")
 def s3() -> Iterator["S3Server"]:
     """One object store for all tests that need no more of it than a bucket."""
