@@ -216,10 +216,9 @@ class _Actor:
     def __init__(self, source_url: str, run_url: str, folder: str) -> None:
         import keras
 
-        # Paths of texts are meant from where the user is. On another machine that may be nowhere,
-        # and then a text that is not found is named.
-        with contextlib.suppress(OSError):
-            os.chdir(folder)
+        # Paths of texts are meant from where the user is. On a machine without that folder they
+        # must not be found somewhere else by chance: then they are named as missing.
+        os.chdir(folder if Path(folder).is_dir() else "/")
         # What takes long is done before the first call.
         importlib.import_module("pipeline.compute.worker")
         if keras.backend.backend() != "jax":

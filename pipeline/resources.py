@@ -102,9 +102,9 @@ def worker_environment(resources: Resources) -> dict[str, str]:
         # glibc would keep what each thread has freed apart from the others.
         "MALLOC_ARENA_MAX": "1",
         # Large pages where the kernel has them: a worker touches gigabytes anew, and on a virtual
-        # machine a page fault is slow.
+        # machine a page fault is slow. Of two settings the last counts: the user's.
         "GLIBC_TUNABLES": ":".join(
-            filter(None, (os.environ.get("GLIBC_TUNABLES"), "glibc.malloc.hugetlb=1"))
+            filter(None, ("glibc.malloc.hugetlb=1", os.environ.get("GLIBC_TUNABLES")))
         ),
     }
     if not resources.gpus:

@@ -21,24 +21,30 @@ class CompiledAhead:
     def __init__(
         self, plan: Plan, targets: Callable[[int], Mapping[str, Target]], scale_dtype: str
     ) -> None:
-        """Begin.
+        """Nothing is compiled yet.
 
         Args:
             targets: the layers of a part, by path.
             scale_dtype: in which most scales will be stored; others are compiled when needed.
         """
+        self._plan, self._targets, self._scale_dtype = plan, targets, scale_dtype
         self._begun: dict[_Kind, Future[None]] = {}
+
+    def begin(self) -> None:
+        """Where blocks are to be solved soon; evaluating a result needs none of it."""
+        if self._begun:
+            return
         pool = ThreadPoolExecutor(1, thread_name_prefix="compiling")
-        for part, layer in _in_order(plan):
+        for part, layer in _in_order(self._plan):
             kind = _kind(layer)
             scheme = None if layer.scheme is None else scheme_from_dict(layer.scheme)
             if not isinstance(scheme, GPTQScheme) or kind in self._begun:
                 continue
             # Kernels that Keras groups otherwise are solved in slices that hang on their layout.
-            if kernel_layout(targets(part)[layer.path].layer).keras_rows_are_inputs:
+            if kernel_layout(self._targets(part)[layer.path].layer).keras_rows_are_inputs:
                 shape = layer.out_features, layer.in_features
                 self._begun[kind] = pool.submit(
-                    compile_solver, *shape, scheme, scale_dtype=scale_dtype
+                    compile_solver, *shape, scheme, scale_dtype=self._scale_dtype
                 )
         pool.shutdown(wait=False)
 

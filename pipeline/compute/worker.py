@@ -66,6 +66,7 @@ class Worker:
         Args:
             start: the block before which stored activations are to be used; 0 for none.
         """
+        self._compiled.begin()
         missing = [index for index in shards if not self._shards.stand_in(index, block)]
         for index in shards:
             if index not in missing:
@@ -184,6 +185,7 @@ class Worker:
 
     def quantize_alone(self, part: int) -> PartRecord:
         """Read, solve and commit a part whose layers need no calibration."""
+        self._compiled.begin()
         values = self._model.read(part)
         paths = [layer.path for layer in self._plan.parts[part].layers if layer.scheme]
         return self.commit(part, "", values, self.solve(part, paths, values, None))

@@ -10,11 +10,16 @@ import pytest
 from pipeline.compute import compiling
 from pipeline.compute.compiling import CompiledAhead
 from pipeline.plan import Plan
-from tests.pipeline.tiny_runs import model_state, planned, source
+from pipeline.planned_run import claim_run
+from pipeline.storage.object_store import open_store
+from tests.pipeline.tiny_runs import QuickWorker, model_state, planned, source
 
 
 def ahead(plan: Plan) -> CompiledAhead:
-    return CompiledAhead(plan, model_state(plan.to_json(), str(source())).targets, "float32")
+    found = CompiledAhead(plan, model_state(plan.to_json(), str(source())).targets, "float32")
+    found.begin()
+    found.begin()  # as after a loss
+    return found
 
 
 def test_every_shape_is_compiled_once_in_the_order_of_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,6 +49,21 @@ def test_nothing_is_compiled_for_schemes_without_gptq(monkeypatch: pytest.Monkey
     monkeypatch.setattr(compiling, "compile_solver", lambda *args, **options: pytest.fail("called"))
     plan = planned("int8").plan
     ahead(plan).await_for(plan.parts[1].layers)
+
+
+def test_a_worker_that_only_evaluates_compiles_no_solver(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr(compiling, "compile_solver", lambda *args, **options: called.append(args))
+    store = open_store("memory://test-compiling")
+    given = planned("gptq")
+    assert given.windows is not None
+    claim_run(store, given.plan, given.windows.to_bytes())
+    worker = QuickWorker(given.plan, str(source()), store.root_url)
+    assert worker.read(1)
+    assert not worker._compiled._begun
+    worker.restore(0, [0], 0)
+    worker._compiled.await_for(given.plan.parts[1].layers)
+    assert called
 
 
 def test_it_goes_on_aside_and_what_fails_is_told_to_who_waits(
