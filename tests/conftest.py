@@ -25,7 +25,7 @@ settings.load_profile("quantfleet")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Programs that this process has compiled, kept apart from other processes'.
 
-    Many tests trace the same ones anew; of what they compile, a sixth was compiled before.
+    Many tests trace anew what others have traced; then they need not compile it again.
     """
     import jax
 
