@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,7 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
     """
     skeleton = build_skeleton(preset)
     graph = find_blocks(skeleton)
-    source = open_source(preset)
+    source = open_source(preset, skeleton)
     own = {id(layer) for layer in skeleton.backbone._flatten_layers()}
     chosen = {
         target.path: _scheme_of(target, recipe, in_block=False)
@@ -81,7 +82,11 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
         # What cannot be written at the end is refused at the beginning.
         converted_files(preset, skeleton)
     needs = any(statistics_of(scheme) for scheme, _ in chosen.values())
-    windows = _windows(preset, skeleton, recipe) if needs else None
+    # Reading and hashing leave a core to the tokenizer.
+    with ThreadPoolExecutor(1) as beside:
+        reading = beside.submit(_digests, source, graph)
+        windows = _windows(preset, skeleton, recipe) if needs else None
+        digests = reading.result()
     tokens = None if windows is None else _tokens_plan(windows)
     plan = Plan(
         source_url=preset.url,
@@ -90,7 +95,7 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
         task=_task_name(skeleton, preset, policies),
         recipe=recipe.to_dict(),
         tokens=tokens,
-        parts=_parts(skeleton, graph, source, chosen, tokens),
+        parts=_parts(skeleton, graph, digests, chosen, tokens),
         machine=machine(threads),
         versions=versions(),
         policies=policies,
@@ -214,10 +219,16 @@ def _tokens_plan(windows: TokenWindows) -> TokensPlan:
     )
 
 
+def _digests(source: Source, graph: BlockGraph) -> list[str]:
+    """Of the values of what no block holds, and of each block's."""
+    rest = values_digest(source.read(source.rest_paths(graph)))
+    return [rest, *(values_digest(source.read_layer(block.layer)) for block in graph.blocks)]
+
+
 def _parts(
     skeleton: Skeleton,
     graph: BlockGraph,
-    source: Source,
+    digests: Sequence[str],
     chosen: Mapping[str, tuple[Scheme | None, str]],
     tokens: TokensPlan | None,
 ) -> tuple[PartPlan, ...]:
@@ -228,7 +239,7 @@ def _parts(
             part=0,
             name="rest",
             source_bytes=_num_bytes(rest),
-            source_sha256=values_digest(source.read(source.rest_paths(graph))),
+            source_sha256=digests[0],
             layers=(
                 *_layer_plans(graph.rest_targets, chosen),
                 *(_left(u.path, u.reason) for u in graph.rest_unsupported),
@@ -246,7 +257,7 @@ def _parts(
                 part=block.index + 1,
                 name=block.name,
                 source_bytes=_num_bytes(block.layer.weights),
-                source_sha256=values_digest(source.read_layer(block.layer)),
+                source_sha256=digests[block.index + 1],
                 layers=(
                     *_layer_plans(block.targets, chosen),
                     *(_left(u.path, u.reason) for u in block.unsupported),

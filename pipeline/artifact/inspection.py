@@ -11,7 +11,6 @@ from pathlib import Path
 
 from pipeline.artifact.parts import INDEX_FILE, cut_parts, decode_part, weights_index
 from pipeline.artifact.shard_file import read_shard
-from pipeline.artifact.weight_layout import weight_layout
 from pipeline.errors import ArtifactError
 from pipeline.source.blocks import find_blocks
 from pipeline.source.preset import read_preset
@@ -40,7 +39,7 @@ def inspect_artifact(folder: Path) -> None:
             raise ArtifactError(f"{folder}/{name}: {error}") from error
     skeleton = build_skeleton(preset)
     blocks = [block.layer for block in find_blocks(skeleton).blocks]
-    parts = cut_parts(weight_layout(skeleton.backbone), blocks)
+    parts = cut_parts(skeleton.stored, blocks)
     if preset.json_files.get(INDEX_FILE) != weights_index(parts):
         raise ArtifactError(f"{folder}/{INDEX_FILE}: not the index of this model's files")
     known = {part.file for part in parts} | {_TASK_WEIGHTS}

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from pipeline.artifact.parts import INDEX_FILE, Part, cut_parts, decode_part
 from pipeline.artifact.preset_json import base_policy, policy_map
-from pipeline.artifact.weight_layout import weight_layout
 from pipeline.compute.forward import BlockProgram, call_with
 from pipeline.compute.inputs import model_inputs
 from pipeline.compute.solving import Values
@@ -86,8 +85,9 @@ class ModelState:
     def parts(self) -> tuple[Part, ...]:
         """What each file of the artifact holds."""
         quantized = self._quantized(self._base)
-        layers = [block.layer for block in find_blocks(quantized).blocks]
-        parts = cut_parts(weight_layout(quantized.backbone), layers)
+        # Named alike in every skeleton of one preset; to find the blocks again takes long.
+        layers = [quantized.backbone.get_layer(block.name) for block in self.graph.blocks]
+        parts = cut_parts(quantized.stored, layers)
         del quantized, layers
         # Layers know each other in circles: they would lie about for the rest of a run.
         gc.collect()

@@ -16,7 +16,6 @@ from jax import Array
 from numpy.typing import NDArray
 
 from pipeline.artifact.parts import decode_part
-from pipeline.artifact.weight_layout import weight_layout
 from pipeline.commits import committed_file
 from pipeline.compute.inputs import model_inputs, text_inputs
 from pipeline.compute.model_state import ModelState
@@ -111,7 +110,7 @@ def artifact_model(model: ModelState, store: ObjectStore) -> StreamedModel:
         mode = getattr(layer, "quantization_mode", None)
         if mode in ("gptq", "awq"):
             setattr(layer, f"is_{mode}_calibrated", True)
-    own = {stored.place: stored.variable for stored in weight_layout(skeleton.backbone)}
+    own = {stored.place: stored.variable for stored in skeleton.stored}
     of_backbone = {id(variable) for variable in skeleton.backbone.variables}
     rest_of_task = {str(v.path): v for v in skeleton.model.variables if id(v) not in of_backbone}
 

@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.artifact.weight_layout import StoredVariable, weight_layout
+from pipeline.artifact.weight_layout import StoredVariable
 from pipeline.errors import PipelineError, SourceError
 from pipeline.source.preset import PresetFiles
 from pipeline.source.ranged_file import Meter, RangedFile
@@ -90,19 +90,17 @@ class Hdf5Weights:
 
     @cached_property
     def _places(self) -> dict[str, _Place]:
-        backbone, task = self.skeleton.backbone, self.skeleton.task
         shards = self._shards()
         places = {}
-        for stored in weight_layout(backbone):
+        for stored in self.skeleton.stored:
             files = shards.get(f"/{stored.group}") if shards else (_SINGLE,)
             if files is None:
                 raise SourceError(
                     f"{self.preset.url}/{_MAP}: /{stored.group} is missing from its weight_map"
                 )
             places[str(stored.variable.path)] = _Place(stored, files)
-        if task is not None:
-            for stored in weight_layout(task, skip=list(backbone._flatten_layers())):
-                places.setdefault(str(stored.variable.path), _Place(stored, (_TASK,)))
+        for stored in self.skeleton.stored_by_task:
+            places.setdefault(str(stored.variable.path), _Place(stored, (_TASK,)))
         return places
 
     def _shards(self) -> Mapping[str, tuple[str, ...]] | None:

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import keras
@@ -17,6 +18,7 @@ import keras_hub
 import numpy as np
 from keras.src.backend.common import global_state
 
+from pipeline.artifact.weight_layout import StoredVariable, weight_layout
 from pipeline.errors import SourceError
 from pipeline.source.huggingface import convert_config
 from pipeline.source.preset import PresetFiles, read_preset
@@ -51,6 +53,18 @@ class Skeleton:
     def model(self) -> Any:
         """The task, or the backbone where there is none."""
         return self.backbone if self.task is None else self.task
+
+    @cached_property
+    def stored(self) -> tuple[StoredVariable, ...]:
+        """The backbone's variables that a weights file holds."""
+        return weight_layout(self.backbone)
+
+    @cached_property
+    def stored_by_task(self) -> tuple[StoredVariable, ...]:
+        """Those that a task's own weights file holds, beside its backbone's."""
+        if self.task is None:
+            return ()
+        return weight_layout(self.task, skip=list(self.backbone._flatten_layers()))
 
 
 def build_skeleton(

@@ -13,7 +13,6 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.artifact.weight_layout import weight_layout
 from pipeline.errors import SourceError
 from pipeline.source.blocks import BlockGraph
 from pipeline.source.hdf5_source import Hdf5Weights
@@ -50,10 +49,7 @@ class Source:
     @cached_property
     def paths(self) -> tuple[str, ...]:
         """Paths of all stored variables, each once, in the order of Keras' saver."""
-        backbone, task = self.skeleton.backbone, self.skeleton.task
-        stored = list(weight_layout(backbone))
-        if task is not None:
-            stored += weight_layout(task, skip=list(backbone._flatten_layers()))
+        stored = (*self.skeleton.stored, *self.skeleton.stored_by_task)
         paths = [str(variable.variable.path) for variable in stored]
         repeated = sorted({path for path in paths if paths.count(path) > 1})
         if repeated:

@@ -4,6 +4,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
+from keras.src.backend.common import global_state
 
 from pipeline.artifact.weight_layout import weight_layout
 from pipeline.source.skeleton import build_skeleton, read_preset
@@ -114,3 +115,32 @@ def test_bytes_are_counted_as_they_lie_in_memory():
     layers = [keras.layers.Dense(3, dtype="bfloat16"), keras.layers.Dense(5, dtype="float32")]
     model = keras.Sequential([keras.Input((4,)), *layers], name="model")
     assert sum(variable.num_bytes for variable in weight_layout(model)) == 2 * 15 + 4 * 20
+
+
+def test_the_walk_leaves_keras_global_state_as_it_was():
+    name = "saving_attr_skiplist_Layer"
+    weight_layout(quantized_layers())
+    assert global_state.get_global_attribute(name) is None
+    global_state.set_global_attribute(name, {"kept"})
+    try:
+        weight_layout(quantized_layers())
+        assert global_state.get_global_attribute(name) == {"kept"}
+    finally:
+        global_state.set_global_attribute(name, None)
+
+
+def test_keras_is_asked_only_once_which_attributes_of_a_layer_it_passes_over(monkeypatch):
+    model = keras.Sequential(
+        [keras.Input((4,)), *(keras.layers.Dense(4) for _ in range(30))], name="model"
+    )
+    built = 0
+    original = keras.layers.Layer.__init__
+
+    def counting(self, **options):
+        nonlocal built
+        built += 1
+        original(self, **options)
+
+    monkeypatch.setattr(keras.layers.Layer, "__init__", counting)
+    assert len(weight_layout(model)) == 60
+    assert built <= 4  # one for each kind of object
