@@ -32,8 +32,6 @@ _GRAM_COPIES = 6
 _LAYER_COPIES = 4
 _SCORE_COPIES = 2
 _HEAD_FEATURES = 64
-# Micro-batches that are inside a layer at a time.
-_BATCHES_AT_ONCE = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +109,7 @@ def _worker_bytes(plan: Plan, workers: int) -> int:
         + _PROGRAMS_BYTES
         + weights
         + max(solve, _gram_bytes(plan, num_shards))
-        + (activations + _BATCHES_AT_ONCE * max(layer, scores)) * _FLOAT_BYTES
+        + (activations + max(layer, scores)) * _FLOAT_BYTES
     )
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from threading import Lock
 from typing import Any
 
 import jax
@@ -25,9 +23,6 @@ class Stage:
         """
         self._reads = tuple(reads)
         self._run = jax.jit(jaxpr_as_fun(ClosedJaxpr(program, list(constants))))
-        # Of threads that come at once, one compiles.
-        self._compiling = Lock()
-        self._is_compiled = False
 
     def __call__(
         self, values: Sequence[Any], live: Sequence[Any]
@@ -38,9 +33,7 @@ class Stage:
             values: all that the whole program takes.
             live: its inputs, or what the stage before left.
         """
-        with contextlib.nullcontext() if self._is_compiled else self._compiling:
-            result, *left = self._run(*(values[i] for i in self._reads), *live)
-            self._is_compiled = True
+        result, *left = self._run(*(values[i] for i in self._reads), *live)
         return result, tuple(left)
 
 

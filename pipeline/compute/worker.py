@@ -7,7 +7,6 @@ Ray: `pipeline.cluster` makes actors of it.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,7 +27,6 @@ from pipeline.compute.free_memory import FreedMemory
 from pipeline.compute.input_sums import Sums
 from pipeline.compute.made_part import make_part
 from pipeline.compute.model_state import ModelState, in_order
-from pipeline.compute.overlapped import overlapped
 from pipeline.compute.shards import Batch, LostShardError, Shards
 from pipeline.compute.solving import (
     SolvedLayer,
@@ -106,16 +104,14 @@ class Worker:
             solved: the results of all groups before, and of layers that needed no calibration.
         """
         weights = self._weights(block, values, solved)
-        held = {index: self._shards.inside(index, block) for index in subtree.leaves}
-        batches = [batch for shard in held.values() for batch in shard]
-        program = self._program(block, batches[0])
-        group = program.groups[stage]
-        entering = overlapped(lambda b: b.pass_through(program, stage, weights), batches)
 
         def leaf(index: int) -> Sums:
+            batches = self._shards.inside(index, block)
+            program = self._program(block, batches[0])
+            group = program.groups[stage]
             carry = input_sums.empty(group.statistics, group.in_features)
-            for batch in held[index]:
-                inputs = next(entering)
+            for batch in batches:
+                inputs = batch.pass_through(program, stage, weights)
                 carry = input_sums.add(
                     carry,
                     inputs,
@@ -125,8 +121,7 @@ class Worker:
                 )
             return input_sums.finish(group.statistics, carry)
 
-        with contextlib.closing(entering):
-            return reduce_subtree(subtree, leaf, _merged)
+        return reduce_subtree(subtree, leaf, _merged)
 
     def merge(self, left: Sums, right: Sums) -> Sums:
         """One node of the reduction."""
@@ -240,11 +235,9 @@ class Worker:
         return [jnp.asarray(value) for value in in_order(variables, values, kernels)]
 
     def _leave(self, block: int, shards: Sequence[int], weights: Sequence[Any]) -> None:
-        batches = [batch for index in shards for batch in self._shards.leaving(index, block)]
-        if batches:
-            program = self._program(block, batches[0])
-            for _ in overlapped(lambda b: b.leave(program, weights), batches):
-                pass
+        for index in shards:
+            for batch in self._shards.leaving(index, block):
+                batch.leave(self._program(block, batch), weights)
         self._freed.limit()
 
     def _program(self, block: int, batch: Batch) -> BlockProgram:
