@@ -83,10 +83,14 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
         converted_files(preset, skeleton)
     needs = any(statistics_of(scheme) for scheme, _ in chosen.values())
     # Reading and hashing leave a core to the tokenizer.
-    with ThreadPoolExecutor(1) as beside:
-        reading = beside.submit(_digests, source, graph)
+    beside = ThreadPoolExecutor(1, thread_name_prefix="digests")
+    try:
+        reading = [beside.submit(_digest, source, paths) for paths in _part_paths(source, graph)]
         windows = _windows(preset, skeleton, recipe) if needs else None
-        digests = reading.result()
+        digests = [one.result() for one in reading]
+    finally:
+        # Too little text is told before all of a large model is read.
+        beside.shutdown(cancel_futures=True)
     tokens = None if windows is None else _tokens_plan(windows)
     plan = Plan(
         source_url=preset.url,
@@ -219,10 +223,14 @@ def _tokens_plan(windows: TokenWindows) -> TokensPlan:
     )
 
 
-def _digests(source: Source, graph: BlockGraph) -> list[str]:
-    """Of the values of what no block holds, and of each block's."""
-    rest = values_digest(source.read(source.rest_paths(graph)))
-    return [rest, *(values_digest(source.read_layer(block.layer)) for block in graph.blocks)]
+def _part_paths(source: Source, graph: BlockGraph) -> list[tuple[str, ...]]:
+    """Of the variables that no block holds, and of each block's."""
+    blocks = [source.layer_paths(block.layer) for block in graph.blocks]
+    return [source.rest_paths(graph), *blocks]
+
+
+def _digest(source: Source, paths: Sequence[str]) -> str:
+    return values_digest(source.read(paths))
 
 
 def _parts(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import h5py
 import pytest
 
-from pipeline.errors import RecipeError, SourceError
+from pipeline import planning
+from pipeline.errors import CalibrationTextError, RecipeError, SourceError
 from pipeline.plan import LayerPlan, Plan
 from pipeline.planning import make_plan
 from pipeline.recipe.recipe_file import recipe_from_dict
@@ -142,3 +144,25 @@ def test_a_changed_weight_is_another_plan(tmp_path: Path) -> None:
 def test_windows_longer_than_the_model_s_positions_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"has 256 positions.*at most 256"):
         make_plan(read_preset(str(source("OPT"))), recipe("gptq", sequence_length=300), threads=2)
+
+
+def test_too_little_text_is_told_before_all_weights_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read = 0
+    original = planning.values_digest
+
+    def slow(values: Any) -> str:
+        nonlocal read
+        read += 1
+        time.sleep(0.3)
+        return original(values)
+
+    def no_windows(*_: Any) -> None:
+        raise CalibrationTextError("too little text")
+
+    monkeypatch.setattr(planning, "values_digest", slow)
+    monkeypatch.setattr(planning, "token_windows", no_windows)
+    with pytest.raises(CalibrationTextError, match="too little text"):
+        plan_of(scheme={"mode": "gptq", "group_size": 16})
+    assert read <= 1
