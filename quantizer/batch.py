@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,16 @@ from quantizer.solver import (
     require_hessian,
     solve,
 )
+
+_factorize = jax.jit(jax.vmap(factorize_shifted))
+
+
+@partial(jax.jit, static_argnames="weight_bits")
+def _solve(*operands: Any, weight_bits: int) -> SolvedSlice:
+    """`solve_slice` of each problem; they share their groups."""
+    one = partial(solve_slice, weight_bits=weight_bits)
+    solved: SolvedSlice = jax.vmap(one, in_axes=(0, 0, 0, None, *[0] * 5))(*operands)
+    return solved
 
 
 def solve_batch(
@@ -78,7 +89,7 @@ def solve_batch(
         jnp.asarray([h.num_rows for h in hessians], jnp.float32),
     )
     shift_P = scheme.hessian_damping * mean_P
-    panels, pivot_PC = jax.vmap(factorize_shifted)(hessian_PCC, shift_P)
+    panels, pivot_PC = _factorize(hessian_PCC, shift_P)
     solvable_P = np.asarray(jnp.min(pivot_PC, axis=1) >= SMALLEST_PIVOT * mean_P)
 
     place_PC = jnp.argsort(order_PC, axis=1)[:, :num_inputs]
@@ -92,17 +103,14 @@ def solve_batch(
         search=scheme.scale_search,
         scale_dtype=scale_dtype,
     )
-    run = jax.vmap(
-        partial(solve_slice, weight_bits=scheme.weight_bits), in_axes=(0, 0, 0, None, *[0] * 5)
-    )
     parts = []
     for a, b in row_slices(num_outputs, num_inputs):
         weight_PCR = jnp.stack([jnp.asarray(weight_RC[a:b].T) for weight_RC in checked])
         live_PCR = jnp.where(dead_PC[:, :, None], 0.0, weight_PCR)
         scale_PGR, zero_PGR = jax.vmap(grid)(live_PCR, energy_PC[:, :, None])
-        solved = run(
+        solved = _solve(
             weight_PCR, scale_PGR, zero_PGR, jnp.asarray(group_C), ~dead_PC, order_PC, panels,
-            pivot_PC, shift_P,
+            pivot_PC, shift_P, weight_bits=scheme.weight_bits,
         )  # fmt: skip
         parts.append(jax.device_get((solved, scale_PGR, zero_PGR)))
 

@@ -13,28 +13,49 @@ tr(Δ H Δᵀ) = Σ_k D_k ‖w̃_k - ŵ_k‖².
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from numpy.typing import NDArray
 
-from quantizer.cholesky import cholesky_with_inverse, product
+from quantizer.cholesky import cholesky, cholesky_with_inverse, product
+from quantizer.program import program
 
 PANEL = 512
-"""Columns whose corrections are brought up to date by one matrix product."""
-BLOCK = 128
-"""Columns of a panel whose corrections come from the same panel by one matrix product."""
+"""Columns whose corrections are brought up to date by one matrix product (see `panel_bounds`)."""
 TILE = 16
-"""Columns solved one by one inside a panel; in_features is padded to a multiple."""
+"""Columns solved one by one inside a block."""
+_BLOCK_TILES = 9
 
 SMALLEST_PIVOT = 1e-6
 """Below this share of the mean diagonal a pivot is rounding noise, not curvature."""
 _FIRST_RAISE = 1e-4
 _RAISE = 10.0
 _LARGEST_DAMPING = 1.0
+
+
+def block_size(panel: int) -> int:
+    """Columns of so large a panel whose corrections come from it by one matrix product.
+
+    As even as can be, at most 144: a panel of as many whole blocks gets the same.
+    """
+    tiles = -(-panel // TILE)
+    blocks = -(-tiles // _BLOCK_TILES)
+    return -(-tiles // blocks) * TILE
+
+
+def panel_bounds(size: int) -> list[tuple[int, int]]:
+    """The panels [a, b) of so many columns, the last one padded to whole blocks.
+
+    All begin at a multiple of PANEL. What is left for a last one is joined to the one before
+    unless it is half a panel: a short one costs as many calls as any.
+    """
+    count = max(1, (size + PANEL // 2) // PANEL)
+    start = (count - 1) * PANEL
+    block = block_size(size - start)
+    end = start + -(-(size - start) // block) * block
+    return [(a, a + PANEL) for a in range(0, start, PANEL)] + [(start, end)]
 
 
 @dataclass(frozen=True)
@@ -67,14 +88,14 @@ def dampings(hessian_damping: float) -> list[float]:
     return tries
 
 
-@partial(jax.jit, static_argnames="activation_order")
+@program(static_argnames="activation_order")
 def arrange(gram_CC: Array, num_rows: Array, activation_order: bool) -> tuple[Array, ...]:
     """The Hessian in solving order, padded; that order, dead inputs and the mean diagonal."""
     energy_C = 2.0 / num_rows * jnp.diagonal(gram_CC)
     dead_C = energy_C == 0
     mean = jnp.sum(energy_C) / jnp.maximum(jnp.sum(~dead_C), 1)
     count = energy_C.shape[0]
-    padding = -count % TILE
+    padding = panel_bounds(count)[-1][1] - count
     if activation_order:
         order_C = jnp.argsort(-energy_C, stable=True)
         gram_CC = jnp.take(jnp.take(gram_CC, order_C, axis=0), order_C, axis=1)
@@ -88,31 +109,75 @@ def arrange(gram_CC: Array, num_rows: Array, activation_order: bool) -> tuple[Ar
     return hessian_CC, order_C, dead_C, mean
 
 
-@jax.jit
 def factorize_shifted(
     hessian_CC: Array, shift: Array
 ) -> tuple[tuple[tuple[Array, ...], ...], Array]:
-    """Blocked H + shift·I = A D Aᵀ, last panel first; a failure shows as NaN pivots."""
+    """Blocked H + shift·I = A D Aᵀ, last panel first; a failure shows as NaN pivots.
+
+    Each step is a program of its own, so that what is compiled grows with no layer's size.
+    """
     size = hessian_CC.shape[0]
-    bounds = [(a, min(a + PANEL, size)) for a in range(0, size, PANEL)]
+    bounds = panel_bounds(size)
     rows: dict[int, list[Array]] = {}
     for j in reversed(range(len(bounds))):
         a, b = bounds[j]
-        row = [hessian_CC[a:b, c:d] for c, d in bounds[: j + 1]]
+        row = [_block(hessian_CC, a, c, b - a, d - c) for c, d in bounds[: j + 1]]
         for later in rows.values():
             row = [
-                block - product(later[j].T, right) for block, right in zip(row, later, strict=False)
+                _less_product(block, later[j], right)
+                for block, right in zip(row, later, strict=False)
             ]
-        # A Cholesky from the last row up is the ordinary one of the reversed matrix.
-        corner = row[j] + shift * jnp.eye(b - a)
-        lower, inverse = cholesky_with_inverse(corner[::-1, ::-1])
-        rows[j] = [product(inverse[::-1, ::-1], block) for block in row[:j]]
-        rows[j].append(lower[::-1, ::-1].T)
-    scales = [jnp.diagonal(rows[j][j]) for j in range(len(bounds))]
+        corner = _turned(row[j], shift)
+        if j == 0:
+            rows[j] = [_turned_back(cholesky(corner))]
+        else:
+            lower, inverse = cholesky_with_inverse(corner)
+            rows[j] = [*(_solved(inverse, block) for block in row[:j]), _turned_back(lower)]
+    scales = [_diagonal(rows[j][j]) for j in range(len(bounds))]
+    # Panel by panel, each let go of when its successor is there.
     panels = tuple(
-        tuple(block / scales[j][:, None] for block in rows[j]) for j in range(len(bounds))
+        tuple(_per_row(block, scale) for block in rows.pop(j)) for j, scale in enumerate(scales)
     )
-    return panels, jnp.concatenate(scales) ** 2
+    return panels, _squared(*scales)
+
+
+@program(static_argnums=(3, 4))
+def _block(hessian_CC: Array, a: int, c: int, height: int, width: int) -> Array:
+    return lax.dynamic_slice(hessian_CC, (a, c), (height, width))
+
+
+@program()
+def _less_product(block: Array, later: Array, right: Array) -> Array:
+    return block - product(later.T, right)
+
+
+@program()
+def _turned(corner: Array, shift: Array) -> Array:
+    """A Cholesky from the last row up is the ordinary one of the reversed matrix."""
+    return (corner + shift * jnp.eye(corner.shape[0]))[::-1, ::-1]
+
+
+@program()
+def _turned_back(lower: Array) -> Array:
+    return lower[::-1, ::-1].T
+
+
+@program()
+def _solved(inverse: Array, block: Array) -> Array:
+    return product(inverse[::-1, ::-1], block)
+
+
+_diagonal = program()(jnp.diagonal)
+
+
+@program()
+def _per_row(block: Array, scale: Array) -> Array:
+    return block / scale[:, None]
+
+
+@program()
+def _squared(*scales: Array) -> Array:
+    return jnp.concatenate(scales) ** 2
 
 
 def factorize(

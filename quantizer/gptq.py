@@ -12,16 +12,15 @@ is kept.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from quantizer.cholesky import product
-from quantizer.factor import BLOCK, PANEL, TILE
+from quantizer.factor import PANEL, TILE, block_size
 from quantizer.grid import decode, encode
+from quantizer.program import program
 
 
 class SolvedSlice(NamedTuple):
@@ -42,83 +41,107 @@ class SolvedSlice(NamedTuple):
     weight_error_R: Array
 
 
-class _Columns(NamedTuple):
-    """What the columns read: the slice in its original input order, and where to find a column.
+class Columns(NamedTuple):
+    """What the columns of one panel read.
 
     Attributes:
-        weight_CR, scale_GR, zero_GR, live_C: as in `solve_slice`.
-        input_C, group_C: the input solved at each step and its group, [C'].
-        pivot_C, shift: as in `solve_slice`.
+        weight_PR: live weights, [panel, slice].
+        group_P: the group of each.
+        scale_GR, zero_GR: the slice's grid, [groups, slice].
     """
 
-    weight_CR: Array
+    weight_PR: Array
+    group_P: Array
     scale_GR: Array
     zero_GR: Array
-    live_C: Array
-    input_C: Array
-    group_C: Array
-    pivot_C: Array
-    shift: Array
 
-    def at(self, step: Array) -> tuple[Array, Array, Array]:
-        """Weights, scales and zero points of the column solved at a step, [slice] each."""
-        source, group = self.input_C[step], self.group_C[step]
-        weight_R = jnp.where(self.live_C[source], self.weight_CR[source], 0.0)
-        return weight_R, self.scale_GR[group], self.zero_GR[group]
+    def grid_at(self, column: Array) -> tuple[Array, Array]:
+        """Scales and zero points of a column, [slice] each."""
+        group = self.group_P[column]
+        return self.scale_GR[group], self.zero_GR[group]
+
+    def part(self, first: Array, size: int) -> Columns:
+        """`size` columns of the panel."""
+        weight_BR, group_B = (
+            rows_of(self.weight_PR, first, size),
+            rows_of(self.group_P, first, size),
+        )
+        return Columns(weight_BR, group_B, self.scale_GR, self.zero_GR)
+
+    def grid(self) -> tuple[Array, Array]:
+        """Scales and zero points of all columns, [panel, slice] each."""
+        return jnp.take(self.scale_GR, self.group_P, 0), jnp.take(self.zero_GR, self.group_P, 0)
 
 
-class _Totals(NamedTuple):
-    """What is known of all columns solved so far, GPTQ first, then rounding.
+@program(static_argnames="size")
+def columns_of(
+    weight_CR: Array,
+    group_C: Array,
+    live_C: Array,
+    order_C: Array,
+    first: int,
+    *,
+    size: int,
+) -> tuple[Array, Array]:
+    """Live weights and groups of the panel of `size` columns from step `first` on."""
+    # A padded input is a dead one.
+    source_P = lax.dynamic_slice_in_dim(order_C, first, size)
+    live_P = jnp.take(live_C, source_P, mode="fill", fill_value=False)
+    weight_PR = jnp.take(weight_CR, source_P, axis=0, mode="clip")
+    return jnp.where(live_P[:, None], weight_PR, 0.0), jnp.take(group_C, source_P, mode="clip")
+
+
+class _SolvedPanel(NamedTuple):
+    """GPTQ first, then rounding.
 
     Attributes:
-        codes_C2R: uint8, by step, [C', 2, slice].
-        loss_2R: output error under the undamped Hessian.
-        error_2R: Σ(w - ŵ)².
+        errors_P2R: w - ŵ.
+        codes_P2R: uint8.
+        loss_2R: output error under the undamped Hessian, of all columns so far.
+        error_2R: Σ(w - ŵ)², of all columns so far.
     """
 
-    codes_C2R: Array
+    errors_P2R: Array
+    codes_P2R: Array
     loss_2R: Array
     error_2R: Array
 
-    def with_tile(
-        self,
-        columns: _Columns,
-        first: Array,
-        errors_T2R: Array,
-        deviations_T2R: Array,
-        max_code: float,
-    ) -> _Totals:
-        """The totals with a tile more: its errors w - ŵ and deviations w̃ - ŵ."""
-        weight_TR, scale_TR, zero_TR = jax.vmap(columns.at)(first + jnp.arange(TILE))
-        # Each code comes back exactly: what rounding lost of w - (w - ŵ) is far below a step.
-        restored_T2R = weight_TR[:, None] - errors_T2R
-        codes_T2R = encode(restored_T2R, scale_TR[:, None], zero_TR[:, None], max_code)
-        square_T2R = errors_T2R**2
-        # tr(Δ H Δᵀ) = tr(Δ (H + shift I) Δᵀ) - shift ‖Δ‖², column by column.
-        pivot_T = lax.dynamic_slice_in_dim(columns.pivot_C, first, TILE)[:, None, None]
-        loss_T2R = pivot_T * deviations_T2R**2 - columns.shift * square_T2R
-        return _Totals(
-            lax.dynamic_update_slice_in_dim(self.codes_C2R, codes_T2R.astype(jnp.uint8), first, 0),
-            self.loss_2R + _column_sum(loss_T2R),
-            self.error_2R + _column_sum(square_T2R),
-        )
+
+@program(static_argnums=0)
+def nothing(shape: tuple[int, ...]) -> Array:
+    """Zeros, float32; outside a program, JAX needs half a millisecond for them."""
+    return jnp.zeros(shape)
 
 
-def _column_sum(values_T2R: Array) -> Array:
+@program()
+def add_product(block_BA: Array, errors_A: Array, pull: Array) -> Array:
+    """The corrections `pull`, [B, ...], with those that finished columns' errors ask for."""
+    return pull + _pull(block_BA, errors_A)
+
+
+def _pull(block_BA: Array, errors_A: Array) -> Array:
+    flat: Array = product(block_BA, errors_A.reshape(errors_A.shape[0], -1))
+    return flat.reshape(-1, *errors_A.shape[1:])
+
+
+def rows_of(rows: Array, first: Array | int, size: int) -> Array:
+    """`size` rows from `first` on."""
+    part: Array = lax.dynamic_slice_in_dim(rows, first, size)
+    return part
+
+
+_part = program(static_argnames="size")(rows_of)
+
+
+def _weighted_sum(weight_P: Array, values_P2R: Array) -> Array:
     # By a product: XLA's CPU reductions over rows are several times slower.
-    return _pull(jnp.ones((1, TILE)), values_T2R)[0]
-
-
-def _pull(block_BA: Array, errors_A2R: Array) -> Array:
-    """The corrections that finished columns' errors ask for, [B, 2, slice]."""
-    flat: Array = product(block_BA, errors_A2R.reshape(errors_A2R.shape[0], -1))
-    return flat.reshape(-1, *errors_A2R.shape[1:])
+    return _pull(weight_P[None], values_P2R)[0]
 
 
 def _solve_tile(
-    columns: _Columns, first: Array, pull_T2R: Array, tile_TT: Array, max_code: float
+    columns: Columns, first: Array, pull_T2R: Array, tile_TT: Array, max_code: float
 ) -> Array:
-    """Quantize a tile's columns one by one, from step `first` on; GPTQ first, then rounding.
+    """Quantize a tile's columns one by one, from the panel's `first` on; GPTQ, then rounding.
 
     pull_T2R holds the corrections by all that lies before the tile. Returns its errors w - ŵ,
     [TILE, 2, slice].
@@ -127,7 +150,8 @@ def _solve_tile(
 
     # One product and one pass a column: the errors are all that is kept, and tell the rest.
     def column(k: Array, errors_T2R: Array) -> Array:
-        weight_R, scale_R, zero_R = columns.at(first + k)
+        weight_R = columns.weight_PR[first + k]
+        scale_R, zero_R = columns.grid_at(first + k)
         # Errors of columns not yet solved are still zero: no mask is needed.
         seen_2R = _pull(lax.dynamic_slice_in_dim(tile_TT, k, 1), errors_T2R)[0]
         wanted_2R = weight_R + obeys_2R * (pull_T2R[k] + seen_2R)
@@ -140,41 +164,78 @@ def _solve_tile(
     return errors_T2R
 
 
-# A program of its own within the others, so that blocks of one size are traced once.
-@partial(jax.jit, static_argnames="max_code")
-def _solve_block(
-    columns: _Columns,
-    first: Array,
-    pull_B2R: Array,
-    corner_BB: Array,
-    totals: _Totals,
+@program(donate_argnames="pull_P2R")
+def _solve_panel(
+    columns: Columns,
+    pivot_P: Array,
+    pull_P2R: Array,
+    corner_PP: Array,
+    num_tiles: Array | int,
+    shift: Array,
+    loss_2R: Array,
+    error_2R: Array,
     *,
     max_code: float,
-) -> tuple[Array, _Totals]:
-    """Quantize a block's columns tile by tile; the errors, and the totals with them."""
+) -> _SolvedPanel:
+    """Quantize a panel's first columns, block by block, tile by tile.
 
-    def tile(t: Array, state: tuple[Array, _Totals]) -> tuple[Array, _Totals]:
-        errors_B2R, totals = state
-        start = t * TILE
-        above_TB = lax.dynamic_slice_in_dim(corner_BB, start, TILE)
-        pull_T2R = lax.dynamic_slice_in_dim(pull_B2R, start, TILE)
-        pull_T2R = pull_T2R + _pull(above_TB, errors_B2R)
-        tile_TT = lax.dynamic_slice_in_dim(above_TB, start, TILE, axis=1)
-        errors_T2R = _solve_tile(columns, first + start, pull_T2R, tile_TT, max_code)
-        # The factor's diagonal is one: each column's own error comes along.
-        deviations_T2R = pull_T2R + _pull(tile_TT, errors_T2R)
-        return (
-            lax.dynamic_update_slice_in_dim(errors_B2R, errors_T2R, start, 0),
-            totals.with_tile(columns, first + start, errors_T2R, deviations_T2R, max_code),
+    pull_P2R holds the corrections by all that lies before the panel, and becomes its errors;
+    loss_2R and error_2R are the sums so far. Neither how many tiles are solved nor the number of
+    codes is part of the program: one serves all panels of a size.
+    """
+    size = block_size(corner_PP.shape[0])
+    tiles_of_block = size // TILE
+
+    def block(m: Array, done: _SolvedPanel) -> _SolvedPanel:
+        start = m * size
+
+        def earlier(i: Array, pull_B2R: Array) -> Array:
+            part_BB = lax.dynamic_slice(corner_PP, (start, i * size), (size, size))
+            return add_product(part_BB, rows_of(done.errors_P2R, i * size, size), pull_B2R)
+
+        pull_B2R = lax.fori_loop(0, m, earlier, rows_of(done.errors_P2R, start, size))
+        corner_BB = lax.dynamic_slice(corner_PP, (start, start), (size, size))
+
+        def tile(t: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+            errors_B2R, loss_2R = state
+            above_TB = rows_of(corner_BB, t * TILE, TILE)
+            pull_T2R = rows_of(pull_B2R, t * TILE, TILE) + _pull(above_TB, errors_B2R)
+            tile_TT = lax.dynamic_slice_in_dim(above_TB, t * TILE, TILE, axis=1)
+            first = start + t * TILE
+            errors_T2R = _solve_tile(columns, first, pull_T2R, tile_TT, max_code)
+            # The factor's diagonal is one: each column's own error comes along.
+            deviations_T2R = pull_T2R + _pull(tile_TT, errors_T2R)
+            # tr(Δ H Δᵀ) = tr(Δ (H + shift I) Δᵀ) - shift ‖Δ‖², column by column.
+            pivot_T = rows_of(pivot_P, first, TILE)
+            return (
+                lax.dynamic_update_slice_in_dim(errors_B2R, errors_T2R, t * TILE, 0),
+                loss_2R + _weighted_sum(pivot_T, deviations_T2R**2),
+            )
+
+        count = jnp.minimum(num_tiles - m * tiles_of_block, tiles_of_block)
+        none_B2R = jnp.zeros((size, *pull_P2R.shape[1:]))
+        errors_B2R, loss_2R = lax.fori_loop(0, count, tile, (none_B2R, done.loss_2R))
+        part = columns.part(start, size)
+        scale_BR, zero_BR = part.grid()
+        # Each code comes back exactly: what rounding lost of w - (w - ŵ) is far below a step.
+        restored_B2R = part.weight_PR[:, None] - errors_B2R
+        codes_B2R = encode(restored_B2R, scale_BR[:, None], zero_BR[:, None], max_code)
+        squares_2R = _weighted_sum(jnp.ones(size), errors_B2R**2)
+        return _SolvedPanel(
+            lax.dynamic_update_slice_in_dim(done.errors_P2R, errors_B2R, start, 0),
+            lax.dynamic_update_slice_in_dim(done.codes_P2R, codes_B2R.astype(jnp.uint8), start, 0),
+            loss_2R - shift * squares_2R,
+            done.error_2R + squares_2R,
         )
 
-    solved: tuple[Array, _Totals] = lax.fori_loop(
-        0, corner_BB.shape[0] // TILE, tile, (jnp.zeros_like(pull_B2R), totals)
-    )
+    # Rows of blocks not yet solved still hold their corrections.
+    codes_P2R = jnp.zeros(pull_P2R.shape, jnp.uint8)
+    nothing = _SolvedPanel(pull_P2R, codes_P2R, loss_2R, error_2R)
+    num_blocks = (num_tiles + tiles_of_block - 1) // tiles_of_block
+    solved: _SolvedPanel = lax.fori_loop(0, num_blocks, block, nothing)
     return solved
 
 
-@partial(jax.jit, static_argnames="weight_bits")
 def solve_slice(
     weight_CR: Array,
     scale_GR: Array,
@@ -190,6 +251,8 @@ def solve_slice(
 ) -> SolvedSlice:
     """Solve the output channels of one slice; see `quantizer.factor.Factor` for the factor.
 
+    What is compiled does not grow with in_features: one program solves a panel.
+
     Args:
         weight_CR: [in_features, slice], float32, original input order.
         scale_GR, zero_GR: the grid, [groups, slice].
@@ -197,63 +260,53 @@ def solve_slice(
         live_C: False where calibration never saw the input: its weights become zero.
     """
     num_inputs, num_outputs = weight_CR.shape
-    num_steps = order_C.shape[0]
-    max_code = 2.0**weight_bits - 1
-    padding = num_steps - num_inputs
-    # A padded input is a dead one.
-    columns = _Columns(
-        weight_CR,
-        scale_GR,
-        zero_GR,
-        jnp.pad(live_C, (0, padding)),
-        order_C,
-        jnp.take(jnp.pad(group_C, (0, padding)), order_C),
-        pivot_C,
-        shift,
-    )
     done: list[Array] = []
-    nothing_2R = jnp.zeros((2, num_outputs))
-    totals = _Totals(jnp.zeros((num_steps, 2, num_outputs), jnp.uint8), nothing_2R, nothing_2R)
-    for index, blocks in enumerate(panels):
-        a = index * PANEL
-        *above, corner_BB = blocks
-        size = corner_BB.shape[0]
-        pull_B2R = jnp.zeros((size, 2, num_outputs))
+    codes: list[Array] = []
+    loss_2R = error_2R = nothing((2, num_outputs))
+    for index, (*above, corner_PP) in enumerate(panels):
+        first, size = index * PANEL, corner_PP.shape[0]
+        chosen = columns_of(weight_CR, group_C, live_C, order_C, first, size=size)
+        pull_P2R = nothing((size, 2, num_outputs))
         # Product by product: joining the finished panels first would copy them all each time.
-        for block_BA, errors_A2R in zip(above, done, strict=True):
-            pull_B2R = pull_B2R + _pull(block_BA, errors_A2R)
-        errors: list[Array] = []
-        for m in range(0, size, BLOCK):
-            n = min(m + BLOCK, size)
-            pull_M2R = pull_B2R[m:n]
-            for i, errors_M2R in enumerate(errors):
-                pull_M2R = pull_M2R + _pull(corner_BB[m:n, i * BLOCK : (i + 1) * BLOCK], errors_M2R)
-            errors_M2R, totals = _solve_block(
-                columns,
-                jnp.int32(a + m),
-                pull_M2R,
-                corner_BB[m:n, m:n],
-                totals,
-                max_code=max_code,
-            )
-            errors.append(errors_M2R)
-        if index + 1 < len(panels):
-            done.append(jnp.concatenate(errors))
+        for block_PA, errors_A2R in zip(above, done, strict=True):
+            pull_P2R = add_product(block_PA, errors_A2R, pull_P2R)
+        num_tiles = -(-min(num_inputs - first, size) // TILE)
+        errors_P2R, codes_P2R, loss_2R, error_2R = _solve_panel(
+            Columns(*chosen, scale_GR, zero_GR),
+            _part(pivot_C, first, size=size),
+            pull_P2R,
+            corner_PP,
+            num_tiles,
+            shift,
+            loss_2R,
+            error_2R,
+            max_code=2.0**weight_bits - 1,
+        )
+        done.append(errors_P2R)
+        codes.append(codes_P2R)
+    return _better(tuple(codes), order_C, loss_2R, error_2R, num_inputs=num_inputs)
 
-    loss_R, rtn_loss_R = totals.loss_2R
+
+@program(static_argnames="num_inputs")
+def _better(
+    codes: tuple[Array, ...], order_C: Array, loss_2R: Array, error_2R: Array, *, num_inputs: int
+) -> SolvedSlice:
+    """The better of GPTQ and rounding, channel by channel, in the original input order."""
+    loss_R, rtn_loss_R = loss_2R
     rtn_kept_R = rtn_loss_R < loss_R
-    kept_CR = jnp.where(rtn_kept_R, totals.codes_C2R[:, 1], totals.codes_C2R[:, 0])
+    codes_C2R = jnp.concatenate(codes)
+    kept_CR = jnp.where(rtn_kept_R, codes_C2R[:, 1], codes_C2R[:, 0])
     return SolvedSlice(
         jnp.zeros_like(kept_CR).at[order_C].set(kept_CR, unique_indices=True)[:num_inputs],
         # Rounding can leave a loss of nothing just below zero.
         jnp.maximum(jnp.minimum(loss_R, rtn_loss_R), 0.0),
         jnp.maximum(rtn_loss_R, 0.0),
         rtn_kept_R,
-        jnp.where(rtn_kept_R, totals.error_2R[1], totals.error_2R[0]),
+        jnp.where(rtn_kept_R, error_2R[1], error_2R[0]),
     )
 
 
-@partial(jax.jit, static_argnames="weight_bits")
+@program(static_argnames="weight_bits")
 def round_slice(
     weight_CR: Array,
     scale_GR: Array,

@@ -8,13 +8,11 @@ which is how Keras keeps a kernel and how groups become contiguous runs of rows.
 
 from __future__ import annotations
 
-from functools import partial
-
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from quantizer.cholesky import product
+from quantizer.program import program
 
 # Range shrinkages tried by the search: 1.00, 0.96 … 0.20, then the best one's neighbours.
 _COARSE_STEPS = 21
@@ -27,10 +25,7 @@ def num_groups(in_features: int, group_size: int) -> int:
     return 1 if group_size == -1 else -(-in_features // group_size)
 
 
-@partial(
-    jax.jit,
-    static_argnames=("weight_bits", "group_size", "symmetric", "search", "scale_dtype"),
-)
+@program(static_argnames=("weight_bits", "group_size", "symmetric", "search", "scale_dtype"))
 def find_grid(
     weight_CR: Array,
     energy_CR: Array,

@@ -77,14 +77,16 @@ def factorize_hessian(hessian: HessianSum, scheme: GPTQScheme) -> Factor | None:
     )
 
 
-def to_refine(factor: Factor | None, hessian: HessianSum, scheme: GPTQScheme) -> tuple[Array, ...]:
+def to_refine(
+    factor: Factor | None, hessian: HessianSum, scheme: GPTQScheme
+) -> tuple[tuple[Array, ...], ...]:
     """What refinement reads of the Hessian; nothing where nothing will be refined."""
     if factor is None or not scheme.refinement_sweeps:
         return ()
-    panels: tuple[Array, ...] = damped_hessian(
+    blocks: tuple[tuple[Array, ...], ...] = damped_hessian(
         jnp.asarray(hessian.gram_CC), jnp.float32(hessian.num_rows), jnp.float32(factor.shift)
     )
-    return panels
+    return blocks
 
 
 def grid_of(
@@ -122,7 +124,7 @@ def solve_on_grid(
     weight_RC: Float32,
     factor: Factor | None,
     hessian: HessianSum,
-    damped: tuple[Array, ...],
+    damped: tuple[tuple[Array, ...], ...],
     grid: Grid,
     scheme: GPTQScheme,
 ) -> SolvedSlice:

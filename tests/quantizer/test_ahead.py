@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import numpy as np
 import pytest
 
-from quantizer import GPTQScheme, HessianSum, solve
+from quantizer import GPTQScheme, HessianSum, cholesky, factor, gptq, grid, refine, solve
 from quantizer.ahead import compile_solver
 
-PROGRAMS = (
-    "arrange",
-    "damped_hessian",
-    "factorize_shifted",
-    "find_grid",
-    "refine_slice",
-    "solve_slice",
-)
+# `quantizer.program` leaves what it wraps at hand.
+PROGRAMS = {
+    value.__name__
+    for module in (cholesky, factor, gptq, grid, refine)
+    for value in vars(module).values()
+    if hasattr(value, "__wrapped__")
+}
 
 
 def compiled_by_solve(
     out_features: int, in_features: int, scheme: GPTQScheme, log: pytest.LogCaptureFixture
 ) -> set[str]:
-    """Which of the solver's programs a solve compiles."""
+    """The programs that a solve compiles, beside JAX's own for single operations."""
     rng = np.random.default_rng(0)
     weight_RC = rng.standard_normal((out_features, in_features), dtype=np.float32)
     hessian = HessianSum.of(rng.standard_normal((2 * in_features, in_features), dtype=np.float32))
@@ -33,18 +34,19 @@ def compiled_by_solve(
         solve(weight_RC, hessian, scheme, scale_dtype="bfloat16")
     finally:
         jax.config.update("jax_log_compiles", False)
-    told = [record.getMessage() for record in log.records]
-    return {
-        name
-        for name in PROGRAMS
-        if any(line.startswith("Compiling") and f"({name})" in line for line in told)
-    }
+    compiling = (re.match(r"Compiling jit\((\w+)\)", record.getMessage()) for record in log.records)
+    return {match[1] for match in compiling if match} & PROGRAMS
 
 
-@pytest.mark.parametrize("activation_order", [True, False])
-@pytest.mark.parametrize("refinement_sweeps", [0, 1])
+@pytest.mark.parametrize(
+    ("in_features", "activation_order", "refinement_sweeps"),
+    [(72, True, 0), (72, False, 0), (72, False, 1), (800, True, 1)],
+)
 def test_a_solve_compiles_nothing_that_was_compiled_ahead(
-    activation_order: bool, refinement_sweeps: int, caplog: pytest.LogCaptureFixture
+    in_features: int,
+    activation_order: bool,
+    refinement_sweeps: int,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     scheme = GPTQScheme(
         weight_bits=3,
@@ -54,9 +56,20 @@ def test_a_solve_compiles_nothing_that_was_compiled_ahead(
         scale_search=True,
     )
     jax.clear_caches()
-    compile_solver(544, 72, scheme, scale_dtype="bfloat16")
-    assert compiled_by_solve(544, 72, scheme, caplog) == set()
-    # Of another shape, all are: the check can fail.
-    refining = {"damped_hessian", "refine_slice"} if refinement_sweeps else set()
-    others = set(PROGRAMS) - {"damped_hessian", "refine_slice"}
-    assert compiled_by_solve(200, 136, scheme, caplog) == others | refining
+    compile_solver(544, in_features, scheme, scale_dtype="bfloat16")
+    assert compiled_by_solve(544, in_features, scheme, caplog) == set()
+    # Of another shape, others are: the check can fail.
+    refining = (
+        {"damped_hessian", "_panel", "_sweep_panel", "_settled"} if refinement_sweeps else set()
+    )
+    solving = {"arrange", "find_grid", "_columns", "_solve_panel", "_better"}
+    assert compiled_by_solve(200, 136, scheme, caplog) >= solving | refining
+
+
+def test_one_program_solves_panels_of_all_layers_and_all_bits(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    schemes = [GPTQScheme(weight_bits=bits, group_size=24, refinement_sweeps=1) for bits in (2, 4)]
+    compiled_by_solve(40, 120, schemes[0], caplog)
+    assert compiled_by_solve(40, 120, schemes[1], caplog) == {"find_grid"}
+    assert not compiled_by_solve(40, 72, schemes[0], caplog) & {"_solve_panel", "_sweep_panel"}
