@@ -20,6 +20,15 @@ from jax import Array, lax
 from quantizer.cholesky import product
 from quantizer.factor import PANEL, TILE, block_size
 from quantizer.grid import decode, encode
+from quantizer.panels import (
+    Columns,
+    add_product,
+    columns_of,
+    nothing,
+    panel_part,
+    pull_of,
+    rows_of,
+)
 from quantizer.program import program
 
 
@@ -41,56 +50,6 @@ class SolvedSlice(NamedTuple):
     weight_error_R: Array
 
 
-class Columns(NamedTuple):
-    """What the columns of one panel read.
-
-    Attributes:
-        weight_PR: live weights, [panel, slice].
-        group_P: the group of each.
-        scale_GR, zero_GR: the slice's grid, [groups, slice].
-    """
-
-    weight_PR: Array
-    group_P: Array
-    scale_GR: Array
-    zero_GR: Array
-
-    def grid_at(self, column: Array) -> tuple[Array, Array]:
-        """Scales and zero points of a column, [slice] each."""
-        group = self.group_P[column]
-        return self.scale_GR[group], self.zero_GR[group]
-
-    def part(self, first: Array, size: int) -> Columns:
-        """`size` columns of the panel."""
-        weight_BR, group_B = (
-            rows_of(self.weight_PR, first, size),
-            rows_of(self.group_P, first, size),
-        )
-        return Columns(weight_BR, group_B, self.scale_GR, self.zero_GR)
-
-    def grid(self) -> tuple[Array, Array]:
-        """Scales and zero points of all columns, [panel, slice] each."""
-        return jnp.take(self.scale_GR, self.group_P, 0), jnp.take(self.zero_GR, self.group_P, 0)
-
-
-@program(static_argnames="size")
-def columns_of(
-    weight_CR: Array,
-    group_C: Array,
-    live_C: Array,
-    order_C: Array,
-    first: int,
-    *,
-    size: int,
-) -> tuple[Array, Array]:
-    """Live weights and groups of the panel of `size` columns from step `first` on."""
-    # A padded input is a dead one.
-    source_P = lax.dynamic_slice_in_dim(order_C, first, size)
-    live_P = jnp.take(live_C, source_P, mode="fill", fill_value=False)
-    weight_PR = jnp.take(weight_CR, source_P, axis=0, mode="clip")
-    return jnp.where(live_P[:, None], weight_PR, 0.0), jnp.take(group_C, source_P, mode="clip")
-
-
 class _SolvedPanel(NamedTuple):
     """GPTQ first, then rounding.
 
@@ -107,35 +66,9 @@ class _SolvedPanel(NamedTuple):
     error_2R: Array
 
 
-@program(static_argnums=0)
-def nothing(shape: tuple[int, ...]) -> Array:
-    """Zeros, float32; outside a program, JAX needs half a millisecond for them."""
-    return jnp.zeros(shape)
-
-
-@program()
-def add_product(block_BA: Array, errors_A: Array, pull: Array) -> Array:
-    """The corrections `pull`, [B, ...], with those that finished columns' errors ask for."""
-    return pull + _pull(block_BA, errors_A)
-
-
-def _pull(block_BA: Array, errors_A: Array) -> Array:
-    flat: Array = product(block_BA, errors_A.reshape(errors_A.shape[0], -1))
-    return flat.reshape(-1, *errors_A.shape[1:])
-
-
-def rows_of(rows: Array, first: Array | int, size: int) -> Array:
-    """`size` rows from `first` on."""
-    part: Array = lax.dynamic_slice_in_dim(rows, first, size)
-    return part
-
-
-_part = program(static_argnames="size")(rows_of)
-
-
 def _weighted_sum(weight_P: Array, values_P2R: Array) -> Array:
     # By a product: XLA's CPU reductions over rows are several times slower.
-    return _pull(weight_P[None], values_P2R)[0]
+    return pull_of(weight_P[None], values_P2R)[0]
 
 
 def _solve_tile(
@@ -153,7 +86,7 @@ def _solve_tile(
         weight_R = columns.weight_PR[first + k]
         scale_R, zero_R = columns.grid_at(first + k)
         # Errors of columns not yet solved are still zero: no mask is needed.
-        seen_2R = _pull(lax.dynamic_slice_in_dim(tile_TT, k, 1), errors_T2R)[0]
+        seen_2R = pull_of(lax.dynamic_slice_in_dim(tile_TT, k, 1), errors_T2R)[0]
         wanted_2R = weight_R + obeys_2R * (pull_T2R[k] + seen_2R)
         code_2R = encode(wanted_2R, scale_R, zero_R, max_code)
         error_2R = weight_R - decode(code_2R, scale_R, zero_R)
@@ -199,12 +132,12 @@ def _solve_panel(
         def tile(t: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
             errors_B2R, loss_2R = state
             above_TB = rows_of(corner_BB, t * TILE, TILE)
-            pull_T2R = rows_of(pull_B2R, t * TILE, TILE) + _pull(above_TB, errors_B2R)
+            pull_T2R = rows_of(pull_B2R, t * TILE, TILE) + pull_of(above_TB, errors_B2R)
             tile_TT = lax.dynamic_slice_in_dim(above_TB, t * TILE, TILE, axis=1)
             first = start + t * TILE
             errors_T2R = _solve_tile(columns, first, pull_T2R, tile_TT, max_code)
             # The factor's diagonal is one: each column's own error comes along.
-            deviations_T2R = pull_T2R + _pull(tile_TT, errors_T2R)
+            deviations_T2R = pull_T2R + pull_of(tile_TT, errors_T2R)
             # tr(Δ H Δᵀ) = tr(Δ (H + shift I) Δᵀ) - shift ‖Δ‖², column by column.
             pivot_T = rows_of(pivot_P, first, TILE)
             return (
@@ -273,7 +206,7 @@ def solve_slice(
         num_tiles = -(-min(num_inputs - first, size) // TILE)
         errors_P2R, codes_P2R, loss_2R, error_2R = _solve_panel(
             Columns(*chosen, scale_GR, zero_GR),
-            _part(pivot_C, first, size=size),
+            panel_part(pivot_C, first, size=size),
             pull_P2R,
             corner_PP,
             num_tiles,

@@ -15,8 +15,9 @@ from jax import Array, lax
 
 from quantizer.cholesky import product
 from quantizer.factor import TILE, block_size, panel_bounds
-from quantizer.gptq import Columns, SolvedSlice, add_product, columns_of, nothing, rows_of
+from quantizer.gptq import SolvedSlice
 from quantizer.grid import decode, encode
+from quantizer.panels import Columns, add_product, columns_of, nothing, rows_of
 from quantizer.program import program
 
 

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from quantizer import GPTQScheme, HessianSum, cholesky, factor, gptq, grid, refine, solve
+from quantizer import GPTQScheme, HessianSum, cholesky, factor, gptq, grid, panels, refine, solve
 from quantizer.ahead import compile_solver
 
 # `quantizer.program` leaves what it wraps at hand.
 PROGRAMS = {
     value.__name__
-    for module in (cholesky, factor, gptq, grid, refine)
+    for module in (cholesky, factor, gptq, grid, panels, refine)
     for value in vars(module).values()
     if hasattr(value, "__wrapped__")
 }
@@ -59,10 +59,8 @@ def test_a_solve_compiles_nothing_that_was_compiled_ahead(
     compile_solver(544, in_features, scheme, scale_dtype="bfloat16")
     assert compiled_by_solve(544, in_features, scheme, caplog) == set()
     # Of another shape, others are: the check can fail.
-    refining = (
-        {"damped_hessian", "_panel", "_sweep_panel", "_settled"} if refinement_sweeps else set()
-    )
-    solving = {"arrange", "find_grid", "_columns", "_solve_panel", "_better"}
+    refining = {"damped_hessian", "_sweep_panel", "_settled"} if refinement_sweeps else set()
+    solving = {"arrange", "find_grid", "columns_of", "_solve_panel", "_better"}
     assert compiled_by_solve(200, 136, scheme, caplog) >= solving | refining
 
 
