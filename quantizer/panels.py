@@ -41,8 +41,9 @@ class Columns(NamedTuple):
 
     def part(self, first: Array, size: int) -> Columns:
         """`size` columns of the panel."""
-        chosen = (rows_of(rows, first, size) for rows in (self.weight_PR, self.group_P))
-        return Columns(*chosen, self.scale_GR, self.zero_GR)
+        weight_BR = rows_of(self.weight_PR, first, size)
+        group_B = rows_of(self.group_P, first, size)
+        return Columns(weight_BR, group_B, self.scale_GR, self.zero_GR)
 
     def grid(self) -> tuple[Array, Array]:
         """Scales and zero points of all columns, [panel, slice] each."""

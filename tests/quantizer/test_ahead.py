@@ -64,10 +64,11 @@ def test_a_solve_compiles_nothing_that_was_compiled_ahead(
     assert compiled_by_solve(200, 136, scheme, caplog) >= solving | refining
 
 
-def test_one_program_solves_panels_of_all_layers_and_all_bits(
+def test_one_program_solves_the_panels_of_all_bits_and_widths(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    schemes = [GPTQScheme(weight_bits=bits, group_size=24, refinement_sweeps=1) for bits in (2, 4)]
-    compiled_by_solve(40, 120, schemes[0], caplog)
-    assert compiled_by_solve(40, 120, schemes[1], caplog) == {"find_grid"}
-    assert not compiled_by_solve(40, 72, schemes[0], caplog) & {"_solve_panel", "_sweep_panel"}
+    schemes = [GPTQScheme(weight_bits=bits, group_size=-1, refinement_sweeps=1) for bits in (2, 4)]
+    panel = {"_solve_panel", "_sweep_panel"}
+    assert compiled_by_solve(40, 1024, schemes[0], caplog) >= panel
+    assert not compiled_by_solve(40, 1024, schemes[1], caplog) & panel
+    assert not compiled_by_solve(40, 1536, schemes[0], caplog) & panel
