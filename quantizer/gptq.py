@@ -113,8 +113,8 @@ def _solve_panel(
     """Quantize a panel's first columns, block by block, tile by tile.
 
     pull_P2R holds the corrections by all that lies before the panel, and becomes its errors;
-    loss_2R and error_2R are the sums so far. Neither how many tiles are solved nor the number of
-    codes is part of the program: one serves all panels of a size.
+    loss_2R and error_2R are the sums so far. Neither how many tiles are solved nor how many codes
+    there are is part of the program: one serves all panels of a size.
     """
     size = block_size(corner_PP.shape[0])
     tiles_of_block = size // TILE

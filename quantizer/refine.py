@@ -60,7 +60,7 @@ def _sweep_panel(
     Args:
         missing_PR: w - ŵ so far.
         pull_PR: H's rows of this panel times w - ŵ of all inputs.
-        num_tiles: how many are visited; no part of the program, so that one fits all panels.
+        num_tiles: how many are visited; no part of the program, as in the column loop.
         change_R: by all that came before.
     """
     size = block_size(corner_PP.shape[0])
