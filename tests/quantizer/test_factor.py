@@ -73,9 +73,9 @@ def test_it_holds_the_corrections_of_the_paper(size):
 def test_padding_is_coupled_to_nothing():
     factor = factor_of(make(1, 200, 400))
     unit = unit_factor(factor)
-    assert unit.shape == (256, 256)
-    np.testing.assert_array_equal(unit[:, 200:], np.eye(256)[:, 200:])
-    np.testing.assert_array_equal(np.asarray(factor.order_C)[200:], np.arange(200, 256))
+    assert unit.shape == (224, 224)
+    np.testing.assert_array_equal(unit[:, 200:], np.eye(224)[:, 200:])
+    np.testing.assert_array_equal(np.asarray(factor.order_C)[200:], np.arange(200, 224))
 
 
 def test_dead_inputs_are_found_and_coupled_to_nothing():
