@@ -72,6 +72,7 @@ def llama(tmp_path_factory):
     return tiny_preset("Llama3", folder, num_blocks=1, intermediate_dim=64)
 
 
+@pytest.mark.slow  # test_stock_load compares finished runs
 def test_stock_kerashub_answers_as_the_dequantized_float_model(llama, tmp_path):
     formats = mixed(llama, FORMATS)
     artifacts.write(llama, tmp_path / "weights", formats)
