@@ -1,8 +1,8 @@
 """Cholesky factor and its inverse, for the corner of one panel.
 
 LAPACK's threaded kernels stall by a factor of a hundred when another process holds a core, from
-about 256 columns on. Here it sees a leaf of 128 columns, where it stays on one thread; all else is
-matrix products. Each step is a program of its own: there is one for a leaf, however many there are.
+about 256 columns on. Here it sees leaves of at most 160, where it stays on one thread; all else is
+matrix products. Each step is a program of its own: there is one for all leaves of a size.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ PANEL = 512
 """Columns whose corrections are brought up to date by one matrix product (see `panel_bounds`)."""
 TILE = 16
 """Columns solved one by one inside a block."""
+# More tiles to a block are more products with zeros in it, fewer are more calls.
 _BLOCK_TILES = 9
 
 SMALLEST_PIVOT = 1e-6

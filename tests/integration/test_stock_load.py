@@ -36,7 +36,7 @@ COVERING = [
     if scheme == "gptq4" or architecture == "Llama3" or (architecture, scheme) == ("Bert", "int8")
 ]
 # Block by block, test_blocks compares all architectures with stock Keras each time; whole runs of
-# these are left to the slow product below.
+# these are made for stock Keras on PyTorch, and in the slow product below.
 LATER = {"Bloom", "Falcon", "GPTNeoX", "Mistral", "Phi3"}
 QUICK = [(architecture, scheme) for architecture, scheme in COVERING if architecture not in LATER]
 

@@ -40,7 +40,7 @@ def test_the_real_model_writes_and_reads_plausible_english(tmp_path: Path) -> No
     assert config["layer_norm_epsilon"] == 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # of our own recipe; test_huggingface_load reads what KerasHub converts
 def test_kerashub_converts_the_hugging_face_directory_to_the_same_weights(tmp_path: Path) -> None:
     directory = smollm2_directory(tmp_path / "huggingface", num_blocks=1)
     converted = keras_hub.models.Llama3Backbone.from_preset(str(directory))
