@@ -50,9 +50,10 @@ def panel_bounds(size: int) -> list[tuple[int, int]]:
     """The panels [a, b) of so many columns, the last one padded to whole blocks.
 
     All begin at a multiple of PANEL. What is left for a last one is joined to the one before
-    unless it is half a panel: a short one costs as many calls as any.
+    unless it is more than half a panel: a short one costs as many calls as any. The padded size
+    has the same panels, so the factor and the refinement agree on them.
     """
-    count = max(1, (size + PANEL // 2) // PANEL)
+    count = max(1, (size + PANEL // 2 - 1) // PANEL)
     start = (count - 1) * PANEL
     block = block_size(size - start)
     end = start + -(-(size - start) // block) * block

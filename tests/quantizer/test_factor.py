@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from quantizer import GPTQScheme, HessianSum, solve
-from quantizer.factor import dampings, factorize
+from quantizer.factor import block_size, dampings, factorize, panel_bounds
 from tests import reference
 from tests.quantizer.problems import make
 
@@ -68,6 +68,16 @@ def test_it_holds_the_corrections_of_the_paper(size):
     assert np.abs(unit - wanted).max() <= 1e-3 * np.abs(wanted - np.eye(size)).max()
     pivots = np.asarray(factor.pivot_C)[:size]
     np.testing.assert_allclose(pivots, 1 / np.diagonal(upper) ** 2, rtol=1e-3)
+
+
+def test_panels_are_whole_blocks_and_those_of_the_padded_size():
+    for size in range(1, 6000):
+        bounds = panel_bounds(size)
+        end = bounds[-1][1]
+        assert panel_bounds(end) == bounds
+        assert size <= end < size + block_size(bounds[-1][1] - bounds[-1][0])
+        assert [a for a, _ in bounds] == [512 * i for i in range(len(bounds))]
+        assert all((b - a) % block_size(b - a) == 0 for a, b in bounds)
 
 
 def test_padding_is_coupled_to_nothing():
