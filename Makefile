@@ -18,7 +18,7 @@ TORCH  := $(VENV)/.torch
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-torch test-s3 lint format demo bench lock clean
+.PHONY: help venv torch test test-torch test-s3 lint format demo bench lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "%-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -35,18 +35,21 @@ $(READY): $(LOCKED) pyproject.toml
 	$(PIP) --no-deps --no-build-isolation --no-index --editable .
 	@touch $@
 
+torch: $(TORCH)  ## install PyTorch too: the default tests then try what we write on it as well
+
 # Outside the lock: which build of PyTorch fits depends on the machine.
 $(TORCH): $(READY)
 	$(PIP) "torch==2.13.*"
 	@touch $@
 
 # Two at a time: most of it is one thread that traces and compiles.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# In the order of the files: the longest are not the last, for one process to end alone.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint  ## lint, types and the default tests
 	$(PYTEST)
 
-test-torch: $(TORCH)  ## read our artifacts with Keras on PyTorch, which is installed first
+test-torch: $(TORCH)  ## install PyTorch, and run the tests that wait for it
 	$(PYTEST) -m torch
 	KERAS_BACKEND=torch $(PYTEST) tests/quantizer/test_layers.py
 

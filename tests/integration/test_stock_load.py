@@ -1,7 +1,8 @@
 """Stock KerasHub, in a process without quantfleet, answers what the pipeline itself computes.
 
-The default selection covers every architecture and every scheme once. The whole product of both,
-on every installed backend:
+The default selection covers most architectures and every scheme once, on JAX and, where PyTorch is
+installed, on it too; with what is marked `torch`, all architectures. The whole product of both, on
+every installed backend:
 
     .venv/bin/pytest -m slow tests/integration/test_stock_load.py
 """
@@ -36,9 +37,8 @@ COVERING = [
     if scheme == "gptq4" or architecture == "Llama3" or (architecture, scheme) == ("Bert", "int8")
 ]
 # Block by block, test_blocks compares all architectures with stock Keras each time; whole runs of
-# these are made for stock Keras on PyTorch, and in the slow product below.
+# these are made where PyTorch is, and in the slow product below.
 LATER = {"Bloom", "Falcon", "GPTNeoX", "Mistral", "Phi3"}
-QUICK = [(architecture, scheme) for architecture, scheme in COVERING if architecture not in LATER]
 
 
 @pytest.fixture(scope="module")
@@ -53,37 +53,33 @@ def stock_on_torch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StockSe
         yield session
 
 
-@pytest.mark.parametrize(("architecture", "scheme"), QUICK)
+@pytest.fixture
+def all_stock(stock: StockSession, request: pytest.FixtureRequest) -> list[StockSession]:
+    """Stock Keras on every installed backend."""
+    if importlib.util.find_spec("torch") is None:
+        return [stock]
+    on_torch: StockSession = request.getfixturevalue("stock_on_torch")
+    return [stock, on_torch]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "scheme"),
+    [pytest.param(*case, marks=pytest.mark.torch if case[0] in LATER else ()) for case in COVERING],
+)
 def test_stock_answers_the_same(
-    architecture: str, scheme: str, stock: StockSession, tmp_path: Path
+    architecture: str, scheme: str, all_stock: list[StockSession], tmp_path: Path
 ) -> None:
     source = shared_preset(architecture)
-    assert_same(finished_run(source, recipe(SCHEMES[scheme]), tmp_path), stock)
-
-
-@pytest.mark.torch
-@pytest.mark.parametrize(("architecture", "scheme"), COVERING)
-def test_stock_on_torch_answers_the_same(
-    architecture: str, scheme: str, stock_on_torch: StockSession, tmp_path: Path
-) -> None:
-    source = shared_preset(architecture)
-    assert_same(finished_run(source, recipe(SCHEMES[scheme]), tmp_path), stock_on_torch)
+    assert_same(finished_run(source, recipe(SCHEMES[scheme]), tmp_path), *all_stock)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "scheme"), EVERYTHING)
 def test_stock_answers_the_same_for_every_architecture_and_scheme(
-    architecture: str,
-    scheme: str,
-    stock: StockSession,
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
+    architecture: str, scheme: str, all_stock: list[StockSession], tmp_path: Path
 ) -> None:
-    sessions = [stock]
-    if importlib.util.find_spec("torch") is not None:
-        sessions.append(request.getfixturevalue("stock_on_torch"))
     source = shared_preset(architecture)
-    assert_same(finished_run(source, recipe(SCHEMES[scheme]), tmp_path), *sessions)
+    assert_same(finished_run(source, recipe(SCHEMES[scheme]), tmp_path), *all_stock)
 
 
 # Architecture, tied, dtype, scheme of the kernels, scheme of the embeddings.
