@@ -22,15 +22,19 @@ settings.load_profile("quantfleet")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Programs that this process has compiled, kept apart from other processes'.
+def compiled(pytestconfig: pytest.Config) -> None:
+    """Programs that any test process has compiled, in pytest's own cache: `make clean` removes it.
 
     Many tests trace anew what others have traced; then they need not compile it again.
     """
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    assert pytestconfig.cache is not None
+    folder = pytestconfig.cache.mkdir("compiled")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # Only where its size has a limit does JAX lock the folder: nobody reads what is half written.
+    jax.config.update("jax_compilation_cache_max_size", 1 << 30)
 
 
 @pytest.fixture(scope="session")
