@@ -51,7 +51,7 @@ test: lint  ## lint, types and the default tests
 
 test-torch: $(TORCH)  ## install PyTorch, and run the tests that wait for it
 	$(PYTEST) -m torch
-	KERAS_BACKEND=torch $(PYTEST) tests/quantizer/test_layers.py
+	KERAS_BACKEND=torch $(PYTEST) tests/quantizer/keras_format/test_layers.py
 
 test-s3: $(READY)  ## the storage and fault tests on a real S3 server (needs radosgw)
 	$(BIN)/python -m pytest -m radosgw

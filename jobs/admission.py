@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jobs.quantities import size
-from pipeline.crew import CrewError
 from pipeline.errors import PipelineError
 from pipeline.estimates import Estimate
+from pipeline.executor.protocol import ExecutorError
 from pipeline.plan import Plan
-from pipeline.planned_run import Identity
+from pipeline.remote_planning import Identity
 
 
 def check_memory(costs: Estimate, nodes: Sequence[tuple[int, int]]) -> None:
@@ -19,13 +19,13 @@ def check_memory(costs: Estimate, nodes: Sequence[tuple[int, int]]) -> None:
         nodes: of each node, how many workers it may run, and bytes of memory for them.
 
     Raises:
-        CrewError: with what is needed, what there is, and what to do.
+        ExecutorError: with what is needed, what there is, and what to do.
     """
     for workers, memory_bytes in nodes:
         if workers * costs.worker_bytes > memory_bytes:
             fitting = memory_bytes // costs.worker_bytes
             remedy = f"use --workers {fitting}, or" if fitting else "lower num_samples, or use"
-            raise CrewError(
+            raise ExecutorError(
                 f"too little memory: a worker needs about {size(costs.worker_bytes)}, and a node "
                 f"that may run {workers} of them has {size(memory_bytes)}; {remedy} nodes with "
                 "more memory"

@@ -6,10 +6,10 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from jobs.log_lines import take_over
+from jobs.logging import take_over
 from jobs.termination import terminable
-from pipeline.cluster import joined
-from pipeline.resources import Resources, choose_resources
+from pipeline.executor.ray_cluster import Resources, choose_resources
+from pipeline.executor.ray_executor import joined
 
 
 @contextlib.contextmanager
@@ -25,7 +25,7 @@ def computing(
         device: "auto", "cpu" or "gpu".
 
     Raises:
-        CrewError: there is no cluster, or more is asked than it has.
+        ExecutorError: there is no cluster, or more is asked than it has.
     """
     take_over("ray")
     wanted = None

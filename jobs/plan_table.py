@@ -11,10 +11,9 @@ from rich.text import Text
 from jobs.quantities import count, size
 from jobs.summary import scheme_name
 from pipeline.estimates import Estimate
+from pipeline.executor.ray_cluster import Resources
 from pipeline.plan import Plan
-from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.recipe_check import unmatched_patterns
-from pipeline.resources import Resources
+from pipeline.recipe.recipe import Recipe, unmatched_patterns
 
 
 def plan_table(plan: Plan, costs: Estimate, resources: Resources) -> RenderableType:

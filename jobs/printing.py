@@ -7,7 +7,7 @@ import sys
 
 from rich.console import Console
 
-from jobs.log_lines import JsonConsole, is_json
+from jobs.logging import JsonConsole, is_json
 
 
 def print_json(value: object) -> None:

@@ -16,9 +16,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from jobs.log_lines import JsonConsole, Level, tell
+from jobs.logging import JsonConsole, Level, tell
 from pipeline.plan import Plan
-from pipeline.run import Report, Step
+from pipeline.run.driver import Report, Step
 
 _TROUBLE = frozenset({"damaged", "lost", "fewer"})
 

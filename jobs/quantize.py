@@ -18,34 +18,34 @@ from rich.console import Console
 
 from jobs.admission import check_identity, check_memory
 from jobs.computing import computing
-from jobs.log_lines import JsonConsole, concern, name_of, tell
+from jobs.logging import JsonConsole, concern, name_of, tell
 from jobs.metrics import RunMetrics
 from jobs.plan_table import plan_table
 from jobs.progress import watch
 from jobs.reachable import reachable
 from jobs.summary import Summary, summary_table
 from jobs.termination import Terminated
-from pipeline import lease
-from pipeline.cluster import RayCrew
-from pipeline.commits import read_manifest
-from pipeline.crew import Crew
 from pipeline.errors import CalibrationTextError, PipelineError
 from pipeline.estimates import Estimate, estimate
-from pipeline.events import EventLog
+from pipeline.executor.protocol import Executor
+from pipeline.executor.ray_cluster import Resources, memory_of_nodes
+from pipeline.executor.ray_executor import RayExecutor
 from pipeline.fidelity import Fidelity
+from pipeline.model.preset import PRESET_KEY, check_preset
 from pipeline.plan import PLAN_KEY, Plan, read_plan
-from pipeline.planned_run import (
+from pipeline.recipe.recipe import Recipe
+from pipeline.remote_planning import (
     claim_run,
     evaluation_windows,
     identity,
     measure,
     plan_run,
 )
-from pipeline.recipe.recipe import Recipe
-from pipeline.records import MANIFEST_KEY
-from pipeline.resources import Resources, memory_of_nodes
-from pipeline.run import quantize
-from pipeline.source.preset import PRESET_KEY, check_preset
+from pipeline.run import lease
+from pipeline.run.commits import read_manifest
+from pipeline.run.driver import quantize
+from pipeline.run.events import EventLog
+from pipeline.run.records import MANIFEST_KEY
 from pipeline.storage.object_store import ObjectStore
 
 
@@ -107,9 +107,9 @@ def run_job(job: Job, place: Place, console: Console, *, as_json: bool, dry_run:
     check_preset(reachable(job.source_url, PRESET_KEY))
     with _place(place, console) as resources:
         wanted = dataclasses.replace(resources, workers=1) if dry_run else resources
-        crew = RayCrew(wanted, job.source_url, job.output_url)
+        executor = RayExecutor(wanted, job.source_url, job.output_url)
         with console.status("planning: reading the preset, checking every layer, cutting texts"):
-            plan, windows = plan_run(crew, job.source_url, job.recipe, resources.threads)
+            plan, windows = plan_run(executor, job.source_url, job.recipe, resources.threads)
         costs = estimate(plan, resources.workers)
         if dry_run:
             _print_plan(plan, costs, resources, console, as_json=as_json)
@@ -118,9 +118,11 @@ def run_job(job: Job, place: Place, console: Console, *, as_json: bool, dry_run:
         if dry_run:
             return
         # Also read before anything is claimed: a mistyped file must not cost a run.
-        judged_on = _evaluation_windows(job, plan, crew)
+        judged_on = _evaluation_windows(job, plan, executor)
         plan = claim_run(store, plan, windows)
-        _carry_out(plan, job, store, crew, resources, costs, judged_on, console, as_json=as_json)
+        _carry_out(
+            plan, job, store, executor, resources, costs, judged_on, console, as_json=as_json
+        )
 
 
 def resume_job(
@@ -169,9 +171,9 @@ def resume_job(
     check_preset(reachable(url, PRESET_KEY))
     wanted = dataclasses.replace(place, threads=place.threads or int(plan.machine["threads"]))
     with _place(wanted, console) as resources:
-        crew = RayCrew(resources, url, output_url)
+        executor = RayExecutor(resources, url, output_url)
         with console.status("checking that source and machine are what they were"):
-            found = identity(crew, url, resources.threads)
+            found = identity(executor, url, resources.threads)
         check_identity(plan, found, url, finished=finished)
         job = Job(
             source_url=url,
@@ -183,15 +185,17 @@ def resume_job(
         )
         costs = estimate(plan, resources.workers)
         check_memory(costs, memory_of_nodes(resources))
-        judged_on = _evaluation_windows(job, plan, crew)
-        _carry_out(plan, job, store, crew, resources, costs, judged_on, console, as_json=as_json)
+        judged_on = _evaluation_windows(job, plan, executor)
+        _carry_out(
+            plan, job, store, executor, resources, costs, judged_on, console, as_json=as_json
+        )
 
 
 def _carry_out(
     plan: Plan,
     job: Job,
     store: ObjectStore,
-    crew: Crew,
+    executor: Executor,
     resources: Resources,
     costs: Estimate,
     judged_on: bytes | None,
@@ -214,7 +218,7 @@ def _carry_out(
                     quantize(
                         plan,
                         store,
-                        crew,
+                        executor,
                         metrics.also(log.also(report)),
                         keep_every=job.driving.keep_every,
                         check_lease=held.check,
@@ -223,7 +227,7 @@ def _carry_out(
         seconds = time.monotonic() - start
         if judged_on is not None:
             with console.status("comparing the result with its source"):
-                fidelity = measure(crew, judged_on, job.evaluation_windows)
+                fidelity = measure(executor, judged_on, job.evaluation_windows)
             metrics.judged(fidelity)
         if held is not None:  # or there was nothing to do
             metrics.ended("finished")
@@ -277,12 +281,12 @@ def load_hint(task: str, store: ObjectStore) -> str:
     return f"copy {url} to a local folder, then keras_hub.models.{task}.from_preset(folder)"
 
 
-def _evaluation_windows(job: Job, plan: Plan, crew: Crew) -> bytes | None:
+def _evaluation_windows(job: Job, plan: Plan, executor: Executor) -> bytes | None:
     if not job.evaluation_texts:
         return None
     try:
         return evaluation_windows(
-            crew, job.source_url, plan, job.evaluation_texts, job.evaluation_windows
+            executor, job.source_url, plan, job.evaluation_texts, job.evaluation_windows
         )
     except CalibrationTextError as error:
         raise CalibrationTextError(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from pipeline.storage.backend import Patience
 from pipeline.storage.object_store import ObjectStore, open_store
-from pipeline.storage.patience import Patience
 
 _DEADLINE_SECONDS = 15.0
 

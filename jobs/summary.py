@@ -16,7 +16,7 @@ from pipeline.canonical import sha256
 from pipeline.estimates import Estimate
 from pipeline.fidelity import Fidelity
 from pipeline.plan import Plan
-from pipeline.records import LayerRecord, Manifest, PartRecord
+from pipeline.run.records import LayerRecord, Manifest, PartRecord
 from pipeline.storage.object_store import ObjectStore
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from pipeline.artifact.stock_load import ask_stock
-from pipeline.commits import damaged_files, read_manifest
+from pipeline.artifact.verification import ask_stock
 from pipeline.errors import ArtifactError, DamagedObjectError
-from pipeline.records import ARTIFACT_PREFIX, MANIFEST_KEY, Manifest
+from pipeline.run.commits import damaged_files, read_manifest
+from pipeline.run.records import ARTIFACT_PREFIX, MANIFEST_KEY, Manifest
 from pipeline.storage.object_store import ObjectStore, open_store
 
 _TOKENS = 16
@@ -62,7 +62,7 @@ def verify_run(output_url: str, console: Console, *, stock: bool, as_json: bool)
 def _load(store: ObjectStore, manifest: Manifest, console: Console) -> str:
     # Only who asks for this pays for JAX and Keras; and Keras would choose TensorFlow.
     os.environ.setdefault("KERAS_BACKEND", "jax")
-    from pipeline.artifact.inspection import inspect_artifact
+    from pipeline.artifact.verification import inspect_artifact
 
     with tempfile.TemporaryDirectory(prefix="quantfleet-verify-") as folder:
         with console.status("fetching the artifact"):

@@ -70,7 +70,7 @@ class PlanMismatchError(PipelineError):
     """A run directory that belongs to another plan."""
 
 
-class ShardError(PipelineError):
+class WeightsFileError(PipelineError):
     """A weights file that is damaged, hostile, or not of the model at hand."""
 
 

@@ -2,7 +2,7 @@
 
 A causal language model is judged by perplexity before and after, and by the divergence
 KL(source ‖ result) of its next-token distributions; any other model by the cosine between what
-both answer. Plain data: `pipeline.compute.comparison` does the work.
+both answer. Plain data: `pipeline.worker.evaluate` does the work.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class WindowFidelity:
-    """Sums over one window.
+    """CalibrationStatistics over one window.
 
     Attributes:
         count: predicted tokens; of an encoder, compared vectors.

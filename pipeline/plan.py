@@ -15,9 +15,9 @@ from pydantic import ConfigDict
 
 from pipeline.canonical import digest_of
 from pipeline.errors import DamagedObjectError
-from pipeline.recipe.recipe import Kind, Statistics
-from pipeline.self_checked import read_as, read_self_checked, with_digest
+from pipeline.recipe.recipe import LayerKind, StatisticsKind
 from pipeline.storage.object_store import ObjectStore
+from pipeline.storage.record import read_as, read_self_checked, with_digest
 
 PLAN_KEY = "plan.json"
 
@@ -42,7 +42,7 @@ class LayerPlan:
 
     path: str
     name: str
-    kind: Kind
+    kind: LayerKind
     in_features: int
     out_features: int
     scheme: dict[str, Any] | None
@@ -64,7 +64,7 @@ class GroupPlan:
 
     targets: tuple[str, ...]
     in_features: int
-    statistics: Statistics
+    statistics: StatisticsKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class PartPlan:
         part: the file's number.
         name: the block's name; "rest" for part 0.
         source_bytes: of its variables in the source.
-        source_sha256: of their values (see `pipeline.source.weights.values_digest`).
+        source_sha256: of their values (see `pipeline.weights.source.values_digest`).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT

@@ -16,23 +16,27 @@ import jax
 import keras
 import numpy as np
 
-from pipeline.artifact.preset_json import layer_policy, policy_map, quantized_json
 from pipeline.calibration.texts import read_texts
-from pipeline.calibration.token_windows import TokenWindows
-from pipeline.calibration.windows import make_windows, shards
-from pipeline.compute.forward import BlockProgram, call_with
-from pipeline.compute.inputs import model_inputs
+from pipeline.calibration.windows import TokenWindows, make_windows, shard_bounds
 from pipeline.errors import RecipeError
+from pipeline.model.blocks import Block, BlockGraph, find_blocks
+from pipeline.model.converted_files import converted_files
+from pipeline.model.preset import PresetFiles
+from pipeline.model.quantized_config import layer_policy, policy_map, quantized_json
+from pipeline.model.skeleton import Skeleton, build_skeleton
+from pipeline.model.targets import Target
+from pipeline.model.tokenizer import model_inputs, preset_tokenizer
 from pipeline.plan import GroupPlan, LayerPlan, PartPlan, Plan, TokensPlan, micro_batches
-from pipeline.recipe.recipe import Calibration, Kind, Recipe, Statistics, statistics_of
-from pipeline.recipe.recipe_check import check_recipe
-from pipeline.source.blocks import Block, BlockGraph, find_blocks
-from pipeline.source.converted_files import converted_files
-from pipeline.source.preset import PresetFiles
-from pipeline.source.quantizable import Target
-from pipeline.source.skeleton import Skeleton, build_skeleton
-from pipeline.source.tokenizer import preset_tokenizer
-from pipeline.source.weights import Source, open_source, values_digest
+from pipeline.recipe.recipe import (
+    Calibration,
+    LayerKind,
+    Recipe,
+    StatisticsKind,
+    check_recipe,
+    statistics_of,
+)
+from pipeline.weights.source import Source, open_source, values_digest
+from pipeline.worker.block_program import BlockProgram, call_with
 from quantizer import kernel_layout, row_slices, scheme_to_dict
 from quantizer.schemes import AWQScheme, GPTQScheme, Scheme
 
@@ -142,7 +146,7 @@ def _scheme_of(target: Target, recipe: Recipe, *, in_block: bool) -> tuple[Schem
     return scheme, ""
 
 
-def _kind(target: Target) -> Kind:
+def _kind(target: Target) -> LayerKind:
     tables = (keras.layers.Embedding, keras.layers.ReversibleEmbedding)
     return "embedding" if isinstance(target.layer, tables) else "kernel"
 
@@ -219,7 +223,7 @@ def _tokens_plan(windows: TokenWindows) -> TokensPlan:
         num_samples=num_samples,
         sequence_length=sequence_length,
         micro_batch=micro_batch,
-        shards=shards(num_samples, samples_per_shard),
+        shards=shard_bounds(num_samples, samples_per_shard),
     )
 
 
@@ -315,13 +319,13 @@ def _left(path: str, reason: str) -> LayerPlan:
 
 
 def _group_plans(
-    graph: BlockGraph, block: Block, wanted: Mapping[str, Statistics | None], tokens: TokensPlan
+    graph: BlockGraph, block: Block, wanted: Mapping[str, StatisticsKind | None], tokens: TokensPlan
 ) -> tuple[GroupPlan, ...]:
     shape = (tokens.micro_batch, tokens.sequence_length)
     example = model_inputs(graph.embed, np.zeros(shape, np.int32), np.ones(shape, bool))
     weights = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in graph.embed.weights]
-    stream, *sides = jax.eval_shape(lambda v: _embed(graph, v, example), weights)
-    program = BlockProgram(block, wanted, stream, sides)
+    hidden_states, *side_inputs = jax.eval_shape(lambda v: _embed(graph, v, example), weights)
+    program = BlockProgram(block, wanted, hidden_states, side_inputs)
     return tuple(
         GroupPlan(targets=g.targets, in_features=g.in_features, statistics=g.statistics)
         for g in program.groups

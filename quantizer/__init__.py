@@ -11,8 +11,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quantizer.batch import solve_batch
-    from quantizer.drift import DriftSum
     from quantizer.errors import (
         CalibrationError,
         LayerError,
@@ -20,8 +18,11 @@ if TYPE_CHECKING:
         SchemeError,
         WeightError,
     )
+    from quantizer.gptq.drift import DriftSum
+    from quantizer.gptq.solve import row_slices
     from quantizer.hessian import HessianSum, MagnitudeSum, tree_merge
-    from quantizer.layers import kernel_layout, quantize_layer, save_model
+    from quantizer.keras_format.layers import kernel_layout, quantize_layer, save_model
+    from quantizer.result import QuantizedWeight, Solution, SolveReport
     from quantizer.schemes import (
         SCHEMES,
         AWQScheme,
@@ -33,13 +34,10 @@ if TYPE_CHECKING:
         scheme_from_dict,
         scheme_to_dict,
     )
-    from quantizer.slices import row_slices
-    from quantizer.solution import Account, QuantizedWeight, Solution
     from quantizer.solver import solve, solve_stack
 
 _MODULES = {
-    "quantizer.batch": ("solve_batch",),
-    "quantizer.drift": ("DriftSum",),
+    "quantizer.gptq.drift": ("DriftSum",),
     "quantizer.errors": (
         "CalibrationError",
         "LayerError",
@@ -48,7 +46,7 @@ _MODULES = {
         "WeightError",
     ),
     "quantizer.hessian": ("HessianSum", "MagnitudeSum", "tree_merge"),
-    "quantizer.layers": ("kernel_layout", "quantize_layer", "save_model"),
+    "quantizer.keras_format.layers": ("kernel_layout", "quantize_layer", "save_model"),
     "quantizer.schemes": (
         "SCHEMES",
         "AWQScheme",
@@ -60,8 +58,8 @@ _MODULES = {
         "scheme_from_dict",
         "scheme_to_dict",
     ),
-    "quantizer.solution": ("Account", "QuantizedWeight", "Solution"),
-    "quantizer.slices": ("row_slices",),
+    "quantizer.result": ("SolveReport", "QuantizedWeight", "Solution"),
+    "quantizer.gptq.solve": ("row_slices",),
     "quantizer.solver": ("solve", "solve_stack"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -69,7 +67,6 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "SCHEMES",
     "AWQScheme",
-    "Account",
     "CalibrationError",
     "DriftSum",
     "Float8Scheme",
@@ -84,6 +81,7 @@ __all__ = [
     "Scheme",
     "SchemeError",
     "Solution",
+    "SolveReport",
     "WeightError",
     "kernel_layout",
     "quantize_layer",
@@ -92,7 +90,6 @@ __all__ = [
     "scheme_from_dict",
     "scheme_to_dict",
     "solve",
-    "solve_batch",
     "solve_stack",
     "tree_merge",
 ]

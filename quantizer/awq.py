@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from quantizer.grid import decode, encode, find_grid, num_groups
 from quantizer.hessian import HessianSum, MagnitudeSum
+from quantizer.qparams import decode, encode, find_grid, num_groups
+from quantizer.result import Float32, GroupedWeight, Solution, SolveReport, weight_error
 from quantizer.schemes import AWQScheme
-from quantizer.solution import Account, Float32, GroupedWeight, Solution, weight_error
 
 _MAX_CODE = 15.0
 _SMALLEST_SCALE = 1e-4
@@ -133,7 +133,7 @@ def solve_awq(
     )
     return Solution(
         weight,
-        Account(
+        SolveReport(
             weight_error=weight_error(weight_RC, weight.dequantize()),
             output_error=loss,
             rtn_output_error=rtn_loss,

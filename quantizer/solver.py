@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from quantizer.awq import solve_awq
-from quantizer.drift import DriftSum, correct_target
 from quantizer.errors import CalibrationError, SchemeError, WeightError
-from quantizer.float8 import solve_float8
+from quantizer.gptq.drift import DriftSum, correct_target
+from quantizer.gptq.solve import factorize_hessian, solve_gptq
 from quantizer.hessian import HessianSum, MagnitudeSum
-from quantizer.rounding import round_weight
+from quantizer.result import Float32, Solution, SolveReport, output_error, weight_error
+from quantizer.rtn import round_weight, solve_float8
 from quantizer.schemes import (
     AWQScheme,
     Float8Scheme,
@@ -23,10 +24,8 @@ from quantizer.schemes import (
     Int8Scheme,
     Scheme,
 )
-from quantizer.slices import factorize_hessian, solve_gptq
-from quantizer.solution import Account, Float32, Solution, output_error, weight_error
 
-Statistics = HessianSum | MagnitudeSum
+CalibrationStatistics = HessianSum | MagnitudeSum
 
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes that scales may be stored in."""
@@ -37,7 +36,7 @@ _LARGEST_WEIGHT = 1e8
 
 def solve(
     weight: ArrayLike,
-    statistics: Statistics | None,
+    statistics: CalibrationStatistics | None,
     scheme: Scheme,
     *,
     drift: DriftSum | None = None,
@@ -56,7 +55,7 @@ def solve(
         name: the layer, for messages.
 
     Returns:
-        The quantized weight and its account. With gptq, int8 and int4, solving `weight[a:b]`
+        The quantized weight and its report. With gptq, int8 and int4, solving `weight[a:b]`
         for each (a, b) of `row_slices` gives those rows of the whole, bit for bit; awq's input
         scales and float8's scale are one choice for all rows.
 
@@ -73,12 +72,12 @@ def solve(
             factor = factorize_hessian(hessian, scheme)
             return solve_gptq([weight_RC], factor, hessian, scheme, scale_dtype=scale_dtype)[0]
         case AWQScheme():
-            if not isinstance(statistics, Statistics):
+            if not isinstance(statistics, CalibrationStatistics):
                 raise _missing(name, scheme.mode, "a HessianSum or a MagnitudeSum")
             statistics.check(weight_RC.shape[1], name)
             return solve_awq(weight_RC, statistics, scheme, scale_dtype=scale_dtype)
         case Float8Scheme():
-            if not isinstance(statistics, Statistics):
+            if not isinstance(statistics, CalibrationStatistics):
                 raise _missing(name, scheme.mode, "a MagnitudeSum")
             statistics.check(weight_RC.shape[1], name)
             if not isinstance(statistics, MagnitudeSum):
@@ -126,7 +125,7 @@ def solve_stack(
 
 def _round(
     weight_RC: Float32,
-    statistics: Statistics | None,
+    statistics: CalibrationStatistics | None,
     bits: int,
     block_size: int,
     scale_dtype: str,
@@ -136,7 +135,7 @@ def _round(
     restored_RC = weight.dequantize()
     loss = None
     if statistics is not None:
-        if not isinstance(statistics, Statistics):
+        if not isinstance(statistics, CalibrationStatistics):
             raise CalibrationError(
                 f"{name}: statistics must be a HessianSum, a MagnitudeSum or None, "
                 f"got {type(statistics).__name__}"
@@ -145,7 +144,7 @@ def _round(
         loss = output_error(weight_RC, restored_RC, statistics)
     return Solution(
         weight,
-        Account(
+        SolveReport(
             weight_error=weight_error(weight_RC, restored_RC),
             output_error=loss,
             rtn_output_error=loss,
@@ -242,7 +241,7 @@ def _missing(name: str, mode: str, wanted: str) -> CalibrationError:
 
 
 def require_hessian(
-    statistics: Statistics | None, in_features: int, mode: str, name: str
+    statistics: CalibrationStatistics | None, in_features: int, mode: str, name: str
 ) -> HessianSum:
     """The statistics as a usable HessianSum.
 

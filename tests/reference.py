@@ -215,8 +215,8 @@ def gptq(
         for _ in range(refinement_sweeps):
             for j in range(len(energy)):
                 values = (refined - zero) * scale
-                pull = (live - values) @ ridge[:, j] / ridge[j, j]
-                refined[:, j] = nearest(values[:, j] + pull, scale[:, j], zero[:, j], top)
+                correction = (live - values) @ ridge[:, j] / ridge[j, j]
+                refined[:, j] = nearest(values[:, j] + correction, scale[:, j], zero[:, j], top)
         before = row_losses(live - (solved - zero) * scale, hessian_CC)
         after = row_losses(live - (refined - zero) * scale, hessian_CC)
         solved = np.where((after < before)[:, None], refined, solved)

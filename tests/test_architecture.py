@@ -144,9 +144,9 @@ def test_no_test_module_is_a_drawer() -> None:
 @pytest.mark.parametrize(
     ("path", "source", "expected"),
     [
-        ("quantizer/gptq.py", "import jobs.cli", "quantizer imports jobs"),
+        ("quantizer/gptq.py", "import jobs.cli.main", "quantizer imports jobs"),
         ("quantizer/gptq.py", "def f():\n    from pipeline import run", "imports pipeline"),
-        ("quantizer/gptq.py", "import_module('pipeline.run')", "imports pipeline"),
+        ("quantizer/gptq.py", "import_module('pipeline.run.driver')", "imports pipeline"),
         ("quantizer/gptq.py", "from tests.reference import gptq", "imports tests"),
         ("pipeline/run.py", "from jobs import catalog", "pipeline imports jobs"),
         ("quantizer/gptq.py", "import ray", "imports ray"),
@@ -190,7 +190,7 @@ def test_each_rule_can_fail(path: str, source: str, expected: str) -> None:
     [
         (
             "quantizer/gptq.py",
-            "import jax\nfrom quantizer.grid import quantize\nfrom . import grid",
+            "import jax\nfrom quantizer.qparams import quantize\nfrom . import grid",
         ),
         ("pipeline/run.py", "import ray, fsspec, keras_hub\nfrom quantizer import gptq"),
         ("jobs/cli.py", "import os, rich\nfrom pipeline import run\nhome = os.environ['HOME']"),

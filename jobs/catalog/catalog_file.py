@@ -13,13 +13,19 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from jobs.catalog.entries import CatalogFile, Model, Settings
-from pipeline.calibration.given_files import read_given_file
 from pipeline.errors import PipelineError, RecipeError, StorageError
-from pipeline.recipe.marked_yaml import MAX_BYTES, MarkedYaml, Place, read_yaml
-from pipeline.recipe.mistakes import describe_mistake, in_turn
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.recipe_file import load_recipe, recipe_from_dict
+from pipeline.recipe.yaml_document import (
+    MAX_BYTES,
+    MarkedYaml,
+    Place,
+    describe_mistake,
+    in_turn,
+    read_yaml,
+)
 from pipeline.storage.object_store import open_store
+from pipeline.storage.user_files import read_given_file
 
 
 class CatalogError(PipelineError):

@@ -1,6 +1,6 @@
 """A catalog as its authors write it: what each key means, and what it may be.
 
-Nothing here looks at the models themselves; `jobs.catalog.wanted` makes requests of this.
+Nothing here looks at the models themselves; `jobs.catalog.requests` makes requests of this.
 """
 
 from __future__ import annotations

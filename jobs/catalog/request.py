@@ -12,8 +12,8 @@ from pydantic import ConfigDict
 
 from pipeline.canonical import digest_of
 from pipeline.errors import PipelineError
-from pipeline.self_checked import read_as, read_self_checked, with_digest
 from pipeline.storage.object_store import ObjectStore, open_store
+from pipeline.storage.record import read_as, read_self_checked, with_digest
 
 REQUESTS_PREFIX = "requests/"
 RUNS_PREFIX = "runs/"

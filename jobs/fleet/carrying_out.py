@@ -9,22 +9,22 @@ from rich.console import Console
 from jobs.admission import check_identity, check_memory
 from jobs.catalog.request import Request
 from jobs.fleet.workplace import Workplace
-from jobs.log_lines import tell
+from jobs.logging import tell
 from jobs.metrics import RunMetrics
 from jobs.progress import watch
 from jobs.summary import Summary
-from pipeline.commits import Finding, damaged_files, quarantine, read_manifest
-from pipeline.crew import Crew
 from pipeline.errors import CalibrationTextError, DamagedObjectError, MissingObjectError
 from pipeline.estimates import estimate
-from pipeline.events import EventLog
+from pipeline.executor.protocol import Executor
 from pipeline.fidelity import Fidelity
-from pipeline.lease import Lease
 from pipeline.plan import PLAN_KEY, Plan, read_plan
-from pipeline.planned_run import evaluation_windows, identity, measure, plan_run
 from pipeline.recipe.recipe_file import recipe_from_dict
-from pipeline.records import MANIFEST_KEY, Manifest
-from pipeline.run import quantize
+from pipeline.remote_planning import evaluation_windows, identity, measure, plan_run
+from pipeline.run.commits import Finding, damaged_files, quarantine, read_manifest
+from pipeline.run.driver import quantize
+from pipeline.run.events import EventLog
+from pipeline.run.lease import Lease
+from pipeline.run.records import MANIFEST_KEY, Manifest
 from pipeline.storage.object_store import ObjectStore
 
 
@@ -41,7 +41,7 @@ def whole_manifest(store: ObjectStore) -> tuple[Manifest | None, tuple[Finding, 
 
 
 def plan_of(
-    request: Request, store: ObjectStore, crew: Crew, place: Workplace
+    request: Request, store: ObjectStore, executor: Executor, place: Workplace
 ) -> tuple[Plan, bytes | None]:
     """The plan that the run was begun with, or else a new one and its token windows.
 
@@ -52,17 +52,17 @@ def plan_of(
     """
     if store.exists(PLAN_KEY):
         plan = read_plan(store)
-        found = identity(crew, request.source_url, place.resources.threads)
+        found = identity(executor, request.source_url, place.resources.threads)
         check_identity(plan, found, request.source_url, finished=False)
         return plan, None
     recipe = recipe_from_dict(request.recipe, where=request.request_id)
-    return plan_run(crew, request.source_url, recipe, place.resources.threads)
+    return plan_run(executor, request.source_url, recipe, place.resources.threads)
 
 
 def carry_out(
     plan: Plan,
     store: ObjectStore,
-    crew: Crew,
+    executor: Executor,
     place: Workplace,
     held: Lease,
     console: Console,
@@ -88,7 +88,7 @@ def carry_out(
     quarantine(store, damaged)
     with watch(plan, console) as report:
         manifest = quantize(
-            plan, store, crew, metrics.also(log.also(report)), check_lease=held.check
+            plan, store, executor, metrics.also(log.also(report)), check_lease=held.check
         )
     seconds = time.monotonic() - start
     summary = Summary.of(
@@ -98,7 +98,7 @@ def carry_out(
     return manifest
 
 
-def evaluated(request: Request, plan: Plan, crew: Crew, console: Console) -> Fidelity:
+def evaluated(request: Request, plan: Plan, executor: Executor, console: Console) -> Fidelity:
     """Compare a finished result with its source, on the texts that the request names.
 
     Raises:
@@ -108,10 +108,10 @@ def evaluated(request: Request, plan: Plan, crew: Crew, console: Console) -> Fid
     with console.status("comparing the result with its source"):
         try:
             windows = evaluation_windows(
-                crew, request.source_url, plan, request.evaluation_texts, num_windows
+                executor, request.source_url, plan, request.evaluation_texts, num_windows
             )
         except CalibrationTextError as error:
             raise CalibrationTextError(
                 f"evaluate_on, with {num_windows} windows: {error}"
             ) from None
-        return measure(crew, windows, num_windows)
+        return measure(executor, windows, num_windows)

@@ -14,28 +14,27 @@ from rich.console import Console
 from jobs.catalog.request import Request, request_key, run_store
 from jobs.fleet.carrying_out import carry_out, evaluated, plan_of, whole_manifest
 from jobs.fleet.workplace import Enter, Workplace
-from jobs.log_lines import concern, tell
+from jobs.logging import concern, tell
 from jobs.metrics import RunMetrics
-from jobs.publishing.gate import failures, figures
-from jobs.publishing.releases import Release, find_current, publish
-from jobs.publishing.seen_files import note_whole
-from jobs.publishing.verdict import Verdict, find_verdict, save_verdict
-from pipeline import lease
+from jobs.publish.releases import Release, find_current, publish
+from jobs.publish.verdict import Verdict, failures, figures, find_verdict, save_verdict
+from jobs.publish.verified_files import note_whole
 from pipeline.canonical import sha256
-from pipeline.commits import damaged_files
-from pipeline.crew import Crew
 from pipeline.errors import (
     DamagedObjectError,
     LeaseHeldError,
     MissingObjectError,
     PipelineError,
 )
+from pipeline.executor.protocol import Executor
 from pipeline.fidelity import Fidelity
 from pipeline.plan import PLAN_KEY, Plan, read_plan
-from pipeline.records import ARTIFACT_PREFIX, Manifest
-from pipeline.run import claim
-from pipeline.self_checked import read_self_checked
+from pipeline.run import lease
+from pipeline.run.commits import damaged_files
+from pipeline.run.driver import claim
+from pipeline.run.records import ARTIFACT_PREFIX, Manifest
 from pipeline.storage.object_store import ObjectStore
+from pipeline.storage.record import read_self_checked
 
 
 class GateFailedError(PipelineError):
@@ -99,8 +98,8 @@ def fulfil(
         artifact = _at_rest(root, request) or _made(root, request, work, held, console)
         is_known, fidelity = _known_quality(root, request, artifact)
         if not is_known:
-            _, crew = work.at(run_store(root, artifact.run_id))
-            fidelity = evaluated(request, artifact.plan, crew, console)
+            _, executor = work.at(run_store(root, artifact.run_id))
+            fidelity = evaluated(request, artifact.plan, executor, console)
         verdict = _judged(request, artifact, fidelity)
         # A last look at everything, just before readers are sent there.
         _verify(root, artifact)
@@ -115,14 +114,14 @@ def fulfil(
 
 
 class _Work:
-    """A cluster, joined when it is first needed, with a crew on one run at a time."""
+    """A cluster, joined when it is first needed, with a executor on one run at a time."""
 
     def __init__(self, request: Request, enter: Enter) -> None:
         self.metrics = RunMetrics(model=request.model, recipe=request.recipe_name)
         self._request = request
         self._enter = enter
         self._stack = contextlib.ExitStack()
-        self._at: tuple[str, Workplace, Crew] | None = None
+        self._at: tuple[str, Workplace, Executor] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -142,10 +141,10 @@ class _Work:
         if self._at is not None:
             what(self.metrics)
 
-    def at(self, store: ObjectStore) -> tuple[Workplace, Crew]:
+    def at(self, store: ObjectStore) -> tuple[Workplace, Executor]:
         """Where a run is worked on, and by whom."""
         if self._at is None or self._at[0] != store.root_url:
-            # The crew of another run would keep what this one needs.
+            # The executor of another run would keep what this one needs.
             self._stack.close()
             needs = self._request.needs
             if needs.threads is None and store.exists(PLAN_KEY):
@@ -193,9 +192,9 @@ def _made(
 ) -> _Artifact:
     store = run_store(root, request.run_id)
     _, damaged = whole_manifest(store)
-    place, crew = work.at(store)
+    place, executor = work.at(store)
     with console.status("planning: reading the preset, checking every layer, cutting texts"):
-        plan, windows = plan_of(request, store, crew, place)
+        plan, windows = plan_of(request, store, executor, place)
     if not store.exists(PLAN_KEY):
         twin = _published_twin(root, request, plan)
         if twin is not None:
@@ -207,7 +206,7 @@ def _made(
             )
             return twin
         plan = claim(store, plan, windows)
-    manifest = carry_out(plan, store, crew, place, held, console, damaged, work.metrics)
+    manifest = carry_out(plan, store, executor, place, held, console, damaged, work.metrics)
     return _Artifact(run_id=request.run_id, plan=plan, manifest=manifest, solved=True)
 
 

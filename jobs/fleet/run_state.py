@@ -6,12 +6,11 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from jobs.fleet.event_lines import pace, read_events
-from pipeline import lease
 from pipeline.errors import DamagedObjectError
-from pipeline.events import EVENTS_PREFIX
 from pipeline.plan import PLAN_KEY, read_plan
-from pipeline.records import ARTIFACT_PREFIX, MANIFEST_KEY, RECORDS_PREFIX
+from pipeline.run import lease
+from pipeline.run.events import EVENTS_PREFIX, pace, read_events
+from pipeline.run.records import ARTIFACT_PREFIX, MANIFEST_KEY, RECORDS_PREFIX
 from pipeline.storage.object_store import ObjectStore
 
 State = Literal["not started", "planning", "running", "silent", "stopped", "finished"]

@@ -9,15 +9,15 @@ from typing import Literal
 
 from jobs.catalog.catalog_file import Catalog
 from jobs.catalog.request import RUNS_PREFIX, Request, request_key, run_store
-from jobs.catalog.wanted import Wanted, wanted_runs
-from jobs.publishing.releases import Current, find_current
-from jobs.publishing.seen_files import Look, look, save_seen
-from jobs.publishing.verdict import Verdict, find_verdict
+from jobs.catalog.requests import Wanted, wanted_runs
+from jobs.publish.releases import Current, find_current
+from jobs.publish.verdict import Verdict, find_verdict
+from jobs.publish.verified_files import Look, look, save_seen
 from pipeline.errors import DamagedObjectError, MissingObjectError, PipelineError
 from pipeline.plan import PLAN_KEY
-from pipeline.self_checked import read_self_checked
 from pipeline.storage.backend import Version
 from pipeline.storage.object_store import ObjectStore
+from pipeline.storage.record import read_self_checked
 
 State = Literal["fresh", "stale", "gate failed", "set aside", "unreachable"]
 

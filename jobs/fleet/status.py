@@ -1,4 +1,7 @@
-"""Where a catalog's runs and releases stand, from storage alone."""
+"""Where a catalog's runs and releases stand, from storage alone.
+
+How runs and releases stand, as a person reads it.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from rich.table import Table
+from rich.text import Text
+
 from jobs.catalog.catalog_file import Catalog
 from jobs.catalog.request import REQUESTS_PREFIX, Request, request_key, run_store
+from jobs.fleet.nightly import quality_text
 from jobs.fleet.run_state import RunState, run_state
-from jobs.publishing.releases import Current, find_current, published_pairs
-from jobs.publishing.verdict import find_verdict
+from jobs.publish.releases import Current, find_current, published_pairs
+from jobs.publish.verdict import find_verdict
+from jobs.quantities import size
 from pipeline.errors import PipelineError
-from pipeline.self_checked import read_self_checked
 from pipeline.storage.backend import Version
 from pipeline.storage.object_store import ObjectStore
+from pipeline.storage.record import read_self_checked
 
 _AT_ONCE = 16
 _ID = re.compile(r"(?P<pair>.+)-[0-9a-f]{12}")
@@ -31,7 +39,7 @@ class Row:
         state: "published", "gate failed", or what `RunState` says.
         release: the current one's number.
         run: None where nothing is known of it but what the release says.
-        quality: see `jobs.publishing.gate.figures`.
+        quality: see `jobs.publish.verdict.figures`.
         text: why the gate was not passed, or what is wrong.
     """
 
@@ -177,3 +185,55 @@ def _unreleased(root: ObjectStore, request: Request) -> Row:
         stored_bytes=found.stored_bytes,
         text=found.text,
     )
+
+
+def status_table(rows: Sequence[Row]) -> Table:
+    """A line for each; columns that would be empty are left out, for terminals are narrow."""
+    titles = ("model", "recipe", "state", "parts", "left", "heartbeat", "weights", "quality", "")
+    lines = [_line(row) for row in rows]
+    shown = [i for i in range(len(titles)) if any(line[i] not in ("", "–") for line in lines)]
+    table = Table(*(titles[i] for i in shown))
+    for line in lines:
+        table.add_row(*(Text(line[i]) for i in shown))
+    return table
+
+
+def _line(row: Row) -> tuple[str, ...]:
+    run = row.run
+    parts = left = heartbeat = "–"
+    if run is not None and run.parts is not None:
+        parts = f"{run.parts_done}/{run.parts}"
+        if run.seconds_a_part is not None:
+            parts += f", {duration(run.seconds_a_part)} each"
+    if run is not None and run.seconds_left is not None:
+        left = duration(run.seconds_left)
+    if run is not None and run.heartbeat_seconds is not None:
+        heartbeat = f"{duration(run.heartbeat_seconds)} ago"
+    state = row.state if row.release is None else f"{row.state}, release {row.release}"
+    return (
+        row.model,
+        row.recipe,
+        state,
+        parts,
+        left,
+        heartbeat,
+        _weights(row),
+        quality_text(row.quality),
+        row.text,
+    )
+
+
+def duration(seconds: float) -> str:
+    """Such as 12 s, 3 min or 1.5 h."""
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _weights(row: Row) -> str:
+    if row.stored_bytes is None:
+        return "–"
+    before = "" if row.source_bytes is None else f"{size(row.source_bytes)} → "
+    return f"{before}{size(row.stored_bytes)}"

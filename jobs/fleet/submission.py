@@ -2,20 +2,29 @@
 
 Ray is asked only who is alive. Whether a run is done, storage alone decides: a job may have ended
 well whose result was damaged since, or have been lost after it had published.
+
+How a submission stands: a live table on a terminal, a line for each change elsewhere.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
 from jobs.catalog.request import Request, save_request
-from jobs.fleet.ray_jobs import Jobs, RayJob
 from jobs.fleet.staleness import Decision, decision
+from jobs.logging import Level, tell
+from pipeline.executor.ray_jobs import Jobs, RayJob
 from pipeline.storage.object_store import ObjectStore
 
 Phase = Literal["waiting", "running", "published", "gate failed", "failed"]
@@ -98,7 +107,7 @@ class Submission:
         """Look once: attach to the living, judge the ended, start what there is room for.
 
         Raises:
-            CrewError: the cluster does not answer.
+            ExecutorError: the cluster does not answer.
             StorageError: the store cannot be used.
         """
         known = self._jobs.list()
@@ -199,3 +208,64 @@ def stop_jobs(jobs: Jobs, wanted: str) -> tuple[str, ...]:
             jobs.stop(submission_id)
             stopped.append(submission_id)
     return tuple(stopped)
+
+
+_LEVELS: dict[Phase, Level] = {"gate failed": "warning", "failed": "error"}
+Tell = Callable[[Sequence[Task]], None]
+
+
+@contextlib.contextmanager
+def watch_tasks(console: Console) -> Iterator[Tell]:
+    """Yield what a submission is to tell how it stands."""
+    if console.is_terminal:
+        with Live(console=console, auto_refresh=False) as live:
+            yield lambda tasks: live.update(tasks_table(tasks), refresh=True)
+        return
+    told: dict[str, tuple[str, str]] = {}
+
+    def changes(tasks: Sequence[Task]) -> None:
+        for task in tasks:
+            state = (task.phase, task.job)
+            if told.get(task.request.request_id) != state:
+                told[task.request.request_id] = state
+                more = f": {task.text}" if task.text else ""
+                tell(
+                    console,
+                    task.phase,
+                    f"{task.name}: {task.phase} {task.job}{more}",
+                    level=_LEVELS.get(task.phase, "info"),
+                    run=task.request.run_id,
+                    model=task.request.model,
+                    recipe=task.request.recipe_name,
+                    job=task.job,
+                )
+
+    yield changes
+
+
+def tasks_table(tasks: Sequence[Task]) -> Table:
+    """A line for each request."""
+    table = Table("run", "state", "job", "attempts", "")
+    for task in tasks:
+        table.add_row(
+            Text(task.name), task.phase, Text(task.job), str(task.started), Text(task.text)
+        )
+    return table
+
+
+def tasks_json(tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    """Plain JSON values."""
+    return [
+        {
+            "model": task.request.model,
+            "recipe": task.request.recipe_name,
+            "request_id": task.request.request_id,
+            "run_id": task.request.run_id,
+            "state": task.phase,
+            "job": task.job,
+            "attempts": task.started,
+            "failed": list(task.failed),
+            "text": task.text,
+        }
+        for task in tasks
+    ]

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from jobs.catalog.request import Needs
 from jobs.computing import computing
-from pipeline.cluster import RayCrew
-from pipeline.crew import Crew
-from pipeline.resources import Resources, memory_of_nodes
+from pipeline.executor.protocol import Executor
+from pipeline.executor.ray_cluster import Resources, memory_of_nodes
+from pipeline.executor.ray_executor import RayExecutor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Workplace:
 
     resources: Resources
     nodes: tuple[tuple[int, int], ...]
-    hire: Callable[[str, str], Crew]
+    hire: Callable[[str, str], Executor]
 
 
 Enter = Callable[[Needs], AbstractContextManager[Workplace]]
@@ -46,7 +46,7 @@ def on_ray(address: str | None) -> Enter:
             yield Workplace(
                 resources=resources,
                 nodes=tuple(nodes),
-                hire=lambda source_url, run_url: RayCrew(resources, source_url, run_url),
+                hire=lambda source_url, run_url: RayExecutor(resources, source_url, run_url),
             )
 
     return enter

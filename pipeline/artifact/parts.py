@@ -15,10 +15,10 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.artifact.shard_file import read_shard, shard_bytes
-from pipeline.artifact.weight_layout import StoredVariable
+from pipeline.artifact.weights_file import read_weights_file, weights_file_bytes
 from pipeline.canonical import canonical_json
-from pipeline.errors import ArtifactError, ShardError
+from pipeline.errors import ArtifactError, WeightsFileError
+from pipeline.model.weight_layout import StoredVariable
 
 INDEX_FILE = "model.weights.json"
 """Where stock KerasHub looks when there is no model.weights.h5."""
@@ -50,8 +50,8 @@ class Part:
 
         Args:
             layer_path: of a layer in this part.
-            variables: by the layer's own name for them, as `quantizer.stored.solve_kernel` and
-                `quantizer.embeddings.solve_embeddings` return them.
+            variables: by the layer's own name for them, as `quantizer.keras_format`
+                returns them.
 
         Raises:
             ArtifactError: no such layer in this part, or none of its variables has that name.
@@ -115,8 +115,7 @@ def encode_part(part: Part, values: Mapping[str, NDArray[Any]]) -> bytes:
         part: from `cut_parts`.
         values: an array for each of the part's variables, by `StoredVariable.place`; shape and
             dtype must be the variable's. From the source come all those that are not quantized,
-            from `quantizer.stored.solve_kernel` and `quantizer.embeddings.solve_embeddings` the
-            others.
+            from `quantizer.keras_format` the others.
 
     Raises:
         ArtifactError: a variable without a value, a value without a variable, or a wrong shape
@@ -132,16 +131,16 @@ def encode_part(part: Part, values: Mapping[str, NDArray[Any]]) -> bytes:
         value = values[variable.place]
         _check_value(part.file, variable, value)
         groups.setdefault(variable.group, []).append(value)
-    return shard_bytes(groups)
+    return weights_file_bytes(groups)
 
 
 def decode_part(part: Part, data: bytes) -> dict[str, NDArray[Any]]:
     """The inverse of `encode_part`: every variable's value by its place.
 
     Raises:
-        ShardError: a file that is damaged, hostile, or does not hold exactly this part.
+        WeightsFileError: a file that is damaged, hostile, or does not hold exactly this part.
     """
-    groups = read_shard(data, max_bytes=part.num_bytes)
+    groups = read_weights_file(data, max_bytes=part.num_bytes)
     expected: dict[str, list[StoredVariable]] = {}
     for variable in part.variables:
         expected.setdefault(variable.group, []).append(variable)
@@ -149,7 +148,7 @@ def decode_part(part: Part, data: bytes) -> dict[str, NDArray[Any]]:
     wanted = {name: len(variables) for name, variables in expected.items()}
     if found != wanted:
         odd = sorted(name for name in found | wanted if found.get(name) != wanted.get(name))
-        raise ShardError(
+        raise WeightsFileError(
             f"{part.file}: {odd[0]} holds {found.get(odd[0], 0)} arrays where the model has "
             f"{wanted.get(odd[0], 0)}; it is not of this model"
         )
@@ -159,7 +158,7 @@ def decode_part(part: Part, data: bytes) -> dict[str, NDArray[Any]]:
             try:
                 _check_value(part.file, variable, value)
             except ArtifactError as error:
-                raise ShardError(f"{error}; the file is not of this model") from None
+                raise WeightsFileError(f"{error}; the file is not of this model") from None
             values[variable.place] = value
     return values
 

@@ -2,11 +2,14 @@
 
 A recipe is frozen, checked once when it is made, and round-trips through plain JSON values.
 This module imports neither JAX nor Keras, so that listing recipes is instant.
+
+Whether a recipe fits a model's layers, asked before anything starts.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeAlias, get_args
 
 from pydantic import (
@@ -22,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline.errors import RecipeError
 from quantizer.schemes import (
     AWQScheme,
     Float8Scheme,
@@ -33,11 +37,11 @@ from quantizer.schemes import (
     scheme_to_dict,
 )
 
-Kind: TypeAlias = Literal["kernel", "embedding"]
-Statistics: TypeAlias = Literal["hessian", "magnitudes"]
+LayerKind: TypeAlias = Literal["kernel", "embedding"]
+StatisticsKind: TypeAlias = Literal["hessian", "magnitudes"]
 
 
-def statistics_of(scheme: Scheme | None) -> Statistics | None:
+def statistics_of(scheme: Scheme | None) -> StatisticsKind | None:
     """What a layer's scheme must know of its inputs; None where the weights are enough."""
     match scheme:
         case GPTQScheme() | AWQScheme():
@@ -154,7 +158,7 @@ class Recipe(BaseModel):
     def _kernel_schemes(self) -> tuple[Scheme | None, ...]:
         return (self.scheme, *(rule.scheme for rule in self.rules))
 
-    def scheme_for(self, layer_path: str, kind: Kind) -> Scheme | None:
+    def scheme_for(self, layer_path: str, kind: LayerKind) -> Scheme | None:
         """The scheme of one layer; None leaves it in float.
 
         Args:
@@ -162,8 +166,8 @@ class Recipe(BaseModel):
             kind: "kernel" of a Dense or EinsumDense, where the first rule whose pattern is found
                 in the path decides; or "embedding", where `embeddings` alone does.
         """
-        if kind not in get_args(Kind):
-            raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+        if kind not in get_args(LayerKind):
+            raise ValueError(f"kind must be one of {', '.join(get_args(LayerKind))}, got {kind!r}")
         if kind == "embedding":
             return self.embeddings
         rule = self.rule_for(layer_path)
@@ -189,3 +193,52 @@ class Recipe(BaseModel):
         """
         values = self.model_dump(mode="json")
         return values if self.needs_calibration else values | {"calibration": None}
+
+
+_SHOWN = 5
+
+
+def check_recipe(recipe: Recipe, layers: Sequence[tuple[str, LayerKind, int]]) -> None:
+    """Refuse groups that are larger than a layer, and a recipe that would change nothing.
+
+    A last group may be short: group_size need not divide the input features. int4's block_size
+    may be larger, as in Keras, and then means one block.
+
+    Args:
+        recipe: the recipe.
+        layers: (path, kind, in_features) of every layer that could be quantized.
+
+    Raises:
+        RecipeError: with the layers and the remedy.
+    """
+    chosen = [(path, size, recipe.scheme_for(path, kind)) for path, kind, size in layers]
+    too_small = {
+        path: (scheme.group_size, size)
+        for path, size, scheme in chosen
+        if isinstance(scheme, GPTQScheme | AWQScheme) and scheme.group_size > size
+    }
+    if too_small:
+        shown = [
+            f"{path} (group_size {group_size}, in_features {size})"
+            for path, (group_size, size) in list(too_small.items())[:_SHOWN]
+        ]
+        more = f" and {len(too_small) - _SHOWN} more" if len(too_small) > _SHOWN else ""
+        limit = min(size for _, size in too_small.values())
+        raise RecipeError(
+            f"recipe {recipe.name}: groups larger than the layer: {', '.join(shown)}{more}; use "
+            f"a group_size of at most {limit}, or -1 for one group, or leave these layers in "
+            "float by a rule {pattern: ..., scheme: null}"
+        )
+    if all(scheme is None for _, _, scheme in chosen):
+        raise RecipeError(
+            f"recipe {recipe.name}: none of the model's {len(layers)} layers would be quantized; "
+            "loosen the patterns of its rules, or give scheme a default"
+        )
+
+
+def unmatched_patterns(
+    recipe: Recipe, layers: Sequence[tuple[str, LayerKind, int]]
+) -> tuple[str, ...]:
+    """Those rules' patterns that decide no layer: mistyped, shadowed, or for other models."""
+    deciding = {recipe.rule_for(path) for path, kind, _ in layers if kind == "kernel"}
+    return tuple(rule.pattern for rule in recipe.rules if rule not in deciding)

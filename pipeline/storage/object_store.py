@@ -21,8 +21,7 @@ from pipeline.errors import (
     ObjectExistsError,
     StorageError,
 )
-from pipeline.storage.backend import Backend, Version
-from pipeline.storage.patience import Patience
+from pipeline.storage.backend import Backend, Patience, Version
 
 # No segment begins with a dot: neither "..", nor the hidden names that backends keep to themselves.
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(?:/[A-Za-z0-9_][A-Za-z0-9._-]*)*")

@@ -21,8 +21,7 @@ from fsspec.asyn import AsyncFileSystem
 
 from pipeline.canonical import digest_of
 from pipeline.errors import StorageError
-from pipeline.storage.backend import Version
-from pipeline.storage.patience import Patience
+from pipeline.storage.backend import Patience, Version
 from pipeline.storage.remote_errors import FAILURES, judge
 
 _T = TypeVar("_T")

@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.compute.free_memory import hand_back
+from pipeline.worker.memory import hand_back
 
 SIZES = ("2048x2048", "4096x4096")
 GOAL = 3.0
@@ -52,7 +52,7 @@ def peak_of_solve(num_inputs: int, num_outputs: int) -> dict[str, int]:
     before = resident_bytes("VmRSS")
     solution = solve(weight_RC, hessian, scheme)
     rise = resident_bytes("VmHWM") - before
-    assert solution.account.kept
+    assert solution.report.kept
     return {"inputs": weight_RC.nbytes + hessian.gram_CC.nbytes, "rise": rise}
 
 

@@ -18,26 +18,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pipeline.commits
-import pipeline.compute.model_state
-import pipeline.run
-from pipeline import activations, lease
-from pipeline.compute.worker import Worker
-from pipeline.crew import LocalCrew
-from pipeline.planned_run import claim_run, plan_run
+import pipeline.run.commits
+import pipeline.run.driver
+import pipeline.worker.model_state
+from pipeline.executor.protocol import LocalExecutor
 from pipeline.recipe.recipe_file import load_recipe
-from pipeline.run import quantize
+from pipeline.remote_planning import claim_run, plan_run
+from pipeline.run import activations, lease
+from pipeline.run.driver import quantize
 from pipeline.storage.object_store import open_store
+from pipeline.worker.worker import Worker
 
 # Of the beats' thread nothing is counted: it mostly waits.
 _PROTOCOL: tuple[tuple[Any, str, str], ...] = (
-    (pipeline.compute.model_state, "values_digest", "checksum of the source"),
-    (pipeline.commits, "sha256", "checksum of the result"),
+    (pipeline.worker.model_state, "values_digest", "checksum of the source"),
+    (pipeline.run.commits, "sha256", "checksum of the result"),
     (activations, "store", "activations kept"),
     (activations, "finish", "activations kept"),
     (activations, "discard", "activations kept"),
     (activations, "latest", "activations kept"),
-    (pipeline.run, "committed_parts", "what is committed"),
+    (pipeline.run.driver, "committed_parts", "what is committed"),
     (lease.Lease, "check", "lease"),
     (lease, "acquire", "lease"),
     (lease.Lease, "release", "lease"),
@@ -75,17 +75,17 @@ def main() -> None:
     clock = Clock()
     for place, name, label in _PROTOCOL:
         setattr(place, name, clock.timed(label, getattr(place, name)))
-    original = pipeline.compute.worker.seal  # type: ignore[attr-defined]
-    pipeline.compute.worker.seal = clock.timed("last look", original)  # type: ignore[attr-defined]
+    original = pipeline.worker.worker.seal  # type: ignore[attr-defined]
+    pipeline.worker.worker.seal = clock.timed("last look", original)  # type: ignore[attr-defined]
     preset = str(Path(arguments.preset).resolve())
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(folder)
-        plan, windows = plan_run(LocalCrew([]), preset, load_recipe(arguments.recipe), 2)
+        plan, windows = plan_run(LocalExecutor([]), preset, load_recipe(arguments.recipe), 2)
         claim_run(store, plan, windows)
         start = time.perf_counter()
         held = lease.acquire(store)
-        crew = LocalCrew([Worker(plan, preset, folder)])
-        quantize(plan, store, crew, lambda step: None, check_lease=held.check)
+        executor = LocalExecutor([Worker(plan, preset, folder)])
+        quantize(plan, store, executor, lambda step: None, check_lease=held.check)
         held.release()
         whole = time.perf_counter() - start
     for name, seconds in sorted(clock.seconds.items()):

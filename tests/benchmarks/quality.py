@@ -19,15 +19,14 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.calibration.token_windows import TokenWindows
-from pipeline.compute.comparison import compare
-from pipeline.compute.model_state import ModelState
-from pipeline.compute.streamed import StreamedModel, source_model
+from pipeline.calibration.windows import TokenWindows
 from pipeline.fidelity import Fidelity, average
 from pipeline.plan import Plan, read_plan
 from pipeline.storage.object_store import open_store
+from pipeline.worker.evaluate import StreamedModel, compare, source_model
+from pipeline.worker.model_state import ModelState
 from quantizer import kernel_layout
-from quantizer.grid import decode, encode, find_grid
+from quantizer.qparams import decode, encode, find_grid
 from tests.models.smollm2 import smollm2_preset
 from tests.models.texts import write_texts
 
@@ -168,10 +167,10 @@ def main() -> None:
 
 
 def _evaluation(plan: Plan, work: Path, windows: int) -> TokenWindows:
+    from pipeline.model.preset import read_preset
+    from pipeline.model.skeleton import build_skeleton
     from pipeline.planning import token_windows
     from pipeline.recipe.recipe import Calibration
-    from pipeline.source.preset import read_preset
-    from pipeline.source.skeleton import build_skeleton
 
     assert plan.tokens is not None
     preset = read_preset(str(work / "preset"))

@@ -8,7 +8,7 @@ import time
 import numpy as np
 
 from quantizer import GPTQScheme, HessianSum, row_slices
-from quantizer.slices import factorize_hessian, grid_of, search_energy, solve_on_grid, to_refine
+from quantizer.gptq.solve import factorize_hessian, grid_of, search_energy, solve_on_grid, to_refine
 from quantizer.solver import check_weight
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from pipeline.calibration.token_windows import TokenWindows
+from pipeline.calibration.windows import TokenWindows
 from pipeline.plan import Plan
 from pipeline.planning import Planned
 from pipeline.storage import local_store

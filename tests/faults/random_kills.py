@@ -32,9 +32,9 @@ from typing import Any
 
 import yaml
 
-from pipeline.commits import damaged_files, read_manifest
 from pipeline.errors import MissingObjectError
-from pipeline.records import MANIFEST_KEY
+from pipeline.run.commits import damaged_files, read_manifest
+from pipeline.run.records import MANIFEST_KEY
 from pipeline.storage.object_store import open_store
 from tests.pipeline.tiny_runs import NUM_BLOCKS, recipe, source
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import StorageError
-from pipeline.records import MANIFEST_KEY
+from pipeline.run.records import MANIFEST_KEY
 from pipeline.storage.object_store import open_store
 from tests.pipeline.tiny_runs import execute, lasting, planned
 

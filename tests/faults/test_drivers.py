@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.records import MANIFEST_KEY
+from pipeline.run.records import MANIFEST_KEY
 from pipeline.storage.object_store import ObjectStore, open_store
 from tests.integration.ray_cluster import RunningCluster, quiet_environment
 from tests.pipeline.tiny_runs import NUM_BLOCKS, recipe, source

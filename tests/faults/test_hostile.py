@@ -16,12 +16,12 @@ import pytest
 from rich.console import Console
 
 from jobs.verify import verify_run
-from pipeline.artifact.inspection import inspect_artifact
+from pipeline.artifact.verification import inspect_artifact
 from pipeline.canonical import sha256
-from pipeline.commits import read_manifest
 from pipeline.errors import PipelineError
 from pipeline.recipe.recipe_file import load_recipe
-from pipeline.records import FileDigest
+from pipeline.run.commits import read_manifest
+from pipeline.run.records import FileDigest
 from pipeline.storage.object_store import ObjectStore, open_store
 from tests.pipeline.tiny_runs import execute, planned
 

@@ -11,7 +11,7 @@ import itertools
 import pytest
 
 import pipeline.storage.memory_store
-from pipeline.records import MANIFEST_KEY
+from pipeline.run.records import MANIFEST_KEY
 from pipeline.storage.object_store import ObjectStore, open_store
 from tests.faults.killing import WRITES, Killed, Killer, kill, killing_memory
 from tests.pipeline.tiny_runs import NUM_BLOCKS, execute, lasting, planned

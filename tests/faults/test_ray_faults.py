@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-import pipeline.cluster
-from pipeline.cluster import RayCrew, joined
-from pipeline.crew import CrewError
-from pipeline.planned_run import claim_run
-from pipeline.resources import Resources, choose_resources
-from pipeline.run import Step, quantize
+import pipeline.executor.ray_executor
+from pipeline.executor.protocol import ExecutorError
+from pipeline.executor.ray_cluster import Resources, choose_resources
+from pipeline.executor.ray_executor import RayExecutor, joined
+from pipeline.remote_planning import claim_run
+from pipeline.run.driver import Step, quantize
 from pipeline.storage.object_store import open_store
 from tests.faults.random_kills import Fleet, fleet, left, start
 from tests.integration.ray_cluster import serve_ray
@@ -58,15 +58,15 @@ def run(output: Path, report: object, crew_options: Resources = RESOURCES) -> di
     given = planned("gptq")
     assert given.windows is not None
     claim_run(store, given.plan, given.windows.to_bytes())
-    crew = RayCrew(crew_options, str(source()), str(output))
-    quantize(given.plan, store, crew, report, keep_every=1)  # type: ignore[arg-type]
+    executor = RayExecutor(crew_options, str(source()), str(output))
+    quantize(given.plan, store, executor, report, keep_every=1)  # type: ignore[arg-type]
     return lasting(store)
 
 
 def test_a_node_lost_for_good_leaves_the_run_to_the_others(
     nodes: Fleet, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.cluster, "_REPLACEMENT_SECONDS", 3.0)
+    monkeypatch.setattr(pipeline.executor.ray_executor, "_REPLACEMENT_SECONDS", 3.0)
     steps: list[Step] = []
 
     def report(step: Step) -> None:
@@ -132,10 +132,10 @@ def test_nodes_that_come_late_are_waited_for_and_no_longer(
             nodes.fill()
             assert chosen.result() == RESOURCES
         monkeypatch.setenv("QUANTFLEET_NODE_PATIENCE", "1")
-        with pytest.raises(CrewError, match=r"did not get nodes for them within 1 s"):
+        with pytest.raises(ExecutorError, match=r"did not get nodes for them within 1 s"):
             choose_resources(3, 1, device="cpu")
         monkeypatch.delenv("QUANTFLEET_NODE_PATIENCE")
-        with pytest.raises(CrewError, match="do not fit"):
+        with pytest.raises(ExecutorError, match="do not fit"):
             choose_resources(3, 1, device="cpu")
 
 

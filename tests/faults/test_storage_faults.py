@@ -14,11 +14,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.commits import damaged_files, read_manifest
 from pipeline.errors import DivergenceError, MissingObjectError, PipelineError, StorageError
-from pipeline.records import MANIFEST_KEY, file_key
+from pipeline.run.commits import damaged_files, read_manifest
+from pipeline.run.records import MANIFEST_KEY, file_key
+from pipeline.storage.backend import Patience
 from pipeline.storage.object_store import ObjectStore, open_store
-from pipeline.storage.patience import Patience
 from tests.fault_proxy import FAULTS, FaultProxy, spoil
 from tests.pipeline.tiny_runs import CrashError, crash_at, execute, lasting, planned
 from tests.radosgw import serve_radosgw

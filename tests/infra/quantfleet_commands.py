@@ -16,7 +16,7 @@ import typer.main
 import yaml
 from typer.core import TyperGroup
 
-from jobs.cli import app
+from jobs.cli.main import app
 from tests.infra.validators import INFRA
 
 _CODE_BLOCK = re.compile(r"^ *```(?:sh|console)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)

@@ -17,8 +17,8 @@ import pytest
 import yaml
 from rich.console import Console
 
-from jobs.collect import collect
-from jobs.publishing.seen_files import seen_key
+from jobs.gc import collect
+from jobs.publish.verified_files import seen_key
 from pipeline.errors import StorageError
 from pipeline.plan import PLAN_KEY
 from pipeline.storage.object_store import open_store

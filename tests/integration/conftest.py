@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.cluster import joined
+from pipeline.executor.ray_executor import joined
 from tests.integration.ray_cluster import RunningCluster, quiet_environment
 
 

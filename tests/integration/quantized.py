@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.compute.model_state import ModelState
-from pipeline.compute.streamed import StreamedModel
-from pipeline.compute.worker import Worker
-from pipeline.crew import LocalCrew
+from pipeline.executor.protocol import LocalExecutor
+from pipeline.model.preset import read_preset
 from pipeline.plan import Plan
-from pipeline.planned_run import claim_run
 from pipeline.planning import make_plan
 from pipeline.recipe.recipe import Calibration, Recipe, Rule
-from pipeline.records import LayerRecord, PartRecord, record_key
-from pipeline.run import quantize
-from pipeline.source.preset import read_preset
+from pipeline.remote_planning import claim_run
+from pipeline.run.driver import quantize
+from pipeline.run.records import LayerRecord, PartRecord, record_key
 from pipeline.storage.object_store import ObjectStore, open_store
+from pipeline.worker.evaluate import StreamedModel
+from pipeline.worker.model_state import ModelState
+from pipeline.worker.worker import Worker
 from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
 
 GROUP_SIZE = 16
@@ -102,7 +102,7 @@ def finished_run(source: Path, wanted: Recipe, folder: Path) -> FinishedRun:
     store = open_store(str(folder))
     claim_run(store, planned.plan, planned.windows.to_bytes() if planned.windows else None)
     worker = Worker(planned.plan, str(source), str(folder))
-    quantize(planned.plan, store, LocalCrew([worker]), lambda step: None)
+    quantize(planned.plan, store, LocalExecutor([worker]), lambda step: None)
     return FinishedRun(plan=planned.plan, source=source, folder=folder)
 
 

@@ -17,7 +17,7 @@ NUM_CPUS = 8
 _CLUSTER = """
 import sys
 import ray
-from pipeline.cluster import joined
+from pipeline.executor.ray_executor import joined
 with joined(None, int(sys.argv[1])):
     folder = ray._private.worker._global_node.get_session_dir_path()
     print(ray.get_runtime_context().gcs_address, folder, flush=True)

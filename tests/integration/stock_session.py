@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import pipeline.artifact.stock_reader
-from pipeline.compute.streamed import artifact_model
+from pipeline.worker.evaluate import artifact_model
 from tests.integration.quantized import FinishedRun, answer, distance
 
 _LOOP = Path(__file__).with_name("stock_loop.py")

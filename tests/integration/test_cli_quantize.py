@@ -18,13 +18,13 @@ import pytest
 import yaml
 
 import jobs.quantize
-from jobs.cli import main
-from pipeline.crew import LocalCrew
+from jobs.cli.main import main
+from pipeline.executor.protocol import LocalExecutor
+from pipeline.executor.ray_cluster import Resources
 from pipeline.plan import read_plan
-from pipeline.records import file_key
-from pipeline.resources import Resources
-from pipeline.self_checked import with_digest
+from pipeline.run.records import file_key
 from pipeline.storage.object_store import open_store
+from pipeline.storage.record import with_digest
 from tests.models.tiny import tiny_preset
 from tests.pipeline.tiny_runs import QuickWorker, lasting, recipe, source, text_file
 from tests.s3 import S3Server
@@ -38,7 +38,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     def place(*args: Any) -> Iterator[Resources]:
         yield Resources(workers=2, threads=2)
 
-    class LateCrew(LocalCrew):
+    class LateCrew(LocalExecutor):
         """Its workers are made when they are first asked, from the plan that lies there then."""
 
         def __init__(self, resources: Resources, source_url: str, run_url: str) -> None:
@@ -55,7 +55,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(jobs.quantize, "_place", place)
     monkeypatch.setattr(jobs.quantize, "memory_of_nodes", lambda resources: [(2, 1 << 40)])
-    monkeypatch.setattr(jobs.quantize, "RayCrew", LateCrew)
+    monkeypatch.setattr(jobs.quantize, "RayExecutor", LateCrew)
 
 
 class Command:
@@ -321,7 +321,7 @@ def test_the_same_command_on_a_finished_run_does_nothing(
     def no_work(*args: Any) -> None:
         raise AssertionError("a worker was asked")
 
-    monkeypatch.setattr(LocalCrew, "submit", no_work)
+    monkeypatch.setattr(LocalExecutor, "submit", no_work)
     for again in (given, ("resume", output, "--json")):
         assert command(*again) == 0
         assert "finished before" in command.err

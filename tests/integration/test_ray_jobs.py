@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline.artifact.stock_load import ask_stock
+from pipeline.artifact.verification import ask_stock
 from tests.integration.ray_head import (
     ROOT,
     TOKEN,

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-import pipeline.cluster
-from pipeline.cluster import RayCrew
-from pipeline.crew import CrewError
+import pipeline.executor.ray_executor
 from pipeline.errors import SourceError
-from pipeline.planned_run import claim_run, plan_run
-from pipeline.resources import Resources, choose_resources, memory_of_nodes
-from pipeline.run import Step, quantize
+from pipeline.executor.protocol import ExecutorError
+from pipeline.executor.ray_cluster import Resources, choose_resources, memory_of_nodes
+from pipeline.executor.ray_executor import RayExecutor
+from pipeline.remote_planning import claim_run, plan_run
+from pipeline.run.driver import Step, quantize
 from pipeline.storage.object_store import open_store
 from tests.integration.ray_cluster import NUM_CPUS, RunningCluster, quiet_environment
 from tests.pipeline.tiny_runs import NUM_BLOCKS, lasting, recipe, source, text_file
@@ -35,30 +35,30 @@ from pathlib import Path
 heavy = {"jax", "keras", "keras_hub", "tensorflow", "torch"}
 told = Path(sys.argv.pop(1))
 atexit.register(lambda: told.write_text(" ".join(sorted(heavy & set(sys.modules)))))
-from jobs.cli import main
+from jobs.cli.main import main
 main()
 """
 
 
 @contextmanager
-def crew_of(workers: int, output: Path) -> Iterator[tuple[RayCrew, object]]:
+def executor_of(workers: int, output: Path) -> Iterator[tuple[RayExecutor, object]]:
     import ray
 
-    crew = RayCrew(Resources(workers=workers, threads=1), str(source()), str(output))
+    executor = RayExecutor(Resources(workers=workers, threads=1), str(source()), str(output))
     try:
-        plan, windows = plan_run(crew, str(source()), recipe("gptq"), 1)
+        plan, windows = plan_run(executor, str(source()), recipe("gptq"), 1)
         claim_run(open_store(str(output)), plan, windows)
-        yield crew, plan
+        yield executor, plan
     finally:
-        for actor in crew._actors:  # or they keep their CPUs until this process ends
+        for actor in executor._actors:  # or they keep their CPUs until this process ends
             ray.kill(actor)
 
 
 @pytest.fixture(scope="module")
 def of_one_worker(driver: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     output = tmp_path_factory.mktemp("one") / "run"
-    with crew_of(1, output) as (crew, plan):
-        quantize(plan, open_store(str(output)), crew, lambda step: None)
+    with executor_of(1, output) as (executor, plan):
+        quantize(plan, open_store(str(output)), executor, lambda step: None)
     return lasting(open_store(str(output)))
 
 
@@ -79,9 +79,9 @@ def test_any_workers_leave_the_same_bytes_though_one_is_killed(
     tmp_path: Path,
 ) -> None:
     steps: list[Step] = []
-    with crew_of(workers, tmp_path / "run") as (crew, plan):
+    with executor_of(workers, tmp_path / "run") as (executor, plan):
         # Holds the second of the two shards; whoever holds none may die unnoticed.
-        victim = crew.process_ids()[1]
+        victim = executor.process_ids()[1]
 
         def report(step: Step) -> None:
             if step.event == "committed" and step.part == killed_after and victim not in killed:
@@ -91,8 +91,8 @@ def test_any_workers_leave_the_same_bytes_though_one_is_killed(
 
         killed: list[int] = []
         store = open_store(str(tmp_path / "run"))
-        quantize(plan, store, crew, report, keep_every=1)
-        assert (victim in crew.process_ids()) == (killed_after is None)
+        quantize(plan, store, executor, report, keep_every=1)
+        assert (victim in executor.process_ids()) == (killed_after is None)
     assert lasting(store) == of_one_worker
     committed = [step.part for step in steps if step.event == "committed"]
     assert sorted(set(committed)) == committed == list(range(NUM_BLOCKS + 1))
@@ -103,38 +103,40 @@ def test_any_workers_leave_the_same_bytes_though_one_is_killed(
 def test_an_error_of_planning_arrives_as_it_was_raised(tmp_path: Path) -> None:
     import ray
 
-    crew = RayCrew(Resources(workers=1, threads=1), "/nowhere", str(tmp_path / "run"))
+    executor = RayExecutor(Resources(workers=1, threads=1), "/nowhere", str(tmp_path / "run"))
     try:
         with pytest.raises(SourceError, match=r"/nowhere: no config\.json there"):
-            plan_run(crew, "/nowhere", recipe("int8"), 1)
+            plan_run(executor, "/nowhere", recipe("int8"), 1)
     finally:
-        ray.kill(crew._actors[0])
+        ray.kill(executor._actors[0])
 
 
 @pytest.mark.usefixtures("driver")
 def test_a_worker_that_cannot_be_made_says_why_at_once(tmp_path: Path) -> None:
-    with crew_of(1, tmp_path / "run") as (_, plan):
+    with executor_of(1, tmp_path / "run") as (_, plan):
         pass
     import ray
 
-    crew = RayCrew(Resources(workers=1, threads=1), "/nowhere", str(tmp_path / "run"))
+    executor = RayExecutor(Resources(workers=1, threads=1), "/nowhere", str(tmp_path / "run"))
     try:
         with pytest.raises(SourceError, match="/nowhere"):
-            quantize(plan, open_store(str(tmp_path / "run")), crew, lambda step: None)
+            quantize(plan, open_store(str(tmp_path / "run")), executor, lambda step: None)
     finally:
-        ray.kill(crew._actors[0])
+        ray.kill(executor._actors[0])
 
 
 @pytest.mark.usefixtures("driver")
 def test_a_worker_that_cannot_start_says_why_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.cluster, "worker_environment", lambda _: {"KERAS_BACKEND": "no"})
-    crew = RayCrew(Resources(workers=1, threads=1), str(source()), str(tmp_path / "run"))
+    monkeypatch.setattr(
+        pipeline.executor.ray_executor, "worker_environment", lambda _: {"KERAS_BACKEND": "no"}
+    )
+    executor = RayExecutor(Resources(workers=1, threads=1), str(source()), str(tmp_path / "run"))
     with pytest.raises(
-        CrewError, match=r"cannot start \(.*import backend : no\); check .* all nodes"
+        ExecutorError, match=r"cannot start \(.*import backend : no\); check .* all nodes"
     ):
-        plan_run(crew, str(source()), recipe("int8"), 1)
+        plan_run(executor, str(source()), recipe("int8"), 1)
 
 
 @pytest.mark.usefixtures("driver")
@@ -143,9 +145,9 @@ def test_resources_are_those_of_the_cluster() -> None:
     assert choose_resources(2, None, device="cpu") == Resources(workers=2, threads=NUM_CPUS // 2)
     assert choose_resources(None, 2, device="auto") == Resources(workers=NUM_CPUS // 2, threads=2)
     assert choose_resources(3, 2, device="auto") == Resources(workers=3, threads=2)
-    with pytest.raises(CrewError, match=r"9 workers of 1 threads do not fit.*--workers"):
+    with pytest.raises(ExecutorError, match=r"9 workers of 1 threads do not fit.*--workers"):
         choose_resources(9, 1, device="auto")
-    with pytest.raises(CrewError, match="no GPU; use --device cpu"):
+    with pytest.raises(ExecutorError, match="no GPU; use --device cpu"):
         choose_resources(None, None, device="gpu")
     [(workers, memory_bytes)] = memory_of_nodes(Resources(workers=3, threads=2))
     assert workers == 3

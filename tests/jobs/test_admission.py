@@ -3,10 +3,10 @@ import dataclasses
 import pytest
 
 from jobs.admission import check_identity, check_memory
-from pipeline.crew import CrewError
 from pipeline.errors import PipelineError
 from pipeline.estimates import Estimate, estimate
-from pipeline.planned_run import Identity
+from pipeline.executor.protocol import ExecutorError
+from pipeline.remote_planning import Identity
 from tests.pipeline.tiny_runs import planned
 
 GIB = 1 << 30
@@ -31,7 +31,7 @@ def test_workers_that_fit_are_let_through() -> None:
 def test_the_tightest_node_decides_and_the_remedy_fits(
     nodes: list[tuple[int, int]], remedy: str
 ) -> None:
-    with pytest.raises(CrewError, match=r"needs about 2\.0 GiB") as raised:
+    with pytest.raises(ExecutorError, match=r"needs about 2\.0 GiB") as raised:
         check_memory(needing(2 * GIB), nodes)
     assert remedy in str(raised.value)
     assert "\n" not in str(raised.value)

@@ -6,8 +6,8 @@ from importlib.metadata import version
 
 import pytest
 
-from jobs.cli import main
-from jobs.schemes import describe_scheme
+from jobs.cli.listings import describe_scheme
+from jobs.cli.main import main
 from quantizer.schemes import SCHEMES
 
 
@@ -93,7 +93,7 @@ def test_starting_imports_no_array_library(arguments: list[str]) -> None:
         "import atexit, sys\n"
         "heavy = {'jax', 'keras', 'keras_hub', 'tensorflow', 'torch'}\n"
         "atexit.register(lambda: print(sorted(heavy & set(sys.modules)), file=sys.stderr))\n"
-        "from jobs.cli import main\n"
+        "from jobs.cli.main import main\n"
         "main(sys.argv[1:])\n"
     )
     finished = subprocess.run(

@@ -5,7 +5,7 @@ from rich.console import Console
 
 from jobs.plan_table import plan_table
 from pipeline.estimates import estimate
-from pipeline.resources import Resources
+from pipeline.executor.ray_cluster import Resources
 from tests.pipeline.tiny_runs import planned
 
 

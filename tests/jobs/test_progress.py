@@ -4,10 +4,10 @@ import json
 
 from rich.console import Console
 
-from jobs.log_lines import JsonConsole, concern
+from jobs.logging import JsonConsole, concern
 from jobs.progress import watch
-from pipeline.records import LayerRecord, PartRecord, file_key
-from pipeline.run import Step
+from pipeline.run.driver import Step
+from pipeline.run.records import LayerRecord, PartRecord, file_key
 from tests.pipeline.tiny_runs import planned
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from jobs.reachable import reachable
 from pipeline.errors import StorageError
-from pipeline.storage.patience import PATIENCE_VARIABLE
+from pipeline.storage.backend import PATIENCE_VARIABLE
 from tests.s3 import S3Server
 
 

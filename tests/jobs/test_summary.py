@@ -8,7 +8,7 @@ from rich.console import Console
 from jobs.summary import Summary, summary_table
 from pipeline.estimates import estimate
 from pipeline.fidelity import Fidelity
-from pipeline.records import PartRecord
+from pipeline.run.records import PartRecord
 from pipeline.storage.object_store import ObjectStore, open_store
 from tests.pipeline.tiny_runs import execute, planned
 

@@ -16,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.artifact.parts import INDEX_FILE, Part, cut_parts, encode_part, weights_index
-from pipeline.artifact.preset_json import base_policy, layer_policy, policy_map, quantized_json
-from pipeline.artifact.shard_file import read_shard
 from pipeline.artifact.stock_reader import run_model
-from pipeline.artifact.weight_layout import weight_layout
-from pipeline.source.skeleton import build_skeleton, read_preset
+from pipeline.artifact.weights_file import read_weights_file
+from pipeline.model.quantized_config import base_policy, layer_policy, policy_map, quantized_json
+from pipeline.model.skeleton import build_skeleton, read_preset
+from pipeline.model.weight_layout import weight_layout
 from quantizer import HessianSum, MagnitudeSum, Scheme, kernel_layout, quantize_layer
-from quantizer.embeddings import solve_embeddings
-from quantizer.stored import solve_kernel
+from quantizer.keras_format.embeddings import solve_embeddings
+from quantizer.keras_format.variables import solve_kernel
 from tests.stock import read_kernel
 
 Schemes = Mapping[str, Scheme]
@@ -53,7 +53,7 @@ def kernel_paths(source: Path) -> list[str]:
 
 def source_values(source: Path, skeleton: Any) -> dict[str, NDArray[Any]]:
     """The float model's variables by place."""
-    stored = read_shard((source / "model.weights.h5").read_bytes(), max_bytes=1 << 30)
+    stored = read_weights_file((source / "model.weights.h5").read_bytes(), max_bytes=1 << 30)
     layout = weight_layout(skeleton.backbone)
     return {variable.place: stored[variable.group][variable.index] for variable in layout}
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.estimates import bits_per_weight, estimate
+from pipeline.executor.ray_cluster import Resources, worker_environment
 from pipeline.plan import Plan
-from pipeline.resources import Resources, worker_environment
 from pipeline.storage.object_store import open_store
 from tests.models.tiny import tiny_preset
 from tests.pipeline.tiny_runs import execute, planned, recipe
@@ -25,17 +25,17 @@ limit = int(sys.argv.pop(1))
 if limit:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 from pathlib import Path
-from pipeline.crew import LocalCrew
-from pipeline.planned_run import claim_run
+from pipeline.executor.protocol import LocalExecutor
+from pipeline.remote_planning import claim_run
 from pipeline.plan import Plan
-from pipeline.run import quantize
+from pipeline.run.driver import quantize
 from pipeline.storage.object_store import open_store
-from pipeline.compute.worker import Worker
+from pipeline.worker.worker import Worker
 plan, windows, source, output = sys.argv[1:]
 store = open_store(output)
 plan = claim_run(store, Plan.from_json(Path(plan).read_bytes()), Path(windows).read_bytes())
-crew = LocalCrew([Worker(plan, source, output)])
-quantize(plan, store, crew, lambda step: None, keep_every=2)
+executor = LocalExecutor([Worker(plan, source, output)])
+quantize(plan, store, executor, lambda step: None, keep_every=2)
 # Not getrusage, whose maximum begins with that of the process that started this one.
 status = Path("/proc/self/status").read_text().splitlines()
 [peak] = [line.split()[1] for line in status if line.startswith("VmHWM:")]
@@ -51,8 +51,8 @@ def run_and_weigh(
     Args:
         limit_bytes: of memory that the kernel lets the process have (`ulimit -d`).
     """
+    from pipeline.model.preset import read_preset
     from pipeline.planning import make_plan
-    from pipeline.source.preset import read_preset
 
     source = tiny_preset("Llama3", folder / "source", **size)
     wanted = recipe(scheme, num_samples=32, sequence_length=128)

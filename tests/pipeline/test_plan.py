@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pipeline.canonical import canonical_json
 from pipeline.plan import Plan, micro_batches
-from pipeline.self_checked import RecordError
+from pipeline.storage.record import RecordError
 from tests.pipeline.tiny_runs import planned
 
 

@@ -12,10 +12,10 @@ import pytest
 
 from pipeline import planning
 from pipeline.errors import CalibrationTextError, RecipeError, SourceError
+from pipeline.model.preset import read_preset
 from pipeline.plan import LayerPlan, Plan
 from pipeline.planning import make_plan
 from pipeline.recipe.recipe_file import recipe_from_dict
-from pipeline.source.preset import read_preset
 from tests.pipeline.tiny_runs import NUM_BLOCKS, planned, recipe, source, text_file
 
 CALIBRATION = {"texts": [str(text_file())], "num_samples": 4, "sequence_length": 64}

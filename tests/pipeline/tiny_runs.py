@@ -11,19 +11,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pipeline.compute.worker
-from pipeline.compute.model_state import ModelState
-from pipeline.compute.worker import Worker
-from pipeline.crew import LocalCrew, TimedWorker, WorkerLostError
+import pipeline.worker.worker
+from pipeline.executor.protocol import LocalExecutor, TimedWorker, WorkerLostError
+from pipeline.model.preset import read_preset
 from pipeline.plan import Plan
-from pipeline.planned_run import claim_run
 from pipeline.planning import Planned, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.recipe_file import recipe_from_dict
-from pipeline.records import Manifest
-from pipeline.run import Report, Step, quantize
-from pipeline.source.preset import read_preset
+from pipeline.remote_planning import claim_run
+from pipeline.run.driver import Report, Step, quantize
+from pipeline.run.records import Manifest
 from pipeline.storage.object_store import ObjectStore
+from pipeline.worker.model_state import ModelState
+from pipeline.worker.worker import Worker
 from tests.pipeline.presets import shared_preset
 
 TEXT = "The quick brown fox jumps over the lazy dog, again and again and again. " * 300
@@ -79,19 +79,19 @@ class QuickWorker(Worker):
 
     def __init__(self, plan: Plan, source_url: str, run_url: str) -> None:
         found = model_state(plan.to_json(), source_url)
-        original = pipeline.compute.worker.ModelState
-        pipeline.compute.worker.ModelState = lambda plan, url: found  # type: ignore[assignment,misc]
+        original = pipeline.worker.worker.ModelState
+        pipeline.worker.worker.ModelState = lambda plan, url: found  # type: ignore[assignment,misc]
         try:
             super().__init__(plan, source_url, run_url)
         finally:
-            pipeline.compute.worker.ModelState = original  # type: ignore[misc]
+            pipeline.worker.worker.ModelState = original  # type: ignore[misc]
 
 
 class _Lost:
     """What a call of a lost worker stands for, and whatever is asked of it after."""
 
 
-class CountingCrew(LocalCrew):
+class CountingExecutor(LocalExecutor):
     """Notes what it is asked for, and loses workers on demand; as with Ray, `fetch` tells.
 
     Attributes:
@@ -151,7 +151,7 @@ def execute(
     report: Report = lambda step: None,
     lose: Sequence[tuple[str, int]] = (),
     restart_after: int | None = None,
-) -> tuple[Manifest, CountingCrew]:
+) -> tuple[Manifest, CountingExecutor]:
     """Claim and quantize; whoever calls it again resumes.
 
     Args:
@@ -159,15 +159,17 @@ def execute(
     """
     claim_run(store, given.plan, None if given.windows is None else given.windows.to_bytes())
     url = str(source(architecture))
-    crew = CountingCrew(lambda: QuickWorker(given.plan, url, store.root_url), workers, lose=lose)
+    executor = CountingExecutor(
+        lambda: QuickWorker(given.plan, url, store.root_url), workers, lose=lose
+    )
 
     def tell(step: Step) -> None:
         report(step)
         if step.event == "committed" and step.part == restart_after:
             for worker in range(workers):
-                crew.restart(worker)
+                executor.restart(worker)
 
-    return quantize(given.plan, store, crew, tell, keep_every=keep_every), crew
+    return quantize(given.plan, store, executor, tell, keep_every=keep_every), executor
 
 
 def lasting(store: ObjectStore) -> dict[str, bytes]:

@@ -38,28 +38,28 @@ def test_codes_and_loss_are_those_of_the_paper(name, scheme, known):
         num_grid_points=scheme.num_grid_points,
         clip_search=scheme.clip_search,
     )
-    restored, account = solution.weight.dequantize(), solution.account
+    restored, report = solution.weight.dequantize(), solution.report
     assert np.mean(solution.weight.codes_RC == answer.codes_RC) >= 0.999
     error = reference.loss(weight, restored, hessian)
     assert error == pytest.approx(reference.loss(weight, answer.restored_RC, hessian), rel=1e-3)
-    assert account.output_error == pytest.approx(error, rel=1e-3)
-    assert account.rtn_output_error == pytest.approx(
+    assert report.output_error == pytest.approx(error, rel=1e-3)
+    assert report.rtn_output_error == pytest.approx(
         reference.loss(weight, answer.rtn_RC, hessian), rel=1e-3
     )
-    assert account.output_error <= account.rtn_output_error
-    assert account.weight_error == pytest.approx(
+    assert report.output_error <= report.rtn_output_error
+    assert report.weight_error == pytest.approx(
         reference.relative_weight_error(weight, restored), rel=1e-3
     )
-    assert account.dead_inputs == np.sum(~problem.inputs_NC.any(0))
-    assert account.num_rows == len(rows)
+    assert report.dead_inputs == np.sum(~problem.inputs_NC.any(0))
+    assert report.num_rows == len(rows)
 
 
 def test_the_best_exponent_and_why_are_in_the_account():
     problem = PROBLEMS["tall"]
-    account = solve(problem.weight_RC, problem.hessian, CASES[1][1]).account
-    assert account.kept == "awq"
-    assert 0 < account.ratio <= 1
-    assert f"magnitude^{account.ratio:.2f}" in account.reason
+    report = solve(problem.weight_RC, problem.hessian, CASES[1][1]).report
+    assert report.kept == "awq"
+    assert 0 < report.ratio <= 1
+    assert f"magnitude^{report.ratio:.2f}" in report.reason
 
 
 def test_nothing_gained_keeps_round_to_nearest():
@@ -67,9 +67,9 @@ def test_nothing_gained_keeps_round_to_nearest():
     weight = np.tile(np.arange(-8, 8, dtype=np.float32), (4, 4))
     problem = PROBLEMS["tall"]
     solution = solve(weight, problem.hessian, AWQScheme(group_size=-1))
-    assert solution.account.kept == "rtn"
-    assert solution.account.rtn_rows == 4
-    assert solution.account.ratio == 0
+    assert solution.report.kept == "rtn"
+    assert solution.report.rtn_rows == 4
+    assert solution.report.ratio == 0
     np.testing.assert_allclose(solution.weight.dequantize(), weight, rtol=1e-6)
 
 
@@ -80,13 +80,13 @@ def test_scales_are_stored_values(scale_dtype):
     for scale in (solution.weight.scale_RG, solution.weight.input_scale_C):
         np.testing.assert_array_equal(scale, reference.stored(scale, scale_dtype))
     error = reference.loss(problem.weight_RC, solution.weight.dequantize(), problem.true_hessian)
-    assert solution.account.output_error == pytest.approx(error, rel=1e-3)
+    assert solution.report.output_error == pytest.approx(error, rel=1e-3)
 
 
 def test_a_second_run_gives_the_same_bits():
     problem, scheme = PROBLEMS["tall"], CASES[1][1]
     first = solve(problem.weight_RC, problem.hessian, scheme)
     second = solve(problem.weight_RC, problem.hessian, scheme)
-    assert first.account == second.account
+    assert first.report == second.report
     np.testing.assert_array_equal(first.weight.codes_RC, second.weight.codes_RC)
     np.testing.assert_array_equal(first.weight.input_scale_C, second.weight.input_scale_C)

@@ -20,8 +20,8 @@ from quantizer import (
     solve,
     solve_stack,
 )
-from quantizer.kernels import einsum_layout
-from quantizer.stored import solve_kernel
+from quantizer.keras_format.kernel_layout import einsum_layout
+from quantizer.keras_format.variables import solve_kernel
 
 NAME = "transformer_block_3/query"
 IN_FEATURES, OUT_FEATURES, NUM_ROWS = 32, 8, 64
@@ -59,8 +59,8 @@ def assert_refused(error, message, weight, statistics, scheme, **options):
 
 def assert_finite(solution):
     assert np.isfinite(solution.weight.dequantize()).all()
-    account = solution.account
-    for value in (account.weight_error, account.output_error, account.rtn_output_error):
+    report = solution.report
+    for value in (report.weight_error, report.output_error, report.rtn_output_error):
         assert value is None or np.isfinite(value)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantizer import Float8Scheme, MagnitudeSum, solve
-from quantizer.float8 import float8_scale, round_to_float8
+from quantizer.rtn import float8_scale, round_to_float8
 from tests import reference
 from tests.quantizer.problems import PROBLEMS
 
@@ -20,18 +20,18 @@ def test_values_and_loss_match_the_float64_reference(problem, power_of_two):
     weight, inputs = PROBLEMS[problem].weight_RC, PROBLEMS[problem].inputs_NC
     solution = solve(weight, PROBLEMS[problem].magnitudes, Float8Scheme(power_of_two=power_of_two))
     answer = reference.float8(weight, power_of_two=power_of_two)
-    restored, account = solution.weight.dequantize(), solution.account
+    restored, report = solution.weight.dequantize(), solution.report
     codes = restored / solution.weight.weight_scale
     assert np.mean(np.isclose(codes, answer.codes_RC, rtol=1e-5, atol=0)) >= 0.999
     # Magnitudes alone: inputs count as uncorrelated.
     diagonal = np.diag(np.diagonal(PROBLEMS[problem].true_hessian))
     error = reference.loss(weight, restored, diagonal)
     assert error == pytest.approx(reference.loss(weight, answer.restored_RC, diagonal), rel=1e-3)
-    assert account.output_error == account.rtn_output_error == pytest.approx(error, rel=1e-3)
-    assert account.weight_error == pytest.approx(
+    assert report.output_error == report.rtn_output_error == pytest.approx(error, rel=1e-3)
+    assert report.weight_error == pytest.approx(
         reference.relative_weight_error(weight, restored), rel=1e-3
     )
-    assert account.dead_inputs == np.sum(~inputs.any(0))
+    assert report.dead_inputs == np.sum(~inputs.any(0))
     assert solution.weight.input_amax == np.abs(inputs).max()
     assert solution.weight.weight_amax == np.abs(weight).max()
 
@@ -80,4 +80,4 @@ def test_a_weight_of_zeros_stays_zero():
     solution = solve(np.zeros((4, 8), np.float32), MagnitudeSum.of(np.ones((2, 8))), Float8Scheme())
     assert solution.weight.weight_scale == 1
     assert not solution.weight.dequantize().any()
-    assert solution.account.weight_error == 0
+    assert solution.report.weight_error == 0

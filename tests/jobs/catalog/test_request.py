@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobs.catalog.known_files import PACKAGES, package_versions, source_state, texts_state
+from jobs.catalog.fingerprints import PACKAGES, package_versions, source_state, texts_state
 from jobs.catalog.request import (
     Gate,
     Needs,

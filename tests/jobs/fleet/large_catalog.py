@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 from jobs.catalog.catalog_file import Catalog, parse_catalog
 from jobs.catalog.request import Request, run_store, save_request
-from jobs.catalog.wanted import wanted_runs
-from jobs.publishing.releases import publish
-from jobs.publishing.seen_files import note_whole
-from jobs.publishing.verdict import Verdict, save_verdict
+from jobs.catalog.requests import wanted_runs
+from jobs.publish.releases import publish
+from jobs.publish.verdict import Verdict, save_verdict
+from jobs.publish.verified_files import note_whole
 from pipeline.canonical import sha256
-from pipeline.records import MANIFEST_KEY, FileDigest, Manifest
+from pipeline.run.records import MANIFEST_KEY, FileDigest, Manifest
 from pipeline.storage.object_store import ObjectStore, open_store
 
 FILES = {f"artifact/model_{part:05d}.weights.h5": bytes([part]) * 100 for part in range(6)}

@@ -11,8 +11,8 @@ from typing import Any
 import h5py
 import pytest
 
-from pipeline import lease
 from pipeline.errors import StorageError
+from pipeline.run import lease
 from pipeline.storage.object_store import open_store
 from tests.jobs.fleet.tiny_catalog import TinyCatalog, tiny_catalog
 
@@ -118,11 +118,11 @@ def test_other_evaluation_texts_are_measured_without_quantizing(made: TinyCatalo
 
 
 def test_other_versions_are_named(made: TinyCatalog, monkeypatch: pytest.MonkeyPatch) -> None:
-    import jobs.catalog.wanted
+    import jobs.catalog.requests
 
-    versions = dict(jobs.catalog.wanted.package_versions())
+    versions = dict(jobs.catalog.requests.package_versions())
     monkeypatch.setattr(
-        jobs.catalog.wanted, "package_versions", lambda: versions | {"keras": "9.9"}
+        jobs.catalog.requests, "package_versions", lambda: versions | {"keras": "9.9"}
     )
     _, found = made.nightly("--dry-run")
     reasons = [f"versions changed: keras {versions['keras']} → 9.9"]

@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import ray
 
-from jobs.fleet.ray_jobs import RayJobs
-from pipeline.crew import CrewError
+from pipeline.executor.protocol import ExecutorError
+from pipeline.executor.ray_jobs import RayJobs
 
 
 class _Head(BaseHTTPRequestHandler):
@@ -56,7 +56,7 @@ def head() -> Iterator[tuple[str, type[_Head]]]:
 def test_a_head_whose_agents_are_not_up_yet_is_asked_again(
     head: tuple[str, type[_Head]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobs.fleet.ray_jobs._POLL_SECONDS", 0.01)
+    monkeypatch.setattr("pipeline.executor.ray_jobs._POLL_SECONDS", 0.01)
     address, seen = head
     seen.refusals += ["No available agent to submit job, please try again later."] * 3
     RayJobs(address).submit("run-attempt1", "quantfleet --version", {})
@@ -67,7 +67,7 @@ def test_a_head_whose_agents_are_not_up_yet_is_asked_again(
 def test_other_refusals_are_final(head: tuple[str, type[_Head]]) -> None:
     address, seen = head
     seen.refusals += ["the disk is full"] * 2
-    with pytest.raises(CrewError, match=r"refuses: .*the disk is full"):
+    with pytest.raises(ExecutorError, match=r"refuses: .*the disk is full"):
         RayJobs(address).submit("run-attempt1", "quantfleet --version", {})
     assert seen.refusals == ["the disk is full"]
     assert not seen.submitted

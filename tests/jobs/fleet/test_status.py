@@ -10,17 +10,15 @@ import pytest
 
 from jobs.catalog.catalog_file import parse_catalog
 from jobs.catalog.request import Request, run_store, save_request
-from jobs.cli import main
-from jobs.fleet.event_lines import event_lines, pace, read_events
+from jobs.cli.main import main
 from jobs.fleet.run_state import RunState, run_state
 from jobs.fleet.staleness import decide
-from jobs.fleet.status import Row, status
-from jobs.fleet.status_table import duration
-from jobs.publishing.releases import publish
-from jobs.publishing.verdict import Verdict, save_verdict
-from pipeline import lease
-from pipeline.events import EventLog
-from pipeline.resources import Resources
+from jobs.fleet.status import Row, duration, status
+from jobs.publish.releases import publish
+from jobs.publish.verdict import Verdict, save_verdict
+from pipeline.executor.ray_cluster import Resources
+from pipeline.run import lease
+from pipeline.run.events import EventLog, event_lines, pace, read_events
 from pipeline.storage.object_store import ObjectStore, open_store
 from tests.jobs.fleet.large_catalog import catalog_text, done_catalog, finish, write_sources
 from tests.pipeline.tiny_runs import NUM_BLOCKS, CrashError, crash_at, execute, planned

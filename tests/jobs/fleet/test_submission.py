@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from jobs.catalog.catalog_file import parse_catalog
-from jobs.fleet.ray_jobs import RayJob
 from jobs.fleet.staleness import Decision, decide
 from jobs.fleet.submission import Limits, Submission, exit_code_of_tasks, stop_jobs
-from jobs.publishing.releases import publish
-from jobs.publishing.verdict import Verdict, save_verdict
+from jobs.publish.releases import publish
+from jobs.publish.verdict import Verdict, save_verdict
 from pipeline.canonical import sha256
-from pipeline.records import MANIFEST_KEY, Manifest
+from pipeline.executor.ray_jobs import RayJob
+from pipeline.run.records import MANIFEST_KEY, Manifest
 from pipeline.storage.object_store import ObjectStore, open_store
 
 

@@ -16,11 +16,11 @@ import yaml
 
 import jobs.fleet.workplace
 from jobs.catalog.request import Needs
-from jobs.cli import main
+from jobs.cli.main import main
 from jobs.fleet.workplace import Enter, Workplace
-from pipeline.crew import LocalCrew
+from pipeline.executor.protocol import LocalExecutor
+from pipeline.executor.ray_cluster import Resources
 from pipeline.plan import read_plan
-from pipeline.resources import Resources
 from pipeline.storage.object_store import ObjectStore, open_store
 from tests.pipeline.tiny_runs import TEXT, QuickWorker, source
 
@@ -60,7 +60,7 @@ class CountingWorkplace:
         )
 
 
-class _Crew(LocalCrew):
+class _Crew(LocalExecutor):
     """Its workers are made when they are first asked, from the plan that lies there then."""
 
     def __init__(self, at: CountingWorkplace, source_url: str, run_url: str) -> None:

@@ -15,10 +15,10 @@ from pipeline.artifact.parts import (
     encode_part,
     weights_index,
 )
-from pipeline.artifact.stock_load import ask_stock
-from pipeline.artifact.weight_layout import weight_layout
-from pipeline.errors import ArtifactError, ShardError
-from pipeline.source.skeleton import build_skeleton, read_preset
+from pipeline.artifact.verification import ask_stock
+from pipeline.errors import ArtifactError, WeightsFileError
+from pipeline.model.skeleton import build_skeleton, read_preset
+from pipeline.model.weight_layout import weight_layout
 from quantizer import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme
 from tests.models.tiny import tiny_preset
 from tests.pipeline import artifacts
@@ -200,10 +200,10 @@ def test_a_variable_too_few_too_many_or_misshapen_is_refused(encoded):
 
 def test_the_file_of_another_part_is_refused(encoded):
     rest, block = encoded.parts
-    with pytest.raises(ShardError, match="not of this model"):
+    with pytest.raises(WeightsFileError, match="not of this model"):
         decode_part(block, encoded.files[rest.file])
     smaller = dataclasses.replace(rest, variables=rest.variables[:-1])
-    with pytest.raises(ShardError, match="not of this model"):
+    with pytest.raises(WeightsFileError, match="not of this model"):
         decode_part(smaller, encoded.files[rest.file])
 
 

@@ -10,8 +10,7 @@ import pyarrow.parquet
 import pytest
 from s3fs import S3FileSystem
 
-from pipeline.calibration.hub_texts import HubSource, parse_hub_source
-from pipeline.calibration.texts import read_texts
+from pipeline.calibration.texts import HubSource, parse_hub_source, read_texts
 from pipeline.errors import CalibrationTextError
 from pipeline.recipe.recipe import Calibration
 from pipeline.recipe.recipe_file import load_recipe
@@ -262,7 +261,7 @@ def test_a_file_named_twice_is_refused(tmp_path):
 
 
 def test_a_document_beyond_all_measure_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.calibration.document_files.MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr("pipeline.calibration.texts.MAX_DOCUMENT_BYTES", 100)
     (tmp_path / "a.txt").write_text("x" * 101)
     for source in (write_lines(tmp_path / "a.jsonl", "x" * 101), f"{tmp_path}/a.txt"):
         with pytest.raises(CalibrationTextError, match="more than 100 bytes; split it"):

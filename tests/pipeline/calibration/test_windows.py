@@ -9,8 +9,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.calibration.token_windows import TokenWindows
-from pipeline.calibration.windows import make_windows, shards
+from pipeline.calibration.windows import TokenWindows, make_windows, shard_bounds
 from pipeline.errors import CalibrationTextError
 from pipeline.recipe.recipe import Calibration
 
@@ -216,7 +215,7 @@ def test_damaged_bytes_are_refused():
 
 @given(st.integers(1, 300), st.integers(1, 300))
 def test_shards_cover_every_window_once_in_order(num_samples, samples_per_shard):
-    slices = shards(num_samples, samples_per_shard)
+    slices = shard_bounds(num_samples, samples_per_shard)
     assert [i for start, stop in slices for i in range(start, stop)] == list(range(num_samples))
     assert all(stop - start == samples_per_shard for start, stop in slices[:-1])
     assert 0 < slices[-1][1] - slices[-1][0] <= samples_per_shard
@@ -225,4 +224,4 @@ def test_shards_cover_every_window_once_in_order(num_samples, samples_per_shard)
 @pytest.mark.parametrize("bad", [(0, 1), (1, 0), (4, -2)])
 def test_shards_of_nothing_are_refused(bad):
     with pytest.raises(ValueError, match="must be positive"):
-        shards(*bad)
+        shard_bounds(*bad)

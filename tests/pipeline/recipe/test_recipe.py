@@ -13,10 +13,15 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline.errors import PipelineError, RecipeError
-from pipeline.recipe.builtin_recipes import builtin_recipes
-from pipeline.recipe.recipe import Calibration, Recipe, Rule, statistics_of
-from pipeline.recipe.recipe_check import check_recipe, unmatched_patterns
-from pipeline.recipe.recipe_file import load_recipe, parse_recipe, recipe_from_dict
+from pipeline.recipe.recipe import (
+    Calibration,
+    Recipe,
+    Rule,
+    check_recipe,
+    statistics_of,
+    unmatched_patterns,
+)
+from pipeline.recipe.recipe_file import builtin_recipes, load_recipe, parse_recipe, recipe_from_dict
 from quantizer.schemes import SCHEMES, AWQScheme, GPTQScheme, Int4Scheme, Int8Scheme
 
 QUERY = "llama_transformer_decoder_3/self_attention/query"

@@ -24,8 +24,8 @@ from pipeline.errors import (
     PipelineError,
     StorageError,
 )
+from pipeline.storage.backend import Patience
 from pipeline.storage.object_store import open_store
-from pipeline.storage.patience import Patience
 from tests.fault_proxy import spoil
 from tests.s3 import ACCESS_KEY, PAGE_LENGTH, SECRET_KEY, serve_s3
 

@@ -1,1 +1,0 @@
-"""What workers compute, with JAX and Keras; the driver imports none of it."""

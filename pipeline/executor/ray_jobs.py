@@ -1,0 +1,209 @@
+"""The door to Ray Jobs: submit, list and stop, each answered or refused within a minute."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+from urllib.parse import urlsplit
+
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobSubmissionClient
+
+from pipeline.executor.protocol import ExecutorError
+
+_T = TypeVar("_T")
+_ANSWER_SECONDS = 60.0
+_CONNECT_SECONDS = 10.0
+# What a head says whose agents, which start jobs, are not up yet.
+_NO_AGENT = "No available agent"
+_AGENT_SECONDS = 60.0
+_POLL_SECONDS = 1.0
+_ALIVE = frozenset({"PENDING", "RUNNING"})
+# They would send the client elsewhere than --address says.
+_REDIRECTIONS = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayJob:
+    """A job as Ray knows it, which may be wrong after the head was lost: storage decides.
+
+    Attributes:
+        submission_id: its name.
+        status: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED.
+        exit_code: of its entrypoint; None where it has not ended, or was killed.
+    """
+
+    submission_id: str
+    status: str
+    exit_code: int | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        return self.status in _ALIVE
+
+
+class Jobs(Protocol):
+    """What submitting needs of a cluster."""
+
+    def list(self) -> Mapping[str, RayJob]:
+        """All jobs by submission id."""
+        ...
+
+    def submit(self, submission_id: str, entrypoint: str, metadata: Mapping[str, str]) -> None:
+        """Start a job; one of that id that is there already is success."""
+        ...
+
+    def stop(self, submission_id: str) -> None:
+        """Ask a job to end: SIGTERM, and a few seconds later SIGKILL."""
+        ...
+
+
+class RayJobs:
+    """The jobs of one cluster, by its dashboard's address."""
+
+    def __init__(self, address: str, *, working_dir: str | None = None) -> None:
+        """Connect.
+
+        Args:
+            address: such as http://head:8265.
+            working_dir: a folder, or the URI of a .zip, to be shipped as the jobs' working folder;
+                None where the nodes' environment holds all they need.
+
+        Raises:
+            ExecutorError: nobody answers there, or the token is refused.
+        """
+        self._address = _checked(address)
+        self._environment: dict[str, Any] = {}
+        if working_dir is not None:
+            self._environment["working_dir"] = working_dir
+        _check_that_somebody_listens(self._address)
+        self._client = self._asked(lambda: _Client(self._address, headers=_headers()))
+
+    def list(self) -> Mapping[str, RayJob]:
+        found = self._asked(self._client.list_jobs)
+        return {
+            job.submission_id: RayJob(
+                submission_id=job.submission_id,
+                status=str(job.status),
+                exit_code=job.driver_exit_code,
+            )
+            for job in found
+            if job.submission_id
+        }
+
+    def submit(self, submission_id: str, entrypoint: str, metadata: Mapping[str, str]) -> None:
+        def submit() -> None:
+            self._client.submit_job(
+                entrypoint=entrypoint,
+                submission_id=submission_id,
+                # Never a secret: Ray shows and logs it. Nodes have credentials of their own.
+                runtime_env=dict(self._environment),
+                metadata=dict(metadata),
+                # It only waits for its workers, which take CPUs of their own.
+                entrypoint_num_cpus=0,
+            )
+
+        deadline = time.monotonic() + _AGENT_SECONDS
+        while True:
+            try:
+                self._asked(submit)
+                return
+            except ExecutorError as error:
+                # Also what a lost answer to our own request looks like.
+                if submission_id in self.list():
+                    return
+                if _NO_AGENT not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(_POLL_SECONDS)
+
+    def stop(self, submission_id: str) -> None:
+        self._asked(lambda: self._client.stop_job(submission_id))
+
+    def _asked(self, ask: Callable[[], _T]) -> _T:
+        try:
+            return ask()
+        except AuthenticationError:
+            # Its own text explains Ray's files at length, and may quote what was sent.
+            raise ExecutorError(
+                f"the Ray cluster at {self._address} refuses the token; set RAY_AUTH_TOKEN, or "
+                "RAY_AUTH_TOKEN_PATH, to the cluster's own"
+            ) from None
+        except (requests.exceptions.RequestException, ConnectionError) as error:
+            raise ExecutorError(
+                f"no Ray cluster answers at {self._address} ({type(error).__name__}); check "
+                "--address, the dashboard's port, and that this machine can reach it"
+            ) from None
+        except (RuntimeError, ValueError) as error:
+            raise ExecutorError(
+                f"the Ray cluster at {self._address} refuses: {_first_line(error)}"
+            ) from None
+
+
+class _Client(JobSubmissionClient):
+    """Ray's own, with a limit to its patience."""
+
+    def _do_request(self, *args: Any, **options: Any) -> Any:
+        return super()._do_request(
+            *args, **{"timeout": (_CONNECT_SECONDS, _ANSWER_SECONDS), **options}
+        )
+
+
+def _headers() -> dict[str, str]:
+    """The token as the environment gives it, whatever RAY_AUTH_MODE says here.
+
+    Raises:
+        ExecutorError: the file that is to hold it cannot be read.
+    """
+    token, path = os.environ.get("RAY_AUTH_TOKEN"), os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if not token and path:
+        try:
+            token = Path(path).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ExecutorError(
+                f"RAY_AUTH_TOKEN_PATH: {path} cannot be read ({type(error).__name__}); mend it"
+            ) from None
+    if not token:
+        return {}
+    if not token.isascii() or not token.isprintable():
+        raise ExecutorError("the Ray token holds characters that no HTTP header may; set another")
+    return {"Authorization": f"Bearer {token}"}
+
+
+def _checked(address: str) -> str:
+    for name in _REDIRECTIONS:
+        os.environ.pop(name, None)
+    address = address if "://" in address else f"http://{address}"
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+        raise ExecutorError(
+            f"--address must be that of the cluster's dashboard, such as http://head:8265, "
+            f"not {address.rpartition('@')[2]}"
+        )
+    return address.rstrip("/")
+
+
+def _check_that_somebody_listens(address: str) -> None:
+    parts = urlsplit(address)
+    assert parts.hostname is not None
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname, port), timeout=_CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise ExecutorError(
+            f"no Ray cluster answers at {address} ({' '.join(str(error).split())}); check "
+            "--address, the dashboard's port, and that this machine can reach it"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    """What Ray says, without the traceback of its server."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[-1] if lines else type(error).__name__
+    return re.sub(r"(?i)bearer \S+", "Bearer …", text)[:300]

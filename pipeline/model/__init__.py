@@ -1,0 +1,1 @@
+"""A model: preset, weightless skeleton, blocks, layouts; the only home of private Keras API."""

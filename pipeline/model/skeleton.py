@@ -1,0 +1,241 @@
+"""A preset's model without a single weight: every variable has path, shape and dtype, no value.
+
+Built from the preset's own JSON, never from `get_config()`, which forgets arguments. An 8B model
+takes half a second and a few MB; `variable.assign(array)` later fills just what is wanted.
+
+Which classes a preset's JSON may name. Keras' own safe mode lets more through.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import keras
+import keras_hub
+import numpy as np
+from keras.src.backend.common import global_state
+
+from pipeline.errors import SourceError
+from pipeline.model.huggingface import convert_config
+from pipeline.model.preset import PresetFiles, read_preset
+from pipeline.model.weight_layout import StoredVariable, weight_layout
+
+__all__ = ["PresetFiles", "Skeleton", "apart", "build_skeleton", "read_preset"]
+
+_GLOBALS: dict[str, Callable[[], Any]] = {
+    "object_name_uids": lambda: defaultdict(int),
+    "uninitialized_variables": list,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skeleton:
+    """A weightless model.
+
+    Attributes:
+        backbone: the `keras_hub.models.Backbone`.
+        task: the `keras_hub.models.Task` around it (its head: logits, say), or None when the
+            preset names none. Its preprocessor is left out.
+        backbone_json: what the backbone was built from, as config.json holds it.
+        task_json: what the task was built from, as task.json holds it, or None.
+    """
+
+    backbone: Any
+    task: Any | None
+    backbone_json: Mapping[str, Any]
+    task_json: Mapping[str, Any] | None
+
+    @property
+    def model(self) -> Any:
+        """The task, or the backbone where there is none."""
+        return self.backbone if self.task is None else self.task
+
+    @cached_property
+    def stored(self) -> tuple[StoredVariable, ...]:
+        """The backbone's variables that a weights file holds."""
+        return weight_layout(self.backbone)
+
+    @cached_property
+    def stored_by_task(self) -> tuple[StoredVariable, ...]:
+        """Those that a task's own weights file holds, beside its backbone's."""
+        if self.task is None:
+            return ()
+        return weight_layout(self.task, skip=list(self.backbone._flatten_layers()))
+
+
+def build_skeleton(
+    preset: PresetFiles, dtype_policy_map: Mapping[str, Any] | str | None = None
+) -> Skeleton:
+    """Build a preset's backbone, and its task if it has one, without weights.
+
+    Layer names and variable paths are the same in every process, whatever was built before.
+
+    Args:
+        preset: its files.
+        dtype_policy_map: replaces the dtype in the preset's JSON: a `DTypePolicyMap` as Keras
+            serializes it (gives quantized layers, with all their variables), or a policy's name.
+
+    Raises:
+        SourceError: JSON that is damaged, names a class that is not of Keras or KerasHub, or
+            does not build.
+    """
+    backbone_json, task_json = _configs(preset)
+    if dtype_policy_map is not None:
+        backbone_json["config"]["dtype"] = _copy(dtype_policy_map)
+    check_trusted(backbone_json, f"{preset.url}/config.json")
+    backbone_class = registered_class(
+        backbone_json, keras_hub.models.Backbone, f"{preset.url}/config.json"
+    )
+    # Task and backbone may disagree in a few rarely used dtypes only: a task takes its backbone's.
+    with apart(), keras.StatelessScope(initialize_variables=False):
+        backbone = _build(backbone_class, backbone_json["config"], f"{preset.url}/config.json")
+        task = None
+        if task_json is not None:
+            task_json["config"]["backbone"] = backbone_json
+            rest = {**task_json["config"], "backbone": None, "preprocessor": None}
+            where = f"{preset.url}/task.json"
+            check_trusted(rest, where)
+            task_class = registered_class(task_json, keras_hub.models.Task, where)
+            rest.update(backbone=backbone, compile=False)
+            task = _build(task_class, rest, where)
+    _fill_seeds(backbone if task is None else task)
+    return Skeleton(backbone=backbone, task=task, backbone_json=backbone_json, task_json=task_json)
+
+
+def _configs(preset: PresetFiles) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The JSON of backbone and task, as KerasHub itself would use them."""
+    if preset.kind == "huggingface":
+        return convert_config(preset)
+    backbone_json = preset.parse("config.json")
+    task_json = preset.parse("task.json") if "task.json" in preset.json_files else None
+    for name, content in (("config.json", backbone_json), ("task.json", task_json)):
+        if content is not None and not isinstance(content.get("config"), dict):
+            raise SourceError(f'{preset.url}/{name}: no Keras config (it lacks "config")')
+    if task_json is not None and isinstance(task_json["config"].get("backbone"), dict):
+        # KerasHub builds a task from task.json, but takes the dtype from config.json.
+        dtype = backbone_json["config"].get("dtype")
+        backbone_json = task_json["config"]["backbone"]
+        if not isinstance(backbone_json.get("config"), dict):
+            raise SourceError(f'{preset.url}/task.json: its backbone lacks "config"')
+        if dtype is not None:
+            backbone_json["config"]["dtype"] = dtype
+    return backbone_json, task_json
+
+
+def _build(kind: type, config: Mapping[str, Any], where: str) -> Any:
+    try:
+        # from_config may change what it is given.
+        return kind.from_config(_copy(config))  # type: ignore[attr-defined]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise SourceError(
+            f"{where}: {kind.__name__} cannot be built from it ({type(error).__name__}: {reason}); "
+            "was it written by a newer KerasHub?"
+        ) from error
+
+
+def _copy(config: Any) -> Any:
+    """A deep copy of JSON; live Keras objects in it stay themselves."""
+    if isinstance(config, Mapping):
+        return {key: _copy(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [_copy(value) for value in config]
+    return config
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Build without a trace in Keras' global state, and without being touched by what is there.
+
+    Keras counts the names that it makes up per process. And it gives every variable that waits
+    for a value a random one as soon as anything is traced: that would fill the whole skeleton.
+    """
+    kept = {name: global_state.get_global_attribute(name) for name in _GLOBALS}
+    for name, empty in _GLOBALS.items():
+        global_state.set_global_attribute(name, empty())
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            global_state.set_global_attribute(name, value)
+
+
+def _fill_seeds(model: keras.Model) -> None:
+    """Give random generators (dropout's) a state: no file holds one, and no call can lack it."""
+    for layer in model._flatten_layers():
+        for generator in layer._seed_generators:
+            generator.state.assign(np.zeros(generator.state.shape, generator.state.dtype))
+
+
+_TRUSTED = ("keras", "keras_hub")
+# Where Keras keeps activations.
+_FUNCTIONS = ("builtins", "keras.activations", "keras.ops", "keras")
+# Classes of Keras itself that run what their config says.
+_RUN_CODE = frozenset(
+    {"Lambda", "__lambda__", "TorchModuleWrapper", "JaxLayer", "FlaxLayer", "TFSMLayer"}
+)
+
+
+def check_trusted(content: Any, where: str) -> None:
+    """Refuse objects of other packages, and those of Keras that run code from their config.
+
+    Args:
+        content: parsed JSON.
+        where: file, for the message.
+
+    Raises:
+        SourceError: it holds such an object, at whatever depth.
+    """
+    pending = [content]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            if "class_name" in item:
+                _check_class(item, where)
+            pending.extend(item.values())
+        elif isinstance(item, list):
+            pending.extend(item)
+
+
+def _check_class(item: Mapping[str, Any], where: str) -> None:
+    # Keras joins module and name, so that a name may itself hold dots.
+    name, module = str(item["class_name"]), str(item.get("module") or "keras")
+    if name == "function":
+        trusted = module in _FUNCTIONS and isinstance(item.get("config"), str)
+    else:
+        trusted = module.partition(".")[0] in _TRUSTED
+    if not trusted or name.rpartition(".")[2] in _RUN_CODE:
+        raise SourceError(
+            f"{where}: refuses {name!r} of module {module!r}; a source may hold only "
+            "classes of keras and keras_hub that run no code of its own"
+        )
+
+
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
+
+
+def registered_class(config: Mapping[str, Any], parent: type, where: str) -> type[Any]:
+    """The KerasHub class that a serialized object names.
+
+    Args:
+        config: the object, as Keras serializes it.
+        parent: what it must be a kind of.
+        where: file, for the message.
+
+    Raises:
+        SourceError: another class, or one that KerasHub does not have.
+    """
+    registered_name = str(config.get("registered_name"))
+    found = keras.saving.get_registered_object(registered_name)
+    if isinstance(found, type) and issubclass(found, parent) and _package(found) in _TRUSTED:
+        return found
+    raise SourceError(
+        f"{where}: {registered_name!r} is no {parent.__name__} of KerasHub "
+        f"{keras_hub.__version__}; only KerasHub's own models can be quantized"
+    )

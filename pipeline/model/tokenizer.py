@@ -1,0 +1,112 @@
+"""A preset's own tokenizer, as KerasHub reads it, from wherever the preset is stored.
+
+What a model is fed for a window of tokens.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import keras_hub
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import SourceError
+from pipeline.model.preset import PresetFiles
+from pipeline.model.skeleton import check_trusted
+
+_SPECIAL = ("start", "end", "pad", "unk", "cls", "sep", "mask")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PresetTokenizer:
+    """Text to token ids: `tokenizer("some text")`.
+
+    Attributes:
+        tokenizer: the `keras_hub.tokenizers.Tokenizer`.
+        vocabulary_size: ids are below it.
+        special_ids: ids that mark rather than say: start, end, pad, unk, cls, sep, mask; those
+            that the tokenizer has.
+    """
+
+    tokenizer: Any
+    vocabulary_size: int
+    special_ids: Mapping[str, int]
+
+    def __call__(self, text: str) -> list[int]:
+        return [int(token) for token in self.tokenizer(text)]
+
+
+def preset_tokenizer(preset: PresetFiles) -> PresetTokenizer:
+    """Build a preset's tokenizer from its JSON and vocabularies.
+
+    Raises:
+        SourceError: the preset has none, or it does not build.
+    """
+    if preset.kind == "keras":
+        check_trusted(preset.parse("tokenizer.json"), f"{preset.url}/tokenizer.json")
+    with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
+        # KerasHub reads vocabularies from local files only.
+        preset.copy_small_files(Path(folder))
+        try:
+            tokenizer = keras_hub.tokenizers.Tokenizer.from_preset(folder)
+        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+            reason = str(error).strip().partition("\n")[0].replace(folder, preset.url)
+            raise SourceError(
+                f"{preset.url}: its tokenizer cannot be built ({type(error).__name__}: {reason}); "
+                "are all of its files there?"
+            ) from error
+    return PresetTokenizer(
+        tokenizer=tokenizer,
+        vocabulary_size=int(tokenizer.vocabulary_size()),
+        special_ids={
+            name: int(token)
+            for name in _SPECIAL
+            if (token := getattr(tokenizer, f"{name}_token_id", None)) is not None
+        },
+    )
+
+
+def text_inputs(tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
+    """All that text gives a model, by the names that KerasHub has for it, each [batch, sequence].
+
+    Args:
+        tokens: [batch, sequence], int32.
+        mask: [batch, sequence]: True where a token is text.
+    """
+    positions = np.arange(tokens.shape[1], dtype=np.int32)
+    return {
+        "token_ids": tokens,
+        "padding_mask": mask.astype(np.int32),
+        "segment_ids": np.zeros_like(tokens),
+        # Where a masked language model is to answer: everywhere.
+        "mask_positions": np.broadcast_to(positions, tokens.shape),
+    }
+
+
+def model_inputs(model: keras.Model, tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> Any:
+    """The inputs of a model that is fed a backbone's inputs, in the structure that it takes.
+
+    Args:
+        tokens: [batch, sequence], int32.
+        mask: [batch, sequence]: True where a token is text.
+
+    Raises:
+        SourceError: the model wants something that text alone does not give.
+    """
+    given = text_inputs(tokens, mask)
+    names = [tensor.name for tensor in model.inputs]
+    unknown = sorted(set(names) - set(given))
+    if unknown:
+        raise SourceError(
+            f"{model.name}: the model has the input {unknown[0]!r}; only models of text alone can "
+            "be calibrated; choose a recipe that needs no calibration, such as int8"
+        )
+    arrays = {t.name: given[t.name].astype(t.dtype) for t in model.inputs}
+    struct = model._inputs_struct
+    return {n: arrays[n] for n in struct} if isinstance(struct, dict) else list(arrays.values())

@@ -1,0 +1,172 @@
+"""Where Keras keeps each variable of a model in a weights file.
+
+The layout is not worked out here: Keras' own saving walk runs over the model, into a store that
+notes what it is given. A model without values (`pipeline.model.skeleton`) serves as well as any.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import keras
+import ml_dtypes  # noqa: F401  # teaches NumPy the names bfloat16, float8_e4m3fn, …
+import numpy as np
+from keras.src.backend.common import global_state
+from keras.src.saving import saving_lib
+
+_PRIVATE = frozenset({"kernel", "embeddings"})
+"""Names whose public attribute is a property that dequantizes; the variable is `_<name>`."""
+
+_KINDS = ("Operation", "Layer", "Functional", "Sequential")
+"""What Keras' walk meets in a model, as it calls them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredVariable:
+    """One variable of a model, and its place in the model's weights file."""
+
+    group: str
+    """HDF5 group, such as "layers/dense/vars"."""
+    index: int
+    """Name of the dataset within the group."""
+    name: str
+    """What its layer calls it: kernel, bias, quantized_kernel, kernel_scale, …"""
+    layer_path: str
+    """Path of the layer that owns it, such as "transformer_layer_0/feedforward_gate_dense"."""
+    variable: Any
+    """The `keras.Variable`; its shape and dtype are those that the file must hold."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.group}/{self.index}"
+
+    @property
+    def place(self) -> str:
+        """The variable by its owner's place and its name: the same before and after quantizing.
+
+        A key is not: a kernel at index 0 makes way for a bias when gptq takes it.
+        """
+        return f"{self.group.removesuffix('vars')}{self.name}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(int(size) for size in self.variable.shape)
+
+    @property
+    def dtype(self) -> str:
+        return str(self.variable.dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        """In memory, as Keras counts them."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def weight_layout(
+    model: keras.Model, *, skip: Iterable[keras.layers.Layer] = ()
+) -> tuple[StoredVariable, ...]:
+    """Every variable of a model that a weights file holds, in the order of Keras' walk.
+
+    A variable that several layers share (tied embeddings) appears once, where Keras stores it.
+
+    Args:
+        model: a built Keras model, with or without values.
+        skip: layers to leave out, with all that they own. Keras leaves the backbone's layers out
+            of a task's own weights.
+    """
+    store = _Recorder()
+    skipped = {id(layer) for layer in skip}
+    with _serialization_spec(model), _skipped_attributes_kept():
+        saving_lib._save_state(
+            model,
+            weights_store=store,
+            assets_store=None,
+            inner_path="",
+            visited_saveables=skipped,
+        )
+    return tuple(store.found)
+
+
+class _Recorder(saving_lib.H5IOStore):  # type: ignore[misc]  # Keras carries no types
+    """Stands in for the file while Keras saves: notes places, writes nothing."""
+
+    def __init__(self) -> None:
+        self.found: list[StoredVariable] = []
+        self._group = ""
+
+    def __bool__(self) -> bool:
+        return True
+
+    def make(self, path: str, **_: object) -> _Recorder:
+        self._group = f"{path}/vars" if path else "vars"
+        return self
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        name, variable = value if isinstance(value, tuple) else (value.name, value)
+        # A quantized kernel's own path ends in "kernel"; the owner's name for it differs.
+        owner = str(variable.path).rpartition("/")[0]
+        self.found.append(
+            StoredVariable(
+                group=self._group, index=int(key), name=name, layer_path=owner, variable=variable
+            )
+        )
+
+
+@contextmanager
+def _skipped_attributes_kept() -> Iterator[None]:
+    """Let the walk find out once, and not at every layer, which attributes it passes over.
+
+    Keras 3.15.1 keeps them under one name and looks for them under another, so that it builds a
+    layer at every layer, to see what it has: two thirds of the time of the walk.
+    """
+    names = {kind: f"saving_attr_skiplist_{kind}" for kind in _KINDS}
+    kept = {name: global_state.get_global_attribute(name) for name in names.values()}
+    for kind, name in names.items():
+        global_state.set_global_attribute(name, saving_lib.get_attr_skipset(kind))
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            global_state.set_global_attribute(name, value)
+
+
+@contextmanager
+def _serialization_spec(model: keras.Model) -> Iterator[None]:
+    """Let quantized layers save what Keras' loader reads, in its order.
+
+    Keras 3.15.1's saver leaves kernel_zero of gptq and awq out; its loader asks for it.
+    """
+
+    def save_own_variables(layer: keras.layers.Layer, store: Any) -> None:
+        for index, named in enumerate(_spec_variables(layer)):
+            store[str(index)] = named
+
+    quantized = [
+        layer
+        for layer in model._flatten_layers()
+        if layer.built
+        and hasattr(layer, "variable_serialization_spec")
+        and getattr(layer, "quantization_mode", None) is not None
+    ]
+    for layer in quantized:
+        # On the instance, for the time of the walk only, and past Keras' tracking of attributes.
+        object.__setattr__(layer, "save_own_variables", partial(save_own_variables, layer))
+    try:
+        yield
+    finally:
+        for layer in quantized:
+            object.__delattr__(layer, "save_own_variables")
+
+
+def _spec_variables(layer: keras.layers.Layer) -> list[tuple[str, Any]]:
+    names = layer.variable_serialization_spec[layer.quantization_mode]
+    values = [
+        (name, getattr(layer, f"_{name}" if name in _PRIVATE else name, None)) for name in names
+    ]
+    # What a layer lacks (a bias, zero points of a channel-wise int4) the loader skips as well.
+    return [(name, variable) for name, variable in values if variable is not None]

@@ -1,0 +1,1 @@
+"""The life of one run: driver, records, commits, lease, activations, events, garbage."""

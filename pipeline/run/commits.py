@@ -1,0 +1,248 @@
+"""Committing a run's parts, and finding out what is committed.
+
+A part is committed once its record exists, which is written after its file. Whoever comes second
+with the same bytes finds that the work is done; other bytes mean that something is wrong which no
+repetition mends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pipeline.canonical import sha256
+from pipeline.errors import (
+    DamagedObjectError,
+    DivergenceError,
+    MissingObjectError,
+    PlanMismatchError,
+)
+from pipeline.run.records import (
+    MANIFEST_KEY,
+    RECORDS_PREFIX,
+    Manifest,
+    PartRecord,
+    record_key,
+)
+from pipeline.storage.object_store import ObjectStore
+from pipeline.storage.record import MOST_BYTES, RecordError, read_self_checked
+
+QUARANTINE_PREFIX = "quarantine/"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """Something in storage that cannot be used.
+
+    Attributes:
+        key: of the object.
+        problem: what is wrong, with the full URL.
+        is_damaged: the object itself is bad, so that it must go before its part can be committed
+            again; otherwise it is good, but what it builds on is not there.
+    """
+
+    key: str
+    problem: str
+    is_damaged: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Committed:
+    """What a run can go on from.
+
+    Attributes:
+        parts: usable records by part, ascending.
+        findings: what had to be left out, and why.
+    """
+
+    parts: dict[int, PartRecord]
+    findings: tuple[Finding, ...]
+
+
+def commit_part(store: ObjectStore, record: PartRecord, data: bytes) -> None:
+    """Write a part's weights, then its record; doing so twice, or from two places, is harmless.
+
+    Args:
+        store: opened at the run's root.
+        data: the file's bytes, which `record` describes.
+
+    Raises:
+        RecordError: `record` does not describe `data`.
+        DivergenceError: other bytes were committed for this part; nothing was overwritten.
+    """
+    if (len(data), sha256(data)) != (record.size_bytes, record.sha256):
+        raise RecordError(f"{record.key} does not describe the {len(data)} bytes to be committed")
+    for key, content in ((record.file, data), (record.key, record.to_json())):
+        _create(store, key, content)
+
+
+def committed_parts(
+    store: ObjectStore, *, plan_digest: str, num_blocks: int, chained: bool, verify: bool
+) -> Committed:
+    """Find out what a run can go on from; what is damaged is reported, and never used.
+
+    Args:
+        store: opened at the run's root.
+        num_blocks: blocks of the model.
+        chained: each block's result depends on the block before, as with calibration, so that
+            only an unbroken chain from block 0 on can be used.
+        verify: read and hash every file; otherwise only its size is looked at.
+    """
+    parts: dict[int, PartRecord] = {}
+    findings: list[Finding] = []
+    present = set(store.list(RECORDS_PREFIX))
+    previous: str | None = ""
+    for part in range(num_blocks + 1):
+        key = record_key(part)
+        in_chain = chained and part > 0
+        if key not in present:
+            previous = None if in_chain else previous
+            continue
+        if in_chain and previous is None:
+            problem = f"{store.url(key)} follows a block that is not committed"
+            findings.append(Finding(key=key, problem=problem, is_damaged=False))
+            continue
+        record, finding = _examine(store, part, plan_digest, previous or "", verify)
+        if record is not None:
+            parts[part] = record
+        if finding is not None:
+            findings.append(finding)
+        if in_chain:
+            previous = None if record is None else sha256(record.to_json())
+    return Committed(parts=parts, findings=tuple(findings))
+
+
+def committed_file(store: ObjectStore, part: int) -> bytes:
+    """Read a committed part's file, which is as its record says.
+
+    Raises:
+        DamagedObjectError: it is not, or there is no record.
+    """
+    try:
+        record = read_self_checked(store, record_key(part), PartRecord.from_json)
+        return store.get(record.file, sha256=record.sha256, size=record.size_bytes)
+    except MissingObjectError as error:
+        raise DamagedObjectError(f"part {part} is no longer committed: {error}") from error
+
+
+def quarantine(store: ObjectStore, findings: Sequence[Finding]) -> tuple[str, ...]:
+    """Move damaged objects aside, so that their parts can be committed again.
+
+    Only the one driver that holds the run may do this. Returns the keys they were moved to.
+    """
+    moved = []
+    for finding in findings:
+        if finding.is_damaged and store.exists(finding.key):
+            data = store.get(finding.key)
+            key = f"{QUARANTINE_PREFIX}{finding.key}.{sha256(data)[:16]}"
+            store.put(key, data)
+            store.delete(finding.key)
+            moved.append(key)
+    return tuple(moved)
+
+
+def damaged_files(store: ObjectStore, manifest: Manifest) -> tuple[Finding, ...]:
+    """Read everything that a manifest names again, and return what is not as it says."""
+    return tuple(_damaged_files(store, manifest))
+
+
+def commit_manifest(store: ObjectStore, manifest: Manifest) -> Manifest:
+    """Declare a run finished, and return the manifest that counts: the first that was written.
+
+    Check `damaged_files` first: readers trust what a manifest names.
+
+    Raises:
+        PlanMismatchError: the run's directory holds the result of another plan.
+        DivergenceError: it holds other files for the same plan.
+        DamagedObjectError: the manifest that is there cannot be read.
+    """
+    try:
+        store.create(manifest.key, manifest.to_json())
+    except FileExistsError:
+        committed = read_manifest(store)
+        url = store.url(manifest.key)
+        if committed.plan_digest != manifest.plan_digest:
+            raise PlanMismatchError(
+                f"{url} belongs to plan {committed.plan_digest}, not to {manifest.plan_digest}; "
+                "choose another run directory"
+            ) from None
+        if (committed.files, committed.records) != (manifest.files, manifest.records):
+            raise DivergenceError(
+                f"{url} names other files than this execution of the same plan made; nothing was "
+                "overwritten. Run all workers on one type of machine, and check its memory"
+            ) from None
+        return committed
+    return manifest
+
+
+def read_manifest(store: ObjectStore) -> Manifest:
+    """Read a finished run's manifest.
+
+    Raises:
+        MissingObjectError: the run is not finished.
+        DamagedObjectError: it cannot be read.
+    """
+    return read_self_checked(store, MANIFEST_KEY, Manifest.from_json)
+
+
+def _create(store: ObjectStore, key: str, data: bytes) -> None:
+    try:
+        store.create(key, data)
+    except FileExistsError as error:
+        raise DivergenceError(
+            f"{store.url(key)} holds other bytes than this execution made from the same plan; "
+            "nothing was overwritten. Run all workers on one type of machine and check its "
+            "memory, or start again in an empty run directory"
+        ) from error
+
+
+def _examine(
+    store: ObjectStore, part: int, plan_digest: str, previous: str, verify: bool
+) -> tuple[PartRecord | None, Finding | None]:
+    """The record if both it and its file are good; otherwise what is wrong with which of them."""
+    key = record_key(part)
+    url = store.url(key)
+
+    def refuse(problem: str) -> tuple[None, Finding]:
+        return None, Finding(key=key, problem=f"{url} {problem}", is_damaged=True)
+
+    try:
+        record = read_self_checked(store, key, PartRecord.from_json)
+    except DamagedObjectError as error:
+        return None, Finding(key=key, problem=str(error), is_damaged=True)
+    except MissingObjectError as error:  # deleted since the listing
+        return None, Finding(key=key, problem=str(error), is_damaged=False)
+    if record.part != part:
+        return refuse(f"is the record of part {record.part}")
+    if record.plan_digest != plan_digest:
+        return refuse(f"belongs to plan {record.plan_digest}, not to {plan_digest}")
+    if record.previous != previous:
+        return refuse("follows another record than the one before it")
+    try:
+        if verify:
+            store.verify(record.file, sha256=record.sha256, size=record.size_bytes)
+        elif (size := store.size(record.file)) != record.size_bytes:
+            raise DamagedObjectError(
+                f"{store.url(record.file)} is damaged: it has {size} bytes instead of "
+                f"{record.size_bytes}"
+            )
+    except (DamagedObjectError, MissingObjectError) as error:
+        return None, Finding(
+            key=record.file,
+            problem=str(error),
+            is_damaged=isinstance(error, DamagedObjectError),
+        )
+    return record, None
+
+
+def _damaged_files(store: ObjectStore, manifest: Manifest) -> Iterator[Finding]:
+    for key, expected in sorted(manifest.files.items()):
+        try:
+            store.verify(key, sha256=expected.sha256, size=expected.size_bytes)
+        except (DamagedObjectError, MissingObjectError) as error:
+            yield Finding(key=key, problem=str(error), is_damaged=True)
+    for key, digest in sorted(manifest.records.items()):
+        try:
+            store.get(key, sha256=digest, at_most=MOST_BYTES)
+        except (DamagedObjectError, MissingObjectError) as error:
+            yield Finding(key=key, problem=str(error), is_damaged=True)

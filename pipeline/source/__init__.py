@@ -1,1 +1,0 @@
-"""A source preset: its files, its weightless model, its blocks, its weights."""

@@ -1,0 +1,1 @@
+"""A source model's weights, read variable by variable."""

@@ -1,0 +1,148 @@
+"""A source model's weights, read variable by variable and never more than was asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import SourceError
+from pipeline.model.blocks import BlockGraph
+from pipeline.model.preset import PresetFiles
+from pipeline.model.skeleton import Skeleton, build_skeleton
+from pipeline.weights.hdf5 import Hdf5Weights
+from pipeline.weights.safetensors import SafetensorsWeights
+from pipeline.weights.weight_files import Meter, SourceVariable, WeightFiles
+
+_PROSE = (".md", ".rst", "LICENSE")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One preset's weights.
+
+    Attributes:
+        preset: its files.
+        skeleton: the model that they belong to; never given values here.
+        weights: how they are stored.
+        meter: counts the bytes asked of storage.
+    """
+
+    preset: PresetFiles
+    skeleton: Skeleton
+    weights: WeightFiles
+    meter: Meter
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights files asked of storage so far, metadata included."""
+        return self.meter.bytes_read
+
+    @cached_property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of all stored variables, each once, in the order of Keras' saver."""
+        stored = (*self.skeleton.stored, *self.skeleton.stored_by_task)
+        paths = [str(variable.variable.path) for variable in stored]
+        repeated = sorted({path for path in paths if paths.count(path) > 1})
+        if repeated:
+            raise SourceError(
+                f"{self.preset.url}: two variables have the path {repeated[0]}; layers need names "
+                "of their own to be quantized one by one"
+            )
+        return tuple(paths)
+
+    def variables(self) -> Mapping[str, SourceVariable]:
+        """Where each variable is; all present and of the right shape and dtype.
+
+        Raises:
+            SourceError: a file or dataset that is missing, damaged, or of another model.
+        """
+        return self.weights.locate(self.paths)
+
+    def read(self, paths: Iterable[str]) -> dict[str, NDArray[Any]]:
+        """Read variables in the dtype in which they are stored: float32, float16, bfloat16.
+
+        Raises:
+            SourceError: as for `variables`, or a path that is no stored variable's.
+        """
+        wanted = tuple(paths)
+        known = set(self.paths)
+        for path in wanted:
+            if path not in known:
+                raise SourceError(f"{self.preset.url}: no weights file holds a variable {path}")
+        return self.weights.read(wanted)
+
+    def read_layer(self, layer: keras.layers.Layer) -> dict[str, NDArray[Any]]:
+        """Read the stored variables of one layer, such as a block of any skeleton."""
+        return self.read(self.layer_paths(layer))
+
+    def layer_paths(self, layer: keras.layers.Layer) -> tuple[str, ...]:
+        """Paths of a layer's stored variables (random states are in no file)."""
+        known = set(self.paths)
+        paths = dict.fromkeys(str(variable.path) for variable in layer.variables)
+        return tuple(path for path in paths if path in known)
+
+    def rest_paths(self, graph: BlockGraph) -> tuple[str, ...]:
+        """Paths of all stored variables outside the blocks."""
+        inside = {path for block in graph.blocks for path in self.layer_paths(block.layer)}
+        return tuple(path for path in self.paths if path not in inside)
+
+    def files_digest(self) -> str:
+        """SHA-256 over all that decides what the model is but the weights that `read` reads.
+
+        That is JSON and vocabularies with their contents, and of weights files the names and
+        sizes. README and the like do not count.
+        """
+        entries = {}
+        for name in self._decisive_files():
+            content = self.preset.json_files.get(name)
+            if content is None and name not in self.weights.file_names:
+                content = self.preset.read(name)
+            known = None if content is None else hashlib.sha256(content).hexdigest()
+            entries[name] = [self.preset.sizes[name], known]
+        return _sha256(entries)
+
+    def _decisive_files(self) -> list[str]:
+        names = {*self.weights.file_names, *self.preset.json_files, *self.preset.assets}
+        return sorted(name for name in names if not name.endswith(_PROSE))
+
+
+def values_digest(values: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 of variables' values, by path, wherever and however they are stored."""
+    entries = {
+        path: [
+            str(value.dtype),
+            list(value.shape),
+            hashlib.sha256(np.ascontiguousarray(value).view(np.uint8).data).hexdigest(),
+        ]
+        for path, value in values.items()
+    }
+    return _sha256(entries)
+
+
+def open_source(preset: PresetFiles, skeleton: Skeleton | None = None) -> Source:
+    """Open a preset's weights; nothing is read yet.
+
+    Args:
+        preset: its files.
+        skeleton: the float model built from it, if at hand.
+    """
+    skeleton = skeleton or build_skeleton(preset)
+    meter = Meter()
+    weights: WeightFiles
+    if preset.kind == "huggingface":
+        weights = SafetensorsWeights(preset, meter)
+    else:
+        weights = Hdf5Weights(preset, skeleton, meter)
+    return Source(preset, skeleton, weights, meter)
+
+
+def _sha256(entries: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()

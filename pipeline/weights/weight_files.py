@@ -1,0 +1,166 @@
+"""One variable of a source: what the model expects of it, and what is stored.
+
+A stored file that a library may read as a local one, in few requests and none too many bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import PipelineError, SourceError
+from pipeline.model.preset import PresetFiles
+
+_FLOATS = ("float16", "float32", "float64", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceVariable:
+    """Where a variable's value is, and as what.
+
+    Attributes:
+        path: the Keras variable's path.
+        file: name of the file within the preset; "" for a constant of KerasHub's converter.
+        key: name of the dataset or tensor in it.
+        shape: as the model has it.
+        dtype: as it is stored.
+    """
+
+    path: str
+    file: str
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(numpy_dtype(self.dtype)).itemsize
+
+
+class WeightFiles(Protocol):
+    """The weights of one preset in one format."""
+
+    def locate(self, paths: tuple[str, ...]) -> dict[str, SourceVariable]:
+        """Find variables and check shape and dtype, without reading their data."""
+
+    def read(self, paths: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+        """Read variables, in the dtype in which they are stored."""
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """The files that hold weights, within the preset."""
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """NumPy's dtype for a name of Keras, bfloat16 included."""
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def check_stored(
+    where: str, *, shape: tuple[int, ...], dtype: str, expected_shape: tuple[int, ...], kind: str
+) -> None:
+    """Check that a stored value fits its variable; any float will do for a float.
+
+    Args:
+        where: file and dataset, for the message.
+        shape: the stored one.
+        dtype: the stored one, by NumPy's name or "bfloat16".
+        expected_shape: the variable's.
+        kind: the variable's dtype.
+
+    Raises:
+        SourceError: it does not fit.
+    """
+    if shape != expected_shape:
+        raise SourceError(
+            f"{where}: shape {shape}, where config.json asks for {expected_shape}; weights and "
+            "config are not of the same model"
+        )
+    fits = dtype in _FLOATS if kind in _FLOATS else dtype == kind
+    if not fits:
+        raise SourceError(
+            f"{where}: dtype {dtype}, where {kind} is expected; a source must be a float model"
+            + (" that says which 2-byte type it uses" if dtype == "|V2" else "")
+        )
+
+
+_BLOCK_BYTES = 64 << 10
+_NUM_BLOCKS = 64
+
+
+@dataclass
+class Meter:
+    """Counts what is asked of storage."""
+
+    bytes_read: int = 0
+
+    def read(self, preset: PresetFiles, name: str, start: int, stop: int) -> bytes:
+        data = preset.read(name, start, stop)
+        self.bytes_read += len(data)
+        return data
+
+
+class RangedFile(io.RawIOBase):
+    """Reads of data go to storage as they are; small ones, of metadata, come in kept blocks."""
+
+    def __init__(self, preset: PresetFiles, name: str, meter: Meter) -> None:
+        super().__init__()
+        self._preset = preset
+        self._name = name
+        self._meter = meter
+        self._size = preset.sizes[name]
+        self._position = 0
+        self._blocks: OrderedDict[int, bytes] = OrderedDict()
+        self.failure: PipelineError | None = None
+        """What went wrong in storage: HDF5 tells its caller only that a read failed."""
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = origin + offset
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        view = memoryview(buffer).cast("B")
+        stop = min(self._position + len(view), self._size)
+        try:
+            data = self._read(self._position, stop)
+        except PipelineError as error:
+            self.failure = error
+            raise
+        view[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def _read(self, start: int, stop: int) -> bytes:
+        if stop - start >= _BLOCK_BYTES:
+            return self._meter.read(self._preset, self._name, start, stop)
+        first = start // _BLOCK_BYTES
+        blocks = range(first, -(-stop // _BLOCK_BYTES))
+        data = b"".join(self._block(index) for index in blocks)
+        return data[start - first * _BLOCK_BYTES : stop - first * _BLOCK_BYTES]
+
+    def _block(self, index: int) -> bytes:
+        if index not in self._blocks:
+            start = index * _BLOCK_BYTES
+            stop = min(start + _BLOCK_BYTES, self._size)
+            self._blocks[index] = self._meter.read(self._preset, self._name, start, stop)
+            if len(self._blocks) > _NUM_BLOCKS:
+                self._blocks.popitem(last=False)
+        self._blocks.move_to_end(index)
+        return self._blocks[index]

@@ -1,0 +1,1 @@
+"""What one worker does, with JAX and Keras; the driver imports none of it."""

@@ -1,0 +1,217 @@
+"""Run source and result over the same windows, each one block in memory at a time.
+
+A whole model's answer with one block in memory at a time: of the source, or of the artifact.
+
+The artifact's blocks are run by Keras' own quantized layers, from the very bytes that were
+committed, so this is the answer that stock Keras gives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+from jax import Array
+from keras import tree
+from numpy.typing import NDArray
+
+from pipeline.artifact.parts import decode_part
+from pipeline.fidelity import WindowFidelity
+from pipeline.model.blocks import BlockGraph
+from pipeline.model.tokenizer import model_inputs, text_inputs
+from pipeline.run.commits import committed_file
+from pipeline.storage.object_store import ObjectStore
+from pipeline.worker.model_state import ModelState
+
+_TOKENS_AT_ONCE = 2048
+
+
+def compare(
+    source: StreamedModel,
+    result: StreamedModel,
+    tokens: NDArray[np.int32],
+    mask: NDArray[np.bool_],
+    *,
+    causal: bool,
+) -> list[WindowFidelity]:
+    """Run both models over windows, one block in memory at a time.
+
+    Args:
+        tokens, mask: [windows, sequence].
+        causal: whether the output is logits of the next token.
+    """
+    size = max(1, _TOKENS_AT_ONCE // tokens.shape[1])
+    starts = range(0, len(tokens), size)
+    batches = [(tokens[a : a + size], mask[a : a + size]) for a in starts]
+    hidden_states = []
+    for model in (source, result):
+        states = [list(state) for state in model.embed(batches)]
+        for block in range(model.num_blocks):
+            model.advance(block, states)
+        hidden_states.append(np.concatenate([np.asarray(state[0]) for state in states]))
+    heads = [source.head(), result.head()]
+    found = []
+    for i in range(len(tokens)):
+        window = slice(i, i + 1)
+        before, after = (
+            head(hidden_states[window], tokens[window], mask[window])
+            for head, hidden_states in zip(heads, hidden_states, strict=True)
+        )
+        if causal:
+            found.append(_causal(before, after, tokens[window], mask[window]))
+        else:
+            found.append(_encoder(before, after, mask[window]))
+    return found
+
+
+def _causal(
+    source: Array, result: Array, tokens: NDArray[np.int32], mask: NDArray[np.bool_]
+) -> WindowFidelity:
+    sums = _logit_sums(source, result, jnp.asarray(tokens), jnp.asarray(mask))
+    source_loss, result_loss, divergence, agreement, count = (float(value) for value in sums)
+    return WindowFidelity(
+        count=int(count),
+        source_loss=source_loss,
+        result_loss=result_loss,
+        divergence=divergence,
+        agreement=int(agreement),
+    )
+
+
+@jax.jit
+def _logit_sums(source: Array, result: Array, tokens: Array, mask: Array) -> tuple[Array, ...]:
+    """CalibrationStatistics over a window's predicted tokens; logits [1, sequence, vocabulary]."""
+    keep = (mask[:, 1:] & mask[:, :-1]).astype(jnp.float32)
+    log_p = jax.nn.log_softmax(source[:, :-1].astype(jnp.float32))
+    log_q = jax.nn.log_softmax(result[:, :-1].astype(jnp.float32))
+    following = tokens[:, 1:, None]
+    losses = [-jnp.take_along_axis(log, following, axis=-1)[..., 0] for log in (log_p, log_q)]
+    divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    same = jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)
+    terms = (*losses, divergence, same.astype(jnp.float32), jnp.ones_like(divergence))
+    return tuple(jnp.sum(keep * term) for term in terms)
+
+
+def _encoder(source: Any, result: Any, mask: NDArray[np.bool_]) -> WindowFidelity:
+    cosines = []
+    for p, q in zip(tree.flatten(source), tree.flatten(result), strict=True):
+        left, right = (np.asarray(value, np.float64) for value in (p, q))
+        if left.ndim == 3:  # a vector a token: padding's mean nothing
+            left, right = left[mask], right[mask]
+        left, right = (value.reshape(-1, value.shape[-1]) for value in (left, right))
+        norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+        cosines.append(np.sum(left * right, axis=1) / np.maximum(norms, 1e-30))
+    flat = np.concatenate(cosines)
+    return WindowFidelity(count=len(flat), cosine=math.fsum(flat))
+
+
+Pairs = list[tuple[Any, NDArray[Any]]]
+"""A model's variables, each with its value."""
+
+
+class StreamedModel:
+    """embed → blocks → head, each part's values read when it is its turn."""
+
+    def __init__(self, graph: BlockGraph, read: Callable[[int], Pairs]) -> None:
+        """Nothing is read yet.
+
+        Args:
+            graph: of the model, weightless.
+            read: gives the values of a part: 0 is what is outside the blocks, i + 1 block i.
+        """
+        self.graph = graph
+        self._read = read
+        self._programs: dict[tuple[str, int], Any] = {}
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.graph.blocks)
+
+    def embed(self, batches: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_]]]) -> list[Any]:
+        """[hidden_states, *side_inputs] of each micro-batch of (tokens, mask)."""
+        embed = self.graph.embed
+        pairs = self._read(0)
+        program = self._program("embed", embed, pairs)
+        values = [value for _, value in pairs]
+        return [program(values, [model_inputs(embed, *batch)], {}) for batch in batches]
+
+    def advance(self, block: int, states: list[Any]) -> None:
+        """Send every micro-batch through one block, in place."""
+        pairs = self._read(block + 1)
+        values = [value for _, value in pairs]
+        cut = self.graph.blocks[block]
+        # Blocks of one kind list their variables alike: one program serves them.
+        program = self._program(cut.kind, cut.layer, pairs)
+        for state in states:
+            args, kwargs = cut.bind(state[0], state[1:])
+            state[0] = np.asarray(program(values, list(args), kwargs))
+
+    def head(self) -> Callable[[Any, Any, Any], Array]:
+        """The function (hidden_states, tokens, mask) → the model's output."""
+        head = self.graph.head
+        pairs = self._read(0)
+        program = self._program("head", head, pairs)
+        values = [value for _, value in pairs]
+
+        def run(hidden_states: Any, tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> Array:
+            given = self.graph.bind_head(hidden_states, text_inputs(tokens, mask))
+            return program(values, [given], {})  # type: ignore[no-any-return]
+
+        return run
+
+    def _program(self, name: str, layer: Any, pairs: Pairs) -> Any:
+        key = (name, len(pairs))
+        if key not in self._programs:
+            variables = [variable for variable, _ in pairs]
+
+            def call(values: Sequence[Array], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+                mapping = list(zip(variables, values, strict=True))
+                with keras.StatelessScope(state_mapping=mapping):
+                    return layer(*args, **kwargs)
+
+            self._programs[key] = jax.jit(call)
+        return self._programs[key]
+
+
+def source_model(model: ModelState) -> StreamedModel:
+    """The source, in its own dtype where this machine can."""
+    skeleton, _ = model.evaluated
+    own = {str(v.path): v for v in skeleton.model.variables}
+
+    def read(part: int) -> Pairs:
+        values = model.read(part)
+        return [(own[path], _cast(values[path], own[path])) for path in values]
+
+    return StreamedModel(model.evaluated_graphs[0], read)
+
+
+def artifact_model(model: ModelState, store: ObjectStore) -> StreamedModel:
+    """The artifact, from its committed files."""
+    _, skeleton = model.evaluated
+    for layer in skeleton.backbone._flatten_layers():
+        # What Keras' loader sets when it reads such a layer's variables.
+        mode = getattr(layer, "quantization_mode", None)
+        if mode in ("gptq", "awq"):
+            setattr(layer, f"is_{mode}_calibrated", True)
+    own = {stored.place: stored.variable for stored in skeleton.stored}
+    of_backbone = {id(variable) for variable in skeleton.backbone.variables}
+    rest_of_task = {str(v.path): v for v in skeleton.model.variables if id(v) not in of_backbone}
+
+    def read(part: int) -> Pairs:
+        values = decode_part(model.parts[part], committed_file(store, part))
+        pairs = [(own[place], _cast(value, own[place])) for place, value in values.items()]
+        if part == 0 and rest_of_task:
+            found = model.read(0)
+            pairs += [(v, _cast(found[p], v)) for p, v in rest_of_task.items() if p in found]
+        return pairs
+
+    return StreamedModel(model.evaluated_graphs[1], read)
+
+
+def _cast(value: NDArray[Any], variable: Any) -> NDArray[Any]:
+    return np.asarray(value, np.dtype(variable.dtype))

@@ -1,0 +1,122 @@
+"""What is summed of a layer's input over calibration rows, on the device where it lies.
+
+These programs are apart from those that compute the input, so that adding up changes no bit of
+what goes on: a block that is run again, to resume, gives the same activations without them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from numpy.typing import NDArray
+
+from pipeline.recipe.recipe import StatisticsKind
+from pipeline.worker.memory import make_room
+from quantizer import HessianSum, MagnitudeSum
+
+# A Gram is symmetric: of so many column blocks only those on and right of the diagonal are
+# multiplied, 10/16 of the flops.
+_GRAM_BLOCKS = 4
+_SMALLEST_GRAM_BLOCK = 128
+
+CalibrationStatistics = HessianSum | MagnitudeSum
+Carry = tuple[Array, ...]
+
+
+def empty(statistics: StatisticsKind, in_features: int) -> Carry:
+    """CalibrationStatistics over no rows."""
+    if statistics == "hessian":
+        make_room(4 * in_features**2)
+        bands = (jnp.zeros((b - a, in_features - a)) for a, b in _bands(in_features))
+        return *bands, jnp.int32(0)
+    return jnp.zeros(in_features), jnp.zeros(in_features), jnp.zeros(in_features), jnp.int32(0)
+
+
+def add(
+    carry: Carry,
+    inputs: Array,
+    mask: NDArray[np.bool_],
+    *,
+    statistics: StatisticsKind,
+    input_axes: tuple[int, ...],
+) -> Carry:
+    """CalibrationStatistics with one micro-batch more; `carry` is used up.
+
+    Args:
+        inputs: a layer's input, as Keras gives it, [batch, sequence, …].
+        mask: [batch, sequence]; rows where it is false are left out.
+        input_axes: the axes of `inputs` that are summed with the kernel, counted from its end.
+    """
+    # Leaving nothing out is a program of its own: one pass over the rows less.
+    some = None if mask.all() else jnp.asarray(mask)
+    added: Carry = _add(
+        carry, inputs, some, mask.size, statistics=statistics, input_axes=input_axes
+    )
+    return added
+
+
+@partial(jax.jit, static_argnames=("statistics", "input_axes"), donate_argnums=(0,))
+def _add(
+    carry: Carry,
+    inputs: Array,
+    mask: Array | None,
+    num_all: Array,
+    *,
+    statistics: StatisticsKind,
+    input_axes: tuple[int, ...],
+) -> Carry:
+    last = tuple(range(-len(input_axes), 0))
+    moved = jnp.moveaxis(inputs, input_axes, last)
+    rows = moved.reshape(*moved.shape[: -len(last)], -1).astype(jnp.float32)
+    if mask is None:
+        num_rows = carry[-1] + num_all
+    else:
+        # Chosen, not multiplied: padding may hold infinity.
+        rows = jnp.where(mask[..., None], rows, 0.0)
+        num_rows = carry[-1] + jnp.sum(mask, dtype=jnp.int32)
+    rows_NC = rows.reshape(-1, rows.shape[-1])
+    if statistics == "hessian":
+        sums = (
+            band + jnp.matmul(rows_NC[:, a:b].T, rows_NC[:, a:], precision=lax.Precision.HIGHEST)
+            for band, (a, b) in zip(carry, _bands(rows_NC.shape[1]), strict=False)
+        )
+        return *sums, num_rows
+    size_NC = jnp.abs(rows_NC)
+    return (
+        carry[0] + jnp.sum(size_NC, axis=0),
+        carry[1] + jnp.sum(jnp.square(size_NC), axis=0),
+        jnp.maximum(carry[2], jnp.max(size_NC, axis=0)),
+        num_rows,
+    )
+
+
+def finish(statistics: StatisticsKind, carry: Carry) -> CalibrationStatistics:
+    """CalibrationStatistics as the solvers take them."""
+    if statistics == "hessian":
+        return HessianSum(np.asarray(_whole(carry[:-1])), int(carry[-1]))
+    total, square, largest, num_rows = (np.asarray(array) for array in carry)
+    return MagnitudeSum(total, square, largest, int(num_rows))
+
+
+@jax.jit
+def _whole(bands: Carry) -> Array:
+    """The Gram, [C, C], exactly symmetric, from its bands on and right of the diagonal."""
+    upper = jnp.triu(
+        jnp.concatenate(
+            [jnp.pad(band, ((0, 0), (bands[0].shape[1] - band.shape[1], 0))) for band in bands]
+        )
+    )
+    return upper + jnp.triu(upper, 1).T
+
+
+def _bands(in_features: int) -> list[tuple[int, int]]:
+    """Columns [a, b) of each band: its product is with the columns from a on."""
+    if in_features < _GRAM_BLOCKS * _SMALLEST_GRAM_BLOCK:
+        return [(0, in_features)]
+    edges = [in_features * i // _GRAM_BLOCKS for i in range(_GRAM_BLOCKS + 1)]
+    return list(pairwise(edges))

@@ -1,0 +1,1 @@
+"""GPTQ: the factor, the column loop, refinement, and whole layers."""

@@ -1,0 +1,336 @@
+"""GPTQ's column loop (arXiv 2210.17323), for a fixed slice of output channels.
+
+Three nested, left-looking levels: a panel of columns is brought up to date by products with the
+errors of all finished panels, a block inside it by products with the panel's own, a tile inside
+that by a small one, and only the columns of a tile see each other one at a time. Nothing finished
+is ever multiplied again, and a tile stays in cache.
+
+Round-to-nearest is GPTQ that does not obey its corrections. It runs along in the same products, as
+the second half of every row, so each output channel's loss is known both ways and the better one
+is kept.
+
+What the columns of a panel read, and the products that go from panel to panel.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from quantizer.gptq.factor import PANEL, TILE, block_size, product
+from quantizer.jit import program
+from quantizer.qparams import decode, encode
+
+
+class SolvedSlice(NamedTuple):
+    """One slice of output channels.
+
+    Attributes:
+        codes_CR: uint8 codes in the original input order, [in_features, slice].
+        loss_R, rtn_loss_R: output error under the undamped Hessian of what was kept and of
+            round-to-nearest, per output channel.
+        rtn_kept_R: where round-to-nearest was the better one.
+        weight_error_R: Σ(w - ŵ)² per output channel, dead inputs left out.
+    """
+
+    codes_CR: Array
+    loss_R: Array
+    rtn_loss_R: Array
+    rtn_kept_R: Array
+    weight_error_R: Array
+
+
+class _SolvedPanel(NamedTuple):
+    """GPTQ first, then rounding.
+
+    Attributes:
+        errors_P2R: w - ŵ.
+        codes_P2R: uint8.
+        loss_2R: output error under the undamped Hessian, of all columns so far.
+        error_2R: Σ(w - ŵ)², of all columns so far.
+    """
+
+    errors_P2R: Array
+    codes_P2R: Array
+    loss_2R: Array
+    error_2R: Array
+
+
+def _weighted_sum(weight_P: Array, values_P2R: Array) -> Array:
+    # By a product: XLA's CPU reductions over rows are several times slower.
+    return correction_of(weight_P[None], values_P2R)[0]
+
+
+def _solve_tile(
+    columns: Columns, first: Array, correction_T2R: Array, tile_TT: Array, max_code: float
+) -> Array:
+    """Quantize a tile's columns one by one, from the panel's `first` on; GPTQ, then rounding.
+
+    correction_T2R holds the corrections by all that lies before the tile. Returns its errors w - ŵ,
+    [TILE, 2, slice].
+    """
+    obeys_2R = jnp.array([[1.0], [0.0]])
+
+    # One product and one pass a column: the errors are all that is kept, and tell the rest.
+    def column(k: Array, errors_T2R: Array) -> Array:
+        weight_R = columns.weight_PR[first + k]
+        scale_R, zero_R = columns.grid_at(first + k)
+        # Errors of columns not yet solved are still zero: no mask is needed.
+        seen_2R = correction_of(lax.dynamic_slice_in_dim(tile_TT, k, 1), errors_T2R)[0]
+        wanted_2R = weight_R + obeys_2R * (correction_T2R[k] + seen_2R)
+        code_2R = encode(wanted_2R, scale_R, zero_R, max_code)
+        error_2R = weight_R - decode(code_2R, scale_R, zero_R)
+        with_column: Array = lax.dynamic_update_index_in_dim(errors_T2R, error_2R, k, 0)
+        return with_column
+
+    errors_T2R: Array = lax.fori_loop(0, TILE, column, jnp.zeros_like(correction_T2R))
+    return errors_T2R
+
+
+@program(donate_argnames="correction_P2R")
+def _solve_panel(
+    columns: Columns,
+    pivot_P: Array,
+    correction_P2R: Array,
+    corner_PP: Array,
+    num_tiles: Array | int,
+    shift: Array,
+    loss_2R: Array,
+    error_2R: Array,
+    *,
+    max_code: float,
+) -> _SolvedPanel:
+    """Quantize a panel's first columns, block by block, tile by tile.
+
+    correction_P2R holds the corrections by all that lies before the panel, and becomes its errors;
+    loss_2R and error_2R are the sums so far. Neither how many tiles are solved nor how many codes
+    there are is part of the program: one serves all panels of a size.
+    """
+    size = block_size(corner_PP.shape[0])
+    tiles_of_block = size // TILE
+
+    def block(m: Array, done: _SolvedPanel) -> _SolvedPanel:
+        start = m * size
+
+        def earlier(i: Array, correction_B2R: Array) -> Array:
+            part_BB = lax.dynamic_slice(corner_PP, (start, i * size), (size, size))
+            return add_product(part_BB, rows_of(done.errors_P2R, i * size, size), correction_B2R)
+
+        correction_B2R = lax.fori_loop(0, m, earlier, rows_of(done.errors_P2R, start, size))
+        corner_BB = lax.dynamic_slice(corner_PP, (start, start), (size, size))
+
+        def tile(t: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+            errors_B2R, loss_2R = state
+            above_TB = rows_of(corner_BB, t * TILE, TILE)
+            correction_T2R = rows_of(correction_B2R, t * TILE, TILE) + correction_of(
+                above_TB, errors_B2R
+            )
+            tile_TT = lax.dynamic_slice_in_dim(above_TB, t * TILE, TILE, axis=1)
+            first = start + t * TILE
+            errors_T2R = _solve_tile(columns, first, correction_T2R, tile_TT, max_code)
+            # The factor's diagonal is one: each column's own error comes along.
+            deviations_T2R = correction_T2R + correction_of(tile_TT, errors_T2R)
+            # tr(Δ H Δᵀ) = tr(Δ (H + shift I) Δᵀ) - shift ‖Δ‖², column by column.
+            pivot_T = rows_of(pivot_P, first, TILE)
+            return (
+                lax.dynamic_update_slice_in_dim(errors_B2R, errors_T2R, t * TILE, 0),
+                loss_2R + _weighted_sum(pivot_T, deviations_T2R**2),
+            )
+
+        count = jnp.minimum(num_tiles - m * tiles_of_block, tiles_of_block)
+        none_B2R = jnp.zeros((size, *correction_P2R.shape[1:]))
+        errors_B2R, loss_2R = lax.fori_loop(0, count, tile, (none_B2R, done.loss_2R))
+        part = columns.part(start, size)
+        scale_BR, zero_BR = part.grid()
+        # Each code comes back exactly: what rounding lost of w - (w - ŵ) is far below a step.
+        restored_B2R = part.weight_PR[:, None] - errors_B2R
+        codes_B2R = encode(restored_B2R, scale_BR[:, None], zero_BR[:, None], max_code)
+        squares_2R = _weighted_sum(jnp.ones(size), errors_B2R**2)
+        return _SolvedPanel(
+            lax.dynamic_update_slice_in_dim(done.errors_P2R, errors_B2R, start, 0),
+            lax.dynamic_update_slice_in_dim(done.codes_P2R, codes_B2R.astype(jnp.uint8), start, 0),
+            loss_2R - shift * squares_2R,
+            done.error_2R + squares_2R,
+        )
+
+    # Rows of blocks not yet solved still hold their corrections.
+    codes_P2R = jnp.zeros(correction_P2R.shape, jnp.uint8)
+    nothing = _SolvedPanel(correction_P2R, codes_P2R, loss_2R, error_2R)
+    num_blocks = (num_tiles + tiles_of_block - 1) // tiles_of_block
+    solved: _SolvedPanel = lax.fori_loop(0, num_blocks, block, nothing)
+    return solved
+
+
+def solve_slice(
+    weight_CR: Array,
+    scale_GR: Array,
+    zero_GR: Array,
+    group_C: Array,
+    live_C: Array,
+    order_C: Array,
+    panels: tuple[tuple[Array, ...], ...],
+    pivot_C: Array,
+    shift: Array,
+    *,
+    weight_bits: int,
+) -> SolvedSlice:
+    """Solve the output channels of one slice; see `quantizer.gptq.factor.Factor` for the factor.
+
+    What is compiled does not grow with in_features: one program solves a panel.
+
+    Args:
+        weight_CR: [in_features, slice], float32, original input order.
+        scale_GR, zero_GR: the grid, [groups, slice].
+        group_C: group of each input, [in_features], int32.
+        live_C: False where calibration never saw the input: its weights become zero.
+    """
+    num_inputs, num_outputs = weight_CR.shape
+    done: list[Array] = []
+    codes: list[Array] = []
+    loss_2R = error_2R = nothing((2, num_outputs))
+    for index, (*above, corner_PP) in enumerate(panels):
+        first, size = index * PANEL, corner_PP.shape[0]
+        chosen = columns_of(weight_CR, group_C, live_C, order_C, first, size=size)
+        correction_P2R = nothing((size, 2, num_outputs))
+        # Product by product: joining the finished panels first would copy them all each time.
+        for block_PA, errors_A2R in zip(above, done, strict=True):
+            correction_P2R = add_product(block_PA, errors_A2R, correction_P2R)
+        num_tiles = -(-min(num_inputs - first, size) // TILE)
+        errors_P2R, codes_P2R, loss_2R, error_2R = _solve_panel(
+            Columns(*chosen, scale_GR, zero_GR),
+            panel_part(pivot_C, first, size=size),
+            correction_P2R,
+            corner_PP,
+            num_tiles,
+            shift,
+            loss_2R,
+            error_2R,
+            max_code=2.0**weight_bits - 1,
+        )
+        done.append(errors_P2R)
+        codes.append(codes_P2R)
+    return _better(tuple(codes), order_C, loss_2R, error_2R, num_inputs=num_inputs)
+
+
+@program(static_argnames="num_inputs")
+def _better(
+    codes: tuple[Array, ...], order_C: Array, loss_2R: Array, error_2R: Array, *, num_inputs: int
+) -> SolvedSlice:
+    """The better of GPTQ and rounding, channel by channel, in the original input order."""
+    loss_R, rtn_loss_R = loss_2R
+    rtn_kept_R = rtn_loss_R < loss_R
+    codes_C2R = jnp.concatenate(codes)
+    kept_CR = jnp.where(rtn_kept_R, codes_C2R[:, 1], codes_C2R[:, 0])
+    return SolvedSlice(
+        jnp.zeros_like(kept_CR).at[order_C].set(kept_CR, unique_indices=True)[:num_inputs],
+        # Rounding can leave a loss of nothing just below zero.
+        jnp.maximum(jnp.minimum(loss_R, rtn_loss_R), 0.0),
+        jnp.maximum(rtn_loss_R, 0.0),
+        rtn_kept_R,
+        jnp.where(rtn_kept_R, error_2R[1], error_2R[0]),
+    )
+
+
+@program(static_argnames="weight_bits")
+def round_slice(
+    weight_CR: Array,
+    scale_GR: Array,
+    zero_GR: Array,
+    group_C: Array,
+    hessian_CC: Array,
+    *,
+    weight_bits: int,
+) -> SolvedSlice:
+    """Round a slice to nearest, for a Hessian that could not be factored.
+
+    Arguments as in `solve_slice`; hessian_CC is the undamped one, in the original order.
+    """
+    scale_CR = jnp.take(scale_GR, group_C, axis=0)
+    zero_CR = jnp.take(zero_GR, group_C, axis=0)
+    codes_CR = encode(weight_CR, scale_CR, zero_CR, 2.0**weight_bits - 1)
+    error_CR = weight_CR - decode(codes_CR, scale_CR, zero_CR)
+    loss_R = jnp.maximum(jnp.sum(error_CR * product(hessian_CC, error_CR), axis=0), 0.0)
+    return SolvedSlice(
+        codes_CR.astype(jnp.uint8),
+        loss_R,
+        loss_R,
+        jnp.ones(loss_R.shape, bool),
+        jnp.sum(error_CR**2, axis=0),
+    )
+
+
+def rows_of(rows: Array, first: Array | int, size: int) -> Array:
+    """`size` rows from `first` on."""
+    part: Array = lax.dynamic_slice_in_dim(rows, first, size)
+    return part
+
+
+panel_part = program(static_argnames="size")(rows_of)
+
+
+class Columns(NamedTuple):
+    """What the columns of one panel read.
+
+    Attributes:
+        weight_PR: live weights, [panel, slice].
+        group_P: the group of each.
+        scale_GR, zero_GR: the slice's grid, [groups, slice].
+    """
+
+    weight_PR: Array
+    group_P: Array
+    scale_GR: Array
+    zero_GR: Array
+
+    def grid_at(self, column: Array) -> tuple[Array, Array]:
+        """Scales and zero points of a column, [slice] each."""
+        group = self.group_P[column]
+        return self.scale_GR[group], self.zero_GR[group]
+
+    def part(self, first: Array, size: int) -> Columns:
+        """`size` columns of the panel."""
+        weight_BR = rows_of(self.weight_PR, first, size)
+        group_B = rows_of(self.group_P, first, size)
+        return Columns(weight_BR, group_B, self.scale_GR, self.zero_GR)
+
+    def grid(self) -> tuple[Array, Array]:
+        """Scales and zero points of all columns, [panel, slice] each."""
+        return jnp.take(self.scale_GR, self.group_P, 0), jnp.take(self.zero_GR, self.group_P, 0)
+
+
+@program(static_argnames="size")
+def columns_of(
+    weight_CR: Array,
+    group_C: Array,
+    live_C: Array,
+    order_C: Array,
+    first: int,
+    *,
+    size: int,
+) -> tuple[Array, Array]:
+    """Live weights and groups of the panel of `size` columns from step `first` on."""
+    # A padded input is a dead one.
+    source_P = lax.dynamic_slice_in_dim(order_C, first, size)
+    live_P = jnp.take(live_C, source_P, mode="fill", fill_value=False)
+    weight_PR = jnp.take(weight_CR, source_P, axis=0, mode="clip")
+    return jnp.where(live_P[:, None], weight_PR, 0.0), jnp.take(group_C, source_P, mode="clip")
+
+
+@program(static_argnums=0)
+def nothing(shape: tuple[int, ...]) -> Array:
+    """Zeros, float32; outside a program, JAX needs half a millisecond for them."""
+    return jnp.zeros(shape)
+
+
+@program()
+def add_product(block_BA: Array, errors_A: Array, correction: Array) -> Array:
+    """The corrections `correction`, [B, ...], with those that finished columns' errors ask for."""
+    return correction + correction_of(block_BA, errors_A)
+
+
+def correction_of(block_BA: Array, errors_A: Array) -> Array:
+    """The corrections that finished columns' errors ask for, [B, ...]."""
+    flat: Array = product(block_BA, errors_A.reshape(errors_A.shape[0], -1))
+    return flat.reshape(-1, *errors_A.shape[1:])

@@ -1,0 +1,221 @@
+"""Coordinate descent on GPTQ's codes: each weight again, now that all the others are known.
+
+GPTQ decides a column before it knows the rounding of those after it. Going over the columns once
+more, each code becomes the best one for all the others as they stand (QuantEase, arXiv 2309.01885,
+Alg. 1), so the loss can only fall. Same nesting as the column loop: one product for each pair of
+panels, a small one a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from quantizer.gptq.column_loop import (
+    Columns,
+    SolvedSlice,
+    add_product,
+    columns_of,
+    nothing,
+    rows_of,
+)
+from quantizer.gptq.factor import TILE, block_size, panel_bounds, product
+from quantizer.jit import program
+from quantizer.qparams import decode, encode
+
+
+@program()
+def damped_hessian(gram_CC: Array, num_rows: Array, shift: Array) -> tuple[tuple[Array, ...], ...]:
+    """2·gram/num_rows + shift·I in blocks of a panel each way, padded as the factor is.
+
+    Made once for all slices of one input: each would otherwise keep a copy of its own.
+    """
+    size = gram_CC.shape[0]
+    bounds = panel_bounds(size)
+    padding = bounds[-1][1] - size
+    hessian_CC = gram_CC * (2.0 / num_rows) + shift * jnp.eye(size)
+    # A padded input has no curvature.
+    hessian_CC = jnp.pad(hessian_CC, ((0, padding), (0, padding)))
+    return tuple(tuple(hessian_CC[a:b, c:d] for c, d in bounds) for a, b in bounds)
+
+
+@program()
+def _missing(columns: Columns, codes_CR: Array, first: int) -> Array:
+    """w - ŵ of a panel's inputs, [panel, slice]; what lies past the end is of no report."""
+    input_P = first + jnp.arange(columns.weight_PR.shape[0])
+    codes_PR = jnp.take(codes_CR, input_P, axis=0, mode="clip").astype(jnp.float32)
+    return columns.weight_PR - decode(codes_PR, *columns.grid())
+
+
+@program(donate_argnames="correction_PR")
+def _sweep_panel(
+    columns: Columns,
+    missing_PR: Array,
+    correction_PR: Array,
+    corner_PP: Array,
+    num_tiles: Array | int,
+    change_R: Array,
+    *,
+    max_code: float,
+) -> tuple[Array, Array]:
+    """Visit a panel's first inputs once; their w - ŵ after it, and the damped loss's change.
+
+    Args:
+        missing_PR: w - ŵ so far.
+        correction_PR: H's rows of this panel times w - ŵ of all inputs.
+        num_tiles: how many are visited; no part of the program, as in the column loop.
+        change_R: by all that came before.
+    """
+    size = block_size(corner_PP.shape[0])
+    tiles_of_block = size // TILE
+    curvature_P = jnp.diagonal(corner_PP)
+    inverse_P = jnp.where(curvature_P > 0, 1.0 / curvature_P, 0.0)
+
+    def block(m: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        moved_PR, change_R = state
+        start = m * size
+
+        def earlier(i: Array, correction_BR: Array) -> Array:
+            part_BB = lax.dynamic_slice(corner_PP, (start, i * size), (size, size))
+            return add_product(part_BB, rows_of(moved_PR, i * size, size), correction_BR)
+
+        correction_BR = lax.fori_loop(0, m, earlier, rows_of(moved_PR, start, size))
+        corner_BB = lax.dynamic_slice(corner_PP, (start, start), (size, size))
+        part = columns.part(start, size)
+        restored_BR = part.weight_PR - rows_of(missing_PR, start, size)
+        inverse_B = rows_of(inverse_P, start, size)
+
+        def tile(t: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+            moved_BR, change_R = state
+            first = t * TILE
+            above_TB = rows_of(corner_BB, first, TILE)
+            correction_TR = rows_of(correction_BR, first, TILE) + product(above_TB, moved_BR)
+            tile_TT = lax.dynamic_slice_in_dim(above_TB, first, TILE, axis=1)
+
+            def column(k: Array, moved_TR: Array) -> Array:
+                at = first + k
+                seen = product(lax.dynamic_slice_in_dim(tile_TT, k, 1), moved_TR)
+                # Where this weight alone would like to be, all others held.
+                wanted_R = restored_BR[at] + (correction_TR[k] + seen[0]) * inverse_B[at]
+                scale_R, zero_R = part.grid_at(at)
+                code_R = encode(wanted_R, scale_R, zero_R, max_code)
+                moved_R = restored_BR[at] - decode(code_R, scale_R, zero_R)
+                moved: Array = lax.dynamic_update_index_in_dim(moved_TR, moved_R, k, 0)
+                return moved
+
+            moved_TR: Array = lax.fori_loop(0, TILE, column, jnp.zeros_like(correction_TR))
+            # tr((E + M)ᵀ H (E + M)) - tr(Eᵀ H E), of these rows of M; sums by a product.
+            gain_TR = moved_TR * (2.0 * correction_TR + product(tile_TT, moved_TR))
+            return (
+                lax.dynamic_update_slice_in_dim(moved_BR, moved_TR, first, 0),
+                change_R + product(jnp.ones((1, TILE)), gain_TR)[0],
+            )
+
+        count = jnp.minimum(num_tiles - m * tiles_of_block, tiles_of_block)
+        still_BR = jnp.zeros((size, correction_PR.shape[1]))
+        moved_BR, change_R = lax.fori_loop(0, count, tile, (still_BR, change_R))
+        return lax.dynamic_update_slice_in_dim(moved_PR, moved_BR, start, 0), change_R
+
+    num_blocks = (num_tiles + tiles_of_block - 1) // tiles_of_block
+    # By how much each weight moved, once its block was visited, takes its correction's place.
+    moved_PR, change_R = lax.fori_loop(0, num_blocks, block, (correction_PR, change_R))
+    return missing_PR + moved_PR, change_R
+
+
+def refine_slice(
+    solved: SolvedSlice,
+    weight_CR: Array,
+    scale_GR: Array,
+    zero_GR: Array,
+    group_C: Array,
+    live_C: Array,
+    hessian: tuple[tuple[Array, ...], ...],
+    shift: Array,
+    *,
+    weight_bits: int,
+    sweeps: int,
+) -> SolvedSlice:
+    """Lower the damped loss of a solved slice; channels whose undamped loss rose stay as given.
+
+    Args:
+        solved: what the column loop found.
+        weight_CR, scale_GR, zero_GR, group_C, live_C: as in `column_loop.solve_slice`.
+        hessian, shift: of `damped_hessian`, original input order.
+        sweeps: times that every column is revisited.
+    """
+    num_inputs, num_outputs = weight_CR.shape
+    max_code = 2.0**weight_bits - 1
+    bounds = panel_bounds(num_inputs)
+    order_C = _in_order(bounds[-1][1])
+    panels = [
+        Columns(*columns_of(weight_CR, group_C, live_C, order_C, a, size=b - a), scale_GR, zero_GR)
+        for a, b in bounds
+    ]
+    solved_missing = [
+        _missing(columns, solved.codes_CR, a)
+        for columns, (a, _) in zip(panels, bounds, strict=True)
+    ]
+    missing = list(solved_missing)
+    change_R = nothing((num_outputs,))
+    for _ in range(sweeps):
+        for p, (a, b) in enumerate(bounds):
+            correction_PR = nothing((b - a, num_outputs))
+            for block_PA, missing_AR in zip(hessian[p], missing, strict=True):
+                correction_PR = add_product(block_PA, missing_AR, correction_PR)
+            num_tiles = -(-(min(num_inputs, b) - a) // TILE)
+            missing[p], change_R = _sweep_panel(
+                panels[p],
+                missing[p],
+                correction_PR,
+                hessian[p][p],
+                num_tiles,
+                change_R,
+                max_code=max_code,
+            )
+    return _settled(
+        solved, tuple(panels), tuple(solved_missing), tuple(missing), change_R, shift, max_code
+    )
+
+
+@program(static_argnums=0)
+def _in_order(size: int) -> Array:
+    return jnp.arange(size)
+
+
+@program()
+def _settled(
+    solved: SolvedSlice,
+    panels: tuple[Columns, ...],
+    solved_missing: tuple[Array, ...],
+    missing: tuple[Array, ...],
+    change_R: Array,
+    shift: Array,
+    max_code: float,
+) -> SolvedSlice:
+    """Channel by channel, what was found or what was given, whichever loses less."""
+    num_inputs = solved.codes_CR.shape[0]
+
+    def whole(parts: Iterable[Array]) -> Array:
+        return jnp.concatenate(list(parts))[:num_inputs]
+
+    solved_CR, after_CR = whole(solved_missing), whole(missing)
+    # From the damped loss, which fell by -change, to the undamped one, which is judged.
+    grown_R = jnp.sum(after_CR**2 - solved_CR**2, axis=0)
+    loss_R = solved.loss_R + change_R - shift * grown_R
+    better_R = loss_R < solved.loss_R
+    kept_CR = jnp.where(better_R, after_CR, solved_CR)
+    # A code comes back exactly from the weight it stands for.
+    weight_CR = whole(columns.weight_PR for columns in panels)
+    group_C = whole(columns.group_P for columns in panels)
+    grid = Columns(weight_CR, group_C, *panels[0][2:]).grid()
+    codes_CR = encode(weight_CR - kept_CR, *grid, max_code)
+    return SolvedSlice(
+        codes_CR.astype(jnp.uint8),
+        jnp.maximum(jnp.minimum(loss_R, solved.loss_R), 0.0),
+        solved.rtn_loss_R,
+        # A channel that began as rounded and was improved is no longer that.
+        solved.rtn_kept_R & ~better_R,
+        jnp.sum(kept_CR**2, axis=0),
+    )

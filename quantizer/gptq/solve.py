@@ -1,0 +1,375 @@
+"""GPTQ of whole weights: their fixed row slices, two at a time, and their common reports.
+
+Compile what solving will run while there is nothing to solve yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from numpy.typing import NDArray
+
+from quantizer.gptq.column_loop import SolvedSlice, round_slice, solve_slice
+from quantizer.gptq.factor import Factor, arrange, factorize, factorize_shifted
+from quantizer.gptq.refine import damped_hessian, refine_slice
+from quantizer.hessian import HessianSum
+from quantizer.qparams import find_grid
+from quantizer.result import Float32, GroupedWeight, Solution, SolveReport, relative_error
+from quantizer.schemes import GPTQScheme
+
+_BAND = 32
+_LARGEST_SLICE = 512
+_LARGEST_WIDE_SLICE = 256
+_WIDE = 1024
+_LARGEST_SLICE_ON_GPU = 16384
+_SLICE_STEP = 32
+# While one slice goes through its columns on one core, another's products keep the rest busy.
+_AT_ONCE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Scales and zero points of groups of inputs.
+
+    Attributes:
+        scale_RG, zero_RG: [out_features, groups], float32; zero points are whole.
+        group_C: group of each input, int32.
+    """
+
+    scale_RG: Float32
+    zero_RG: Float32
+    group_C: NDArray[np.int32]
+
+
+def row_slices(out_features: int, in_features: int) -> list[tuple[int, int]]:
+    """The fixed slices [a, b) of output channels that are solved on their own.
+
+    Fixed by the kind of machine and the weight's shape alone: a product's rounding depends on its
+    shape, and any worker that solves a slice must get the same bits. On a CPU a slice's panel
+    stays in cache, what two slices hold stays below the Hessian's size, and all are of about one
+    size; a GPU wants all it can get.
+    """
+    if jax.default_backend() != "cpu":
+        largest = _LARGEST_SLICE_ON_GPU
+    else:
+        largest = _LARGEST_WIDE_SLICE if in_features > _WIDE else _LARGEST_SLICE
+    count = -(-out_features // largest)
+    size = -(-out_features // (count * _SLICE_STEP)) * _SLICE_STEP
+    return [(a, min(a + size, out_features)) for a in range(0, out_features, size)]
+
+
+def contiguous_groups(in_features: int, group_size: int) -> NDArray[np.int32]:
+    """Group of each input when groups are runs of `group_size` inputs, [in_features]."""
+    size = in_features if group_size == -1 else group_size
+    return (np.arange(in_features) // size).astype(np.int32)
+
+
+def factorize_hessian(hessian: HessianSum, scheme: GPTQScheme) -> Factor | None:
+    """The factor that all layers of one input share; None when H stayed indefinite."""
+    return factorize(
+        jnp.asarray(hessian.gram_CC),
+        hessian.num_rows,
+        hessian_damping=scheme.hessian_damping,
+        activation_order=scheme.activation_order,
+    )
+
+
+def to_refine(
+    factor: Factor | None, hessian: HessianSum, scheme: GPTQScheme
+) -> tuple[tuple[Array, ...], ...]:
+    """What refinement reads of the Hessian; nothing where nothing will be refined."""
+    if factor is None or not scheme.refinement_sweeps:
+        return ()
+    blocks: tuple[tuple[Array, ...], ...] = damped_hessian(
+        jnp.asarray(hessian.gram_CC), jnp.float32(hessian.num_rows), jnp.float32(factor.shift)
+    )
+    return blocks
+
+
+def grid_of(
+    weight_RC: Float32,
+    energy_RC: Float32,
+    scheme: GPTQScheme,
+    scale_dtype: str,
+) -> Grid:
+    """The scheme's grid over contiguous groups.
+
+    Args:
+        weight_RC: [out_features, in_features], float32.
+        energy_RC: weight of each squared error, [1 or out_features, in_features].
+    """
+    parts = [
+        find_grid(
+            jnp.asarray(weight_RC[a:b].T),
+            jnp.asarray(energy_RC[a:b].T if len(energy_RC) > 1 else energy_RC.T),
+            weight_bits=scheme.weight_bits,
+            group_size=scheme.group_size,
+            symmetric=scheme.symmetric,
+            search=scheme.scale_search,
+            scale_dtype=scale_dtype,
+        )
+        for a, b in row_slices(*weight_RC.shape)
+    ]
+    return Grid(
+        np.concatenate([np.asarray(scale_GR).T for scale_GR, _ in parts]),
+        np.concatenate([np.asarray(zero_GR).T for _, zero_GR in parts]),
+        contiguous_groups(weight_RC.shape[1], scheme.group_size),
+    )
+
+
+def solve_on_grid(
+    weight_RC: Float32,
+    factor: Factor | None,
+    hessian: HessianSum,
+    damped: tuple[tuple[Array, ...], ...],
+    grid: Grid,
+    scheme: GPTQScheme,
+) -> SolvedSlice:
+    """One slice of output channels on a given grid, as NumPy arrays.
+
+    Args:
+        damped: of `to_refine`, for all slices of one input.
+    """
+    operands = (
+        jnp.asarray(weight_RC.T),
+        jnp.asarray(grid.scale_RG.T),
+        jnp.asarray(grid.zero_RG.T),
+        jnp.asarray(grid.group_C),
+    )
+    if factor is None:
+        hessian_CC = jnp.asarray(hessian.gram_CC) * (2.0 / hessian.num_rows)
+        solved = round_slice(*operands, hessian_CC, weight_bits=scheme.weight_bits)
+    else:
+        live_C = jnp.asarray(~factor.dead_C)
+        shift = jnp.float32(factor.shift)
+        solved = solve_slice(
+            *operands,
+            live_C,
+            factor.order_C,
+            factor.panels,
+            factor.pivot_C,
+            shift,
+            weight_bits=scheme.weight_bits,
+        )
+        if damped:
+            solved = refine_slice(
+                solved,
+                *operands,
+                live_C,
+                damped,
+                shift,
+                weight_bits=scheme.weight_bits,
+                sweeps=scheme.refinement_sweeps,
+            )
+    arrays: SolvedSlice = jax.device_get(solved)
+    return arrays
+
+
+@dataclass(frozen=True, slots=True)
+class SolvedRows:
+    """One row slice of a weight, solved; plain arrays, so that it may travel.
+
+    Attributes:
+        solved: codes and errors.
+        grid: of these rows.
+        damping: that was needed; None where no damping made H definite.
+        dead_C: inputs that were zero in all of calibration.
+        num_rows: calibration rows (tokens).
+    """
+
+    solved: SolvedSlice
+    grid: Grid
+    damping: float | None
+    dead_C: NDArray[np.bool_]
+    num_rows: int
+
+
+def solve_slices(
+    slices: Sequence[Float32],
+    factor: Factor | None,
+    hessian: HessianSum,
+    scheme: GPTQScheme,
+    *,
+    scale_dtype: str,
+) -> list[SolvedRows]:
+    """Solve slices of checked weights of one input under a factor (None: round to nearest).
+
+    Args:
+        slices: `weight[a:b]` for (a, b) of `row_slices`, of one weight or of several.
+        scale_dtype: dtype in which scales will be stored; they are rounded to it first.
+    """
+    energy_1C = search_energy(factor, hessian)[None]
+    dead_C = hessian.gram_CC.diagonal() == 0
+    damped = to_refine(factor, hessian, scheme)
+
+    def solve_rows(weight_RC: Float32) -> SolvedRows:
+        weight_GC = weight_RC
+        if factor is not None and factor.dead_C.any():
+            # Dead weights become zero: they must not widen the range of the live ones.
+            weight_GC = np.where(factor.dead_C, np.float32(0), weight_RC)
+        grid = grid_of(weight_GC, energy_1C, scheme, scale_dtype)
+        return SolvedRows(
+            solved=solve_on_grid(weight_RC, factor, hessian, damped, grid, scheme),
+            grid=grid,
+            damping=None if factor is None else factor.damping,
+            dead_C=dead_C,
+            num_rows=hessian.num_rows,
+        )
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(solve_rows, slices))
+
+
+def join_slices(weight_RC: Float32, parts: Sequence[SolvedRows], scheme: GPTQScheme) -> Solution:
+    """A weight's solution from all its slices, in order."""
+    first = parts[0]
+    grouped = GroupedWeight(
+        transposed([np.asarray(part.solved.codes_CR) for part in parts]),
+        np.concatenate([part.grid.scale_RG for part in parts]),
+        np.concatenate([part.grid.zero_RG for part in parts]).astype(np.uint8),
+        first.grid.group_C,
+    )
+    report = gptq_report(
+        weight_RC,
+        [part.solved for part in parts],
+        first.damping,
+        first.dead_C,
+        first.num_rows,
+        scheme,
+    )
+    return Solution(grouped, report)
+
+
+def solve_gptq(
+    weights: Sequence[Float32],
+    factor: Factor | None,
+    hessian: HessianSum,
+    scheme: GPTQScheme,
+    *,
+    scale_dtype: str,
+) -> list[Solution]:
+    """`solve_slices` of whole weights, [out_features, in_features] each, joined."""
+    slices = [weight[a:b] for weight in weights for a, b in row_slices(*weight.shape)]
+    solved = iter(solve_slices(slices, factor, hessian, scheme, scale_dtype=scale_dtype))
+    return [
+        join_slices(weight, [next(solved) for _ in row_slices(*weight.shape)], scheme)
+        for weight in weights
+    ]
+
+
+def search_energy(factor: Factor | None, hessian: HessianSum) -> Float32:
+    """What a squared rounding error costs at each input, [in_features], float32.
+
+    Once GPTQ corrects for it, an error at column k costs its pivot D_k and not the diagonal
+    H_kk: the search weighs errors by that. Without a factor nothing is corrected.
+    """
+    energy_C: Float32 = hessian.gram_CC.diagonal() * np.float32(2 / hessian.num_rows)
+    if factor is None:
+        return energy_C
+    pivot_C = np.empty(factor.order_C.shape[0], np.float32)
+    pivot_C[np.asarray(factor.order_C)] = np.asarray(factor.pivot_C)
+    cost_C: Float32 = np.where(factor.dead_C, np.float32(0), pivot_C[: energy_C.shape[0]])
+    return cost_C
+
+
+def transposed(codes: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Codes [in_features, slice] of all slices as one [out_features, in_features]."""
+    codes_RC = np.empty((sum(part.shape[1] for part in codes), codes[0].shape[0]), np.uint8)
+    a = 0
+    for codes_CR in codes:
+        b = a + codes_CR.shape[1]
+        # By bands that stay in cache: a plain transposition misses it at every byte.
+        for band in range(0, codes_CR.shape[0], _BAND):
+            codes_RC[a:b, band : band + _BAND] = codes_CR[band : band + _BAND].T
+        a = b
+    return codes_RC
+
+
+def gptq_report(
+    weight_RC: Float32,
+    slices: list[SolvedSlice],
+    damping: float | None,
+    dead_C: NDArray[np.bool_],
+    num_rows: int,
+    scheme: GPTQScheme,
+) -> SolveReport:
+    """The common report of all slices of one weight; no damping: none made H definite."""
+
+    def total(field: str) -> float:
+        return float(sum(np.sum(getattr(part, field), dtype=np.float64) for part in slices))
+
+    weight_error = total("weight_error_R")
+    if damping is not None and dead_C.any():  # rounding to nearest keeps dead weights
+        weight_error += float(np.sum(np.square(weight_RC[:, dead_C], dtype=np.float64)))
+    weight_energy_R = np.einsum("rc,rc->r", weight_RC, weight_RC)
+    rows = sum(part.loss_R.shape[0] for part in slices)
+    rtn_rows = int(total("rtn_kept_R"))
+    if damping is None:
+        reason = "the Hessian stayed indefinite at a damping of 1: rounded to nearest"
+    else:
+        reason = (
+            f"gptq had the lower output error in {rows - rtn_rows} of {rows} output channels, "
+            f"round-to-nearest in {rtn_rows}"
+        )
+        if damping > scheme.hessian_damping:
+            reason += (
+                f"; damping was raised from {scheme.hessian_damping:g} to {damping:g}, "
+                "where the Hessian could be factored"
+            )
+    return SolveReport(
+        weight_error=relative_error(weight_error, float(np.sum(weight_energy_R, dtype=np.float64))),
+        output_error=total("loss_R"),
+        rtn_output_error=total("rtn_loss_R"),
+        kept="gptq" if rtn_rows == 0 else "rtn" if rtn_rows == rows else "gptq+rtn",
+        reason=reason,
+        rtn_rows=rtn_rows,
+        damping=damping,
+        dead_inputs=int(dead_C.sum()),
+        num_rows=num_rows,
+    )
+
+
+def compile_solver(
+    out_features: int, in_features: int, scheme: GPTQScheme, *, scale_dtype: str
+) -> None:
+    """Compile the programs of `solve` for weights of this shape; nothing is computed.
+
+    Args:
+        scale_dtype: in which their scales will be stored.
+    """
+    size = in_features
+    number = _shape()
+    gram_CC = _shape(size, size)
+    hessian_CC, order_C, dead_C, mean = arrange(gram_CC, number, scheme.activation_order)
+    panels, pivot_C = factorize_shifted(hessian_CC, mean)
+    if scheme.refinement_sweeps:
+        damped = damped_hessian(gram_CC, number, number)
+    for height in sorted({b - a for a, b in row_slices(out_features, size)}):
+        weight_CR = _shape(size, height)
+        scale_GR, zero_GR = find_grid(
+            weight_CR,
+            _shape(size, 1),
+            weight_bits=scheme.weight_bits,
+            group_size=scheme.group_size,
+            symmetric=scheme.symmetric,
+            search=scheme.scale_search,
+            scale_dtype=scale_dtype,
+        )
+        grid = (weight_CR, scale_GR, zero_GR, _shape(size, dtype=jnp.int32))
+        bits = scheme.weight_bits
+        solved = solve_slice(*grid, dead_C, order_C, panels, pivot_C, number, weight_bits=bits)
+        if scheme.refinement_sweeps:
+            sweeps = scheme.refinement_sweeps
+            refine_slice(solved, *grid, dead_C, damped, number, weight_bits=bits, sweeps=sweeps)
+
+
+def _shape(*shape: int, dtype: Any = jnp.float32) -> Any:
+    """What a program takes for an array, to be compiled."""
+    return jax.ShapeDtypeStruct(shape, dtype)

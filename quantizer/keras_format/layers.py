@@ -1,0 +1,217 @@
+"""Quantize a live Keras layer, and leave it as Keras itself would have left it.
+
+Keras builds the variables and sets the dtype policy (`layer.quantize`); the values are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from quantizer.errors import LayerError
+from quantizer.gptq.drift import DriftSum
+from quantizer.keras_format.embeddings import solve_embeddings
+from quantizer.keras_format.kernel_layout import KernelLayout, dense_layout, einsum_layout
+from quantizer.keras_format.variables import solve_kernel
+from quantizer.result import SolveReport
+from quantizer.schemes import (
+    AWQScheme,
+    Float8Scheme,
+    GPTQScheme,
+    Int4Scheme,
+    Int8Scheme,
+    Scheme,
+)
+from quantizer.solver import CalibrationStatistics
+
+_WITH_KERNEL = (keras.layers.Dense, keras.layers.EinsumDense)
+_WITH_TABLE = (keras.layers.Embedding, keras.layers.ReversibleEmbedding)
+
+
+def kernel_layout(layer: keras.layers.Layer) -> KernelLayout:
+    """The layout of a built Dense or EinsumDense layer's kernel.
+
+    Raises:
+        LayerError: another type of layer, one not built, or an equation that stock Keras cannot
+            quantize.
+    """
+    if type(layer) not in _WITH_KERNEL:
+        raise _unsupported(layer)
+    _check_fresh(layer)
+    shape = tuple(layer._kernel.shape)
+    if type(layer) is keras.layers.Dense:
+        return dense_layout(shape)
+    try:
+        return einsum_layout(layer.equation, shape)
+    except LayerError as error:
+        raise LayerError(f"{_name(layer)}: {error}") from None
+
+
+def quantize_layer(
+    layer: keras.layers.Layer,
+    scheme: Scheme,
+    hessian: CalibrationStatistics | None = None,
+    *,
+    drift: DriftSum | None = None,
+) -> SolveReport:
+    """Quantize a Keras layer in place: its policy and variables become those of the scheme.
+
+    Args:
+        layer: a built Dense, EinsumDense, Embedding or ReversibleEmbedding, in floating point.
+        scheme: the wanted format.
+        hessian: what calibration saw of the layer's inputs: HessianSum or MagnitudeSum (see
+            `quantizer.solve`), of inputs flattened by `kernel_layout(layer).flatten_inputs`.
+        drift: for `GPTQScheme.drift_correction` above 0.
+
+    Returns:
+        The solver's report. The layer is untouched when an error is raised.
+
+    Raises:
+        LayerError: a layer that stock Keras cannot hold in this scheme.
+        QuantizationError: bad weights, statistics or scheme; the message names the layer.
+    """
+    # Keras refuses subclasses: they may use their weights in ways of their own.
+    if type(layer) not in _WITH_KERNEL + _WITH_TABLE:
+        raise _unsupported(layer)
+    _check_fresh(layer)
+    policy = _quantized_policy(layer, scheme)
+    options: dict[str, Any] = {"scale_dtype": layer.variable_dtype, "name": _name(layer)}
+    if type(layer) in _WITH_TABLE:
+        reverse = getattr(layer, "reverse_embeddings", None)
+        variables, report = solve_embeddings(
+            _float32(layer._embeddings),
+            None if reverse is None else _float32(reverse),
+            scheme,
+            **options,
+        )
+    else:
+        layout = kernel_layout(layer)
+        variables, report = solve_kernel(
+            _float32(layer._kernel), layout, scheme, hessian, drift=drift, **options
+        )
+    layer.quantize(scheme.mode, config=_keras_config(scheme))
+    if scheme.mode in ("gptq", "awq"):
+        # What Keras' own calibration does last.
+        del layer._kernel
+        setattr(layer, f"is_{scheme.mode}_calibrated", True)
+    for name, value in variables.items():
+        stored = f"_{name}" if name in ("kernel", "embeddings") else name
+        getattr(layer, stored).assign(value)
+    assert layer.dtype_policy == policy
+    return report
+
+
+def save_model(model: keras.Model, path: str | Path) -> None:
+    """Save a model with quantized layers as a `.keras` file that stock Keras loads.
+
+    Keras 3.15.1 leaves the zero points of gptq and awq layers out of what it saves, and then
+    cannot load it; here they are saved, in the place where its loader looks for them.
+    """
+    with _complete_state(model):
+        model.save(path)
+
+
+def own_variables(layer: keras.layers.Layer) -> list[NDArray[Any]]:
+    """A quantized layer's variables in the order in which stock Keras loads them."""
+    names = layer.variable_serialization_spec[layer.quantization_mode]
+    values = [
+        getattr(layer, f"_{name}" if name in ("kernel", "embeddings") else name, None)
+        for name in names
+    ]
+    return [
+        keras.ops.convert_to_numpy(variable.value) for variable in values if variable is not None
+    ]
+
+
+@contextmanager
+def _complete_state(model: keras.Model) -> Iterator[None]:
+    def save_own_variables(layer: keras.layers.Layer, store: Any) -> None:
+        for index, value in enumerate(own_variables(layer)):
+            store[str(index)] = value
+
+    incomplete = [
+        layer
+        for layer in model._flatten_layers()
+        if getattr(layer, "quantization_mode", None) in ("gptq", "awq")
+    ]
+    for layer in incomplete:
+        # On the instance, for the time of the save only.
+        object.__setattr__(layer, "save_own_variables", partial(save_own_variables, layer))
+    try:
+        yield
+    finally:
+        for layer in incomplete:
+            object.__delattr__(layer, "save_own_variables")
+
+
+def _name(layer: keras.layers.Layer) -> str:
+    # A layer that was never built has no path yet.
+    return str(layer.path or layer.name)
+
+
+def _unsupported(layer: keras.layers.Layer) -> LayerError:
+    return LayerError(
+        f"{_name(layer)}: stock Keras cannot load a {type(layer).__name__} quantized; it can "
+        "Dense, EinsumDense, Embedding and ReversibleEmbedding themselves. Exclude the layer"
+    )
+
+
+def _check_fresh(layer: keras.layers.Layer) -> None:
+    if not layer.built:
+        raise LayerError(f"{_name(layer)}: the layer has no weights yet; call it once, or build it")
+    if layer.quantization_mode is not None:
+        raise LayerError(
+            f"{_name(layer)}: already quantized ({layer.dtype_policy.name}); start from the float "
+            "model"
+        )
+    if layer.lora_enabled:
+        raise LayerError(f"{_name(layer)}: LoRA is on; merge it into the kernel first")
+
+
+def _float32(variable: keras.Variable) -> NDArray[np.float32]:
+    # Through Keras: a bfloat16 tensor of PyTorch has no NumPy form of its own.
+    return np.asarray(keras.ops.convert_to_numpy(variable.value), dtype=np.float32)
+
+
+def _keras_config(scheme: Scheme) -> keras.quantizers.QuantizationConfig:
+    match scheme:
+        case GPTQScheme():
+            return keras.quantizers.GPTQConfig(
+                dataset=None,
+                tokenizer=None,
+                weight_bits=scheme.weight_bits,
+                group_size=scheme.group_size,
+                symmetric=scheme.symmetric,
+                activation_order=scheme.activation_order,
+                hessian_damping=scheme.hessian_damping,
+            )
+        case AWQScheme():
+            return keras.quantizers.AWQConfig(
+                dataset=None,
+                tokenizer=None,
+                weight_bits=scheme.weight_bits,
+                group_size=scheme.group_size,
+                num_grid_points=scheme.num_grid_points,
+            )
+        case Int8Scheme():
+            if scheme.quantize_activations:
+                return keras.quantizers.Int8QuantizationConfig()
+            return keras.quantizers.Int8QuantizationConfig(activation_quantizer=None)
+        case Int4Scheme():
+            return keras.quantizers.Int4QuantizationConfig(block_size=scheme.block_size)
+        case Float8Scheme():
+            return keras.quantizers.Float8QuantizationConfig()
+
+
+def _quantized_policy(layer: keras.layers.Layer, scheme: Scheme) -> keras.DTypePolicy:
+    try:
+        return keras.dtype_policies.get(f"{scheme.policy}_from_{layer.dtype_policy.name}")
+    except ValueError as error:
+        raise LayerError(f"{_name(layer)}: {error}") from None

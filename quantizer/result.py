@@ -1,0 +1,145 @@
+"""What a solver returns: the quantized weight, and its own report of how it went."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantizer.hessian import HessianSum, MagnitudeSum
+
+Float32 = NDArray[np.float32]
+
+
+class QuantizedWeight(Protocol):
+    """Codes and what is needed to read them."""
+
+    def dequantize(self) -> Float32:
+        """The weights that the codes stand for, [out_features, in_features], float32."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedWeight:
+    """value = (code - zero) · scale of the input's group, over the input's own scale if any.
+
+    Attributes:
+        codes_RC: uint8 (gptq, awq) or int8 (int4), one code per weight, not packed.
+        scale_RG: [out_features, groups], float32, already rounded to its storage dtype.
+        zero_RG: zero points, of the codes' dtype.
+        group_C: group of each input, int32.
+        input_scale_C: AWQ's scale of each input; the weights were multiplied by it.
+    """
+
+    codes_RC: NDArray[np.uint8] | NDArray[np.int8]
+    scale_RG: Float32
+    zero_RG: NDArray[np.uint8] | NDArray[np.int8]
+    group_C: NDArray[np.int32]
+    input_scale_C: Float32 | None = None
+
+    def dequantize(self) -> Float32:
+        """The weights that the codes stand for, [out_features, in_features], float32."""
+        zero_RC = self.zero_RG[:, self.group_C].astype(np.float32)
+        value_RC = (self.codes_RC.astype(np.float32) - zero_RC) * self.scale_RG[:, self.group_C]
+        return value_RC if self.input_scale_C is None else value_RC / self.input_scale_C
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelWeight:
+    """value = code / scale of the output channel (int8, and int4 per channel)."""
+
+    codes_RC: NDArray[np.int8]
+    scale_R: Float32
+
+    def dequantize(self) -> Float32:
+        """The weights that the codes stand for, [out_features, in_features], float32."""
+        return self.codes_RC.astype(np.float32) / self.scale_R[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Float8Weight:
+    """Weights on the E4M3 grid of one scale, kept as floats as Keras keeps them.
+
+    Attributes:
+        value_RC: [out_features, in_features], float32; value / weight_scale is E4M3.
+        weight_scale, input_scale: what Keras divides by before casting to E4M3.
+        input_amax: the largest |input| that calibration saw.
+    """
+
+    value_RC: Float32
+    weight_scale: np.float32
+    input_scale: np.float32
+    weight_amax: np.float32
+    input_amax: np.float32
+
+    def dequantize(self) -> Float32:
+        """The weights, [out_features, in_features], float32."""
+        return self.value_RC
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SolveReport:
+    """How one layer's quantization went. Plain values: it goes into records and reports.
+
+    Attributes:
+        weight_error: ‖W - Ŵ‖ / ‖W‖ (Frobenius).
+        output_error: tr(Δ H Δᵀ), H = 2·gram/num_rows undamped: twice the mean squared error
+            of the layer's output over calibration rows. None without calibration.
+        rtn_output_error: the same for round-to-nearest on the same grid.
+        kept: "gptq", "awq" or "rtn", or "gptq+rtn" when output channels differ.
+        reason: why that was kept, in words.
+        rtn_rows: output channels for which round-to-nearest was kept.
+        damping: share of the Hessian's mean diagonal that was added (gptq).
+        dead_inputs: inputs that were zero in all of calibration (their weights became zero).
+        num_rows: calibration rows (tokens).
+        ratio: AWQ's exponent.
+    """
+
+    weight_error: float
+    kept: str
+    reason: str
+    output_error: float | None = None
+    rtn_output_error: float | None = None
+    rtn_rows: int = 0
+    damping: float | None = None
+    dead_inputs: int = 0
+    num_rows: int = 0
+    ratio: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """A quantized weight and its report."""
+
+    weight: QuantizedWeight
+    report: SolveReport
+
+
+def relative_error(error_sum: float, energy_sum: float) -> float:
+    """sqrt(Σ(w - ŵ)² / Σw²); a weight of zeros that stayed zero has no error."""
+    return float(np.sqrt(error_sum / energy_sum)) if energy_sum > 0 else 0.0
+
+
+def weight_error(weight_RC: Float32, restored_RC: Float32) -> float:
+    """‖W - Ŵ‖ / ‖W‖."""
+    difference = float(np.sum(np.square(weight_RC - restored_RC, dtype=np.float64)))
+    return relative_error(difference, float(np.sum(np.square(weight_RC, dtype=np.float64))))
+
+
+def output_error(
+    weight_RC: Float32, restored_RC: Float32, statistics: HessianSum | MagnitudeSum
+) -> float:
+    """tr(Δ H Δᵀ), H = 2·gram/num_rows; with magnitudes alone, inputs count as uncorrelated."""
+    delta_RC = weight_RC - restored_RC
+    if isinstance(statistics, HessianSum):
+        loss = np.sum((delta_RC @ statistics.gram_CC) * delta_RC, dtype=np.float64)
+    else:
+        loss = np.sum(np.square(delta_RC) @ statistics.sum_square_C, dtype=np.float64)
+    return max(float(loss) * 2 / statistics.num_rows, 0.0)

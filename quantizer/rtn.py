@@ -1,0 +1,156 @@
+"""int8 and int4: round to nearest, in the arithmetic of stock Keras.
+
+Same operations in the same order and dtype as `keras.quantizers`, so the codes and scales are
+Keras' own, bit for bit. One exception: Keras' int4 groups corrupt weights whose range does not
+span zero (the zero point is clipped, the range is not widened); here the range includes 0.
+
+float8: E4M3 values under one calibrated scale for the weight and one for the inputs.
+
+Stock Keras divides by the stored scale, rounds to E4M3 and multiplies back, at every call. It
+leaves the scales at 1 when it quantizes; here they come from the weights and from calibration,
+so the first answer is already right. E5M2 is Keras' format for gradients, which inference
+never reads: its scale stays 1.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from quantizer.hessian import MagnitudeSum
+from quantizer.qparams import num_groups
+from quantizer.result import (
+    ChannelWeight,
+    Float8Weight,
+    Float32,
+    GroupedWeight,
+    Solution,
+    SolveReport,
+    weight_error,
+)
+from quantizer.schemes import Float8Scheme
+
+# Keras' own guard against a division by zero (keras.config.epsilon's default).
+_EPSILON = np.float32(1e-7)
+_INT4_LOW, _INT4_HIGH = -8, 7
+
+
+def round_channels(weight_RC: Float32, *, low: int, high: int, scale_dtype: str) -> ChannelWeight:
+    """One symmetric scale per output channel: code = round(w · scale), scale = high / max|w|.
+
+    Args:
+        weight_RC: [out_features, in_features], float32.
+        low, high: the code range, (-127, 127) for int8 and (-8, 7) for int4.
+        scale_dtype: dtype in which the scale will be stored; it is rounded to it first.
+    """
+    scale_R1 = np.float32(high) / (np.abs(weight_RC).max(1, keepdims=True) + _EPSILON)
+    # The inverse step of a tiny channel: beyond float16, so its codes just stay small.
+    scale_R1 = np.minimum(scale_R1, np.float32(ml_dtypes.finfo(scale_dtype).max))
+    scale_R1 = scale_R1.astype(scale_dtype).astype(np.float32)
+    codes_RC = np.clip(np.round(weight_RC * scale_R1), low, high).astype(np.int8)
+    return ChannelWeight(codes_RC, scale_R1[:, 0])
+
+
+def round_groups(weight_RC: Float32, *, block_size: int, scale_dtype: str) -> GroupedWeight:
+    """int4 with a scale and a zero point for each `block_size` inputs.
+
+    Args:
+        weight_RC: [out_features, in_features], float32.
+        block_size: inputs in a group; the last group may be short.
+        scale_dtype: dtype in which the scale will be stored; it is rounded to it first.
+    """
+    num_outputs, num_inputs = weight_RC.shape
+    block_size = min(block_size, num_inputs)
+    groups = num_groups(num_inputs, block_size)
+    padded = np.pad(weight_RC, ((0, 0), (0, groups * block_size - num_inputs)))
+    weight_RGS = padded.reshape(num_outputs, groups, block_size)
+    low_RG = np.minimum(weight_RGS.min(2), 0)
+    high_RG = np.maximum(weight_RGS.max(2), 0)
+    scale_RG = (high_RG - low_RG + _EPSILON) / np.float32(_INT4_HIGH - _INT4_LOW)
+    # The step of a tiny group: float16 would round it to 0.
+    scale_RG = np.maximum(scale_RG, np.float32(ml_dtypes.finfo(scale_dtype).smallest_subnormal))
+    scale_RG = scale_RG.astype(scale_dtype).astype(np.float32)
+    zero_RG = np.clip(np.round(-low_RG / scale_RG) + _INT4_LOW, _INT4_LOW, _INT4_HIGH)
+    codes_RGS = np.round(weight_RGS / scale_RG[..., None]) + zero_RG[..., None]
+    codes_RGS = np.clip(codes_RGS, _INT4_LOW, _INT4_HIGH).astype(np.int8)
+    group_C: NDArray[np.int32] = (np.arange(num_inputs) // block_size).astype(np.int32)
+    return GroupedWeight(
+        np.ascontiguousarray(codes_RGS.reshape(num_outputs, -1)[:, :num_inputs]),
+        scale_RG,
+        zero_RG.astype(np.int8),
+        group_C,
+    )
+
+
+def round_weight(
+    weight_RC: Float32, *, bits: int, block_size: int, scale_dtype: str
+) -> ChannelWeight | GroupedWeight:
+    """int8 (`bits` 8, per channel) or int4 (`bits` 4, per channel when `block_size` is -1)."""
+    if bits == 8:
+        return round_channels(weight_RC, low=-127, high=127, scale_dtype=scale_dtype)
+    if block_size == -1:
+        return round_channels(weight_RC, low=_INT4_LOW, high=_INT4_HIGH, scale_dtype=scale_dtype)
+    return round_groups(weight_RC, block_size=block_size, scale_dtype=scale_dtype)
+
+
+AMAX_HISTORY_LENGTH = 1024
+"""Entries of Keras' amax histories, by its default."""
+
+E4M3_MAX = np.float32(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)
+
+
+def float8_scale(amax: float, *, power_of_two: bool) -> np.float32:
+    """The scale that maps amax onto E4M3's largest value, 448; 1 for an amax of 0.
+
+    With `power_of_two` it is rounded up, so nothing is clipped.
+    """
+    if amax <= 0:
+        return np.float32(1)
+    # A subnormal amax would give a scale of 0, and a division by it.
+    scale = max(np.float32(amax) / E4M3_MAX, np.finfo(np.float32).tiny)
+    if power_of_two:
+        scale = np.exp2(np.ceil(np.log2(scale)))
+    return np.float32(scale)
+
+
+def round_to_float8(value: Float32, scale: np.float32) -> Float32:
+    """value / scale, clipped, rounded to E4M3 (ties to even), times scale, as Keras does it."""
+    clipped = np.clip(value / scale, -E4M3_MAX, E4M3_MAX)
+    rounded: Float32 = clipped.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+    return rounded
+
+
+def solve_float8(weight_RC: Float32, inputs: MagnitudeSum, scheme: Float8Scheme) -> Solution:
+    """Calibrate both scales and round the weights.
+
+    Args:
+        weight_RC: [out_features, in_features], float32.
+        inputs: magnitudes of the layer's inputs over calibration rows.
+    """
+    weight_amax = float(np.abs(weight_RC).max(initial=0.0))
+    input_amax = float(inputs.max_abs_C.max(initial=0.0))
+    weight_scale = float8_scale(weight_amax, power_of_two=scheme.power_of_two)
+    input_scale = float8_scale(input_amax, power_of_two=scheme.power_of_two)
+    value_RC = round_to_float8(weight_RC, weight_scale)
+    # Without the Hessian, its diagonal: inputs taken as uncorrelated.
+    energy_C = 2.0 / inputs.num_rows * inputs.sum_square_C.astype(np.float64)
+    loss = float(np.sum(np.square(weight_RC - value_RC, dtype=np.float64) @ energy_C))
+    return Solution(
+        Float8Weight(
+            value_RC,
+            weight_scale,
+            input_scale,
+            np.float32(weight_amax),
+            np.float32(input_amax),
+        ),
+        SolveReport(
+            weight_error=weight_error(weight_RC, value_RC),
+            output_error=loss,
+            rtn_output_error=loss,
+            kept="rtn",
+            reason="float8 rounds to nearest; the output error takes inputs as uncorrelated",
+            dead_inputs=int(np.sum(inputs.max_abs_C == 0)),
+            num_rows=inputs.num_rows,
+        ),
+    )

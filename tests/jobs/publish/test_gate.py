@@ -1,0 +1,53 @@
+"""A gate lets through what keeps all its limits, and says of the rest what it does not keep."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from jobs.catalog.request import Gate
+from jobs.publish.verdict import failures, figures
+from pipeline.fidelity import Fidelity
+
+CAUSAL = Fidelity(
+    num_windows=2, count=9, source_perplexity=20.0, result_perplexity=21.0, divergence=0.02,
+    agreement=0.9,
+)  # fmt: skip
+ENCODER = Fidelity(num_windows=2, count=9, cosine=0.99)
+NAN = Fidelity(
+    num_windows=2, count=9, source_perplexity=20.0, result_perplexity=math.nan, divergence=math.nan
+)
+
+
+@pytest.mark.parametrize(
+    ("gate", "fidelity", "said"),
+    [
+        (None, None, []),
+        (None, CAUSAL, []),
+        (Gate(max_perplexity_increase=0.05), CAUSAL, []),
+        (Gate(max_perplexity_increase=0.04), CAUSAL, ["perplexity 20 → 21, +5.00%, more than +4"]),
+        (Gate(max_divergence=0.02), CAUSAL, []),
+        (Gate(max_divergence=0.01), CAUSAL, ["divergence 0.02 nats, more than 0.01"]),
+        (Gate(max_divergence=0.0, max_perplexity_increase=0.0), CAUSAL, ["perplexity", "diverg"]),
+        (Gate(min_cosine=0.99), ENCODER, []),
+        (Gate(min_cosine=0.995), ENCODER, ["cosine 0.99000, less than 0.99500"]),
+        (Gate(min_cosine=0.9), CAUSAL, ["no cosine is measured of a model of this kind"]),
+        (Gate(max_divergence=1.0), ENCODER, ["no divergence is measured"]),
+        (Gate(max_perplexity_increase=1.0), ENCODER, ["no perplexity is measured"]),
+        (Gate(max_divergence=9.0, max_perplexity_increase=9.0), NAN, ["nan", "nan"]),
+        (Gate(min_cosine=0.9), None, ["it was not evaluated"]),
+    ],
+)
+def test_limits(gate: Gate | None, fidelity: Fidelity | None, said: list[str]) -> None:
+    found = failures(gate, fidelity)
+    assert len(found) == len(said)
+    assert all(wanted in text for wanted, text in zip(said, found, strict=True)), found
+
+
+def test_what_is_no_number_is_written_as_null() -> None:
+    found = figures(NAN)
+    assert found is not None
+    assert found["result_perplexity"] is None
+    assert found["source_perplexity"] == 20.0
+    assert figures(None) is None

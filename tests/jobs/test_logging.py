@@ -1,0 +1,203 @@
+"""What machines read on stderr: one JSON object a line, whatever is told, warned of or broken."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from jobs.logging import JsonConsole, concern, name_of, tell
+from tests.models.tiny import tiny_preset
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _of_no_run() -> None:
+    concern()
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    """Each is an object, and nothing else is between them."""
+    assert "\x1b" not in text
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def told(*texts: object, **values: object) -> list[dict[str, Any]]:
+    stream = io.StringIO()
+    for text in texts:
+        tell(JsonConsole(stream), "is seen", text, **values)  # type: ignore[arg-type]
+    return lines(stream.getvalue())
+
+
+def command(*arguments: object, code: str = "", **environment: str) -> tuple[int, str, str]:
+    started = ["-c", code] if code else ["-m", "jobs", *map(str, arguments)]
+    done = subprocess.run(
+        [sys.executable, *started],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+        timeout=60,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_line_has_what_a_platform_filters_by() -> None:
+    concern(run="llama-gptq-0123", model="llama", recipe="gptq")
+    [line] = told("a part", block="layer_3", layer="layer_3/query", seconds={"solve": 1.5})
+    assert list(line)[:3] == ["time", "level", "event"]
+    assert line.pop("time").endswith("+00:00")
+    assert line == {
+        "level": "info",
+        "event": "is_seen",
+        "run": "llama-gptq-0123",
+        "model": "llama",
+        "recipe": "gptq",
+        "block": "layer_3",
+        "layer": "layer_3/query",
+        "seconds": {"solve": 1.5},
+        "message": "a part",
+    }
+
+
+def test_a_line_names_the_run_at_work_and_none_before_it() -> None:
+    concern(run="a", model="m")
+    concern(run="b")
+    [line] = told("x")
+    assert (line["run"], line.get("model")) == ("b", None)
+    concern()
+    [line] = told("x")
+    assert "run" not in line
+
+
+def test_whatever_is_told_is_one_line_without_colours() -> None:
+    table = Table("name")
+    table.add_row("[red]x[/red]")
+    found = told("two\nlines", "\x1b[31mred\x1b[0m", "[bold]b[/bold]", "ü" * 400, table, why="w")
+    assert [line.get("message") for line in found] == [
+        "two\nlines", "red", "[bold]b[/bold]", "ü" * 400, None,
+    ]  # fmt: skip
+    stream = io.StringIO()
+    console = JsonConsole(stream)
+    console.print("s3://bucket/" + "x" * 400)
+    console.print(table)
+    with console.status("looking"):
+        console.print("[bold]b[/bold]")
+    assert [line["event"] for line in lines(stream.getvalue())] == ["told", "told", "began", "told"]
+
+
+def test_people_get_the_text_alone() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, width=20)
+    tell(console, "seen", "[bold]b[/bold] " + "x" * 40, level="error", run="r")
+    assert stream.getvalue() == "[bold]b[/bold] " + "x" * 40 + "\n"
+
+
+def test_no_secret_of_the_environment_is_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", 'canary/"secret"')
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/etc/token-file")
+    [line] = told('is canary/"secret"', why=["0123456789abcdef"], file="/etc/token-file")
+    assert line["message"] == "is …"
+    assert line["why"] == ["…"]
+    assert line["file"] == "/etc/token-file"
+
+
+@pytest.mark.parametrize("url", ["s3://b/runs/r-1", "s3://b/runs/r-1/", "/a/r-1"])
+def test_a_run_is_named_as_status_names_it(url: str) -> None:
+    assert name_of(url) == "r-1"
+
+
+@pytest.mark.parametrize(
+    ("given", "environment"),
+    [(["--log-format", "json"], {}), ([], {"QUANTFLEET_LOG": "json"})],
+)
+def test_a_mistake_is_an_object_with_its_exit_code(
+    given: list[str], environment: dict[str, str], tmp_path: Path
+) -> None:
+    code, out, err = command(*given, "logs", tmp_path, FORCE_COLOR="1", **environment)
+    [line] = lines(err)
+    assert (code, out) == (2, "")
+    assert (line["level"], line["event"], line["exit_code"]) == ("error", "failed", 2)
+    assert "no events lie there" in line["message"]
+
+
+def test_a_mistake_in_the_command_line_is_an_object_too() -> None:
+    for arguments in (["quantise"], ["--no-such"], ["logs"]):
+        code, _, err = command(*arguments, QUANTFLEET_LOG="json")
+        [line] = lines(err)
+        assert (code, line["exit_code"]) == (2, 2)
+
+
+def test_an_unknown_format_is_refused_in_a_line() -> None:
+    code, _, err = command("schemes", QUANTFLEET_LOG="xml")
+    assert code == 2
+    [line] = err.splitlines()
+    assert "QUANTFLEET_LOG" in line
+    assert "xml" in line
+
+
+def test_warnings_libraries_and_faults_speak_json() -> None:
+    code, _, err = command(
+        code="""
+import logging, threading, warnings
+from jobs.logging import concern, speak_json
+speak_json()
+concern(run="r")
+warnings.warn("old\\nways")
+logging.getLogger("library").error("lost %s", "it")
+logging.getLogger("library").info("chatter")
+try:
+    1 / 0
+except ZeroDivisionError:
+    logging.getLogger("library").exception("why")
+thread = threading.Thread(target=lambda: [][0])
+thread.start()
+thread.join()
+raise OSError("disk")
+"""
+    )
+    found = lines(err)
+    assert code == 1
+    assert [(line["level"], line["event"], line["run"]) for line in found] == [
+        ("warning", "log", "r"), ("error", "log", "r"), ("error", "log", "r"),
+        ("error", "fault", "r"), ("error", "fault", "r"),
+    ]  # fmt: skip
+    assert "UserWarning: old ways" in found[0]["message"]
+    assert found[1]["message"] == "lost it"
+    assert "ZeroDivisionError" in found[2]["traceback"]
+    assert found[3]["message"].startswith("IndexError: ")
+    assert found[4]["message"] == "OSError: disk"
+    assert "Traceback" in found[4]["traceback"]
+
+
+@pytest.mark.slow
+def test_a_run_tells_machines_all_that_it_does(tmp_path: Path) -> None:
+    preset = tiny_preset("Bert", tmp_path / "bert", num_blocks=2)
+    given = ("quantize", preset, "--recipe", "int8", "--output", tmp_path / "run-1")
+    code, out, err = command(*given, "--threads", 1, "--workers", 1, QUANTFLEET_LOG="json")
+    found = lines(err)
+    assert (code, out) == (0, "")
+    assert {(line["run"], line["model"], line["recipe"]) for line in found} == {
+        ("run-1", "bert", "int8")
+    }
+    committed = [line for line in found if line["event"] == "committed"]
+    assert [line["part"] for line in committed] == [0, 1, 2]
+    assert all(line["block"] and line["size_bytes"] and "seconds" in line for line in committed[:1])
+    layers = [line for line in found if line["event"] == "layer"]
+    assert {line["block"] for line in layers} == {line["block"] for line in committed}
+    assert all(line["layer"] for line in layers)
+    [finished] = [line for line in found if line["event"] == "finished"]
+    assert finished["summary"]["stored_bytes"] == sum(line["size_bytes"] for line in committed)
+    code, _, err = command("resume", tmp_path / "run-1", QUANTFLEET_LOG="json")
+    assert code == 0
+    assert [line["event"] for line in lines(err)] == ["finished_before", "finished", "loadable"]

@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+
+from pipeline.errors import SourceError
+from pipeline.model.blocks import BlockGraph, block_kind, find_blocks
+from pipeline.model.preset import read_preset
+from pipeline.model.skeleton import Skeleton, build_skeleton
+from pipeline.model.targets import find_targets, find_unsupported
+from tests.models.tiny import ARCHITECTURES
+from tests.pipeline.presets import example_inputs, shared_preset, stock_task
+
+# KerasHub leaves the file open.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file .*vocabulary.spm:ResourceWarning")
+
+SIZE = {"vocabulary_size": 64, "num_layers": 3, "hidden_dim": 32, "intermediate_dim": 64}
+LLAMA_TARGETS = [
+    "self_attention/query",
+    "self_attention/key",
+    "self_attention/value",
+    "self_attention/attention_output",
+    "feedforward_intermediate_dense",
+    "feedforward_gate_dense",
+    "feedforward_output_dense",
+]
+
+
+def skeleton_of(path: Path) -> Skeleton:
+    return build_skeleton(read_preset(str(path)))
+
+
+def wrap(backbone: Any, task: Any = None) -> Skeleton:
+    return Skeleton(backbone=backbone, task=task, backbone_json={}, task_json=None)
+
+
+def weightless(kind: type, **options: Any) -> Any:
+    with keras.StatelessScope(initialize_variables=False):
+        return kind(**options)
+
+
+def run(graph: BlockGraph, inputs: dict[str, Any]) -> Any:
+    """Embed, then one block after the other, then the head."""
+    hidden_states, *side_inputs = graph.embed({name: inputs[name] for name in graph.embed.input})
+    for block in graph.blocks:
+        args, kwargs = block.bind(hidden_states, side_inputs)
+        hidden_states = block.layer(*args, **kwargs)
+    return graph.head(graph.bind_head(hidden_states, inputs))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_pieces_together_are_the_stock_model(architecture: str) -> None:
+    stock, skeleton = stock_task(architecture), skeleton_of(shared_preset(architecture))
+    graph = find_blocks(skeleton)
+    for ours, theirs in zip(skeleton.model.variables, stock.variables, strict=True):
+        ours.assign(theirs.value)
+    inputs = example_inputs(stock)
+    expected = np.asarray(stock(inputs))
+    assert np.array_equal(np.asarray(run(graph, inputs)), expected)
+    assert np.ptp(expected) > 0.1
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_of_a_block_is_a_target_once(architecture: str) -> None:
+    graph = find_blocks(skeleton_of(shared_preset(architecture)))
+    for block in graph.blocks:
+        kernels = {v.path for v in block.layer.variables if v.path.endswith("/kernel")}
+        paths = [target.path for target in block.targets]
+        assert {f"{path}/kernel" for path in paths} == kernels
+        assert len(set(paths)) == len(paths)
+        assert [f"{block.name}/{target.name}" for target in block.targets] == paths
+        assert block.unsupported == ()
+
+
+def test_targets_are_named_alike_in_every_block() -> None:
+    graph = find_blocks(skeleton_of(shared_preset("Llama3")))
+    assert [block.name for block in graph.blocks] == ["transformer_layer_0", "transformer_layer_1"]
+    assert [[target.name for target in block.targets] for block in graph.blocks] == [
+        LLAMA_TARGETS,
+        LLAMA_TARGETS,
+    ]
+
+
+def test_what_is_outside_the_blocks_is_listed() -> None:
+    graph = find_blocks(skeleton_of(shared_preset("Bert")))
+    assert [target.path for target in graph.rest_targets] == [
+        "token_embedding",
+        "segment_embedding",
+        "pooled_dense",
+        "mlm_head/intermediate_dense",
+    ]
+    assert [layer.path for layer in graph.rest_unsupported] == ["position_embedding"]
+    assert graph.head_inputs == ("mask_positions",)
+
+
+def test_a_backbone_without_task_ends_in_its_own_outputs() -> None:
+    backbone = stock_task("Bert").backbone
+    graph = find_blocks(wrap(backbone))
+    inputs = {
+        "token_ids": np.arange(16, dtype=np.int32).reshape(2, 8),
+        "padding_mask": np.ones((2, 8), np.int32),
+        "segment_ids": np.zeros((2, 8), np.int32),
+    }
+    expected, got = backbone(inputs), run(graph, inputs)
+    assert sorted(got) == ["pooled_output", "sequence_output"]
+    for name in got:
+        assert np.array_equal(np.asarray(got[name]), np.asarray(expected[name]))
+
+
+def test_one_block_is_a_chain_too() -> None:
+    path = shared_preset("Falcon", num_blocks=1)
+    assert [block.index for block in find_blocks(skeleton_of(path)).blocks] == [0]
+
+
+def test_blocks_alike_share_a_kind_and_others_do_not() -> None:
+    kinds = {
+        architecture: {b.kind for b in find_blocks(skeleton_of(shared_preset(architecture))).blocks}
+        for architecture in ("Llama3", "Mistral", "GPT2")
+    }
+    assert {len(kind) for kind in kinds.values()} == {1}
+    assert len(set.union(*kinds.values())) == 3
+
+
+def test_a_kind_knows_sliding_windows_apart_from_full_attention() -> None:
+    backbone = weightless(
+        keras_hub.models.Gemma3Backbone,
+        **{**SIZE, "num_layers": 7},
+        num_query_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        image_size=16,
+        use_sliding_window_attention=True,
+        sliding_window_size=4,
+    )
+    sliding = [
+        block.layer.use_sliding_window_attention for block in find_blocks(wrap(backbone)).blocks
+    ]
+    kinds = [block.kind for block in find_blocks(wrap(backbone)).blocks]
+    assert len(set(sliding)) == len(set(kinds)) == 2
+    assert [kind == kinds[0] for kind in kinds] == [slides == sliding[0] for slides in sliding]
+
+
+def test_a_kind_depends_on_settings_shapes_and_dtypes_but_not_on_names() -> None:
+    def kind(**options: Any) -> str:
+        layer = keras.Sequential([keras.layers.Dense(4, **options)])
+        layer.build((None, 8))
+        return block_kind(layer, "call")
+
+    assert kind(name="a") == kind(name="b")
+    others = [kind(), kind(activation="relu"), kind(use_bias=False), kind(dtype="bfloat16")]
+    assert len(set(others)) == 4
+
+
+def test_experts_and_their_router_are_not_quantized() -> None:
+    backbone = weightless(
+        keras_hub.models.Qwen3MoeBackbone,
+        vocabulary_size=64,
+        num_layers=2,
+        num_query_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        hidden_dim=32,
+        intermediate_dim=64,
+        moe_intermediate_dim=16,
+        num_experts=4,
+        top_k=2,
+        norm_top_k_prob=True,
+        decoder_sparse_step=1,
+    )
+    block = find_blocks(wrap(backbone)).blocks[0]
+    assert [target.name for target in block.targets] == LLAMA_TARGETS[:4]
+    reasons = [layer.reason for layer in block.unsupported]
+    assert len(reasons) == 2
+    assert any("routes tokens" in reason for reason in reasons)
+    assert any("Qwen3MoeExperts" in reason for reason in reasons)
+
+
+class OwnDense(keras.layers.Dense):
+    """A subclass, which Keras refuses to quantize."""
+
+
+def test_layers_that_stock_keras_cannot_hold_are_named_with_the_reason() -> None:
+    inner = [
+        keras.layers.EinsumDense("...x,xy->...y", output_shape=4, name="dots"),
+        OwnDense(4, name="own"),
+        keras.layers.Dense(4, name="plain"),
+    ]
+    layer = keras.Sequential(inner, name="block")
+    layer.build((None, 4))
+    assert [target.name for target in find_targets([layer], prefix="block")] == ["plain"]
+    reasons = {found.path: found.reason for found in find_unsupported([layer])}
+    assert "ellipsis" in reasons["block/dots"]
+    assert "OwnDense" in reasons["block/own"]
+
+
+def composite(name: str, width: int = 8) -> keras.layers.Layer:
+    layers = [keras.layers.Dense(width), keras.layers.Dense(width)]
+    return keras.Sequential(layers, name=name)
+
+
+def branching(inputs: Any) -> Any:
+    entry = keras.layers.Dense(8)(inputs)
+    first, second = composite("first"), composite("second")
+    return first(entry) + second(entry)
+
+
+def bypassing(inputs: Any) -> Any:
+    one = composite("first")(inputs)
+    return composite("second")(one) + one
+
+
+def interrupted(inputs: Any) -> Any:
+    return composite("second")(composite("first")(inputs) * 2.0)
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (branching, "second is not one of a chain of blocks (it is not fed by first directly)"),
+        (bypassing, "first is not one of a chain of blocks (the model's output uses it"),
+        (interrupted, "second is not one of a chain of blocks (it is not fed by first directly)"),
+        (lambda inputs: keras.layers.Dense(8)(inputs), "no transformer blocks"),
+    ],
+)
+def test_a_graph_that_is_no_chain_is_refused(build: Any, expected: str) -> None:
+    inputs = keras.Input((8,), name="inputs")
+    model = keras.Model({"inputs": inputs}, build(inputs), name="model")
+    with pytest.raises(SourceError, match=re.escape(expected)):
+        find_blocks(wrap(model))

@@ -1,0 +1,107 @@
+import numpy as np
+import pytest
+
+from pipeline.errors import DamagedObjectError, MissingObjectError
+from pipeline.run import activations
+from pipeline.storage.object_store import ObjectStore, open_store
+
+_fresh = iter(range(1_000_000))
+
+
+@pytest.fixture
+def store() -> ObjectStore:
+    return open_store(f"memory://test-activations/{next(_fresh)}")
+
+
+def hidden_states(block: int, shard: int) -> list[np.ndarray]:
+    draw = np.random.default_rng([block, shard])
+    return [draw.standard_normal((2, 5, 3), np.float32) for _ in range(3)]
+
+
+def keep(store: ObjectStore, block: int, num_shards: int = 2) -> None:
+    kept = {
+        s: activations.store(store, block, s, hidden_states(block, s)) for s in range(num_shards)
+    }
+    activations.finish(store, block, kept)
+
+
+def shard_key(block: int, shard: int) -> str:
+    [found] = [k for k in store_keys(block) if f"shard-{shard:05d}" in k]
+    return found
+
+
+def store_keys(block: int) -> list[str]:
+    return [f"activations/{block:05d}/shard-{shard:05d}.safetensors" for shard in range(2)]
+
+
+def test_what_was_kept_is_read_bit_for_bit(store: ObjectStore) -> None:
+    keep(store, 3)
+    for shard in range(2):
+        found = activations.load(store, 3, shard)
+        assert all(
+            (a == b).all() and a.dtype == b.dtype
+            for a, b in zip(found, hidden_states(3, shard), strict=True)
+        )
+
+
+def test_the_same_streams_are_the_same_bytes(store: ObjectStore) -> None:
+    assert activations.store(store, 1, 0, hidden_states(0, 0)) == activations.store(
+        store, 2, 0, hidden_states(0, 0)
+    )
+
+
+def test_the_latest_whole_set_up_to_the_block_is_found(store: ObjectStore) -> None:
+    assert activations.latest(store, 9, 2) == 0
+    for block in (2, 4, 6):
+        keep(store, block)
+    assert activations.latest(store, 9, 2) == 6
+    assert activations.latest(store, 5, 2) == 4
+    assert activations.latest(store, 1, 2) == 0
+    assert activations.latest(store, 9, 3) == 0  # of other shards
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete", "index"])
+def test_a_damaged_set_is_passed_over_and_never_loaded(store: ObjectStore, damage: str) -> None:
+    keep(store, 2)
+    keep(store, 4)
+    key = "activations/00004/index.json" if damage == "index" else shard_key(4, 1)
+    data = store.get(key)
+    match damage:
+        case "flip":
+            store.put(key, data[:-1] + bytes([data[-1] ^ 1]))
+        case "cut" | "index":
+            store.put(key, data[:-2])
+        case "delete":
+            store.delete(key)
+    assert activations.latest(store, 9, 2) == 2
+    with pytest.raises((DamagedObjectError, MissingObjectError)):
+        activations.load(store, 4, 1)
+
+
+@pytest.mark.parametrize("content", [b"[]", b'{"0": 1}', b'{"x": ["", 1]}', b'{"0": [1]}', b"\xff"])
+def test_an_index_of_another_form_is_a_damaged_one(store: ObjectStore, content: bytes) -> None:
+    keep(store, 2)
+    store.put("activations/00002/index.json", content)
+    assert activations.latest(store, 9, 2) == 0
+
+
+def test_a_set_without_its_index_does_not_count(store: ObjectStore) -> None:
+    for shard in range(2):
+        activations.store(store, 7, shard, hidden_states(7, shard))
+    assert activations.latest(store, 9, 2) == 0
+
+
+def test_only_the_newest_two_sets_stay(store: ObjectStore) -> None:
+    for block in (2, 4, 6, 8):
+        keep(store, block)
+    activations.discard(store, 6)
+    # Block 8's came after it, and are not this call's to judge.
+    assert {key.split("/")[1] for key in store.list("activations/")} == {"00004", "00006", "00008"}
+
+
+def test_what_lies_there_besides_is_left_alone(store: ObjectStore) -> None:
+    keep(store, 2)
+    store.put("activations/notes.txt", b"mine")
+    assert activations.latest(store, 9, 2) == 2
+    activations.discard(store, 2)
+    assert store.exists("activations/notes.txt")

@@ -1,0 +1,43 @@
+"""The layers of one input are shared out whole or by slices, each once and evenly."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.plan import LayerPlan
+from pipeline.run.driver import shared
+
+
+def layers(*rows_and_slices: tuple[int, int]) -> list[LayerPlan]:
+    return [
+        LayerPlan(
+            path=f"layer-{i}",
+            name=f"layer-{i}",
+            kind="kernel",
+            in_features=64,
+            out_features=rows,
+            scheme={},
+            slices=slices,
+        )
+        for i, (rows, slices) in enumerate(rows_and_slices)
+    ]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 7])
+def test_every_slice_has_one_worker_and_all_have_about_the_same(workers: int) -> None:
+    given = layers((4096, 8), (1024, 2), (1024, 2), (300, 1))
+    whole, cut = shared(given, workers)
+    slices = {layer.path: layer.slices for layer in given}
+    done = [(path, n) for one in cut for path in one for n in one[path]]
+    done += [(path, n) for one in whole for path in one for n in range(slices[path])]
+    assert sorted(done) == sorted((path, n) for path in slices for n in range(slices[path]))
+    assert not any(len(one[path]) == slices[path] for one in cut for path in one)
+    rows = {layer.path: layer.out_features / layer.slices for layer in given}
+    loads = [
+        sum(rows[path] * slices[path] for path in alone)
+        + sum(rows[path] * len(part[path]) for path in part)
+        for alone, part in zip(whole, cut, strict=True)
+    ]
+    assert max(loads) - min(loads) <= 512
+    if workers == 1:
+        assert cut == [{}]

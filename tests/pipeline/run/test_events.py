@@ -1,0 +1,73 @@
+import json
+
+import pytest
+
+from pipeline.executor.ray_cluster import Resources
+from pipeline.run.driver import Step
+from pipeline.run.events import EventLog
+from pipeline.run.records import PartRecord, file_key
+from pipeline.storage.object_store import ObjectStore, open_store
+from tests.pipeline.tiny_runs import planned
+
+_fresh = iter(range(1_000_000))
+
+
+@pytest.fixture
+def store() -> ObjectStore:
+    return open_store(f"memory://test-events/{next(_fresh)}")
+
+
+def lines(store: ObjectStore) -> list[dict[str, object]]:
+    [key] = store.list("events/")
+    assert key.endswith(".jsonl")
+    return [json.loads(line) for line in store.get(key).decode().splitlines()]
+
+
+def record(part: int) -> PartRecord:
+    return PartRecord(
+        part=part,
+        plan_digest="0" * 64,
+        file=file_key(part),
+        sha256="1" * 64,
+        size_bytes=12,
+        loaded_bytes=24,
+    )
+
+
+def test_events_are_in_storage_as_soon_as_a_part_is_committed(store: ObjectStore) -> None:
+    told: list[Step] = []
+    log = EventLog(store, planned("int8").plan, Resources(workers=2, threads=3))
+    report = log.also(told.append)
+    assert store.list() == ()
+    step = Step(event="committed", part=1, record=record(1), seconds={"solve": 1.5})
+    report(step)
+    assert told == [step]
+    started, committed = lines(store)
+    assert started["event"] == "started"
+    assert (started["workers"], started["threads"]) == (2, 3)
+    assert committed["event"] == "committed"
+    assert committed["part"] == 1
+    assert committed["size_bytes"] == 12
+    assert committed["seconds"] == {"solve": 1.5}
+    assert str(started["time"]) <= str(committed["time"])
+
+
+def test_seconds_add_up_by_stage(store: ObjectStore) -> None:
+    log = EventLog(store, planned("int8").plan, Resources(workers=1, threads=1))
+    report = log.also(lambda step: None)
+    report(Step(event="committed", part=0, record=record(0), seconds={"solve": 1.0, "read": 2.0}))
+    report(Step(event="sealed", seconds={"solve": 0.5, "seal": 0.25}))
+    assert dict(log.seconds) == {"solve": 1.5, "read": 2.0, "seal": 0.25}
+    log.close({"flops": 1.0})
+    assert [line["event"] for line in lines(store)] == [
+        "started",
+        "committed",
+        "sealed",
+        "summary",
+    ]
+
+
+def test_every_invocation_writes_a_file_of_its_own(store: ObjectStore) -> None:
+    for _ in range(5):
+        EventLog(store, planned("int8").plan, Resources(workers=1, threads=1)).close({})
+    assert len(store.list("events/")) == 5

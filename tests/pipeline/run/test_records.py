@@ -1,0 +1,130 @@
+"""Records read back as they were written, and a single other byte is noticed."""
+
+import dataclasses
+import json
+
+import pytest
+
+from pipeline.canonical import canonical_json, digest_of, sha256
+from pipeline.errors import PipelineError
+from pipeline.run.records import (
+    FileDigest,
+    LayerRecord,
+    Manifest,
+    PartRecord,
+    block_part,
+    file_key,
+    manifest_of,
+    record_key,
+)
+from pipeline.storage.record import RecordError
+from quantizer.schemes import GPTQScheme, scheme_to_dict
+
+PLAN = "a" * 64
+RECORD = PartRecord(
+    part=7,
+    plan_digest=PLAN,
+    file=file_key(7),
+    sha256=sha256(b"weights"),
+    size_bytes=7,
+    loaded_bytes=2**40,
+    previous="b" * 64,
+    layers=(
+        LayerRecord(
+            path="llama_backbone/transformer_layer_6/self_attention/query",
+            scheme=scheme_to_dict(GPTQScheme(weight_bits=3)),
+            account={"loss": 0.1 + 0.2, "damping": 1e-300, "notes": ["é", None, True, {}]},
+        ),
+        LayerRecord(path="router", note="routers stay in floating point"),
+    ),
+)
+REST = PartRecord(
+    part=0, plan_digest=PLAN, file=file_key(0), sha256="0" * 64, size_bytes=0, loaded_bytes=0
+)
+MANIFEST = manifest_of(
+    PLAN, {7: RECORD, 0: REST}, {"artifact/config.json": b"{}"}, {"keras": "3.15.1"}
+)
+
+
+def test_a_part_is_named_for_its_file_and_its_block():
+    assert (file_key(0), record_key(0)) == ("artifact/model_00000.weights.h5", "records/rest.json")
+    part = block_part(6)
+    assert file_key(part) == "artifact/model_00007.weights.h5"
+    assert record_key(part) == "records/block-00006.json" == RECORD.key
+
+
+@pytest.mark.parametrize("written", [RECORD, REST, MANIFEST], ids=lambda w: type(w).__name__)
+def test_reads_back_what_was_written(written):
+    data = written.to_json()
+    read = type(written).from_json(data)
+    assert read == written
+    assert read.to_json() == data
+    assert json.loads(data)["sha256"] == digest_of(dataclasses.asdict(written))
+
+
+@pytest.mark.parametrize("written", [RECORD, MANIFEST], ids=lambda w: type(w).__name__)
+def test_notices_every_flipped_bit_and_every_cut(written):
+    data = written.to_json()
+    for i in range(len(data)):
+        flipped = data[:i] + bytes([data[i] ^ 1 << i % 8]) + data[i + 1 :]
+        with pytest.raises(RecordError):
+            type(written).from_json(flipped)
+        with pytest.raises(RecordError):
+            type(written).from_json(data[:i])
+    with pytest.raises(RecordError):
+        type(written).from_json(data + b" ")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"part": -1}, "part: "),
+        ({"part": "7"}, "part: "),
+        ({"part": True}, "part: "),
+        ({"part": 8}, "part 8 names the file"),
+        ({"file": "artifact/../model_00007.weights.h5"}, "part 7 names the file"),
+        ({"size_bytes": -1}, "size_bytes: "),
+        ({"size_bytes": 7.0}, "size_bytes: "),
+        ({"sha256": "A" * 64}, "sha256: "),
+        ({"plan_digest": ""}, "plan_digest: "),
+        ({"previous": "b"}, "previous"),
+        ({"layers": [{"path": 3}]}, "layers.0.path: "),
+        ({"layers": [{}]}, "layers.0.path: "),
+        ({"host": "worker-3"}, "host: "),
+    ],
+)
+def test_refuses_what_is_no_record_however_well_sealed(change, problem):
+    content = {**dataclasses.asdict(RECORD), **change}
+    sealed = canonical_json({"content": content, "sha256": digest_of(content)})
+    with pytest.raises(RecordError, match=problem) as caught:
+        PartRecord.from_json(sealed)
+    assert isinstance(caught.value, PipelineError)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"null", b"[]", b"3", b"{}", b'{"content": 3}', b"\xff", b"[" * 100_000, b"9" * 5000,
+     b'{"content": {"part": NaN}}'],
+    ids=range(10),
+)  # fmt: skip
+def test_refuses_what_is_nothing_of_ours(data):
+    for kind in (PartRecord, Manifest):
+        with pytest.raises(RecordError):
+            kind.from_json(data)
+
+
+def test_a_manifest_names_every_byte_of_the_artifact():
+    assert MANIFEST.files == {
+        "artifact/model_00000.weights.h5": FileDigest(sha256="0" * 64, size_bytes=0),
+        "artifact/model_00007.weights.h5": FileDigest(sha256=sha256(b"weights"), size_bytes=7),
+        "artifact/config.json": FileDigest(sha256=sha256(b"{}"), size_bytes=2),
+    }
+    assert MANIFEST.records == {
+        "records/rest.json": sha256(REST.to_json()),
+        "records/block-00006.json": sha256(RECORD.to_json()),
+    }
+    other_order = manifest_of(
+        PLAN, {0: REST, 7: RECORD}, {"artifact/config.json": b"{}"}, {"keras": "3.15.1"}
+    )
+    assert other_order.to_json() == MANIFEST.to_json()

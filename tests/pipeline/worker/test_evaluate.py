@@ -1,0 +1,90 @@
+"""A model that is run a part at a time answers what it answers as a whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.errors import DamagedObjectError
+from pipeline.model.preset import read_preset
+from pipeline.planning import make_plan
+from pipeline.recipe.recipe import Recipe
+from pipeline.worker.evaluate import StreamedModel, artifact_model, source_model
+from pipeline.worker.model_state import ModelState
+from quantizer.schemes import Int8Scheme
+from tests.integration.quantized import SCHEMES, answer, distance, finished_run, recipe
+from tests.pipeline.presets import example_inputs, shared_preset, stock_task
+
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file .*vocabulary.spm:ResourceWarning")
+
+RECIPE = Recipe(name="int8", scheme=Int8Scheme())
+
+
+def state_of(source: Path) -> ModelState:
+    plan = make_plan(read_preset(str(source)), RECIPE, threads=1).plan
+    return ModelState(plan, str(source))
+
+
+@pytest.mark.parametrize("architecture", ["Bert", "Falcon", "Gemma3", "Llama3", "OPT"])
+def test_a_source_answers_as_stock_kerashub_does(architecture: str) -> None:
+    task = stock_task(architecture)
+    inputs = example_inputs(task)
+    tokens, mask = inputs["token_ids"], inputs["padding_mask"].astype(bool)
+    if "mask_positions" in inputs:
+        inputs["mask_positions"] = np.tile(np.arange(tokens.shape[1], dtype="int32"), (2, 1))
+    expected = np.asarray(task(inputs))
+    found = answer(source_model(state_of(shared_preset(architecture))), tokens, mask)
+    assert distance(np.asarray(found)[mask], expected[mask]) < 1e-5
+
+
+def test_a_half_float_source_stays_what_it_is() -> None:
+    model = source_model(state_of(shared_preset("Llama3", dtype="bfloat16")))
+    tokens = np.arange(5, 17, dtype="int32").reshape(1, 12)
+    assert str(answer(model, tokens).dtype) == "bfloat16"
+
+
+def test_float16_is_evaluated_where_jax_cannot_run_it(tmp_path: Path) -> None:
+    source = shared_preset("Llama3", dtype="float16")
+    run = finished_run(source, recipe(SCHEMES["int4"]), tmp_path)
+    tokens = np.arange(5, 17, dtype="int32").reshape(1, 12)
+    found = answer(artifact_model(run.model, run.store), tokens)
+    assert 0 < distance(found, answer(source_model(run.model), tokens)) < 0.5
+
+
+def test_a_part_is_read_when_it_is_its_turn_and_not_before() -> None:
+    reads: list[int] = []
+    model = counting(source_model(state_of(shared_preset("Llama3", num_blocks=3))), reads)
+    tokens = np.arange(5, 17, dtype="int32").reshape(1, 12)
+    states = [list(state) for state in model.embed([(tokens, np.ones(tokens.shape, bool))] * 2)]
+    assert reads == [0]
+    for block in range(3):
+        model.advance(block, states)
+        assert reads == [0, *range(1, block + 2)]
+    model.head()
+    assert reads == [0, 1, 2, 3, 0]
+
+
+def test_an_artifact_is_run_from_its_own_files(tmp_path: Path) -> None:
+    run = finished_run(shared_preset("Llama3"), RECIPE, tmp_path)
+    tokens = np.arange(5, 17, dtype="int32").reshape(1, 12)
+    found = answer(artifact_model(run.model, run.store), tokens)
+    assert 0 < distance(found, answer(source_model(run.model), tokens)) < 0.1
+    (run.artifact / "model_00002.weights.h5").unlink()
+    model = artifact_model(run.model, run.store)
+    states = [list(state) for state in model.embed([(tokens, np.ones(tokens.shape, bool))])]
+    model.advance(0, states)
+    with pytest.raises(DamagedObjectError, match="part 2 is no longer committed"):
+        model.advance(1, states)
+
+
+def counting(model: StreamedModel, reads: list[int]) -> StreamedModel:
+    read = model._read
+
+    def counted(part: int) -> Any:
+        reads.append(part)
+        return read(part)
+
+    return StreamedModel(model.graph, counted)

@@ -1,0 +1,188 @@
+"""What a worker does depends on storage and its arguments alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from pipeline.canonical import sha256
+from pipeline.errors import DivergenceError, MissingObjectError
+from pipeline.reduction import Subtree
+from pipeline.remote_planning import claim_run
+from pipeline.run import activations
+from pipeline.run.records import file_key, record_key
+from pipeline.storage.object_store import ObjectStore, open_store
+from pipeline.worker.calibration_shards import LostShardError
+from pipeline.worker.solve import SolvedLayer
+from pipeline.worker.statistics import CalibrationStatistics
+from pipeline.worker.worker import Worker
+from tests.pipeline.tiny_runs import QuickWorker, execute, planned, source
+
+_fresh = iter(range(1_000_000))
+
+
+@pytest.fixture
+def store() -> ObjectStore:
+    found = open_store(f"memory://test-worker/{next(_fresh)}")
+    given = planned("gptq")
+    assert given.windows is not None
+    claim_run(found, given.plan, given.windows.to_bytes())
+    return found
+
+
+def worker_of(store: ObjectStore) -> Worker:
+    return QuickWorker(planned("gptq").plan, str(source()), store.root_url)
+
+
+def finished(store: ObjectStore) -> ObjectStore:
+    execute(planned("gptq"), store, keep_every=1)
+    return store
+
+
+def hidden_states(worker: Worker, index: int) -> list[np.ndarray]:
+    return [batch.hidden_states for batch in worker._shards._held[index]]
+
+
+def test_every_token_of_the_windows_is_counted_and_no_other() -> None:
+    """18 windows make 16 and 2, and the 2 are filled up to a micro-batch of 4."""
+    given = planned("gptq", num_samples=18)
+    assert given.windows is not None
+    assert given.plan.tokens is not None
+    assert given.plan.tokens.shards == ((0, 16), (16, 18))
+    assert given.plan.tokens.micro_batch == 4
+    # Windows one by one, so that nothing is filled up.
+    single = dataclasses.replace(given.plan.tokens, micro_batch=1)
+    sums = []
+    for plan in (given.plan, dataclasses.replace(given.plan, tokens=single)):
+        store = open_store(f"memory://test-worker/{next(_fresh)}")
+        claim_run(store, plan, given.windows.to_bytes())
+        worker = QuickWorker(plan, str(source()), store.root_url)
+        worker.restore(0, [0, 1], 0)
+        sums.append(worker.capture(0, 0, Subtree(0, 2), worker.read(1)))
+    filled, plain = sums
+    assert filled.num_rows == plain.num_rows == 18 * 128
+    assert (filled.gram_CC == filled.gram_CC.T).all()
+    np.testing.assert_allclose(filled.gram_CC, plain.gram_CC, rtol=1e-4, atol=1e-2)
+
+
+def test_a_subtree_is_the_merge_of_its_shards(store: ObjectStore) -> None:
+    values = worker_of(store).read(1)
+    parts = []
+    for shard in (0, 1):
+        one = worker_of(store)
+        one.restore(0, [shard], 0)
+        parts.append(one.capture(0, 0, Subtree(shard, shard + 1), values))
+    whole = worker_of(store)
+    whole.restore(0, [0, 1], 0)
+    expected = whole.capture(0, 0, Subtree(0, 2), values)
+    merged = whole.merge(*parts)
+    assert (merged.gram_CC == expected.gram_CC).all()
+    assert merged.num_rows == expected.num_rows
+
+
+@pytest.mark.parametrize("start", [0, 1, 2])
+def test_shards_are_restored_to_the_same_bits_from_wherever(start: int, store: ObjectStore) -> None:
+    finished(store)
+    kept = activations.load(store, 2, 1)
+    worker = worker_of(store)
+    if start:
+        # The set before block 1 is kept as well, since the last but one is never removed.
+        assert activations.latest(store, start, 2) == start
+    worker.restore(2, [1], start)
+    for found, expected in zip(hidden_states(worker, 1), kept, strict=True):
+        assert found.dtype == expected.dtype
+        assert (found == expected).all()
+
+
+def test_work_is_done_twice_without_harm(store: ObjectStore) -> None:
+    worker = worker_of(store)
+    record = worker.quantize_alone(0)
+    assert worker.quantize_alone(0) == record
+    assert worker_of(store).quantize_alone(0) == record
+    assert sha256(store.get(file_key(0))) == record.sha256
+
+
+def test_other_bytes_under_a_committed_name_are_refused(store: ObjectStore) -> None:
+    store.create(file_key(0), b"of another execution")
+    with pytest.raises(DivergenceError, match="nothing was overwritten"):
+        worker_of(store).quantize_alone(0)
+    assert store.get(file_key(0)) == b"of another execution"
+    assert not store.exists(record_key(0))
+
+
+def test_a_worker_says_which_shard_it_lacks(store: ObjectStore) -> None:
+    worker = worker_of(store)
+    values = worker.read(1)
+    with pytest.raises(LostShardError, match="shard 1"):
+        worker.capture(0, 0, Subtree(1, 2), values)
+    worker.restore(0, [1], 0)
+    with pytest.raises(LostShardError, match="shard 1 is wanted in block 1"):
+        worker.capture(1, 0, Subtree(1, 2), worker.read(2))
+    with pytest.raises(LostShardError, match="shard 1"):
+        worker.propagate(1, [1], worker.read(2))
+    with pytest.raises(LostShardError, match="shard 1"):
+        worker.keep(1, [1])
+
+
+def same(left: CalibrationStatistics, right: CalibrationStatistics) -> bool:
+    return np.array_equal(left.gram_CC, right.gram_CC) and left.num_rows == right.num_rows
+
+
+def test_a_block_may_be_gone_back_in_and_gone_on_from_anywhere(store: ObjectStore) -> None:
+    """As where calls are repeated, and the first of two comes last."""
+    plan = planned("gptq").plan
+    groups, layers = plan.parts[1].groups, plan.parts[1].layers
+    paths = {layer.name: layer.path for layer in layers}
+    steady, shaken = worker_of(store), worker_of(store)
+    for worker in (steady, shaken):
+        worker.restore(0, [0], 0)
+    values = steady.read(1)
+    solved: list[list[SolvedLayer]] = []
+    totals = []
+    for stage, group in enumerate(groups):
+        totals.append(steady.capture(0, stage, Subtree(0, 1), values, *solved))
+        for again in [*range(stage, -1, -1), stage]:
+            found = shaken.capture(0, again, Subtree(0, 1), values, *solved[:again])
+            assert same(found, totals[again])
+        chosen = [paths[name] for name in group.targets]
+        solved.append(steady.solve(1, chosen, values, totals[stage]))
+    steady.propagate(0, [0], values, *solved)
+    shaken.restore(0, [0], 0)
+    for _ in range(2):
+        shaken.propagate(0, [0], values, *solved)
+    for left, right in zip(hidden_states(steady, 0), hidden_states(shaken, 0), strict=True):
+        assert (left == right).all()
+    assert steady.keep(1, [0]) == shaken.keep(1, [0])
+
+
+def test_what_is_inside_its_block_is_restored_without_reading(store: ObjectStore) -> None:
+    worker = worker_of(store)
+    worker.restore(0, [0], 0)
+    values = worker.read(1)
+    first = worker.capture(0, 0, Subtree(0, 1), values)
+    tokens = planned("gptq").plan.tokens
+    assert tokens is not None
+    store.delete(tokens.key)
+    worker.restore(0, [0], 0)
+    assert same(worker.capture(0, 0, Subtree(0, 1), values), first)
+    with pytest.raises(MissingObjectError):
+        worker.restore(0, [0, 1], 0)
+
+
+def test_a_record_names_every_layer_and_the_block_before(store: ObjectStore) -> None:
+    manifest, _ = execute(planned("gptq"), store)
+    from pipeline.run.records import PartRecord
+
+    previous = ""
+    for part in planned("gptq").plan.parts[1:]:
+        data = store.get(record_key(part.part))
+        record = PartRecord.from_json(data)
+        assert record.previous == previous
+        assert [layer.path for layer in record.layers] == [layer.path for layer in part.layers]
+        for layer in record.layers:
+            assert layer.account is not None
+            assert layer.account["output_error"] <= layer.account["rtn_output_error"] * (1 + 1e-6)
+        previous = sha256(data)
+    assert set(manifest.records) == {record_key(p.part) for p in planned("gptq").plan.parts}
