@@ -6,7 +6,6 @@ do not, and are left out of the digest. The plan is plain data: whoever holds it
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -17,11 +16,9 @@ from pipeline.canonical import digest_of
 from pipeline.errors import DamagedObjectError
 from pipeline.recipe.recipe import LayerKind, StatisticsKind
 from pipeline.storage.object_store import ObjectStore
-from pipeline.storage.record import read_as, read_self_checked, with_digest
+from pipeline.storage.record import STRICT, StoredRecord
 
 PLAN_KEY = "plan.json"
-
-_STRICT = ConfigDict(strict=True, extra="forbid")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +35,7 @@ class LayerPlan:
         slices: runs of output channels that may be solved apart, each by another worker.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     path: str
     name: str
@@ -60,7 +57,7 @@ class GroupPlan:
         statistics: what is summed over calibration.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     targets: tuple[str, ...]
     in_features: int
@@ -78,7 +75,7 @@ class PartPlan:
         source_sha256: of their values (see `pipeline.weights.source.values_digest`).
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     part: int
     name: str
@@ -105,7 +102,7 @@ class TokensPlan:
         shards: slices [a, b) of the windows, the leaves of the reduction tree.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     key: str
     digest: str
@@ -117,7 +114,7 @@ class TokensPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(StoredRecord):
     """One model × one recipe.
 
     Attributes:
@@ -132,8 +129,6 @@ class Plan:
         versions: of the packages that compute.
         policies: dtype policy by layer path, as the artifact's JSON names them.
     """
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     source_url: str
     source_files_sha256: str
@@ -163,21 +158,9 @@ class Plan:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything that decides the result."""
-        values = dataclasses.asdict(self)
+        values = self.content()
         del values["source_url"]
         return digest_of(values)
-
-    def to_json(self) -> bytes:
-        return with_digest(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, data: bytes) -> Plan:
-        """Read what `to_json` wrote.
-
-        Raises:
-            RecordError: anything else; a single other byte is enough.
-        """
-        return read_as(cls, data)
 
 
 def read_plan(store: ObjectStore) -> Plan:
@@ -188,7 +171,7 @@ def read_plan(store: ObjectStore) -> Plan:
         DamagedObjectError: it cannot be read.
     """
     try:
-        return read_self_checked(store, PLAN_KEY, Plan.from_json)
+        return Plan.read(store, PLAN_KEY)
     except DamagedObjectError as error:
         raise DamagedObjectError(
             f"{error}; nobody can tell what this run was to do: start again in an empty place"

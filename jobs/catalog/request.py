@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,13 +12,12 @@ from pydantic import ConfigDict
 from pipeline.canonical import digest_of
 from pipeline.errors import PipelineError
 from pipeline.storage.object_store import ObjectStore, open_store
-from pipeline.storage.record import read_as, read_self_checked, with_digest
+from pipeline.storage.record import STRICT, StoredRecord
 
 REQUESTS_PREFIX = "requests/"
 RUNS_PREFIX = "runs/"
 
 _ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,199}")
-_STRICT = ConfigDict(strict=True, extra="forbid")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +27,7 @@ class Gate:
     See `jobs.catalog.entries.GateLimits`.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     max_perplexity_increase: float | None = None
     max_divergence: float | None = None
@@ -44,7 +42,7 @@ class Needs:
         memory_bytes: the most that a worker may need.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     workers: int | None = None
     threads: int | None = None
@@ -53,7 +51,7 @@ class Needs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class Request(StoredRecord):
     """What is wanted, and the state of everything that it is made from.
 
     Attributes:
@@ -68,8 +66,6 @@ class Request:
         source, texts, evaluation: token by file, of what it is made from and judged by.
         versions: of the packages that compute.
     """
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     model: str
     recipe_name: str
@@ -103,7 +99,7 @@ class Request:
     @cached_property
     def request_id(self) -> str:
         """Of all of it: the same run may be asked for twice, and be judged otherwise."""
-        return f"{self._name}-{digest_of(dataclasses.asdict(self))[:12]}"
+        return f"{self._name}-{digest_of(self.content())[:12]}"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -113,18 +109,6 @@ class Request:
     @property
     def _name(self) -> str:
         return f"{self.model}-{self.recipe_name}"
-
-    def to_json(self) -> bytes:
-        return with_digest(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, data: bytes) -> Request:
-        """Read what `to_json` wrote.
-
-        Raises:
-            RecordError: anything else; a single other byte is enough.
-        """
-        return read_as(cls, data)
 
 
 def request_key(request_id: str) -> str:
@@ -177,7 +161,7 @@ def load_request(url: str) -> tuple[ObjectStore, Request]:
         )
     root = open_store(root_url)
     key = request_key(name.removesuffix(".json"))
-    request = read_self_checked(root, key, Request.from_json)
+    request = Request.read(root, key)
     if request_key(request.request_id) != key:
         raise PipelineError(f"{root.url(key)} holds another request, {request.request_id}")
     return root, request

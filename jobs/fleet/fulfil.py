@@ -34,7 +34,6 @@ from pipeline.run.commits import damaged_files
 from pipeline.run.driver import claim
 from pipeline.run.records import ARTIFACT_PREFIX, Manifest
 from pipeline.storage.object_store import ObjectStore
-from pipeline.storage.record import read_self_checked
 
 
 class GateFailedError(PipelineError):
@@ -182,7 +181,7 @@ def _candidates(root: ObjectStore, request: Request) -> Iterator[str]:
 def _asked(root: ObjectStore, release: Release) -> Request | None:
     """The request that a release fulfils; None where it cannot be read."""
     try:
-        return read_self_checked(root, request_key(release.request_id), Request.from_json)
+        return Request.read(root, request_key(release.request_id))
     except (MissingObjectError, DamagedObjectError):
         return None
 

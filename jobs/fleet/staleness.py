@@ -17,7 +17,6 @@ from pipeline.errors import DamagedObjectError, MissingObjectError, PipelineErro
 from pipeline.plan import PLAN_KEY
 from pipeline.storage.backend import Version
 from pipeline.storage.object_store import ObjectStore
-from pipeline.storage.record import read_self_checked
 
 State = Literal["fresh", "stale", "gate failed", "set aside", "unreachable"]
 
@@ -170,7 +169,7 @@ def _published(
 def _changes(root: ObjectStore, request_id: str, wanted: Request) -> tuple[str, ...]:
     """What differs between the request that was fulfilled and the one that is wanted."""
     try:
-        before = read_self_checked(root, request_key(request_id), Request.from_json)
+        before = Request.read(root, request_key(request_id))
     except (MissingObjectError, DamagedObjectError):
         return ("what was asked for when it was published cannot be read",)
     return tuple(changes(before, wanted)) or ("asked for otherwise",)

@@ -25,7 +25,6 @@ from jobs.quantities import size
 from pipeline.errors import PipelineError
 from pipeline.storage.backend import Version
 from pipeline.storage.object_store import ObjectStore
-from pipeline.storage.record import read_self_checked
 
 _AT_ONCE = 16
 _ID = re.compile(r"(?P<pair>.+)-[0-9a-f]{12}")
@@ -150,7 +149,7 @@ def _later(
 
 def _request(root: ObjectStore, key: str) -> Request | None:
     try:
-        return read_self_checked(root, key, Request.from_json)
+        return Request.read(root, key)
     except PipelineError:
         return None
 

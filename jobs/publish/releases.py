@@ -9,15 +9,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from jobs.catalog.entries import NAME_PATTERN
 from jobs.catalog.request import Request, run_prefix
-from jobs.publish.verdict import Verdict, Written
+from jobs.publish.verdict import Verdict
 from pipeline.errors import MissingObjectError, ObjectExistsError, PipelineError
 from pipeline.storage.object_store import ObjectStore
-from pipeline.storage.record import read_as, read_self_checked
+from pipeline.storage.record import StoredRecord
 
 MODELS_PREFIX = "models/"
 _MOST_SET_ASIDE = 100
@@ -25,7 +24,7 @@ _MOST_MOVES = 50
 
 
 @dataclass(frozen=True, kw_only=True)
-class Release(Written):
+class Release(StoredRecord):
     """One result under one name.
 
     Attributes:
@@ -55,7 +54,7 @@ class Release(Written):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Current(Written):
+class Current(StoredRecord):
     """Which release readers get.
 
     Attributes:
@@ -91,7 +90,7 @@ def find_current(root: ObjectStore, model: str, recipe_name: str) -> Current | N
     """
     key = f"{place_of(model, recipe_name)}current.json"
     try:
-        return read_self_checked(root, key, partial(read_as, Current))
+        return Current.read(root, key)
     except MissingObjectError:
         return None
 
@@ -103,7 +102,7 @@ def history(root: ObjectStore, model: str, recipe_name: str) -> tuple[Release, .
         DamagedObjectError: one of them cannot be read.
     """
     keys = root.list(f"{place_of(model, recipe_name)}history/")
-    return tuple(read_self_checked(root, key, partial(read_as, Release)) for key in keys)
+    return tuple(Release.read(root, key) for key in keys)
 
 
 def publish(root: ObjectStore, request: Request, verdict: Verdict) -> tuple[Release, ...]:

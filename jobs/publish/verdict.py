@@ -7,42 +7,22 @@ What the small records of publishing have in common: strict, and with their own 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar
-
-from pydantic import ConfigDict
+from typing import Any
 
 from jobs.catalog.request import Gate, checked_id
 from pipeline.errors import DamagedObjectError, MissingObjectError
 from pipeline.fidelity import Fidelity
 from pipeline.storage.object_store import ObjectStore
-from pipeline.storage.record import read_as, read_self_checked, with_digest
-
-STRICT = ConfigDict(strict=True, extra="forbid")
-
-
-class Written:
-    """A frozen dataclass that is stored as JSON with its own digest.
-
-    A subclass sets `__pydantic_config__` to STRICT.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    def to_json(self) -> bytes:
-        """The bytes that stand for it; the same content always has the same ones."""
-        return with_digest(dataclasses.asdict(self))  # type: ignore[call-overload]
-
+from pipeline.storage.record import StoredRecord
 
 VERDICTS_PREFIX = "verdicts/"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict(Written):
+class Verdict(StoredRecord):
     """Of one request. Its bytes do not depend on when or where it was reached.
 
     Attributes:
@@ -85,7 +65,7 @@ def save_verdict(root: ObjectStore, verdict: Verdict) -> None:
 def find_verdict(root: ObjectStore, request_id: str) -> Verdict | None:
     """The verdict on a request; None where there is none that can be read: it is reached again."""
     try:
-        return read_self_checked(root, verdict_key(request_id), partial(read_as, Verdict))
+        return Verdict.read(root, verdict_key(request_id))
     except (MissingObjectError, DamagedObjectError):
         return None
 

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import ClassVar
 
 from pydantic import ConfigDict
 
 from jobs.catalog.request import checked_id, run_store
-from jobs.publish.verdict import STRICT, Written
 from pipeline.canonical import sha256
 from pipeline.errors import DamagedObjectError, MissingObjectError
 from pipeline.run.commits import read_manifest
 from pipeline.run.records import MANIFEST_KEY, Manifest
 from pipeline.storage.backend import Version
 from pipeline.storage.object_store import ObjectStore
-from pipeline.storage.record import read_as, read_self_checked
+from pipeline.storage.record import STRICT, StoredRecord
 
 SEEN_PREFIX = "seen/"
 
@@ -37,7 +35,7 @@ class SeenFile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen(Written):
+class Seen(StoredRecord):
     """Those of one artifact: all that its manifest names, and the manifest."""
 
     run_id: str
@@ -161,7 +159,7 @@ def _seen(run_id: str, manifest: Manifest, versions: Mapping[str, Version]) -> S
 
 def _saved(root: ObjectStore, run_id: str) -> Seen | None:
     try:
-        return read_self_checked(root, seen_key(run_id), partial(read_as, Seen))
+        return Seen.read(root, seen_key(run_id))
     except (MissingObjectError, DamagedObjectError):
         return None
 

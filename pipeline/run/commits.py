@@ -25,7 +25,7 @@ from pipeline.run.records import (
     record_key,
 )
 from pipeline.storage.object_store import ObjectStore
-from pipeline.storage.record import MOST_BYTES, RecordError, read_self_checked
+from pipeline.storage.record import MAX_RECORD_BYTES, RecordError
 
 QUARANTINE_PREFIX = "quarantine/"
 
@@ -108,7 +108,7 @@ def committed_parts(
         if finding is not None:
             findings.append(finding)
         if in_chain:
-            previous = None if record is None else sha256(record.to_json())
+            previous = None if record is None else record.record_sha256
     return Committed(parts=parts, findings=tuple(findings))
 
 
@@ -119,7 +119,7 @@ def committed_file(store: ObjectStore, part: int) -> bytes:
         DamagedObjectError: it is not, or there is no record.
     """
     try:
-        record = read_self_checked(store, record_key(part), PartRecord.from_json)
+        record = PartRecord.read(store, record_key(part))
         return store.get(record.file, sha256=record.sha256, size=record.size_bytes)
     except MissingObjectError as error:
         raise DamagedObjectError(f"part {part} is no longer committed: {error}") from error
@@ -182,7 +182,7 @@ def read_manifest(store: ObjectStore) -> Manifest:
         MissingObjectError: the run is not finished.
         DamagedObjectError: it cannot be read.
     """
-    return read_self_checked(store, MANIFEST_KEY, Manifest.from_json)
+    return Manifest.read(store, MANIFEST_KEY)
 
 
 def _create(store: ObjectStore, key: str, data: bytes) -> None:
@@ -207,7 +207,7 @@ def _examine(
         return None, Finding(key=key, problem=f"{url} {problem}", is_damaged=True)
 
     try:
-        record = read_self_checked(store, key, PartRecord.from_json)
+        record = PartRecord.read(store, key)
     except DamagedObjectError as error:
         return None, Finding(key=key, problem=str(error), is_damaged=True)
     except MissingObjectError as error:  # deleted since the listing
@@ -243,6 +243,6 @@ def _damaged_files(store: ObjectStore, manifest: Manifest) -> Iterator[Finding]:
             yield Finding(key=key, problem=str(error), is_damaged=True)
     for key, digest in sorted(manifest.records.items()):
         try:
-            store.get(key, sha256=digest, at_most=MOST_BYTES)
+            store.get(key, sha256=digest, at_most=MAX_RECORD_BYTES)
         except (DamagedObjectError, MissingObjectError) as error:
             yield Finding(key=key, problem=str(error), is_damaged=True)

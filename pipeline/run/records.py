@@ -7,14 +7,13 @@ host, so that two executions of one plan write the same bytes.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import ConfigDict, Field, StringConstraints
 
 from pipeline.canonical import sha256
-from pipeline.storage.record import RecordError, read_as, with_digest
+from pipeline.storage.record import STRICT, RecordError, StoredRecord
 
 MANIFEST_KEY = "manifest.json"
 ARTIFACT_PREFIX = "artifact/"
@@ -22,10 +21,6 @@ RECORDS_PREFIX = "records/"
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 NumBytes = Annotated[int, Field(ge=0)]
-_Written = TypeVar("_Written", bound="PartRecord | Manifest")
-
-# Strict: a record is what we wrote, to the byte, or it is damaged.
-_STRICT = ConfigDict(strict=True, extra="forbid")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +34,7 @@ class LayerRecord:
         note: why the layer was left as it was, or what else a reader must know.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     path: str
     scheme: dict[str, Any] | None = None
@@ -47,8 +42,8 @@ class LayerRecord:
     note: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PartRecord:
+@dataclass(frozen=True, kw_only=True)
+class PartRecord(StoredRecord):
     """One committed file of weights.
 
     Attributes:
@@ -60,8 +55,6 @@ class PartRecord:
         previous: digest of the record of the block before, where the result depends on it; else "".
         layers: what became of each layer, in the model's order.
     """
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     part: Annotated[int, Field(ge=0, le=99_999)]
     plan_digest: Digest
@@ -77,18 +70,14 @@ class PartRecord:
         """Storage key below the run's root."""
         return record_key(self.part)
 
-    def to_json(self) -> bytes:
-        """Return the bytes that stand for this record; their SHA-256 is its digest."""
-        return _to_json(self)
-
     @classmethod
-    def from_json(cls, data: bytes) -> PartRecord:
+    def from_json(cls, data: bytes) -> Self:
         """Read what `to_json` wrote.
 
         Raises:
             RecordError: anything else; a single other byte is enough.
         """
-        record = read_as(cls, data)
+        record = super().from_json(data)
         if record.file != file_key(record.part):
             raise RecordError(f"part {record.part} names the file {record.file!r}")
         return record
@@ -98,14 +87,14 @@ class PartRecord:
 class FileDigest:
     """What a file's bytes must be."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     sha256: Digest
     size_bytes: NumBytes
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest:
+@dataclass(frozen=True, kw_only=True)
+class Manifest(StoredRecord):
     """All that a finished run consists of; it is written last, and while it is absent nothing is.
 
     Attributes:
@@ -115,26 +104,12 @@ class Manifest:
         provenance: versions, source and licence, as plain JSON values.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
     key: ClassVar[str] = MANIFEST_KEY
 
     plan_digest: Digest
     files: dict[str, FileDigest]
     records: dict[str, Digest]
     provenance: dict[str, Any]
-
-    def to_json(self) -> bytes:
-        """Return the bytes that stand for this manifest."""
-        return _to_json(self)
-
-    @classmethod
-    def from_json(cls, data: bytes) -> Manifest:
-        """Read what `to_json` wrote.
-
-        Raises:
-            RecordError: anything else; a single other byte is enough.
-        """
-        return read_as(cls, data)
 
 
 def block_part(block: int) -> int:
@@ -178,10 +153,6 @@ def manifest_of(
     return Manifest(
         plan_digest=plan_digest,
         files={**weights, **others},
-        records={record.key: sha256(record.to_json()) for record in parts.values()},
+        records={record.key: record.record_sha256 for record in parts.values()},
         provenance=provenance,
     )
-
-
-def _to_json(value: PartRecord | Manifest) -> bytes:
-    return with_digest(dataclasses.asdict(value))

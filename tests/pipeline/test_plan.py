@@ -53,7 +53,7 @@ def test_anything_but_a_plan_is_damaged() -> None:
         json.dumps(values, indent=1).encode(),
     ]
     for case in cases:
-        with pytest.raises(RecordError, match=r"no JSON|no record|digest|version") as raised:
+        with pytest.raises(RecordError, match=r"not JSON|not a record|digest|version") as raised:
             Plan.from_json(case)
         assert "\n" not in str(raised.value)
 
