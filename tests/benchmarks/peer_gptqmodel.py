@@ -2,7 +2,7 @@
 
     python -P peer_gptqmodel.py JOB.json
 
-JOB.json: model, tokens (.npy, [windows, length]), bits, group_size, output.
+JOB.json: model, tokens (.npy, [windows, length]), bits, group_size, options, output.
 """
 
 # mypy: disable-error-code="import-not-found"
@@ -33,7 +33,7 @@ from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     tokens = np.load(job["tokens"]).tolist()
-    # Everything else is its default; group-aware activation order is.
+    # Everything else is its default, which is group-aware activation order.
     config = QuantizeConfig(
         bits=job["bits"],
         group_size=job["group_size"],
@@ -42,6 +42,7 @@ def main() -> None:
         device="cpu",
         offload_to_disk=False,
         wait_for_submodule_finalizers=True,  # or packing goes on after `quantize`, unmeasured
+        **job["options"],
     )
     model = GPTQModel.load(job["model"], config, dtype=torch.float32)
     rows = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in tokens]

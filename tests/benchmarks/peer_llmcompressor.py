@@ -2,7 +2,7 @@
 
     python -P peer_llmcompressor.py JOB.json
 
-JOB.json: model, tokens (.npy, [windows, length]), bits, group_size, output.
+JOB.json: model, tokens (.npy, [windows, length]), bits, group_size, options, output.
 """
 
 # mypy: disable-error-code="import-not-found"
@@ -36,8 +36,9 @@ def main() -> None:
         "symmetric": False,
         "strategy": "group",
         "group_size": job["group_size"],
+        **job["options"],
     }
-    # Everything else is its default; activation order with static groups is.
+    # Everything else is its default, which is activation order with static groups.
     recipe = GPTQModifier(
         config_groups={"all": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"]
     )

@@ -3,7 +3,8 @@
     python -m tests.benchmarks.peers --envs FOLDER [--bits 4 3 2] [--blocks 2 --samples 2]
 
 All quantize SmolLM2-135M-Instruct, dithered, from the same float32 weights and the same token
-windows, to the same asymmetric grids in groups of 64, each with its authors' settings otherwise.
+windows, to the same asymmetric grids in groups of 64. Each peer runs with its authors' defaults and
+with the best setting that we know of: a search of each group's range for the least squared error.
 All are judged by one float model on the same other text, which takes every quantizer's effective
 weights; ours is judged as stock KerasHub loads it. They take turns, on all cores, in one run.
 
@@ -47,6 +48,11 @@ PEERS = {
     "gptqmodel": ("gptqmodel==7.6.0", "transformers<=5.17"),
 }
 """What to install for each; peer_<name>.py runs it."""
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "llmcompressor": {"default": {}, "observer=mse": {"observer": "mse"}},
+    "gptqmodel": {"default": {}, "mse=2.4": {"mse": 2.4}},
+}
+"""Of each peer: what its script adds to the defaults, by name."""
 GROUP_SIZE = 64
 
 
@@ -55,7 +61,7 @@ class Outcome:
     """What one quantizer did.
 
     Attributes:
-        quantizer: its name.
+        quantizer: its name, and its setting where that is not the default.
         bits: of the weights.
         command_seconds: from the command's start to its written result.
         call_seconds: of quantizing alone, when it has started and read the model.
@@ -70,7 +76,7 @@ class Outcome:
 
     def __str__(self) -> str:
         return (
-            f"{self.quantizer:16}{self.bits:4}{self.command_seconds:9.1f}{self.call_seconds:8.1f}"
+            f"{self.quantizer:28}{self.bits:4}{self.command_seconds:9.1f}{self.call_seconds:8.1f}"
             f"{self.perplexity:14.3f}"
         )
 
@@ -149,17 +155,20 @@ def run_quantfleet(work: Work, bits: int) -> tuple[Outcome, Path]:
     return outcome, windows
 
 
-def run_peer(name: str, python: Path, work: Work, bits: int, windows: Path) -> Outcome:
+def run_peer(
+    name: str, setting: str, python: Path, work: Work, bits: int, windows: Path
+) -> Outcome:
     """Quantize with a peer, on the token windows that ours has used."""
     tokens = work.folder / "tokens.npy"
     np.save(tokens, safetensors.numpy.load_file(windows)["tokens"])
-    job = work.folder / f"{name}-w{bits}.json"
-    weights = work.folder / f"{name}-w{bits}.safetensors"
+    run = f"{name}-{setting}-w{bits}"
+    job, weights = work.folder / f"{run}.json", work.folder / f"{run}.safetensors"
     content = {
         "model": str(work.directory),
         "tokens": str(tokens),
         "bits": bits,
         "group_size": GROUP_SIZE,
+        "options": SETTINGS[name][setting],
         "output": str(weights),
     }
     job.write_text(json.dumps(content), encoding="utf-8")
@@ -169,7 +178,7 @@ def run_peer(name: str, python: Path, work: Work, bits: int, windows: Path) -> O
     task = keras_hub.models.CausalLM.from_preset(str(work.preset))
     put_weights(task, safetensors.numpy.load_file(weights))
     return Outcome(
-        quantizer=name,
+        quantizer=name if setting == "default" else f"{name}, {setting}",
         bits=bits,
         command_seconds=seconds,
         call_seconds=json.loads(output.splitlines()[-1])["seconds"],
@@ -201,13 +210,14 @@ def _timed(command: list[str]) -> tuple[float, str]:
 def compare(work: Work, pythons: dict[str, Path], widths: list[int]) -> None:
     """Print a line per quantizer and width as soon as it is known."""
     task: Any = keras_hub.models.CausalLM.from_preset(str(work.preset))
-    print(f"{'quantizer':16}bits  command    call    perplexity   (seconds, seconds)")
-    print(f"{'float32':16}{32:4}{'':17}{perplexity(task, work.evaluation_WT):14.3f}", flush=True)
+    print(f"{'quantizer':28}bits  command    call    perplexity   (seconds, seconds)")
+    print(f"{'float32':28}{32:4}{'':17}{perplexity(task, work.evaluation_WT):14.3f}", flush=True)
     for bits in widths:
         outcome, windows = run_quantfleet(work, bits)
         print(outcome, flush=True)
         for name, python in pythons.items():
-            print(run_peer(name, python, work, bits, windows), flush=True)
+            for setting in SETTINGS[name]:
+                print(run_peer(name, setting, python, work, bits, windows), flush=True)
 
 
 def main() -> None:
