@@ -1,7 +1,4 @@
-"""Recipes from their names, from plain values and from YAML files.
-
-The recipes that come with the package, by name.
-"""
+"""Recipes by built-in name, from a YAML file, or from plain values."""
 
 from __future__ import annotations
 
@@ -17,9 +14,9 @@ from pipeline.recipe.recipe import Calibration, Recipe
 from pipeline.recipe.yaml_document import (
     MAX_BYTES,
     MarkedYaml,
-    Place,
+    YamlPath,
     describe_mistake,
-    in_turn,
+    mistake_order,
     read_yaml,
 )
 from pipeline.storage.user_files import read_given_file
@@ -47,7 +44,7 @@ def load_recipe(name_or_file: str) -> Recipe:
             f"unknown recipe {name_or_file!r}; {hint}choose one of {', '.join(known)}, or give "
             "the path of a .yaml file"
         )
-    content = read_given_file(name_or_file, max_bytes=MAX_BYTES, kind=RecipeError)
+    content = read_given_file(name_or_file, max_bytes=MAX_BYTES, error_type=RecipeError)
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -64,11 +61,13 @@ def parse_recipe(text: str, *, where: str) -> Recipe:
     Raises:
         RecipeError: `where:line: what is wrong; what to do`.
     """
-    document = read_yaml(text, where=where, kind=RecipeError)
+    document = read_yaml(text, where=where, error_type=RecipeError)
     try:
         return Recipe.model_validate(document.values)
     except ValidationError as invalid:
-        errors = sorted(invalid.errors(), key=lambda error: in_turn(error, _line(error, document)))
+        errors = sorted(
+            invalid.errors(), key=lambda error: mistake_order(error, _line(error, document))
+        )
         line = _line(errors[0], document)
         raise RecipeError(f"{where}:{line}: {_first_of(errors)}") from None
 
@@ -98,7 +97,7 @@ def _line(error: ErrorDetails, document: MarkedYaml) -> int:
     return document.line_of((*error["loc"], *_field_at_fault(error)))
 
 
-def _field_at_fault(error: ErrorDetails) -> Place:
+def _field_at_fault(error: ErrorDetails) -> YamlPath:
     """The key of a scheme that its message is about, so that the line is that key's own."""
     given, message = error["input"], str(error.get("ctx", {}).get("error", ""))
     if error["type"] != "value_error" or not isinstance(given, dict):
@@ -116,10 +115,13 @@ CALIBRATION = Calibration(texts=("hf:allenai/c4/en?split=train",))
 @cache
 def _all() -> tuple[Recipe, ...]:
     return (
-        _recipe("int8", Int8Scheme()),
-        _recipe("int4", Int4Scheme()),
-        _recipe("int4-g64", Int4Scheme(block_size=64)),
-        _recipe("float8", Float8Scheme()),
+        # Keras' own model.quantize takes the embeddings along, in the same scheme.
+        _recipe("int8", Int8Scheme(), embeddings=Int8Scheme()),
+        _recipe("int4", Int4Scheme(), embeddings=Int4Scheme()),
+        _recipe("int4-g64", Int4Scheme(block_size=64), embeddings=Int4Scheme(block_size=64)),
+        # Powers of two cost no accuracy in a floating-point format, and leave few mantissa bits to
+        # store.
+        _recipe("float8", Float8Scheme(power_of_two=True)),
         *(
             _recipe(f"gptq-w{bits}-g{size}", _gptq(bits, size))
             for bits, size in ((4, 128), (4, 64), (4, 32), (3, 128), (3, 64), (2, 64), (2, 32))
@@ -130,7 +132,10 @@ def _all() -> tuple[Recipe, ...]:
 
 
 def builtin_recipes() -> dict[str, Recipe]:
-    """Every built-in recipe by its name, in alphabetical order; embeddings stay in float."""
+    """Every built-in recipe by its name, in alphabetical order.
+
+    All of them quantize the embeddings too: int8 and int4 to their own scheme, the others to int8.
+    """
     return {recipe.name: recipe for recipe in sorted(_all(), key=lambda recipe: recipe.name)}
 
 
@@ -145,6 +150,11 @@ def _gptq(weight_bits: int, group_size: int) -> Scheme:
     )
 
 
-def _recipe(name: str, scheme: Scheme) -> Recipe:
+def _recipe(name: str, scheme: Scheme, embeddings: Scheme | None = None) -> Recipe:
     weights_only = isinstance(scheme, Int8Scheme | Int4Scheme)
-    return Recipe(name=name, scheme=scheme, calibration=None if weights_only else CALIBRATION)
+    return Recipe(
+        name=name,
+        scheme=scheme,
+        embeddings=embeddings or Int8Scheme(),
+        calibration=None if weights_only else CALIBRATION,
+    )

@@ -135,6 +135,8 @@ def test_built_in_recipes_are_named_for_what_they_are():
             if re.fullmatch(r"g\d+", mark):
                 size = getattr(recipe.scheme, "group_size", None) or recipe.scheme.block_size
                 assert size == int(mark[1:])
+        # As Keras' own model.quantize: embeddings too.
+        assert recipe.embeddings == (recipe.scheme if mode in ("int8", "int4") else Int8Scheme())
 
 
 def test_built_in_gptq_uses_its_most_accurate_settings():
