@@ -1,0 +1,161 @@
+"""What a driver may ask of a worker, and what travels between them.
+
+The driver names these methods to an executor (see `Executor.submit`), and passes the results of
+some on to others without ever holding them. `pipeline.worker.worker.Worker` implements the
+protocol; the driver's process imports neither it nor JAX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from numpy.typing import NDArray
+
+from pipeline.fidelity import WindowFidelity
+from pipeline.reduction import Subtree
+from pipeline.run.activations import Kept
+from pipeline.run.records import Manifest, PartRecord
+
+if TYPE_CHECKING:
+    from quantizer import HessianSum, MagnitudeSum
+    from quantizer.gptq.solve import SolvedRows
+    from quantizer.result import Float32
+
+Values: TypeAlias = Mapping[str, NDArray[Any]]
+"""A part's arrays in the source, by the path of their variable."""
+
+CalibrationStatistics: TypeAlias = "HessianSum | MagnitudeSum"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolvedLayer:
+    """One quantized layer.
+
+    Attributes:
+        path: Keras' path of the layer.
+        variables: what stock Keras stores for it, by the layer's own names.
+        report: the solver's, as plain JSON values.
+        kernel: the dequantized kernel, as later layers meet it; None of an embedding.
+    """
+
+    path: str
+    variables: dict[str, NDArray[Any]]
+    report: dict[str, Any]
+    kernel: Float32 | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolvedSlices:
+    """Some of one layer's row slices, by their numbers.
+
+    Attributes:
+        path: Keras' path of the layer.
+        rows: each slice's result.
+        problem: why they could not be calibrated; "" if they were.
+    """
+
+    path: str
+    rows: dict[int, SolvedRows]
+    problem: str = ""
+
+
+class WorkerApi(Protocol):
+    """One worker: it holds calibration shards, and captures, solves, commits and propagates.
+
+    Every method may run twice, or again on a worker that has restarted: each is a function of its
+    arguments and of what is in storage, but for the shards, which `restore` makes anew.
+    """
+
+    def read(self, part: int) -> Values:
+        """Read the source's arrays of one part."""
+        ...
+
+    def restore(self, block: int, shards: Sequence[int], start: int) -> None:
+        """Bring shards to where they enter `block`; one that is inside it only goes back.
+
+        Args:
+            start: the block before which stored activations are to be used; 0 for none.
+        """
+        ...
+
+    def capture(
+        self,
+        block: int,
+        stage: int,
+        subtree: Subtree,
+        values: Values,
+        *solved: Sequence[SolvedLayer],
+    ) -> CalibrationStatistics:
+        """Move shards to the input of the block's group `stage`, and sum it over a subtree of them.
+
+        Args:
+            solved: the results for all groups before, and for layers that need no calibration.
+        """
+        ...
+
+    def merge(
+        self, left: CalibrationStatistics, right: CalibrationStatistics
+    ) -> CalibrationStatistics:
+        """Add two sums: one node of the reduction."""
+        ...
+
+    def solve(
+        self,
+        part: int,
+        paths: Sequence[str],
+        values: Values,
+        statistics: CalibrationStatistics | None,
+    ) -> list[SolvedLayer]:
+        """Quantize some of a part's layers: those of one input, or those that need none."""
+        ...
+
+    def solve_slices(
+        self,
+        part: int,
+        slices: Mapping[str, Sequence[int]],
+        values: Values,
+        statistics: CalibrationStatistics,
+    ) -> dict[str, SolvedSlices]:
+        """Quantize some row slices, by number, of layers of one input; both by layer path."""
+        ...
+
+    def join(
+        self, part: int, paths: Sequence[str], values: Values, *solved: Mapping[str, SolvedSlices]
+    ) -> list[SolvedLayer]:
+        """Put layers together whose slices several workers solved."""
+        ...
+
+    def commit(
+        self, part: int, previous: str, values: Values, *solved: Sequence[SolvedLayer]
+    ) -> PartRecord:
+        """Write a part's file and record, and return the record.
+
+        Args:
+            previous: digest of the record of the block before; "" where there is none.
+            solved: the results for all of the part's layers with a scheme.
+        """
+        ...
+
+    def propagate(
+        self, block: int, shards: Sequence[int], values: Values, *solved: Sequence[SolvedLayer]
+    ) -> None:
+        """Send shards through the rest of the quantized block; no-op for those that have left."""
+        ...
+
+    def quantize_alone(self, part: int) -> PartRecord:
+        """Read, solve and commit a part whose layers need no calibration."""
+        ...
+
+    def keep(self, block: int, shards: Sequence[int]) -> dict[int, Kept]:
+        """Store the activations that enter `block`, to resume from."""
+        ...
+
+    def finalize(self, records: Mapping[int, PartRecord]) -> Manifest:
+        """Write the artifact's small files and the manifest; all parts must be committed."""
+        ...
+
+    def evaluate(self, windows: bytes, indices: Sequence[int]) -> list[WindowFidelity]:
+        """Compare source and finished artifact on some of the serialized token windows."""
+        ...
