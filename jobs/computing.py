@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from jobs.logging import take_over
+from jobs.logging import route_to_root
 from jobs.termination import terminable
 from pipeline.executor.ray_cluster import Resources, choose_resources
 from pipeline.executor.ray_executor import joined
@@ -27,7 +27,7 @@ def computing(
     Raises:
         ExecutorError: there is no cluster, or more is asked than it has.
     """
-    take_over("ray")
+    route_to_root("ray")
     wanted = None
     if address is None and workers is not None:
         wanted = max(workers * (threads or 1), len(os.sched_getaffinity(0)))

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Table
 
 from jobs.catalog.request import RUNS_PREFIX
+from jobs.logging import log_event, print_json, status
 from jobs.publish.retention import (
     Unneeded,
     is_catalog_root,
@@ -47,7 +45,6 @@ class Swept:
 
 def collect(
     url: str,
-    console: Console,
     *,
     delete: bool,
     lease_seconds: float,
@@ -74,7 +71,7 @@ def collect(
     for run in sorted(runs):
         root = f"{store.root_url}/{run}".rstrip("/")
         unneeded = whole.get(run.removeprefix(RUNS_PREFIX))
-        with console.status(f"looking through {root}"):
+        with status(f"looking through {root}"):
             if unneeded is None:
                 one = _sweep(open_store(root), delete=delete, lease_seconds=lease_seconds)
             else:
@@ -82,12 +79,13 @@ def collect(
                     store, unneeded, open_store(root), delete=delete, lease_seconds=lease_seconds
                 )
         swept.append(one)
+    found = [dataclasses.asdict(one) for one in swept]
     if as_json:
-        sys.stdout.write(json.dumps([dataclasses.asdict(one) for one in swept], indent=2) + "\n")
+        print_json(found)
         return
-    console.print(_table(swept))
+    log_event("swept", "", {"runs": found}, table=_table(swept))
     if not delete and any(one.garbage for one in swept):
-        console.print("nothing was deleted; add --delete to do so")
+        log_event("kept", "nothing was deleted; add --delete to do so")
 
 
 def _sweep(store: ObjectStore, *, delete: bool, lease_seconds: float) -> Swept:

@@ -1,12 +1,13 @@
-"""What is told on stderr: text for people or, where QUANTFLEET_LOG is json, an object a line.
+"""What commands write: results on stdout, and everything else on stderr through `logging`.
 
-Each object has a time, a level, an event and, in words, a message; the run, its model and its
-recipe where one is at work; and whatever else the event is about, such as a block, a layer or
-seconds by stage.
+People get text. Where QUANTFLEET_LOG is json, machines get one JSON object per line, with a time, a
+level, an event and a message; the run, its model and its recipe while one is being worked on; and
+whatever else the event is about, such as a block, a layer or seconds by stage.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import logging
@@ -15,139 +16,167 @@ import re
 import sys
 import threading
 import traceback
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, Literal, TextIO
+from typing import Literal
 
 from rich.console import Console, RenderableType
-from rich.status import Status
 
 FORMAT_VARIABLE = "QUANTFLEET_LOG"
+LogFormat = Literal["text", "json"]
 
-Level = Literal["info", "warning", "error"]
+LOG = logging.getLogger("quantfleet")
+STDERR = Console(stderr=True, markup=False, highlight=False)
+"""Paths and names are text, not markup, however they are spelled."""
 
-# Of the whole process, since a command works on one run at a time, and threads work on it as well.
-_RUN: dict[str, str] = {}
+_RUN: ContextVar[Mapping[str, str]] = ContextVar("run")
+# Threads start with an empty context; they work for the run that the process last named.
+_process_run: Mapping[str, str] = {}
+
 _COLOURS = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _SECRET_NAME = re.compile(r"(SECRET|TOKEN|PASSWORD|ACCESS_KEY)(?!.*_(PATH|FILE)$)")
 _SHORTEST_SECRET = 8
 
 
 def is_json() -> bool:
-    """Whether machines read what is told."""
+    """Whether stderr is for machines."""
     return os.environ.get(FORMAT_VARIABLE) == "json"
 
 
-def concern(**run: str) -> None:
-    """Let all lines from now on name this run, instead of the one before; none without arguments.
+def configure(log_format: LogFormat) -> None:
+    """Set up this process's logging.
+
+    With "json", warnings, other libraries' logs and uncaught exceptions are JSON lines as well.
+    """
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = log_format == "json"
+    LOG.handlers[:] = [] if log_format == "json" else [TextHandler(STDERR)]
+    if log_format == "json":
+        handler = logging.StreamHandler()
+        handler.setFormatter(JsonFormatter())
+        logging.getLogger().handlers[:] = [handler]
+        logging.captureWarnings(True)
+        sys.excepthook = _log_uncaught
+        threading.excepthook = lambda of: _log_uncaught(of.exc_type, of.exc_value, of.exc_traceback)
+
+
+def set_run(**fields: str) -> None:
+    """Name the run that all following lines are about, instead of the one before; none without.
 
     Args:
-        run: "run", "model" and "recipe", as far as they are known.
+        fields: "run", "model" and "recipe", as far as they are known.
     """
-    _RUN.clear()
-    _RUN.update(run)
+    global _process_run
+    _process_run = fields
+    _RUN.set(fields)
 
 
-def name_of(url: str) -> str:
-    """A run, or a preset, in a word: the last of its URL, as `quantfleet status` shows it."""
+def url_name(url: str) -> str:
+    """The last part of a run's or a preset's URL, by which `quantfleet status` names it."""
     return url.rstrip("/").rpartition("/")[2]
 
 
-def tell(
-    console: Console,
+def log_event(
     event: str,
-    shown: RenderableType,
+    message: str,
+    values: Mapping[str, object] | None = None,
     *,
-    level: Level = "info",
-    **values: object,
+    level: int = logging.INFO,
+    table: RenderableType | None = None,
 ) -> None:
-    """Tell people `shown`, and machines the same in words with the values that are behind it.
+    """Log a message with the values behind it.
 
     Args:
-        shown: a line, which is left whole and as it is; of a table, machines get the values alone.
-        values: plain JSON values; None is left out.
+        event: what happened, in a word or two, for machines to filter by.
+        message: printed as it is, never wrapped.
+        values: plain JSON values, for machines; empty ones are left out.
+        table: for people, in place of the message.
     """
-    if isinstance(console, JsonConsole):
-        message = shown if isinstance(shown, str) else ""
-        console.file.write(_line(event, message, level, values))
-        console.file.flush()
-    elif isinstance(shown, str):
-        console.print(shown, soft_wrap=True, markup=False, highlight=False)
+    # `%` stays as it is: without arguments, logging does not format.
+    LOG.log(level, message, extra={"event": event, "table": table, "values": values or {}})
+
+
+@contextlib.contextmanager
+def status(message: str) -> Iterator[None]:
+    """Say what takes a while: a spinner on a terminal, an event for machines."""
+    if is_json():
+        log_event("began", message)
+        yield
     else:
-        console.print(shown)
+        with STDERR.status(message):
+            yield
 
 
-class JsonConsole(Console):
-    """Looks to its users like any console, and prints objects."""
-
-    def __init__(self, file: TextIO | None = None) -> None:
-        """Args: file: None for stderr, whatever that is when something is printed."""
-        super().__init__(
-            file=file, stderr=file is None, force_terminal=False, color_system=None, width=200
-        )
-
-    def print(self, *objects: Any, **_options: Any) -> None:
-        texts = []
-        for shown in objects:
-            with self.capture() as captured:
-                super().print(shown, soft_wrap=True, markup=False, highlight=False)
-            texts.append(captured.get().rstrip("\n"))
-        tell(self, "told", " ".join(texts))
-
-    def status(self, status: RenderableType, **options: Any) -> Status:
-        tell(self, "began", status)
-        return Status(status, console=Console(quiet=True), **options)
+def print_json(value: object) -> None:
+    """Write a result to stdout; keys sorted."""
+    sys.stdout.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def speak_json() -> None:
-    """Let warnings, what libraries log, and faults of ours be such lines, too, in this process."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Formatter())
-    logging.getLogger().handlers[:] = [handler]
-    logging.captureWarnings(True)
-    sys.excepthook = _tell_fault
-    threading.excepthook = lambda of: _tell_fault(of.exc_type, of.exc_value, of.exc_traceback)
-
-
-def take_over(library: str) -> None:
-    """Let a library that prints what it logs by itself log like all others."""
+def route_to_root(library: str) -> None:
+    """With JSON, take from a library the handlers with which it prints its own logs."""
     if is_json():
         logger = logging.getLogger(library)
         logger.handlers.clear()
         logger.propagate = True
 
 
-class _Formatter(logging.Formatter):
+class TextHandler(logging.Handler):
+    """Prints messages, and tables in their place.
+
+    Rich's own RichHandler lays records out in columns, which breaks long paths and URLs.
+    """
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        table = getattr(record, "table", None)
+        if table is not None:
+            self._console.print(table)
+        elif message := record.getMessage():
+            self._console.print(message, soft_wrap=True, markup=False, highlight=False)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per record."""
+
     def format(self, record: logging.LogRecord) -> str:
-        level: Level = "info"
+        level = "info"
         if record.levelno >= logging.WARNING:
             level = "error" if record.levelno >= logging.ERROR else "warning"
-        values: dict[str, object] = {"logger": record.name}
-        if record.exc_info:
-            values["traceback"] = self.formatException(record.exc_info)
-        message = " ".join(record.getMessage().split())
-        return _line("log", message, level, values).rstrip("\n")
+        message = record.getMessage()
+        event = getattr(record, "event", None)
+        if event is None:  # another library's
+            event, message = "log", " ".join(message.split())
+            values: dict[str, object] = {"logger": record.name}
+            if record.exc_info:
+                values["traceback"] = self.formatException(record.exc_info)
+        else:
+            values = getattr(record, "values", {})
+        line = {
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+            "level": level,
+            "event": event.replace(" ", "_"),
+            **_RUN.get(_process_run),
+            **values,
+            "message": _COLOURS.sub("", message),
+        }
+        known = {name: value for name, value in line.items() if value not in (None, "", {}, [])}
+        return _without_secrets(json.dumps(known, default=str))
 
 
-def _tell_fault(
-    kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
+def _log_uncaught(
+    error_type: type[BaseException], error: BaseException | None, trace: TracebackType | None
 ) -> None:
-    lines = "".join(traceback.format_exception(kind, error, trace))
-    message = f"{kind.__name__}: {' '.join(str(error or '').split())}"
-    sys.stderr.write(_line("fault", message, "error", {"traceback": lines}))
-
-
-def _line(event: str, message: str, level: Level, values: dict[str, object]) -> str:
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-    known = {
-        "time": now, "level": level, "event": event.replace(" ", "_"), **_RUN, **values,
-        "message": _COLOURS.sub("", message),
-    }  # fmt: skip
-    said = {name: value for name, value in known.items() if value not in (None, "", {}, [])}
-    return _without_secrets(json.dumps(said, default=str)) + "\n"
+    lines = "".join(traceback.format_exception(error_type, error, trace))
+    message = f"{error_type.__name__}: {' '.join(str(error or '').split())}"
+    log_event("fault", message, {"traceback": lines}, level=logging.ERROR)
 
 
 def _without_secrets(line: str) -> str:
-    """No text of ours names one, but a library's may quote what it was given."""
+    """Our own messages name no secret, but a library's may quote what it was given."""
     for name, value in os.environ.items():
         if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET:
             line = line.replace(json.dumps(value)[1:-1], "…")

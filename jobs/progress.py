@@ -1,12 +1,11 @@
-"""How a run tells where it stands: a bar on a terminal, lines elsewhere, of text or JSON."""
+"""How a run reports its progress: a bar on a terminal, lines of text or JSON elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
-from typing import Any
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,18 +15,22 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from jobs.logging import JsonConsole, Level, tell
+from jobs.logging import STDERR, is_json, log_event
 from pipeline.plan import Plan
 from pipeline.run.driver import Report, Step
+from quantizer.schemes import scheme_to_dict
 
 _TROUBLE = frozenset({"damaged", "lost", "fewer"})
 
 
 @contextlib.contextmanager
-def watch(plan: Plan, console: Console) -> Iterator[Report]:
+def watch(plan: Plan) -> Iterator[Report]:
     """Yield what a run is to report to."""
-    if not console.is_terminal:
-        yield lambda step: _line(plan, step, console)
+    if is_json():
+        yield lambda step: _log_values(plan, step)
+        return
+    if not STDERR.is_terminal:
+        yield lambda step: log_event(step.event, _message(plan, step))
         return
     columns = (
         TextColumn("{task.description}"),
@@ -37,7 +40,7 @@ def watch(plan: Plan, console: Console) -> Iterator[Report]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=STDERR, transient=True) as progress:
         bar = progress.add_task(plan.model, total=len(plan.parts))
         done: set[int] = set()
 
@@ -49,40 +52,36 @@ def watch(plan: Plan, console: Console) -> Iterator[Report]:
                 progress.update(bar, description=plan.parts[step.part].name)
             progress.update(bar, completed=len(done))
             if step.text:
-                tell(progress.console, step.event, f"{step.event}: {step.text}")
+                log_event(step.event, f"{step.event}: {step.text}")
 
         yield report
 
 
-def _line(plan: Plan, step: Step, console: Console) -> None:
-    words = ""
-    if step.event == "committed" and step.part is not None:
-        assert step.record is not None
-        # Of parts that were solved side by side, the first reports the seconds of all.
+def _message(plan: Plan, step: Step) -> str:
+    if step.record is not None and step.part is not None:
+        # Of parts solved side by side, the first reports the seconds of all.
         stages = "".join(f", {name} {value:.1f}s" for name, value in step.seconds.items())
-        words = (
+        return (
             f"committed {step.part + 1}/{len(plan.parts)} {plan.parts[step.part].name}: "
             f"{step.record.size_bytes:,} bytes{stages}"
         )
-    elif step.text:
-        words = f"{step.event}: {step.text}"
-    if isinstance(console, JsonConsole):
-        _objects(plan, step, words, console)
-    elif words:
-        tell(console, step.event, words)
+    return f"{step.event}: {step.text}" if step.text else ""
 
 
-def _objects(plan: Plan, step: Step, words: str, console: JsonConsole) -> None:
-    """Also what people are not told: what each layer came to, and what has no words."""
-    about: dict[str, Any] = {"parts": len(plan.parts)}
+def _log_values(plan: Plan, step: Step) -> None:
+    """Also what people do not see: each layer's report, and steps without words."""
+    about: dict[str, object] = {"parts": len(plan.parts)}
     if step.part is not None:
         about |= {"part": step.part, "block": plan.parts[step.part].name}
-    layers = () if step.record is None else step.record.layers
-    for layer in layers:
-        about_layer = {**about, "layer": layer.path, "scheme": layer.scheme}
-        tell(console, "layer", layer.note, account=layer.account, **about_layer)
-    level: Level = "warning" if step.event in _TROUBLE else "info"
+    for layer in () if step.record is None else step.record.layers:
+        scheme = None if layer.scheme is None else scheme_to_dict(layer.scheme)
+        fields = {"layer": layer.path, "scheme": scheme, "account": layer.account}
+        log_event("layer", layer.note, {**about, **fields})
     if step.record is not None:
         about["size_bytes"] = step.record.size_bytes
-    seconds = {name: round(value, 3) for name, value in step.seconds.items()}
-    tell(console, step.event, words or step.event, level=level, **about, seconds=seconds)
+    log_event(
+        step.event,
+        _message(plan, step) or step.event,
+        about | {"seconds": {name: round(value, 3) for name, value in step.seconds.items()}},
+        level=logging.WARNING if step.event in _TROUBLE else logging.INFO,
+    )

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import shlex
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from jobs.admission import check_identity, check_memory
 from jobs.computing import computing
-from jobs.logging import JsonConsole, concern, name_of, tell
+from jobs.logging import is_json, log_event, print_json, set_run, status, url_name
 from jobs.metrics import RunMetrics
 from jobs.plan_table import plan_table
 from jobs.progress import watch
@@ -92,7 +88,7 @@ class Job:
     driving: Driving = Driving()
 
 
-def run_job(job: Job, place: Place, console: Console, *, as_json: bool, dry_run: bool) -> None:
+def run_job(job: Job, place: Place, *, as_json: bool, dry_run: bool) -> None:
     """Plan, claim, quantize, evaluate and report.
 
     Raises:
@@ -101,18 +97,18 @@ def run_job(job: Job, place: Place, console: Console, *, as_json: bool, dry_run:
     job = dataclasses.replace(
         job, source_url=_anywhere(job.source_url), output_url=_anywhere(job.output_url)
     )
-    concern(run=name_of(job.output_url), model=name_of(job.source_url), recipe=job.recipe.name)
+    set_run(run=url_name(job.output_url), model=url_name(job.source_url), recipe=job.recipe.name)
     # Before anything else: an output that cannot be read cannot be written either.
     store = reachable(job.output_url, PLAN_KEY)
     check_preset(reachable(job.source_url, PRESET_KEY))
-    with _place(place, console) as resources:
+    with _place(place) as resources:
         wanted = dataclasses.replace(resources, workers=1) if dry_run else resources
         executor = RayExecutor(wanted, job.source_url, job.output_url)
-        with console.status("planning: reading the preset, checking every layer, cutting texts"):
+        with status("planning: reading the preset, checking every layer, cutting texts"):
             plan, windows = plan_run(executor, job.source_url, job.recipe, resources.threads)
         costs = estimate(plan, resources.workers)
         if dry_run:
-            _print_plan(plan, costs, resources, console, as_json=as_json)
+            _print_plan(plan, costs, resources, as_json=as_json)
         if not store.exists(MANIFEST_KEY):
             check_memory(costs, memory_of_nodes(resources))
         if dry_run:
@@ -120,15 +116,12 @@ def run_job(job: Job, place: Place, console: Console, *, as_json: bool, dry_run:
         # Also read before anything is claimed: a mistyped file must not cost a run.
         judged_on = _evaluation_windows(job, plan, executor)
         plan = claim_run(store, plan, windows)
-        _carry_out(
-            plan, job, store, executor, resources, costs, judged_on, console, as_json=as_json
-        )
+        _carry_out(plan, job, store, executor, resources, costs, judged_on, as_json=as_json)
 
 
 def resume_job(
     output_url: str,
     place: Place,
-    console: Console,
     *,
     as_json: bool,
     source_url: str | None,
@@ -144,7 +137,7 @@ def resume_job(
     """
     output_url = _anywhere(output_url)
     source_url = None if source_url is None else _anywhere(source_url)
-    concern(run=name_of(output_url))
+    set_run(run=url_name(output_url))
     store = reachable(output_url, PLAN_KEY)
     if not store.exists(PLAN_KEY):
         raise PipelineError(
@@ -158,26 +151,26 @@ def resume_job(
         )
     plan = read_plan(store)
     url = source_url or plan.source_url
-    concern(run=name_of(output_url), model=name_of(url), recipe=plan.recipe["name"])
+    set_run(run=url_name(output_url), model=url_name(url), recipe=plan.recipe.name)
     finished = store.exists(MANIFEST_KEY)
     if finished and not evaluation_texts:
-        tell(console, "finished before", f"{output_url}: finished before; nothing to do")
+        log_event("finished before", f"{output_url}: finished before; nothing to do")
         costs = estimate(plan, 1)
         summary = Summary.of(
             plan, store, read_manifest(store), costs, {}, wall_seconds=0.0, fidelity=None
         )
-        _print_summary(summary, store, console, as_json=as_json)
+        _print_summary(summary, store, as_json=as_json)
         return
     check_preset(reachable(url, PRESET_KEY))
     wanted = dataclasses.replace(place, threads=place.threads or int(plan.machine["threads"]))
-    with _place(wanted, console) as resources:
+    with _place(wanted) as resources:
         executor = RayExecutor(resources, url, output_url)
-        with console.status("checking that source and machine are what they were"):
+        with status("checking that source and machine are what they were"):
             found = identity(executor, url, resources.threads)
         check_identity(plan, found, url, finished=finished)
         job = Job(
             source_url=url,
-            recipe=Recipe.model_validate(plan.recipe),
+            recipe=plan.recipe,
             output_url=output_url,
             evaluation_texts=evaluation_texts,
             evaluation_windows=evaluation_windows,
@@ -186,9 +179,7 @@ def resume_job(
         costs = estimate(plan, resources.workers)
         check_memory(costs, memory_of_nodes(resources))
         judged_on = _evaluation_windows(job, plan, executor)
-        _carry_out(
-            plan, job, store, executor, resources, costs, judged_on, console, as_json=as_json
-        )
+        _carry_out(plan, job, store, executor, resources, costs, judged_on, as_json=as_json)
 
 
 def _carry_out(
@@ -199,22 +190,19 @@ def _carry_out(
     resources: Resources,
     costs: Estimate,
     judged_on: bytes | None,
-    console: Console,
     *,
     as_json: bool,
 ) -> None:
     start = time.monotonic()
     fidelity: Fidelity | None = None
-    metrics = RunMetrics(model=name_of(job.source_url), recipe=plan.recipe["name"])
+    metrics = RunMetrics(model=url_name(job.source_url), recipe=plan.recipe.name)
     try:
-        with _lease(job, store, console) as held:
+        with _lease(job, store) as held:
             log = EventLog(store, plan, resources, epoch=held.epoch if held else None)
             if held is None:
-                tell(
-                    console, "finished before", f"{job.output_url}: finished before; nothing to do"
-                )
+                log_event("finished before", f"{job.output_url}: finished before; nothing to do")
             else:
-                with watch(plan, console) as report:
+                with watch(plan) as report:
                     quantize(
                         plan,
                         store,
@@ -226,24 +214,24 @@ def _carry_out(
         manifest = read_manifest(store)
         seconds = time.monotonic() - start
         if judged_on is not None:
-            with console.status("comparing the result with its source"):
+            with status("comparing the result with its source"):
                 fidelity = measure(executor, judged_on, job.evaluation_windows)
             metrics.judged(fidelity)
         if held is not None:  # or there was nothing to do
             metrics.ended("finished")
     except (PipelineError, KeyboardInterrupt, Terminated) as end:
         metrics.ended("failed" if isinstance(end, PipelineError) else "interrupted")
-        tell(console, "resumable", f"to go on from the last committed block: {resume_command(job)}")
+        log_event("resumable", f"to go on from the last committed block: {resume_command(job)}")
         raise
     summary = Summary.of(
         plan, store, manifest, costs, log.seconds, wall_seconds=seconds, fidelity=fidelity
     )
     log.close(summary.to_dict())
-    _print_summary(summary, store, console, as_json=as_json)
+    _print_summary(summary, store, as_json=as_json)
 
 
 @contextlib.contextmanager
-def _lease(job: Job, store: ObjectStore, console: Console) -> Iterator[lease.Lease | None]:
+def _lease(job: Job, store: ObjectStore) -> Iterator[lease.Lease | None]:
     """The right to drive the run for the time of the block; None if it is finished."""
     if store.exists(MANIFEST_KEY):
         yield None
@@ -253,7 +241,7 @@ def _lease(job: Job, store: ObjectStore, console: Console) -> Iterator[lease.Lea
         store,
         seconds=driving.lease_seconds,
         wait=driving.wait,
-        tell=lambda text: tell(console, "waiting", text),
+        tell=lambda text: log_event("waiting", text),
     )
     try:
         # Whoever was waited for may have finished.
@@ -262,14 +250,13 @@ def _lease(job: Job, store: ObjectStore, console: Console) -> Iterator[lease.Lea
         held.release()
 
 
-def _print_summary(
-    summary: Summary, store: ObjectStore, console: Console, *, as_json: bool
-) -> None:
+def _print_summary(summary: Summary, store: ObjectStore, *, as_json: bool) -> None:
     if as_json:
-        sys.stdout.write(json.dumps(summary.to_dict(), indent=2) + "\n")
-    if not as_json or isinstance(console, JsonConsole):
-        tell(console, "finished", summary_table(summary), summary=summary.to_dict())
-        tell(console, "loadable", f"load it:  {load_hint(summary.task, store)}")
+        print_json(summary.to_dict())
+    if not as_json or is_json():
+        values = {"summary": summary.to_dict()}
+        log_event("finished", "", values, table=summary_table(summary))
+        log_event("loadable", f"load it:  {load_hint(summary.task, store)}")
 
 
 def load_hint(task: str, store: ObjectStore) -> str:
@@ -307,23 +294,20 @@ def resume_command(job: Job) -> str:
 
 
 @contextlib.contextmanager
-def _place(place: Place, console: Console) -> Iterator[Resources]:
+def _place(place: Place) -> Iterator[Resources]:
     with computing(place.address, place.workers, place.threads, device=place.device) as resources:
         on = "one GPU each" if resources.gpus else "CPU"
         why = "" if resources.gpus or place.device == "cpu" else " (the cluster has no GPU)"
-        tell(
-            console,
+        log_event(
             "joined",
             f"{resources.workers} worker(s) × {resources.threads} thread(s) on {on}{why}, "
             f"{place.address or 'a Ray cluster started on this machine'}",
-            **dataclasses.asdict(resources),
+            dataclasses.asdict(resources),
         )
         yield resources
 
 
-def _print_plan(
-    plan: Plan, costs: Estimate, resources: Resources, console: Console, *, as_json: bool
-) -> None:
+def _print_plan(plan: Plan, costs: Estimate, resources: Resources, *, as_json: bool) -> None:
     if as_json:
         described: dict[str, Any] = {
             "plan_digest": plan.digest,
@@ -331,12 +315,14 @@ def _print_plan(
             "estimate": dataclasses.asdict(costs) | {"flops": costs.flops},
             "resources": dataclasses.asdict(resources),
         }
-        sys.stdout.write(json.dumps(described, indent=2) + "\n")
+        print_json(described)
     else:
-        tell(
-            console,
+        log_event(
             "planned",
-            plan_table(plan, costs, resources),
-            plan_digest=plan.digest,
-            estimate=dataclasses.asdict(costs) | {"flops": costs.flops},
+            "",
+            {
+                "plan_digest": plan.digest,
+                "estimate": dataclasses.asdict(costs) | {"flops": costs.flops},
+            },
+            table=plan_table(plan, costs, resources),
         )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import shlex
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
+from jobs.logging import log_event, print_json, status
 from pipeline.artifact.verification import ask_stock
 from pipeline.errors import ArtifactError, DamagedObjectError
 from pipeline.run.commits import damaged_files, read_manifest
@@ -21,7 +20,7 @@ from pipeline.storage.object_store import ObjectStore, open_store
 _TOKENS = 16
 
 
-def verify_run(output_url: str, console: Console, *, stock: bool, as_json: bool) -> None:
+def verify_run(output_url: str, *, stock: bool, as_json: bool) -> None:
     """Read and hash everything that the manifest names, then load it with stock KerasHub.
 
     Raises:
@@ -35,11 +34,11 @@ def verify_run(output_url: str, console: Console, *, stock: bool, as_json: bool)
             f"quantfleet resume {shlex.quote(output_url)}"
         )
     manifest = read_manifest(store)
-    with console.status("reading every file again"):
+    with status("reading every file again"):
         damaged = damaged_files(store, manifest)
     if damaged:
         for finding in damaged:
-            console.print(finding.problem, soft_wrap=True)
+            log_event("damaged", finding.problem, level=logging.ERROR)
         raise DamagedObjectError(
             f"{len(damaged)} of {len(manifest.files) + len(manifest.records)} objects are damaged; "
             "quantize again into an empty place"
@@ -48,32 +47,34 @@ def verify_run(output_url: str, console: Console, *, stock: bool, as_json: bool)
         "files": len(manifest.files),
         "bytes": sum(entry.size_bytes for entry in manifest.files.values()),
         "plan_digest": manifest.plan_digest,
-        "stock": _load(store, manifest, console) if stock else None,
+        "stock": _load(store, manifest) if stock else None,
     }
     if as_json:
-        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+        print_json(found)
         return
-    console.print(
+    log_event(
+        "verified",
         f"{store.url(MANIFEST_KEY)}: {found['files']} files, {found['bytes']:,} bytes, all as the "
-        f"manifest says{'; ' + str(found['stock']) if stock else ''}"
+        f"manifest says{'; ' + str(found['stock']) if stock else ''}",
+        found,
     )
 
 
-def _load(store: ObjectStore, manifest: Manifest, console: Console) -> str:
+def _load(store: ObjectStore, manifest: Manifest) -> str:
     # Only who asks for this pays for JAX and Keras; and Keras would choose TensorFlow.
     os.environ.setdefault("KERAS_BACKEND", "jax")
     from pipeline.artifact.verification import inspect_artifact
 
     with tempfile.TemporaryDirectory(prefix="quantfleet-verify-") as folder:
-        with console.status("fetching the artifact"):
+        with status("fetching the artifact"):
             for key, entry in sorted(manifest.files.items()):
                 path = Path(folder, key.removeprefix(ARTIFACT_PREFIX))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(store.get(key, sha256=entry.sha256, size=entry.size_bytes))
-        with console.status("looking it over"):
+        with status("looking it over"):
             inspect_artifact(Path(folder))
         tokens = np.arange(1, _TOKENS + 1, dtype=np.int32)[None]
-        with console.status("loading it with stock KerasHub"):
+        with status("loading it with stock KerasHub"):
             answer = ask_stock([folder], [tokens])
     if not np.isfinite(answer.outputs[0]).all():
         raise ArtifactError(f"{store.url(ARTIFACT_PREFIX)}: loads, but answers NaN or infinity")

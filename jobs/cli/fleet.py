@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from jobs.logging import is_json, tell
-from jobs.printing import print_json, stderr
+from jobs.logging import STDERR, is_json, log_event, print_json, status
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -120,16 +119,15 @@ def submit(
     )
     from pipeline.executor.ray_jobs import RayJobs
 
-    console = stderr()
     catalog, root = _opened(file, only)
     jobs = RayJobs(address, working_dir=working_dir)
-    with console.status("looking for what is stale"):
+    with status("looking for what is stale"):
         decisions = decide(root, catalog, note=True)
     others = [outcome for outcome in preview(decisions) if outcome.result != "to do"]
     limits = Limits(at_once=at_once, attempts=attempts, poll_seconds=poll_seconds)
     submission = Submission(root, jobs, decisions, limits, entrypoint)
     if wait:
-        with watch_tasks(console) as show:
+        with watch_tasks() as show:
             submission.finish(show)
     else:
         submission.step()
@@ -138,12 +136,14 @@ def submit(
             {"jobs": tasks_json(submission.tasks), "others": [one.to_dict() for one in others]}
         )
     else:
-        tell(console, "jobs", tasks_table(submission.tasks), jobs=tasks_json(submission.tasks))
-        tell(console, "others", pass_table(others), others=[one.to_dict() for one in others])
+        jobs_json = tasks_json(submission.tasks)
+        log_event("jobs", "", {"jobs": jobs_json}, table=tasks_table(submission.tasks))
+        others_json = [one.to_dict() for one in others]
+        log_event("others", "", {"others": others_json}, table=pass_table(others))
         waiting = sum(1 for task in submission.tasks if task.phase == "waiting")
         if waiting:
             more = f"{waiting} run(s) wait for a place; submit again, or use --wait"
-            tell(console, "waiting", more)
+            log_event("waiting", more)
     raise typer.Exit(exit_code_of_tasks(submission.tasks) or exit_code_of(others))
 
 
@@ -162,7 +162,7 @@ def cancel(
     if as_json:
         print_json(list(stopped))
     for submission_id in stopped:
-        stderr().print(f"stopping {submission_id}", soft_wrap=True)
+        log_event("stopping", f"stopping {submission_id}", {"job": submission_id})
 
 
 def fulfil(
@@ -180,18 +180,16 @@ def fulfil(
     from jobs.fleet import workplace
 
     root, wanted = load_request(request)
-    console = stderr()
     done = fulfilling.fulfil(
-        root, wanted, workplace.on_ray(address), console, wait=wait, lease_seconds=lease_seconds
+        root, wanted, workplace.on_ray(address), wait=wait, lease_seconds=lease_seconds
     )
     if as_json:
         print_json(fulfilling.fulfilled_json(done))
     for release in done.releases:
-        tell(
-            console,
+        log_event(
             "published",
             f"published as {release.model} in {release.recipe_name}, release {release.number}",
-            release=release.number,
+            {"release": release.number},
         )
     if not done.verdict.passed:
         raise fulfilling.GateFailedError(
@@ -212,14 +210,13 @@ def _pass(
     from jobs.fleet import workplace
     from jobs.fleet.fulfil import Fulfilled
     from jobs.fleet.fulfil import fulfil as fulfil_request
-    from jobs.fleet.nightly import exit_code_of, one_pass, pass_table, preview, tell_outcome
+    from jobs.fleet.nightly import exit_code_of, log_outcome, one_pass, pass_table, preview
     from jobs.fleet.staleness import decide
     from jobs.metrics import nightly_ended
     from pipeline.executor.ray_executor import joined
 
-    console = stderr()
     catalog, root = _opened(file, only)
-    with console.status("looking for what is stale"):
+    with status("looking for what is stale"):
         decisions = decide(root, catalog, note=not dry_run)
 
     def carry(decision: Decision) -> Fulfilled:
@@ -227,7 +224,6 @@ def _pass(
             root,
             decision.request,
             workplace.on_ray(address),
-            console,
             wait=False,
             lease_seconds=lease_seconds,
         )
@@ -235,16 +231,16 @@ def _pass(
     if dry_run:
         outcomes = preview(decisions)
         for outcome in outcomes:
-            tell_outcome(outcome, console)
+            log_outcome(outcome)
     else:
-        outcomes = tuple(one_pass(root, decisions, carry, console))
+        outcomes = tuple(one_pass(root, decisions, carry))
         if address is not None and not exit_code_of(outcomes):
             with joined(address):  # an embedded cluster ends with its run, and its metrics too
                 nightly_ended(PurePath(file).stem)
     if as_json:
         print_json([outcome.to_dict() for outcome in outcomes])
     elif not is_json():  # which told each when it was known
-        console.print(pass_table(outcomes))
+        STDERR.print(pass_table(outcomes))
     raise typer.Exit(exit_code_of(outcomes))
 
 

@@ -12,9 +12,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from jobs.summary import scheme_name
 from pipeline.recipe.recipe_file import builtin_recipes
-from quantizer.schemes import scheme_to_dict
 
 
 def describe_scheme(scheme: type) -> dict[str, Any]:
@@ -71,7 +69,6 @@ def recipes_table() -> Table:
     table = Table("recipe", "scheme", "calibration", caption="all settings: --json")
     for name, recipe in builtin_recipes().items():
         assert recipe.scheme is not None
-        values = scheme_to_dict(recipe.scheme)
         calibration = recipe.calibration
         texts = (
             "none"
@@ -79,5 +76,5 @@ def recipes_table() -> Table:
             else f"{calibration.num_samples} × {calibration.sequence_length} tokens of "
             f"{', '.join(calibration.texts)}"
         )
-        table.add_row(Text(name, style="bold"), scheme_name(values), Text(texts))
+        table.add_row(Text(name, style="bold"), recipe.scheme.policy, Text(texts))
     return table

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, Never
+from typing import TYPE_CHECKING, Annotated, Never
 
 import typer
 from rich.console import Console
 
 from jobs.cli import fleet, status
 from jobs.cli.listings import describe_scheme, schemes_table
-from jobs.logging import FORMAT_VARIABLE, concern, is_json, speak_json, tell
-from jobs.printing import stderr
+from jobs.logging import FORMAT_VARIABLE, LogFormat, configure, is_json, log_event, set_run
 from jobs.termination import Terminated
 from pipeline.errors import PipelineError
 from pipeline.storage.backend import PATIENCE_VARIABLE
@@ -94,7 +94,7 @@ def quantfleet(
         ),
     ] = False,
     log_format: Annotated[
-        Literal["text", "json"],
+        LogFormat,
         typer.Option(
             envvar=FORMAT_VARIABLE,
             help="What stderr gets: text, or JSON objects, one a line; before the command.",
@@ -105,9 +105,8 @@ def quantfleet(
     os.environ[FORMAT_VARIABLE] = log_format  # also for the processes that a command starts
     # Else Ray's nodes speak on stdout, among results, of what is told here anyway.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
-    concern()
-    if log_format == "json":
-        speak_json()
+    set_run()
+    configure(log_format)
 
 
 @app.command()
@@ -176,7 +175,6 @@ def quantize(
     run_job(
         job,
         _place(address, workers, threads, device),
-        stderr(),
         as_json=as_json,
         dry_run=dry_run,
     )
@@ -205,7 +203,6 @@ def resume(
     resume_job(
         output,
         _place(address, workers, threads, device),
-        stderr(),
         as_json=as_json,
         source_url=source,
         driving=Driving(keep_every=keep_every, wait=wait, lease_seconds=lease_seconds),
@@ -233,7 +230,6 @@ def evaluate(
     resume_job(
         output,
         _place(address, workers, None, device),
-        stderr(),
         as_json=as_json,
         source_url=source,
         driving=Driving(),
@@ -254,7 +250,7 @@ def verify(
     """Check every file of a finished result, and that stock KerasHub loads it."""
     from jobs.verify import verify_run
 
-    verify_run(output, stderr(), stock=stock, as_json=as_json)
+    verify_run(output, stock=stock, as_json=as_json)
 
 
 @app.command()
@@ -277,7 +273,6 @@ def gc(
 
     collect(
         url,
-        stderr(),
         delete=delete,
         lease_seconds=lease_seconds,
         as_json=as_json,
@@ -321,6 +316,7 @@ def _place(address: str | None, workers: int | None, threads: int | None, device
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line: a user's mistake costs one line and an exit code, no traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    configure("json" if is_json() else "text")  # also for mistakes in the command line itself
     try:
         status = app(arguments or ["--help"], prog_name="quantfleet", standalone_mode=False)
     except typer.TyperException as mistake:
@@ -338,9 +334,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _end(message: str, exit_code: int) -> Never:
     message = " ".join(message.split())
-    if is_json():
-        event = "failed" if message else "interrupted"
-        tell(stderr(), event, message, level="error", exit_code=exit_code)
-    elif message:
-        typer.echo(f"quantfleet: {message}", err=True)
+    if message and not is_json():
+        message = f"quantfleet: {message}"
+    event = "failed" if message else "interrupted"
+    log_event(event, message, {"exit_code": exit_code}, level=logging.ERROR)
     sys.exit(exit_code)

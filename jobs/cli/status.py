@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from jobs.printing import print_json, stderr
+from jobs.logging import log_event, print_json
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -116,8 +116,8 @@ def _print_current(current: Current, *, as_json: bool) -> None:
     if as_json:
         print_json(dataclasses.asdict(current))
     else:
-        stderr().print(
+        log_event(
+            "current",
             f"current of {release.model} in {release.recipe_name}: release {release.number}, run "
             f"{release.run_id}",
-            soft_wrap=True,
         )

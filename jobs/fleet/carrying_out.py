@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
-
-from rich.console import Console
 
 from jobs.admission import check_identity, check_memory
 from jobs.catalog.request import Request
 from jobs.fleet.workplace import Workplace
-from jobs.logging import tell
+from jobs.logging import log_event, status
 from jobs.metrics import RunMetrics
 from jobs.progress import watch
 from jobs.summary import Summary
@@ -65,7 +64,6 @@ def carry_out(
     executor: Executor,
     place: Workplace,
     held: Lease,
-    console: Console,
     damaged: tuple[Finding, ...],
     metrics: RunMetrics,
 ) -> Manifest:
@@ -83,10 +81,10 @@ def carry_out(
     check_memory(costs, place.nodes)
     log = EventLog(store, plan, place.resources, epoch=held.epoch)
     for finding in damaged:
-        tell(console, "damaged", f"made again: {finding.problem}", level="warning")
+        log_event("damaged", f"made again: {finding.problem}", level=logging.WARNING)
     held.check()
     quarantine(store, damaged)
-    with watch(plan, console) as report:
+    with watch(plan) as report:
         manifest = quantize(
             plan, store, executor, metrics.also(log.also(report)), check_lease=held.check
         )
@@ -98,14 +96,14 @@ def carry_out(
     return manifest
 
 
-def evaluated(request: Request, plan: Plan, executor: Executor, console: Console) -> Fidelity:
+def evaluated(request: Request, plan: Plan, executor: Executor) -> Fidelity:
     """Compare a finished result with its source, on the texts that the request names.
 
     Raises:
         CalibrationTextError: texts that are missing, unreadable or too few.
     """
     num_windows = request.evaluation_windows
-    with console.status("comparing the result with its source"):
+    with status("comparing the result with its source"):
         try:
             windows = evaluation_windows(
                 executor, request.source_url, plan, request.evaluation_texts, num_windows

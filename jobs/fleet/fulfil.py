@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
-
 from jobs.catalog.request import Request, request_key, run_store
 from jobs.fleet.carrying_out import carry_out, evaluated, plan_of, whole_manifest
 from jobs.fleet.workplace import Enter, Workplace
-from jobs.logging import concern, tell
+from jobs.logging import log_event, set_run, status
 from jobs.metrics import RunMetrics
 from jobs.publish.releases import Release, find_current, publish
 from jobs.publish.verdict import Verdict, failures, figures, find_verdict, save_verdict
@@ -72,7 +70,6 @@ def fulfil(
     root: ObjectStore,
     request: Request,
     enter: Enter,
-    console: Console,
     *,
     wait: bool,
     lease_seconds: float = lease.SECONDS,
@@ -91,14 +88,14 @@ def fulfil(
         LeaseHeldError: another drives the run, and `wait` is False.
         PipelineError: with what to do about it.
     """
-    concern(run=request.run_id, model=request.model, recipe=request.recipe_name)
+    set_run(run=request.run_id, model=request.model, recipe=request.recipe_name)
     store = run_store(root, request.run_id)
-    with _held(store, console, lease_seconds, wait=wait) as held, _Work(request, enter) as work:
-        artifact = _at_rest(root, request) or _made(root, request, work, held, console)
+    with _held(store, lease_seconds, wait=wait) as held, _Work(request, enter) as work:
+        artifact = _at_rest(root, request) or _made(root, request, work, held)
         is_known, fidelity = _known_quality(root, request, artifact)
         if not is_known:
             _, executor = work.at(run_store(root, artifact.run_id))
-            fidelity = evaluated(request, artifact.plan, executor, console)
+            fidelity = evaluated(request, artifact.plan, executor)
         verdict = _judged(request, artifact, fidelity)
         # A last look at everything, just before readers are sent there.
         _verify(root, artifact)
@@ -186,26 +183,23 @@ def _asked(root: ObjectStore, release: Release) -> Request | None:
         return None
 
 
-def _made(
-    root: ObjectStore, request: Request, work: _Work, held: lease.Lease, console: Console
-) -> _Artifact:
+def _made(root: ObjectStore, request: Request, work: _Work, held: lease.Lease) -> _Artifact:
     store = run_store(root, request.run_id)
     _, damaged = whole_manifest(store)
     place, executor = work.at(store)
-    with console.status("planning: reading the preset, checking every layer, cutting texts"):
+    with status("planning: reading the preset, checking every layer, cutting texts"):
         plan, windows = plan_of(request, store, executor, place)
     if not store.exists(PLAN_KEY):
         twin = _published_twin(root, request, plan)
         if twin is not None:
-            tell(
-                console,
+            log_event(
                 "same content",
                 f"{request.request_id}: files were written again, but their content is that of "
                 f"{twin.run_id}; nothing to quantize",
             )
             return twin
         plan = claim(store, plan, windows)
-    manifest = carry_out(plan, store, executor, place, held, console, damaged, work.metrics)
+    manifest = carry_out(plan, store, executor, place, held, damaged, work.metrics)
     return _Artifact(run_id=request.run_id, plan=plan, manifest=manifest, solved=True)
 
 
@@ -281,14 +275,12 @@ def _verify(root: ObjectStore, artifact: _Artifact) -> None:
 
 
 @contextlib.contextmanager
-def _held(
-    store: ObjectStore, console: Console, seconds: float, *, wait: bool
-) -> Iterator[lease.Lease]:
+def _held(store: ObjectStore, seconds: float, *, wait: bool) -> Iterator[lease.Lease]:
     held = lease.acquire(
         store,
         seconds=seconds,
         wait=wait,
-        tell=lambda text: tell(console, "waiting", text),
+        tell=lambda text: log_event("waiting", text),
     )
     try:
         yield held

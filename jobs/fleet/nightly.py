@@ -5,18 +5,18 @@ A result's quality in a few words, for tables.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from jobs.catalog.request import save_request
 from jobs.fleet.fulfil import Fulfilled
 from jobs.fleet.staleness import Decision
-from jobs.logging import JsonConsole, Level, concern, tell
+from jobs.logging import is_json, log_event, set_run
 from jobs.quantities import size
 from pipeline.errors import LeaseHeldError, PipelineError
 from pipeline.storage.object_store import ObjectStore
@@ -79,7 +79,6 @@ def one_pass(
     root: ObjectStore,
     decisions: Sequence[Decision],
     carry: Callable[[Decision], Fulfilled],
-    console: Console,
 ) -> Iterator[Outcome]:
     """Do what is stale, one after the other; what fails does not keep the rest from being done.
 
@@ -89,28 +88,28 @@ def one_pass(
     for decision in decisions:
         if decision.state != "stale":
             left_alone = _left_alone(decision)
-            tell_outcome(left_alone, console)
+            log_outcome(left_alone)
             yield left_alone
             continue
         request = decision.request
-        concern(run=request.run_id, model=request.model, recipe=request.recipe_name)
+        set_run(run=request.run_id, model=request.model, recipe=request.recipe_name)
         why = "; ".join(decision.reasons)
-        tell(console, "stale", f"{decision.wanted.name}: {why}", reasons=list(decision.reasons))
+        log_event("stale", f"{decision.wanted.name}: {why}", {"reasons": list(decision.reasons)})
         save_request(root, request)
         outcome = _done(decision, carry)
-        tell_outcome(outcome, console)
-        concern()
+        log_outcome(outcome)
+        set_run()
         yield outcome
 
 
-def tell_outcome(outcome: Outcome, console: Console) -> None:
-    """To machines, as soon as it is known; people get a table in the end."""
-    if isinstance(console, JsonConsole):
-        level: Level = "info"
+def log_outcome(outcome: Outcome) -> None:
+    """Log an outcome for machines as soon as it is known; people get a table at the end."""
+    if is_json():
+        level = logging.INFO
         if outcome.exit_code:
-            level = "warning" if outcome.result == "gate failed" else "error"
+            level = logging.WARNING if outcome.result == "gate failed" else logging.ERROR
         values = outcome.to_dict()
-        tell(console, outcome.result, values.pop("text"), level=level, **values)
+        log_event(outcome.result, values.pop("text"), values, level=level)
 
 
 def _done(decision: Decision, carry: Callable[[Decision], Fulfilled]) -> Outcome:

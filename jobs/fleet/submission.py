@@ -9,6 +9,7 @@ How a submission stands: a live table on a terminal, a line for each change else
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import shlex
 import time
@@ -16,14 +17,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from jobs.catalog.request import Request, save_request
 from jobs.fleet.staleness import Decision, decision
-from jobs.logging import Level, tell
+from jobs.logging import STDERR, is_json, log_event
 from pipeline.executor.ray_jobs import Jobs, RayJob
 from pipeline.storage.object_store import ObjectStore
 
@@ -210,15 +210,15 @@ def stop_jobs(jobs: Jobs, wanted: str) -> tuple[str, ...]:
     return tuple(stopped)
 
 
-_LEVELS: dict[Phase, Level] = {"gate failed": "warning", "failed": "error"}
+_LEVELS: dict[Phase, int] = {"gate failed": logging.WARNING, "failed": logging.ERROR}
 Tell = Callable[[Sequence[Task]], None]
 
 
 @contextlib.contextmanager
-def watch_tasks(console: Console) -> Iterator[Tell]:
+def watch_tasks() -> Iterator[Tell]:
     """Yield what a submission is to tell how it stands."""
-    if console.is_terminal:
-        with Live(console=console, auto_refresh=False) as live:
+    if STDERR.is_terminal and not is_json():
+        with Live(console=STDERR, auto_refresh=False) as live:
             yield lambda tasks: live.update(tasks_table(tasks), refresh=True)
         return
     told: dict[str, tuple[str, str]] = {}
@@ -229,15 +229,16 @@ def watch_tasks(console: Console) -> Iterator[Tell]:
             if told.get(task.request.request_id) != state:
                 told[task.request.request_id] = state
                 more = f": {task.text}" if task.text else ""
-                tell(
-                    console,
+                log_event(
                     task.phase,
                     f"{task.name}: {task.phase} {task.job}{more}",
-                    level=_LEVELS.get(task.phase, "info"),
-                    run=task.request.run_id,
-                    model=task.request.model,
-                    recipe=task.request.recipe_name,
-                    job=task.job,
+                    {
+                        "run": task.request.run_id,
+                        "model": task.request.model,
+                        "recipe": task.request.recipe_name,
+                        "job": task.job,
+                    },
+                    level=_LEVELS.get(task.phase, logging.INFO),
                 )
 
     yield changes

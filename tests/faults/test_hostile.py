@@ -13,7 +13,6 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from rich.console import Console
 
 from jobs.verify import verify_run
 from pipeline.artifact.verification import inspect_artifact
@@ -53,7 +52,7 @@ def vouch_for(store: ObjectStore, key: str, data: bytes) -> None:
 
 
 def verify(store: ObjectStore, *, stock: bool = True) -> None:
-    verify_run(store.root_url, Console(stderr=True), stock=stock, as_json=False)
+    verify_run(store.root_url, stock=stock, as_json=False)
 
 
 def change_json(key: str, change: Callable[[Any], None]) -> Callable[[ObjectStore], None]:

@@ -15,7 +15,6 @@ from typing import Any
 import boto3
 import pytest
 import yaml
-from rich.console import Console
 
 from jobs.gc import collect
 from jobs.publish.verified_files import seen_key
@@ -188,7 +187,7 @@ def test_the_collectors_role_is_enough_to_delete_a_run(
     root.put(f"requests/{run_id}.json", b"{}")
     as_role("collector")
     url = f"s3://{BUCKET}/{ROOT}"
-    collect(url, Console(), delete=True, lease_seconds=1.0, as_json=True, unpublished=True)
+    collect(url, delete=True, lease_seconds=1.0, as_json=True, unpublished=True)
     [swept] = [one for one in json.loads(capsys.readouterr().out) if run_id in one["url"]]
     assert (swept["deleted"], swept["skipped"]) == (True, "")
     assert [key for key in root.list() if run_id in key] == [f"requests/{run_id}.json"]

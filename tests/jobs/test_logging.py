@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,15 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from jobs.logging import JsonConsole, concern, name_of, tell
+from jobs.logging import (
+    LOG,
+    JsonFormatter,
+    TextHandler,
+    configure,
+    log_event,
+    set_run,
+    url_name,
+)
 from tests.models.tiny import tiny_preset
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def _of_no_run() -> None:
-    concern()
+    set_run()
 
 
 def lines(text: str) -> list[dict[str, Any]]:
@@ -31,11 +43,18 @@ def lines(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def told(*texts: object, **values: object) -> list[dict[str, Any]]:
+@contextlib.contextmanager
+def json_lines() -> Iterator[list[dict[str, Any]]]:
+    """What is logged meanwhile, as machines read it."""
     stream = io.StringIO()
-    for text in texts:
-        tell(JsonConsole(stream), "is seen", text, **values)  # type: ignore[arg-type]
-    return lines(stream.getvalue())
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter())
+    configure("text")
+    LOG.handlers[:] = [handler]
+    found: list[dict[str, Any]] = []
+    yield found
+    LOG.handlers[:] = []
+    found += lines(stream.getvalue())
 
 
 def command(*arguments: object, code: str = "", **environment: str) -> tuple[int, str, str]:
@@ -52,8 +71,11 @@ def command(*arguments: object, code: str = "", **environment: str) -> tuple[int
 
 
 def test_a_line_has_what_a_platform_filters_by() -> None:
-    concern(run="llama-gptq-0123", model="llama", recipe="gptq")
-    [line] = told("a part", block="layer_3", layer="layer_3/query", seconds={"solve": 1.5})
+    set_run(run="llama-gptq-0123", model="llama", recipe="gptq")
+    about = {"block": "layer_3", "layer": "layer_3/query", "seconds": {"solve": 1.5}}
+    with json_lines() as found:
+        log_event("is seen", "a part", {**about, "nothing": None, "empty": []})
+    [line] = found
     assert list(line)[:3] == ["time", "level", "event"]
     assert line.pop("time").endswith("+00:00")
     assert line == {
@@ -62,51 +84,56 @@ def test_a_line_has_what_a_platform_filters_by() -> None:
         "run": "llama-gptq-0123",
         "model": "llama",
         "recipe": "gptq",
-        "block": "layer_3",
-        "layer": "layer_3/query",
-        "seconds": {"solve": 1.5},
+        **about,
         "message": "a part",
     }
 
 
-def test_a_line_names_the_run_at_work_and_none_before_it() -> None:
-    concern(run="a", model="m")
-    concern(run="b")
-    [line] = told("x")
-    assert (line["run"], line.get("model")) == ("b", None)
-    concern()
-    [line] = told("x")
-    assert "run" not in line
+def test_a_line_names_the_run_at_work_also_from_a_thread_and_none_before_it() -> None:
+    set_run(run="a", model="m")
+    with json_lines() as found:
+        set_run(run="b")
+        log_event("is seen", "x")
+        thread = threading.Thread(target=log_event, args=("is seen", "y"))
+        thread.start()
+        thread.join()
+        set_run()
+        log_event("is seen", "z")
+    assert [line.get("run") for line in found] == ["b", "b", None]
+    assert all("model" not in line for line in found)
 
 
-def test_whatever_is_told_is_one_line_without_colours() -> None:
-    table = Table("name")
-    table.add_row("[red]x[/red]")
-    found = told("two\nlines", "\x1b[31mred\x1b[0m", "[bold]b[/bold]", "ü" * 400, table, why="w")
+def test_a_message_is_one_line_without_colours() -> None:
+    messages = ["two\nlines", "\x1b[31mred\x1b[0m", "[bold]b[/bold]", "ü" * 400, "100% s"]
+    with json_lines() as found:
+        for message in messages:
+            log_event("is seen", message)
+        log_event("shown", "", {"rows": 1}, table=Table("name"))
     assert [line.get("message") for line in found] == [
-        "two\nlines", "red", "[bold]b[/bold]", "ü" * 400, None,
+        "two\nlines", "red", "[bold]b[/bold]", "ü" * 400, "100% s", None,
     ]  # fmt: skip
-    stream = io.StringIO()
-    console = JsonConsole(stream)
-    console.print("s3://bucket/" + "x" * 400)
-    console.print(table)
-    with console.status("looking"):
-        console.print("[bold]b[/bold]")
-    assert [line["event"] for line in lines(stream.getvalue())] == ["told", "told", "began", "told"]
+    assert found[-1]["rows"] == 1
 
 
-def test_people_get_the_text_alone() -> None:
+def test_people_get_the_text_alone_and_tables() -> None:
     stream = io.StringIO()
-    console = Console(file=stream, width=20)
-    tell(console, "seen", "[bold]b[/bold] " + "x" * 40, level="error", run="r")
+    configure("text")
+    LOG.handlers[:] = [TextHandler(Console(file=stream, width=20))]
+    log_event("seen", "[bold]b[/bold] " + "x" * 40, {"run": "r"}, level=logging.ERROR)
+    log_event("interrupted", "", {"exit_code": 130})
     assert stream.getvalue() == "[bold]b[/bold] " + "x" * 40 + "\n"
+    log_event("shown", "", table=Table("name"))
+    assert "name" in stream.getvalue()
 
 
 def test_no_secret_of_the_environment_is_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", 'canary/"secret"')
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/etc/token-file")
-    [line] = told('is canary/"secret"', why=["0123456789abcdef"], file="/etc/token-file")
+    with json_lines() as found:
+        values = {"why": ["0123456789abcdef"], "file": "/etc/token-file"}
+        log_event("is seen", 'is canary/"secret"', values)
+    [line] = found
     assert line["message"] == "is …"
     assert line["why"] == ["…"]
     assert line["file"] == "/etc/token-file"
@@ -114,7 +141,7 @@ def test_no_secret_of_the_environment_is_in_a_line(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("url", ["s3://b/runs/r-1", "s3://b/runs/r-1/", "/a/r-1"])
 def test_a_run_is_named_as_status_names_it(url: str) -> None:
-    assert name_of(url) == "r-1"
+    assert url_name(url) == "r-1"
 
 
 @pytest.mark.parametrize(
@@ -150,9 +177,9 @@ def test_warnings_libraries_and_faults_speak_json() -> None:
     code, _, err = command(
         code="""
 import logging, threading, warnings
-from jobs.logging import concern, speak_json
-speak_json()
-concern(run="r")
+from jobs.logging import configure, set_run
+configure("json")
+set_run(run="r")
 warnings.warn("old\\nways")
 logging.getLogger("library").error("lost %s", "it")
 logging.getLogger("library").info("chatter")

@@ -1,13 +1,18 @@
 import dataclasses
 import io
 import json
+import logging
+from collections.abc import Callable
 
+import pytest
 from rich.console import Console
 
-from jobs.logging import JsonConsole, concern
+import jobs.progress
+from jobs.logging import FORMAT_VARIABLE, LOG, JsonFormatter, TextHandler, configure, set_run
 from jobs.progress import watch
 from pipeline.run.driver import Step
 from pipeline.run.records import LayerRecord, PartRecord, file_key
+from quantizer.schemes import Int4Scheme
 from tests.pipeline.tiny_runs import planned
 
 
@@ -23,62 +28,79 @@ def committed(part: int) -> Step:
     return Step(event="committed", part=part, record=record, seconds={"solve": 1.26})
 
 
-def told(*steps: Step, terminal: bool, width: int = 60) -> str:
-    stream = io.StringIO()
-    console = Console(file=stream, force_terminal=terminal, width=width)
-    with watch(planned("int8").plan, console) as report:
-        for step in steps:
-            report(step)
-    return stream.getvalue()
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Report steps, and return what stderr then holds."""
+
+    def report_all(*steps: Step, terminal: bool, width: int = 60) -> str:
+        stream = io.StringIO()
+        console = Console(file=stream, force_terminal=terminal, width=width)
+        configure("text")
+        monkeypatch.setattr(jobs.progress, "STDERR", console)
+        monkeypatch.setattr(LOG, "handlers", [TextHandler(console)])
+        with watch(planned("int8").plan) as report:
+            for step in steps:
+                report(step)
+        return stream.getvalue()
+
+    return report_all
 
 
-def test_a_log_has_a_line_for_each_part_and_no_control_characters() -> None:
-    text = told(committed(0), committed(2), terminal=False)
+def test_a_log_has_a_line_for_each_part_and_no_control_characters(
+    logged: Callable[..., str],
+) -> None:
+    text = logged(committed(0), committed(2), terminal=False)
     assert text.splitlines() == [
         "committed 1/4 rest: 12,345 bytes, solve 1.3s",
         "committed 3/4 transformer_layer_1: 12,345 bytes, solve 1.3s",
     ]
 
 
-def test_a_log_line_is_never_broken() -> None:
-    text = told(Step(event="damaged", text="s3://bucket/" + "x" * 300), terminal=False, width=40)
+def test_a_log_line_is_never_broken(logged: Callable[..., str]) -> None:
+    text = logged(Step(event="damaged", text="s3://bucket/" + "x" * 300), terminal=False, width=40)
     assert len(text.splitlines()) == 1
 
 
-def test_markup_in_what_is_told_is_left_as_it_is() -> None:
-    text = told(Step(event="lost", text="a worker [bold]was lost[/bold] (x)"), terminal=False)
+def test_markup_in_what_is_told_is_left_as_it_is(logged: Callable[..., str]) -> None:
+    text = logged(Step(event="lost", text="a worker [bold]was lost[/bold] (x)"), terminal=False)
     assert "[bold]was lost[/bold]" in text
 
 
-def test_a_terminal_shows_how_far_the_run_is() -> None:
-    text = told(Step(event="resumed", parts=(0, 1), text="2 of 4"), committed(2), terminal=True)
+def test_a_terminal_shows_how_far_the_run_is(logged: Callable[..., str]) -> None:
+    text = logged(Step(event="resumed", parts=(0, 1), text="2 of 4"), committed(2), terminal=True)
     assert "3/4" in text
     assert "resumed: 2 of 4" in text
 
 
-def test_machines_get_an_object_for_each_step_and_each_layer() -> None:
+def test_machines_get_an_object_for_each_step_and_each_layer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     account = {"damping": 0.01, "weight_error": 0.1}
     layers = (
-        LayerRecord(path="transformer_layer_0/query", scheme={"mode": "gptq"}, account=account),
+        LayerRecord(path="transformer_layer_0/query", scheme=Int4Scheme(), account=account),
         LayerRecord(path="transformer_layer_0/norm", note="no matrix"),
     )
     step = committed(1)
     assert step.record is not None
     step = dataclasses.replace(step, record=dataclasses.replace(step.record, layers=layers))
-    concern(run="bert-gptq-0123")
-    stream = io.StringIO()
-    with watch(planned("int8").plan, JsonConsole(stream)) as report:
+    monkeypatch.setenv(FORMAT_VARIABLE, "json")
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    set_run(run="bert-gptq-0123")
+    configure("text")
+    monkeypatch.setattr(LOG, "handlers", [handler])
+    with watch(planned("int8").plan) as report:
         report(step)
         report(Step(event="lost", text="ActorDiedError: a worker was lost"))
         report(Step(event="sealed", seconds={"seal": 0.5}))
-    concern()
-    found = [json.loads(line) for line in stream.getvalue().splitlines()]
+    set_run()
+    found = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert all(line.pop("time") and line.pop("run") == "bert-gptq-0123" for line in found)
     where = {"parts": 4, "part": 1, "block": "transformer_layer_0"}
     assert found == [
         {
             "level": "info", "event": "layer", **where, "layer": "transformer_layer_0/query",
-            "scheme": {"mode": "gptq"}, "account": account,
+            "scheme": {"mode": "int4", "block_size": 128}, "account": account,
         },
         {
             "level": "info", "event": "layer", **where, "layer": "transformer_layer_0/norm",

@@ -53,17 +53,14 @@ def test_a_plan_or_manifest_with_any_other_byte_is_refused(key: str, store: Obje
 
 @pytest.mark.parametrize("key", [PLAN_KEY, MANIFEST_KEY])
 def test_whoever_meets_a_damaged_plan_or_manifest_touches_nothing(key: str, tmp_path: Path) -> None:
-    from rich.console import Console
-
     store = open_store(str(tmp_path))
     execute(planned("int8"), store)
     flip(store, key, 99)
     before = {key: store.get(key) for key in store.list()}
-    console = Console(stderr=True)
     if key == MANIFEST_KEY:
         with pytest.raises(DamagedObjectError):
-            verify_run(str(tmp_path), console, stock=False, as_json=False)
-    collect(str(tmp_path), console, delete=True, lease_seconds=1.0, as_json=False)
+            verify_run(str(tmp_path), stock=False, as_json=False)
+    collect(str(tmp_path), delete=True, lease_seconds=1.0, as_json=False)
     found = {key: store.get(key) for key in store.list() if not key.startswith("leases/")}
     assert found == before
 
