@@ -9,11 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.quantities import count, size
-from jobs.summary import scheme_name
 from pipeline.estimates import Estimate
 from pipeline.executor.ray_cluster import Resources
 from pipeline.plan import Plan
-from pipeline.recipe.recipe import Recipe, unmatched_patterns
+from pipeline.recipe.recipe import unmatched_patterns
 
 
 def plan_table(plan: Plan, costs: Estimate, resources: Resources) -> RenderableType:
@@ -31,7 +30,7 @@ def plan_table(plan: Plan, costs: Estimate, resources: Resources) -> RenderableT
     for part in plan.parts:
         for layer in part.layers:
             shape = f"{layer.in_features} × {layer.out_features}" if layer.in_features else "–"
-            scheme = scheme_name(layer.scheme) if layer.scheme else "float"
+            scheme = layer.scheme.policy if layer.scheme else "float"
             kinds[(layer.name if part.part else layer.path, scheme, shape, layer.slices)] += 1
     for (name, scheme, shape, slices), number in kinds.items():
         layers.add_row(Text(name), Text(scheme), shape, str(slices), str(number))
@@ -59,6 +58,6 @@ def plan_table(plan: Plan, costs: Estimate, resources: Resources) -> RenderableT
     every = [(o.path, o.kind, o.in_features) for part in plan.parts for o in part.layers]
     lines += [
         Text(f"rule without a layer: {pattern!r} decides none; mistyped, or for other models?")
-        for pattern in unmatched_patterns(Recipe.model_validate(plan.recipe), every)
+        for pattern in unmatched_patterns(plan.recipe, every)
     ]
     return Group(layers, facts, *lines)

@@ -18,6 +18,7 @@ from pipeline.fidelity import Fidelity
 from pipeline.plan import Plan
 from pipeline.run.records import LayerRecord, Manifest, PartRecord
 from pipeline.storage.object_store import ObjectStore
+from quantizer.schemes import GPTQScheme
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +113,7 @@ def _by_scheme(layers: list[LayerRecord]) -> tuple[SchemeSummary, ...]:
     groups: dict[str, list[LayerRecord]] = {}
     for layer in layers:
         if layer.scheme is not None:
-            groups.setdefault(scheme_name(layer.scheme), []).append(layer)
+            groups.setdefault(layer.scheme.policy, []).append(layer)
     return tuple(_summarized(name, members) for name, members in groups.items())
 
 
@@ -123,13 +124,12 @@ def _summarized(name: str, layers: list[LayerRecord]) -> SchemeSummary:
         for account in accounts
         if account["rtn_output_error"]
     ]
-    wanted = {layer.path: (layer.scheme or {}).get("hessian_damping") for layer in layers}
     damped = [
         layer
         for layer in layers
-        if wanted[layer.path] is not None
+        if isinstance(layer.scheme, GPTQScheme)
         and layer.account is not None
-        and layer.account["damping"] != wanted[layer.path]
+        and layer.account["damping"] != layer.scheme.hessian_damping
     ]
     return SchemeSummary(
         scheme=name,
@@ -139,13 +139,6 @@ def _summarized(name: str, layers: list[LayerRecord]) -> SchemeSummary:
         rounded=sum(1 for account in accounts if "rtn" in account["kept"] and ratios),
         damped=len(damped),
     )
-
-
-def scheme_name(scheme: Mapping[str, Any]) -> str:
-    """A scheme in a word, such as gptq/4/128."""
-    size_of_group = scheme.get("group_size", scheme.get("block_size"))
-    parts = (scheme["mode"], scheme.get("weight_bits"), size_of_group)
-    return "/".join(str(part) for part in parts if part is not None)
 
 
 def summary_table(summary: Summary) -> RenderableType:

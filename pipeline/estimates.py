@@ -6,14 +6,7 @@ from dataclasses import dataclass
 
 from pipeline.plan import LayerPlan, PartPlan, Plan
 from pipeline.reduction import split
-from quantizer.schemes import (
-    AWQScheme,
-    Float8Scheme,
-    GPTQScheme,
-    Int4Scheme,
-    Int8Scheme,
-    scheme_from_dict,
-)
+from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme
 
 _FLOAT_BYTES = 4
 # A process with JAX and Keras, before it holds any model; and the programs that it compiles to
@@ -164,9 +157,7 @@ def _saved_bytes(part: PartPlan) -> int:
 
 def bits_per_weight(layer: LayerPlan) -> float:
     """Stored bits of one weight, with its share of scales and zero points."""
-    if layer.scheme is None:
-        return 32.0
-    match scheme_from_dict(layer.scheme):
+    match layer.scheme:
         case (
             GPTQScheme(weight_bits=bits, group_size=size)
             | AWQScheme(weight_bits=bits, group_size=size)
@@ -176,5 +167,5 @@ def bits_per_weight(layer: LayerPlan) -> float:
             return 8.0
         case Int4Scheme(block_size=size):
             return 4 + 40 / (layer.in_features if size == -1 else size)
-        case Float8Scheme():
+        case Float8Scheme() | None:
             return 32.0

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import ConfigDict
 
 from pipeline.canonical import digest_of
 from pipeline.errors import DamagedObjectError
-from pipeline.recipe.recipe import LayerKind, StatisticsKind
+from pipeline.recipe.recipe import LayerKind, RecipeField, SchemeField, StatisticsKind
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.record import STRICT, StoredRecord
 
@@ -30,7 +30,7 @@ class LayerPlan:
         name: the path within its block; outside the blocks, the path.
         kind: "kernel" or "embedding".
         in_features, out_features: of the matrix; of an embedding, vector and tokens.
-        scheme: as `quantizer.scheme_to_dict` gives it; None leaves the layer in float.
+        scheme: how it is quantized; None leaves it in float.
         note: why it stays in float, where its recipe asked otherwise.
         slices: runs of output channels that may be solved apart, each by another worker.
     """
@@ -42,7 +42,7 @@ class LayerPlan:
     kind: LayerKind
     in_features: int
     out_features: int
-    scheme: dict[str, Any] | None
+    scheme: SchemeField | None
     note: str = ""
     slices: int = 1
 
@@ -122,7 +122,7 @@ class Plan(StoredRecord):
         source_files_sha256: SHA-256 over the preset's JSON and vocabularies; its weights' are
             those of the parts.
         model, task: the classes of the backbone, and of what stock KerasHub loads.
-        recipe: as `Recipe.to_dict` gives it.
+        recipe: without a calibration that no scheme needs.
         tokens: calibration; None where no layer needs any.
         parts: part 0, then the blocks in order.
         machine: kind of processor and threads of each worker: other ones round otherwise.
@@ -134,7 +134,7 @@ class Plan(StoredRecord):
     source_files_sha256: str
     model: str
     task: str
-    recipe: dict[str, Any]
+    recipe: RecipeField
     tokens: TokensPlan | None
     parts: tuple[PartPlan, ...]
     machine: dict[str, str]

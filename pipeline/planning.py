@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import keras
 import numpy as np
 
 from pipeline.calibration.texts import read_texts
@@ -24,20 +23,20 @@ from pipeline.model.converted_files import converted_files
 from pipeline.model.preset import PresetFiles
 from pipeline.model.quantized_config import layer_policy, policy_map, quantized_json
 from pipeline.model.skeleton import Skeleton, build_skeleton
+from pipeline.model.stateless import call_with
 from pipeline.model.targets import Target
 from pipeline.model.tokenizer import model_inputs, preset_tokenizer
 from pipeline.plan import GroupPlan, LayerPlan, PartPlan, Plan, TokensPlan, micro_batches
 from pipeline.recipe.recipe import (
     Calibration,
-    LayerKind,
     Recipe,
     StatisticsKind,
     check_recipe,
     statistics_of,
 )
 from pipeline.weights.source import Source, open_source, values_digest
-from pipeline.worker.block_program import BlockProgram, call_with
-from quantizer import kernel_layout, row_slices, scheme_to_dict
+from pipeline.worker.block_program import BlockProgram
+from quantizer import kernel_layout, row_slices
 from quantizer.schemes import AWQScheme, GPTQScheme, Scheme
 
 # What computes the result; another version may round otherwise.
@@ -66,7 +65,7 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
     skeleton = build_skeleton(preset)
     graph = find_blocks(skeleton)
     source = open_source(preset, skeleton)
-    own = {id(layer) for layer in skeleton.backbone._flatten_layers()}
+    own = {id(layer) for layer in skeleton.backbone_layers}
     chosen = {
         target.path: _scheme_of(target, recipe, in_block=False)
         if id(target.layer) in own
@@ -82,7 +81,7 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
     policy_map(_base_policy(skeleton), policies)
     # All weights are where they should be; their numbers are read below, part by part.
     source.variables()
-    if preset.kind == "huggingface":
+    if preset.format == "huggingface":
         # What cannot be written at the end is refused at the beginning.
         converted_files(preset, skeleton)
     needs = any(statistics_of(scheme) for scheme, _ in chosen.values())
@@ -101,7 +100,7 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
         source_files_sha256=source.files_digest(),
         model=type(skeleton.backbone).__name__,
         task=_task_name(skeleton, preset, policies),
-        recipe=recipe.to_dict(),
+        recipe=Recipe.model_validate(recipe.to_dict()),
         tokens=tokens,
         parts=_parts(skeleton, graph, digests, chosen, tokens),
         machine=machine(threads),
@@ -127,9 +126,8 @@ def versions() -> dict[str, str]:
 
 def _scheme_of(target: Target, recipe: Recipe, *, in_block: bool) -> tuple[Scheme | None, str]:
     """A layer's scheme, or None with the reason where the recipe's cannot be had."""
-    kind = _kind(target)
-    scheme = recipe.scheme_for(target.path, kind)
-    if scheme is None or kind == "embedding":
+    scheme = recipe.scheme_for(target.path, target.layer_kind)
+    if scheme is None or target.layer_kind == "embedding":
         return scheme, ""
     if isinstance(scheme, GPTQScheme) and scheme.drift_correction:
         raise RecipeError(
@@ -146,21 +144,9 @@ def _scheme_of(target: Target, recipe: Recipe, *, in_block: bool) -> tuple[Schem
     return scheme, ""
 
 
-def _kind(target: Target) -> LayerKind:
-    tables = (keras.layers.Embedding, keras.layers.ReversibleEmbedding)
-    return "embedding" if isinstance(target.layer, tables) else "kernel"
-
-
 def _check(recipe: Recipe, graph: BlockGraph) -> None:
     targets = [*graph.rest_targets, *(target for b in graph.blocks for target in b.targets)]
-    check_recipe(recipe, [(t.path, _kind(t), _features(t)[0]) for t in targets])
-
-
-def _features(target: Target) -> tuple[int, int]:
-    if _kind(target) == "embedding":
-        return int(target.layer.output_dim), int(target.layer.input_dim)
-    layout = kernel_layout(target.layer)
-    return layout.in_features, layout.out_features
+    check_recipe(recipe, [(t.path, t.layer_kind, t.in_features) for t in targets])
 
 
 def _base_policy(skeleton: Skeleton) -> str:
@@ -261,7 +247,7 @@ def _parts(
     groups: dict[tuple[Any, ...], tuple[GroupPlan, ...]] = {}
     for block in graph.blocks:
         wanted = {t.name: statistics_of(chosen[t.path][0]) for t in block.targets}
-        kind = (block.kind, tuple(wanted.items()))
+        kind = (block.signature, tuple(wanted.items()))
         if tokens is not None and kind not in groups:
             groups[kind] = _group_plans(graph, block, wanted, tokens)
         parts.append(
@@ -286,15 +272,14 @@ def _layer_plans(
     plans = []
     for target in targets:
         scheme, note = chosen[target.path]
-        in_features, out_features = _features(target)
         plans.append(
             LayerPlan(
                 path=target.path,
                 name=target.name,
-                kind=_kind(target),
-                in_features=in_features,
-                out_features=out_features,
-                scheme=None if scheme is None else scheme_to_dict(scheme),
+                kind=target.layer_kind,
+                in_features=target.in_features,
+                out_features=target.out_features,
+                scheme=scheme,
                 note=note,
                 slices=_num_slices(target, scheme),
             )
@@ -304,7 +289,7 @@ def _layer_plans(
 
 def _num_slices(target: Target, scheme: Scheme | None) -> int:
     """Where Keras groups inputs otherwise than by the matrix's columns, a grid spans all rows."""
-    if not isinstance(scheme, GPTQScheme) or _kind(target) == "embedding":
+    if not isinstance(scheme, GPTQScheme) or target.layer_kind == "embedding":
         return 1
     layout = kernel_layout(target.layer)
     if not layout.keras_rows_are_inputs:

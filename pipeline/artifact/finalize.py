@@ -24,9 +24,9 @@ from pipeline.run.records import (
     file_key,
     manifest_of,
 )
+from pipeline.run.worker_api import SolvedLayer, Values
 from pipeline.storage.object_store import ObjectStore
 from pipeline.worker.model_state import ModelState
-from pipeline.worker.solve import SolvedLayer, Values
 
 
 def seal(
@@ -68,7 +68,7 @@ def provenance(plan: Plan) -> dict[str, Any]:
     return {
         "source_digest": plan.source_digest,
         "model": plan.model,
-        "recipe": plan.recipe,
+        "recipe": plan.recipe.to_dict(),
         "machine": plan.machine,
         "versions": plan.versions,
         "calibration": None
@@ -102,8 +102,8 @@ def make_part(
     for path, result in results.items():
         arrays |= file.layer_values(path, result.variables)
     for stored in file.variables:
-        if stored.place not in arrays:
-            arrays[stored.place] = values[str(stored.variable.path)]
+        if stored.name_path not in arrays:
+            arrays[stored.name_path] = values[str(stored.variable.path)]
     data = encode_part(file, arrays)
     record = PartRecord(
         part=part,

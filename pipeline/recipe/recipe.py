@@ -195,6 +195,9 @@ class Recipe(BaseModel):
         return values if self.needs_calibration else values | {"calibration": None}
 
 
+RecipeField = Annotated[Recipe, PlainSerializer(Recipe.to_dict)]
+
+
 _SHOWN = 5
 
 

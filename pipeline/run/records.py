@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import ConfigDict, Field, StringConstraints
 
 from pipeline.canonical import sha256
+from pipeline.recipe.recipe import SchemeField
 from pipeline.storage.record import STRICT, RecordError, StoredRecord
 
 MANIFEST_KEY = "manifest.json"
@@ -29,7 +30,7 @@ class LayerRecord:
 
     Attributes:
         path: Keras' path of the layer.
-        scheme: as `quantizer.scheme_to_dict` gives it; None for a layer left as it was.
+        scheme: how it was quantized; None for a layer left in float.
         account: what the solver reports, as plain JSON values; None without one.
         note: why the layer was left as it was, or what else a reader must know.
     """
@@ -37,7 +38,7 @@ class LayerRecord:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     path: str
-    scheme: dict[str, Any] | None = None
+    scheme: SchemeField | None = None
     account: dict[str, Any] | None = None
     note: str = ""
 

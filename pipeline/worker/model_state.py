@@ -19,14 +19,15 @@ from pipeline.model.converted_files import converted_files
 from pipeline.model.preset import read_preset
 from pipeline.model.quantized_config import base_policy, policy_map
 from pipeline.model.skeleton import Skeleton, build_skeleton
+from pipeline.model.stateless import call_with
 from pipeline.model.targets import Target
 from pipeline.model.tokenizer import model_inputs
-from pipeline.plan import LayerPlan, PartPlan, Plan
-from pipeline.recipe.recipe import StatisticsKind, statistics_of
+from pipeline.plan import Plan
+from pipeline.recipe.recipe import statistics_of
+from pipeline.run.worker_api import Values
 from pipeline.weights.source import open_source, values_digest
-from pipeline.worker.block_program import BlockProgram, call_with
-from pipeline.worker.solve import Values
-from quantizer import kernel_layout, scheme_from_dict
+from pipeline.worker.block_program import BlockProgram
+from quantizer import kernel_layout
 from quantizer.keras_format.variables import restore_kernel
 
 TASK_WEIGHTS = "task.weights.h5"
@@ -95,7 +96,7 @@ class ModelState:
 
     def preset_files(self) -> dict[str, bytes]:
         """The source's files as KerasHub saves a preset, but for its weights, by name."""
-        if self._preset.kind == "huggingface":
+        if self._preset.format == "huggingface":
             return converted_files(self._preset, self.own)
         names = {*self._preset.json_files, *self._preset.assets} - {INDEX_FILE}
         if TASK_WEIGHTS in self._preset.sizes:
@@ -136,9 +137,10 @@ class ModelState:
 
     def program(self, block: Block, hidden_states: Any, side_inputs: Sequence[Any]) -> BlockProgram:
         """The block's compiled program for micro-batches of this shape."""
-        wanted = self._statistics(self.plan.parts[block.index + 1])
+        layers = self.plan.parts[block.index + 1].layers
+        wanted = {layer.name: statistics_of(layer.scheme) for layer in layers}
         shapes = tuple((tuple(a.shape), str(a.dtype)) for a in (hidden_states, *side_inputs))
-        key = (block.kind, tuple(wanted.items()), shapes)
+        key = (block.signature, tuple(wanted.items()), shapes)
         if key not in self._programs:
             hidden_states, *side_inputs = (
                 jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (hidden_states, *side_inputs)
@@ -165,18 +167,15 @@ class ModelState:
         values = decode_part(self.parts[part], data)
         by_layer: dict[str, dict[str, NDArray[Any]]] = {}
         for stored in self.parts[part].variables:
-            by_layer.setdefault(stored.layer_path, {})[stored.name] = values[stored.place]
+            by_layer.setdefault(stored.layer_path, {})[stored.name] = values[stored.name_path]
         found = {}
         for layer in self.plan.parts[part].layers:
             if layer.scheme is not None and layer.kind == "kernel":
-                target = self.targets(part)[layer.path].layer
-                found[target._kernel.path] = restore_kernel(
-                    by_layer[layer.path], kernel_layout(target), scheme_from_dict(layer.scheme)
+                target = self.targets(part)[layer.path]
+                found[target.kernel_path] = restore_kernel(
+                    by_layer[layer.path], kernel_layout(target.layer), layer.scheme
                 )
         return found
-
-    def _statistics(self, part: PartPlan) -> dict[str, StatisticsKind | None]:
-        return {layer.name: _statistics(layer) for layer in part.layers}
 
 
 def in_order(
@@ -192,7 +191,3 @@ def in_order(
         np.asarray(replaced.get(variable.path, values[variable.path]), dtype=variable.dtype)
         for variable in variables
     ]
-
-
-def _statistics(layer: LayerPlan) -> StatisticsKind | None:
-    return None if layer.scheme is None else statistics_of(scheme_from_dict(layer.scheme))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,11 @@ from numpy.typing import NDArray
 
 from pipeline.model.targets import Target
 from pipeline.plan import LayerPlan, Plan
+from pipeline.run.worker_api import SolvedLayer, SolvedSlices, Values
 from pipeline.worker.memory import make_room
-from quantizer import HessianSum, MagnitudeSum, kernel_layout, scheme_from_dict
+from quantizer import HessianSum, MagnitudeSum, kernel_layout
 from quantizer.errors import CalibrationError
-from quantizer.gptq.solve import SolvedRows, compile_solver
+from quantizer.gptq.solve import compile_solver
 from quantizer.keras_format.embeddings import solve_embeddings
 from quantizer.keras_format.kernel_layout import KernelLayout
 from quantizer.keras_format.variables import (
@@ -29,26 +29,6 @@ from quantizer.keras_format.variables import (
 )
 from quantizer.result import Float32
 from quantizer.schemes import Float8Scheme, GPTQScheme, Scheme
-
-Values = Mapping[str, NDArray[Any]]
-"""A source's arrays by the path of their variable."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SolvedLayer:
-    """One layer's result.
-
-    Attributes:
-        path: Keras' path of the layer.
-        variables: what stock Keras stores for it, by the layer's own names.
-        report: the solver's, as plain JSON values.
-        kernel: what the variables stand for, as later layers meet it; None of an embedding.
-    """
-
-    path: str
-    variables: dict[str, NDArray[Any]]
-    report: dict[str, Any]
-    kernel: Float32 | None
 
 
 def solve_layers(
@@ -79,11 +59,11 @@ def solve_layers(
         by_scheme.setdefault(repr(layer.scheme), []).append(layer)
     for alike in by_scheme.values():
         assert alike[0].scheme is not None
-        scheme = scheme_from_dict(alike[0].scheme)
+        scheme = alike[0].scheme
         layouts = [kernel_layout(targets[layer.path].layer) for layer in alike]
         usable, problem = _usable(sums, layouts[0].in_features, scheme, alike[0].path)
         found = solve_kernels(
-            [_float32(values[targets[layer.path].layer._kernel.path]) for layer in alike],
+            [_float32(values[targets[layer.path].kernel_path]) for layer in alike],
             layouts,
             scheme,
             usable,
@@ -103,21 +83,6 @@ def solve_layers(
     return [solved[layer.path] for layer in layers]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SolvedSlices:
-    """Some of one layer's row slices, by their numbers.
-
-    Attributes:
-        path: Keras' path of the layer.
-        rows: each slice's result.
-        problem: why they could not be calibrated; "" if they were.
-    """
-
-    path: str
-    rows: dict[int, SolvedRows]
-    problem: str = ""
-
-
 def solve_some(
     target: Target,
     layer: LayerPlan,
@@ -131,7 +96,7 @@ def solve_some(
     layout = kernel_layout(target.layer)
     usable, problem = _usable(sums, layout.in_features, scheme, layer.path)
     rows = solve_kernel_rows(
-        _float32(values[target.layer._kernel.path]),
+        _float32(values[target.kernel_path]),
         layout,
         scheme,
         usable,
@@ -150,7 +115,7 @@ def join_layer(
     layout = kernel_layout(target.layer)
     rows = {number: found for part in parts for number, found in part.rows.items()}
     variables, report = join_kernel_rows(
-        _float32(values[target.layer._kernel.path]),
+        _float32(values[target.kernel_path]),
         layout,
         scheme,
         [rows[number] for number in range(layer.slices)],
@@ -170,10 +135,8 @@ def _make_room(sums: HessianSum | MagnitudeSum | None) -> None:
 
 
 def _gptq(layer: LayerPlan) -> GPTQScheme:
-    assert layer.scheme is not None
-    scheme = scheme_from_dict(layer.scheme)
-    assert isinstance(scheme, GPTQScheme)
-    return scheme
+    assert isinstance(layer.scheme, GPTQScheme)
+    return layer.scheme
 
 
 def _usable(
@@ -209,12 +172,11 @@ def _rounded(layout: KernelLayout, problem: str) -> dict[str, Any]:
 
 def _solve_table(target: Target, layer: LayerPlan, values: Values) -> SolvedLayer:
     assert layer.scheme is not None
-    reverse = getattr(target.layer, "reverse_embeddings", None)
-    table = values[target.layer._embeddings.path]
+    table = values[target.table_path]
     variables, report = solve_embeddings(
         _float32(table),
-        None if reverse is None else _float32(values[reverse.path]),
-        scheme_from_dict(layer.scheme),
+        None if target.reverse_table_path is None else _float32(values[target.reverse_table_path]),
+        layer.scheme,
         scale_dtype=str(table.dtype),
         name=layer.path,
     )
@@ -222,7 +184,7 @@ def _solve_table(target: Target, layer: LayerPlan, values: Values) -> SolvedLaye
 
 
 def _dtype(target: Target, values: Values) -> str:
-    return str(values[target.layer._kernel.path].dtype)
+    return str(values[target.kernel_path].dtype)
 
 
 def _float32(array: NDArray[Any]) -> Float32:
@@ -255,7 +217,7 @@ class CompiledAhead:
         pool = ThreadPoolExecutor(1, thread_name_prefix="compiling")
         for part, layer in _in_order(self._plan):
             kind = _kind(layer)
-            scheme = None if layer.scheme is None else scheme_from_dict(layer.scheme)
+            scheme = layer.scheme
             if not isinstance(scheme, GPTQScheme) or kind in self._begun:
                 continue
             # Kernels that Keras groups otherwise are solved in slices that hang on their layout.

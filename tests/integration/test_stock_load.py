@@ -151,7 +151,7 @@ def test_stock_answers_the_same_where_schemes_are_mixed(
     )
     run = finished_run(shared_preset("Llama3"), recipe(SCHEMES["gptq3"], *rules), tmp_path)
     mode_of = {
-        path: None if layer.scheme is None else layer.scheme["mode"]
+        path: None if layer.scheme is None else layer.scheme.mode
         for path, layer in run.layers().items()
         if path.startswith("transformer_layer_1/")
     }

@@ -6,6 +6,7 @@ from rich.console import Console
 from jobs.plan_table import plan_table
 from pipeline.estimates import estimate
 from pipeline.executor.ray_cluster import Resources
+from pipeline.recipe.recipe import Rule
 from tests.pipeline.tiny_runs import planned
 
 
@@ -39,8 +40,8 @@ def test_every_reason_for_float_is_shown_once_with_a_layer() -> None:
 
 def test_a_rule_that_decides_no_layer_is_shown() -> None:
     plan = planned("gptq").plan
-    rules = [{"pattern": pattern, "scheme": None} for pattern in ("querry", "self_attention/key")]
-    other = dataclasses.replace(plan, recipe={**plan.recipe, "rules": rules})
+    rules = tuple(Rule(pattern=p, scheme=None) for p in ("querry", "self_attention/key"))
+    other = dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"rules": rules}))
     stream = io.StringIO()
     table = plan_table(other, estimate(other, 1), Resources(workers=1, threads=1))
     Console(file=stream, width=200).print(table)

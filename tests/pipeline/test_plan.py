@@ -23,7 +23,7 @@ def test_the_digest_covers_all_that_decides_bytes() -> None:
     assert plan.tokens is not None
     others = [
         dataclasses.replace(plan, source_files_sha256="0" * 64),
-        dataclasses.replace(plan, recipe={**plan.recipe, "name": "x"}),
+        dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"name": "x"})),
         dataclasses.replace(plan, tokens=dataclasses.replace(plan.tokens, digest="0" * 64)),
         dataclasses.replace(plan, tokens=None),
         dataclasses.replace(plan, parts=plan.parts[:-1]),

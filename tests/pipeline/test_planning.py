@@ -16,6 +16,7 @@ from pipeline.model.preset import read_preset
 from pipeline.plan import LayerPlan, Plan
 from pipeline.planning import make_plan
 from pipeline.recipe.recipe_file import recipe_from_dict
+from quantizer.schemes import Int8Scheme
 from tests.pipeline.tiny_runs import NUM_BLOCKS, planned, recipe, source, text_file
 
 CALIBRATION = {"texts": [str(text_file())], "num_samples": 4, "sequence_length": 64}
@@ -67,9 +68,7 @@ def test_rules_decide_layer_by_layer() -> None:
     )
     found = layers(plan)
     assert found["transformer_layer_1/self_attention/query"].scheme is None
-    assert found["transformer_layer_0/self_attention/query"].scheme == {
-        **(found["transformer_layer_0/self_attention/key"].scheme or {}),
-    }
+    assert found["transformer_layer_0/self_attention/query"].scheme == Int8Scheme()
     assert found["token_embedding"].scheme is not None
     for part in plan.parts[1:]:
         assert [group.targets for group in part.groups] == [("feedforward_output_dense",)]

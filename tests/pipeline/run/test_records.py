@@ -1,6 +1,5 @@
 """Records read back as they were written, and a single other byte is noticed."""
 
-import dataclasses
 import json
 
 import pytest
@@ -18,7 +17,7 @@ from pipeline.run.records import (
     record_key,
 )
 from pipeline.storage.record import RecordError
-from quantizer.schemes import GPTQScheme, scheme_to_dict
+from quantizer.schemes import GPTQScheme
 
 PLAN = "a" * 64
 RECORD = PartRecord(
@@ -32,7 +31,7 @@ RECORD = PartRecord(
     layers=(
         LayerRecord(
             path="llama_backbone/transformer_layer_6/self_attention/query",
-            scheme=scheme_to_dict(GPTQScheme(weight_bits=3)),
+            scheme=GPTQScheme(weight_bits=3),
             account={"loss": 0.1 + 0.2, "damping": 1e-300, "notes": ["é", None, True, {}]},
         ),
         LayerRecord(path="router", note="routers stay in floating point"),
@@ -59,7 +58,7 @@ def test_reads_back_what_was_written(written):
     read = type(written).from_json(data)
     assert read == written
     assert read.to_json() == data
-    assert json.loads(data)["sha256"] == digest_of(dataclasses.asdict(written))
+    assert json.loads(data)["sha256"] == digest_of(written.content())
 
 
 @pytest.mark.parametrize("written", [RECORD, MANIFEST], ids=lambda w: type(w).__name__)
@@ -94,7 +93,7 @@ def test_notices_every_flipped_bit_and_every_cut(written):
     ],
 )
 def test_refuses_what_is_no_record_however_well_sealed(change, problem):
-    content = {**dataclasses.asdict(RECORD), **change}
+    content = {**RECORD.content(), **change}
     sealed = canonical_json({"content": content, "sha256": digest_of(content)})
     with pytest.raises(RecordError, match=problem) as caught:
         PartRecord.from_json(sealed)
