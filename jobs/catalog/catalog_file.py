@@ -19,9 +19,9 @@ from pipeline.recipe.recipe_file import load_recipe, recipe_from_dict
 from pipeline.recipe.yaml_document import (
     MAX_BYTES,
     MarkedYaml,
-    Place,
+    YamlPath,
     describe_mistake,
-    in_turn,
+    mistake_order,
     read_yaml,
 )
 from pipeline.storage.object_store import open_store
@@ -78,7 +78,7 @@ def read_catalog(path: str) -> Catalog:
     Raises:
         CatalogError: `file:line: what is wrong; what to do`.
     """
-    content = read_given_file(path, max_bytes=MAX_BYTES, kind=CatalogError)
+    content = read_given_file(path, max_bytes=MAX_BYTES, error_type=CatalogError)
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -97,13 +97,13 @@ def parse_catalog(text: str, *, where: str, folder: Path | None) -> Catalog:
     Raises:
         CatalogError: `where:line: what is wrong; what to do`.
     """
-    document = read_yaml(text, where=where, kind=CatalogError)
+    document = read_yaml(text, where=where, error_type=CatalogError)
     try:
         written = CatalogFile.model_validate(_with_defaults(document.values))
     except ValidationError as invalid:
         errors = sorted(
             filter(_counts(invalid.errors()), invalid.errors()),
-            key=lambda error: in_turn(error, document.line_of(error["loc"])),
+            key=lambda error: mistake_order(error, document.line_of(error["loc"])),
         )
         more = f" ({len(errors) - 1} more after it)" if len(errors) > 1 else ""
         mistake = describe_mistake(errors[0], CatalogFile)
@@ -216,7 +216,7 @@ class _Checked:
         hint = f"did you mean {near[0]}? " if near else ""
         return f"alias_of names no model of this file: {name}; {hint}add it, or mend the name"
 
-    def _entry(self, model: Model, place: Place, aliases: tuple[str, ...]) -> Entry:
+    def _entry(self, model: Model, place: YamlPath, aliases: tuple[str, ...]) -> Entry:
         if model.preset is None:
             raise self._refuse(
                 place, f"{model.name} has no preset; add preset: URL, or alias_of: another model"
@@ -260,7 +260,7 @@ class _Checked:
             ),
         )
 
-    def _recipe(self, given: str | dict[str, Any], model: Model, at: Place) -> Recipe:
+    def _recipe(self, given: str | dict[str, Any], model: Model, at: YamlPath) -> Recipe:
         try:
             if isinstance(given, str):
                 # A file is read once, however many models name it.
@@ -275,7 +275,7 @@ class _Checked:
         except RecipeError as error:
             raise self._refuse(at, str(error)) from None
 
-    def _calibrated(self, recipe: Recipe, model: Model, at: Place) -> Recipe:
+    def _calibrated(self, recipe: Recipe, model: Model, at: YamlPath) -> Recipe:
         if not recipe.needs_calibration:
             return recipe
         values = recipe.to_dict()
@@ -284,7 +284,7 @@ class _Checked:
         values["calibration"]["texts"] = [self._anywhere(text, at) for text in texts]
         return recipe_from_dict(values, where=recipe.name)
 
-    def _anywhere(self, url: str, place: Place) -> str:
+    def _anywhere(self, url: str, place: YamlPath) -> str:
         """A local path as any process of this machine finds it; URLs as they are."""
         if "://" in url or url.startswith("hf:"):
             return url
@@ -297,5 +297,5 @@ class _Checked:
             )
         return os.path.normpath(self._folder / path)  # storage URLs hold no ".."
 
-    def _refuse(self, place: Place, text: str) -> CatalogError:
+    def _refuse(self, place: YamlPath, text: str) -> CatalogError:
         return CatalogError(f"{self._document.where}:{self._document.line_of(place)}: {text}")

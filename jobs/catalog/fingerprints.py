@@ -83,7 +83,7 @@ def texts_state(sources: Sequence[str]) -> Known:
         if source.startswith("hf:"):
             state[source] = "by name"
             continue
-        for file in find_given_files(source, kind=CalibrationTextError):
+        for file in find_given_files(source, error_type=CalibrationTextError):
             state[file] = _token(file)
     return Known(state=state)
 

@@ -64,7 +64,7 @@ class Part:
                 "its policy that of the scheme?"
             )
         return {
-            own[name].place: _in_dtype(value, np.dtype(own[name].dtype))
+            own[name].name_path: _in_dtype(value, np.dtype(own[name].dtype))
             for name, value in variables.items()
         }
 
@@ -91,11 +91,13 @@ def cut_parts(
     # A group is one layer's own variables; it is never spread over files.
     part_of_group: dict[str, int] = {}
     for stored in layout:
-        part_of_group.setdefault(stored.group, part_of_variable.get(id(stored.variable), 0))
+        part_of_group.setdefault(stored.h5_group, part_of_variable.get(id(stored.variable), 0))
     parts = tuple(
         Part(
             number=number,
-            variables=tuple(stored for stored in layout if part_of_group[stored.group] == number),
+            variables=tuple(
+                stored for stored in layout if part_of_group[stored.h5_group] == number
+            ),
         )
         for number in range(len(blocks) + 1)
     )
@@ -113,7 +115,7 @@ def encode_part(part: Part, values: Mapping[str, NDArray[Any]]) -> bytes:
 
     Args:
         part: from `cut_parts`.
-        values: an array for each of the part's variables, by `StoredVariable.place`; shape and
+        values: an array for each of the part's variables, by `StoredVariable.name_path`; shape and
             dtype must be the variable's. From the source come all those that are not quantized,
             from `quantizer.keras_format` the others.
 
@@ -121,16 +123,16 @@ def encode_part(part: Part, values: Mapping[str, NDArray[Any]]) -> bytes:
         ArtifactError: a variable without a value, a value without a variable, or a wrong shape
             or dtype: stock Keras would refuse the file, or read it wrongly.
     """
-    places = [variable.place for variable in part.variables]
+    places = [variable.name_path for variable in part.variables]
     if len(set(places)) != len(places):
         twice = sorted({place for place in places if places.count(place) > 1})
         raise ArtifactError(f"{part.file}: more than one variable at {twice}")
     _check_complete(part.file, places, values)
     groups: dict[str, list[NDArray[Any]]] = {}
     for variable in part.variables:
-        value = values[variable.place]
+        value = values[variable.name_path]
         _check_value(part.file, variable, value)
-        groups.setdefault(variable.group, []).append(value)
+        groups.setdefault(variable.h5_group, []).append(value)
     return weights_file_bytes(groups)
 
 
@@ -143,7 +145,7 @@ def decode_part(part: Part, data: bytes) -> dict[str, NDArray[Any]]:
     groups = read_weights_file(data, max_bytes=part.num_bytes)
     expected: dict[str, list[StoredVariable]] = {}
     for variable in part.variables:
-        expected.setdefault(variable.group, []).append(variable)
+        expected.setdefault(variable.h5_group, []).append(variable)
     found = {name: len(arrays) for name, arrays in groups.items()}
     wanted = {name: len(variables) for name, variables in expected.items()}
     if found != wanted:
@@ -159,7 +161,7 @@ def decode_part(part: Part, data: bytes) -> dict[str, NDArray[Any]]:
                 _check_value(part.file, variable, value)
             except ArtifactError as error:
                 raise WeightsFileError(f"{error}; the file is not of this model") from None
-            values[variable.place] = value
+            values[variable.name_path] = value
     return values
 
 
@@ -170,7 +172,7 @@ def weights_index(parts: Iterable[Part]) -> bytes:
     for part in parts:
         total_bytes += part.num_bytes
         # Keras looks a layer up by the absolute path of its group.
-        weight_map |= {f"/{variable.group}": part.file for variable in part.variables}
+        weight_map |= {f"/{variable.h5_group}": part.file for variable in part.variables}
     return canonical_json({"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 
@@ -193,6 +195,6 @@ def _check_complete(file: str, places: Sequence[str], values: Mapping[str, NDArr
 def _check_value(file: str, variable: StoredVariable, value: NDArray[Any]) -> None:
     if value.shape != variable.shape or value.dtype != np.dtype(variable.dtype):
         raise ArtifactError(
-            f"{file}: {variable.place} is {value.dtype}{list(value.shape)} where Keras reads "
+            f"{file}: {variable.name_path} is {value.dtype}{list(value.shape)} where Keras reads "
             f"{variable.dtype}{list(variable.shape)}"
         )

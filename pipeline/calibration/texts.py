@@ -56,7 +56,7 @@ def _openers(sources: Sequence[str], text_field: str) -> list[tuple[str, Iterato
             files: tuple[str, ...] = (source,)
             stream = hub_rows(parse_hub_source(source), text_field)
         else:
-            files = find_given_files(source, kind=CalibrationTextError)
+            files = find_given_files(source, error_type=CalibrationTextError)
             readers = [(reader_of(file), file) for file in files]
             stream = chain.from_iterable(read(file, text_field) for read, file in readers)
         for file in files:

@@ -56,7 +56,7 @@ class Block:
     Attributes:
         index: its place in the chain, from 0.
         layer: the Keras layer.
-        kind: equal for blocks that one compiled program serves, given other variable values.
+        signature: equal for blocks that one compiled program serves, given other variable values.
         targets: its Dense and EinsumDense layers, depth first.
         unsupported: what has matrices but cannot be quantized, with the reason.
         arguments: positional and keyword arguments of its call, with stand-ins for tensors.
@@ -64,7 +64,7 @@ class Block:
 
     index: int
     layer: keras.layers.Layer
-    kind: str
+    signature: str
     targets: tuple[Target, ...]
     unsupported: tuple[Unsupported, ...]
     arguments: tuple[Sequence[Any], Mapping[str, Any]]
@@ -141,7 +141,7 @@ def find_blocks(skeleton: Skeleton) -> BlockGraph:
             Block(
                 index=index,
                 layer=layer,
-                kind=block_kind(layer, _describe(node, hidden_states)),
+                signature=block_signature(layer, _describe(node, hidden_states)),
                 targets=find_targets([layer], prefix=layer.path),
                 unsupported=find_unsupported([layer]),
                 arguments=_stand_ins(node, hidden_states, side_inputs),
@@ -342,7 +342,7 @@ def replay(output: Any, given: dict[int, Any], inputs: dict[str, Any]) -> Any:
 _PLACE = frozenset({"name", "path", "parent_path", "built", "trainable", "dtype_policy"})
 
 
-def block_kind(layer: keras.layers.Layer, call: str) -> str:
+def block_signature(layer: keras.layers.Layer, call: str) -> str:
     """A digest of a block's classes, settings, variables' shapes and dtypes, and its call.
 
     Args:

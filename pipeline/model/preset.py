@@ -27,14 +27,14 @@ class PresetFiles:
 
     Attributes:
         url: the folder.
-        kind: "keras" as KerasHub saves it, or "huggingface" with safetensors.
+        format: "keras" as KerasHub saves it, or "huggingface" with safetensors.
         json_files: content of each JSON file outside assets/, by name within the folder.
         sizes: bytes of each file, by name within the folder.
         store: where they are.
     """
 
     url: str
-    kind: Literal["keras", "huggingface"]
+    format: Literal["keras", "huggingface"]
     json_files: Mapping[str, bytes]
     sizes: Mapping[str, int]
     store: ObjectStore = field(repr=False)
@@ -130,12 +130,12 @@ def read_preset(url: str) -> PresetFiles:
                     "allowed; is it a model's?"
                 )
             json_files[name] = store.get(name, size=sizes[name])
-    preset = PresetFiles(url=url, kind="keras", json_files=json_files, sizes=sizes, store=store)
+    preset = PresetFiles(url=url, format="keras", json_files=json_files, sizes=sizes, store=store)
     config = preset.parse("config.json")
     if "registered_name" in config:
         return preset
     if "model_type" in config:
-        return replace(preset, kind="huggingface")
+        return replace(preset, format="huggingface")
     raise SourceError(
         f"{url}/config.json: neither a KerasHub preset (no registered_name) nor a Hugging Face "
         "model (no model_type)"

@@ -55,6 +55,26 @@ class Skeleton:
         """The task, or the backbone where there is none."""
         return self.backbone if self.task is None else self.task
 
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether the task is a causal language model, whose output is the next token's logits."""
+        return isinstance(self.task, keras_hub.models.CausalLM)
+
+    @property
+    def backbone_layers(self) -> tuple[keras.layers.Layer, ...]:
+        """The backbone and every layer inside it, however deep."""
+        return tuple(self.backbone._flatten_layers())
+
+    def mark_calibrated(self) -> None:
+        """Let gptq and awq layers use their quantized variables, as Keras' loader does.
+
+        Without this they compute with the float kernel that they no longer have.
+        """
+        for layer in self.backbone_layers:
+            mode = getattr(layer, "quantization_mode", None)
+            if mode in ("gptq", "awq"):
+                setattr(layer, f"is_{mode}_calibrated", True)
+
     @cached_property
     def stored(self) -> tuple[StoredVariable, ...]:
         """The backbone's variables that a weights file holds."""
@@ -65,7 +85,7 @@ class Skeleton:
         """Those that a task's own weights file holds, beside its backbone's."""
         if self.task is None:
             return ()
-        return weight_layout(self.task, skip=list(self.backbone._flatten_layers()))
+        return weight_layout(self.task, skip=self.backbone_layers)
 
 
 def build_skeleton(
@@ -109,7 +129,7 @@ def build_skeleton(
 
 def _configs(preset: PresetFiles) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The JSON of backbone and task, as KerasHub itself would use them."""
-    if preset.kind == "huggingface":
+    if preset.format == "huggingface":
         return convert_config(preset)
     backbone_json = preset.parse("config.json")
     task_json = preset.parse("task.json") if "task.json" in preset.json_files else None

@@ -8,8 +8,10 @@ from typing import Any
 
 import keras
 
+from pipeline.recipe.recipe import LayerKind
 from quantizer.errors import LayerError
 from quantizer.keras_format.kernel_layout import einsum_layout
+from quantizer.keras_format.layers import kernel_layout
 
 _KERNELS = (keras.layers.Dense, keras.layers.EinsumDense)
 _TABLES = (keras.layers.Embedding, keras.layers.ReversibleEmbedding)
@@ -28,6 +30,40 @@ class Target:
     path: str
     name: str
     layer: keras.layers.Layer
+
+    @property
+    def layer_kind(self) -> LayerKind:
+        return "embedding" if isinstance(self.layer, _TABLES) else "kernel"
+
+    @property
+    def in_features(self) -> int:
+        """Inputs of the matrix; of an embedding, the length of its vectors."""
+        if self.layer_kind == "embedding":
+            return int(self.layer.output_dim)
+        return kernel_layout(self.layer).in_features
+
+    @property
+    def out_features(self) -> int:
+        """Outputs of the matrix; of an embedding, the number of tokens."""
+        if self.layer_kind == "embedding":
+            return int(self.layer.input_dim)
+        return kernel_layout(self.layer).out_features
+
+    @property
+    def kernel_path(self) -> str:
+        """Path of the kernel's variable; the layer must not be an embedding."""
+        return str(self.layer._kernel.path)
+
+    @property
+    def table_path(self) -> str:
+        """Path of an embedding's table."""
+        return str(self.layer._embeddings.path)
+
+    @property
+    def reverse_table_path(self) -> str | None:
+        """Path of the second table that an untied ReversibleEmbedding computes logits with."""
+        table = getattr(self.layer, "reverse_embeddings", None)
+        return None if table is None else str(table.path)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,7 @@ def preset_tokenizer(preset: PresetFiles) -> PresetTokenizer:
     Raises:
         SourceError: the preset has none, or it does not build.
     """
-    if preset.kind == "keras":
+    if preset.format == "keras":
         check_trusted(preset.parse("tokenizer.json"), f"{preset.url}/tokenizer.json")
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
         # KerasHub reads vocabularies from local files only.

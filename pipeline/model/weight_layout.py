@@ -30,7 +30,7 @@ _KINDS = ("Operation", "Layer", "Functional", "Sequential")
 class StoredVariable:
     """One variable of a model, and its place in the model's weights file."""
 
-    group: str
+    h5_group: str
     """HDF5 group, such as "layers/dense/vars"."""
     index: int
     """Name of the dataset within the group."""
@@ -43,15 +43,15 @@ class StoredVariable:
 
     @property
     def key(self) -> str:
-        return f"{self.group}/{self.index}"
+        return f"{self.h5_group}/{self.index}"
 
     @property
-    def place(self) -> str:
+    def name_path(self) -> str:
         """The variable by its owner's place and its name: the same before and after quantizing.
 
         A key is not: a kernel at index 0 makes way for a bias when gptq takes it.
         """
-        return f"{self.group.removesuffix('vars')}{self.name}"
+        return f"{self.h5_group.removesuffix('vars')}{self.name}"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -112,7 +112,7 @@ class _Recorder(saving_lib.H5IOStore):  # type: ignore[misc]  # Keras carries no
         owner = str(variable.path).rpartition("/")[0]
         self.found.append(
             StoredVariable(
-                group=self._group, index=int(key), name=name, layer_path=owner, variable=variable
+                h5_group=self._group, index=int(key), name=name, layer_path=owner, variable=variable
             )
         )
 

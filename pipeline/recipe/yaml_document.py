@@ -1,9 +1,7 @@
-"""A user's YAML file as plain values, with the line that each of them stands on.
+"""A user's YAML file as plain values with their line numbers, and its mistakes in plain words.
 
-YAML can build huge values from a few lines (aliases of aliases), and exhaust the stack of its
-reader (deep nesting): both are refused from its stream of events, before any value is made.
-
-What pydantic found wrong with a user's values, in words the user can act on.
+A few lines of YAML can build huge values (aliases of aliases) or exhaust the parser's stack (deep
+nesting). Both are rejected while reading the event stream, before any value is built.
 """
 
 from __future__ import annotations
@@ -21,22 +19,23 @@ MAX_BYTES = 256 * 1024
 MAX_DEPTH = 20
 MAX_ALIASES = 20
 
-Place = tuple[int | str, ...]
+YamlPath = tuple[int | str, ...]
+"""The keys and list indices that lead to a value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MarkedYaml:
-    """A YAML document's values and lines."""
+    """A YAML document: its values, and the nodes that know their lines."""
 
     values: Any
     where: str
     """The file, for messages."""
     node: yaml.Node
 
-    def line_of(self, place: Place) -> int:
-        """The line, from 1, of the value at `place`, or of the nearest that holds it."""
+    def line_of(self, path: YamlPath) -> int:
+        """Line, counted from 1, of the value at `path`, or of its innermost existing parent."""
         node, line = self.node, self.node.start_mark.line
-        for step in place:
+        for step in path:
             found = _child(node, step)
             if found is None:
                 break
@@ -44,67 +43,67 @@ class MarkedYaml:
         return int(line) + 1
 
 
-def read_yaml(text: str, *, where: str, kind: type[PipelineError]) -> MarkedYaml:
+def read_yaml(text: str, *, where: str, error_type: type[PipelineError]) -> MarkedYaml:
     """Read one document of plain values.
 
     Args:
         text: the YAML text.
         where: its file, for messages.
-        kind: the error to raise.
+        error_type: the error to raise.
 
     Raises:
-        PipelineError: of `kind`; no YAML, no or several documents, a key given twice, tags that
-            would build objects, or more bytes, depth or aliases than a written file has.
+        PipelineError: an `error_type`: invalid YAML, no document or several, a duplicate key, tags
+            that would build objects, or more bytes, nesting or aliases than a person writes.
     """
     if len(text.encode()) > MAX_BYTES:
-        raise kind(f"{where}:1: more than {MAX_BYTES} bytes; split the file")
+        raise error_type(f"{where}:1: more than {MAX_BYTES} bytes; split the file")
     try:
-        _check_events(text, where, kind)
+        _check_events(text, where, error_type)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is None:
-            raise kind(f"{where}:1: the file is empty; write its keys and values")
-        _check_keys(node, where, kind)
+            raise error_type(f"{where}:1: the file is empty; write its keys and values")
+        _check_keys(node, where, error_type)
         return MarkedYaml(values=yaml.safe_load(text), where=where, node=node)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise kind(f"{where}:{line}: {error.reason}; remove that character") from None
+        raise error_type(f"{where}:{line}: {error.reason}; remove that character") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = 1 if mark is None else mark.line + 1
         problem = ", ".join(filter(None, (error.context, error.problem)))
-        raise kind(f"{where}:{line}: {problem}; correct the YAML there") from None
+        raise error_type(f"{where}:{line}: {problem}; correct the YAML there") from None
     except ValueError as error:
-        # Such as a date of month 13.
+        # A date in month 13, for example.
         if isinstance(error, PipelineError):
             raise
-        raise kind(f"{where}:1: {error}; put such values in quotes") from None
+        raise error_type(f"{where}:1: {error}; put such values in quotes") from None
 
 
-def _check_events(text: str, where: str, kind: type[PipelineError]) -> None:
+def _check_events(text: str, where: str, error_type: type[PipelineError]) -> None:
     depth = num_aliases = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         line = 0 if event.start_mark is None else event.start_mark.line + 1
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_DEPTH:
-                raise kind(f"{where}:{line}: nested more than {MAX_DEPTH} deep; flatten it")
+                raise error_type(f"{where}:{line}: nested more than {MAX_DEPTH} deep; flatten it")
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         elif isinstance(event, yaml.AliasEvent):
             num_aliases += 1
             if num_aliases > MAX_ALIASES:
-                raise kind(
+                raise error_type(
                     f"{where}:{line}: more than {MAX_ALIASES} aliases (*name); write values out"
                 )
 
 
-def _check_keys(root: yaml.Node, where: str, kind: type[PipelineError]) -> None:
-    """Refuse a key given twice, of which YAML would silently keep the last."""
+def _check_keys(root: yaml.Node, where: str, error_type: type[PipelineError]) -> None:
+    """Reject duplicate keys: PyYAML would silently keep the last one."""
     seen: set[int] = set()
     waiting = [root]
     while waiting:
         node = waiting.pop()
-        if id(node) in seen:  # by an alias
+        if id(node) in seen:  # an alias of a node already checked
             continue
         seen.add(id(node))
         if isinstance(node, yaml.SequenceNode):
@@ -117,12 +116,12 @@ def _check_keys(root: yaml.Node, where: str, kind: type[PipelineError]) -> None:
                     continue
                 if key.value in keys:
                     line = key.start_mark.line + 1
-                    raise kind(f"{where}:{line}: {key.value} is given twice; remove one")
+                    raise error_type(f"{where}:{line}: {key.value} is given twice; remove one")
                 keys.add(key.value)
 
 
 def _child(node: yaml.Node, step: int | str) -> tuple[yaml.Node, int] | None:
-    """The node at one step below, and the line it is found at: its key's, or its own."""
+    """The node one step down, and its line (its key's line within a mapping)."""
     if isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
         entry = node.value[step]
         return entry, entry.start_mark.line
@@ -133,57 +132,57 @@ def _child(node: yaml.Node, step: int | str) -> tuple[yaml.Node, int] | None:
     return None
 
 
-def in_turn(error: ErrorDetails, line: int) -> tuple[bool, int]:
-    """To sort mistakes by: lines, but what is missing last, as it may stand there misspelled."""
+def mistake_order(error: ErrorDetails, line: int) -> tuple[bool, int]:
+    """Sort key: by line, but missing keys last, since an unknown key may be a misspelled one."""
     return error["type"] == "missing", line
 
 
 def describe_mistake(error: ErrorDetails, model: type[BaseModel]) -> str:
-    """Say which value is wrong, what was given and what is right, in one line.
+    """One line that says which value is wrong, what was given, and what is allowed.
 
     Args:
         error: one of `ValidationError.errors()`.
-        model: what was validated, for the keys it has.
+        model: the model that was validated; its fields are the known keys.
     """
     loc = error["loc"]
-    place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc)
-    place = place.removeprefix(".")
+    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc)
+    path = path.removeprefix(".")
     given = f"got {_shortened(repr(error['input']))}"
     allowed = error.get("ctx", {})
     match error["type"]:
         case "extra_forbidden":
             known = ", ".join(_keys(model, loc[:-1]))
-            return f"unknown key {place}; the keys here are {known}"
+            return f"unknown key {path}; the keys here are {known}"
         case "missing":
-            return f"{place} is missing; add it"
+            return f"{path} is missing; add it"
         case "model_type" | "model_attributes_type":
-            return f"{place or 'this'} must be a mapping of keys to values, {given}"
+            return f"{path or 'this'} must be a mapping of keys to values, {given}"
         case "tuple_type" | "list_type":
-            return f"{place} must be a list, {given}; write - before each entry"
+            return f"{path} must be a list, {given}; write - before each entry"
         case "int_type":
-            return f"{place} must be a whole number, {given}; write it without quotes or a point"
+            return f"{path} must be a whole number, {given}; write it without quotes or a point"
         case "bool_type":
-            return f"{place} must be true or false, {given}; write it without quotes"
+            return f"{path} must be true or false, {given}; write it without quotes"
         case "string_type":
-            return f"{place} must be text, {given}; put it in quotes"
+            return f"{path} must be text, {given}; put it in quotes"
         case "too_short" | "string_too_short":
-            return f"{place} is empty; give at least {allowed['min_length']}"
+            return f"{path} is empty; give at least {allowed['min_length']}"
         case "too_long" | "string_too_long":
-            return f"{place} is too long; at most {allowed['max_length']} are allowed"
+            return f"{path} is too long; at most {allowed['max_length']} are allowed"
         case "greater_than_equal":
-            return f"{place} must be at least {allowed['ge']}, {given}; raise it"
+            return f"{path} must be at least {allowed['ge']}, {given}; raise it"
         case "less_than_equal":
-            return f"{place} must be at most {allowed['le']}, {given}; lower it"
+            return f"{path} must be at most {allowed['le']}, {given}; lower it"
         case "less_than":
-            return f"{place} must be less than {allowed['lt']}, {given}; lower it"
+            return f"{path} must be less than {allowed['lt']}, {given}; lower it"
         case "string_pattern_mismatch":
-            return f"{place} must match {allowed['pattern']}, {given}; rename it"
+            return f"{path} must match {allowed['pattern']}, {given}; rename it"
         case "literal_error":
-            return f"{place} must be {allowed['expected']}, {given}; choose one of them"
+            return f"{path} must be {allowed['expected']}, {given}; choose one of them"
         case "value_error":
-            # Our own validators, and the schemes', say what to do themselves.
-            return f"{place}: {allowed['error']}".removeprefix(": ")
-    return f"{place}: {error['msg']}, {given}; correct it"
+            # The messages of our own validators are complete.
+            return f"{path}: {allowed['error']}".removeprefix(": ")
+    return f"{path}: {error['msg']}, {given}; correct it"
 
 
 def _shortened(text: str) -> str:
@@ -191,7 +190,7 @@ def _shortened(text: str) -> str:
 
 
 def _keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """The keys of the mapping at `loc`, found through the annotations on the way."""
+    """The known keys of the mapping at `loc`, found by following the annotations."""
     for step in loc:
         if isinstance(step, str) and step in model.model_fields:
             model = _model_in(model.model_fields[step].annotation) or model

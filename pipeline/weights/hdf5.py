@@ -98,10 +98,10 @@ class Hdf5Weights:
         shards = self._shards()
         places = {}
         for stored in self.skeleton.stored:
-            files = shards.get(f"/{stored.group}") if shards else (_SINGLE,)
+            files = shards.get(f"/{stored.h5_group}") if shards else (_SINGLE,)
             if files is None:
                 raise SourceError(
-                    f"{self.preset.url}/{_MAP}: /{stored.group} is missing from its weight_map"
+                    f"{self.preset.url}/{_MAP}: /{stored.h5_group} is missing from its weight_map"
                 )
             places[str(stored.variable.path)] = _Place(stored, files)
         for stored in self.skeleton.stored_by_task:

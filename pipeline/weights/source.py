@@ -137,7 +137,7 @@ def open_source(preset: PresetFiles, skeleton: Skeleton | None = None) -> Source
     skeleton = skeleton or build_skeleton(preset)
     meter = Meter()
     weights: WeightFiles
-    if preset.kind == "huggingface":
+    if preset.format == "huggingface":
         weights = SafetensorsWeights(preset, meter)
     else:
         weights = Hdf5Weights(preset, skeleton, meter)

@@ -11,20 +11,17 @@ Cut a traced JAX program into stages that run one after the other, each compiled
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
-import keras
 from jax import Array
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 from pipeline.errors import SourceError
 from pipeline.model.blocks import Block
-from pipeline.model.targets import Target
+from pipeline.model.stateless import call_with, recorded_inputs
 from pipeline.recipe.recipe import StatisticsKind
 from quantizer import kernel_layout
 
@@ -100,9 +97,8 @@ class BlockProgram:
         self, values: Sequence[Array], hidden_states: Array, side_inputs: Sequence[Array]
     ) -> tuple[Array, ...]:
         """The inputs of the groups, in the order of their first calls, and the output."""
-        seen: list[tuple[Target, Array]] = []
         args, kwargs = self._block.bind(hidden_states, side_inputs)
-        with _noting(self._wanted.values(), seen):
+        with recorded_inputs(self._wanted.values()) as seen:
             output = call_with(self._block.layer, values, *args, **kwargs)
         names = [target.name for target, _ in seen]
         for name in names:
@@ -126,37 +122,13 @@ class BlockProgram:
         self.groups = tuple(
             InputGroup(
                 targets=tuple(members),
-                in_features=kernel_layout(self._wanted[members[0]].layer).in_features,
+                in_features=self._wanted[members[0]].in_features,
                 input_axes=axes,
                 statistics=wanted,
             )
             for members, _, axes, wanted in grouped
         )
         return (*(tensor for _, tensor, _, _ in grouped), output)
-
-
-def call_with(layer: Any, values: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-    """`layer(*args, **kwargs)` with values for its weights, in the order of `layer.weights`."""
-    mapping = list(zip(layer.weights, values, strict=True))
-    with keras.StatelessScope(state_mapping=mapping):
-        return layer(*args, **kwargs)
-
-
-@contextmanager
-def _noting(targets: Any, seen: list[tuple[Target, Array]]) -> Iterator[None]:
-    def noting(target: Target, call: Callable[..., Any], inputs: Any, **kwargs: Any) -> Any:
-        seen.append((target, inputs))
-        return call(inputs, **kwargs)
-
-    watched = list(targets)
-    for target in watched:
-        # On the instance, for the time of one trace, and past Keras' tracking of attributes.
-        object.__setattr__(target.layer, "call", partial(noting, target, target.layer.call))
-    try:
-        yield
-    finally:
-        for target in watched:
-            object.__delattr__(target.layer, "call")
 
 
 class Stage:

@@ -146,7 +146,7 @@ class StreamedModel:
         values = [value for _, value in pairs]
         cut = self.graph.blocks[block]
         # Blocks of one kind list their variables alike: one program serves them.
-        program = self._program(cut.kind, cut.layer, pairs)
+        program = self._program(cut.signature, cut.layer, pairs)
         for state in states:
             args, kwargs = cut.bind(state[0], state[1:])
             state[0] = np.asarray(program(values, list(args), kwargs))
@@ -193,12 +193,8 @@ def source_model(model: ModelState) -> StreamedModel:
 def artifact_model(model: ModelState, store: ObjectStore) -> StreamedModel:
     """The artifact, from its committed files."""
     _, skeleton = model.evaluated
-    for layer in skeleton.backbone._flatten_layers():
-        # What Keras' loader sets when it reads such a layer's variables.
-        mode = getattr(layer, "quantization_mode", None)
-        if mode in ("gptq", "awq"):
-            setattr(layer, f"is_{mode}_calibrated", True)
-    own = {stored.place: stored.variable for stored in skeleton.stored}
+    skeleton.mark_calibrated()
+    own = {stored.name_path: stored.variable for stored in skeleton.stored}
     of_backbone = {id(variable) for variable in skeleton.backbone.variables}
     rest_of_task = {str(v.path): v for v in skeleton.model.variables if id(v) not in of_backbone}
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import keras_hub
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,6 +23,7 @@ from pipeline.reduction import Subtree, reduce_subtree
 from pipeline.run import activations
 from pipeline.run.commits import commit_part, committed_file
 from pipeline.run.records import Manifest, PartRecord
+from pipeline.run.worker_api import CalibrationStatistics, SolvedLayer, SolvedSlices, Values
 from pipeline.storage.object_store import open_store
 from pipeline.worker import statistics as input_sums
 from pipeline.worker.block_program import BlockProgram
@@ -31,16 +31,7 @@ from pipeline.worker.calibration_shards import Batch, CalibrationShards, LostSha
 from pipeline.worker.evaluate import artifact_model, compare, source_model
 from pipeline.worker.memory import FreedMemory
 from pipeline.worker.model_state import ModelState, in_order
-from pipeline.worker.solve import (
-    CompiledAhead,
-    SolvedLayer,
-    SolvedSlices,
-    Values,
-    join_layer,
-    solve_layers,
-    solve_some,
-)
-from pipeline.worker.statistics import CalibrationStatistics
+from pipeline.worker.solve import CompiledAhead, join_layer, solve_layers, solve_some
 
 
 class Worker:
@@ -194,11 +185,11 @@ class Worker:
         paths = [layer.path for layer in self._plan.parts[part].layers if layer.scheme]
         return self.commit(part, "", values, self.solve(part, paths, values, None))
 
-    def seal(self, records: Mapping[int, PartRecord]) -> Manifest:
+    def finalize(self, records: Mapping[int, PartRecord]) -> Manifest:
         """Write the artifact's small files and the manifest; all parts must be committed."""
         return seal(self._plan, self._model, self._store, records)
 
-    def compare(self, windows: bytes, chosen: Sequence[int]) -> list[WindowFidelity]:
+    def evaluate(self, windows: bytes, chosen: Sequence[int]) -> list[WindowFidelity]:
         """Run source and finished artifact over some of the windows."""
         given = TokenWindows.from_bytes(windows)
         picked = list(chosen)
@@ -207,7 +198,7 @@ class Worker:
             artifact_model(self._model, self._store),
             given.tokens[picked],
             given.mask[picked],
-            causal=isinstance(self._model.own.task, keras_hub.models.CausalLM),
+            causal=self._model.own.predicts_tokens,
         )
 
     def keep(self, block: int, shards: Sequence[int]) -> dict[int, activations.Kept]:
@@ -228,7 +219,7 @@ class Worker:
         """The block's weights, quantized as far as they are, on the device."""
         targets = self._model.targets(block + 1)
         kernels = {
-            str(targets[layer.path].layer._kernel.path): layer.kernel
+            targets[layer.path].kernel_path: layer.kernel
             for layers in solved
             for layer in layers
             if layer.kernel is not None

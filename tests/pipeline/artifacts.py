@@ -55,7 +55,7 @@ def source_values(source: Path, skeleton: Any) -> dict[str, NDArray[Any]]:
     """The float model's variables by place."""
     stored = read_weights_file((source / "model.weights.h5").read_bytes(), max_bytes=1 << 30)
     layout = weight_layout(skeleton.backbone)
-    return {variable.place: stored[variable.group][variable.index] for variable in layout}
+    return {variable.name_path: stored[variable.h5_group][variable.index] for variable in layout}
 
 
 def some_statistics(path: str, in_features: int, scheme: Scheme) -> HessianSum | MagnitudeSum:
@@ -86,7 +86,7 @@ def encode(source: Path, schemes: Schemes) -> Encoded:
         solved = _solve(path, layers[path], scheme, original, values)
         values |= part.layer_values(path, solved)
     files = {
-        part.file: encode_part(part, {v.place: values[v.place] for v in part.variables})
+        part.file: encode_part(part, {v.name_path: values[v.name_path] for v in part.variables})
         for part in parts
     }
     files[INDEX_FILE] = weights_index(parts)
@@ -98,7 +98,7 @@ def _solve(
     path: str, layer: Any, scheme: Scheme, original: Any, values: Mapping[str, NDArray[Any]]
 ) -> dict[str, NDArray[Any]]:
     own = {
-        variable.name: np.asarray(values[variable.place], "float32")
+        variable.name: np.asarray(values[variable.name_path], "float32")
         for variable in weight_layout(original.backbone)
         if variable.layer_path == path
     }

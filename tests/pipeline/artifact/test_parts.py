@@ -172,9 +172,9 @@ def test_index_sends_each_layer_to_the_file_that_has_it(encoded):
     index = json.loads(encoded.files[INDEX_FILE])
     for part in encoded.parts:
         values = decode_part(part, encoded.files[part.file])
-        groups = {f"/{variable.group}" for variable in part.variables}
+        groups = {f"/{variable.h5_group}" for variable in part.variables}
         assert {g for g, file in index["weight_map"].items() if file == part.file} == groups
-        assert set(values) == {variable.place for variable in part.variables}
+        assert set(values) == {variable.name_path for variable in part.variables}
     assert index["metadata"]["total_size"] == sum(part.num_bytes for part in encoded.parts)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import SourceError
-from pipeline.model.blocks import BlockGraph, block_kind, find_blocks
+from pipeline.model.blocks import BlockGraph, block_signature, find_blocks
 from pipeline.model.preset import read_preset
 from pipeline.model.skeleton import Skeleton, build_skeleton
 from pipeline.model.targets import find_targets, find_unsupported
@@ -42,7 +42,7 @@ def wrap(backbone: Any, task: Any = None) -> Skeleton:
 
 def weightless(kind: type, **options: Any) -> Any:
     with keras.StatelessScope(initialize_variables=False):
-        return kind(**options)
+        return signature(**options)
 
 
 def run(graph: BlockGraph, inputs: dict[str, Any]) -> Any:
@@ -118,16 +118,19 @@ def test_one_block_is_a_chain_too() -> None:
     assert [block.index for block in find_blocks(skeleton_of(path)).blocks] == [0]
 
 
-def test_blocks_alike_share_a_kind_and_others_do_not() -> None:
-    kinds = {
-        architecture: {b.kind for b in find_blocks(skeleton_of(shared_preset(architecture))).blocks}
+def test_equal_blocks_share_a_signature_and_others_do_not() -> None:
+    signatures = {
+        architecture: {
+            block.signature
+            for block in find_blocks(skeleton_of(shared_preset(architecture))).blocks
+        }
         for architecture in ("Llama3", "Mistral", "GPT2")
     }
-    assert {len(kind) for kind in kinds.values()} == {1}
-    assert len(set.union(*kinds.values())) == 3
+    assert {len(found) for found in signatures.values()} == {1}
+    assert len(set.union(*signatures.values())) == 3
 
 
-def test_a_kind_knows_sliding_windows_apart_from_full_attention() -> None:
+def test_signatures_tell_sliding_windows_from_full_attention() -> None:
     backbone = weightless(
         keras_hub.models.Gemma3Backbone,
         **{**SIZE, "num_layers": 7},
@@ -141,19 +144,26 @@ def test_a_kind_knows_sliding_windows_apart_from_full_attention() -> None:
     sliding = [
         block.layer.use_sliding_window_attention for block in find_blocks(wrap(backbone)).blocks
     ]
-    kinds = [block.kind for block in find_blocks(wrap(backbone)).blocks]
-    assert len(set(sliding)) == len(set(kinds)) == 2
-    assert [kind == kinds[0] for kind in kinds] == [slides == sliding[0] for slides in sliding]
+    signatures = [block.signature for block in find_blocks(wrap(backbone)).blocks]
+    assert len(set(sliding)) == len(set(signatures)) == 2
+    assert [found == signatures[0] for found in signatures] == [
+        slides == sliding[0] for slides in sliding
+    ]
 
 
-def test_a_kind_depends_on_settings_shapes_and_dtypes_but_not_on_names() -> None:
-    def kind(**options: Any) -> str:
+def test_a_signature_depends_on_settings_shapes_and_dtypes_but_not_on_names() -> None:
+    def signature(**options: Any) -> str:
         layer = keras.Sequential([keras.layers.Dense(4, **options)])
         layer.build((None, 8))
-        return block_kind(layer, "call")
+        return block_signature(layer, "call")
 
-    assert kind(name="a") == kind(name="b")
-    others = [kind(), kind(activation="relu"), kind(use_bias=False), kind(dtype="bfloat16")]
+    assert signature(name="a") == signature(name="b")
+    others = [
+        signature(),
+        signature(activation="relu"),
+        signature(use_bias=False),
+        signature(dtype="bfloat16"),
+    ]
     assert len(set(others)) == 4
 
 

@@ -83,7 +83,7 @@ def test_zero_points_that_keras_forgets_to_save_have_their_place(policy, names):
     layout = weight_layout(model)
     assert [variable.name for variable in layout] == names
     assert [variable.index for variable in layout] == list(range(len(names)))
-    assert {variable.group for variable in layout} == {"layers/dense/vars"}
+    assert {variable.h5_group for variable in layout} == {"layers/dense/vars"}
     assert {variable.layer_path for variable in layout} == {"model/dense"}
     assert layer.variable_serialization_spec[layer.quantization_mode] == names
 
@@ -97,7 +97,7 @@ def test_place_survives_quantization_though_the_key_does_not():
         return bias
 
     before, after = bias_of("float32"), bias_of("gptq/4/16_from_float32")
-    assert before.place == after.place == "layers/dense/bias"
+    assert before.name_path == after.name_path == "layers/dense/bias"
     assert before.key != after.key
 
 

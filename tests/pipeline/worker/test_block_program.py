@@ -151,6 +151,6 @@ def test_a_kind_of_block_is_compiled_once() -> None:
     state: ModelState = model_state(given.plan.to_json(), str(source()))
     execute(given, open_store("memory://test-forward/once"), workers=2)
     execute(given, open_store("memory://test-forward/twice"), workers=1)
-    assert len({block.kind for block in state.graph.blocks}) == 1
+    assert len({block.signature for block in state.graph.blocks}) == 1
     [program] = state._programs.values()
     assert [stage._run._cache_size() for stage in program._stages] == [1] * 5
