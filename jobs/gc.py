@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich.table import Table
@@ -93,7 +91,7 @@ def _sweep(store: ObjectStore, *, delete: bool, lease_seconds: float) -> Swept:
     try:
         if not delete:
             return Swept(url=url, garbage=find_garbage(store))
-        with _held(store, lease_seconds) as held:
+        with lease.acquire(store, seconds=lease_seconds, wait=False) as held:
             # Only now: what a driver at work writes may be needed a moment later.
             garbage = find_garbage(store)
             for one in garbage:
@@ -111,8 +109,7 @@ def _sweep_whole(
     try:
         if not delete:
             return Swept(url=url, garbage=whole_run(store, run.reason))
-        held = lease.acquire(store, seconds=lease_seconds, wait=False)
-        try:
+        with lease.acquire(store, seconds=lease_seconds, wait=False) as held:
             if not is_still_unneeded(root, run):
                 return Swept(url=url, skipped="a release of it was made current meanwhile")
             garbage = whole_run(store, run.reason)
@@ -120,8 +117,6 @@ def _sweep_whole(
                 if not one.key.startswith(lease.PREFIX):
                     held.check()
                     remove(store, one)
-        finally:
-            held.release()
         # What the holder last said, too: nobody is to find a run here.
         for key in store.list(lease.PREFIX):
             store.delete(key)
@@ -129,15 +124,6 @@ def _sweep_whole(
     except PipelineError as error:
         return Swept(url=url, skipped=str(error))
     return Swept(url=url, garbage=garbage, deleted=True)
-
-
-@contextlib.contextmanager
-def _held(store: ObjectStore, seconds: float) -> Iterator[lease.Lease]:
-    held = lease.acquire(store, seconds=seconds, wait=False)
-    try:
-        yield held
-    finally:
-        held.release()
 
 
 def _table(swept: list[Swept]) -> Table:

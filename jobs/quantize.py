@@ -73,7 +73,7 @@ class Driving:
 
     keep_every: int = 8
     wait: bool = True
-    lease_seconds: float = lease.SECONDS
+    lease_seconds: float = lease.TERM_SECONDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,17 +237,14 @@ def _lease(job: Job, store: ObjectStore) -> Iterator[lease.Lease | None]:
         yield None
         return
     driving = job.driving
-    held = lease.acquire(
+    with lease.acquire(
         store,
         seconds=driving.lease_seconds,
         wait=driving.wait,
         tell=lambda text: log_event("waiting", text),
-    )
-    try:
-        # Whoever was waited for may have finished.
+    ) as held:
+        # The driver that this one waited for may have finished.
         yield None if store.exists(MANIFEST_KEY) else held
-    finally:
-        held.release()
 
 
 def _print_summary(summary: Summary, store: ObjectStore, *, as_json: bool) -> None:

@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.quantities import count, size
-from pipeline.canonical import sha256
 from pipeline.estimates import Estimate
 from pipeline.fidelity import Fidelity
 from pipeline.plan import Plan
@@ -90,7 +89,7 @@ class Summary:
         layers = [layer for record in records for layer in record.layers]
         return cls(
             plan_digest=plan.digest,
-            manifest_sha256=sha256(manifest.to_json()),
+            manifest_sha256=manifest.record_sha256,
             model=plan.model,
             task=plan.task,
             source_bytes=costs.source_bytes,

@@ -17,7 +17,6 @@ from jobs.metrics import RunMetrics
 from jobs.publish.releases import Release, find_current, publish
 from jobs.publish.verdict import Verdict, failures, figures, find_verdict, save_verdict
 from jobs.publish.verified_files import note_whole
-from pipeline.canonical import sha256
 from pipeline.errors import (
     DamagedObjectError,
     LeaseHeldError,
@@ -72,7 +71,7 @@ def fulfil(
     enter: Enter,
     *,
     wait: bool,
-    lease_seconds: float = lease.SECONDS,
+    lease_seconds: float = lease.TERM_SECONDS,
 ) -> Fulfilled:
     """Quantize what is not quantized, measure, verify, judge, and publish.
 
@@ -90,7 +89,10 @@ def fulfil(
     """
     set_run(run=request.run_id, model=request.model, recipe=request.recipe_name)
     store = run_store(root, request.run_id)
-    with _held(store, lease_seconds, wait=wait) as held, _Work(request, enter) as work:
+    held = lease.acquire(
+        store, seconds=lease_seconds, wait=wait, tell=lambda text: log_event("waiting", text)
+    )
+    with held, _Work(request, enter) as work:
         artifact = _at_rest(root, request) or _made(root, request, work, held)
         is_known, fidelity = _known_quality(root, request, artifact)
         if not is_known:
@@ -220,7 +222,7 @@ def _known_quality(
     """Whether the artifact's quality, on the texts that the request names, is known; and it."""
     if not request.evaluation_texts:
         return True, None
-    manifest_sha256 = sha256(artifact.manifest.to_json())
+    manifest_sha256 = artifact.manifest.record_sha256
     verdict = find_verdict(root, request.request_id)
     if verdict is not None and verdict.manifest_sha256 == manifest_sha256 and verdict.quality:
         return True, Fidelity(**verdict.quality)
@@ -248,7 +250,7 @@ def _judged(request: Request, artifact: _Artifact, fidelity: Fidelity | None) ->
         recipe_name=request.recipe_name,
         run_id=artifact.run_id,
         plan_digest=artifact.plan.digest,
-        manifest_sha256=sha256(artifact.manifest.to_json()),
+        manifest_sha256=artifact.manifest.record_sha256,
         source_bytes=sum(part.source_bytes for part in artifact.plan.parts),
         stored_bytes=sum(weights),
         quality=figures(fidelity),
@@ -272,20 +274,6 @@ def _verify(root: ObjectStore, artifact: _Artifact) -> None:
             "published: start again, which makes them again"
         )
     note_whole(root, artifact.run_id, artifact.manifest, versions)
-
-
-@contextlib.contextmanager
-def _held(store: ObjectStore, seconds: float, *, wait: bool) -> Iterator[lease.Lease]:
-    held = lease.acquire(
-        store,
-        seconds=seconds,
-        wait=wait,
-        tell=lambda text: log_event("waiting", text),
-    )
-    try:
-        yield held
-    finally:
-        held.release()
 
 
 def fulfilled_json(done: Fulfilled) -> dict[str, object]:

@@ -42,7 +42,7 @@ class RunState:
     text: str = ""
 
 
-def run_state(store: ObjectStore, *, term_seconds: float = lease.SECONDS) -> RunState:
+def run_state(store: ObjectStore, *, term_seconds: float = lease.TERM_SECONDS) -> RunState:
     """Look at the run at the store's root.
 
     Args:
@@ -68,7 +68,7 @@ def run_state(store: ObjectStore, *, term_seconds: float = lease.SECONDS) -> Run
             heartbeat_seconds=heartbeat,
             stored_bytes=stored,
         )
-    seen = lease.look(store)
+    seen = lease.find_latest(store)
     driven: State = "stopped"
     if not seen.is_over:
         driven = "silent" if heartbeat is None or heartbeat > term_seconds else "running"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from jobs.catalog.request import run_store
 from jobs.publish.releases import Current, Release, find_current, history, move
-from pipeline.canonical import sha256
 from pipeline.errors import DamagedObjectError, MissingObjectError, PipelineError
 from pipeline.run import lease
 from pipeline.run.commits import damaged_files, read_manifest
@@ -57,12 +56,9 @@ def rollback(root: ObjectStore, model: str, recipe_name: str) -> Current:
 def _checked_move(root: ObjectStore, model: str, release: Release) -> Current:
     """Under the run's lease, which `quantfleet gc` needs to delete it."""
     store = run_store(root, release.run_id)
-    held = lease.acquire(store, wait=False)
-    try:
+    with lease.acquire(store, wait=False):
         verify_release(root, release)
         return move(root, model, release, by_hand=True)
-    finally:
-        held.release()
 
 
 def verify_release(root: ObjectStore, release: Release) -> None:
@@ -79,7 +75,7 @@ def verify_release(root: ObjectStore, release: Release) -> None:
             f"{store.root_url}: the artifact of release {release.number} is gone; it was collected "
             "by quantfleet gc, or deleted by hand"
         ) from None
-    if sha256(manifest.to_json()) != release.manifest_sha256:
+    if manifest.record_sha256 != release.manifest_sha256:
         raise DamagedObjectError(
             f"{store.url(manifest.key)} is not the one that was published as release "
             f"{release.number}"

@@ -97,7 +97,7 @@ def _unneeded(store: ObjectStore, plan: Plan, keys: tuple[str, ...]) -> Iterator
     if finished:
         manifest = read_manifest(store)
         named = {*manifest.files, *manifest.records}
-    latest = lease.look(store).epoch
+    latest = lease.find_latest(store).epoch
     kept = activations.needed(store)
     for key in keys:
         if key.startswith(QUARANTINE_PREFIX):

@@ -1,22 +1,18 @@
-"""Who drives a run: one driver at a time, each with a higher number than the one before.
+"""The lease on a run: one driver at a time, each with a higher number than the one before.
 
-Creating an object once is all that this needs of a store. Whoever creates `leases/00007.json` is
-the seventh driver and the holder, until somebody creates the eighth, or the holder says that it has
-ended. A holder overwrites its own `leases/00007.beat.json` again and again; others watch that for
-change on their own clock, so that clocks need not agree.
+All this needs of a store is create-once. Whoever creates `leases/00007.json` is the seventh driver
+and holds the lease until the eighth is created or the holder releases it. A holder overwrites its
+own `leases/00007.beat.json` at regular intervals; the others watch that object for change on their
+own clocks, so clocks need not agree.
 
-A lease saves work; it does not guard bytes. Whatever a driver writes is the same whoever writes it
-(see `pipeline.run.commits`), so a driver that went to sleep and wakes up too late can only waste
-time.
-
-Which process this is, so that another on the same machine can tell whether it still lives.
+The lease saves work; it does not protect bytes. Every driver of a run writes the same bytes
+(see `pipeline.run.commits`), so a driver that was suspended and wakes up too late only wastes time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import platform
 import secrets
@@ -26,7 +22,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import ClassVar, Self, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from pipeline.canonical import canonical_json
 from pipeline.errors import (
@@ -37,25 +35,28 @@ from pipeline.errors import (
     StorageError,
 )
 from pipeline.storage.object_store import ObjectStore
+from pipeline.storage.record import STRICT
 
 PREFIX = "leases/"
-SECONDS = 60.0
-"""A driver that is silent for so long has lost its run to whoever waits for it."""
-_BEATS_A_TERM = 6
-_LOOKS_A_TERM = 12
-_LONGEST_FAREWELL_SECONDS = 5.0
-_MOST_BYTES = 1 << 16
+TERM_SECONDS = 60.0
+"""A driver that is silent for this long loses its run to any driver that waits for it."""
+_BEATS_PER_TERM = 6
+_POLLS_PER_TERM = 12
+_RELEASE_TIMEOUT_SECONDS = 5.0
+_MAX_BYTES = 1 << 16
+
+_Stored = TypeVar("_Stored")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
-    """What storage says of the latest lease.
+class LatestLease:
+    """The latest lease in storage.
 
     Attributes:
-        epoch: its number; 0 where there is none.
-        holder: who created it; None where that cannot be read.
-        beat: the bytes that it last wrote, which change while it lives.
-        released: it has said that it ended.
+        epoch: its number; 0 if there is none.
+        holder: the process that created it; None if that cannot be read.
+        beat: the bytes of its last heartbeat, which change while the holder lives.
+        released: the holder has released it.
     """
 
     epoch: int
@@ -65,69 +66,73 @@ class Seen:
 
     @property
     def is_over(self) -> bool:
-        """Whether the next may follow at once: it has ended, or its process here is gone."""
+        """Whether the next driver may follow at once: released, or its local process is gone."""
         return self.released or (self.holder is not None and self.holder.is_gone())
 
 
-def look(store: ObjectStore) -> Seen:
-    """Find the latest lease of the run at the store's root."""
-    epoch = _latest(store)
+def find_latest(store: ObjectStore) -> LatestLease:
+    """Find the latest lease on the run at the store's root."""
+    epoch = _latest_epoch(store)
     if epoch == 0:
-        return Seen(epoch=0)
-    beat, said = _read(store, _beat_key(epoch))
-    _, holder = _read(store, _key(epoch))
-    return Seen(
+        return LatestLease(epoch=0)
+    data, beat = _read(store, _beat_key(epoch), _Beat)
+    _, claim = _read(store, _key(epoch), _Claim)
+    return LatestLease(
         epoch=epoch,
-        holder=ProcessIdentity.from_dict(holder.get("holder")),
-        beat=beat,
-        released=said.get("released") is True,
+        holder=claim and claim.holder,
+        beat=data,
+        released=beat is not None and beat.released,
     )
 
 
 @dataclass
 class Lease:
-    """The right to drive a run, kept alive by a thread until it is released or lost."""
+    """The right to drive a run, renewed by a thread until the `with` block ends or it is lost."""
 
     store: ObjectStore
     epoch: int
-    seconds: float = SECONDS
+    seconds: float = TERM_SECONDS
     _beats: int = 0
     _ended: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
     def check(self) -> None:
-        """Make sure that nobody has followed; to be asked before anything is deleted.
+        """Make sure that no other driver has taken over; call this before deleting anything.
 
         Raises:
-            LeaseLostError: somebody has.
+            LeaseLostError: another driver has.
         """
-        latest = _latest(self.store)
-        if latest > self.epoch:
+        if _latest_epoch(self.store) > self.epoch:
             self._ended.set()
-            follower = look(self.store).holder
             raise LeaseLostError(
                 f"{self.store.root_url}: this driver was silent for {self.seconds:g} s or more, "
-                f"and {follower or 'another driver'} has taken the run over; this one stops, and "
-                "nothing is lost"
+                f"and {_holder(find_latest(self.store))} has taken the run over; this one stops, "
+                "and nothing is lost"
             )
 
     def release(self) -> None:
-        """Say that this driver has ended, so that the next need not wait."""
+        """Let the next driver follow at once."""
         self._ended.set()
         if self._thread is not None:
-            # Of a store that does not answer, nobody is told: the next waits for a term.
-            self._thread.join(timeout=_LONGEST_FAREWELL_SECONDS)
+            # If the store does not answer in time, the next driver waits for a term instead.
+            self._thread.join(timeout=_RELEASE_TIMEOUT_SECONDS)
 
-    def keep(self) -> Lease:
-        """Start the thread that keeps it."""
+    def start(self) -> Self:
+        """Start the thread that renews it."""
         self._beat(released=False)
-        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
         return self
 
-    def _keep(self) -> None:
-        while not self._ended.wait(self.seconds / _BEATS_A_TERM):
-            # The store may be away for a while; work pauses too, and the next beat may arrive.
+    def _renew(self) -> None:
+        while not self._ended.wait(self.seconds / _BEATS_PER_TERM):
+            # If the store is away for a while, work pauses too, and a later beat may arrive.
             with contextlib.suppress(StorageError):
                 self._beat(released=False)
         with contextlib.suppress(StorageError):
@@ -135,88 +140,84 @@ class Lease:
 
     def _beat(self, *, released: bool) -> None:
         self._beats += 1
-        said = {"beats": self._beats, "released": released}
-        self.store.put(_beat_key(self.epoch), canonical_json(said))
+        beat = _Beat(beats=self._beats, released=released)
+        self.store.put(_beat_key(self.epoch), canonical_json(dataclasses.asdict(beat)))
 
 
 def acquire(
     store: ObjectStore,
     *,
-    seconds: float = SECONDS,
+    seconds: float = TERM_SECONDS,
     wait: bool = True,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Lease:
-    """Become the driver of the run at the store's root.
+    """Become the driver of the run at the store's root for the time of a `with` block.
 
     Args:
-        seconds: silence after which another driver is taken to be dead.
-        wait: for a living driver to end; otherwise only until it shows that it lives.
-        tell: is told, once, who is waited for.
+        seconds: silence after which another driver is considered dead.
+        wait: until a living driver ends; otherwise only until it shows that it is alive.
+        tell: called at most once, with a message that names the driver being waited for.
 
     Raises:
-        LeaseHeldError: another driver lives, and `wait` is False.
+        LeaseHeldError: another driver is alive, and `wait` is False.
         StorageError: the store cannot be used.
     """
-    seen, since = look(store), time.monotonic()
+    latest, since = find_latest(store), time.monotonic()
     told = False
     while True:
-        if seen.is_over or time.monotonic() - since >= seconds:
-            lease = _follow(store, seen.epoch, seconds)
+        if latest.is_over or time.monotonic() - since >= seconds:
+            lease = _follow(store, latest.epoch, seconds)
             if lease is not None:
                 return lease
         elif not told:
             told = True
-            tell(f"{_name(seen)} drives this run, or did until now; waiting to see whether it ends")
-        time.sleep(seconds / _LOOKS_A_TERM)
-        now = look(store)
-        if (now.epoch, now.beat) != (seen.epoch, seen.beat):
-            seen, since = now, time.monotonic()
-            if not (wait or seen.is_over):
+            tell(f"waiting for {_holder(latest)}, which drives this run or did until recently")
+        time.sleep(seconds / _POLLS_PER_TERM)
+        now = find_latest(store)
+        if (now.epoch, now.beat) != (latest.epoch, latest.beat):
+            latest, since = now, time.monotonic()
+            if not (wait or latest.is_over):
                 raise LeaseHeldError(
-                    f"{store.root_url}: {_name(seen)} is at work on this run; start again when it "
-                    "has ended"
+                    f"{store.root_url}: {_holder(latest)} is at work on this run; start again when "
+                    "it has ended"
                 )
 
 
-def _name(seen: Seen) -> str:
-    return str(seen.holder or "another driver")
+def _holder(latest: LatestLease) -> str:
+    return str(latest.holder or "another driver")
 
 
 def _follow(store: ObjectStore, epoch: int, seconds: float) -> Lease | None:
-    """The lease after `epoch`, unless somebody else was faster."""
-    # The nonce makes two drivers' bytes differ, and a lost acknowledgement our own success.
-    claim = {"holder": this_process().to_dict(), "nonce": secrets.token_hex(16)}
+    """The lease after `epoch`; None if another driver was faster."""
+    # Two drivers' claims differ by the nonce, so that a lost acknowledgement is recognized as ours.
+    claim = _Claim(holder=this_process(), nonce=secrets.token_hex(16))
     try:
-        store.create(_key(epoch + 1), canonical_json(claim))
+        store.create(_key(epoch + 1), canonical_json(dataclasses.asdict(claim)))
     except FileExistsError:
         return None
-    return Lease(store=store, epoch=epoch + 1, seconds=seconds).keep()
+    return Lease(store=store, epoch=epoch + 1, seconds=seconds).start()
 
 
 def epoch_of(key: str) -> int:
-    """The number of the lease that an object below PREFIX belongs to; 0 of none."""
+    """The number of the lease that an object below PREFIX belongs to; 0 for other objects."""
     name = key.removeprefix(PREFIX).partition(".")[0]
     return int(name) if name.isdecimal() else 0
 
 
-def _latest(store: ObjectStore) -> int:
+def _latest_epoch(store: ObjectStore) -> int:
     return max(map(epoch_of, store.list(PREFIX)), default=0)
 
 
-def _read(store: ObjectStore, key: str) -> tuple[bytes, dict[str, Any]]:
-    """An object's bytes and content; nothing of either where it is missing or damaged.
-
-    A lease that cannot be read is one that is silent.
-    """
+def _read(store: ObjectStore, key: str, kind: type[_Stored]) -> tuple[bytes, _Stored | None]:
+    """An object's bytes and content; a lease that is missing or damaged counts as a silent one."""
     try:
-        data = store.get(key, at_most=_MOST_BYTES)
+        data = store.get(key, at_most=_MAX_BYTES)
     except (MissingObjectError, DamagedObjectError):
-        return b"", {}
+        return b"", None
     try:
-        content = json.loads(data)
-    except (ValueError, RecursionError):
-        return data, {}
-    return data, content if isinstance(content, dict) else {}
+        return data, TypeAdapter(kind).validate_json(data)
+    except ValidationError:
+        return data, None
 
 
 def _key(epoch: int) -> str:
@@ -228,15 +229,37 @@ def _beat_key(epoch: int) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Claim:
+    """The content of a lease."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    holder: ProcessIdentity
+    nonce: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Beat:
+    """The content of a heartbeat."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    beats: int
+    released: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProcessIdentity:
-    """One process, of all that ever ran on any machine.
+    """One process, distinct from every other that ever ran on any machine.
 
     Attributes:
-        host: for people.
-        kernel: this boot of this machine and its space of process numbers; "" where unknown.
-        process: its number there.
-        started: when it started, in the kernel's own ticks; numbers are used again.
+        host: for messages.
+        kernel: this boot of this machine and its PID namespace; "" if unknown.
+        process: its process number there.
+        started: when it started, in the kernel's ticks; process numbers are reused.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     host: str
     kernel: str
@@ -247,32 +270,18 @@ class ProcessIdentity:
         return f"process {self.process} on {self.host}"
 
     def is_gone(self) -> bool:
-        """Whether it was a process of this machine and is no more; never true of other machines."""
+        """Whether it ran on this machine and has ended; always False for other machines."""
         here = this_process()
         if not self.kernel or self.kernel != here.kernel:
             return False
-        return _started(self.process) != self.started
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Any) -> ProcessIdentity | None:
-        """Read what `to_dict` gave; None of anything else."""
-        if not isinstance(values, dict) or set(values) != {f.name for f in dataclasses.fields(cls)}:
-            return None
-        if not all(isinstance(values[name], str) for name in ("host", "kernel")):
-            return None
-        if not all(isinstance(values[name], int) for name in ("process", "started")):
-            return None
-        return cls(**values)
+        return _start_ticks(self.process) != self.started
 
 
 def this_process() -> ProcessIdentity:
-    """The identity of the process that asks."""
+    """The identity of the current process."""
     process = os.getpid()
     return ProcessIdentity(
-        host=platform.node(), kernel=_kernel(), process=process, started=_started(process)
+        host=platform.node(), kernel=_kernel(), process=process, started=_start_ticks(process)
     )
 
 
@@ -280,14 +289,14 @@ def this_process() -> ProcessIdentity:
 def _kernel() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        # Containers share a kernel, and each counts its processes anew.
+        # Containers share a kernel, and each numbers its processes anew.
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:  # not Linux
         return ""
 
 
-def _started(process: int) -> int:
-    """When a process started; 0 where it is no more, or only waits to be buried."""
+def _start_ticks(process: int) -> int:
+    """When a process started; 0 if it has ended, or is a zombie."""
     try:
         # The second field, the program's name in brackets, may hold anything.
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()

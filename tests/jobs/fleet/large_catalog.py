@@ -75,7 +75,7 @@ def finish(root: ObjectStore, request: Request) -> None:
         recipe_name=request.recipe_name,
         run_id=request.run_id,
         plan_digest="0" * 64,
-        manifest_sha256=sha256(manifest.to_json()),
+        manifest_sha256=manifest.record_sha256,
         source_bytes=2000,
         stored_bytes=600,
         quality=None,

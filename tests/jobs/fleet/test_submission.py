@@ -13,7 +13,6 @@ from jobs.fleet.staleness import Decision, decide
 from jobs.fleet.submission import Limits, Submission, exit_code_of_tasks, stop_jobs
 from jobs.publish.releases import publish
 from jobs.publish.verdict import Verdict, save_verdict
-from pipeline.canonical import sha256
 from pipeline.executor.ray_jobs import RayJob
 from pipeline.run.records import MANIFEST_KEY, Manifest
 from pipeline.storage.object_store import ObjectStore, open_store
@@ -84,7 +83,7 @@ def carried_out(root: ObjectStore, decision: Decision, failures: tuple[str, ...]
         recipe_name=request.recipe_name,
         run_id=request.run_id,
         plan_digest="0" * 64,
-        manifest_sha256=sha256(manifest.to_json()),
+        manifest_sha256=manifest.record_sha256,
         source_bytes=2,
         stored_bytes=1,
         quality=None,

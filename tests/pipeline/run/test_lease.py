@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.errors import LeaseHeldError, LeaseLostError, StorageError
 from pipeline.run import lease
-from pipeline.run.lease import PREFIX, ProcessIdentity, acquire, look, this_process
+from pipeline.run.lease import PREFIX, acquire, find_latest, this_process
 from pipeline.storage.object_store import ObjectStore, open_store
 
 _numbers = itertools.count()
@@ -30,7 +30,7 @@ def store() -> ObjectStore:
 def of_another_machine(store: ObjectStore, epoch: int = 1) -> None:
     """A lease whose holder cannot be asked whether it lives."""
     there = dataclasses.replace(this_process(), host="elsewhere", kernel="another")
-    claim = {"holder": there.to_dict(), "nonce": "0"}
+    claim = {"holder": dataclasses.asdict(there), "nonce": "0"}
     store.put(f"{PREFIX}{epoch:05d}.json", json.dumps(claim).encode())
 
 
@@ -42,7 +42,7 @@ def test_an_ended_driver_is_followed_at_once(store: ObjectStore) -> None:
         held.check()
         held.release()
         assert time.monotonic() - start < 5
-    assert look(store).released
+    assert find_latest(store).released
 
 
 def test_a_living_driver_is_waited_for(store: ObjectStore) -> None:
@@ -77,24 +77,24 @@ def test_a_silent_driver_is_followed_after_a_term_and_finds_out(store: ObjectSto
     with pytest.raises(LeaseLostError, match=f"process {os.getpid()}"):
         stale.check()
     # What a late one says of itself changes nothing.
-    stale.keep()
+    stale.start()
     stale.release()
     held.check()
-    assert (look(store).epoch, look(store).released) == (2, False)
+    assert (find_latest(store).epoch, find_latest(store).released) == (2, False)
     held.release()
 
 
 def test_a_driver_that_speaks_is_never_followed(store: ObjectStore) -> None:
     of_another_machine(store)
-    spoken = lease.Lease(store=store, epoch=1, seconds=TERM).keep()
+    spoken = lease.Lease(store=store, epoch=1, seconds=TERM).start()
     waiting = threading.Thread(target=lambda: acquire(store, seconds=TERM).release())
     waiting.start()
     time.sleep(4 * TERM)
-    assert look(store).epoch == 1
+    assert find_latest(store).epoch == 1
     spoken.check()
     spoken.release()
     waiting.join()
-    assert look(store).epoch == 2
+    assert find_latest(store).epoch == 2
 
 
 def test_clocks_need_not_agree(store: ObjectStore) -> None:
@@ -146,7 +146,7 @@ def test_a_dead_process_of_this_machine_is_followed_at_once(tmp_path) -> None:
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=False)
-    found = look(store)
+    found = find_latest(store)
     assert found.epoch == 1
     assert not found.released
     assert found.is_over
@@ -181,11 +181,11 @@ def test_a_store_that_is_away_does_not_end_a_driver(store: ObjectStore) -> None:
     backend.away = True
     time.sleep(2 * TERM / 6)
     backend.away = False
-    beat = look(store).beat
+    beat = find_latest(store).beat
     time.sleep(3 * TERM / 6)
-    assert look(store).beat != beat
+    assert find_latest(store).beat != beat
     held.release()
-    assert look(store).released
+    assert find_latest(store).released
 
 
 def test_a_process_is_gone_when_it_ended_or_another_has_its_number() -> None:
@@ -196,5 +196,3 @@ def test_a_process_is_gone_when_it_ended_or_another_has_its_number() -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     assert dataclasses.replace(here, process=ended.pid).is_gone()
-    assert ProcessIdentity.from_dict(here.to_dict()) == here
-    assert ProcessIdentity.from_dict({"host": 1}) is None
