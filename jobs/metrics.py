@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from pipeline.fidelity import Fidelity
-from pipeline.run.driver import Report, Step
+from pipeline.run.events import Report, Step
 
 COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "quantfleet_runs_total": ("Runs that ended, by outcome.", ("model", "recipe", "outcome")),

@@ -17,7 +17,7 @@ from rich.progress import (
 
 from jobs.logging import STDERR, is_json, log_event
 from pipeline.plan import Plan
-from pipeline.run.driver import Report, Step
+from pipeline.run.events import Report, Step
 from quantizer.schemes import scheme_to_dict
 
 _TROUBLE = frozenset({"damaged", "lost", "fewer"})

@@ -77,16 +77,17 @@ def logs(
     as_json: _Json = False,
 ) -> None:
     """Print what a run's drivers noted, in the order of time."""
-    from pipeline.run.events import event_dict, event_lines, read_events
+    from pipeline.run.events import read_events
     from pipeline.storage.object_store import open_store
 
     events = read_events(open_store(run))
     if not events:
         raise PipelineError(f"{run}: no events lie there; name a run, as quantfleet status does")
     if as_json:
-        print_json([event_dict(event) for event in events])
-    for line in () if as_json else event_lines(events):
-        typer.echo(line)
+        print_json([event.to_dict() for event in events])
+        return
+    for event in events:
+        typer.echo(event.line())
 
 
 def promote(

@@ -82,13 +82,13 @@ def run_state(store: ObjectStore, *, term_seconds: float = lease.TERM_SECONDS) -
     logs = sorted(key for key in known if key.startswith(EVENTS_PREFIX))
     found = pace(read_events(store, logs[-1:]))
     left = None
-    if found.seconds_a_part is not None and driven == "running":
-        left = found.seconds_a_part * (len(plan.parts) - done)
+    if found.seconds_per_part is not None and driven == "running":
+        left = found.seconds_per_part * (len(plan.parts) - done)
     return RunState(
         state=driven,
         parts_done=done,
         parts=len(plan.parts),
-        seconds_a_part=found.seconds_a_part,
+        seconds_a_part=found.seconds_per_part,
         seconds_left=left,
         heartbeat_seconds=heartbeat,
         source_bytes=sum(part.source_bytes for part in plan.parts),

@@ -9,45 +9,20 @@ Who is asked for what while one block is captured and solved: handles only, no a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.canonical import sha256
 from pipeline.errors import DamagedObjectError, PipelineError, PlanMismatchError
 from pipeline.executor.protocol import Executor, ExecutorError, WorkerLostError
 from pipeline.plan import PLAN_KEY, LayerPlan, PartPlan, Plan, read_plan
 from pipeline.reduction import Subtree, join, split
 from pipeline.run import activations
 from pipeline.run.commits import committed_parts, quarantine
+from pipeline.run.events import Report, Step
 from pipeline.run.records import Manifest, PartRecord
 from pipeline.storage.object_store import ObjectStore
 
 _MOST_LOSSES = 10
 """In a row, with nothing committed between them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """Something that a run reports.
-
-    Attributes:
-        event: "damaged", "resumed", "committed", "kept", "lost", "fewer" or "sealed".
-        part: the part that it is about.
-        parts: those that a resumed run finds committed.
-        record: of a committed part.
-        seconds: of work by stage since the last report, all workers together.
-        text: more, in words.
-    """
-
-    event: str
-    part: int | None = None
-    parts: tuple[int, ...] = ()
-    record: PartRecord | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    text: str = ""
-
-
-Report = Callable[[Step], None]
 
 
 def claim(store: ObjectStore, plan: Plan, windows: bytes | None = None) -> Plan:
@@ -218,7 +193,7 @@ def _quantize_in_turn(
             None if last else executor.submit(block % executor.num_workers, "read", block + 2)
         )
         solved = solve_in_turn(part, block, executor, shares, values)
-        previous = sha256(records[block].to_json()) if block else ""
+        previous = records[block].record_sha256 if block else ""
         record = executor.submit(
             block % executor.num_workers, "commit", block + 1, previous, values, *solved
         )

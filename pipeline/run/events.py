@@ -1,46 +1,74 @@
-"""What happened when and where: for people, and never read to decide anything.
+"""What happens in a run: what its driver reports, the log of it in storage, and reading that log.
 
-Each invocation writes one file below `events/`, a JSON object a line.
-
-What a run's drivers noted of it, in order: for people, who want to know how it goes.
+Events are for people; nothing in a run's result depends on them. Every driver writes a file of its
+own below `events/`, with one JSON object per line.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import json
 import os
 import platform
 import secrets
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, get_args
 
 from pipeline.errors import DamagedObjectError, MissingObjectError
-from pipeline.executor.ray_cluster import Resources
+from pipeline.executor.protocol import Allocation
 from pipeline.plan import Plan
-from pipeline.run.driver import Report, Step
+from pipeline.run.records import PartRecord
 from pipeline.storage.object_store import ObjectStore
 
 EVENTS_PREFIX = "events/"
+_MAX_BYTES = 64 << 20
+
+StepEvent: TypeAlias = Literal["damaged", "resumed", "committed", "kept", "lost", "fewer", "sealed"]
+"""Damaged objects found; committed parts found; a part committed; activations stored; a worker
+lost; fewer workers than before; the manifest written."""
+EventName: TypeAlias = StepEvent | Literal["started", "summary"]
+_NAMES = frozenset(name for names in get_args(EventName) for name in get_args(names))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a driver reports.
+
+    Attributes:
+        event: what happened.
+        part: the part that it concerns.
+        parts: those that a resumed run found committed.
+        record: of a committed part.
+        seconds: of work by stage since the last report, all workers together.
+        text: more, in words.
+    """
+
+    event: StepEvent
+    part: int | None = None
+    parts: tuple[int, ...] = ()
+    record: PartRecord | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    text: str = ""
+
+
+Report: TypeAlias = Callable[[Step], None]
 
 
 class EventLog:
-    """Collects a run's events, and writes them whenever a part was committed.
+    """Collects one driver's events, and writes them whenever a part is committed.
 
     Attributes:
         seconds: of work by stage, all workers together.
     """
 
     def __init__(
-        self, store: ObjectStore, plan: Plan, resources: Resources, epoch: int | None = None
+        self, store: ObjectStore, plan: Plan, allocation: Allocation, epoch: int | None = None
     ) -> None:
-        """Args: epoch: of the lease under which the run is driven; None where it is finished."""
-        now = datetime.datetime.now(datetime.UTC)
+        """Args: epoch: of the driver's lease; None if the run is finished and needs no driver."""
         self._store = store
-        self._key = f"{EVENTS_PREFIX}{now:%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.jsonl"
+        self._key = f"{EVENTS_PREFIX}{_now():%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.jsonl"
         self._lines: list[str] = []
         self.seconds: Counter[str] = Counter()
         self._add(
@@ -49,18 +77,22 @@ class EventLog:
             host=platform.node(),
             process=os.getpid(),
             epoch=epoch,
-            **dataclasses.asdict(resources),
+            **allocation.to_dict(),
         )
 
     def also(self, report: Report) -> Report:
-        """A report that goes here and there."""
+        """A report function that logs each step before it passes it on to `report`."""
 
         def both(step: Step) -> None:
             self.seconds.update(step.seconds)
-            values: dict[str, Any] = {"part": step.part, "text": step.text}
-            if step.record is not None:
-                values["size_bytes"] = step.record.size_bytes
-            self._add(step.event, seconds=step.seconds, **values)
+            size_bytes = None if step.record is None else step.record.size_bytes
+            self._add(
+                step.event,
+                seconds=step.seconds,
+                part=step.part,
+                text=step.text,
+                size_bytes=size_bytes,
+            )
             if step.event != "resumed":
                 self._write()
             report(step)
@@ -68,71 +100,80 @@ class EventLog:
         return both
 
     def close(self, summary: dict[str, Any]) -> None:
-        """Write the last line: what the invocation amounts to."""
+        """Write the last line, the summary."""
         self._add("summary", summary=summary)
         self._write()
 
-    def _add(self, event: str, **values: Any) -> None:
-        time = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        known = {name: value for name, value in values.items() if value not in (None, "", {})}
-        self._lines.append(json.dumps({"time": time, "event": event, **known}))
+    def _add(self, event: EventName, **values: Any) -> None:
+        given = {name: value for name, value in values.items() if value not in (None, "", {})}
+        time = _now().isoformat(timespec="milliseconds")
+        self._lines.append(json.dumps({"time": time, "event": event, **given}))
 
     def _write(self) -> None:
         self._store.put(self._key, ("\n".join(self._lines) + "\n").encode())
 
 
-_MOST_BYTES = 64 << 20
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """One line.
+    """One line of a log.
 
     Attributes:
         time: by the driver's clock.
-        name: "started", "committed", …
-        values: the rest.
+        values: everything else.
     """
 
     time: datetime.datetime
-    name: str
+    name: EventName
     values: dict[str, Any]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"time": self.time.isoformat(), "event": self.name, **self.values}
 
-def read_events(store: ObjectStore, keys: Sequence[str] | None = None) -> tuple[Event, ...]:
-    """All events of the run at the store's root, by time; lines that are none are left out.
-
-    Args:
-        keys: of the files to read; None for all.
-    """
-    found: list[Event] = []
-    for key in store.list(EVENTS_PREFIX) if keys is None else keys:
-        try:
-            content = store.get(key, at_most=_MOST_BYTES)
-        except (MissingObjectError, DamagedObjectError):
-            continue
-        found += filter(None, map(_parsed, content.decode("utf-8", "replace").splitlines()))
-    return tuple(sorted(found, key=lambda event: event.time))
-
-
-def event_lines(events: Sequence[Event]) -> Iterator[str]:
-    """A line for each event."""
-    for event in events:
-        values = dict(event.values)
+    def line(self) -> str:
+        """One line for people."""
+        values = dict(self.values)
         text = values.pop("text", "")
         seconds = values.pop("seconds", {})
         values |= {f"{stage}_seconds": round(spent, 2) for stage, spent in seconds.items()}
         summary = values.pop("summary", None)
         if isinstance(summary, dict):
             values |= {name: summary.get(name) for name in ("stored_bytes", "wall_seconds")}
-        said = " ".join(f"{name}={json.dumps(value)}" for name, value in values.items())
-        stamp = event.time.isoformat(timespec="seconds")
-        yield " ".join(filter(None, (stamp, event.name, text, said)))
+        rest = " ".join(f"{name}={json.dumps(value)}" for name, value in values.items())
+        stamp = self.time.isoformat(timespec="seconds")
+        return " ".join(filter(None, (stamp, self.name, text, rest)))
 
 
-def event_dict(event: Event) -> dict[str, Any]:
-    """Plain JSON values."""
-    return {"time": event.time.isoformat(), "event": event.name, **event.values}
+def read_events(store: ObjectStore, keys: Sequence[str] | None = None) -> tuple[Event, ...]:
+    """All events of the run at the store's root, by time; lines that are no event are left out.
+
+    Args:
+        keys: of the files to read; None for all.
+    """
+    events: list[Event] = []
+    for key in store.list(EVENTS_PREFIX) if keys is None else keys:
+        try:
+            content = store.get(key, at_most=_MAX_BYTES)
+        except (MissingObjectError, DamagedObjectError):
+            continue
+        events += _parse(content)
+    return tuple(sorted(events, key=lambda event: event.time))
+
+
+def _parse(content: bytes) -> Iterator[Event]:
+    for line in content.decode("utf-8", "replace").splitlines():
+        try:
+            values = json.loads(line)
+            time = datetime.datetime.fromisoformat(values.pop("time"))
+            name = values.pop("event")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+        if time.tzinfo and name in _NAMES and isinstance(values.get("seconds", {}), dict):
+            yield Event(time=time, name=name, values=values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,32 +181,20 @@ class Pace:
     """How fast the latest driver of a run is, or was.
 
     Attributes:
-        seconds_a_part: between its start and its latest part, on average.
-        text: the latest thing that it said in words.
+        seconds_per_part: between its start and its latest part, on average.
+        text: its latest message.
     """
 
-    seconds_a_part: float | None = None
+    seconds_per_part: float | None = None
     text: str = ""
 
 
 def pace(events: Sequence[Event]) -> Pace:
-    """Of one driver's events."""
+    """The pace of one driver, from its events."""
     committed = [event for event in events if event.name == "committed"]
     texts = [str(event.values["text"]) for event in events if event.values.get("text")]
     seconds = None
     if committed:
         elapsed = (committed[-1].time - events[0].time).total_seconds()
         seconds = max(elapsed, 0.0) / len(committed)
-    return Pace(seconds_a_part=seconds, text=texts[-1] if texts else "")
-
-
-def _parsed(line: str) -> Event | None:
-    try:
-        values = json.loads(line)
-        time = datetime.datetime.fromisoformat(values.pop("time"))
-        name = str(values.pop("event"))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    if time.tzinfo is None or not isinstance(values.get("seconds", {}), dict):
-        return None
-    return Event(time=time, name=name, values=values)
+    return Pace(seconds_per_part=seconds, text=texts[-1] if texts else "")

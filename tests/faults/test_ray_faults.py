@@ -17,7 +17,8 @@ from pipeline.executor.protocol import ExecutorError
 from pipeline.executor.ray_cluster import Resources, choose_resources
 from pipeline.executor.ray_executor import RayExecutor, joined
 from pipeline.remote_planning import claim_run
-from pipeline.run.driver import Step, quantize
+from pipeline.run.driver import quantize
+from pipeline.run.events import Step
 from pipeline.storage.object_store import open_store
 from tests.faults.random_kills import Fleet, fleet, left, start
 from tests.integration.ray_cluster import serve_ray

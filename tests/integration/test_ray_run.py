@@ -21,7 +21,8 @@ from pipeline.executor.protocol import ExecutorError
 from pipeline.executor.ray_cluster import Resources, choose_resources, memory_of_nodes
 from pipeline.executor.ray_executor import RayExecutor
 from pipeline.remote_planning import claim_run, plan_run
-from pipeline.run.driver import Step, quantize
+from pipeline.run.driver import quantize
+from pipeline.run.events import Step
 from pipeline.storage.object_store import open_store
 from tests.integration.ray_cluster import NUM_CPUS, RunningCluster, quiet_environment
 from tests.pipeline.tiny_runs import NUM_BLOCKS, lasting, recipe, source, text_file

@@ -11,7 +11,7 @@ import pytest
 import jobs.metrics
 from jobs.metrics import COUNTERS, GAUGES, RunMetrics, nightly_ended
 from pipeline.fidelity import Fidelity
-from pipeline.run.driver import Step
+from pipeline.run.events import Step
 from pipeline.storage.object_store import open_store
 from tests.pipeline.tiny_runs import NUM_BLOCKS, execute, planned
 

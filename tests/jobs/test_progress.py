@@ -10,7 +10,7 @@ from rich.console import Console
 import jobs.progress
 from jobs.logging import FORMAT_VARIABLE, LOG, JsonFormatter, TextHandler, configure, set_run
 from jobs.progress import watch
-from pipeline.run.driver import Step
+from pipeline.run.events import Step
 from pipeline.run.records import LayerRecord, PartRecord, file_key
 from quantizer.schemes import Int4Scheme
 from tests.pipeline.tiny_runs import planned

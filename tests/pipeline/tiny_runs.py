@@ -19,7 +19,8 @@ from pipeline.planning import Planned, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.recipe_file import recipe_from_dict
 from pipeline.remote_planning import claim_run
-from pipeline.run.driver import Report, Step, quantize
+from pipeline.run.driver import quantize
+from pipeline.run.events import Report, Step
 from pipeline.run.records import Manifest
 from pipeline.storage.object_store import ObjectStore
 from pipeline.worker.model_state import ModelState

@@ -18,7 +18,7 @@ from jobs.publish.releases import publish
 from jobs.publish.verdict import Verdict, save_verdict
 from pipeline.executor.ray_cluster import Resources
 from pipeline.run import lease
-from pipeline.run.events import EventLog, event_lines, pace, read_events
+from pipeline.run.events import EventLog, pace, read_events
 from pipeline.storage.object_store import ObjectStore, open_store
 from tests.jobs.fleet.large_catalog import catalog_text, done_catalog, finish, write_sources
 from tests.pipeline.tiny_runs import NUM_BLOCKS, CrashError, crash_at, execute, planned
@@ -69,14 +69,14 @@ def test_events_are_told_in_the_order_of_time(url: str) -> None:
     store = open_store(url)
     begun(store)
     store.put("events/19990101T000000-broken.jsonl", b'{"time": 3}\nno json\n\xff\n[]\n')
-    store.put("events/00-later.jsonl", b'{"time": "2999-01-01T00:00:00+00:00", "event": "last"}\n')
+    store.put("events/00-later.jsonl", b'{"time": "2999-01-01T00:00:00+00:00", "event": "sealed"}\n')
     events = read_events(store)
-    assert [event.name for event in events] == ["started", "committed", "committed", "last"]
-    lines = list(event_lines(events))
+    assert [event.name for event in events] == ["started", "committed", "committed", "sealed"]
+    lines = [event.line() for event in events]
     assert "part=1" in lines[2]
-    assert lines[-1] == "2999-01-01T00:00:00+00:00 last"
-    assert pace(events[:3]).seconds_a_part is not None
-    assert pace(()).seconds_a_part is None
+    assert lines[-1] == "2999-01-01T00:00:00+00:00 sealed"
+    assert pace(events[:3]).seconds_per_part is not None
+    assert pace(()).seconds_per_part is None
 
 
 @pytest.fixture

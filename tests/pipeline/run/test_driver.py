@@ -19,7 +19,8 @@ from pipeline.plan import PLAN_KEY
 from pipeline.planning import Planned, make_plan
 from pipeline.remote_planning import claim_run
 from pipeline.run.commits import read_manifest
-from pipeline.run.driver import Step, claim, quantize
+from pipeline.run.driver import claim, quantize
+from pipeline.run.events import Step
 from pipeline.run.records import MANIFEST_KEY, file_key, record_key
 from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.worker.worker import Worker

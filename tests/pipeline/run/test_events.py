@@ -3,8 +3,7 @@ import json
 import pytest
 
 from pipeline.executor.ray_cluster import Resources
-from pipeline.run.driver import Step
-from pipeline.run.events import EventLog
+from pipeline.run.events import EventLog, Step
 from pipeline.run.records import PartRecord, file_key
 from pipeline.storage.object_store import ObjectStore, open_store
 from tests.pipeline.tiny_runs import planned
