@@ -52,7 +52,7 @@ def test_a_part_is_named_for_its_file_and_its_block():
     assert record_key(part) == "records/block-00006.json" == RECORD.key
 
 
-@pytest.mark.parametrize("written", [RECORD, REST, MANIFEST], ids=lambda w: type(w).__name__)
+@pytest.mark.parametrize("written", [RECORD, REST, MANIFEST], ids=["block", "rest", "manifest"])
 def test_reads_back_what_was_written(written):
     data = written.to_json()
     read = type(written).from_json(data)

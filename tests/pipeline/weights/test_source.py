@@ -238,8 +238,8 @@ def huge_chunks(group: h5py.Group, name: str) -> None:
         (replacing(lambda group, name: group.create_dataset(name, (64, 128), "V2")), "2-byte type"),
         (replacing(soft), "reached by SoftLink"),
         (replacing(external_link), "reached by ExternalLink"),
-        (replacing(virtual), "in other files"),
-        (replacing(external), "in other files"),
+        pytest.param(replacing(virtual), "in other files", id="virtual"),
+        pytest.param(replacing(external), "in other files", id="external"),
         (replacing(huge_chunks), "chunks of"),
     ],
 )
