@@ -1,11 +1,8 @@
-"""The end of a run: the artifact's small files, a last look at everything, and the manifest.
-
-A part's file and record, put together of what was solved and what stays as it was.
-"""
+"""What a worker writes into the artifact: each part's file and record, and the end of the run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -26,43 +23,95 @@ from pipeline.run.records import (
 )
 from pipeline.run.worker_api import SolvedLayer, Values
 from pipeline.storage.object_store import ObjectStore
-from pipeline.worker.model_state import ModelState
+from quantizer.schemes import Float8Scheme
 
 
-def seal(
-    plan: Plan, model: ModelState, store: ObjectStore, records: Mapping[int, PartRecord]
+def encode_solved_part(
+    plan: Plan,
+    part: Part,
+    previous: str,
+    values: Values,
+    solved: Mapping[str, SolvedLayer],
+) -> tuple[PartRecord, bytes]:
+    """A part's record, and the bytes of its file.
+
+    Args:
+        previous: digest of the record of the block before; "" where there is none.
+        values: the source's arrays, by variable path.
+        solved: the quantized layers, by path. All other variables keep the source's values.
+    """
+    arrays: dict[str, NDArray[Any]] = {}
+    for path, layer in solved.items():
+        arrays |= part.layer_values(path, layer.variables)
+    for stored in part.variables:
+        if stored.name_path not in arrays:
+            arrays[stored.name_path] = values[str(stored.variable.path)]
+    data = encode_part(part, arrays, compressed_layers=_compressed_layers(plan))
+    record = PartRecord(
+        part=part.number,
+        plan_digest=plan.digest,
+        file=file_key(part.number),
+        sha256=sha256(data),
+        size_bytes=len(data),
+        loaded_bytes=part.num_bytes,
+        previous=previous,
+        layers=tuple(
+            LayerRecord(
+                path=layer.path,
+                scheme=layer.scheme,
+                account=solved[layer.path].report if layer.path in solved else None,
+                note=layer.note,
+            )
+            for layer in plan.parts[part.number].layers
+        ),
+    )
+    return record, data
+
+
+def finalize(
+    plan: Plan,
+    store: ObjectStore,
+    preset_files: Mapping[str, bytes],
+    parts: Sequence[Part],
+    records: Mapping[int, PartRecord],
 ) -> Manifest:
-    """Write what a preset needs beside its weights, check all files as stored, declare it done.
+    """Write the artifact's small files, verify every stored file, and commit the manifest.
+
+    Args:
+        store: opened at the run's root.
+        preset_files: the source's files other than weights, as KerasHub saves them, by name.
+            They are copied byte for byte, except for the dtype in config.json and task.json.
+        parts: all of the artifact's parts.
+        records: of every part, by number.
 
     Raises:
-        DamagedObjectError: a file in storage is not as it was committed; resume solves it again.
+        DamagedObjectError: a stored file differs from what was committed; resume repairs it.
     """
-    files = small_files(plan, model)
+    json_files = {name: data for name, data in preset_files.items() if name.endswith(".json")}
+    names = {**preset_files, **quantized_json(json_files, plan.policies)}
+    names[INDEX_FILE] = weights_index(parts)
+    files = {f"{ARTIFACT_PREFIX}{name}": data for name, data in names.items()}
     for key in sorted(files):
         store.create(key, files[key])
-    manifest = manifest_of(plan.digest, dict(records), files, provenance(plan))
+    manifest = manifest_of(plan.digest, dict(records), files, _provenance(plan))
     damaged = damaged_files(store, manifest)
     if damaged:
         raise DamagedObjectError(
             f"{len(damaged)} committed objects are damaged, the first: {damaged[0].problem}; "
-            "resume the run, which makes them again"
+            "resume the run to make them again"
         )
     return commit_manifest(store, manifest)
 
 
-def small_files(plan: Plan, model: ModelState) -> dict[str, bytes]:
-    """The artifact's files other than weights, by storage key.
-
-    JSON and tokenizer are the source's own, byte for byte; only the dtype is another.
-    """
-    found = dict(model.preset_files())
-    json_files = {name: data for name, data in found.items() if name.endswith(".json")}
-    found |= quantized_json(json_files, plan.policies)
-    found[INDEX_FILE] = weights_index(model.parts)
-    return {f"{ARTIFACT_PREFIX}{name}": data for name, data in found.items()}
+def _compressed_layers(plan: Plan) -> frozenset[str]:
+    """Paths of the layers whose kernels are compressed at rest: float8's, from format 2 on."""
+    if plan.weights_format == 1:
+        return frozenset()
+    layers = [layer for part in plan.parts for layer in part.layers]
+    return frozenset(layer.path for layer in layers if isinstance(layer.scheme, Float8Scheme))
 
 
-def provenance(plan: Plan) -> dict[str, Any]:
+def _provenance(plan: Plan) -> dict[str, Any]:
     """Where the result comes from; nothing that differs between two executions of the plan."""
     tokens = plan.tokens
     return {
@@ -80,47 +129,3 @@ def provenance(plan: Plan) -> dict[str, Any]:
             "sequence_length": tokens.sequence_length,
         },
     }
-
-
-def make_part(
-    plan: Plan,
-    file: Part,
-    part: int,
-    previous: str,
-    values: Values,
-    results: Mapping[str, SolvedLayer],
-) -> tuple[PartRecord, bytes]:
-    """The record of a part, and its file's bytes.
-
-    Args:
-        file: what the part's file holds.
-        previous: digest of the record of the block before; "" where there is none.
-        values: the source's arrays, by variable path.
-        results: the solved layers, by path.
-    """
-    arrays: dict[str, NDArray[Any]] = {}
-    for path, result in results.items():
-        arrays |= file.layer_values(path, result.variables)
-    for stored in file.variables:
-        if stored.name_path not in arrays:
-            arrays[stored.name_path] = values[str(stored.variable.path)]
-    data = encode_part(file, arrays)
-    record = PartRecord(
-        part=part,
-        plan_digest=plan.digest,
-        file=file_key(part),
-        sha256=sha256(data),
-        size_bytes=len(data),
-        loaded_bytes=file.num_bytes,
-        previous=previous,
-        layers=tuple(
-            LayerRecord(
-                path=layer.path,
-                scheme=layer.scheme,
-                account=results[layer.path].report if layer.path in results else None,
-                note=layer.note,
-            )
-            for layer in plan.parts[part].layers
-        ),
-    )
-    return record, data

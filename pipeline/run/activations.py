@@ -1,18 +1,18 @@
-"""Activations kept in storage, so that a resumed run need not start from the tokens.
+"""Activations saved in storage, so that a resumed run need not start from the tokens.
 
-They are a cache: whoever finds them missing or damaged computes them again. A set is named by the
-block that it enters, and its index is written last.
+They are a cache: a set that is missing or damaged is computed again. A set holds what enters one
+block, for all calibration shards. Its index is written last, and makes it usable.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 
 from pipeline.canonical import canonical_json, sha256
 from pipeline.errors import DamagedObjectError, MissingObjectError
@@ -21,45 +21,45 @@ from pipeline.storage.object_store import ObjectStore
 PREFIX = "activations/"
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """A stored shard: digest and size of its object."""
+class SavedShard(NamedTuple):
+    """Digest and size of a shard's object."""
 
     sha256: str
     size_bytes: int
 
 
-def store(
+_INDEX: TypeAdapter[dict[int, SavedShard]] = TypeAdapter(dict[int, SavedShard])
+"""By shard."""
+
+
+def save(
     store: ObjectStore, block: int, shard: int, hidden_states: Sequence[NDArray[np.float32]]
-) -> Kept:
-    """Write what enters `block` for one shard, [micro_batch, sequence, hidden] each."""
-    data = safetensors.numpy.save(
-        {f"{i:05d}": hidden_states for i, hidden_states in enumerate(hidden_states)}
-    )
+) -> SavedShard:
+    """Write one shard of what enters `block`, [micro_batch, sequence, hidden] each."""
+    data = safetensors.numpy.save({f"{i:05d}": array for i, array in enumerate(hidden_states)})
     store.put(_shard_key(block, shard), data)
-    return Kept(sha256(data), len(data))
+    return SavedShard(sha256(data), len(data))
 
 
 def load(store: ObjectStore, block: int, shard: int) -> list[NDArray[np.float32]]:
-    """Read what `store` wrote.
+    """Read what `save` wrote.
 
     Raises:
         DamagedObjectError, MissingObjectError: it is not as the set's index says.
     """
-    kept = _index(store, block)[shard]
-    data = store.get(_shard_key(block, shard), sha256=kept.sha256, size=kept.size_bytes)
+    saved = _index(store, block)[shard]
+    data = store.get(_shard_key(block, shard), sha256=saved.sha256, size=saved.size_bytes)
     arrays = safetensors.numpy.load(data)
     return [arrays[name] for name in sorted(arrays)]
 
 
-def finish(store: ObjectStore, block: int, kept: Mapping[int, Kept]) -> None:
+def finish(store: ObjectStore, block: int, shards: Mapping[int, SavedShard]) -> None:
     """Write the set's index, which makes it usable."""
-    entries = {str(shard): [one.sha256, one.size_bytes] for shard, one in kept.items()}
-    store.put(_index_key(block), canonical_json(entries))
+    store.put(_index_key(block), canonical_json({str(i): saved for i, saved in shards.items()}))
 
 
 def latest(store: ObjectStore, block: int, num_shards: int) -> int:
-    """The last block up to `block` that a whole, undamaged set enters; 0 if there is none."""
+    """The last block up to `block` that has a complete, undamaged set; 0 if none has."""
     for candidate in sorted(_sets(store), reverse=True):
         if candidate <= block and _is_whole(store, candidate, num_shards):
             return candidate
@@ -67,7 +67,7 @@ def latest(store: ObjectStore, block: int, num_shards: int) -> int:
 
 
 def discard(store: ObjectStore, keep: int) -> None:
-    """Delete all sets before block `keep`'s but the last."""
+    """Delete the sets of the blocks before `keep`, except the last of them."""
     sets = _sets(store)
     for block in sorted(block for block in sets if block < keep)[:-1]:
         for key in sets[block]:
@@ -75,10 +75,10 @@ def discard(store: ObjectStore, keep: int) -> None:
 
 
 def needed(store: ObjectStore) -> frozenset[str]:
-    """The keys of the last two sets that have an index, which a resumed run may begin from."""
+    """The keys of the last two sets that have an index; a resumed run may start from either."""
     sets = _sets(store)
-    whole = [block for block in sorted(sets) if _index_key(block) in sets[block]]
-    return frozenset(key for block in whole[-2:] for key in sets[block])
+    complete = [block for block in sorted(sets) if _index_key(block) in sets[block]]
+    return frozenset(key for block in complete[-2:] for key in sets[block])
 
 
 def _is_whole(store: ObjectStore, block: int, num_shards: int) -> bool:
@@ -86,29 +86,31 @@ def _is_whole(store: ObjectStore, block: int, num_shards: int) -> bool:
         index = _index(store, block)
         if sorted(index) != list(range(num_shards)):
             return False
-        for shard, kept in index.items():
-            store.verify(_shard_key(block, shard), sha256=kept.sha256, size=kept.size_bytes)
+        for shard, saved in index.items():
+            store.verify(_shard_key(block, shard), sha256=saved.sha256, size=saved.size_bytes)
     except (DamagedObjectError, MissingObjectError):
         return False
     return True
 
 
-def _index(store: ObjectStore, block: int) -> dict[int, Kept]:
+def _index(store: ObjectStore, block: int) -> dict[int, SavedShard]:
     data = store.get(_index_key(block))
     try:
-        return {int(shard): Kept(*entry) for shard, entry in json.loads(data).items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise DamagedObjectError(f"{store.url(_index_key(block))}: damaged ({error})") from None
+        return _INDEX.validate_json(data)
+    except ValidationError as error:
+        raise DamagedObjectError(
+            f"{store.url(_index_key(block))} is damaged: {error.errors()[0]['msg']}"
+        ) from None
 
 
 def _sets(store: ObjectStore) -> dict[int, list[str]]:
-    """The keys of every set, whole or not, by the block that it enters."""
-    found: dict[int, list[str]] = {}
+    """The keys of every set, complete or not, by block."""
+    sets: dict[int, list[str]] = {}
     for key in store.list(PREFIX):
         block, separator, _ = key.removeprefix(PREFIX).partition("/")
         if separator and block.isdecimal():
-            found.setdefault(int(block), []).append(key)
-    return found
+            sets.setdefault(int(block), []).append(key)
+    return sets
 
 
 def _shard_key(block: int, shard: int) -> str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.fidelity import WindowFidelity
 from pipeline.reduction import Subtree
-from pipeline.run.activations import Kept
+from pipeline.run.activations import SavedShard
 from pipeline.run.records import Manifest, PartRecord
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class WorkerApi(Protocol):
         """Read, solve and commit a part whose layers need no calibration."""
         ...
 
-    def keep(self, block: int, shards: Sequence[int]) -> dict[int, Kept]:
+    def keep(self, block: int, shards: Sequence[int]) -> dict[int, SavedShard]:
         """Store the activations that enter `block`, to resume from."""
         ...
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.artifact.finalize import make_part, seal
+from pipeline.artifact.finalize import encode_solved_part, finalize
 from pipeline.calibration.windows import TokenWindows
 from pipeline.errors import DamagedObjectError, MissingObjectError
 from pipeline.fidelity import WindowFidelity
@@ -166,8 +166,8 @@ class Worker:
             solved: the results of `solve` for all of the part's layers with a scheme.
         """
         results = {layer.path: layer for layers in solved for layer in layers}
-        record, data = make_part(
-            self._plan, self._model.parts[part], part, previous, values, results
+        record, data = encode_solved_part(
+            self._plan, self._model.parts[part], previous, values, results
         )
         commit_part(self._store, record, data)
         return record
@@ -187,7 +187,9 @@ class Worker:
 
     def finalize(self, records: Mapping[int, PartRecord]) -> Manifest:
         """Write the artifact's small files and the manifest; all parts must be committed."""
-        return seal(self._plan, self._model, self._store, records)
+        return finalize(
+            self._plan, self._store, self._model.preset_files(), self._model.parts, records
+        )
 
     def evaluate(self, windows: bytes, chosen: Sequence[int]) -> list[WindowFidelity]:
         """Run source and finished artifact over some of the windows."""
@@ -201,10 +203,10 @@ class Worker:
             causal=self._model.own.predicts_tokens,
         )
 
-    def keep(self, block: int, shards: Sequence[int]) -> dict[int, activations.Kept]:
+    def keep(self, block: int, shards: Sequence[int]) -> dict[int, activations.SavedShard]:
         """Store the activations that enter `block`, to resume from."""
         return {
-            index: activations.store(
+            index: activations.save(
                 self._store,
                 block,
                 index,

@@ -33,7 +33,7 @@ from pipeline.worker.worker import Worker
 _PROTOCOL: tuple[tuple[Any, str, str], ...] = (
     (pipeline.worker.model_state, "values_digest", "checksum of the source"),
     (pipeline.run.commits, "sha256", "checksum of the result"),
-    (activations, "store", "activations kept"),
+    (activations, "save", "activations kept"),
     (activations, "finish", "activations kept"),
     (activations, "discard", "activations kept"),
     (activations, "latest", "activations kept"),
@@ -75,8 +75,8 @@ def main() -> None:
     clock = Clock()
     for place, name, label in _PROTOCOL:
         setattr(place, name, clock.timed(label, getattr(place, name)))
-    original = pipeline.worker.worker.seal  # type: ignore[attr-defined]
-    pipeline.worker.worker.seal = clock.timed("last look", original)  # type: ignore[attr-defined]
+    original = pipeline.worker.worker.finalize  # type: ignore[attr-defined]
+    pipeline.worker.worker.finalize = clock.timed("last look", original)  # type: ignore[attr-defined]
     preset = str(Path(arguments.preset).resolve())
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(folder)

@@ -16,7 +16,7 @@ from jobs.fleet.staleness import decide
 from jobs.fleet.status import Row, duration, status
 from jobs.publish.releases import publish
 from jobs.publish.verdict import Verdict, save_verdict
-from pipeline.executor.ray_cluster import Resources
+from pipeline.executor.protocol import Allocation
 from pipeline.run import lease
 from pipeline.run.events import EventLog, pace, read_events
 from pipeline.storage.object_store import ObjectStore, open_store
@@ -32,7 +32,7 @@ def url(request: pytest.FixtureRequest) -> str:
 def begun(store: ObjectStore) -> None:
     """A run whose driver died after its second part, with the events that it wrote."""
     given = planned("int8")
-    log = EventLog(store, given.plan, Resources(workers=1, threads=2))
+    log = EventLog(store, given.plan, Allocation(workers=1, threads=2))
     with pytest.raises(CrashError):
         execute(given, store, report=log.also(crash_at(1)))
 

@@ -20,7 +20,7 @@ def hidden_states(block: int, shard: int) -> list[np.ndarray]:
 
 def keep(store: ObjectStore, block: int, num_shards: int = 2) -> None:
     kept = {
-        s: activations.store(store, block, s, hidden_states(block, s)) for s in range(num_shards)
+        s: activations.save(store, block, s, hidden_states(block, s)) for s in range(num_shards)
     }
     activations.finish(store, block, kept)
 
@@ -44,8 +44,8 @@ def test_what_was_kept_is_read_bit_for_bit(store: ObjectStore) -> None:
         )
 
 
-def test_the_same_streams_are_the_same_bytes(store: ObjectStore) -> None:
-    assert activations.store(store, 1, 0, hidden_states(0, 0)) == activations.store(
+def test_the_same_hidden_states_are_the_same_bytes(store: ObjectStore) -> None:
+    assert activations.save(store, 1, 0, hidden_states(0, 0)) == activations.store(
         store, 2, 0, hidden_states(0, 0)
     )
 
@@ -87,7 +87,7 @@ def test_an_index_of_another_form_is_a_damaged_one(store: ObjectStore, content: 
 
 def test_a_set_without_its_index_does_not_count(store: ObjectStore) -> None:
     for shard in range(2):
-        activations.store(store, 7, shard, hidden_states(7, shard))
+        activations.save(store, 7, shard, hidden_states(7, shard))
     assert activations.latest(store, 9, 2) == 0
 
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from pipeline.executor.ray_cluster import Resources
+from pipeline.executor.protocol import Allocation
 from pipeline.run.events import EventLog, Step
 from pipeline.run.records import PartRecord, file_key
 from pipeline.storage.object_store import ObjectStore, open_store
@@ -35,7 +35,7 @@ def record(part: int) -> PartRecord:
 
 def test_events_are_in_storage_as_soon_as_a_part_is_committed(store: ObjectStore) -> None:
     told: list[Step] = []
-    log = EventLog(store, planned("int8").plan, Resources(workers=2, threads=3))
+    log = EventLog(store, planned("int8").plan, Allocation(workers=2, threads=3))
     report = log.also(told.append)
     assert store.list() == ()
     step = Step(event="committed", part=1, record=record(1), seconds={"solve": 1.5})
@@ -52,7 +52,7 @@ def test_events_are_in_storage_as_soon_as_a_part_is_committed(store: ObjectStore
 
 
 def test_seconds_add_up_by_stage(store: ObjectStore) -> None:
-    log = EventLog(store, planned("int8").plan, Resources(workers=1, threads=1))
+    log = EventLog(store, planned("int8").plan, Allocation(workers=1, threads=1))
     report = log.also(lambda step: None)
     report(Step(event="committed", part=0, record=record(0), seconds={"solve": 1.0, "read": 2.0}))
     report(Step(event="sealed", seconds={"solve": 0.5, "seal": 0.25}))
@@ -68,5 +68,5 @@ def test_seconds_add_up_by_stage(store: ObjectStore) -> None:
 
 def test_every_invocation_writes_a_file_of_its_own(store: ObjectStore) -> None:
     for _ in range(5):
-        EventLog(store, planned("int8").plan, Resources(workers=1, threads=1)).close({})
+        EventLog(store, planned("int8").plan, Allocation(workers=1, threads=1)).close({})
     assert len(store.list("events/")) == 5
