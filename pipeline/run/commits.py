@@ -1,13 +1,12 @@
 """Committing a run's parts, and finding out what is committed.
 
-A part is committed once its record exists, which is written after its file. Whoever comes second
-with the same bytes finds that the work is done; other bytes mean that something is wrong which no
-repetition mends.
+A part is committed once its record exists, which is written after its file. Committing the same
+bytes again succeeds and changes nothing; other bytes are a divergence, which no retry can repair.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.canonical import sha256
@@ -32,13 +31,12 @@ QUARANTINE_PREFIX = "quarantine/"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """Something in storage that cannot be used.
+    """An object in storage that cannot be used.
 
     Attributes:
-        key: of the object.
         problem: what is wrong, with the full URL.
-        is_damaged: the object itself is bad, so that it must go before its part can be committed
-            again; otherwise it is good, but what it builds on is not there.
+        is_damaged: the object itself is bad, and must go before its part can be committed again;
+            otherwise it is missing, or something that it depends on is.
     """
 
     key: str
@@ -48,11 +46,11 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Committed:
-    """What a run can go on from.
+    """What a run can resume from.
 
     Attributes:
         parts: usable records by part, ascending.
-        findings: what had to be left out, and why.
+        findings: what cannot be used, and why.
     """
 
     parts: dict[int, PartRecord]
@@ -60,11 +58,11 @@ class Committed:
 
 
 def commit_part(store: ObjectStore, record: PartRecord, data: bytes) -> None:
-    """Write a part's weights, then its record; doing so twice, or from two places, is harmless.
+    """Write a part's weights, then its record; idempotent, also with concurrent writers.
 
     Args:
         store: opened at the run's root.
-        data: the file's bytes, which `record` describes.
+        data: the file's bytes.
 
     Raises:
         RecordError: `record` does not describe `data`.
@@ -79,14 +77,14 @@ def commit_part(store: ObjectStore, record: PartRecord, data: bytes) -> None:
 def committed_parts(
     store: ObjectStore, *, plan_digest: str, num_blocks: int, chained: bool, verify: bool
 ) -> Committed:
-    """Find out what a run can go on from; what is damaged is reported, and never used.
+    """Find out what a run can resume from; damaged objects are reported, and never used.
 
     Args:
         store: opened at the run's root.
         num_blocks: blocks of the model.
         chained: each block's result depends on the block before, as with calibration, so that
             only an unbroken chain from block 0 on can be used.
-        verify: read and hash every file; otherwise only its size is looked at.
+        verify: read and hash every file; otherwise only check its size.
     """
     parts: dict[int, PartRecord] = {}
     findings: list[Finding] = []
@@ -113,10 +111,10 @@ def committed_parts(
 
 
 def committed_file(store: ObjectStore, part: int) -> bytes:
-    """Read a committed part's file, which is as its record says.
+    """Read a committed part's file.
 
     Raises:
-        DamagedObjectError: it is not, or there is no record.
+        DamagedObjectError: it is not as its record says, or there is no record.
     """
     try:
         record = PartRecord.read(store, record_key(part))
@@ -125,36 +123,43 @@ def committed_file(store: ObjectStore, part: int) -> bytes:
         raise DamagedObjectError(f"part {part} is no longer committed: {error}") from error
 
 
-def quarantine(store: ObjectStore, findings: Sequence[Finding]) -> tuple[str, ...]:
+def quarantine(store: ObjectStore, findings: Sequence[Finding]) -> None:
     """Move damaged objects aside, so that their parts can be committed again.
 
-    Only the one driver that holds the run may do this. Returns the keys they were moved to.
+    The caller must hold the run's lease.
     """
-    moved = []
     for finding in findings:
         if finding.is_damaged and store.exists(finding.key):
             data = store.get(finding.key)
-            key = f"{QUARANTINE_PREFIX}{finding.key}.{sha256(data)[:16]}"
-            store.put(key, data)
+            store.put(f"{QUARANTINE_PREFIX}{finding.key}.{sha256(data)[:16]}", data)
             store.delete(finding.key)
-            moved.append(key)
-    return tuple(moved)
 
 
 def damaged_files(store: ObjectStore, manifest: Manifest) -> tuple[Finding, ...]:
-    """Read everything that a manifest names again, and return what is not as it says."""
-    return tuple(_damaged_files(store, manifest))
+    """Read and hash everything that a manifest names; returns what is not as it says."""
+    damaged = []
+    for key, file in sorted(manifest.files.items()):
+        try:
+            store.verify(key, sha256=file.sha256, size=file.size_bytes)
+        except (DamagedObjectError, MissingObjectError) as error:
+            damaged.append(Finding(key=key, problem=str(error), is_damaged=True))
+    for key, digest in sorted(manifest.records.items()):
+        try:
+            store.get(key, sha256=digest, at_most=MAX_RECORD_BYTES)
+        except (DamagedObjectError, MissingObjectError) as error:
+            damaged.append(Finding(key=key, problem=str(error), is_damaged=True))
+    return tuple(damaged)
 
 
 def commit_manifest(store: ObjectStore, manifest: Manifest) -> Manifest:
-    """Declare a run finished, and return the manifest that counts: the first that was written.
+    """Mark a run as finished; returns the manifest that counts: the first that was written.
 
     Check `damaged_files` first: readers trust what a manifest names.
 
     Raises:
         PlanMismatchError: the run's directory holds the result of another plan.
         DivergenceError: it holds other files for the same plan.
-        DamagedObjectError: the manifest that is there cannot be read.
+        DamagedObjectError: the existing manifest cannot be read.
     """
     try:
         store.create(manifest.key, manifest.to_json())
@@ -199,7 +204,7 @@ def _create(store: ObjectStore, key: str, data: bytes) -> None:
 def _examine(
     store: ObjectStore, part: int, plan_digest: str, previous: str, verify: bool
 ) -> tuple[PartRecord | None, Finding | None]:
-    """The record if both it and its file are good; otherwise what is wrong with which of them."""
+    """The record if it and its file are good; otherwise which of them is not, and why."""
     key = record_key(part)
     url = store.url(key)
 
@@ -233,16 +238,3 @@ def _examine(
             is_damaged=isinstance(error, DamagedObjectError),
         )
     return record, None
-
-
-def _damaged_files(store: ObjectStore, manifest: Manifest) -> Iterator[Finding]:
-    for key, expected in sorted(manifest.files.items()):
-        try:
-            store.verify(key, sha256=expected.sha256, size=expected.size_bytes)
-        except (DamagedObjectError, MissingObjectError) as error:
-            yield Finding(key=key, problem=str(error), is_damaged=True)
-    for key, digest in sorted(manifest.records.items()):
-        try:
-            store.get(key, sha256=digest, at_most=MAX_RECORD_BYTES)
-        except (DamagedObjectError, MissingObjectError) as error:
-            yield Finding(key=key, problem=str(error), is_damaged=True)

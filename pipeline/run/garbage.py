@@ -1,7 +1,7 @@
-"""What of a run's directory nobody needs any more.
+"""Garbage in a run's directory: objects that no reader and no resumed run can need.
 
-Only what the pipeline itself writes is ever garbage. Keys that it does not know are left alone,
-and so is everything that a manifest, a plan or a resumed run may still read.
+Only what the pipeline itself writes is ever garbage. Unknown keys are left alone, and so is
+everything that a manifest, a plan or a resumed run may still read.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _TOKENS_PREFIX = "tokens/"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Garbage:
-    """An object that may go.
+    """Something to delete.
 
     Attributes:
         key: below the run's root.
-        reason: why nobody needs it.
-        size_bytes: what deleting it frees.
-        is_leftover: it is no object, but what an interrupted write left (see `ObjectStore.sweep`).
+        reason: why it is not needed.
+        is_leftover: it is not an object, but the remains of an interrupted write (see
+            `ObjectStore.sweep`).
     """
 
     key: str
@@ -36,19 +36,19 @@ class Garbage:
 
 
 def find_runs(store: ObjectStore) -> tuple[str, ...]:
-    """The keys below which runs lie, each ending in "/"; "" is the store's root itself."""
+    """The prefixes of all runs, each ending in "/"; "" is a run at the store's root itself."""
     plans = (key for key in store.list() if key.rpartition("/")[2] == PLAN_KEY)
     return tuple(key.removesuffix(PLAN_KEY) for key in plans)
 
 
 def find_garbage(store: ObjectStore) -> tuple[Garbage, ...]:
-    """What may go of the run at the store's root, by key.
+    """The garbage of the run at the store's root, by key.
 
-    Whoever deletes it holds the run's lease (see `pipeline.run.lease`): a driver at work
-    writes things that nothing refers to yet.
+    Hold the run's lease (see `pipeline.run.lease`) from here until it is deleted: an active driver
+    writes objects that nothing refers to yet.
 
     Raises:
-        DamagedObjectError: plan or manifest cannot be read, so that nobody can tell.
+        DamagedObjectError: plan or manifest cannot be read.
     """
     plan = read_plan(store)
     keys = store.list()
@@ -66,25 +66,25 @@ def find_garbage(store: ObjectStore) -> tuple[Garbage, ...]:
 
 
 def whole_run(store: ObjectStore, reason: str) -> tuple[Garbage, ...]:
-    """All of the run at the store's root, in the order in which it is to be deleted.
+    """The whole run at the store's root, in the order in which to delete it.
 
-    The manifest goes first, so that nobody takes the rest for whole; the plan late, so that what an
-    interruption leaves is found again; and last the leases, one of which the deleter holds.
+    The manifest goes first, so that no reader takes the rest for a finished run; the plan late, so
+    that an interrupted deletion is found again; the leases last, since the caller holds one.
     """
 
-    def turn(key: str) -> tuple[int, str]:
+    def order(key: str) -> tuple[int, str]:
         ranks = {MANIFEST_KEY: 0, PLAN_KEY: 2}
         return (3 if key.startswith(lease.PREFIX) else ranks.get(key, 1), key)
 
     known = store.versions()
     return tuple(
         Garbage(key=key, reason=reason, size_bytes=known[key].size_bytes)
-        for key in sorted(known, key=turn)
+        for key in sorted(known, key=order)
     )
 
 
 def remove(store: ObjectStore, garbage: Garbage) -> None:
-    """Delete it; somebody else may have been faster."""
+    """Delete it, if it still exists."""
     if garbage.is_leftover:
         store.sweep(garbage.key)
     else:
@@ -101,11 +101,11 @@ def _unneeded(store: ObjectStore, plan: Plan, keys: tuple[str, ...]) -> Iterator
     kept = activations.needed(store)
     for key in keys:
         if key.startswith(QUARANTINE_PREFIX):
-            yield key, "damaged, and moved aside"
+            yield key, "damaged, moved aside"
         elif key.startswith(lease.PREFIX) and lease.epoch_of(key) < latest:
-            yield key, "of a driver that another followed"
+            yield key, "lease of an earlier driver"
         elif key.startswith(_TOKENS_PREFIX) and (plan.tokens is None or key != plan.tokens.key):
-            yield key, "tokens of no plan"
+            yield key, "tokens that the plan does not name"
         elif key.startswith(activations.PREFIX) and (finished or key not in kept):
             yield key, "activations that no resumed run needs"
         elif finished and key.startswith((ARTIFACT_PREFIX, RECORDS_PREFIX)) and key not in named:

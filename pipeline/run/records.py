@@ -1,8 +1,8 @@
-"""What a run leaves behind besides weights: a record for each file of them, and the manifest.
+"""What a run commits besides weights: a record for each weights file, and the manifest.
 
 Part 0 is everything outside the blocks, part i + 1 is block i, and part p is the artifact's file
-`model_{p:05d}.weights.h5`. Nothing here differs from one execution to the next, no time and no
-host, so that two executions of one plan write the same bytes.
+`model_{p:05d}.weights.h5`. Records hold no time and no host, so that all executions of one plan
+write the same bytes.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ NumBytes = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerRecord:
-    """What became of one layer.
+    """The result for one layer.
 
     Attributes:
         path: Keras' path of the layer.
         scheme: how it was quantized; None for a layer left in float.
-        account: what the solver reports, as plain JSON values; None without one.
-        note: why the layer was left as it was, or what else a reader must know.
+        account: the solver's report as plain JSON values; None for a layer left in float.
+        note: why the layer was left in float, or anything else a reader must know.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -48,13 +48,11 @@ class PartRecord(StoredRecord):
     """One committed file of weights.
 
     Attributes:
-        part: index of the file: 0 is what lies outside the blocks, i + 1 is block i.
-        plan_digest: digest of the plan that it follows.
         file: storage key of the weights, below the run's root.
         sha256, size_bytes: of that file.
         loaded_bytes: memory that its variables take once loaded.
-        previous: digest of the record of the block before, where the result depends on it; else "".
-        layers: what became of each layer, in the model's order.
+        previous: SHA-256 of the previous block's record if the result depends on it; else "".
+        layers: in the model's order.
     """
 
     part: Annotated[int, Field(ge=0, le=99_999)]
@@ -73,11 +71,6 @@ class PartRecord(StoredRecord):
 
     @classmethod
     def from_json(cls, data: bytes) -> Self:
-        """Read what `to_json` wrote.
-
-        Raises:
-            RecordError: anything else; a single other byte is enough.
-        """
         record = super().from_json(data)
         if record.file != file_key(record.part):
             raise RecordError(f"part {record.part} names the file {record.file!r}")
@@ -86,7 +79,7 @@ class PartRecord(StoredRecord):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileDigest:
-    """What a file's bytes must be."""
+    """Digest and size of a file."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -96,13 +89,12 @@ class FileDigest:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest(StoredRecord):
-    """All that a finished run consists of; it is written last, and while it is absent nothing is.
+    """Everything that a finished run consists of; it is written last, and makes the run finished.
 
     Attributes:
-        plan_digest: digest of the plan that was carried out.
-        files: every file of the artifact by its storage key below the run's root.
-        records: digest of every part's record by its storage key.
-        provenance: versions, source and licence, as plain JSON values.
+        files: every file of the artifact, by storage key below the run's root.
+        records: SHA-256 of every part's record, by storage key.
+        provenance: source, recipe, machine and versions, as plain JSON values.
     """
 
     key: ClassVar[str] = MANIFEST_KEY
@@ -113,21 +105,14 @@ class Manifest(StoredRecord):
     provenance: dict[str, Any]
 
 
-def block_part(block: int) -> int:
-    """Return the part of a block; part 0 is what lies outside the blocks."""
-    return block + 1
-
-
 def file_key(part: int) -> str:
-    """Return the storage key of a part's weights, below the run's root."""
+    """Storage key of a part's weights, below the run's root."""
     return f"{ARTIFACT_PREFIX}model_{part:05d}.weights.h5"
 
 
 def record_key(part: int) -> str:
-    """Return the storage key of a part's record, below the run's root."""
-    return (
-        f"{RECORDS_PREFIX}rest.json" if part == 0 else f"{RECORDS_PREFIX}block-{part - 1:05d}.json"
-    )
+    """Storage key of a part's record, below the run's root."""
+    return f"{RECORDS_PREFIX}{f'block-{part - 1:05d}' if part else 'rest'}.json"
 
 
 def manifest_of(
@@ -136,12 +121,12 @@ def manifest_of(
     other_files: dict[str, bytes],
     provenance: dict[str, Any],
 ) -> Manifest:
-    """Put a run's manifest together.
+    """A run's manifest.
 
     Args:
         parts: every part's record.
-        other_files: the artifact's small files, such as its JSON, by storage key.
-        provenance: versions, source and licence, as plain JSON values.
+        other_files: the artifact's files other than weights, by storage key.
+        provenance: see `Manifest`.
     """
     weights = {
         record.file: FileDigest(sha256=record.sha256, size_bytes=record.size_bytes)

@@ -97,7 +97,7 @@ def resume(store, chained=True):
             record = record_of(part, previous if chained and part else "")
             commit_part(store, record, weights_of(part))
             worked_on.append(part)
-        previous = sha256(record.to_json())
+        previous = record.record_sha256
     return worked_on
 
 

@@ -11,7 +11,6 @@ from pipeline.run.records import (
     LayerRecord,
     Manifest,
     PartRecord,
-    block_part,
     file_key,
     manifest_of,
     record_key,
@@ -47,9 +46,8 @@ MANIFEST = manifest_of(
 
 def test_a_part_is_named_for_its_file_and_its_block():
     assert (file_key(0), record_key(0)) == ("artifact/model_00000.weights.h5", "records/rest.json")
-    part = block_part(6)
-    assert file_key(part) == "artifact/model_00007.weights.h5"
-    assert record_key(part) == "records/block-00006.json" == RECORD.key
+    assert file_key(7) == "artifact/model_00007.weights.h5"
+    assert record_key(7) == "records/block-00006.json" == RECORD.key
 
 
 @pytest.mark.parametrize("written", [RECORD, REST, MANIFEST], ids=["block", "rest", "manifest"])
@@ -120,8 +118,8 @@ def test_a_manifest_names_every_byte_of_the_artifact():
         "artifact/config.json": FileDigest(sha256=sha256(b"{}"), size_bytes=2),
     }
     assert MANIFEST.records == {
-        "records/rest.json": sha256(REST.to_json()),
-        "records/block-00006.json": sha256(RECORD.to_json()),
+        "records/rest.json": REST.record_sha256,
+        "records/block-00006.json": RECORD.record_sha256,
     }
     other_order = manifest_of(
         PLAN, {0: REST, 7: RECORD}, {"artifact/config.json": b"{}"}, {"keras": "3.15.1"}
