@@ -11,6 +11,7 @@ from quantizer import Int4Scheme, Int8Scheme, solve
 from quantizer.rtn import round_channels, round_groups
 from tests import reference
 from tests.quantizer.problems import PROBLEMS
+from tests.selection import by_default
 
 WEIGHTS = hnp.arrays(
     np.float32,
@@ -20,7 +21,7 @@ WEIGHTS = hnp.arrays(
 RANGES = {"int8": (-127, 127), "int4": (-8, 7)}
 
 
-@pytest.mark.parametrize("bits", RANGES)
+@pytest.mark.parametrize("bits", by_default(RANGES, ["int8"]))
 @settings(max_examples=10)  # Keras compiles anew for each shape
 @given(weight_RC=WEIGHTS)
 def test_channels_are_keras_own_bit_for_bit(bits, weight_RC):

@@ -16,22 +16,28 @@ from quantizer import (
 )
 from quantizer.keras_format.layers import own_variables
 from quantizer.keras_format.variables import restore_kernel
+from tests.selection import covering
 from tests.stock import kernel_layer, read_kernel
 
-SCHEMES = [
-    GPTQScheme(weight_bits=4, group_size=16),
-    GPTQScheme(weight_bits=3, group_size=-1, activation_order=True),
-    AWQScheme(group_size=16),
-    Int8Scheme(),
-    Int4Scheme(block_size=16),
-    Int4Scheme(block_size=-1),
-    Float8Scheme(),
-]
+SCHEMES = {
+    scheme.policy: scheme
+    for scheme in (
+        GPTQScheme(weight_bits=4, group_size=16),
+        GPTQScheme(weight_bits=3, group_size=-1, activation_order=True),
+        AWQScheme(group_size=16),
+        Int8Scheme(),
+        Int4Scheme(block_size=16),
+        Int4Scheme(block_size=-1),
+        Float8Scheme(),
+    )
+}
 
 
-@pytest.mark.parametrize("form", ["dense", "llama output", "gemma query", "odd outputs"])
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.policy)
-def test_restored_kernel_is_what_stock_keras_reads(form, scheme):
+@pytest.mark.parametrize(
+    ("form", "policy"), covering(["dense", "llama output", "gemma query", "odd outputs"], SCHEMES)
+)
+def test_restored_kernel_is_what_stock_keras_reads(form, policy):
+    scheme = SCHEMES[policy]
     layer, inputs = kernel_layer(form)
     layout = kernel_layout(layer)
     kind = MagnitudeSum if isinstance(scheme, Float8Scheme) else HessianSum
