@@ -1,10 +1,12 @@
 """Stock KerasHub, in a process without quantfleet, answers what the pipeline itself computes.
 
-The default selection covers most architectures and every scheme once, on JAX and, where PyTorch is
-installed, on it too; with what is marked `torch`, all architectures. The whole product of both, on
-every installed backend:
+By default two runs are loaded: one that has all modes and quantized embeddings, and one of the
+architecture with the hardest kernels. `make test-all` loads every architecture and every scheme
+once. All combinations of the two:
 
     .venv/bin/pytest -m slow tests/integration/test_stock_load.py
+
+Except by default, stock Keras loads each run on PyTorch too, where PyTorch is installed.
 """
 
 from __future__ import annotations
@@ -36,9 +38,6 @@ COVERING = [
     for architecture, scheme in EVERYTHING
     if scheme == "gptq4" or architecture == "Llama3" or (architecture, scheme) == ("Bert", "int8")
 ]
-# Block by block, test_blocks compares all architectures with stock Keras each time; whole runs of
-# these are made for stock Keras on PyTorch, and in the slow product below.
-LATER = {"Bloom", "Falcon", "GPTNeoX", "Mistral", "Phi3"}
 
 
 @pytest.fixture(scope="module")
@@ -62,28 +61,26 @@ def all_stock(stock: StockSession, request: pytest.FixtureRequest) -> list[Stock
     return [stock, on_torch]
 
 
-@pytest.mark.parametrize(
-    ("architecture", "scheme"), [case for case in COVERING if case[0] not in LATER]
-)
-def test_stock_answers_the_same(
+def test_stock_answers_the_same(stock: StockSession, tmp_path: Path) -> None:
+    """Gemma: each head of its queries is solved on its own, and embeddings are scaled."""
+    run = finished_run(shared_preset("Gemma"), recipe(SCHEMES["gptq4"]), tmp_path)
+    assert_same(run, stock)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("architecture", "scheme"), COVERING)
+def test_stock_answers_the_same_for_every_architecture_and_for_every_scheme(
     architecture: str, scheme: str, all_stock: list[StockSession], tmp_path: Path
 ) -> None:
     source = shared_preset(architecture)
     assert_same(finished_run(source, recipe(SCHEMES[scheme]), tmp_path), *all_stock)
 
 
-@pytest.mark.torch
-@pytest.mark.parametrize(("architecture", "scheme"), [c for c in COVERING if c[0] in LATER])
-def test_stock_on_torch_answers_the_same(
-    architecture: str, scheme: str, stock_on_torch: StockSession, tmp_path: Path
-) -> None:
-    source = shared_preset(architecture)
-    assert_same(finished_run(source, recipe(SCHEMES[scheme]), tmp_path), stock_on_torch)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("architecture", "scheme"), EVERYTHING)
-def test_stock_answers_the_same_for_every_architecture_and_scheme(
+@pytest.mark.parametrize(
+    ("architecture", "scheme"), [case for case in EVERYTHING if case not in COVERING]
+)
+def test_stock_answers_the_same_for_every_architecture_with_every_scheme(
     architecture: str, scheme: str, all_stock: list[StockSession], tmp_path: Path
 ) -> None:
     source = shared_preset(architecture)
@@ -94,8 +91,6 @@ def test_stock_answers_the_same_for_every_architecture_and_scheme(
 HALVES_AND_HEADS: list[tuple[str, bool, str, str, Scheme | None]] = [
     ("Llama3", False, "bfloat16", "int8", Int8Scheme()),
     ("Qwen3", True, "float32", "int4", Int4Scheme(block_size=-1)),
-]
-MORE_HALVES_AND_HEADS: list[tuple[str, bool, str, str, Scheme | None]] = [
     ("Llama3", True, "bfloat16", "int4", None),
     ("Llama3", True, "float32", "int8", Int8Scheme()),
     ("Llama3", False, "float32", "int8", Int4Scheme(block_size=GROUP_SIZE)),
@@ -106,9 +101,9 @@ MORE_HALVES_AND_HEADS: list[tuple[str, bool, str, str, Scheme | None]] = [
 ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    ("architecture", "tied", "dtype", "scheme", "embeddings"),
-    [*HALVES_AND_HEADS, *(pytest.param(*c, marks=pytest.mark.slow) for c in MORE_HALVES_AND_HEADS)],
+    ("architecture", "tied", "dtype", "scheme", "embeddings"), HALVES_AND_HEADS
 )
 def test_stock_answers_the_same_in_halves_and_with_quantized_embeddings(
     architecture: str,
@@ -140,7 +135,7 @@ def test_stock_on_torch_answers_the_same_in_float16(
 def test_stock_answers_the_same_where_schemes_are_mixed(
     stock: StockSession, tmp_path: Path
 ) -> None:
-    """Query and key share an input, and have other schemes; value stays in float."""
+    """All modes in one run: query and key share an input, but not a scheme; value stays float."""
     rules = (
         Rule(pattern="query$", scheme=SCHEMES["gptq8"]),
         Rule(pattern="key$", scheme=SCHEMES["float8"]),
@@ -149,7 +144,8 @@ def test_stock_answers_the_same_where_schemes_are_mixed(
         Rule(pattern="layer_1/feedforward_gate", scheme=SCHEMES["int4"]),
         Rule(pattern="feedforward_intermediate", scheme=SCHEMES["int8"]),
     )
-    run = finished_run(shared_preset("Llama3"), recipe(SCHEMES["gptq3"], *rules), tmp_path)
+    wanted = recipe(SCHEMES["gptq3"], *rules, embeddings=Int8Scheme())
+    run = finished_run(shared_preset("Llama3"), wanted, tmp_path)
     mode_of = {
         path: None if layer.scheme is None else layer.scheme.mode
         for path, layer in run.layers().items()
@@ -167,7 +163,8 @@ def test_stock_answers_the_same_where_schemes_are_mixed(
     assert_same(run, stock)
 
 
-def test_layers_left_out_are_the_source_s_own(stock: StockSession, tmp_path: Path) -> None:
+@pytest.mark.exhaustive
+def test_layers_left_out_are_those_of_the_source(stock: StockSession, tmp_path: Path) -> None:
     rules = (Rule(pattern="layer_0/|attention", scheme=None),)
     run = finished_run(shared_preset("Llama3"), recipe(SCHEMES["int8"], *rules), tmp_path)
     quantized = [path for path, layer in run.layers().items() if layer.scheme is not None]

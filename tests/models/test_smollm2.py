@@ -21,7 +21,7 @@ PROSE = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_real_model_writes_and_reads_plausible_english(tmp_path: Path) -> None:
     preset = smollm2_preset(tmp_path / "preset", dtype="bfloat16")
     task = keras_hub.models.CausalLM.from_preset(str(preset), dtype="float32")
@@ -40,7 +40,7 @@ def test_the_real_model_writes_and_reads_plausible_english(tmp_path: Path) -> No
     assert config["layer_norm_epsilon"] == 1e-5
 
 
-@pytest.mark.slow  # of our own recipe; test_huggingface_load reads what KerasHub converts
+@pytest.mark.exhaustive
 def test_kerashub_converts_the_hugging_face_directory_to_the_same_weights(tmp_path: Path) -> None:
     directory = smollm2_directory(tmp_path / "huggingface", num_blocks=1)
     converted = keras_hub.models.Llama3Backbone.from_preset(str(directory))
@@ -51,6 +51,7 @@ def test_kerashub_converts_the_hugging_face_directory_to_the_same_weights(tmp_pa
         np.testing.assert_array_equal(np.asarray(theirs.value), np.asarray(weight.value))
 
 
+@pytest.mark.exhaustive
 def test_dither_spreads_the_weights_over_their_cells() -> None:
     name = "blk.0.ffn_up.weight"
     coded = read_checkpoint(num_blocks=1).weights
