@@ -79,7 +79,7 @@ def find_latest(store: ObjectStore) -> LatestLease:
     _, claim = _read(store, _key(epoch), _Claim)
     return LatestLease(
         epoch=epoch,
-        holder=claim and claim.holder,
+        holder=None if claim is None else claim.holder,
         beat=data,
         released=beat is not None and beat.released,
     )

@@ -23,9 +23,9 @@ import pipeline.run.driver
 import pipeline.worker.model_state
 from pipeline.executor.protocol import LocalExecutor
 from pipeline.recipe.recipe_file import load_recipe
-from pipeline.remote_planning import claim_run, plan_run
+from pipeline.remote_planning import plan_run
 from pipeline.run import activations, lease
-from pipeline.run.driver import quantize
+from pipeline.run.driver import claim, quantize
 from pipeline.storage.object_store import open_store
 from pipeline.worker.worker import Worker
 
@@ -81,7 +81,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(folder)
         plan, windows = plan_run(LocalExecutor([]), preset, load_recipe(arguments.recipe), 2)
-        claim_run(store, plan, windows)
+        claim(store, plan, windows)
         start = time.perf_counter()
         held = lease.acquire(store)
         executor = LocalExecutor([Worker(plan, preset, folder)])

@@ -16,8 +16,7 @@ import pipeline.executor.ray_executor
 from pipeline.executor.protocol import ExecutorError
 from pipeline.executor.ray_cluster import Resources, choose_resources
 from pipeline.executor.ray_executor import RayExecutor, joined
-from pipeline.remote_planning import claim_run
-from pipeline.run.driver import quantize
+from pipeline.run.driver import claim, quantize
 from pipeline.run.events import Step
 from pipeline.storage.object_store import open_store
 from tests.faults.random_kills import Fleet, fleet, left, start
@@ -25,7 +24,8 @@ from tests.integration.ray_cluster import serve_ray
 from tests.pipeline.tiny_runs import NUM_BLOCKS, lasting, planned, recipe, source
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.ray,
+    pytest.mark.exhaustive,
     # Ray's own processes are started from this one, where JAX has run; they execute at once.
     pytest.mark.filterwarnings("ignore:os.fork"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -58,7 +58,7 @@ def run(output: Path, report: object, crew_options: Resources = RESOURCES) -> di
     store = open_store(str(output))
     given = planned("gptq")
     assert given.windows is not None
-    claim_run(store, given.plan, given.windows.to_bytes())
+    claim(store, given.plan, given.windows.to_bytes())
     executor = RayExecutor(crew_options, str(source()), str(output))
     quantize(given.plan, store, executor, report, keep_every=1)  # type: ignore[arg-type]
     return lasting(store)

@@ -19,8 +19,7 @@ from pipeline.model.preset import read_preset
 from pipeline.plan import Plan
 from pipeline.planning import make_plan
 from pipeline.recipe.recipe import Calibration, Recipe, Rule
-from pipeline.remote_planning import claim_run
-from pipeline.run.driver import quantize
+from pipeline.run.driver import claim, quantize
 from pipeline.run.records import LayerRecord, PartRecord, record_key
 from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.worker.evaluate import StreamedModel
@@ -100,7 +99,7 @@ def finished_run(source: Path, wanted: Recipe, folder: Path) -> FinishedRun:
     """Carry a recipe out, all in this process."""
     planned = make_plan(read_preset(str(source)), wanted, threads=1)
     store = open_store(str(folder))
-    claim_run(store, planned.plan, planned.windows.to_bytes() if planned.windows else None)
+    claim(store, planned.plan, planned.windows.to_bytes() if planned.windows else None)
     worker = Worker(planned.plan, str(source), str(folder))
     quantize(planned.plan, store, LocalExecutor([worker]), lambda step: None)
     return FinishedRun(plan=planned.plan, source=source, folder=folder)

@@ -20,13 +20,15 @@ from pipeline.errors import SourceError
 from pipeline.executor.protocol import ExecutorError
 from pipeline.executor.ray_cluster import Resources, choose_resources, memory_of_nodes
 from pipeline.executor.ray_executor import RayExecutor
-from pipeline.remote_planning import claim_run, plan_run
-from pipeline.run.driver import quantize
+from pipeline.remote_planning import plan_run
+from pipeline.run.driver import claim, quantize
 from pipeline.run.events import Step
 from pipeline.storage.object_store import open_store
 from tests.integration.ray_cluster import NUM_CPUS, RunningCluster, quiet_environment
 from tests.pipeline.tiny_runs import NUM_BLOCKS, lasting, recipe, source, text_file
 from tests.s3 import ACCESS_KEY, SECRET_KEY, S3Server
+
+pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).parents[2]
 # As a process that calls the command does, and then tells what it has imported.
@@ -48,7 +50,7 @@ def executor_of(workers: int, output: Path) -> Iterator[tuple[RayExecutor, objec
     executor = RayExecutor(Resources(workers=workers, threads=1), str(source()), str(output))
     try:
         plan, windows = plan_run(executor, str(source()), recipe("gptq"), 1)
-        claim_run(open_store(str(output)), plan, windows)
+        claim(open_store(str(output)), plan, windows)
         yield executor, plan
     finally:
         for actor in executor._actors:  # or they keep their CPUs until this process ends
@@ -67,10 +69,10 @@ def of_one_worker(driver: None, tmp_path_factory: pytest.TempPathFactory) -> dic
     ("workers", "killed_after"),
     [
         (2, 1),
-        pytest.param(2, 0, marks=pytest.mark.slow),
-        pytest.param(2, 2, marks=pytest.mark.slow),
-        pytest.param(3, None, marks=pytest.mark.slow),
-        pytest.param(4, 1, marks=pytest.mark.slow),
+        pytest.param(2, 0, marks=pytest.mark.exhaustive),
+        pytest.param(2, 2, marks=pytest.mark.exhaustive),
+        pytest.param(3, None, marks=pytest.mark.exhaustive),
+        pytest.param(4, 1, marks=pytest.mark.exhaustive),
     ],
 )
 def test_any_workers_leave_the_same_bytes_though_one_is_killed(
@@ -100,6 +102,7 @@ def test_any_workers_leave_the_same_bytes_though_one_is_killed(
     assert any(step.event == "lost" for step in steps) == (killed_after is not None)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("driver")
 def test_an_error_of_planning_arrives_as_it_was_raised(tmp_path: Path) -> None:
     import ray
@@ -112,6 +115,7 @@ def test_an_error_of_planning_arrives_as_it_was_raised(tmp_path: Path) -> None:
         ray.kill(executor._actors[0])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("driver")
 def test_a_worker_that_cannot_be_made_says_why_at_once(tmp_path: Path) -> None:
     with executor_of(1, tmp_path / "run") as (_, plan):
@@ -126,6 +130,7 @@ def test_a_worker_that_cannot_be_made_says_why_at_once(tmp_path: Path) -> None:
         ray.kill(executor._actors[0])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("driver")
 def test_a_worker_that_cannot_start_says_why_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -213,6 +218,7 @@ def objects(s3: S3Server, prefix: str) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.exhaustive
 def test_the_command_quantizes_from_object_storage_to_object_storage(on_s3: Outcome) -> None:
     assert on_s3.status == 0, on_s3.err
     summary = json.loads(on_s3.out)
@@ -221,6 +227,7 @@ def test_the_command_quantizes_from_object_storage_to_object_storage(on_s3: Outc
     assert on_s3.err.count("committed ") == NUM_BLOCKS + 1
 
 
+@pytest.mark.exhaustive
 def test_what_is_written_does_not_depend_on_where(
     on_s3: Outcome, s3: S3Server, of_one_worker: dict[str, bytes]
 ) -> None:
@@ -231,11 +238,13 @@ def test_what_is_written_does_not_depend_on_where(
     assert {key: found[key] for key in expected} == expected
 
 
+@pytest.mark.exhaustive
 def test_the_driver_imports_no_array_library(on_s3: Outcome) -> None:
     assert on_s3.status == 0, on_s3.err
     assert on_s3.imported == ""
 
 
+@pytest.mark.exhaustive
 def test_no_secret_is_written_anywhere(
     on_s3: Outcome, s3: S3Server, cluster: RunningCluster
 ) -> None:
@@ -251,6 +260,7 @@ def test_no_secret_is_written_anywhere(
         assert found == []
 
 
+@pytest.mark.exhaustive
 def test_a_mistake_is_one_line_from_a_cluster_too(cluster: RunningCluster, tmp_path: Path) -> None:
     given = ("--recipe", "int8", "--output", tmp_path / "out", "--address", cluster.address)
     outcome = call(tmp_path, "quantize", "/nowhere", *given, "--workers", 1, "--threads", 1)
@@ -261,6 +271,7 @@ def test_a_mistake_is_one_line_from_a_cluster_too(cluster: RunningCluster, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_user_s_own_folders_are_not_taken_for_ours_and_paths_are_theirs(tmp_path: Path) -> None:
     for name in ("jobs", "pipeline", "quantizer"):
         package = tmp_path / name

@@ -26,14 +26,14 @@ if limit:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 from pathlib import Path
 from pipeline.executor.protocol import LocalExecutor
-from pipeline.remote_planning import claim_run
+from pipeline.run.driver import claim
 from pipeline.plan import Plan
 from pipeline.run.driver import quantize
 from pipeline.storage.object_store import open_store
 from pipeline.worker.worker import Worker
 plan, windows, source, output = sys.argv[1:]
 store = open_store(output)
-plan = claim_run(store, Plan.from_json(Path(plan).read_bytes()), Path(windows).read_bytes())
+plan = claim(store, Plan.from_json(Path(plan).read_bytes()), Path(windows).read_bytes())
 executor = LocalExecutor([Worker(plan, source, output)])
 quantize(plan, store, executor, lambda step: None, keep_every=2)
 # Not getrusage, whose maximum begins with that of the process that started this one.
@@ -94,7 +94,7 @@ def test_a_model_larger_than_a_worker_s_memory_is_quantized_within_it(
     print(f"{scheme}: {costs.source_bytes:,} bytes of weights, peak {peak_bytes:,}")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "size",
     [

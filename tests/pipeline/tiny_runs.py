@@ -1,4 +1,4 @@
-"""Runs of tiny models in this process: plans, crews that fail on demand, and what they leave."""
+"""Runs of tiny models in this process: plans, executors that fail on demand, and what is stored."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pipeline.worker.worker
-from pipeline.executor.protocol import LocalExecutor, TimedWorker, WorkerLostError
+from pipeline.executor.protocol import Handle, LocalExecutor, TimedWorker, WorkerLostError
 from pipeline.model.preset import read_preset
 from pipeline.plan import Plan
 from pipeline.planning import Planned, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.recipe_file import recipe_from_dict
-from pipeline.remote_planning import claim_run
-from pipeline.run.driver import quantize
+from pipeline.run.driver import claim, quantize
 from pipeline.run.events import Report, Step
 from pipeline.run.records import Manifest
 from pipeline.storage.object_store import ObjectStore
@@ -33,7 +32,7 @@ NUM_BLOCKS = 3
 PASSING = ("events/", "activations/", "quarantine/", "leases/")
 
 SCHEMES: dict[str, dict[str, Any]] = {
-    # The plainest of each: what it computes is the solvers' tests' business.
+    # The simplest of each: the solvers have tests of their own.
     "gptq": {"mode": "gptq", "weight_bits": 4, "group_size": 32},
     "awq": {"mode": "awq", "group_size": 32},
     "float8": {"mode": "float8"},
@@ -52,7 +51,7 @@ def text_file() -> Path:
 
 
 def recipe(scheme: str, **calibration: Any) -> Recipe:
-    """The plainest recipe of a scheme, calibrated on 20 windows of 128 tokens: 2 shards."""
+    """The simplest recipe of a scheme, calibrated on 20 windows of 128 tokens: 2 shards."""
     wanted = {"texts": [str(text_file())], "num_samples": 20, "sequence_length": 128}
     return recipe_from_dict(
         {"name": scheme, "scheme": SCHEMES[scheme], "calibration": wanted | calibration}
@@ -71,12 +70,12 @@ def planned(scheme: str, architecture: str = "Llama3", **calibration: Any) -> Pl
 
 @cache
 def model_state(plan_json: bytes, source_url: str) -> ModelState:
-    """One for all workers of all tests: what it holds can be built again, only not so fast."""
+    """One for all workers of all tests, since building it again takes long."""
     return ModelState(Plan.from_json(plan_json), source_url)
 
 
 class QuickWorker(Worker):
-    """A worker whose skeletons and compiled programs are those of all others."""
+    """A worker that shares skeletons and compiled programs with all others."""
 
     def __init__(self, plan: Plan, source_url: str, run_url: str) -> None:
         found = model_state(plan.to_json(), source_url)
@@ -88,12 +87,12 @@ class QuickWorker(Worker):
             pipeline.worker.worker.ModelState = original  # type: ignore[misc]
 
 
-class _Lost:
-    """What a call of a lost worker stands for, and whatever is asked of it after."""
+class _Lost(Handle[Any]):
+    """The handle of a call whose worker was lost, or that needs the result of such a call."""
 
 
 class CountingExecutor(LocalExecutor):
-    """Notes what it is asked for, and loses workers on demand; as with Ray, `fetch` tells.
+    """Counts calls, and loses workers on demand; as with Ray, `fetch` raises the loss.
 
     Attributes:
         calls: of each method.
@@ -107,27 +106,30 @@ class CountingExecutor(LocalExecutor):
         *,
         lose: Sequence[tuple[str, int]] = (),
     ) -> None:
-        """Args: lose: (method, n): at its nth call, from 1, its worker dies, and starts anew."""
+        """Args: lose: (method, n): at its nth call, from 1, its worker dies and restarts."""
         super().__init__([make_worker() for _ in range(num_workers)])
         self._make_worker = make_worker
         self._lose = set(lose)
         self.calls: Counter[str] = Counter()
         self.done: list[tuple[str, Any]] = []
 
-    def submit(self, worker: int, method: str, *args: Any) -> Any:
-        self.calls[method] += 1
-        if (method, self.calls[method]) in self._lose:
+    def submit(
+        self, worker: int, method: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Handle[Any]:
+        name = method.__name__
+        self.calls[name] += 1
+        if (name, self.calls[name]) in self._lose:
             self.restart(worker)
             return _Lost()
         if any(isinstance(arg, _Lost) for arg in args):
             return _Lost()
-        self.done.append((method, args[0] if args else None))
+        self.done.append((name, args[0] if args else None))
         try:
-            return super().submit(worker, method, *args)
+            return super().submit(worker, method, *args, **kwargs)
         except WorkerLostError:
             return _Lost()
 
-    def fetch(self, handles: Sequence[Any]) -> list[Any]:
+    def fetch(self, handles: Sequence[Handle[Any]]) -> list[Any]:
         if any(isinstance(handle, _Lost) for handle in handles):
             raise WorkerLostError("killed")
         return super().fetch(handles)
@@ -153,12 +155,12 @@ def execute(
     lose: Sequence[tuple[str, int]] = (),
     restart_after: int | None = None,
 ) -> tuple[Manifest, CountingExecutor]:
-    """Claim and quantize; whoever calls it again resumes.
+    """Claim and quantize; a second call resumes.
 
     Args:
-        restart_after: once this part is committed, every worker starts anew, and no call fails.
+        restart_after: once this part is committed, every worker restarts, and no call fails.
     """
-    claim_run(store, given.plan, None if given.windows is None else given.windows.to_bytes())
+    claim(store, given.plan, None if given.windows is None else given.windows.to_bytes())
     url = str(source(architecture))
     executor = CountingExecutor(
         lambda: QuickWorker(given.plan, url, store.root_url), workers, lose=lose
@@ -174,12 +176,12 @@ def execute(
 
 
 def lasting(store: ObjectStore) -> dict[str, bytes]:
-    """All that a run leaves, but for what may differ."""
+    """Everything that a run stores, except what may differ between executions."""
     return {key: store.get(key) for key in store.list() if not key.startswith(PASSING)}
 
 
 class CrashError(Exception):
-    """What a driver dies of."""
+    """Ends a driver."""
 
 
 def crash_at(part: int) -> Report:

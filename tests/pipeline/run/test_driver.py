@@ -17,7 +17,6 @@ from pipeline.executor.protocol import ExecutorError
 from pipeline.model.preset import read_preset
 from pipeline.plan import PLAN_KEY
 from pipeline.planning import Planned, make_plan
-from pipeline.remote_planning import claim_run
 from pipeline.run.commits import read_manifest
 from pipeline.run.driver import claim, quantize
 from pipeline.run.events import Step
@@ -132,7 +131,7 @@ def test_independent_parts_resume_too(part: int, store: ObjectStore) -> None:
         ("propagate", 1),
         ("propagate", 4),
         ("keep", 1),
-        ("seal", 1),
+        ("finalize", 1),
         ("quantize_alone", 1),
     ],
 )
@@ -185,7 +184,7 @@ class RepeatingCrew(CountingExecutor):
 def test_every_call_may_be_carried_out_twice(lag: int, store: ObjectStore) -> None:
     given = planned("gptq")
     assert given.windows is not None
-    claim_run(store, given.plan, given.windows.to_bytes())
+    claim(store, given.plan, given.windows.to_bytes())
     executor = RepeatingCrew(
         lambda: QuickWorker(given.plan, str(source()), store.root_url), num_workers=2, lag=lag
     )
@@ -198,7 +197,7 @@ def test_every_call_may_be_carried_out_twice(lag: int, store: ObjectStore) -> No
 
 def test_workers_that_never_last_end_the_run(store: ObjectStore) -> None:
     with pytest.raises(ExecutorError, match="10 times without one more") as raised:
-        execute(planned("gptq"), store, lose=[("seal", n) for n in range(1, 100)])
+        execute(planned("gptq"), store, lose=[("finalize", n) for n in range(1, 100)])
     assert "\n" not in str(raised.value)
 
 
@@ -258,7 +257,7 @@ def test_a_finished_run_is_not_done_again(store: ObjectStore) -> None:
     execute(planned("gptq"), store)
     before = lasting(store)
     _, executor = execute(planned("gptq"), store)
-    assert set(executor.calls) == {"seal"}
+    assert set(executor.calls) == {"finalize"}
     assert lasting(store) == before
 
 
@@ -296,7 +295,7 @@ def test_an_output_that_holds_other_things_is_refused(foreign: str, tmp_path: Pa
     given = planned("gptq")
     assert given.windows is not None
     with pytest.raises(PlanMismatchError, match="empty --output"):
-        claim_run(store, given.plan, given.windows.to_bytes())
+        claim(store, given.plan, given.windows.to_bytes())
     assert store.list() == (foreign,)
 
 
@@ -321,7 +320,7 @@ def test_a_claimed_run_has_its_tokens(store: ObjectStore) -> None:
             create(store.backend, key, data)
 
     watched = ObjectStore(store.root_url, Watched("unused"))
-    claim_run(watched, given.plan, given.windows.to_bytes())
+    claim(watched, given.plan, given.windows.to_bytes())
     assert order == [given.plan.tokens.key, PLAN_KEY]
 
 

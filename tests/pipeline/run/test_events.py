@@ -55,8 +55,8 @@ def test_seconds_add_up_by_stage(store: ObjectStore) -> None:
     log = EventLog(store, planned("int8").plan, Allocation(workers=1, threads=1))
     report = log.also(lambda step: None)
     report(Step(event="committed", part=0, record=record(0), seconds={"solve": 1.0, "read": 2.0}))
-    report(Step(event="sealed", seconds={"solve": 0.5, "seal": 0.25}))
-    assert dict(log.seconds) == {"solve": 1.5, "read": 2.0, "seal": 0.25}
+    report(Step(event="sealed", seconds={"solve": 0.5, "finalize": 0.25}))
+    assert dict(log.seconds) == {"solve": 1.5, "read": 2.0, "finalize": 0.25}
     log.close({"flops": 1.0})
     assert [line["event"] for line in lines(store)] == [
         "started",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.plan import Plan
-from pipeline.remote_planning import claim_run
+from pipeline.run.driver import claim
 from pipeline.storage.object_store import open_store
 from pipeline.worker import solve as compiling
 from pipeline.worker.solve import CompiledAhead
@@ -57,7 +57,7 @@ def test_a_worker_that_only_evaluates_compiles_no_solver(monkeypatch: pytest.Mon
     store = open_store("memory://test-compiling")
     given = planned("gptq")
     assert given.windows is not None
-    claim_run(store, given.plan, given.windows.to_bytes())
+    claim(store, given.plan, given.windows.to_bytes())
     worker = QuickWorker(given.plan, str(source()), store.root_url)
     assert worker.read(1)
     assert not worker._compiled._begun

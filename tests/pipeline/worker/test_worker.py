@@ -10,13 +10,12 @@ import pytest
 from pipeline.canonical import sha256
 from pipeline.errors import DivergenceError, MissingObjectError
 from pipeline.reduction import Subtree
-from pipeline.remote_planning import claim_run
 from pipeline.run import activations
+from pipeline.run.driver import claim
 from pipeline.run.records import file_key, record_key
+from pipeline.run.worker_api import CalibrationStatistics, SolvedLayer
 from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.worker.calibration_shards import LostShardError
-from pipeline.worker.solve import SolvedLayer
-from pipeline.worker.statistics import CalibrationStatistics
 from pipeline.worker.worker import Worker
 from tests.pipeline.tiny_runs import QuickWorker, execute, planned, source
 
@@ -28,7 +27,7 @@ def store() -> ObjectStore:
     found = open_store(f"memory://test-worker/{next(_fresh)}")
     given = planned("gptq")
     assert given.windows is not None
-    claim_run(found, given.plan, given.windows.to_bytes())
+    claim(found, given.plan, given.windows.to_bytes())
     return found
 
 
@@ -57,7 +56,7 @@ def test_every_token_of_the_windows_is_counted_and_no_other() -> None:
     sums = []
     for plan in (given.plan, dataclasses.replace(given.plan, tokens=single)):
         store = open_store(f"memory://test-worker/{next(_fresh)}")
-        claim_run(store, plan, given.windows.to_bytes())
+        claim(store, plan, given.windows.to_bytes())
         worker = QuickWorker(plan, str(source()), store.root_url)
         worker.restore(0, [0, 1], 0)
         sums.append(worker.capture(0, 0, Subtree(0, 2), worker.read(1)))
