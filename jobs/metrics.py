@@ -1,12 +1,11 @@
-"""What runs tell Prometheus, through Ray, which puts `ray_` before each name; names are stable."""
+"""Metrics for Prometheus, exported by Ray, which puts `ray_` before each name; names are stable."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from typing import Literal
 
 from pipeline.fidelity import Fidelity
 from pipeline.run.events import Report, Step
@@ -36,6 +35,8 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     ),
 }
 
+Outcome = Literal["finished", "gate_failed", "failed", "interrupted"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunMetrics:
@@ -50,52 +51,48 @@ class RunMetrics:
     recipe: str
 
     def also(self, report: Report) -> Report:
-        """A report that goes here and there."""
+        """A report function that counts each step before it passes it on to `report`."""
 
         def both(step: Step) -> None:
             for stage, seconds in step.seconds.items():
-                tags = {"model": self.model, "stage": stage}
-                _counter("quantfleet_stage_seconds_total").inc(seconds, tags)
+                _count("quantfleet_stage_seconds_total", seconds, model=self.model, stage=stage)
             if step.event == "lost":
-                _counter("quantfleet_lost_workers_total").inc(1, {"model": self.model})
+                _count("quantfleet_lost_workers_total", 1, model=self.model)
             if step.record is not None:
-                tags = {"model": self.model}
-                _counter("quantfleet_blocks_total").inc(1, tags)
-                _counter("quantfleet_written_bytes_total").inc(step.record.size_bytes, tags)
-                _gauge("quantfleet_last_block_timestamp_seconds").set(time.time(), tags)
+                size_bytes = step.record.size_bytes
+                _count("quantfleet_blocks_total", 1, model=self.model)
+                _count("quantfleet_written_bytes_total", size_bytes, model=self.model)
+                _set("quantfleet_last_block_timestamp_seconds", time.time(), model=self.model)
             report(step)
 
         return both
 
-    def ended(self, outcome: str) -> None:
-        """Count the run: "finished", "failed" or "interrupted"."""
-        tags = {"model": self.model, "recipe": self.recipe, "outcome": outcome}
-        _counter("quantfleet_runs_total").inc(1, tags)
+    def ended(self, outcome: Outcome) -> None:
+        """Count the run."""
+        _count("quantfleet_runs_total", 1, model=self.model, recipe=self.recipe, outcome=outcome)
 
     def judged(self, fidelity: Fidelity) -> None:
-        """Tell how good the result is."""
+        """Set the quality of the result."""
         if fidelity.result_perplexity is not None and fidelity.source_perplexity:
             ratio = fidelity.result_perplexity / fidelity.source_perplexity
-            tags = {"model": self.model, "recipe": self.recipe}
-            _gauge("quantfleet_perplexity_ratio").set(ratio, tags)
+            _set("quantfleet_perplexity_ratio", ratio, model=self.model, recipe=self.recipe)
 
 
 def nightly_ended(catalog: str) -> None:
-    """Tell that a nightly pass of a catalog ended well."""
-    _gauge("quantfleet_nightly_timestamp_seconds").set(time.time(), {"catalog": catalog})
+    """Note when a nightly pass of a catalog ended well."""
+    _set("quantfleet_nightly_timestamp_seconds", time.time(), catalog=catalog)
 
 
-@cache
-def _counter(name: str) -> Any:
-    from ray.util.metrics import Counter
-
-    description, tags = COUNTERS[name]
-    return Counter(name, description=description, tag_keys=tags)
+# Both import Ray, which nothing may do before a run needs it.
 
 
-@cache
-def _gauge(name: str) -> Any:
-    from ray.util.metrics import Gauge
+def _count(name: str, amount: float, **tags: str) -> None:
+    from pipeline.executor.ray_cluster import increase_counter
 
-    description, tags = GAUGES[name]
-    return Gauge(name, description=description, tag_keys=tags)
+    increase_counter(name, COUNTERS[name][0], amount, tags)
+
+
+def _set(name: str, value: float, **tags: str) -> None:
+    from pipeline.executor.ray_cluster import set_gauge
+
+    set_gauge(name, GAUGES[name][0], value, tags)

@@ -10,12 +10,12 @@ from rich.text import Text
 
 from jobs.quantities import count, size
 from pipeline.estimates import Estimate
-from pipeline.executor.ray_cluster import Resources
+from pipeline.executor.protocol import Allocation
 from pipeline.plan import Plan
 from pipeline.recipe.recipe import unmatched_patterns
 
 
-def plan_table(plan: Plan, costs: Estimate, resources: Resources) -> RenderableType:
+def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> RenderableType:
     """The layers by scheme, the calibration, the costs, and what stays in float and why."""
     layers = Table(title=f"{plan.model}: {plan.num_blocks} blocks, plan {plan.digest[:12]}")
     for name, justify in (
@@ -53,7 +53,7 @@ def plan_table(plan: Plan, costs: Estimate, resources: Resources) -> RenderableT
         f"{count(costs.flops)} (forward {count(costs.forward_flops)}, Hessians "
         f"{count(costs.gram_flops)}, solving {count(costs.solve_flops)})",
     )
-    facts.add_row("workers", f"{resources.workers} × {resources.threads} threads")
+    facts.add_row("workers", f"{allocation.workers} × {allocation.threads} threads")
     lines = [Text(f"left in float: {path}: {note}") for note, path in notes.items()]
     every = [(o.path, o.kind, o.in_features) for part in plan.parts for o in part.layers]
     lines += [

@@ -1,43 +1,19 @@
-"""From what a user asks for to a claimed run: planned by a worker, not in the driver."""
+"""What a driver learns of sources and texts, from a process that has JAX and Keras."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from pipeline.executor.protocol import Executor, ExecutorError, WorkerLostError
+from pipeline.executor.protocol import Executor, ExecutorError, FunctionRunner, WorkerLostError
 from pipeline.fidelity import Fidelity, average
 from pipeline.plan import Plan
 from pipeline.recipe.recipe import Calibration, Recipe
-from pipeline.recipe.recipe_file import recipe_from_dict
-from pipeline.run.driver import claim
-from pipeline.storage.object_store import ObjectStore
+from pipeline.run.worker_api import WorkerApi
 
 _WINDOW = 512
 """Tokens in an evaluation window where no calibration says otherwise."""
 _MOST_LOSSES = 5
-
-
-def plan_run(
-    executor: Executor, source_url: str, recipe: Recipe, threads: int
-) -> tuple[Plan, bytes | None]:
-    """The plan, and the token windows that it names, serialized.
-
-    Raises:
-        PipelineError: a source, recipe or calibration that cannot be carried out.
-    """
-    plan_json, windows = executor.run(_plan, source_url, recipe.to_dict(), threads)
-    return Plan.from_json(plan_json), windows
-
-
-def claim_run(store: ObjectStore, plan: Plan, windows: bytes | None) -> Plan:
-    """Write plan and token windows into the run's directory, or find them there.
-
-    Raises:
-        PlanMismatchError: the directory belongs to another plan, or holds other things.
-    """
-    return claim(store, plan, windows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +25,19 @@ class Identity:
     versions: dict[str, str]
 
 
-def identity(executor: Executor, source_url: str, threads: int) -> Identity:
+def plan_run(
+    runner: FunctionRunner, source_url: str, recipe: Recipe, threads: int
+) -> tuple[Plan, bytes | None]:
+    """The plan, and the token windows that it names, serialized.
+
+    Raises:
+        PipelineError: a source, recipe or calibration that cannot be carried out.
+    """
+    plan_json, windows = runner.run(_plan, source_url, recipe, threads)
+    return Plan.from_json(plan_json), windows
+
+
+def identity(runner: FunctionRunner, source_url: str, threads: int) -> Identity:
     """What a plan made now would say of source, machine and versions.
 
     Weights are not read: each part's are checked against the plan when they are.
@@ -57,11 +45,11 @@ def identity(executor: Executor, source_url: str, threads: int) -> Identity:
     Raises:
         PipelineError: the source cannot be read.
     """
-    return Identity(**executor.run(_identity, source_url, threads))
+    return runner.run(_identity, source_url, threads)
 
 
 def evaluation_windows(
-    executor: Executor, source_url: str, plan: Plan, texts: Sequence[str], num_windows: int
+    runner: FunctionRunner, source_url: str, plan: Plan, texts: Sequence[str], num_windows: int
 ) -> bytes:
     """Token windows of texts to judge a result by, serialized.
 
@@ -71,11 +59,10 @@ def evaluation_windows(
         PipelineError: texts that are missing, unreadable or too few.
     """
     length = _WINDOW if plan.tokens is None else plan.tokens.sequence_length
-    wanted = Calibration(
+    calibration = Calibration(
         texts=tuple(texts), num_samples=num_windows, sequence_length=length, sampling="sequential"
     )
-    values = wanted.model_dump(mode="json")
-    return bytes(executor.run(_windows, source_url, values, plan.tokens is None))
+    return runner.run(_windows, source_url, calibration, plan.tokens is None)
 
 
 def measure(executor: Executor, windows: bytes, num_windows: int) -> Fidelity:
@@ -89,52 +76,55 @@ def measure(executor: Executor, windows: bytes, num_windows: int) -> Fidelity:
     ]
     for _ in range(_MOST_LOSSES):
         try:
-            found = executor.fetch(
+            measured = executor.fetch(
                 [
-                    executor.submit(w, "compare", windows, share)
-                    for w, share in enumerate(shares)
+                    executor.submit(worker, WorkerApi.evaluate, windows, share)
+                    for worker, share in enumerate(shares)
                     if share
                 ]
             )
             break
         except WorkerLostError:
-            executor.revive()
+            executor.recover()
     else:
         raise ExecutorError(
             f"workers were lost {_MOST_LOSSES} times while they evaluated; check the memory and "
             "logs of the cluster's nodes, then run quantfleet evaluate"
         )
     by_window = {
-        index: one
-        for share, several in zip(filter(None, shares), found, strict=True)
-        for index, one in zip(share, several, strict=True)
+        index: fidelity
+        for share, several in zip(filter(None, shares), measured, strict=True)
+        for index, fidelity in zip(share, several, strict=True)
     }
     return average([by_window[index] for index in sorted(by_window)])
 
 
-def _plan(source_url: str, recipe: dict[str, Any], threads: int) -> tuple[bytes, bytes | None]:
-    # Here, so that the driver, which imports this module, imports neither JAX nor Keras.
+# The functions below run where JAX and Keras are; the driver, which imports this module, imports
+# neither.
+
+
+def _plan(source_url: str, recipe: Recipe, threads: int) -> tuple[bytes, bytes | None]:
     from pipeline.model.preset import read_preset
     from pipeline.planning import make_plan
 
-    planned = make_plan(read_preset(source_url), recipe_from_dict(recipe), threads=threads)
+    planned = make_plan(read_preset(source_url), recipe, threads=threads)
     windows = planned.windows
     return planned.plan.to_json(), None if windows is None else windows.to_bytes()
 
 
-def _identity(source_url: str, threads: int) -> dict[str, Any]:
+def _identity(source_url: str, threads: int) -> Identity:
     from pipeline.model.preset import read_preset
     from pipeline.planning import machine, versions
     from pipeline.weights.source import open_source
 
-    return {
-        "source_files_sha256": open_source(read_preset(source_url)).files_digest(),
-        "machine": machine(threads),
-        "versions": versions(),
-    }
+    return Identity(
+        source_files_sha256=open_source(read_preset(source_url)).files_digest(),
+        machine=machine(threads),
+        versions=versions(),
+    )
 
 
-def _windows(source_url: str, calibration: dict[str, Any], fit: bool) -> bytes:
+def _windows(source_url: str, calibration: Calibration, fit: bool) -> bytes:
     """Args: fit: shorten windows to what the model takes."""
     from pipeline.model.preset import read_preset
     from pipeline.model.skeleton import build_skeleton
@@ -142,8 +132,7 @@ def _windows(source_url: str, calibration: dict[str, Any], fit: bool) -> bytes:
 
     preset = read_preset(source_url)
     skeleton = build_skeleton(preset)
-    wanted = Calibration.model_validate(calibration)
     most = most_tokens(skeleton)
-    if fit and most is not None and most < wanted.sequence_length:
-        wanted = wanted.model_copy(update={"sequence_length": most})
-    return token_windows(preset, skeleton, wanted).to_bytes()
+    if fit and most is not None and most < calibration.sequence_length:
+        calibration = calibration.model_copy(update={"sequence_length": most})
+    return token_windows(preset, skeleton, calibration).to_bytes()

@@ -4,32 +4,44 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from jobs.catalog.request import Request, request_key, run_store
-from jobs.fleet.carrying_out import carry_out, evaluated, plan_of, whole_manifest
-from jobs.fleet.workplace import Enter, Workplace
+from jobs.execute import (
+    Compute,
+    DriverOptions,
+    OpenCompute,
+    check_identity,
+    check_memory,
+    evaluate,
+    execute,
+    read_windows,
+)
 from jobs.logging import log_event, set_run, status
 from jobs.metrics import RunMetrics
 from jobs.publish.releases import Release, find_current, publish
-from jobs.publish.verdict import Verdict, failures, figures, find_verdict, save_verdict
-from jobs.publish.verified_files import note_whole
+from jobs.publish.verdict import Verdict, failures, find_verdict, quality_figures, save_verdict
+from jobs.publish.verified_files import VerifiedFiles
 from pipeline.errors import (
     DamagedObjectError,
     LeaseHeldError,
     MissingObjectError,
     PipelineError,
 )
-from pipeline.executor.protocol import Executor
+from pipeline.estimates import estimate
+from pipeline.executor.protocol import FunctionRunner
 from pipeline.fidelity import Fidelity
 from pipeline.plan import PLAN_KEY, Plan, read_plan
+from pipeline.recipe.recipe_file import recipe_from_dict
+from pipeline.remote_planning import identity, plan_run
 from pipeline.run import lease
-from pipeline.run.commits import damaged_files
+from pipeline.run.commits import Finding, damaged_files, read_manifest
 from pipeline.run.driver import claim
-from pipeline.run.records import ARTIFACT_PREFIX, Manifest
+from pipeline.run.records import ARTIFACT_PREFIX, MANIFEST_KEY, Manifest
 from pipeline.storage.object_store import ObjectStore
 
 
@@ -57,7 +69,7 @@ class Fulfilled:
 
 @dataclass(frozen=True, kw_only=True)
 class _Artifact:
-    """A finished run, found whole."""
+    """A finished run, found intact."""
 
     run_id: str
     plan: Plan
@@ -66,99 +78,112 @@ class _Artifact:
 
 
 def fulfil(
-    root: ObjectStore,
-    request: Request,
-    enter: Enter,
-    *,
-    wait: bool,
-    lease_seconds: float = lease.TERM_SECONDS,
+    root: ObjectStore, request: Request, open_compute: OpenCompute, options: DriverOptions
 ) -> Fulfilled:
-    """Quantize what is not quantized, measure, verify, judge, and publish.
+    """Quantize what is not quantized, evaluate, verify, judge, and publish.
 
-    Whoever does so again, or at the same time, finds done what was done; a cluster is joined only
-    if something is to be computed.
+    Doing so again, or at the same time, finds done what was done; workers are started only if
+    something is to be computed.
 
     Args:
         root: the catalog's.
-        enter: joins a cluster.
-        wait: for another driver of the same run to end.
 
     Raises:
-        LeaseHeldError: another drives the run, and `wait` is False.
+        LeaseHeldError: another driver is at work on the run, and it is not to be waited for.
         PipelineError: with what to do about it.
     """
     set_run(run=request.run_id, model=request.model, recipe=request.recipe_name)
-    store = run_store(root, request.run_id)
     held = lease.acquire(
-        store, seconds=lease_seconds, wait=wait, tell=lambda text: log_event("waiting", text)
+        run_store(root, request.run_id),
+        seconds=options.lease_seconds,
+        wait=options.wait,
+        tell=lambda text: log_event("waiting", text),
     )
-    with held, _Work(request, enter) as work:
-        artifact = _at_rest(root, request) or _made(root, request, work, held)
+    with held, _RequestCompute(request, open_compute) as compute:
+        artifact = _find_intact(root, request)
+        if artifact is None:
+            artifact = _quantize(root, request, compute, held, options)
         is_known, fidelity = _known_quality(root, request, artifact)
         if not is_known:
-            _, executor = work.at(run_store(root, artifact.run_id))
-            fidelity = evaluated(request, artifact.plan, executor)
-        verdict = _judged(request, artifact, fidelity)
-        # A last look at everything, just before readers are sent there.
+            run_compute = compute.for_run(run_store(root, artifact.run_id))
+            fidelity = _evaluate(request, artifact.plan, run_compute)
+        verdict = _judge(request, artifact, fidelity)
+        # Everything is read once more, just before readers are sent there.
         _verify(root, artifact)
         save_verdict(root, verdict)
         held.check()
         releases = publish(root, request, verdict) if verdict.passed else ()
-        if fidelity is not None:
-            judged = fidelity
-            work.tell(lambda metrics: metrics.judged(judged))
-        work.tell(lambda metrics: metrics.ended("finished" if verdict.passed else "gate_failed"))
+        if compute.has_workers:
+            if fidelity is not None:
+                compute.metrics.judged(fidelity)
+            compute.metrics.ended("finished" if verdict.passed else "gate_failed")
     return Fulfilled(request=request, verdict=verdict, releases=releases, solved=artifact.solved)
 
 
-class _Work:
-    """A cluster, joined when it is first needed, with a executor on one run at a time."""
+class _RequestCompute:
+    """What a request is computed with, opened when it is first needed, for one run at a time.
 
-    def __init__(self, request: Request, enter: Enter) -> None:
+    Attributes:
+        metrics: of the request's run, which need workers: a request that is found done has none.
+    """
+
+    def __init__(self, request: Request, open_compute: OpenCompute) -> None:
         self.metrics = RunMetrics(model=request.model, recipe=request.recipe_name)
         self._request = request
-        self._enter = enter
+        self._open_compute = open_compute
         self._stack = contextlib.ExitStack()
-        self._at: tuple[str, Workplace, Executor] | None = None
+        self._opened: tuple[str, Compute] | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if isinstance(error, PipelineError) and not isinstance(error, LeaseHeldError):
-            self.tell(lambda metrics: metrics.ended("failed"))
-        self._stack.__exit__(kind, error, trace)
+        is_failure = isinstance(error, PipelineError) and not isinstance(error, LeaseHeldError)
+        if is_failure and self.has_workers:
+            self.metrics.ended("failed")
+        self._stack.__exit__(error_type, error, trace)
 
-    def tell(self, what: Callable[[RunMetrics], None]) -> None:
-        """Tell Prometheus something, if a cluster was joined: who finds all done tells nothing."""
-        if self._at is not None:
-            what(self.metrics)
+    @property
+    def has_workers(self) -> bool:
+        return self._opened is not None and self._opened[1].has_workers
 
-    def at(self, store: ObjectStore) -> tuple[Workplace, Executor]:
-        """Where a run is worked on, and by whom."""
-        if self._at is None or self._at[0] != store.root_url:
-            # The executor of another run would keep what this one needs.
+    def for_run(self, store: ObjectStore) -> Compute:
+        """What works on the run at a store's root."""
+        if self._opened is None or self._opened[0] != store.root_url:
+            # Workers on another run would keep what this one needs.
             self._stack.close()
-            needs = self._request.needs
-            if needs.threads is None and store.exists(PLAN_KEY):
-                # As the run was begun: their number decides rounding.
+            spec = self._request.needs
+            if spec.threads is None and store.exists(PLAN_KEY):
+                # As the run was started: their number decides rounding.
                 threads = int(read_plan(store).machine["threads"])
-                needs = dataclasses.replace(needs, threads=threads)
-            place = self._stack.enter_context(self._enter(needs))
-            self._at = store.root_url, place, place.hire(self._request.source_url, store.root_url)
-        return self._at[1], self._at[2]
+                spec = dataclasses.replace(spec, threads=threads)
+            opened = self._open_compute(spec, self._request.source_url, store.root_url)
+            self._opened = store.root_url, self._stack.enter_context(opened)
+        return self._opened[1]
 
 
-def _at_rest(root: ObjectStore, request: Request) -> _Artifact | None:
-    """The artifact, if it is finished and whole: the request's own run, or what took its place."""
+def _read_intact(store: ObjectStore) -> tuple[Manifest | None, tuple[Finding, ...]]:
+    """A run's manifest, once all files that it names were read and are intact; else what is not."""
+    try:
+        manifest = read_manifest(store)
+    except MissingObjectError:
+        return None, ()
+    except DamagedObjectError as error:
+        return None, (Finding(key=MANIFEST_KEY, problem=str(error), is_damaged=True),)
+    damaged = damaged_files(store, manifest)
+    return (None, damaged) if damaged else (manifest, ())
+
+
+def _find_intact(root: ObjectStore, request: Request) -> _Artifact | None:
+    """The finished and intact artifact of the request's own run, or of one with the same bytes."""
     for run_id in dict.fromkeys(_candidates(root, request)):
         store = run_store(root, run_id)
-        manifest, _ = whole_manifest(store)
+        manifest, _ = _read_intact(store)
         if manifest is not None:
             return _Artifact(run_id=run_id, plan=read_plan(store), manifest=manifest)
     return None
@@ -172,12 +197,12 @@ def _candidates(root: ObjectStore, request: Request) -> Iterator[str]:
         yield verdict.run_id
     current = find_current(root, request.model, request.recipe_name)
     if current is not None:
-        before = _asked(root, current.release)
+        before = _fulfilled_request(root, current.release)
         if before is not None and before.run_id == request.run_id:
             yield current.release.run_id
 
 
-def _asked(root: ObjectStore, release: Release) -> Request | None:
+def _fulfilled_request(root: ObjectStore, release: Release) -> Request | None:
     """The request that a release fulfils; None where it cannot be read."""
     try:
         return Request.read(root, request_key(release.request_id))
@@ -185,12 +210,20 @@ def _asked(root: ObjectStore, release: Release) -> Request | None:
         return None
 
 
-def _made(root: ObjectStore, request: Request, work: _Work, held: lease.Lease) -> _Artifact:
+def _quantize(
+    root: ObjectStore,
+    request: Request,
+    compute: _RequestCompute,
+    held: lease.Lease,
+    options: DriverOptions,
+) -> _Artifact:
+    """Finish the request's run; or find the artifact of a run with the very same plan."""
     store = run_store(root, request.run_id)
-    _, damaged = whole_manifest(store)
-    place, executor = work.at(store)
+    _, damaged = _read_intact(store)
+    run_compute = compute.for_run(store)
+    threads = run_compute.allocation.threads
     with status("planning: reading the preset, checking every layer, cutting texts"):
-        plan, windows = plan_of(request, store, executor, place)
+        plan, windows = run_compute.plan(lambda runner: _plan(request, store, runner, threads))
     if not store.exists(PLAN_KEY):
         twin = _published_twin(root, request, plan)
         if twin is not None:
@@ -201,8 +234,60 @@ def _made(root: ObjectStore, request: Request, work: _Work, held: lease.Lease) -
             )
             return twin
         plan = claim(store, plan, windows)
-    manifest = carry_out(plan, store, executor, place, held, damaged, work.metrics)
-    return _Artifact(run_id=request.run_id, plan=plan, manifest=manifest, solved=True)
+    costs = estimate(plan, run_compute.allocation.workers)
+    check_memory(costs, run_compute.allocation.nodes)
+    for finding in damaged:
+        log_event("damaged", f"made again: {finding.problem}", level=logging.WARNING)
+    execution = execute(
+        plan,
+        store,
+        run_compute,
+        held,
+        compute.metrics,
+        keep_every=options.keep_every,
+        damaged=damaged,
+    )
+    execution.summarize(costs, None)
+    return _Artifact(run_id=request.run_id, plan=plan, manifest=execution.manifest, solved=True)
+
+
+def _plan(
+    request: Request, store: ObjectStore, runner: FunctionRunner, threads: int
+) -> tuple[Plan, bytes | None]:
+    """The plan that the run was started with, or else a new one and its token windows.
+
+    Only a new one reads the whole source; parts are checked against either when they are read.
+
+    Raises:
+        PipelineError: it cannot be carried out here.
+    """
+    if store.exists(PLAN_KEY):
+        plan = read_plan(store)
+        found = identity(runner, request.source_url, threads)
+        check_identity(plan, found, request.source_url, finished=False)
+        return plan, None
+    recipe = recipe_from_dict(request.recipe, where=request.request_id)
+    return plan_run(runner, request.source_url, recipe, threads)
+
+
+def _evaluate(request: Request, plan: Plan, compute: Compute) -> Fidelity:
+    """Compare a finished result with its source, on the texts that the request names.
+
+    Raises:
+        CalibrationTextError: texts that are missing, unreadable or too few.
+    """
+    num_windows = request.evaluation_windows
+    windows = compute.plan(
+        lambda runner: read_windows(
+            runner,
+            request.source_url,
+            plan,
+            request.evaluation_texts,
+            num_windows,
+            named=f"evaluate_on, with {num_windows} windows",
+        )
+    )
+    return evaluate(compute.executor, windows, num_windows)
 
 
 def _published_twin(root: ObjectStore, request: Request, plan: Plan) -> _Artifact | None:
@@ -210,7 +295,7 @@ def _published_twin(root: ObjectStore, request: Request, plan: Plan) -> _Artifac
     current = find_current(root, request.model, request.recipe_name)
     if current is None or current.release.plan_digest != plan.digest:
         return None
-    manifest, _ = whole_manifest(run_store(root, current.release.run_id))
+    manifest, _ = _read_intact(run_store(root, current.release.run_id))
     if manifest is None:
         return None
     return _Artifact(run_id=current.release.run_id, plan=plan, manifest=manifest)
@@ -229,7 +314,7 @@ def _known_quality(
     current = find_current(root, request.model, request.recipe_name)
     if current is None or current.release.manifest_sha256 != manifest_sha256:
         return False, None
-    before = _asked(root, current.release)
+    before = _fulfilled_request(root, current.release)
     same = before is not None and all(
         getattr(before, name) == getattr(request, name)
         for name in ("evaluation_texts", "evaluation_windows", "evaluation")
@@ -238,7 +323,7 @@ def _known_quality(
     return (True, Fidelity(**quality)) if same and quality else (False, None)
 
 
-def _judged(request: Request, artifact: _Artifact, fidelity: Fidelity | None) -> Verdict:
+def _judge(request: Request, artifact: _Artifact, fidelity: Fidelity | None) -> Verdict:
     weights = [
         entry.size_bytes
         for key, entry in artifact.manifest.files.items()
@@ -253,7 +338,7 @@ def _judged(request: Request, artifact: _Artifact, fidelity: Fidelity | None) ->
         manifest_sha256=artifact.manifest.record_sha256,
         source_bytes=sum(part.source_bytes for part in artifact.plan.parts),
         stored_bytes=sum(weights),
-        quality=figures(fidelity),
+        quality=quality_figures(fidelity),
         gate=None if request.gate is None else dataclasses.asdict(request.gate),
         failures=failures(request.gate, fidelity),
     )
@@ -273,7 +358,7 @@ def _verify(root: ObjectStore, artifact: _Artifact) -> None:
             f"{len(damaged)} objects are damaged, the first: {damaged[0].problem}; nothing was "
             "published: start again, which makes them again"
         )
-    note_whole(root, artifact.run_id, artifact.manifest, versions)
+    VerifiedFiles.of(artifact.run_id, artifact.manifest, versions).save(root)
 
 
 def fulfilled_json(done: Fulfilled) -> dict[str, object]:

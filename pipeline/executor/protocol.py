@@ -1,7 +1,7 @@
-"""Where a run's work is done, as the driver sees it: workers by number, handles to their results.
+"""Where a run's work is done, as its driver sees it: workers by number, handles to their results.
 
-`pipeline.executor.ray_executor` is the real one, on Ray; `LocalExecutor` does the same in this
-process, for tests of everything that is not Ray.
+`RayExecutor` is the real one; `LocalExecutor` does the same in this process, for tests of
+everything that is not Ray.
 """
 
 from __future__ import annotations
@@ -9,13 +9,22 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, cast
+
+from pydantic import ConfigDict
 
 from pipeline.errors import PipelineError
+from pipeline.storage.record import STRICT
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+Device = Literal["auto", "cpu", "gpu"]
 
 
 class WorkerLostError(Exception):
-    """A worker, or something that it held, is gone; what it did can be done again."""
+    """A worker, or something that it held, is gone; its work can be done again."""
 
 
 class ExecutorError(PipelineError):
@@ -24,16 +33,66 @@ class ExecutorError(PipelineError):
     exit_code = 3
 
 
-class Executor(Protocol):
-    """Workers 0 … num_workers - 1, each a `pipeline.worker.worker.Worker`.
+@dataclass(frozen=True, kw_only=True)
+class ComputeSpec:
+    """What a user asks of a cluster; None leaves it to the cluster.
 
-    How many there are may change in `revive`, and then only.
+    Attributes:
+        workers, threads: how many workers, and threads of each one's matrix products.
+        memory_bytes: the most that a worker may use.
     """
 
-    num_workers: int
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a function of a module where workers are; the driver imports no JAX.
+    workers: int | None = None
+    threads: int | None = None
+    device: Device = "auto"
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeRoom:
+    """How many of a run's workers a node can hold at most, and bytes of memory for them."""
+
+    workers: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """What a run gets.
+
+    Attributes:
+        workers: how many.
+        threads: of each one's matrix products; their number decides rounding.
+        gpus: of each worker: 0 or 1.
+        nodes: those with room for workers.
+    """
+
+    workers: int
+    threads: int
+    gpus: int = 0
+    nodes: tuple[NodeRoom, ...] = ()
+
+    def to_dict(self) -> dict[str, int]:
+        """Plain JSON values, without the nodes."""
+        return {"workers": self.workers, "threads": self.threads, "gpus": self.gpus}
+
+
+class Handle(Generic[T]):
+    """Stands for the result of a call that a worker may not have begun."""
+
+
+def argument(handle: Handle[T]) -> T:
+    """A handle, typed as its result, to be passed to another call: the executor replaces it."""
+    return cast(T, handle)
+
+
+class FunctionRunner(Protocol):
+    """A process that has JAX and Keras; the driver imports neither."""
+
+    def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a module's function there.
 
         Raises:
             ExecutorError: the process is lost again and again.
@@ -41,14 +100,39 @@ class Executor(Protocol):
         """
         ...
 
-    def submit(self, worker: int, method: str, *args: Any) -> Any:
-        """Ask a worker for something; returns a handle to its result.
 
-        Handles among `args` are replaced by what they stand for.
+class Executor(FunctionRunner, Protocol):
+    """Workers 0 … num_workers - 1, whose methods are those of `pipeline.run.worker_api.WorkerApi`.
+
+    How many there are may change in `recover`, and then only.
+    """
+
+    num_workers: int
+
+    def submit(
+        self,
+        worker: int,
+        method: Callable[Concatenate[Any, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> Handle[T]:
+        """Call a worker's method, named by its protocol's; a worker takes one call at a time.
+
+        Handles among the arguments (see `argument`) are replaced by their results.
         """
         ...
 
-    def fetch(self, handles: Sequence[Any]) -> list[Any]:
+    def submit_read(
+        self,
+        worker: int,
+        method: Callable[Concatenate[Any, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> Handle[T]:
+        """Like `submit`, of a method that reads, for which the worker's other calls do not wait."""
+        ...
+
+    def fetch(self, handles: Sequence[Handle[T]]) -> list[T]:
         """Wait for results.
 
         Raises:
@@ -57,11 +141,11 @@ class Executor(Protocol):
         """
         ...
 
-    def seconds(self) -> dict[str, float]:
+    def take_seconds(self) -> dict[str, float]:
         """Seconds of work by method since the last call, all workers together."""
         ...
 
-    def revive(self) -> Sequence[str]:
+    def recover(self) -> Sequence[str]:
         """Wait until workers answer again; returns what changed about them, in words."""
         ...
 
@@ -69,14 +153,14 @@ class Executor(Protocol):
 class TimedWorker:
     """Calls a worker's methods by name and adds up how long they take."""
 
-    def __init__(self, worker: Any) -> None:
+    def __init__(self, worker: object) -> None:
         self._worker = worker
         self._seconds: Counter[str] = Counter()
 
-    def call(self, method: str, *args: Any) -> Any:
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
         try:
-            return getattr(self._worker, method)(*args)
+            return getattr(self._worker, method)(*args, **kwargs)
         finally:
             self._seconds[method] += time.perf_counter() - start  # type: ignore[assignment]
 
@@ -85,27 +169,48 @@ class TimedWorker:
         return dict(taken)
 
 
-class LocalExecutor:
-    """Workers in this process, that do at once what they are asked."""
+@dataclass(frozen=True)
+class _Done(Handle[T]):
+    result: T
 
-    def __init__(self, workers: Sequence[Any]) -> None:
+
+class LocalExecutor:
+    """Workers in this process; a call is done as soon as it is submitted."""
+
+    def __init__(self, workers: Sequence[object]) -> None:
         self.num_workers = len(workers)
         self._workers = [TimedWorker(worker) for worker in workers]
 
-    def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        return function(*args)
+    def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return function(*args, **kwargs)
 
-    def submit(self, worker: int, method: str, *args: Any) -> Any:
-        return self._workers[worker].call(method, *args)
+    def submit(
+        self,
+        worker: int,
+        method: Callable[Concatenate[Any, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> Handle[T]:
+        results = [arg.result if isinstance(arg, _Done) else arg for arg in args]
+        return _Done(self._workers[worker].call(method.__name__, *results, **kwargs))
 
-    def fetch(self, handles: Sequence[Any]) -> list[Any]:
-        return list(handles)
+    def submit_read(
+        self,
+        worker: int,
+        method: Callable[Concatenate[Any, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> Handle[T]:
+        return self.submit(worker, method, *args, **kwargs)
 
-    def seconds(self) -> dict[str, float]:
+    def fetch(self, handles: Sequence[Handle[T]]) -> list[T]:
+        return [cast(_Done[T], handle).result for handle in handles]
+
+    def take_seconds(self) -> dict[str, float]:
         total: Counter[str] = Counter()
         for worker in self._workers:
             total.update(worker.take_seconds())
         return dict(total)
 
-    def revive(self) -> Sequence[str]:
+    def recover(self) -> Sequence[str]:
         return ()

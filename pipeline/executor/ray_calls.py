@@ -1,24 +1,24 @@
-"""Calls of workers, remembered until they are answered, so that lost ones can be asked again.
+"""Calls of workers, remembered until they are answered, so that lost ones can be repeated.
 
-Ray loses a call when a message fails on its way there or back. Of most it says so, and then the
-calls that were to be given the result fail too. Of others nobody ever hears: where large arguments
-lie ready, a worker is told so just once. A worker's methods may be run twice without harm, so that
-what was lost is simply asked again, and with it what depends on it; nothing else is done twice.
+Ray loses a call when a message fails on its way there or back. It reports most of these, and then
+the calls that depend on the result fail too. Others it never reports: where large arguments are
+ready, a worker is told of a call only once. A worker's methods may run twice without harm, so a
+lost call is simply repeated, and with it what depends on it; nothing else runs twice.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import ray
 from ray import exceptions
 
-from pipeline.executor.protocol import ExecutorError, WorkerLostError
+from pipeline.executor.protocol import ExecutorError, Handle, T, WorkerLostError
 
-# What a repetition, perhaps by other or restarted processes, can mend.
+# What repeating, perhaps on other or restarted processes, can mend.
 _LOST = (
     exceptions.ActorDiedError,
     exceptions.ActorUnavailableError,
@@ -32,152 +32,156 @@ _LOST = (
 )
 _ANSWER_SECONDS = 10.0
 _RESULT_SECONDS = 600.0
-"""How long a result that is there may take to come here."""
+"""How long a finished call's result may take to arrive."""
+
+PING_GROUP = "ping"
+"""Concurrency group of the methods that an actor answers whatever else it does."""
+
+CallState = Literal["new", "submitted", "lost", "answered"]
 
 
 class LostCallError(WorkerLostError):
-    """Ray did not carry a call out, or did not bring its result."""
+    """Ray did not carry a call out, or did not deliver its result."""
 
 
 @dataclass(eq=False, kw_only=True)
-class Call:
-    """Something asked of an actor; it stands for the result.
+class Call(Handle[T]):
+    """One call of an actor; it stands for the result.
 
     Attributes:
-        place: the actor's number.
-        method: of the actor's handle; it gives two things, None and the result.
-        args: calls among them stand for their results. Empty once it is answered, so that what
-            nobody else needs can go.
+        worker: the actor's number.
+        method: of the actor's handle; it returns two things, None and the result.
+        args, kwargs: calls among the args stand for their results. Both are emptied once the call
+            is answered, so that results which no other call needs are freed.
         receipt, result: Ray's handles to the None, which is small, and to the result.
-        state: "asked", "lost" or "answered", by a result or an error of its own.
     """
 
-    place: int
+    worker: int
     method: Any
     args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
     receipt: Any = None
     result: Any = None
-    state: str = "new"
+    state: CallState = "new"
 
-    def ask(self) -> None:
+    def submit(self) -> None:
         self.cancel()
         args = [arg.result if isinstance(arg, Call) else arg for arg in self.args]
-        self.receipt, self.result = self.method.remote(*args)
-        self.state = "asked"
+        self.receipt, self.result = self.method.remote(*args, **self.kwargs)
+        self.state = "submitted"
 
     def cancel(self) -> None:
-        """Whoever has not begun with it leaves it."""
-        if self.state == "asked":
+        """Cancel the call if it has not started."""
+        if self.state == "submitted":
             ray.cancel(self.receipt)
 
-    def note(self) -> None:
-        """Take down how it ended."""
+    def record_outcome(self) -> None:
+        """Note how a call that has ended did so."""
         _, error = _outcome(self.receipt)
         if isinstance(error, LostCallError):
             self.state = "lost"
         else:
-            self.state, self.args = "answered", ()
+            self.state, self.args, self.kwargs = "answered", (), {}
 
-    def needs_any(self, others: Iterable[Call]) -> bool:
+    def depends_on(self, others: Iterable[Call[Any]]) -> bool:
         return any(arg in others for arg in self.args if isinstance(arg, Call))
 
 
-class OpenCalls:
-    """Those that are not answered yet, in an order in which none needs a later one."""
+class PendingCalls:
+    """Calls not answered yet, in an order in which none depends on a later one."""
 
     def __init__(self) -> None:
-        self._open: list[Call] = []
+        self._pending: list[Call[Any]] = []
 
-    def ask(self, place: int, method: Any, args: tuple[Any, ...]) -> Call:
-        call = Call(place=place, method=method, args=args)
-        call.ask()
-        self._open.append(call)
+    def submit(self, call: Call[T]) -> Call[T]:
+        call.submit()
+        self._pending.append(call)
         return call
 
-    def wait(self, wanted: Sequence[Call], seconds: float) -> bool:
-        """Wait until all that is wanted has ended somehow, but not for longer.
+    def wait(self, wanted: Sequence[Call[Any]], seconds: float) -> bool:
+        """Wait until all wanted calls have ended somehow, but no longer than `seconds`.
 
         Returns:
-            whether any open call was answered.
+            whether any pending call was answered.
         """
-        receipts = list(dict.fromkeys(call.receipt for call in wanted if call.state == "asked"))
+        receipts = list(dict.fromkeys(call.receipt for call in wanted if call.state == "submitted"))
         if receipts:
             ray.wait(receipts, num_returns=len(receipts), timeout=seconds, fetch_local=False)
-        asked = {call.receipt: call for call in self.in_state("asked")}
-        if asked:
-            ended, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0, fetch_local=False)
+        submitted = {call.receipt: call for call in self.in_state("submitted")}
+        if submitted:
+            ended, _ = ray.wait(
+                list(submitted), num_returns=len(submitted), timeout=0, fetch_local=False
+            )
             for receipt in ended:
-                asked[receipt].note()
-        before = len(self._open)
-        self._open = [call for call in self._open if call.state != "answered"]
-        return len(self._open) < before
+                submitted[receipt].record_outcome()
+        before = len(self._pending)
+        self._pending = [call for call in self._pending if call.state != "answered"]
+        return len(self._pending) < before
 
-    def in_state(self, state: str) -> list[Call]:
-        return [call for call in self._open if call.state == state]
+    def in_state(self, state: CallState) -> list[Call[Any]]:
+        return [call for call in self._pending if call.state == state]
 
-    def repeat(self, calls: Sequence[Call]) -> None:
-        """Ask again, and also what was to be given the results."""
-        again: set[Call] = set()
-        for call in self._open:
-            if call in calls or call.needs_any(again):
-                call.ask()
-                again.add(call)
+    def repeat(self, calls: Sequence[Call[Any]]) -> None:
+        """Submit calls again, and those that depend on them."""
+        repeated: set[Call[Any]] = set()
+        for call in self._pending:
+            if call in calls or call.depends_on(repeated):
+                call.submit()
+                repeated.add(call)
 
-    def give_up(self) -> None:
-        """Want none of them any more."""
-        for call in self._open:
+    def cancel_all(self) -> None:
+        for call in self._pending:
             call.cancel()
-        self._open.clear()
+        self._pending.clear()
 
 
-def result_of(handle: Any) -> Any:
-    """What a handle of Ray stands for.
+def result_of(object_ref: Any) -> Any:
+    """Fetch what a Ray object reference stands for.
 
     Raises:
         LostCallError: Ray lost it.
         ExecutorError: Ray fails in another way.
-        Exception: what was raised where the call was carried out.
+        Exception: what was raised where the call ran.
     """
-    result, error = _outcome(handle)
+    result, error = _outcome(object_ref)
     if error is not None:
         raise error
     return result
 
 
-def answers_of(actors: Sequence[Any], question: str, *, copies: int = 1) -> dict[int, Any]:
-    """The answers of those that give one now, whatever else they do, by their place.
+def ask_all(actors: Sequence[Any], method: str, *, copies: int = 1) -> dict[int, Any]:
+    """Call a method of the ping group on all actors; the answers that arrive, by actor number.
 
     Args:
-        copies: of the question to each, side by side, where a lost one must not be taken for
-            nobody there.
+        copies: sent to each, side by side, so that a lost message is not taken for a lost actor.
     """
-    end = time.monotonic() + _ANSWER_SECONDS
-    asked = {
-        getattr(actor, question).options(concurrency_group="roll_call").remote(): place
-        for place, actor in enumerate(actors)
+    deadline = time.monotonic() + _ANSWER_SECONDS
+    pending = {
+        getattr(actor, method).options(concurrency_group=PING_GROUP).remote(): number
+        for number, actor in enumerate(actors)
         for _ in range(copies)
     }
     answers: dict[int, Any] = {}
-    while asked and len(answers) < len(actors):
-        ended, _ = ray.wait(list(asked), timeout=max(end - time.monotonic(), 0.0))
+    while pending and len(answers) < len(actors):
+        ended, _ = ray.wait(list(pending), timeout=max(deadline - time.monotonic(), 0.0))
         if not ended:
             break
-        place = asked.pop(ended[0])
+        number = pending.pop(ended[0])
         answer, error = _outcome(ended[0])
         if error is None:
-            answers[place] = answer
+            answers[number] = answer
         elif not isinstance(error, LostCallError):
             raise error
     return answers
 
 
-def _outcome(handle: Any) -> tuple[Any, Exception | None]:
-    """What a handle stands for, or else why not."""
+def _outcome(object_ref: Any) -> tuple[Any, Exception | None]:
+    """The result that a reference stands for, or else the error."""
     try:
-        return ray.get(handle, timeout=_RESULT_SECONDS), None
+        return ray.get(object_ref, timeout=_RESULT_SECONDS), None
     except exceptions.RayTaskError as error:
         cause: Exception = error
-        # An argument's error is in that of the call that was to be given it.
+        # The error of a call that an argument came from is inside that of the call it was for.
         while isinstance(cause, exceptions.RayTaskError):
             cause = cause.cause
         return None, LostCallError(type(cause).__name__) if isinstance(cause, _LOST) else cause
@@ -192,7 +196,7 @@ def _outcome(handle: Any) -> tuple[Any, Exception | None]:
 
 
 def _not_started(error: exceptions.RayActorError) -> ExecutorError:
-    """Of an actor whose constructor failed: Ray does not start it again."""
+    """An actor's constructor failed: Ray does not restart such an actor."""
     reason = str(error).strip().splitlines()[-1].strip()[:300]
     return ExecutorError(
         f"a worker cannot start ({reason}); check that quantfleet is installed alike on all nodes "

@@ -1,40 +1,38 @@
-"""This process as a part of a Ray cluster, for a while.
-
-What a run takes of the cluster that was joined: workers, threads, memory, GPUs.
-
-Nodes that are not there yet: ask the cluster's autoscaler for them, and wait.
-"""
+"""This process's connection to a Ray cluster: its nodes, its head, and its metrics."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.autoscaler.sdk import request_resources
+from ray.util import metrics
 
-from pipeline.executor.protocol import ExecutorError
-from pipeline.storage.backend import PATIENCE_VARIABLE
+from pipeline.executor.allocation import NodeResources, allocate
+from pipeline.executor.protocol import Allocation, ComputeSpec, ExecutorError
 
 _CODE = Path(__file__).parents[2]
-_ASK_SECONDS = 5.0
+_CHECK_SECONDS = 5.0
 _HEAD_SECONDS = 30.0
-"""How long a head may be away. After twice that, Ray ends this process without a word of ours."""
+"""How long the head may be away. After twice that, Ray ends this process without a message."""
 
 
 @contextlib.contextmanager
-def joined(address: str | None, wanted_cpus: int | None = None) -> Iterator[None]:
-    """Join the cluster at `address`, or start one on this machine, for the time of the block.
+def connect(address: str | None, machine: NodeResources | None = None) -> Iterator[None]:
+    """Connect to the cluster at `address`, or start one on this machine, for the block.
 
     Args:
         address: as `ray.init` takes it; None starts a cluster of this machine alone.
-        wanted_cpus: logical CPUs of a cluster that is started; None for what the machine has.
+        machine: logical resources of a cluster that is started; None for what the machine has.
 
     Raises:
         ExecutorError: there is no cluster at the address, or it is a Ray Client's.
@@ -45,7 +43,7 @@ def joined(address: str | None, wanted_cpus: int | None = None) -> Iterator[None
             "--address auto, from elsewhere send the run as a job with quantfleet submit"
         )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Of calls that are given up; what matters is asked for.
+    # Of calls that are cancelled; errors that matter are fetched.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     options: dict[str, Any] = {
         "log_to_driver": False,
@@ -53,13 +51,17 @@ def joined(address: str | None, wanted_cpus: int | None = None) -> Iterator[None
         "configure_logging": True,
     }
     if address is None:
-        # A cluster of this process alone: nobody else has its ports' addresses, and Ray would
-        # otherwise leave a token file in the home directory.
+        # A cluster of this process alone: nobody else knows its ports, and Ray would otherwise
+        # leave a token file in the home directory.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        options |= {"address": "local", "include_dashboard": False, "num_cpus": wanted_cpus}
+        options |= {"address": "local", "include_dashboard": False}
+        if machine is not None:
+            options |= {"num_cpus": machine.cpus, "_memory": machine.memory_bytes or None}
     else:
-        _check_that_somebody_listens(address)
+        _check_port(address)
         options |= {"address": address}
+    # Ray installs a handler of its own, which would end the process out of order.
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         # Ray puts this folder before all others that workers import from. Were it the caller's, a
         # folder of theirs named "pipeline" would be taken for this package.
@@ -67,54 +69,57 @@ def joined(address: str | None, wanted_cpus: int | None = None) -> Iterator[None
             ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
         reason = " ".join(str(error).split())
-        raise ExecutorError(
-            f"no Ray cluster at {address}: {reason}; check --address, or leave it out to start one "
-            "on this machine"
-        ) from None
+        raise _no_cluster(address, reason) from None
     try:
+        if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
         yield
     finally:
         ray.shutdown()
 
 
-def _check_that_somebody_listens(address: str) -> None:
-    """Ray itself would wait for minutes, and fill the terminal meanwhile."""
+def _check_port(address: str) -> None:
+    """Connect once: Ray itself would wait for minutes, and fill the terminal meanwhile."""
     if not address.rpartition(":")[2].isdigit():
         return
     try:
-        _knock(address, timeout=10)
+        _connect_once(address, timeout=10)
     except OSError as error:
-        raise ExecutorError(
-            f"no Ray cluster at {address}: {error}; check --address, or leave it out to start one "
-            "on this machine"
-        ) from None
+        raise _no_cluster(address, str(error)) from None
 
 
-def _knock(address: str, timeout: float) -> None:
+def _no_cluster(address: str | None, reason: str) -> ExecutorError:
+    return ExecutorError(
+        f"no Ray cluster at {address}: {reason}; check --address, or leave it out to start one "
+        "on this machine"
+    )
+
+
+def _connect_once(address: str, timeout: float) -> None:
     host, _, port = address.rpartition(":")
     socket.create_connection((host.strip("[]"), int(port)), timeout=timeout).close()
 
 
-class Head:
-    """The head of the cluster that this process has joined."""
+class GcsMonitor:
+    """Notices when the head of the cluster (its GCS, global control service) is lost."""
 
     def __init__(self) -> None:
         self._address = str(ray.get_runtime_context().gcs_address)
-        self._asked = time.monotonic()
+        self._checked = time.monotonic()
         self._away_since: float | None = None
 
     def check(self) -> None:
-        """Ask now and then whether it is there.
+        """Connect to it, every few seconds.
 
         Raises:
-            ExecutorError: it has not been for half a minute.
+            ExecutorError: it has been away for half a minute.
         """
         now = time.monotonic()
-        if now - self._asked < _ASK_SECONDS:
+        if now - self._checked < _CHECK_SECONDS:
             return
-        self._asked = now
+        self._checked = now
         try:
-            _knock(self._address, timeout=_ASK_SECONDS)
+            _connect_once(self._address, timeout=_CHECK_SECONDS)
         except OSError as error:
             if self._away_since is None:
                 self._away_since = now
@@ -128,113 +133,38 @@ class Head:
             self._away_since = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Resources:
-    """What workers a run gets.
-
-    Attributes:
-        workers: how many.
-        threads: of each one's matrix products.
-        gpus: of each one: 0 or 1.
-    """
-
-    workers: int
-    threads: int
-    gpus: int = 0
-
-
-def choose_resources(workers: int | None, threads: int | None, *, device: str) -> Resources:
-    """What a run takes of the cluster that was joined, where the user did not say.
-
-    One worker a node that uses all its CPUs, or one a GPU.
+def allocate_on_cluster(spec: ComputeSpec) -> Allocation:
+    """Choose workers on the nodes of the connected cluster.
 
     Raises:
-        ExecutorError: more is asked than the cluster has, or gets in time (see `await_nodes`).
+        ExecutorError: the cluster has less than is asked for, or does not get it in time (see
+            `await_nodes`).
     """
-    await_nodes(workers, threads, gpu=device == "gpu")
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
-    if not cpus:
-        raise ExecutorError("the cluster has no CPU for workers; add a node, or wait for one")
-    if device == "gpu" and not gpus:
-        raise ExecutorError("the cluster has no GPU; use --device cpu, or add a node with one")
-    on_gpu = gpus > 0 and device != "cpu"
-    if on_gpu:
-        threads = threads or max(1, sum(cpus) // gpus)
-        workers = workers or gpus
-        if workers > gpus:
-            raise ExecutorError(f"{workers} workers need as many GPUs; the cluster has {gpus}")
-        return Resources(workers=workers, threads=threads, gpus=1)
-    threads = threads or _most_threads(cpus, workers or len(cpus))
-    room = sum(count // threads for count in cpus)
-    workers = workers or max(1, room)
-    if workers > room:
-        raise ExecutorError(
-            f"{workers} workers of {threads} threads do not fit the cluster's {sum(cpus)} CPUs "
-            f"(room for {room}); ask for fewer --workers or --threads"
-        )
-    return Resources(workers=workers, threads=threads)
+    await_nodes(spec.workers, spec.threads, gpu=spec.device == "gpu")
+    return allocate(
+        spec,
+        [
+            NodeResources(
+                cpus=int(resources.get("CPU", 0)),
+                gpus=int(resources.get("GPU", 0)),
+                memory_bytes=int(resources.get("memory", 0)),
+            )
+            for resources in _live_nodes()
+        ],
+    )
 
 
-def _most_threads(cpus: Sequence[int], workers: int) -> int:
-    """As many for each of so many workers as the nodes have CPUs for; at least one."""
-    fitting = (t for t in range(min(cpus), 1, -1) if sum(c // t for c in cpus) >= workers)
-    return next(fitting, 1)
-
-
-def memory_of_nodes(resources: Resources) -> list[tuple[int, int]]:
-    """Of each node that has room for workers: how many at most, and bytes of memory for them."""
-    found = []
-    for node in ray.nodes():
-        have = node["Resources"]
-        if resources.gpus:
-            room = int(have.get("GPU", 0))
-        else:
-            room = int(have.get("CPU", 0)) // resources.threads
-        if node["Alive"] and room:
-            found.append((min(room, resources.workers), int(have.get("memory", 0))))
-    return found
-
-
-def worker_environment(resources: Resources) -> dict[str, str]:
-    """Environment variables of every process that computes; no secrets among them."""
-    # In the home directory: programs from where others may write are not to be trusted.
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = home / "quantfleet" / "xla"
-    environment = {
-        # Without it Keras takes TensorFlow.
-        "KERAS_BACKEND": "jax",
-        # The size of XLA's thread pool, on which the rounding of its products depends.
-        "NPROC": str(resources.threads),
-        "OMP_NUM_THREADS": str(resources.threads),
-        "OPENBLAS_NUM_THREADS": str(resources.threads),
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        # glibc would keep what each thread has freed apart from the others.
-        "MALLOC_ARENA_MAX": "1",
-        # Large pages where the kernel has them: a worker touches gigabytes anew, and on a virtual
-        # machine a page fault is slow. Of two settings the last counts: the user's.
-        "GLIBC_TUNABLES": ":".join(
-            filter(None, ("glibc.malloc.hugetlb=1", os.environ.get("GLIBC_TUNABLES")))
-        ),
-    }
-    if not resources.gpus:
-        environment["JAX_PLATFORMS"] = "cpu"
-    if PATIENCE_VARIABLE in os.environ:
-        environment[PATIENCE_VARIABLE] = os.environ[PATIENCE_VARIABLE]
-    return environment
+def _live_nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 NODE_PATIENCE_VARIABLE = "QUANTFLEET_NODE_PATIENCE"
 """Environment variable: seconds to wait for nodes that a run needs; 0, or unset, for none."""
-_LOOK_SECONDS = 2.0
+_POLL_SECONDS = 2.0
 
 
 def await_nodes(workers: int | None, threads: int | None, *, gpu: bool) -> None:
-    """Ask for room for so many workers, where the environment says that nodes may yet come.
+    """Ask the autoscaler for room for so many workers, if the environment says to wait for nodes.
 
     Args:
         workers, threads: as the user said; None asks for one.
@@ -258,17 +188,17 @@ def await_nodes(workers: int | None, threads: int | None, *, gpu: bool) -> None:
                     f"them within {patience:g} s; raise {NODE_PATIENCE_VARIABLE}, or look at the "
                     "autoscaler's limits with ray status"
                 )
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
     finally:
         # From now on the workers themselves say what is needed.
         request_resources(bundles=[])
 
 
 def _room(bundle: dict[str, float]) -> int:
-    """Workers that fit the nodes which are there, whatever else they do."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    """Workers that fit the nodes, whatever else is running on them."""
     return sum(
-        int(min(have.get(name, 0.0) // amount for name, amount in bundle.items())) for have in nodes
+        int(min(have.get(name, 0.0) // amount for name, amount in bundle.items()))
+        for have in _live_nodes()
     )
 
 
@@ -281,3 +211,23 @@ def _patience_seconds() -> float:
     if not 0 <= seconds < float("inf"):
         raise ExecutorError(f"{NODE_PATIENCE_VARIABLE} must be a number of seconds, not {given!r}")
     return seconds
+
+
+def increase_counter(name: str, description: str, amount: float, tags: dict[str, str]) -> None:
+    """Add to a Prometheus counter, which Ray exports as `ray_<name>`."""
+    _metric(metrics.Counter, name, description, tuple(tags)).inc(amount, tags)
+
+
+def set_gauge(name: str, description: str, value: float, tags: dict[str, str]) -> None:
+    """Set a Prometheus gauge, which Ray exports as `ray_<name>`."""
+    _metric(metrics.Gauge, name, description, tuple(tags)).set(value, tags)
+
+
+_Metric = TypeVar("_Metric", metrics.Counter, metrics.Gauge)
+
+
+@cache
+def _metric(
+    metric: type[_Metric], name: str, description: str, tag_keys: tuple[str, ...]
+) -> _Metric:
+    return metric(name, description=description, tag_keys=tag_keys)

@@ -1,9 +1,8 @@
-"""The door to Ray: a executor of warm worker actors on the cluster that this process has joined."""
+"""Workers as Ray actors, each a process of its own that Ray restarts as often as it dies."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import secrets
 import threading
@@ -11,189 +10,222 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, cast
 
 import ray
 
-from pipeline.executor.protocol import ExecutorError, TimedWorker, WorkerLostError
-from pipeline.executor.ray_calls import Call, OpenCalls, answers_of, result_of
-from pipeline.executor.ray_cluster import Head, Resources, joined, worker_environment
-from pipeline.plan import read_plan
-from pipeline.storage.object_store import open_store
+from pipeline.executor.allocation import worker_environment
+from pipeline.executor.protocol import (
+    Allocation,
+    ExecutorError,
+    Handle,
+    P,
+    T,
+    TimedWorker,
+    WorkerLostError,
+)
+from pipeline.executor.ray_calls import PING_GROUP, Call, PendingCalls, ask_all, result_of
+from pipeline.executor.ray_cluster import GcsMonitor
 
-__all__ = ["RayExecutor", "joined"]
-
-_IO_METHODS = frozenset({"read"})
-_PATIENCE_SECONDS = 600.0
-"""How long workers may all be away before a run ends."""
+_READ_GROUP = "read"
 _MOST_RUNS = 4
-_LOOK_SECONDS = 1.0
-_ROLL_CALL_SECONDS = 5.0
-_COPIES = 4
-"""Of a question: at 15% of messages lost, all are one time in two thousand."""
-_MOST_ROUNDS = 8
-"""Of asking again what was lost, with nothing answered between them."""
-# Large arguments travel while nobody works; then asking again is of no use, but does no harm.
+_WAIT_SECONDS = 1.0
+_PING_SECONDS = 5.0
+_PING_COPIES = 4
+"""At 15% of messages lost, all four are lost one time in two thousand."""
+_MOST_LOST_ROUNDS = 8
+"""Of repeating what was lost, with nothing answered between them."""
+# Large arguments travel while no worker is busy; repeating a call then is needless but harmless.
 _IDLE_SECONDS = 10.0
-_MOST_REPEATS = 3
-# Who says nothing may be starting, or may work in a library that lets nobody else speak.
+_MOST_IDLE_REPEATS = 3
+# A silent worker may be starting, or may be inside a library that holds the interpreter's lock.
 _SILENT_SECONDS = 120.0
+_RECOVERY_SECONDS = 600.0
+"""How long all workers may be away before a run ends."""
 _STUCK_SECONDS = 30.0
 _REPLACEMENT_SECONDS = 60.0
-"""How long the last of them are waited for, once others are back."""
+"""How long the missing workers are waited for, once others have answered."""
 
 
 class RayExecutor:
-    """Worker actors that Ray restarts as often as they die."""
+    """Worker actors on the connected cluster."""
 
-    def __init__(self, resources: Resources, source_url: str, run_url: str) -> None:
-        """Start workers; what is asked of them but `run` needs a run claimed at `run_url`."""
-        self.num_workers = resources.workers
+    def __init__(
+        self, allocation: Allocation, start_worker: Callable[[], Callable[[], object]]
+    ) -> None:
+        """Start the actors; returns before they are up.
+
+        Args:
+            start_worker: called in each process when it starts, to import what takes long. It
+                returns a function that opens the worker at the first call of one of its methods:
+                what fails there reaches the driver, as a failing actor's end does not, and what
+                the worker reads need not exist before.
+        """
+        self.num_workers = allocation.workers
         options: dict[str, Any] = {
-            "num_cpus": resources.threads,
-            "num_gpus": resources.gpus,
+            "num_cpus": allocation.threads,
+            "num_gpus": allocation.gpus,
             "max_restarts": -1,
             # Lost calls are repeated here: Ray's own repetitions outlive a worker's death, whose
-            # shards must be brought back first, and it tells of them on standard output.
+            # shards must be restored first, and it prints them on standard output.
             "max_task_retries": 0,
-            # A lost call holds up no other; what must come after it is given its result.
+            # A lost call holds up no other; a call that must come later is given its result.
             "allow_out_of_order_execution": True,
             # The next block is read while this one is solved.
-            "concurrency_groups": {"io": 1, "roll_call": 1},
-            "runtime_env": {"env_vars": worker_environment(resources)},
+            "concurrency_groups": {_READ_GROUP: 1, PING_GROUP: 1},
+            "runtime_env": {"env_vars": worker_environment(allocation)},
         }
-        actor: Any = ray.remote(**options)(_Actor)
+        actor: Any = ray.remote(**options)(_WorkerActor)
         here = str(Path.cwd())
-        self._all: list[Any] = [
-            actor.remote(source_url, run_url, here) for _ in range(resources.workers)
-        ]
+        self._all: list[Any] = [actor.remote(start_worker, here) for _ in range(allocation.workers)]
         self._actors = list(self._all)
-        self._calls = OpenCalls()
-        self._head = Head()
-        self._tokens: dict[int, str] = {}
+        self._calls = PendingCalls()
+        self._gcs = GcsMonitor()
+        self._incarnations: dict[int, str] = {}
 
-    def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a function of a module in the first worker's process, which has JAX and Keras.
+    def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a module's function in the first worker's process.
 
         Raises:
             ExecutorError: the process is lost again and again.
             Exception: what the function raised.
         """
         for _ in range(_MOST_RUNS):
+            method = self._actors[0].run.options(num_returns=2)
+            call: Call[T] = Call(worker=0, method=method, args=(function, *args), kwargs=kwargs)
             try:
-                return self.fetch([self._ask(0, "run", None, function, *args)])[0]
+                return self.fetch([self._calls.submit(call)])[0]
             except WorkerLostError as error:
                 last = error
-                self.revive()
+                self.recover()
         raise ExecutorError(
             f"a worker that prepares the run was lost {_MOST_RUNS} times ({last}); check the "
             "memory of the cluster's nodes, then try again"
         )
 
-    def submit(self, worker: int, method: str, *args: Any) -> Any:
-        return self._ask(worker, "call", "io" if method in _IO_METHODS else None, method, *args)
+    def submit(
+        self,
+        worker: int,
+        method: Callable[Concatenate[Any, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> Handle[T]:
+        actor_method = self._actors[worker].call.options(num_returns=2)
+        return self._calls.submit(
+            Call(worker=worker, method=actor_method, args=(method.__name__, *args), kwargs=kwargs)
+        )
 
-    def _ask(self, place: int, name: str, group: str | None, *args: Any) -> Call:
-        options = {} if group is None else {"concurrency_group": group}
-        method = getattr(self._actors[place], name).options(num_returns=2, **options)
-        return self._calls.ask(place, method, args)
+    def submit_read(
+        self,
+        worker: int,
+        method: Callable[Concatenate[Any, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> Handle[T]:
+        actor_method = self._actors[worker].call.options(
+            num_returns=2, concurrency_group=_READ_GROUP
+        )
+        return self._calls.submit(
+            Call(worker=worker, method=actor_method, args=(method.__name__, *args), kwargs=kwargs)
+        )
 
-    def fetch(self, handles: Sequence[Any]) -> list[Any]:
-        """Wait, as long as anybody works, and ask again what was lost on the way."""
+    def fetch(self, handles: Sequence[Handle[T]]) -> list[T]:
+        """Wait as long as any worker is busy, and repeat calls that were lost."""
+        calls = cast(Sequence[Call[T]], handles)
         try:
-            self._await(handles)
-            return [result_of(call.result) for call in handles]
+            self._await(calls)
+            return [result_of(call.result) for call in calls]
         except Exception:
-            self._calls.give_up()
+            self._calls.cancel_all()
             raise
 
-    def _await(self, wanted: Sequence[Call]) -> None:
-        rounds = repeats = 0
-        heard = asked = time.monotonic()
+    def _await(self, wanted: Sequence[Call[Any]]) -> None:
+        lost_rounds = idle_repeats = 0
+        last_sign_of_work = last_ping = time.monotonic()
         while True:
-            # Also where answers come quickly: Ray does not wait for a slow one to end this process.
-            self._head.check()
-            goes_on = self._calls.wait(wanted, _LOOK_SECONDS)
+            # Also while answers come quickly: Ray ends this process once the head is away too long.
+            self._gcs.check()
+            any_answered = self._calls.wait(wanted, _WAIT_SECONDS)
             if all(call.state == "answered" for call in wanted):
                 return
-            if goes_on:
-                rounds = repeats = 0
+            if any_answered:
+                lost_rounds = idle_repeats = 0
             lost = self._calls.in_state("lost")
             if lost:
-                rounds += 1
-                if rounds > _MOST_ROUNDS:
-                    raise WorkerLostError(f"calls are lost {_MOST_ROUNDS} times in a row")
-                self._recognize(sorted({call.place for call in lost}))
+                lost_rounds += 1
+                if lost_rounds > _MOST_LOST_ROUNDS:
+                    raise WorkerLostError(f"calls are lost {_MOST_LOST_ROUNDS} times in a row")
+                self._check_incarnations({call.worker for call in lost})
                 self._calls.repeat(lost)
-            if goes_on or lost:
-                heard = asked = time.monotonic()
-            elif time.monotonic() - asked > _ROLL_CALL_SECONDS:
-                answers = _roll_call(self._actors)
-                asked = time.monotonic()
+            if any_answered or lost:
+                last_sign_of_work = last_ping = time.monotonic()
+            elif time.monotonic() - last_ping > _PING_SECONDS:
+                answers = _ping(self._actors)
+                last_ping = time.monotonic()
                 if any(is_busy for _, is_busy in answers.values()):
-                    heard = asked
+                    last_sign_of_work = last_ping
                 all_idle = len(answers) == len(self._actors)
-                limit = _IDLE_SECONDS * 2**repeats if all_idle else _SILENT_SECONDS
-                if asked - heard > limit:
-                    repeats += 1
-                    if repeats > _MOST_REPEATS:
-                        raise WorkerLostError("nobody works, and nothing arrives")
-                    self._recognize(range(len(self._actors)))
-                    self._calls.repeat(self._calls.in_state("asked"))
-                    heard = asked
+                limit = _IDLE_SECONDS * 2**idle_repeats if all_idle else _SILENT_SECONDS
+                if last_ping - last_sign_of_work > limit:
+                    idle_repeats += 1
+                    if idle_repeats > _MOST_IDLE_REPEATS:
+                        raise WorkerLostError("no worker is busy, and no result arrives")
+                    self._check_incarnations(range(len(self._actors)))
+                    self._calls.repeat(self._calls.in_state("submitted"))
+                    last_sign_of_work = last_ping
 
-    def _recognize(self, places: Iterable[int]) -> None:
-        """Make sure that workers are those that they were.
+    def _check_incarnations(self, workers: Iterable[int]) -> None:
+        """Make sure that workers have not restarted since their last check.
 
         Raises:
-            WorkerLostError: one was started anew, or does not answer.
+            WorkerLostError: one has restarted, or does not answer.
         """
-        places = list(places)
-        answers = _roll_call([self._actors[place] for place in places])
-        for number, place in enumerate(places):
-            if number not in answers:
-                raise WorkerLostError(f"worker {place} does not answer")
-            token, _ = answers[number]
-            if self._tokens.setdefault(place, token) != token:
-                raise WorkerLostError(f"worker {place} was started anew")
+        workers = sorted(workers)
+        answers = _ping([self._actors[worker] for worker in workers])
+        for i, worker in enumerate(workers):
+            if i not in answers:
+                raise WorkerLostError(f"worker {worker} does not answer")
+            incarnation, _ = answers[i]
+            if self._incarnations.setdefault(worker, incarnation) != incarnation:
+                raise WorkerLostError(f"worker {worker} has restarted")
 
-    def seconds(self) -> dict[str, float]:
+    def take_seconds(self) -> dict[str, float]:
         total: Counter[str] = Counter()
         # What a lost worker had counted is lost with it.
-        for place, (token, counted) in answers_of(self._actors, "take_seconds").items():
-            self._tokens.setdefault(place, token)
-            total.update(counted)
+        for worker, (incarnation, seconds) in ask_all(self._actors, "take_seconds").items():
+            self._incarnations.setdefault(worker, incarnation)
+            total.update(seconds)
         return dict(total)
 
-    def revive(self) -> Sequence[str]:
+    def recover(self) -> Sequence[str]:
         """Wait for all workers, or else go on with those whose nodes are still there.
 
-        Who stays away is not given up: when something happens again, it is asked again. Who is
-        there but does not answer is started anew.
+        A missing worker may still come back: the next recovery looks for it again. A worker that
+        is there but does not answer is restarted.
         """
         before = self.num_workers
         start = time.monotonic()
         pause = 0.2
-        is_stuck = False
+        restarted_stuck = False
         while True:
-            present = _roll_call(self._all)
+            present = _ping(self._all)
             elapsed = time.monotonic() - start
             if len(present) == len(self._all) or (present and elapsed > _REPLACEMENT_SECONDS):
                 break
-            if elapsed > _PATIENCE_SECONDS:
+            if elapsed > _RECOVERY_SECONDS:
                 raise ExecutorError(
-                    f"no worker came back within {_PATIENCE_SECONDS:g} s; check the cluster's "
+                    f"no worker came back within {_RECOVERY_SECONDS:g} s; check the cluster's "
                     "nodes, then resume"
                 )
-            if elapsed > _STUCK_SECONDS and not is_stuck:
-                is_stuck = True
-                for place, actor in enumerate(self._all):
-                    if place not in present:
+            if elapsed > _STUCK_SECONDS and not restarted_stuck:
+                restarted_stuck = True
+                for worker, actor in enumerate(self._all):
+                    if worker not in present:
                         ray.kill(actor, no_restart=False)
             time.sleep(pause)
             pause = min(2 * pause, 5.0)
-        self._actors = [self._all[place] for place in sorted(present)]
-        self._tokens = {i: present[place][0] for i, place in enumerate(sorted(present))}
+        self._actors = [self._all[worker] for worker in sorted(present)]
+        self._incarnations = {i: present[worker][0] for i, worker in enumerate(sorted(present))}
         self.num_workers = len(self._actors)
         if self.num_workers == before:
             return ()
@@ -201,50 +233,43 @@ class RayExecutor:
 
     def process_ids(self) -> list[int]:
         """Of the workers, on their nodes."""
-        answers = answers_of(self._actors, "process_id", copies=_COPIES)
-        return [answers[place] for place in sorted(answers)]
+        answers = ask_all(self._actors, "process_id", copies=_PING_COPIES)
+        return [answers[worker] for worker in sorted(answers)]
 
 
-def _roll_call(actors: Sequence[Any]) -> dict[int, tuple[str, bool]]:
-    return answers_of(actors, "roll_call", copies=_COPIES)
+def _ping(actors: Sequence[Any]) -> dict[int, tuple[str, bool]]:
+    """Of each actor that answers: its incarnation, and whether it is busy."""
+    return ask_all(actors, "ping", copies=_PING_COPIES)
 
 
-class _Actor:
-    """A worker in a process of its own. The driver that defines it stays free of JAX."""
+class _WorkerActor:
+    """The process of one worker."""
 
-    def __init__(self, source_url: str, run_url: str, folder: str) -> None:
-        import keras
-
-        # Paths of texts are meant from where the user is. On a machine without that folder they
-        # must not be found somewhere else by chance: then they are named as missing.
+    def __init__(self, start_worker: Callable[[], Callable[[], object]], folder: str) -> None:
+        # Relative paths of texts start where the user is. On a machine without that folder they
+        # must not be found elsewhere by chance: then they are reported as missing.
         os.chdir(folder if Path(folder).is_dir() else "/")
-        # What takes long is done before the first call.
-        importlib.import_module("pipeline.worker.worker")
-        if keras.backend.backend() != "jax":
-            raise ExecutorError(
-                f"a worker started with Keras on {keras.backend.backend()}, not JAX"
-            )
-        self._urls = source_url, run_url
+        self._open_worker = start_worker()
         self._timed: TimedWorker | None = None
-        self._making = threading.Lock()
+        self._opening = threading.Lock()
         self._counting = threading.Lock()
         self._num_calls = 0
-        self._token = secrets.token_hex(8)
+        self._incarnation = secrets.token_hex(8)
 
-    def call(self, method: str, *args: Any) -> tuple[None, Any]:
-        with self._at_work():
-            return None, self._worker().call(method, *args)
+    def call(self, method: str, *args: Any, **kwargs: Any) -> tuple[None, Any]:
+        with self._busy():
+            return None, self._worker().call(method, *args, **kwargs)
 
-    def run(self, function: Callable[..., Any], *args: Any) -> tuple[None, Any]:
-        with self._at_work():
-            return None, function(*args)
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[None, Any]:
+        with self._busy():
+            return None, function(*args, **kwargs)
 
-    def roll_call(self) -> tuple[str, bool]:
-        """Who this is, another after every start; and whether it works."""
-        return self._token, self._num_calls > 0
+    def ping(self) -> tuple[str, bool]:
+        """A token that differs after every restart, and whether a call is running."""
+        return self._incarnation, self._num_calls > 0
 
     @contextlib.contextmanager
-    def _at_work(self) -> Iterator[None]:
+    def _busy(self) -> Iterator[None]:
         with self._counting:
             self._num_calls += 1
         try:
@@ -254,21 +279,14 @@ class _Actor:
                 self._num_calls -= 1
 
     def take_seconds(self) -> tuple[str, Mapping[str, float]]:
-        """Who this is, and what it counted."""
-        return self._token, {} if self._timed is None else self._timed.take_seconds()
+        """The token of `ping`, and seconds by method."""
+        return self._incarnation, {} if self._timed is None else self._timed.take_seconds()
 
     def _worker(self) -> TimedWorker:
-        """Made by the first call: what fails here reaches the driver, as an actor's end does not.
-
-        Two of them may come at once, one to read.
-        """
-        from pipeline.worker.worker import Worker
-
-        with self._making:
+        # A read may come beside another call.
+        with self._opening:
             if self._timed is None:
-                # From storage: a plan is too large for an argument that restarts must find.
-                plan = read_plan(open_store(self._urls[1]))
-                self._timed = TimedWorker(Worker(plan, *self._urls))
+                self._timed = TimedWorker(self._open_worker())
             return self._timed
 
     def process_id(self) -> int:

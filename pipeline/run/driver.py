@@ -2,25 +2,26 @@
 
 It holds no arrays and no Keras: keys and handles go out, small records come back. What is in
 storage decides where it starts, so resuming is the same as running.
-
-Who is asked for what while one block is captured and solved: handles only, no arrays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, field
 
 from pipeline.errors import DamagedObjectError, PipelineError, PlanMismatchError
-from pipeline.executor.protocol import Executor, ExecutorError, WorkerLostError
+from pipeline.executor.protocol import Executor, ExecutorError, Handle, WorkerLostError, argument
 from pipeline.plan import PLAN_KEY, LayerPlan, PartPlan, Plan, read_plan
 from pipeline.reduction import Subtree, join, split
 from pipeline.run import activations
 from pipeline.run.commits import committed_parts, quarantine
 from pipeline.run.events import Report, Step
 from pipeline.run.records import Manifest, PartRecord
+from pipeline.run.worker_api import CalibrationStatistics, SolvedLayer, Values, WorkerApi
 from pipeline.storage.object_store import ObjectStore
 
+KEEP_EVERY = 8
+"""Blocks between activations kept in storage, where the user does not say."""
 _MOST_LOSSES = 10
 """In a row, with nothing committed between them."""
 
@@ -55,13 +56,28 @@ def claim(store: ObjectStore, plan: Plan, windows: bytes | None = None) -> Plan:
     return plan
 
 
+def _difference(found: Plan, wanted: Plan) -> str:
+    """How two plans differ: the names of fields, and the values for machine and versions."""
+    fields = ["source_digest", "recipe", "tokens"]
+    if found.source_digest == wanted.source_digest:
+        fields.append("parts")  # they name the weights too
+    other = [f"other {name}" for name in fields if getattr(found, name) != getattr(wanted, name)]
+    theirs, ours = found.machine | found.versions, wanted.machine | wanted.versions
+    other += [
+        f"{name} {theirs.get(name)} there, {ours.get(name)} here"
+        for name in sorted(theirs | ours)
+        if theirs.get(name) != ours.get(name)
+    ]
+    return "; ".join(other)
+
+
 def quantize(
     plan: Plan,
     store: ObjectStore,
     executor: Executor,
     report: Report,
     *,
-    keep_every: int = 8,
+    keep_every: int = KEEP_EVERY,
     check_lease: Callable[[], None] = lambda: None,
 ) -> Manifest:
     """Carry a plan out, from wherever storage says it stands, to its manifest.
@@ -70,41 +86,34 @@ def quantize(
         plan: the one at the run's root (see `claim`).
         store: opened at the run's root.
         executor: workers for this plan.
-        report: is told what happens.
+        report: called with what happens.
         keep_every: blocks between activations kept in storage.
-        check_lease: raises where another driver has taken over; asked before anything is moved
-            or deleted, and before every block.
+        check_lease: raises if another driver has taken over; called before anything is moved or
+            deleted, and before every block.
 
     Raises:
         PipelineError: what repetition does not mend; resuming goes on from the last block.
     """
+    drive = _Drive(plan, store, executor, report, keep_every, check_lease)
     losses, committed = 0, -1
     # Once is enough until something is found damaged: the end of the run reads all of it again.
     verify = True
     while True:
-        records: dict[int, PartRecord] = {}
         try:
-            records |= _committed(plan, store, report, check_lease, verify=verify)
-            _quantize_alone(plan, executor, records, report)
-            if plan.chained:
-                _quantize_in_turn(plan, store, executor, records, report, keep_every, check_lease)
-            [manifest] = executor.fetch([executor.submit(0, "seal", records)])
+            return drive.attempt(verify=verify)
         except (WorkerLostError, DamagedObjectError) as error:
-            losses = losses + 1 if len(records) <= committed else 1
-            committed = max(committed, len(records))
+            losses = losses + 1 if len(drive.records) <= committed else 1
+            committed = max(committed, len(drive.records))
             if losses > _MOST_LOSSES:
                 raise _given_up(error) from error
             verify = isinstance(error, DamagedObjectError)
             if isinstance(error, WorkerLostError):
-                text = f"a worker was lost ({error}); its work is done again"
+                text = f"a worker was lost ({error}); its work is repeated"
                 report(Step(event="lost", text=text))
-                for change in executor.revive():
+                for change in executor.recover():
                     report(Step(event="fewer", text=change))
             else:
-                report(Step(event="damaged", text=f"{error}; it is made again"))
-        else:
-            report(Step(event="sealed", seconds=executor.seconds()))
-            return manifest  # type: ignore[no-any-return]
+                report(Step(event="damaged", text=f"{error}; it is recomputed"))
 
 
 def _given_up(error: Exception) -> PipelineError:
@@ -119,176 +128,205 @@ def _given_up(error: Exception) -> PipelineError:
     )
 
 
-def _committed(
-    plan: Plan,
-    store: ObjectStore,
-    report: Report,
-    check_lease: Callable[[], None],
-    *,
-    verify: bool,
-) -> dict[int, PartRecord]:
-    found = committed_parts(
-        store,
-        plan_digest=plan.digest,
-        num_blocks=plan.num_blocks,
-        chained=plan.chained,
-        verify=verify,
-    )
-    for finding in found.findings:
-        report(Step(event="damaged", text=finding.problem))
-    if found.findings:
-        check_lease()
-        quarantine(store, found.findings)
-    if found.parts:
-        report(
-            Step(
-                event="resumed",
-                parts=tuple(found.parts),
-                text=f"{len(found.parts)} of {len(plan.parts)} parts were committed before",
+@dataclass
+class _Drive:
+    """See `quantize` for what it is given.
+
+    Attributes:
+        records: of the parts committed, as far as the current attempt has come.
+    """
+
+    plan: Plan
+    store: ObjectStore
+    executor: Executor
+    report: Report
+    keep_every: int
+    check_lease: Callable[[], None]
+    records: dict[int, PartRecord] = field(default_factory=dict, init=False)
+
+    def attempt(self, *, verify: bool) -> Manifest:
+        """Go from where storage stands to the manifest."""
+        self.records = {}
+        self._find_committed(verify=verify)
+        self._quantize_alone()
+        if self.plan.chained:
+            self._quantize_in_turn()
+        [manifest] = self.executor.fetch(
+            [self.executor.submit(0, WorkerApi.finalize, self.records)]
+        )
+        self.report(Step(event="sealed", seconds=self.executor.take_seconds()))
+        return manifest
+
+    def _find_committed(self, *, verify: bool) -> None:
+        found = committed_parts(
+            self.store,
+            plan_digest=self.plan.digest,
+            num_blocks=self.plan.num_blocks,
+            chained=self.plan.chained,
+            verify=verify,
+        )
+        for finding in found.findings:
+            self.report(Step(event="damaged", text=finding.problem))
+        if found.findings:
+            self.check_lease()
+            quarantine(self.store, found.findings)
+        if found.parts:
+            text = f"{len(found.parts)} of {len(self.plan.parts)} parts were committed before"
+            self.report(Step(event="resumed", parts=tuple(found.parts), text=text))
+        self.records |= found.parts
+
+    def _committed(self, record: PartRecord) -> None:
+        self.records[record.part] = record
+        seconds = self.executor.take_seconds()
+        self.report(Step(event="committed", part=record.part, record=record, seconds=seconds))
+
+    def _quantize_alone(self) -> None:
+        """Quantize parts that depend on no other: all without calibration, else only part 0."""
+        parts = [0] if self.plan.chained else range(len(self.plan.parts))
+        pending = [part for part in parts if part not in self.records]
+        for start in range(0, len(pending), self.executor.num_workers):
+            wave = pending[start : start + self.executor.num_workers]
+            handles = [
+                self.executor.submit(worker, WorkerApi.quantize_alone, part)
+                for worker, part in enumerate(wave)
+            ]
+            for record in self.executor.fetch(handles):
+                self._committed(record)
+
+    def _quantize_in_turn(self) -> None:
+        """Quantize the blocks, each calibrated on the output of the quantized ones before it."""
+        plan, executor = self.plan, self.executor
+        first = next((b for b in range(plan.num_blocks) if b + 1 not in self.records), None)
+        if first is None:
+            return
+        assert plan.tokens is not None
+        num_shards = len(plan.tokens.shards)
+        subtrees = split(num_shards, executor.num_workers)
+        shards = {
+            worker: [leaf for subtree in share for leaf in subtree.leaves]
+            for worker, share in enumerate(subtrees)
+            if share
+        }
+        start = activations.latest(self.store, first, num_shards)
+        values = self._read(first)
+        executor.fetch(
+            [
+                executor.submit(worker, WorkerApi.restore, first, held, start)
+                for worker, held in shards.items()
+            ]
+        )
+        for block in range(first, plan.num_blocks):
+            self.check_lease()
+            last = block + 1 == plan.num_blocks
+            following = values if last else self._read(block + 1)
+            solved = solve_block(plan.parts[block + 1], block, executor, subtrees, values)
+            results = [argument(handle) for handle in solved]
+            record = executor.submit(
+                block % executor.num_workers,
+                WorkerApi.commit,
+                block + 1,
+                self.records[block].record_sha256 if block else "",
+                argument(values),
+                *results,
             )
-        )
-    return dict(found.parts)
+            moved = [
+                executor.submit(
+                    worker, WorkerApi.propagate, block, held, argument(values), *results
+                )
+                for worker, held in shards.items()
+                if not last
+            ]
+            self._committed(executor.fetch([record])[0])
+            executor.fetch(moved)
+            if not last and (block + 1) % self.keep_every == 0:
+                self._keep(block + 1, shards)
+            values = following
+
+    def _read(self, block: int) -> Handle[Values]:
+        """Have a block's arrays read, while the workers do other things."""
+        # By the worker that commits the block before, whose other work is short.
+        worker = (block - 1 if block else 0) % self.executor.num_workers
+        return self.executor.submit_read(worker, WorkerApi.read, block + 1)
+
+    def _keep(self, block: int, shards: dict[int, list[int]]) -> None:
+        """Store the activations that enter a block, and delete those stored before."""
+        kept: dict[int, activations.SavedShard] = {}
+        for stored in self.executor.fetch(
+            [
+                self.executor.submit(worker, WorkerApi.keep, block, held)
+                for worker, held in shards.items()
+            ]
+        ):
+            kept |= stored
+        activations.finish(self.store, block, kept)
+        self.check_lease()
+        activations.discard(self.store, block)
+        self.report(Step(event="kept", part=block))
 
 
-def _quantize_alone(
-    plan: Plan, executor: Executor, records: dict[int, PartRecord], report: Report
-) -> None:
-    """The parts that depend on nothing: all of them without calibration, else what is no block."""
-    parts = [0] if plan.chained else range(len(plan.parts))
-    pending = [part for part in parts if part not in records]
-    for start in range(0, len(pending), executor.num_workers):
-        wave = pending[start : start + executor.num_workers]
-        handles = [executor.submit(i, "quantize_alone", part) for i, part in enumerate(wave)]
-        for record in executor.fetch(handles):
-            _note(records, record, executor, report)
-
-
-def _quantize_in_turn(
-    plan: Plan,
-    store: ObjectStore,
-    executor: Executor,
-    records: dict[int, PartRecord],
-    report: Report,
-    keep_every: int,
-    check_lease: Callable[[], None],
-) -> None:
-    """The blocks, each calibrated on what the quantized ones before it give."""
-    first = next((b for b in range(plan.num_blocks) if b + 1 not in records), plan.num_blocks)
-    if first == plan.num_blocks:
-        return
-    assert plan.tokens is not None
-    num_shards = len(plan.tokens.shards)
-    shares = split(num_shards, executor.num_workers)
-    shards = [[leaf for subtree in share for leaf in subtree.leaves] for share in shares]
-    start = activations.latest(store, first, num_shards)
-    values = executor.submit(first % executor.num_workers, "read", first + 1)
-    executor.fetch(
-        [executor.submit(w, "restore", first, held, start) for w, held in enumerate(shards) if held]
-    )
-    for block in range(first, plan.num_blocks):
-        check_lease()
-        part = plan.parts[block + 1]
-        last = block + 1 == plan.num_blocks
-        following = (
-            None if last else executor.submit(block % executor.num_workers, "read", block + 2)
-        )
-        solved = solve_in_turn(part, block, executor, shares, values)
-        previous = records[block].record_sha256 if block else ""
-        record = executor.submit(
-            block % executor.num_workers, "commit", block + 1, previous, values, *solved
-        )
-        moved = [
-            executor.submit(w, "propagate", block, held, values, *solved)
-            for w, held in enumerate(shards)
-            if held and not last
-        ]
-        _note(records, executor.fetch([record])[0], executor, report)
-        executor.fetch(moved)
-        if not last and (block + 1) % keep_every == 0:
-            _keep(store, executor, block + 1, shards, report, check_lease)
-        values = following
-
-
-def _keep(
-    store: ObjectStore,
-    executor: Executor,
+def solve_block(
+    part: PartPlan,
     block: int,
-    shards: Sequence[Sequence[int]],
-    report: Report,
-    check_lease: Callable[[], None],
-) -> None:
-    kept: dict[int, activations.Kept] = {}
-    for found in executor.fetch(
-        [executor.submit(w, "keep", block, held) for w, held in enumerate(shards) if held]
-    ):
-        kept |= found
-    activations.finish(store, block, kept)
-    check_lease()
-    activations.discard(store, block)
-    report(Step(event="kept", part=block))
+    executor: Executor,
+    subtrees: Sequence[Sequence[Subtree]],
+    values: Handle[Values],
+) -> list[Handle[list[SolvedLayer]]]:
+    """Submit the solves of a block: layers that need no calibration, then group after group.
 
+    Each group is calibrated on the output of the quantized ones before it. Its layers, or slices
+    of their rows, are solved side by side.
 
-def _note(
-    records: dict[int, PartRecord], record: PartRecord, executor: Executor, report: Report
-) -> None:
-    records[record.part] = record
-    report(Step(event="committed", part=record.part, record=record, seconds=executor.seconds()))
-
-
-def _difference(found: Plan, wanted: Plan) -> str:
-    """What of two plans differs: fields by name; of machine and versions, what they are."""
-    fields = ["source_digest", "recipe", "tokens"]
-    if found.source_digest == wanted.source_digest:
-        fields.append("parts")  # they name the weights too
-    other = [f"other {name}" for name in fields if getattr(found, name) != getattr(wanted, name)]
-    theirs, ours = found.machine | found.versions, wanted.machine | wanted.versions
-    other += [
-        f"{name} {theirs.get(name)} there, {ours.get(name)} here"
-        for name in sorted(theirs | ours)
-        if theirs.get(name) != ours.get(name)
-    ]
-    return "; ".join(other)
-
-
-def solve_in_turn(
-    part: PartPlan, block: int, executor: Executor, shares: Sequence[Sequence[Subtree]], values: Any
-) -> list[Any]:
-    """Handles to the solved layers: those that need no calibration, then group after group.
-
-    Each group is calibrated on what the quantized ones before it give. Its layers, or slices of
-    their rows, are solved side by side.
+    Args:
+        subtrees: of the reduction, by the worker that holds their shards.
     """
     schemed = {layer.name: layer for layer in part.layers if layer.scheme is not None}
     calibrated = {name for group in part.groups for name in group.targets}
     alone = [layer.path for name, layer in schemed.items() if name not in calibrated]
-    solved = [executor.submit(0, "solve", part.part, alone, values, None)] if alone else []
+    solved: list[Handle[list[SolvedLayer]]] = []
+    if alone:
+        solved.append(executor.submit(0, WorkerApi.solve, part.part, alone, argument(values), None))
     for stage, group in enumerate(part.groups):
-        total = _capture(block, stage, executor, shares, values, solved)
+        total = _capture(block, stage, executor, subtrees, values, solved)
         layers = [schemed[name] for name in group.targets]
-        whole, cut = shared(layers, executor.num_workers)
+        whole, cut = share_out(layers, executor.num_workers)
         solved += [
-            executor.submit(worker, "solve", part.part, paths, values, total)
+            executor.submit(
+                worker, WorkerApi.solve, part.part, paths, argument(values), argument(total)
+            )
             for worker, paths in enumerate(whole)
             if paths
         ]
         slices = [
-            executor.submit(worker, "solve_slices", part.part, numbers, values, total)
+            executor.submit(
+                worker,
+                WorkerApi.solve_slices,
+                part.part,
+                numbers,
+                argument(values),
+                argument(total),
+            )
             for worker, numbers in enumerate(cut)
             if numbers
         ]
         if slices:
             paths = sorted({path for numbers in cut for path in numbers})
-            solved.append(executor.submit(0, "join", part.part, paths, values, *slices))
+            solved.append(
+                executor.submit(
+                    0, WorkerApi.join, part.part, paths, argument(values), *map(argument, slices)
+                )
+            )
     return solved
 
 
-def shared(
+def share_out(
     layers: Sequence[LayerPlan], num_workers: int
 ) -> tuple[list[list[str]], list[dict[str, list[int]]]]:
-    """Who solves what of some layers of one input: whole layers, and slices of others.
+    """Share the solves of layers of one input out: whole layers, and row slices of others.
 
-    The costliest slice goes first, each to the worker with the least to do. By worker: paths of
-    the layers that it solves alone, and numbers of slices of those that it shares.
+    The costliest slice goes first, each to the worker with the least to do.
+
+    Returns:
+        by worker: paths of the layers that it solves alone, and numbers of its slices of others.
     """
     units = [
         (-(-layer.out_features // layer.slices), layer.path, number)
@@ -311,18 +349,31 @@ def _capture(
     block: int,
     stage: int,
     executor: Executor,
-    shares: Sequence[Sequence[Subtree]],
-    values: Any,
-    solved: Sequence[Any],
-) -> Any:
-    """Handle to the sum of one group's input over all shards."""
+    subtrees: Sequence[Sequence[Subtree]],
+    values: Handle[Values],
+    solved: Sequence[Handle[list[SolvedLayer]]],
+) -> Handle[CalibrationStatistics]:
+    """Submit the sum of one group's input over all shards."""
+    results = [argument(handle) for handle in solved]
     by_subtree = [
-        (worker, executor.submit(worker, "capture", block, stage, subtree, values, *solved))
-        for worker, share in enumerate(shares)
+        (
+            worker,
+            executor.submit(
+                worker, WorkerApi.capture, block, stage, subtree, argument(values), *results
+            ),
+        )
+        for worker, share in enumerate(subtrees)
         for subtree in share
     ]
-    # The left one's worker adds: its sum need not travel.
-    return join(
-        by_subtree,
-        lambda left, right: (left[0], executor.submit(left[0], "merge", left[1], right[1])),
-    )[1]
+
+    def merge(
+        left: tuple[int, Handle[CalibrationStatistics]],
+        right: tuple[int, Handle[CalibrationStatistics]],
+    ) -> tuple[int, Handle[CalibrationStatistics]]:
+        # On the left one's worker: its sum need not travel.
+        worker, statistics = left
+        return worker, executor.submit(
+            worker, WorkerApi.merge, argument(statistics), argument(right[1])
+        )
+
+    return join(by_subtree, merge)[1]

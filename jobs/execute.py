@@ -1,0 +1,321 @@
+"""The one way a run is driven, by `quantfleet quantize` as by `fulfil`: workers, checks, blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TypeVar
+
+from jobs.logging import log_event, route_to_root, status
+from jobs.metrics import RunMetrics
+from jobs.progress import watch
+from jobs.quantities import size
+from jobs.summary import Summary
+from jobs.termination import terminable
+from pipeline.errors import CalibrationTextError, PipelineError
+from pipeline.estimates import Estimate
+from pipeline.executor.allocation import (
+    allocate,
+    may_have_gpu,
+    this_machine,
+    worker_environment,
+)
+from pipeline.executor.local_process import LocalProcess, local_process
+from pipeline.executor.protocol import (
+    Allocation,
+    ComputeSpec,
+    Executor,
+    ExecutorError,
+    FunctionRunner,
+    NodeRoom,
+)
+from pipeline.fidelity import Fidelity
+from pipeline.plan import Plan
+from pipeline.remote_planning import Identity, evaluation_windows, measure
+from pipeline.run.commits import Finding, quarantine, read_manifest
+from pipeline.run.driver import KEEP_EVERY, quantize
+from pipeline.run.events import EventLog
+from pipeline.run.lease import TERM_SECONDS, Lease
+from pipeline.run.records import Manifest
+from pipeline.storage.object_store import ObjectStore
+from pipeline.worker import start_worker
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriverOptions:
+    """How a run is driven; none of it changes its result.
+
+    Attributes:
+        keep_every: blocks between activations kept in storage, to resume from.
+        wait: for another driver of the same run to end, rather than give up.
+        lease_seconds: silence after which another driver is considered dead.
+    """
+
+    keep_every: int = KEEP_EVERY
+    wait: bool = True
+    lease_seconds: float = TERM_SECONDS
+
+
+class Compute:
+    """What one run computes with (see `open_compute`).
+
+    Attributes:
+        allocation: the workers that it gets.
+    """
+
+    def __init__(
+        self,
+        allocation: Allocation,
+        start_workers: Callable[[], Executor],
+        planner: LocalProcess | None = None,
+    ) -> None:
+        """Args: planner: plans beside the workers' start; None where a worker has to plan."""
+        self.allocation = allocation
+        self._start_workers = start_workers
+        self._planner = planner
+
+    @cached_property
+    def executor(self) -> Executor:
+        """The workers, started when they are first asked for."""
+        return self._start_workers()
+
+    @property
+    def has_workers(self) -> bool:
+        return "executor" in self.__dict__
+
+    def plan(self, work: Callable[[FunctionRunner], _T], *, with_workers: bool = True) -> _T:
+        """Do work that needs JAX and Keras but no plan, and start the workers meanwhile.
+
+        Args:
+            with_workers: False if nothing is to be done after this.
+        """
+        planner, self._planner = self._planner, None
+        if planner is None:
+            return work(self.executor)
+        with ThreadPoolExecutor(1) as pool:
+            planned = pool.submit(work, planner)
+            try:
+                if with_workers:
+                    _ = self.executor
+                return planned.result()
+            finally:
+                planner.stop()
+
+
+OpenCompute = Callable[[ComputeSpec, str, str], AbstractContextManager[Compute]]
+"""`open_compute` for one cluster: of a spec, the source's URL and the run's URL."""
+
+
+@contextlib.contextmanager
+def open_compute(
+    spec: ComputeSpec,
+    source_url: str,
+    run_url: str,
+    *,
+    address: str | None = None,
+    plan_only: bool = False,
+) -> Iterator[Compute]:
+    """Provide workers for a run for the block, on the cluster at `address` or on this machine.
+
+    SIGTERM ends the block in order.
+
+    Args:
+        plan_only: one worker is enough, and none where this machine can plan.
+
+    Raises:
+        ExecutorError: there is no cluster, or more is asked than it has.
+    """
+    route_to_root("ray")
+    start = partial(start_worker, source_url, run_url)
+    with terminable(), contextlib.ExitStack() as stack:
+        machine = this_machine(spec)
+        # What kind of GPU this machine has decides bytes too: then a worker plans.
+        if address is not None or (spec.device != "cpu" and may_have_gpu()):
+            from pipeline.executor.ray_cluster import allocate_on_cluster, connect
+            from pipeline.executor.ray_executor import RayExecutor
+
+            stack.enter_context(connect(address, machine))
+            allocation = allocate_on_cluster(spec)
+            hired = dataclasses.replace(allocation, workers=1) if plan_only else allocation
+            yield Compute(allocation, lambda: RayExecutor(hired, start))
+            return
+        allocation = allocate(spec, [machine])
+
+        def start_cluster() -> Executor:
+            # Here, so that planning begins before Ray is even imported.
+            from pipeline.executor.ray_cluster import connect
+            from pipeline.executor.ray_executor import RayExecutor
+
+            stack.enter_context(connect(None, machine))
+            return RayExecutor(allocation, start)
+
+        planner = stack.enter_context(local_process(worker_environment(allocation)))
+        yield Compute(allocation, start_cluster, planner)
+
+
+def check_memory(costs: Estimate, nodes: Sequence[NodeRoom]) -> None:
+    """Refuse a run whose workers would not fit into the memory of their nodes.
+
+    Raises:
+        ExecutorError: with what is needed, what there is, and what to do.
+    """
+    for node in nodes:
+        if node.workers * costs.worker_bytes > node.memory_bytes:
+            fitting = node.memory_bytes // costs.worker_bytes
+            remedy = f"use --workers {fitting}, or" if fitting else "lower num_samples, or use"
+            raise ExecutorError(
+                f"too little memory: a worker needs about {size(costs.worker_bytes)}, and a node "
+                f"that may run {node.workers} of them has {size(node.memory_bytes)}; {remedy} "
+                "nodes with more memory"
+            )
+
+
+def check_identity(plan: Plan, found: Identity, source_url: str, *, finished: bool) -> None:
+    """Refuse to go on with a run where it would give other bytes.
+
+    Args:
+        finished: no byte is still to be made, so only the source matters.
+
+    Raises:
+        PipelineError: with what changed, and what to do.
+    """
+    if found.source_files_sha256 != plan.source_files_sha256:
+        raise PipelineError(
+            f"{source_url}: the source changed since the run was planned: its JSON, vocabulary or "
+            "the sizes of its weights files are others; put it back, or start a new run elsewhere"
+        )
+    now = {**found.machine, **found.versions}
+    then = {**plan.machine, **plan.versions}
+    other = [
+        f"{name} {now.get(name)}, planned {then.get(name)}"
+        for name in sorted({*now, *then})
+        if now.get(name) != then.get(name)
+    ]
+    if other and not finished:
+        raise PipelineError(
+            f"the run was planned for other machines or packages ({'; '.join(other)}), which "
+            "round otherwise; go on where it was planned, or start a new run elsewhere"
+        )
+
+
+def read_windows(
+    runner: FunctionRunner,
+    source_url: str,
+    plan: Plan,
+    texts: Sequence[str],
+    num_windows: int,
+    *,
+    named: str,
+) -> bytes:
+    """Token windows of the texts that a result is to be judged by, serialized.
+
+    Args:
+        named: how the user named texts and windows, for messages.
+
+    Raises:
+        CalibrationTextError: texts that are missing, unreadable or too few.
+    """
+    try:
+        return evaluation_windows(runner, source_url, plan, texts, num_windows)
+    except CalibrationTextError as error:
+        raise CalibrationTextError(f"{named}: {error}") from None
+
+
+def evaluate(executor: Executor, windows: bytes, num_windows: int) -> Fidelity:
+    """Compare a finished result with its source."""
+    with status("comparing the result with its source"):
+        return measure(executor, windows, num_windows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """What this process did for a run that is now finished.
+
+    Attributes:
+        wall_seconds: that it took, evaluation aside.
+    """
+
+    plan: Plan
+    store: ObjectStore
+    manifest: Manifest
+    log: EventLog
+    wall_seconds: float
+
+    def summarize(self, costs: Estimate, fidelity: Fidelity | None) -> Summary:
+        """Sum it up, in the run's event log too."""
+        summary = Summary.of(
+            self.plan,
+            self.store,
+            self.manifest,
+            costs,
+            self.log.seconds,
+            wall_seconds=self.wall_seconds,
+            fidelity=fidelity,
+        )
+        self.log.close(summary.to_dict())
+        return summary
+
+
+def execute(
+    plan: Plan,
+    store: ObjectStore,
+    compute: Compute,
+    lease: Lease | None,
+    metrics: RunMetrics,
+    *,
+    keep_every: int,
+    damaged: Sequence[Finding] = (),
+) -> Execution:
+    """Make what is missing or damaged of a claimed run.
+
+    Args:
+        lease: this driver's; None if the run is finished, and there is nothing to do.
+        damaged: found in a finished run; it is moved aside and made again.
+
+    Raises:
+        PipelineError: with what to do about it.
+    """
+    start = time.monotonic()
+    log = EventLog(store, plan, compute.allocation, epoch=None if lease is None else lease.epoch)
+    if lease is None:
+        manifest = read_manifest(store)
+    else:
+        if damaged:
+            lease.check()
+            quarantine(store, damaged)
+        with watch(plan) as report:
+            manifest = quantize(
+                plan,
+                store,
+                compute.executor,
+                metrics.also(log.also(report)),
+                keep_every=keep_every,
+                check_lease=lease.check,
+            )
+    return Execution(
+        plan=plan,
+        store=store,
+        manifest=manifest,
+        log=log,
+        wall_seconds=time.monotonic() - start,
+    )
+
+
+def log_allocation(compute: Compute, spec: ComputeSpec, where: str) -> None:
+    """Say what workers a run gets."""
+    allocation = compute.allocation
+    on = "one GPU each" if allocation.gpus else "CPU"
+    why = "" if allocation.gpus or spec.device == "cpu" else " (the cluster has no GPU)"
+    log_event(
+        "joined",
+        f"{allocation.workers} worker(s) × {allocation.threads} thread(s) on {on}{why}, {where}",
+        allocation.to_dict(),
+    )
