@@ -1,22 +1,19 @@
-"""`quantfleet gc`: delete what no manifest, plan or living run refers to."""
+"""`quantfleet gc`: delete what no manifest, plan, release or running driver refers to."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
+from rich.text import Text
 
-from jobs.catalog.request import RUNS_PREFIX
+from jobs.catalog.request import REQUESTS_PREFIX, RUNS_PREFIX
 from jobs.logging import log_event, print_json, status
-from jobs.publish.retention import (
-    Unneeded,
-    is_catalog_root,
-    is_still_unneeded,
-    unneeded_runs,
-)
-from jobs.publish.verified_files import seen_key
+from jobs.publish.releases import MODELS_PREFIX, find_current, history, published_names
+from jobs.publish.verified_files import verified_files_key
 from jobs.quantities import size
 from pipeline.errors import PipelineError
 from pipeline.run import lease
@@ -25,14 +22,29 @@ from pipeline.storage.object_store import ObjectStore, open_store
 
 
 @dataclass(frozen=True, kw_only=True)
-class Swept:
-    """What became of one run.
+class UnreferencedRun:
+    """A whole run below a catalog's root that may be deleted.
 
     Attributes:
-        url: of the run.
-        garbage: what nobody needs.
-        deleted: whether it is gone.
-        skipped: why it is not, though it was to be.
+        run_id: its name below `runs/`.
+        reason: why it is not needed.
+        published_as: models and recipes under which it was published, and may be promoted again.
+    """
+
+    run_id: str
+    reason: str
+    published_as: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweptRun:
+    """What was found in one run.
+
+    Attributes:
+        url: the run.
+        garbage: what is not needed.
+        deleted: whether it was deleted.
+        skipped: why it was not, although it should have been.
     """
 
     url: str
@@ -51,92 +63,132 @@ def collect(
 ) -> None:
     """Find, and delete if asked, the garbage of the runs at and below a URL.
 
-    At a catalog's root that is also whole runs that its releases refer to no more.
+    At a catalog's root, that includes whole runs that its releases no longer refer to.
 
     Args:
-        unpublished: also whole runs of which nothing was ever published.
+        url: a run, or a folder of runs, or a catalog's root.
+        delete: delete it; list it otherwise.
+        lease_seconds: silence after which another driver of a run counts as dead.
+        as_json: print JSON instead of a table.
+        unpublished: include whole runs that were never published.
 
     Raises:
-        PipelineError: there is no run.
+        PipelineError: no run is there.
     """
-    store = open_store(url)
-    whole = unneeded_runs(store, unpublished=unpublished) if is_catalog_root(store) else {}
-    runs = {run.rstrip("/"): None for run in find_runs(store)}
-    runs |= dict.fromkeys(f"{RUNS_PREFIX}{run_id}" for run_id in whole)
+    root = open_store(url)
+    is_catalog_root = bool(root.list(MODELS_PREFIX) or root.list(REQUESTS_PREFIX))
+    unreferenced = unreferenced_runs(root, unpublished=unpublished) if is_catalog_root else {}
+    runs = {run.rstrip("/") for run in find_runs(root)}
+    runs |= {f"{RUNS_PREFIX}{run_id}" for run_id in unreferenced}
     if not runs:
-        raise PipelineError(f"{url}: no run lies there or below it (no plan.json)")
+        raise PipelineError(f"{url}: no run is there or below it (no plan.json)")
     swept = []
     for run in sorted(runs):
-        root = f"{store.root_url}/{run}".rstrip("/")
-        unneeded = whole.get(run.removeprefix(RUNS_PREFIX))
-        with status(f"looking through {root}"):
-            if unneeded is None:
-                one = _sweep(open_store(root), delete=delete, lease_seconds=lease_seconds)
-            else:
-                one = _sweep_whole(
-                    store, unneeded, open_store(root), delete=delete, lease_seconds=lease_seconds
-                )
-        swept.append(one)
+        run_url = f"{root.root_url}/{run}".rstrip("/")
+        whole = unreferenced.get(run.removeprefix(RUNS_PREFIX))
+        with status(f"searching {run_url}"):
+            try:
+                swept.append(_sweep(root, open_store(run_url), whole, delete, lease_seconds))
+            except PipelineError as error:
+                swept.append(SweptRun(url=run_url, skipped=str(error)))
     found = [dataclasses.asdict(one) for one in swept]
     if as_json:
         print_json(found)
         return
     log_event("swept", "", {"runs": found}, table=_table(swept))
     if not delete and any(one.garbage for one in swept):
-        log_event("kept", "nothing was deleted; add --delete to do so")
+        log_event("listed", "nothing was deleted; add --delete to delete it")
 
 
-def _sweep(store: ObjectStore, *, delete: bool, lease_seconds: float) -> Swept:
+def unreferenced_runs(root: ObjectStore, *, unpublished: bool) -> Mapping[str, UnreferencedRun]:
+    """Runs that neither the current nor one of the newest releases refers to, by id.
+
+    A run that was never published may still be in progress, or kept to see why it failed its gate:
+    it is included only if `unpublished`. Before deleting a run, take its lease and then look
+    again: a person may have promoted it meanwhile.
+
+    Raises:
+        DamagedObjectError: a release cannot be read, so what it refers to is unknown.
+    """
+    needed: set[str] = set()
+    published_as: defaultdict[str, dict[tuple[str, str], None]] = defaultdict(dict)
+    reasons: dict[str, str] = {}
+    for names in published_names(root):
+        needed |= _needed(root, names)
+        for release in history(root, *names):
+            published_as[release.run_id][names] = None
+            reasons[release.run_id] = (
+                f"release {release.number} of {release.model} in {release.recipe_name}, older "
+                f"than the {release.keep} that are kept"
+            )
+    files: defaultdict[str, list[str]] = defaultdict(list)
+    for key in root.list(RUNS_PREFIX):
+        run_id, _, rest = key.removeprefix(RUNS_PREFIX).partition("/")
+        files[run_id].append(rest)
+    for run_id in files.keys() - reasons.keys():
+        if all(name.startswith(lease.PREFIX) for name in files[run_id]):
+            reasons[run_id] = "nothing was made here"
+        elif unpublished:
+            reasons[run_id] = "never published"
+    return {
+        run_id: UnreferencedRun(
+            run_id=run_id, reason=reasons[run_id], published_as=tuple(published_as[run_id])
+        )
+        for run_id in (files.keys() & reasons.keys()) - needed
+    }
+
+
+def _needed(root: ObjectStore, names: tuple[str, str]) -> set[str]:
+    """The runs of a model's and recipe's current release and of the newest ones."""
+    current = find_current(root, *names)
+    if current is None:
+        return set()
+    newest = history(root, *names)[-current.release.keep :]
+    return {current.release.run_id, *(release.run_id for release in newest)}
+
+
+def _sweep(
+    root: ObjectStore,
+    store: ObjectStore,
+    whole: UnreferencedRun | None,
+    delete: bool,
+    lease_seconds: float,
+) -> SweptRun:
+    def garbage() -> tuple[Garbage, ...]:
+        return find_garbage(store) if whole is None else whole_run(store, whole.reason)
+
     url = store.root_url
-    try:
-        if not delete:
-            return Swept(url=url, garbage=find_garbage(store))
-        with lease.acquire(store, seconds=lease_seconds, wait=False) as held:
-            # Only now: what a driver at work writes may be needed a moment later.
-            garbage = find_garbage(store)
-            for one in garbage:
+    if not delete:
+        return SweptRun(url=url, garbage=garbage())
+    with lease.acquire(store, seconds=lease_seconds, wait=False) as held:
+        if whole and any(whole.run_id in _needed(root, names) for names in whole.published_as):
+            return SweptRun(url=url, skipped="a release of it was made current meanwhile")
+        # Listed under the lease: a running driver may still need what it has just written.
+        found = garbage()
+        for one in found:
+            if whole is None or not one.key.startswith(lease.PREFIX):
                 held.check()
                 remove(store, one)
-        return Swept(url=url, garbage=garbage, deleted=True)
-    except PipelineError as error:
-        return Swept(url=url, skipped=str(error))
-
-
-def _sweep_whole(
-    root: ObjectStore, run: Unneeded, store: ObjectStore, *, delete: bool, lease_seconds: float
-) -> Swept:
-    url = store.root_url
-    try:
-        if not delete:
-            return Swept(url=url, garbage=whole_run(store, run.reason))
-        with lease.acquire(store, seconds=lease_seconds, wait=False) as held:
-            if not is_still_unneeded(root, run):
-                return Swept(url=url, skipped="a release of it was made current meanwhile")
-            garbage = whole_run(store, run.reason)
-            for one in garbage:
-                if not one.key.startswith(lease.PREFIX):
-                    held.check()
-                    remove(store, one)
-        # What the holder last said, too: nobody is to find a run here.
+    if whole is not None:
+        # The lease's own files go last; a run with leases alone would still be listed.
         for key in store.list(lease.PREFIX):
             store.delete(key)
-        root.delete(seen_key(run.run_id))
-    except PipelineError as error:
-        return Swept(url=url, skipped=str(error))
-    return Swept(url=url, garbage=garbage, deleted=True)
+        root.delete(verified_files_key(whole.run_id))
+    return SweptRun(url=url, garbage=found, deleted=True)
 
 
-def _table(swept: list[Swept]) -> Table:
+def _table(swept: Sequence[SweptRun]) -> Table:
     table = Table("run", "what", "objects", "bytes", "")
     for one in swept:
+        url = Text(one.url)
         if one.skipped:
-            table.add_row(one.url, "", "", "", f"skipped: {one.skipped}")
+            table.add_row(url, "", "", "", Text(f"skipped: {one.skipped}"))
             continue
-        counts = Counter(g.reason for g in one.garbage)
+        counts = Counter(garbage.reason for garbage in one.garbage)
         for reason, number in sorted(counts.items()):
             freed = sum(g.size_bytes for g in one.garbage if g.reason == reason)
-            done = "deleted" if one.deleted else "could go"
-            table.add_row(one.url, reason, str(number), size(freed), done)
+            outcome = "deleted" if one.deleted else "can be deleted"
+            table.add_row(url, Text(reason), str(number), size(freed), outcome)
         if not counts:
-            table.add_row(one.url, "nothing", "0", size(0), "")
+            table.add_row(url, "nothing", "0", size(0), "")
     return table

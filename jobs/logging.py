@@ -109,8 +109,8 @@ def status(message: str) -> Iterator[None]:
 
 
 def print_json(value: object) -> None:
-    """Write a result to stdout; keys sorted."""
-    sys.stdout.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    """Write a result to stdout."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
 def route_to_root(library: str) -> None:

@@ -16,6 +16,15 @@ def count(number: float) -> str:
     return _scaled(number, 1000.0, _DECIMAL).rstrip()
 
 
+def duration(seconds: float) -> str:
+    """Seconds, as 12 s, 3 min or 1.5 h."""
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
 def _scaled(value: float, step: float, units: tuple[str, ...]) -> str:
     index = 0
     while abs(value) >= step and index + 1 < len(units):

@@ -1,10 +1,10 @@
-"""Catalogs from YAML files, refused whole, with file, line and remedy, before anything starts."""
+"""Reads catalogs from YAML. A mistake rejects the whole file, with its line and the remedy."""
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,19 +29,19 @@ from pipeline.storage.user_files import read_given_file
 
 
 class CatalogError(PipelineError):
-    """A catalog that cannot be carried out as it is written."""
+    """A catalog with a mistake."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One model of a catalog, everything that it inherits written out.
+    """One model of a catalog, with its defaults filled in.
 
     Attributes:
-        name: of the model.
+        name: the model's name.
         preset: its URL; local paths are absolute.
         aliases: other names under which its results are published, sorted.
-        recipes: with the calibration that the catalog wants.
-        settings: the rest, as the file says.
+        recipes: with the catalog's calibration settings applied.
+        settings: all other settings.
     """
 
     name: str
@@ -53,11 +53,12 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Catalog:
-    """What a team wants, in the order in which it is to be made: by priority, then as written.
+    """The models and recipes that a team wants.
 
     Attributes:
         where: the file, for messages.
-        root_url: where the results go.
+        root_url: where runs, requests and releases are stored.
+        entries: in execution order: by priority, then as written.
     """
 
     where: str
@@ -70,10 +71,10 @@ class Catalog:
 
 
 def read_catalog(path: str) -> Catalog:
-    """Read and check a whole catalog; no model is looked at.
+    """Read and check a catalog file. Models and texts are not opened.
 
     Args:
-        path: of the file, or its URL. Relative local paths in it start at its folder.
+        path: the file's path or URL. Relative local paths in it are relative to its folder.
 
     Raises:
         CatalogError: `file:line: what is wrong; what to do`.
@@ -92,7 +93,9 @@ def parse_catalog(text: str, *, where: str, folder: Path | None) -> Catalog:
     """Check a catalog's text.
 
     Args:
-        folder: where relative paths start; None refuses them.
+        text: YAML.
+        where: the file, for messages.
+        folder: what relative paths are relative to; None rejects them.
 
     Raises:
         CatalogError: `where:line: what is wrong; what to do`.
@@ -102,37 +105,34 @@ def parse_catalog(text: str, *, where: str, folder: Path | None) -> Catalog:
         written = CatalogFile.model_validate(_with_defaults(document.values))
     except ValidationError as invalid:
         errors = sorted(
-            filter(_counts(invalid.errors()), invalid.errors()),
+            _independent(invalid.errors()),
             key=lambda error: mistake_order(error, document.line_of(error["loc"])),
         )
         more = f" ({len(errors) - 1} more after it)" if len(errors) > 1 else ""
         mistake = describe_mistake(errors[0], CatalogFile)
-        raise CatalogError(
-            f"{where}:{document.line_of(errors[0]['loc'])}: {mistake}{more}"
-        ) from None
-    checked = _Checked(document, folder)
-    return checked.catalog(written)
+        line = document.line_of(errors[0]["loc"])
+        raise CatalogError(f"{where}:{line}: {mistake}{more}") from None
+    return _Resolver(document, folder).catalog(written)
 
 
-def _counts(errors: Sequence[ErrorDetails]) -> Callable[[ErrorDetails], bool]:
-    """Leave out that a list is too short which is so only without its bad entries."""
+def _independent(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+    """Drop "the list is too short" where it is so only because its bad entries do not count."""
+    locations = [error["loc"] for error in errors]
 
-    def counts(error: ErrorDetails) -> bool:
-        place = error["loc"]
-        inside = any(len(e["loc"]) > len(place) and e["loc"][: len(place)] == place for e in errors)
-        return error["type"] != "too_short" or not inside
+    def has_bad_entries(loc: tuple[int | str, ...]) -> bool:
+        return any(len(other) > len(loc) and other[: len(loc)] == loc for other in locations)
 
-    return counts
+    return [e for e in errors if e["type"] != "too_short" or not has_bad_entries(e["loc"])]
 
 
 def _with_defaults(values: Any) -> Any:
-    """What models leave out, from `defaults`; wrong shapes are left for pydantic to refuse."""
+    """Fill in `defaults` for each model; pydantic rejects values of the wrong shape later."""
     if not isinstance(values, dict):
         return values
     defaults, models = values.get("defaults"), values.get("models")
     if not isinstance(defaults, dict) or not isinstance(models, list):
         return values
-    # Merged entries would repeat a mistake that stands in the defaults.
+    # Unknown keys would be reported again for every model.
     known = {name: value for name, value in defaults.items() if name in Settings.model_fields}
     merged = [
         _merged(known, model) if isinstance(model, dict) and "alias_of" not in model else model
@@ -142,7 +142,7 @@ def _with_defaults(values: Any) -> Any:
 
 
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over`, and what only `under` has; mappings are merged in their turn."""
+    """`over`, completed from `under`; nested mappings are merged too."""
     found = {**under, **over}
     for name in under.keys() & over.keys():
         if isinstance(under[name], dict) and isinstance(over[name], dict):
@@ -150,8 +150,8 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
     return found
 
 
-class _Checked:
-    """What pydantic cannot see: one entry against another, and what the entries name."""
+class _Resolver:
+    """Checks what pydantic cannot: entries against each other, and what they refer to."""
 
     def __init__(self, document: MarkedYaml, folder: Path | None) -> None:
         self._document = document
@@ -159,21 +159,21 @@ class _Checked:
         self._recipes: dict[str, Recipe] = {}
 
     def catalog(self, written: CatalogFile) -> Catalog:
-        places: dict[str, int] = {}
+        indices: dict[str, int] = {}
         for index, model in enumerate(written.models):
-            if model.name in places:
-                first = self._document.line_of(("models", places[model.name], "name"))
-                raise self._refuse(
+            if model.name in indices:
+                first = self._document.line_of(("models", indices[model.name], "name"))
+                raise self._error(
                     ("models", index, "name"),
                     f"the name {model.name} is taken by line {first}; rename one of them",
                 )
-            places[model.name] = index
-        root_url = self._anywhere(written.root, ("root",))
+            indices[model.name] = index
+        root_url = self._absolute(written.root, ("root",))
         try:
             open_store(root_url)
         except StorageError as error:
-            raise self._refuse(("root",), str(error)) from None
-        aliases = self._aliases(written, places)
+            raise self._error(("root",), str(error)) from None
+        aliases = self._aliases(written, indices)
         entries = [
             self._entry(model, ("models", index), tuple(sorted(aliases.get(model.name, ()))))
             for index, model in enumerate(written.models)
@@ -182,120 +182,115 @@ class _Checked:
         entries.sort(key=lambda entry: -entry.settings.priority)
         return Catalog(where=self._document.where, root_url=root_url, entries=tuple(entries))
 
-    def _aliases(self, written: CatalogFile, places: Mapping[str, int]) -> dict[str, list[str]]:
-        """Of each model that is no alias, those that stand for it, over however many steps."""
+    def _aliases(self, written: CatalogFile, indices: Mapping[str, int]) -> dict[str, list[str]]:
+        """The aliases of each real model; an alias may name another alias."""
         found: dict[str, list[str]] = {}
         for index, model in enumerate(written.models):
             if model.alias_of is None:
                 continue
-            place = ("models", index, "alias_of")
+            path = ("models", index, "alias_of")
             given = sorted(model.model_fields_set - {"name", "alias_of", "owner", "tags"})
             if given:
-                raise self._refuse(
+                raise self._error(
                     ("models", index, given[0]),
                     f"{model.name} is an alias, so {given[0]} is that of {model.alias_of}; "
                     "remove it here",
                 )
-            passed, current = [model.name], model
+            chain, current = [model.name], model
             while current.alias_of is not None:
-                if current.alias_of not in places:
-                    raise self._refuse(place, self._unknown_model(current.alias_of, places))
-                current = written.models[places[current.alias_of]]
-                if current.name in passed:
-                    circle = " → ".join((*passed, current.name))
-                    raise self._refuse(
-                        place, f"aliases go round in a circle ({circle}); give one of them a preset"
+                if current.alias_of not in indices:
+                    near = difflib.get_close_matches(current.alias_of, indices, n=1)
+                    hint = f"did you mean {near[0]}? " if near else ""
+                    raise self._error(
+                        path,
+                        f"alias_of names no model of this file: {current.alias_of}; {hint}add it, "
+                        "or correct the name",
                     )
-                passed.append(current.name)
+                current = written.models[indices[current.alias_of]]
+                if current.name in chain:
+                    circle = " → ".join((*chain, current.name))
+                    raise self._error(
+                        path, f"aliases form a circle ({circle}); give one of them a preset"
+                    )
+                chain.append(current.name)
             found.setdefault(current.name, []).append(model.name)
         return found
 
-    @staticmethod
-    def _unknown_model(name: str, places: Mapping[str, int]) -> str:
-        near = difflib.get_close_matches(name, places, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        return f"alias_of names no model of this file: {name}; {hint}add it, or mend the name"
-
-    def _entry(self, model: Model, place: YamlPath, aliases: tuple[str, ...]) -> Entry:
+    def _entry(self, model: Model, path: YamlPath, aliases: tuple[str, ...]) -> Entry:
         if model.preset is None:
-            raise self._refuse(
-                place, f"{model.name} has no preset; add preset: URL, or alias_of: another model"
+            raise self._error(
+                path, f"{model.name} has no preset; add preset: URL, or alias_of: another model"
             )
         if model.recipes is None:
-            raise self._refuse(
-                place, f"{model.name} has no recipes; add recipes: [...], here or to defaults"
+            raise self._error(
+                path, f"{model.name} has no recipes; add recipes: [...], here or to defaults"
             )
         if model.gate is not None and model.evaluate_on is None:
-            raise self._refuse(
-                (*place, "gate"),
-                f"{model.name} has a gate but no evaluate_on to judge by; add evaluate_on: [texts]",
+            raise self._error(
+                (*path, "gate"),
+                f"{model.name} has a gate but no evaluate_on; add evaluate_on: [texts]",
             )
         if model.gate is not None and not model.gate.model_dump(exclude_none=True):
-            raise self._refuse(
-                (*place, "gate"),
+            raise self._error(
+                (*path, "gate"),
                 "the gate sets no limit; give max_perplexity_increase, max_divergence or "
                 "min_cosine",
             )
-        recipes: list[Recipe] = []
+        recipes: dict[str, Recipe] = {}
         for index, given in enumerate(model.recipes):
-            at = (*place, "recipes", index)
+            at = (*path, "recipes", index)
             recipe = self._recipe(given, model, at)
-            if any(recipe.name == other.name for other in recipes):
-                raise self._refuse(
+            if recipe.name in recipes:
+                raise self._error(
                     at, f"{model.name} has two recipes named {recipe.name}; rename or remove one"
                 )
-            recipes.append(recipe)
-        texts = model.evaluate_on
+            recipes[recipe.name] = recipe
+        settings: Settings = model
+        if model.evaluate_on is not None:
+            at = (*path, "evaluate_on")
+            texts = tuple(self._absolute(text, at) for text in model.evaluate_on)
+            settings = model.model_copy(update={"evaluate_on": texts})
         return Entry(
             name=model.name,
-            preset=self._anywhere(model.preset, (*place, "preset")),
+            preset=self._absolute(model.preset, (*path, "preset")),
             aliases=aliases,
-            recipes=tuple(recipes),
-            settings=model.model_copy(
-                update={
-                    "evaluate_on": None
-                    if texts is None
-                    else tuple(self._anywhere(text, (*place, "evaluate_on")) for text in texts)
-                }
-            ),
+            recipes=tuple(recipes.values()),
+            settings=settings,
         )
 
     def _recipe(self, given: str | dict[str, Any], model: Model, at: YamlPath) -> Recipe:
         try:
-            if isinstance(given, str):
-                # A file is read once, however many models name it.
-                if given not in self._recipes:
+            if isinstance(given, dict):
+                recipe = recipe_from_dict(given)
+            else:
+                if given not in self._recipes:  # a file is read once, however many models name it
                     is_file = "/" in given or given.endswith((".yaml", ".yml"))
-                    url = self._anywhere(given, at) if is_file else given
+                    url = self._absolute(given, at) if is_file else given
                     self._recipes[given] = load_recipe(url)
                 recipe = self._recipes[given]
-            else:
-                recipe = recipe_from_dict(given)
-            return self._calibrated(recipe, model, at)
+            if not recipe.needs_calibration:
+                return recipe
+            values = recipe.to_dict()
+            calibration = values["calibration"]
+            calibration |= model.calibration.model_dump(mode="json", exclude_none=True)
+            calibration["texts"] = [self._absolute(text, at) for text in calibration["texts"]]
+            return recipe_from_dict(values, where=recipe.name)
         except RecipeError as error:
-            raise self._refuse(at, str(error)) from None
+            raise self._error(at, str(error)) from None
 
-    def _calibrated(self, recipe: Recipe, model: Model, at: YamlPath) -> Recipe:
-        if not recipe.needs_calibration:
-            return recipe
-        values = recipe.to_dict()
-        values["calibration"] |= model.calibration.model_dump(mode="json", exclude_none=True)
-        texts = values["calibration"]["texts"]
-        values["calibration"]["texts"] = [self._anywhere(text, at) for text in texts]
-        return recipe_from_dict(values, where=recipe.name)
-
-    def _anywhere(self, url: str, place: YamlPath) -> str:
-        """A local path as any process of this machine finds it; URLs as they are."""
+    def _absolute(self, url: str, path: YamlPath) -> str:
+        """Make a local path absolute; URLs stay as they are."""
         if "://" in url or url.startswith("hf:"):
             return url
-        path = Path(url).expanduser()
-        if path.is_absolute():
-            return str(path)
+        local = Path(url).expanduser()
+        if local.is_absolute():
+            return str(local)
         if self._folder is None:
-            raise self._refuse(
-                place, f"{url} is relative, but this catalog lies in no folder; write a full URL"
+            raise self._error(
+                path,
+                f"{url} is relative, but this catalog was not read from a folder; write a full URL",
             )
-        return os.path.normpath(self._folder / path)  # storage URLs hold no ".."
+        return os.path.normpath(self._folder / local)  # storage URLs must not contain ".."
 
-    def _refuse(self, place: YamlPath, text: str) -> CatalogError:
-        return CatalogError(f"{self._document.where}:{self._document.line_of(place)}: {text}")
+    def _error(self, path: YamlPath, text: str) -> CatalogError:
+        return CatalogError(f"{self._document.where}:{self._document.line_of(path)}: {text}")

@@ -1,7 +1,7 @@
-"""What is known of a source's and of texts' files without reading them: the state of a request.
+"""Fingerprints of a source's and of texts' files, taken without reading large ones.
 
-A state is compared with an earlier one to tell that something may have changed. It never proves
-that nothing has: the plan of a run digests every byte that is read.
+A fingerprint that differs from an earlier one means that something may have changed. An equal one
+proves nothing: a run's plan digests every byte that is read.
 """
 
 from __future__ import annotations
@@ -17,86 +17,83 @@ from pipeline.storage.local_store import file_version
 from pipeline.storage.object_store import open_store
 from pipeline.storage.user_files import find_given_files
 
-# As `pipeline.planning.versions`, which needs JAX.
+# As in `pipeline.planning.versions`, which needs JAX.
 PACKAGES = ("quantfleet", "jax", "jaxlib", "keras", "keras-hub", "numpy", "ml-dtypes", "h5py")
-# What `pipeline.model.preset` takes for a part of the model.
-_OTHERS = (
+# Files that `pipeline.model.preset` ignores.
+_IGNORED = (
     *(".md", ".rst", "LICENSE"),
     *(".bin", ".pt", ".pth", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot", ".pkl"),
 )
-_MOST_JSON_BYTES = 256 << 10
-
-State = Mapping[str, str]
-"""A token by file; another one as soon as the file was written again."""
+_MAX_JSON_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Known:
-    """A state, and what finding it out cost.
+class Fingerprint:
+    """The versions of some files.
 
     Attributes:
-        state: token by file.
-        bytes_read: of file contents; listings are not counted.
+        tokens: by file; a file that is written again gets another one.
+        bytes_read: of file contents, to find them out; listings do not count.
     """
 
-    state: State
+    tokens: Mapping[str, str]
     bytes_read: int = 0
 
 
-def source_state(url: str) -> Known:
-    """The files of a preset that decide what the model is.
+def source_fingerprint(url: str) -> Fingerprint:
+    """Fingerprint the files of a preset that decide what the model is.
 
-    All are known by size and version in their store; on a disk, where a version is no more than
-    times, small JSON is known by its content.
+    A token is the size and version that the store reports. On a disk, where a version is only a
+    timestamp, small JSON files are hashed instead.
 
     Raises:
-        SourceError: there is no preset.
+        SourceError: no preset is there.
         StorageError: the store cannot be used.
     """
     store = open_store(url)
     is_on_disk = store.root_url.startswith("file://")
-    state, bytes_read = {}, 0
+    tokens, bytes_read = {}, 0
     for name, version in store.versions().items():
-        if name.endswith(_OTHERS):
+        if name.endswith(_IGNORED):
             continue
-        state[name] = version.token
-        if is_on_disk and name.endswith(".json") and version.size_bytes <= _MOST_JSON_BYTES:
-            content = store.get(name, at_most=_MOST_JSON_BYTES)
+        tokens[name] = version.token
+        if is_on_disk and name.endswith(".json") and version.size_bytes <= _MAX_JSON_BYTES:
+            content = store.get(name, at_most=_MAX_JSON_BYTES)
             bytes_read += len(content)
-            state[name] = f"sha256:{sha256(content)}"
-    if "config.json" not in state:
+            tokens[name] = f"sha256:{sha256(content)}"
+    if "config.json" not in tokens:
         raise SourceError(
             f"{url}: no config.json there; name the folder of a KerasHub preset or of a Hugging "
             "Face model"
         )
-    return Known(state=state, bytes_read=bytes_read)
+    return Fingerprint(tokens=tokens, bytes_read=bytes_read)
 
 
-def texts_state(sources: Sequence[str]) -> Known:
-    """The files of calibration or evaluation texts; of a data set of the hub only its name.
+def texts_fingerprint(sources: Sequence[str]) -> Fingerprint:
+    """Fingerprint calibration or evaluation texts; data sets of the hub by name only.
 
     Raises:
         CalibrationTextError: no such files.
     """
-    state: dict[str, str] = {}
+    tokens: dict[str, str] = {}
     for source in sources:
         if source.startswith("hf:"):
-            state[source] = "by name"
+            tokens[source] = "by name"
             continue
         for file in find_given_files(source, error_type=CalibrationTextError):
-            state[file] = _token(file)
-    return Known(state=state)
+            tokens[file] = _token(file)
+    return Fingerprint(tokens=tokens)
 
 
-def package_versions() -> State:
-    """Of the packages that compute the result."""
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that compute the result."""
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def _token(file: str) -> str:
     for scheme in ("file://", "local://"):
         if file.startswith(scheme):
-            # Not through a store: people name their files as they like.
+            # Not through a store, which would reject some file names.
             return file_version(Path(file.removeprefix(scheme))).token
     folder, _, name = file.rpartition("/")
     return open_store(folder).version(name)

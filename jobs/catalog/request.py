@@ -11,6 +11,7 @@ from pydantic import ConfigDict
 
 from pipeline.canonical import digest_of
 from pipeline.errors import PipelineError
+from pipeline.executor.protocol import ComputeSpec
 from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.storage.record import STRICT, StoredRecord
 
@@ -32,22 +33,6 @@ class Gate:
     max_perplexity_increase: float | None = None
     max_divergence: float | None = None
     min_cosine: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Needs:
-    """What its run takes of a cluster; None leaves it to the cluster.
-
-    Attributes:
-        memory_bytes: the most that a worker may need.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    workers: int | None = None
-    threads: int | None = None
-    device: str = "auto"
-    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +60,7 @@ class Request(StoredRecord):
     evaluation_texts: tuple[str, ...] = ()
     evaluation_windows: int = 8
     gate: Gate | None = None
-    needs: Needs = field(default_factory=Needs)
+    needs: ComputeSpec = field(default_factory=ComputeSpec)
     keep: int = 3
     source: dict[str, str]
     texts: dict[str, str]

@@ -1,13 +1,15 @@
-"""The commands of `quantfleet` about many models. Nothing heavy is imported before one runs."""
+"""The `quantfleet` commands about many models: catalog, run, nightly, submit, cancel, fulfil."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from jobs.cli import options
 from jobs.logging import STDERR, is_json, log_event, print_json, status
 from pipeline.errors import PipelineError
 
@@ -16,28 +18,11 @@ if TYPE_CHECKING:
     from jobs.fleet.staleness import Decision
     from pipeline.storage.object_store import ObjectStore
 
-catalog_app = typer.Typer(help="Catalogs: the models and recipes that a team wants.")
-
-_File = Annotated[str, typer.Argument(help="The catalog: a YAML file, or its URL.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-_Address = Annotated[
-    str | None,
-    typer.Option(help="Ray cluster to join, such as auto or HOST:PORT; default: start one."),
-]
-_Dashboard = Annotated[
-    str, typer.Option(help="The Ray cluster's dashboard, such as http://head:8265.")
-]
-_LeaseSeconds = Annotated[
-    float,
-    typer.Option(min=1.0, help="Silence after which another driver of a run is taken for dead."),
-]
-_Only = Annotated[
-    list[str] | None, typer.Option(help="Only these models of the catalog; repeatable.")
-]
+catalog_app = typer.Typer()
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Register all of them."""
+    """Register them."""
     app.add_typer(catalog_app, name="catalog")
     app.command()(run)
     app.command()(nightly)
@@ -47,10 +32,10 @@ def add_commands(app: typer.Typer) -> None:
 
 
 @catalog_app.command()
-def check(file: _File, as_json: _Json = False) -> None:
-    """Check a whole catalog, and list what it wants; no model is looked at."""
+def check(file: options.CatalogFile, as_json: options.Json = False) -> None:
+    """Check a catalog and list its models, without opening them."""
     from jobs.catalog.catalog_file import read_catalog
-    from jobs.catalog.listing import catalog_json, catalog_table
+    from jobs.cli.listings import catalog_json, catalog_table
 
     catalog = read_catalog(file)
     if as_json:
@@ -61,53 +46,60 @@ def check(file: _File, as_json: _Json = False) -> None:
 
 @catalog_app.callback()
 def _catalog() -> None:
-    """Catalogs: the models and recipes that a team wants."""
+    """Catalogs: lists of models and recipes to keep up to date."""
 
 
 def run(
-    file: _File,
-    address: _Address = None,
-    only: _Only = None,
-    lease_seconds: _LeaseSeconds = 60.0,
-    as_json: _Json = False,
+    file: options.CatalogFile,
+    address: options.Address = None,
+    only: options.Only = None,
+    keep_every: options.KeepEvery = 8,
+    lease_seconds: options.LeaseSeconds = 60.0,
+    as_json: options.Json = False,
 ) -> None:
-    """Make all of a catalog that is not up to date, one run after the other."""
-    _pass(file, address, only, lease_seconds, dry_run=False, as_json=as_json)
+    """Make everything in a catalog that is not up to date, one run after another."""
+    _run_stale(file, address, only, keep_every, lease_seconds, dry_run=False, as_json=as_json)
 
 
 def nightly(
-    file: _File,
-    address: _Address = None,
-    only: _Only = None,
-    lease_seconds: _LeaseSeconds = 60.0,
+    file: options.CatalogFile,
+    address: options.Address = None,
+    only: options.Only = None,
+    keep_every: options.KeepEvery = 8,
+    lease_seconds: options.LeaseSeconds = 60.0,
     dry_run: Annotated[
-        bool, typer.Option(help="Print what is stale and why; run and write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Print what is stale and why; run and write nothing."),
     ] = False,
-    as_json: _Json = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Find out what is stale and why, make that once, and publish what is good enough."""
-    _pass(file, address, only, lease_seconds, dry_run=dry_run, as_json=as_json)
+    """Make what is stale, say why it was, and publish what passes its gate."""
+    _run_stale(file, address, only, keep_every, lease_seconds, dry_run=dry_run, as_json=as_json)
 
 
 def submit(
-    file: _File,
-    address: _Dashboard,
-    wait: Annotated[bool, typer.Option(help="Stay until every run is done or given up.")] = False,
+    file: options.CatalogFile,
+    address: options.Dashboard,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait until every run is done or given up.")
+    ] = False,
     at_once: Annotated[int, typer.Option(min=1, help="Jobs alive at the same time.")] = 4,
-    attempts: Annotated[int, typer.Option(min=1, help="Jobs started for one run, at most.")] = 3,
-    only: _Only = None,
+    attempts: Annotated[int, typer.Option(min=1, help="Most jobs started for one run.")] = 3,
+    only: options.Only = None,
     working_dir: Annotated[
         str | None,
-        typer.Option(help="Folder, or URI of a .zip, to ship; default: nodes have the code."),
+        typer.Option(help="Folder or URI of a .zip with the code; default: nodes have it."),
     ] = None,
     entrypoint: Annotated[
-        str, typer.Option(help="How nodes call quantfleet, found on their PATH.")
+        str, typer.Option(help="The command that nodes run, found on their PATH.")
     ] = "quantfleet",
-    poll_seconds: Annotated[float, typer.Option(min=0.1, help="Between looks at the jobs.")] = 5.0,
-    as_json: _Json = False,
+    poll_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Seconds between two polls of the jobs.")
+    ] = 5.0,
+    as_json: options.Json = False,
 ) -> None:
-    """Carry a catalog's stale runs out as Ray Jobs, and resume those that failed."""
-    from jobs.fleet.nightly import exit_code_of, pass_table, preview
+    """Make a catalog's stale runs as Ray Jobs, and resume those that failed."""
+    from jobs.fleet.nightly import exit_code_of, outcomes_table, preview
     from jobs.fleet.staleness import decide
     from jobs.fleet.submission import (
         Limits,
@@ -121,8 +113,8 @@ def submit(
 
     catalog, root = _opened(file, only)
     jobs = RayJobs(address, working_dir=working_dir)
-    with status("looking for what is stale"):
-        decisions = decide(root, catalog, note=True)
+    with status("looking for stale runs"):
+        decisions = decide(root, catalog, save_verified=True)
     others = [outcome for outcome in preview(decisions) if outcome.result != "to do"]
     limits = Limits(at_once=at_once, attempts=attempts, poll_seconds=poll_seconds)
     submission = Submission(root, jobs, decisions, limits, entrypoint)
@@ -139,26 +131,26 @@ def submit(
         jobs_json = tasks_json(submission.tasks)
         log_event("jobs", "", {"jobs": jobs_json}, table=tasks_table(submission.tasks))
         others_json = [one.to_dict() for one in others]
-        log_event("others", "", {"others": others_json}, table=pass_table(others))
+        log_event("others", "", {"others": others_json}, table=outcomes_table(others))
         waiting = sum(1 for task in submission.tasks if task.phase == "waiting")
         if waiting:
-            more = f"{waiting} run(s) wait for a place; submit again, or use --wait"
+            more = f"{waiting} run(s) wait for other jobs to end; submit again, or use --wait"
             log_event("waiting", more)
     raise typer.Exit(exit_code_of_tasks(submission.tasks) or exit_code_of(others))
 
 
 def cancel(
-    name: Annotated[str, typer.Argument(help="A request's or a submission's id.")],
-    address: _Dashboard,
-    as_json: _Json = False,
+    name: Annotated[str, typer.Argument(help="A request's id, or a job's.")],
+    address: options.Dashboard,
+    as_json: options.Json = False,
 ) -> None:
-    """Stop the Ray Jobs of a request; the run can be resumed."""
+    """Stop a request's Ray Jobs; the run can be resumed."""
     from jobs.fleet.submission import stop_jobs
     from pipeline.executor.ray_jobs import RayJobs
 
     stopped = stop_jobs(RayJobs(address), name)
     if not stopped:
-        raise PipelineError(f"{name}: no such job is alive at {address}; nothing was stopped")
+        raise PipelineError(f"{name}: no such job is running at {address}; nothing was stopped")
     if as_json:
         print_json(list(stopped))
     for submission_id in stopped:
@@ -166,22 +158,24 @@ def cancel(
 
 
 def fulfil(
-    request: Annotated[str, typer.Argument(help="URL of a request below a catalog's root.")],
-    address: _Address = None,
-    wait: Annotated[
-        bool, typer.Option(help="Wait for another driver of the same run to end, or give up.")
-    ] = True,
-    lease_seconds: _LeaseSeconds = 60.0,
-    as_json: _Json = False,
+    request: Annotated[str, typer.Argument(help="URL of a request, below a catalog's root.")],
+    address: options.Address = None,
+    keep_every: options.KeepEvery = 8,
+    wait: options.Wait = True,
+    lease_seconds: options.LeaseSeconds = 60.0,
+    as_json: options.Json = False,
 ) -> None:
-    """Carry one request out: quantize, evaluate, verify, judge, publish."""
+    """Fulfil one request: quantize, evaluate, verify, judge, publish."""
+    from jobs import execute
     from jobs.catalog.request import load_request
     from jobs.fleet import fulfil as fulfilling
-    from jobs.fleet import workplace
 
     root, wanted = load_request(request)
+    driver_options = execute.DriverOptions(
+        keep_every=keep_every, wait=wait, lease_seconds=lease_seconds
+    )
     done = fulfilling.fulfil(
-        root, wanted, workplace.on_ray(address), wait=wait, lease_seconds=lease_seconds
+        root, wanted, partial(execute.open_compute, address=address), driver_options
     )
     if as_json:
         print_json(fulfilling.fulfilled_json(done))
@@ -198,34 +192,34 @@ def fulfil(
         )
 
 
-def _pass(
+def _run_stale(
     file: str,
     address: str | None,
     only: list[str] | None,
+    keep_every: int,
     lease_seconds: float,
     *,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    from jobs.fleet import workplace
+    from jobs import execute
     from jobs.fleet.fulfil import Fulfilled
     from jobs.fleet.fulfil import fulfil as fulfil_request
-    from jobs.fleet.nightly import exit_code_of, log_outcome, one_pass, pass_table, preview
+    from jobs.fleet.nightly import exit_code_of, log_outcome, outcomes_table, preview, run_stale
     from jobs.fleet.staleness import decide
     from jobs.metrics import nightly_ended
-    from pipeline.executor.ray_executor import joined
+    from pipeline.executor.ray_cluster import connect
 
     catalog, root = _opened(file, only)
-    with status("looking for what is stale"):
-        decisions = decide(root, catalog, note=not dry_run)
+    with status("looking for stale runs"):
+        decisions = decide(root, catalog, save_verified=not dry_run)
 
-    def carry(decision: Decision) -> Fulfilled:
+    def fulfil_one(decision: Decision) -> Fulfilled:
         return fulfil_request(
             root,
             decision.request,
-            workplace.on_ray(address),
-            wait=False,
-            lease_seconds=lease_seconds,
+            partial(execute.open_compute, address=address),
+            execute.DriverOptions(keep_every=keep_every, wait=False, lease_seconds=lease_seconds),
         )
 
     if dry_run:
@@ -233,19 +227,19 @@ def _pass(
         for outcome in outcomes:
             log_outcome(outcome)
     else:
-        outcomes = tuple(one_pass(root, decisions, carry))
+        outcomes = tuple(run_stale(root, decisions, fulfil_one))
         if address is not None and not exit_code_of(outcomes):
-            with joined(address):  # an embedded cluster ends with its run, and its metrics too
+            with connect(address):  # a cluster of our own ends with its run, and so do its metrics
                 nightly_ended(PurePath(file).stem)
     if as_json:
         print_json([outcome.to_dict() for outcome in outcomes])
-    elif not is_json():  # which told each when it was known
-        STDERR.print(pass_table(outcomes))
+    elif not is_json():  # each was logged when it was known
+        STDERR.print(outcomes_table(outcomes))
     raise typer.Exit(exit_code_of(outcomes))
 
 
 def _opened(file: str, only: list[str] | None) -> tuple[Catalog, ObjectStore]:
-    """A checked catalog, and its root, which answers."""
+    """A checked catalog, and its root, which was reached."""
     import dataclasses
 
     from jobs.catalog.catalog_file import read_catalog
@@ -256,7 +250,7 @@ def _opened(file: str, only: list[str] | None) -> tuple[Catalog, ObjectStore]:
     if only:
         unknown = sorted(set(only) - {entry.name for entry in catalog.entries})
         if unknown:
-            raise PipelineError(f"{file}: no model {', '.join(unknown)}; mend --only")
+            raise PipelineError(f"{file}: no model {', '.join(unknown)}; correct --only")
         chosen = tuple(entry for entry in catalog.entries if entry.name in only)
         catalog = dataclasses.replace(catalog, entries=chosen)
     return catalog, reachable(catalog.root_url, REQUESTS_PREFIX.rstrip("/"))

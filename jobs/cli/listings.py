@@ -1,7 +1,4 @@
-"""`quantfleet schemes`: every scheme with its fields, as its dataclass says them.
-
-`quantfleet recipes`: the built-in recipes, as a table or as JSON.
-"""
+"""What `quantfleet schemes`, `recipes` and `catalog check` print."""
 
 from __future__ import annotations
 
@@ -12,11 +9,12 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from jobs.catalog.catalog_file import Catalog
 from pipeline.recipe.recipe_file import builtin_recipes
 
 
 def describe_scheme(scheme: type) -> dict[str, Any]:
-    """Return what a scheme's dataclass says about itself, as plain JSON values."""
+    """A scheme's summary and fields, taken from its dataclass, as plain JSON values."""
     return {
         "summary": _first_line(scheme.__doc__),
         "fields": [
@@ -47,7 +45,7 @@ def _first_line(text: str | None) -> str:
 
 
 def schemes_table(described: dict[str, dict[str, Any]]) -> Table:
-    """What `describe_scheme` found, a scheme after the other."""
+    """The schemes that `describe_scheme` described, one after another."""
     table = Table("scheme", "field", "default", "meaning")
     for mode, scheme in described.items():
         table.add_row(Text(mode, style="bold"), "", "", Text(scheme["summary"]))
@@ -65,7 +63,7 @@ def recipes_json() -> dict[str, Any]:
 
 
 def recipes_table() -> Table:
-    """What each recipe does, in a line."""
+    """One line per built-in recipe."""
     table = Table("recipe", "scheme", "calibration", caption="all settings: --json")
     for name, recipe in builtin_recipes().items():
         assert recipe.scheme is not None
@@ -77,4 +75,44 @@ def recipes_table() -> Table:
             f"{', '.join(calibration.texts)}"
         )
         table.add_row(Text(name, style="bold"), recipe.scheme.policy, Text(texts))
+    return table
+
+
+def catalog_json(catalog: Catalog) -> dict[str, Any]:
+    """Every model with its recipes, defaults filled in, as plain JSON values."""
+    return {
+        "root": catalog.root_url,
+        "num_runs": catalog.num_runs,
+        "models": [
+            {
+                "name": entry.name,
+                "preset": entry.preset,
+                "aliases": list(entry.aliases),
+                "recipes": [recipe.to_dict() for recipe in entry.recipes],
+                **entry.settings.model_dump(
+                    mode="json", exclude={"name", "preset", "alias_of", "recipes"}
+                ),
+            }
+            for entry in catalog.entries
+        ],
+    }
+
+
+def catalog_table(catalog: Catalog) -> Table:
+    """One line per model, in execution order."""
+    table = Table(
+        *("model", "recipes", "gate", "priority", "owner", "preset"),
+        caption=f"{len(catalog.entries)} models, {catalog.num_runs} runs, in {catalog.root_url}",
+    )
+    for entry in catalog.entries:
+        gate = entry.settings.gate
+        limits = {} if gate is None else gate.model_dump(exclude_none=True)
+        table.add_row(
+            Text("\n".join((entry.name, *(f"= {alias}" for alias in entry.aliases)))),
+            Text(", ".join(recipe.name for recipe in entry.recipes)),
+            Text(", ".join(f"{name} {value:g}" for name, value in limits.items()) or "–"),
+            str(entry.settings.priority),
+            Text(entry.settings.owner or "–"),
+            Text(entry.preset),
+        )
     return table

@@ -1,4 +1,4 @@
-"""The commands of `quantfleet` about what is there: how it stands, and what readers get."""
+"""The `quantfleet` commands about runs and releases: status, logs, promote, rollback."""
 
 from __future__ import annotations
 
@@ -8,20 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from jobs.cli import options
 from jobs.logging import log_event, print_json
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
     from jobs.publish.releases import Current
 
-_Root = Annotated[str, typer.Argument(help="The catalog's root, where its results lie.")]
-_Model = Annotated[str, typer.Argument(help="The model's name in the catalog.")]
-_RecipeName = Annotated[str, typer.Argument(help="The recipe's name.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-
 
 def add_commands(app: typer.Typer) -> None:
-    """Register all of them."""
+    """Register them."""
     app.command()(status)
     app.command()(logs)
     app.command()(promote)
@@ -29,13 +25,14 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def status(
-    what: Annotated[str, typer.Argument(help="A catalog's file, its root's URL, or a run's.")],
-    as_json: _Json = False,
+    what: Annotated[
+        str, typer.Argument(help="A catalog's file, or the URL of its root or of a run.")
+    ],
+    as_json: options.Json = False,
 ) -> None:
-    """Tell how runs and releases stand, from storage alone."""
+    """Show the state of runs and releases, from storage alone."""
     from jobs.catalog.catalog_file import read_catalog
-    from jobs.fleet.run_state import run_state
-    from jobs.fleet.status import Row, status_table
+    from jobs.fleet.status import Row, run_status, status_table
     from jobs.fleet.status import status as find_status
     from pipeline.plan import PLAN_KEY
     from pipeline.storage.object_store import open_store
@@ -46,7 +43,7 @@ def status(
     else:
         store = open_store(what)
         if store.exists(PLAN_KEY) or store.list("leases/"):
-            found = run_state(store)
+            found = run_status(store)
             name = store.root_url.rpartition("/")[2]
             rows = (
                 Row(
@@ -63,9 +60,7 @@ def status(
         else:
             rows = find_status(store)
             if not rows:
-                raise PipelineError(
-                    f"{what}: neither a run nor anything published or asked for lies there"
-                )
+                raise PipelineError(f"{what}: no run, release or request is there")
     if as_json:
         print_json([row.to_dict() for row in rows])
     else:
@@ -73,16 +68,18 @@ def status(
 
 
 def logs(
-    run: Annotated[str, typer.Argument(help="A run's folder or URL, below runs/.")],
-    as_json: _Json = False,
+    run: Annotated[str, typer.Argument(help="Folder or URL of a run.")],
+    as_json: options.Json = False,
 ) -> None:
-    """Print what a run's drivers noted, in the order of time."""
+    """Print the events that a run's drivers logged, oldest first."""
     from pipeline.run.events import read_events
     from pipeline.storage.object_store import open_store
 
     events = read_events(open_store(run))
     if not events:
-        raise PipelineError(f"{run}: no events lie there; name a run, as quantfleet status does")
+        raise PipelineError(
+            f"{run}: no events are there; give a run, as quantfleet status lists them"
+        )
     if as_json:
         print_json([event.to_dict() for event in events])
         return
@@ -91,25 +88,30 @@ def logs(
 
 
 def promote(
-    root: _Root,
-    model: _Model,
-    recipe: _RecipeName,
+    root: options.CatalogRoot,
+    model: options.ModelName,
+    recipe: options.RecipeName,
     run_id: Annotated[str, typer.Argument(help="A run that was published under this name.")],
-    as_json: _Json = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Make a run's release the current one; nothing is deleted."""
-    from jobs.publish import promote as by_hand
+    """Make a run's newest release the current one; nothing is deleted."""
+    from jobs.publish import releases
     from pipeline.storage.object_store import open_store
 
-    _print_current(by_hand.promote(open_store(root), model, recipe, run_id), as_json=as_json)
+    _print_current(releases.promote(open_store(root), model, recipe, run_id), as_json=as_json)
 
 
-def rollback(root: _Root, model: _Model, recipe: _RecipeName, as_json: _Json = False) -> None:
-    """Make the release before the current one current; nothing is deleted."""
-    from jobs.publish import promote as by_hand
+def rollback(
+    root: options.CatalogRoot,
+    model: options.ModelName,
+    recipe: options.RecipeName,
+    as_json: options.Json = False,
+) -> None:
+    """Make the previous release the current one; nothing is deleted."""
+    from jobs.publish import releases
     from pipeline.storage.object_store import open_store
 
-    _print_current(by_hand.rollback(open_store(root), model, recipe), as_json=as_json)
+    _print_current(releases.rollback(open_store(root), model, recipe), as_json=as_json)
 
 
 def _print_current(current: Current, *, as_json: bool) -> None:
@@ -119,6 +121,6 @@ def _print_current(current: Current, *, as_json: bool) -> None:
     else:
         log_event(
             "current",
-            f"current of {release.model} in {release.recipe_name}: release {release.number}, run "
+            f"{release.model} in {release.recipe_name}: release {release.number} is current, run "
             f"{release.run_id}",
         )

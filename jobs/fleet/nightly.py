@@ -1,12 +1,9 @@
-"""`quantfleet run` and `nightly`: decide what is stale, do it once, say what became of it.
-
-A result's quality in a few words, for tables.
-"""
+"""`quantfleet run` and `nightly`: make what is stale, one run after another."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.catalog.request import save_request
-from jobs.fleet.fulfil import Fulfilled
+from jobs.fleet.fulfil import Fulfilled, GateFailedError
 from jobs.fleet.staleness import Decision
 from jobs.logging import is_json, log_event, set_run
+from jobs.publish.verdict import quality_text
 from jobs.quantities import size
 from pipeline.errors import LeaseHeldError, PipelineError
 from pipeline.storage.object_store import ObjectStore
@@ -25,18 +23,16 @@ from quantizer.errors import QuantizationError
 Result = Literal[
     "up to date", "published", "gate failed", "failed", "elsewhere", "set aside", "to do"
 ]
-
-_GATE_FAILED = 5
+"""Of one run: "elsewhere" is driven by another process; "to do" is what a dry run would make."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of one run in a pass.
+    """What became of one run.
 
     Attributes:
-        result: "elsewhere" is left to another driver; "to do" is what a dry run would do.
         text: more, in words.
-        exit_code: 0 where what is wanted is published, or somebody sees to it.
+        exit_code: 0 if what the catalog asks for is published, or another process is making it.
     """
 
     decision: Decision
@@ -48,11 +44,11 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        wanted = self.decision.wanted
-        request = wanted.request
+        run = self.decision.run
+        request = run.request
         return {
-            "model": wanted.entry.name,
-            "recipe": wanted.recipe.name,
+            "model": run.entry.name,
+            "recipe": run.recipe.name,
             "request_id": None if request is None else request.request_id,
             "run_id": None if request is None else request.run_id,
             "state": self.decision.state,
@@ -66,37 +62,35 @@ class Outcome:
 
 
 def preview(decisions: Sequence[Decision]) -> tuple[Outcome, ...]:
-    """What a pass would do."""
+    """What `run_stale` would do."""
     return tuple(
         Outcome(decision=decision, result="to do")
         if decision.state == "stale"
-        else _left_alone(decision)
+        else _outcome_of_decision(decision)
         for decision in decisions
     )
 
 
-def one_pass(
-    root: ObjectStore,
-    decisions: Sequence[Decision],
-    carry: Callable[[Decision], Fulfilled],
+def run_stale(
+    root: ObjectStore, decisions: Sequence[Decision], fulfil: Callable[[Decision], Fulfilled]
 ) -> Iterator[Outcome]:
-    """Do what is stale, one after the other; what fails does not keep the rest from being done.
+    """Make what is stale, one run after another; a failure does not stop the others.
 
     Args:
-        carry: fulfils one decision's request.
+        root: the catalog's root.
+        decisions: for all runs of the catalog.
+        fulfil: fulfils one decision's request.
     """
     for decision in decisions:
-        if decision.state != "stale":
-            left_alone = _left_alone(decision)
-            log_outcome(left_alone)
-            yield left_alone
-            continue
-        request = decision.request
-        set_run(run=request.run_id, model=request.model, recipe=request.recipe_name)
-        why = "; ".join(decision.reasons)
-        log_event("stale", f"{decision.wanted.name}: {why}", {"reasons": list(decision.reasons)})
-        save_request(root, request)
-        outcome = _done(decision, carry)
+        if decision.state == "stale":
+            request = decision.request
+            set_run(run=request.run_id, model=request.model, recipe=request.recipe_name)
+            reasons = list(decision.reasons)
+            log_event("stale", f"{decision.run.name}: {'; '.join(reasons)}", {"reasons": reasons})
+            save_request(root, request)
+            outcome = _outcome_of_run(decision, fulfil)
+        else:
+            outcome = _outcome_of_decision(decision)
         log_outcome(outcome)
         set_run()
         yield outcome
@@ -112,26 +106,26 @@ def log_outcome(outcome: Outcome) -> None:
         log_event(outcome.result, values.pop("text"), values, level=level)
 
 
-def _done(decision: Decision, carry: Callable[[Decision], Fulfilled]) -> Outcome:
+def _outcome_of_run(decision: Decision, fulfil: Callable[[Decision], Fulfilled]) -> Outcome:
     try:
-        fulfilled = carry(decision)
+        fulfilled = fulfil(decision)
     except LeaseHeldError as held:
         return Outcome(decision=decision, result="elsewhere", text=str(held))
     except (PipelineError, QuantizationError) as error:
-        code = error.exit_code if isinstance(error, PipelineError) else 2
+        code = error.exit_code if isinstance(error, PipelineError) else PipelineError.exit_code
         return Outcome(decision=decision, result="failed", text=str(error), exit_code=code)
     verdict = fulfilled.verdict
     return Outcome(
         decision=decision,
         result="published" if verdict.passed else "gate failed",
         text="; ".join(verdict.failures),
-        exit_code=0 if verdict.passed else _GATE_FAILED,
+        exit_code=0 if verdict.passed else GateFailedError.exit_code,
         quality=verdict.quality,
         solved=fulfilled.solved,
     )
 
 
-def _left_alone(decision: Decision) -> Outcome:
+def _outcome_of_decision(decision: Decision) -> Outcome:
     text = "; ".join(decision.reasons)
     match decision.state:
         case "fresh":
@@ -139,51 +133,38 @@ def _left_alone(decision: Decision) -> Outcome:
             quality = decision.current.release.quality
             return Outcome(decision=decision, result="up to date", quality=quality)
         case "gate failed":
-            verdict = decision.verdict
             return Outcome(
                 decision=decision,
                 result="gate failed",
                 text=text,
-                exit_code=_GATE_FAILED,
-                quality=None if verdict is None else verdict.quality,
+                exit_code=GateFailedError.exit_code,
+                quality=None if decision.verdict is None else decision.verdict.quality,
             )
         case "set aside":
             return Outcome(decision=decision, result="set aside", text=text)
-    problem = decision.wanted.problem
+    problem = decision.run.problem
     code = 3 if problem is None else problem.exit_code
     return Outcome(decision=decision, result="failed", text=text, exit_code=code)
 
 
 def exit_code_of(outcomes: Sequence[Outcome]) -> int:
-    """Of the whole pass: that of the first failure, else 5 where a gate was not passed, else 0."""
+    """That of the first failure, else 5 if a gate failed, else 0."""
     codes = [outcome.exit_code for outcome in outcomes if outcome.exit_code]
-    return next((code for code in codes if code != _GATE_FAILED), codes[0] if codes else 0)
+    failures = (code for code in codes if code != GateFailedError.exit_code)
+    return next(failures, codes[0] if codes else 0)
 
 
-def pass_table(outcomes: Sequence[Outcome]) -> Table:
-    """What became of each run, and what finding that out cost."""
+def outcomes_table(outcomes: Sequence[Outcome]) -> Table:
+    """What became of each run, and how much was read to decide that."""
     table = Table("model", "recipe", "result", "why", "read to decide", "quality")
     for outcome in outcomes:
         decision = outcome.decision
-        why = outcome.text or "; ".join(decision.reasons)
         table.add_row(
-            decision.wanted.entry.name,
-            decision.wanted.recipe.name,
+            decision.run.entry.name,
+            decision.run.recipe.name,
             outcome.result,
-            Text(why),
+            Text(outcome.text or "; ".join(decision.reasons)),
             size(decision.bytes_read),
             quality_text(outcome.quality),
         )
     return table
-
-
-def quality_text(quality: Mapping[str, Any] | None) -> str:
-    """See `jobs.publish.verdict.figures`; a dash where nothing was measured."""
-    if quality is None:
-        return "–"
-    before, after = quality["source_perplexity"], quality["result_perplexity"]
-    if before is not None and after is not None:
-        return f"perplexity {before:.4g} → {after:.4g}"
-    if quality["cosine"] is not None:
-        return f"cosine {quality['cosine']:.5f}"
-    return "no number"

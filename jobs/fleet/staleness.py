@@ -1,4 +1,4 @@
-"""What of a catalog must be made, or made again, and why: decided from metadata alone."""
+"""Decides which of a catalog's runs must be made, or made again, and why: from metadata alone."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from typing import Literal
 
 from jobs.catalog.catalog_file import Catalog
 from jobs.catalog.request import RUNS_PREFIX, Request, request_key, run_store
-from jobs.catalog.requests import Wanted, wanted_runs
+from jobs.catalog.requests import CatalogRun, catalog_runs
 from jobs.publish.releases import Current, find_current
 from jobs.publish.verdict import Verdict, find_verdict
-from jobs.publish.verified_files import Look, look, save_seen
+from jobs.publish.verified_files import ArtifactCheck, check_artifact
 from pipeline.errors import DamagedObjectError, MissingObjectError, PipelineError
 from pipeline.plan import PLAN_KEY
 from pipeline.storage.backend import Version
 from pipeline.storage.object_store import ObjectStore
 
-State = Literal["fresh", "stale", "gate failed", "set aside", "unreachable"]
+Freshness = Literal["fresh", "stale", "gate failed", "set aside", "unreachable"]
+"""Of one run of a catalog: "fresh" is published as requested, and intact; "stale" must be made;
+"gate failed" was made, and would only fail again; "set aside" was published, and a person replaced
+it; "unreachable" cannot be examined."""
 
-_AT_ONCE = 16
-_SHOWN = 3
+_NUM_THREADS = 16
+_MAX_FILES_NAMED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """Whether one run is to be done.
+    """Whether one run must be made.
 
     Attributes:
-        wanted: what the catalog asks for.
-        state: "fresh" is published as wanted, and whole; "stale" is to be done; "gate failed" was
-            done, and would only fail again; "set aside" was published, and a person moved away
-            from it; "unreachable" cannot be looked at.
+        run: what the catalog asks for.
         reasons: why it is not fresh.
-        bytes_read: of sources and artifacts, in deciding.
-        current: what is published; None before the first.
-        verdict: on this very request, where it is not what is published; None without one.
+        bytes_read: of sources and artifacts, to decide.
+        current: what is published; None before the first release.
+        verdict: on this request, unless it is the one published; None if there is none.
     """
 
-    wanted: Wanted
-    state: State
+    run: CatalogRun
+    state: Freshness
     reasons: tuple[str, ...] = ()
     bytes_read: int = 0
     current: Current | None = field(default=None, repr=False)
@@ -48,86 +48,80 @@ class Decision:
 
     @property
     def request(self) -> Request:
-        assert self.wanted.request is not None
-        return self.wanted.request
+        assert self.run.request is not None
+        return self.run.request
 
 
-def decide(root: ObjectStore, catalog: Catalog, *, note: bool) -> tuple[Decision, ...]:
+_FilesByRun = Mapping[str, Mapping[str, Version]]
+
+
+def decide(root: ObjectStore, catalog: Catalog, *, save_verified: bool) -> tuple[Decision, ...]:
     """Decide for every run of a catalog, in its order.
 
     Args:
-        root: the catalog's.
-        note: write down which artifacts were read again and found whole, so that the next pass
-            need not.
+        root: the catalog's root.
+        catalog: the runs.
+        save_verified: record which artifacts were read again and found intact, so that the next
+            time they need not be.
     """
-    listed = _by_run(root)
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return tuple(
-            pool.map(lambda one: _decide(root, one, listed, note=note), wanted_runs(catalog))
-        )
-
-
-_Listed = Mapping[str, Mapping[str, Version]]
-
-
-def _by_run(root: ObjectStore) -> _Listed:
-    """The files of all runs, by run: a few requests, instead of one for each."""
-    found: dict[str, dict[str, Version]] = {}
+    # One listing for all runs instead of one for each.
+    listed: dict[str, dict[str, Version]] = {}
     for key, version in root.versions(RUNS_PREFIX).items():
         run_id, _, name = key.removeprefix(RUNS_PREFIX).partition("/")
-        found.setdefault(run_id, {})[name] = version
-    return found
+        listed.setdefault(run_id, {})[name] = version
+
+    def decide_or_report(run: CatalogRun) -> Decision:
+        try:
+            return decide_run(root, run, save_verified=save_verified, listed=listed)
+        except PipelineError as problem:
+            return Decision(
+                run=run, state="unreachable", reasons=(str(problem),), bytes_read=run.bytes_read
+            )
+
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        return tuple(pool.map(decide_or_report, catalog_runs(catalog)))
 
 
-def _decide(root: ObjectStore, wanted: Wanted, listed: _Listed, *, note: bool) -> Decision:
-    try:
-        return decision(root, wanted, note=note, listed=listed)
-    except PipelineError as problem:
-        return Decision(
-            wanted=wanted,
-            state="unreachable",
-            reasons=(str(problem),),
-            bytes_read=wanted.bytes_read,
-        )
-
-
-def decision(
-    root: ObjectStore, wanted: Wanted, *, note: bool, listed: _Listed | None = None
+def decide_run(
+    root: ObjectStore, run: CatalogRun, *, save_verified: bool, listed: _FilesByRun | None = None
 ) -> Decision:
     """Decide for one run.
 
     Args:
-        note: see `decide`.
-        listed: files of all runs, where they were listed already.
+        root: the catalog's root.
+        run: what the catalog asks for.
+        save_verified: as for `decide`.
+        listed: the files of all runs, if they are listed already.
 
     Raises:
-        PipelineError: it cannot be looked at.
+        PipelineError: it cannot be examined.
     """
-    request = wanted.request
+    request = run.request
     if request is None:
-        assert wanted.problem is not None
-        raise wanted.problem
+        assert run.problem is not None
+        raise run.problem
     current = find_current(root, request.model, request.recipe_name)
-    verdict, seen = None, Look()
+    verdict, check = None, ArtifactCheck()
     if current is None or current.release.request_id != request.request_id:
         verdict = find_verdict(root, request.request_id)
+    state: Freshness
     if current is None:
         state, reasons = _never_published(root, request, verdict)
     else:
         release = current.release
         files = None if listed is None else listed.get(release.run_id, {})
-        seen = look(root, release.run_id, release.manifest_sha256, files)
-        if note and seen.seen is not None:
-            save_seen(root, seen.seen)
-        state, reasons = _published(root, request, current, verdict, seen)
+        check = check_artifact(root, release.run_id, release.manifest_sha256, files)
+        if save_verified and check.verified is not None:
+            check.verified.save(root)
+        state, reasons = _published(root, request, current, verdict, check)
     if state == "fresh":
-        reasons = tuple(_unnamed(root, request))
+        reasons = tuple(_missing_aliases(root, request))
         state = "stale" if reasons else "fresh"
     return Decision(
-        wanted=wanted,
+        run=run,
         state=state,
         reasons=reasons,
-        bytes_read=wanted.bytes_read + seen.bytes_read,
+        bytes_read=run.bytes_read + check.bytes_read,
         current=current,
         verdict=verdict,
     )
@@ -135,13 +129,13 @@ def decision(
 
 def _never_published(
     root: ObjectStore, request: Request, verdict: Verdict | None
-) -> tuple[State, tuple[str, ...]]:
+) -> tuple[Freshness, tuple[str, ...]]:
     if verdict is not None and not verdict.passed:
         return "gate failed", verdict.failures
     if verdict is not None:
         return "stale", ("passed its gate, not published yet",)
-    begun = run_store(root, request.run_id).exists(PLAN_KEY)
-    return "stale", ("begun, not finished or judged" if begun else "never run",)
+    started = run_store(root, request.run_id).exists(PLAN_KEY)
+    return "stale", ("started, not finished or judged" if started else "never run",)
 
 
 def _published(
@@ -149,41 +143,35 @@ def _published(
     request: Request,
     current: Current,
     verdict: Verdict | None,
-    seen: Look,
-) -> tuple[State, tuple[str, ...]]:
+    check: ArtifactCheck,
+) -> tuple[Freshness, tuple[str, ...]]:
     release = current.release
     if release.request_id == request.request_id:
-        return ("stale", (seen.problem,)) if seen.problem else ("fresh", ())
+        return ("stale", (check.problem,)) if check.problem else ("fresh", ())
     if request.run_id in current.set_aside:
         return "set aside", (
-            f"release {release.number} was made current by hand; quantfleet promote "
-            f"{root.root_url} {request.model} {request.recipe_name} {request.run_id} undoes that",
+            f"a person made release {release.number} current; to undo that: quantfleet promote "
+            f"{root.root_url} {request.model} {request.recipe_name} {request.run_id}",
         )
-    reasons = _changes(root, release.request_id, request)
-    if verdict is not None and not verdict.passed:
-        # What is published is older than what is wanted, and stays.
-        return "gate failed", (*verdict.failures, *reasons)
-    return "stale", (*reasons, *filter(None, [seen.problem]))
-
-
-def _changes(root: ObjectStore, request_id: str, wanted: Request) -> tuple[str, ...]:
-    """What differs between the request that was fulfilled and the one that is wanted."""
     try:
-        before = Request.read(root, request_key(request_id))
+        fulfilled = Request.read(root, request_key(release.request_id))
     except (MissingObjectError, DamagedObjectError):
-        return ("what was asked for when it was published cannot be read",)
-    return tuple(changes(before, wanted)) or ("asked for otherwise",)
+        reasons: tuple[str, ...] = ("the request that was published cannot be read",)
+    else:
+        reasons = tuple(changes(fulfilled, request)) or ("requested differently",)
+    if verdict is not None and not verdict.passed:
+        # What is published is older than this request, and stays.
+        return "gate failed", (*verdict.failures, *reasons)
+    return "stale", (*reasons, *filter(None, [check.problem]))
 
 
 def changes(before: Request, now: Request) -> Iterator[str]:
-    """Say what differs between two requests for the same model and recipe."""
+    """What differs between two requests for the same model and recipe, in words."""
     if found := _differing(before.source, now.source):
         yield f"source changed: {found}"
-    calibration = "calibration"
-    schemes = [{**r.recipe, calibration: None} for r in (before, now)]
-    if schemes[0] != schemes[1]:
+    if before.recipe | {"calibration": None} != now.recipe | {"calibration": None}:
         yield "recipe changed"
-    if before.recipe[calibration] != now.recipe[calibration]:
+    if before.recipe["calibration"] != now.recipe["calibration"]:
         yield "calibration changed: its settings"
     elif found := _differing(before.texts, now.texts):
         yield f"calibration changed: {found}"
@@ -215,18 +203,18 @@ def changes(before: Request, now: Request) -> Iterator[str]:
 
 
 def _differing(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """The files whose tokens differ, in words; "" where none does."""
-    said = []
+    """The files whose tokens differ, in words; "" if none does."""
+    names = []
     for file in sorted({*before, *now}):
         if before.get(file) != now.get(file):
             what = "" if file in before and file in now else " added" if file in now else " removed"
-            said.append(f"{file}{what}")
-    more = f" and {len(said) - _SHOWN} more" if len(said) > _SHOWN else ""
-    return ", ".join(said[:_SHOWN]) + more
+            names.append(f"{file}{what}")
+    more = f" and {len(names) - _MAX_FILES_NAMED} more" if len(names) > _MAX_FILES_NAMED else ""
+    return ", ".join(names[:_MAX_FILES_NAMED]) + more
 
 
-def _unnamed(root: ObjectStore, request: Request) -> Iterator[str]:
-    """Aliases under which what is published is not published yet."""
+def _missing_aliases(root: ObjectStore, request: Request) -> Iterator[str]:
+    """The aliases under which the current release is not published yet, in words."""
     for alias in request.aliases:
         current = find_current(root, alias, request.recipe_name)
         if current is None or (

@@ -1,54 +1,136 @@
-"""Where a catalog's runs and releases stand, from storage alone.
-
-How runs and releases stand, as a person reads it.
-"""
+"""The status of a catalog's runs and releases, from storage alone."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 from rich.text import Text
 
 from jobs.catalog.catalog_file import Catalog
 from jobs.catalog.request import REQUESTS_PREFIX, Request, request_key, run_store
-from jobs.fleet.nightly import quality_text
-from jobs.fleet.run_state import RunState, run_state
-from jobs.publish.releases import Current, find_current, published_pairs
-from jobs.publish.verdict import find_verdict
-from jobs.quantities import size
-from pipeline.errors import PipelineError
+from jobs.publish.releases import Current, find_current, published_names
+from jobs.publish.verdict import find_verdict, quality_text
+from jobs.quantities import duration, size
+from pipeline.errors import DamagedObjectError, PipelineError
+from pipeline.plan import PLAN_KEY, read_plan
+from pipeline.run import lease
+from pipeline.run.events import EVENTS_PREFIX, pace, read_events
+from pipeline.run.records import ARTIFACT_PREFIX, MANIFEST_KEY, RECORDS_PREFIX
 from pipeline.storage.backend import Version
 from pipeline.storage.object_store import ObjectStore
 
-_AT_ONCE = 16
-_ID = re.compile(r"(?P<pair>.+)-[0-9a-f]{12}")
+_NUM_THREADS = 16
+_REQUEST_ID = re.compile(r"(?P<name>.+)-[0-9a-f]{12}")
+
+RunPhase = Literal["not started", "planning", "running", "silent", "stopped", "finished"]
+"""A "running" run has a driver that reported within a lease's term; a "silent" one has a driver
+that did not, but has not said that it ended either; a "stopped" one has no driver."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """How far one run is.
+
+    Attributes:
+        parts_done, parts: files of weights that are committed, and how many there will be.
+        seconds_a_part: average of the latest driver.
+        seconds_left: at that pace.
+        heartbeat_seconds: since a driver last reported, by the clocks of store and reader.
+        source_bytes, stored_bytes: size of the source's weights, and of those that are committed.
+        text: the latest driver's last message, or what is wrong.
+    """
+
+    state: RunPhase
+    parts_done: int = 0
+    parts: int | None = None
+    seconds_a_part: float | None = None
+    seconds_left: float | None = None
+    heartbeat_seconds: float | None = None
+    source_bytes: int | None = None
+    stored_bytes: int | None = None
+    text: str = ""
+
+
+def run_status(store: ObjectStore, *, term_seconds: float = lease.TERM_SECONDS) -> RunStatus:
+    """Examine the run at the store's root; no cluster needs to be alive.
+
+    Args:
+        store: the run's.
+        term_seconds: silence after which a driver counts as dead.
+
+    Raises:
+        StorageError: the store cannot be used.
+    """
+    known = store.versions()
+    done = sum(1 for key in known if key.startswith(RECORDS_PREFIX))
+    stored = sum(
+        version.size_bytes
+        for key, version in known.items()
+        if key.startswith(f"{ARTIFACT_PREFIX}model_") and key.endswith(".weights.h5")
+    )
+    beats = [version.modified for key, version in known.items() if key.startswith(lease.PREFIX)]
+    heartbeat = max(0.0, time.time() - max(beats)) if beats else None
+    if MANIFEST_KEY in known:
+        return RunStatus(
+            state="finished",
+            parts_done=done,
+            parts=done,
+            heartbeat_seconds=heartbeat,
+            stored_bytes=stored,
+        )
+    driven: RunPhase = "stopped"
+    if not lease.find_latest(store).is_over:
+        driven = "silent" if heartbeat is None or heartbeat > term_seconds else "running"
+    if PLAN_KEY not in known:
+        unplanned: RunPhase = "planning" if driven == "running" else "not started"
+        return RunStatus(state=unplanned, heartbeat_seconds=heartbeat)
+    try:
+        plan = read_plan(store)
+    except DamagedObjectError as error:
+        return RunStatus(state="stopped", parts_done=done, text=str(error))
+    logs = sorted(key for key in known if key.startswith(EVENTS_PREFIX))
+    found = pace(read_events(store, logs[-1:]))
+    left = None
+    if found.seconds_per_part is not None and driven == "running":
+        left = found.seconds_per_part * (len(plan.parts) - done)
+    return RunStatus(
+        state=driven,
+        parts_done=done,
+        parts=len(plan.parts),
+        seconds_a_part=found.seconds_per_part,
+        seconds_left=left,
+        heartbeat_seconds=heartbeat,
+        source_bytes=sum(part.source_bytes for part in plan.parts),
+        stored_bytes=stored,
+        text=found.text,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One release, or one run that is none, or not yet.
+    """One release, or one run that was requested and is not published.
 
     Attributes:
-        state: "published", "gate failed", or what `RunState` says.
-        release: the current one's number.
-        run: None where nothing is known of it but what the release says.
-        quality: see `jobs.publish.verdict.figures`.
-        text: why the gate was not passed, or what is wrong.
+        release: number of the current release.
+        run: None if only the release is known.
+        quality: what `jobs.publish.verdict.quality_figures` returns.
+        text: why the gate failed, or what is wrong.
     """
 
     model: str
     recipe: str
-    state: str
+    state: RunPhase | Literal["published", "gate failed", "damaged"]
     request_id: str | None = None
     run_id: str | None = None
     release: int | None = None
-    run: RunState | None = None
+    run: RunStatus | None = None
     source_bytes: int | None = None
     stored_bytes: int | None = None
     quality: dict[str, Any] | None = None
@@ -60,35 +142,36 @@ class Row:
 
 
 def status(root: ObjectStore, catalog: Catalog | None = None) -> tuple[Row, ...]:
-    """Every current release below a root, and every run that was asked for after it.
+    """Every current release below a root, and every run that was requested after it.
 
     Args:
-        catalog: only its models, and a row for those of which there is nothing yet.
+        root: a catalog's root.
+        catalog: its models only, with a row for those that have nothing yet.
     """
-    names = None if catalog is None else _pairs_of(catalog)
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        pairs = [pair for pair in published_pairs(root) if names is None or pair in names]
-        currents = dict(zip(pairs, pool.map(lambda pair: _current(root, pair), pairs), strict=True))
-        asked = root.versions(REQUESTS_PREFIX)
-        requests = pool.map(lambda key: _request(root, key), _later(asked, currents))
-        rows = [*map(_released, currents.items())]
-        wanted = [
+    names = None if catalog is None else _names(catalog)
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        published = [one for one in published_names(root) if names is None or one in names]
+        found = pool.map(lambda one: _current_or_problem(root, *one), published)
+        currents = dict(zip(published, found, strict=True))
+        rows = [_released(*one, current) for one, current in currents.items()]
+        keys = _unpublished_requests(root.versions(REQUESTS_PREFIX), currents)
+        requests = [
             request
-            for request in requests
+            for request in pool.map(lambda key: _find_request(root, key), keys)
             if request is not None
             and (names is None or (request.model, request.recipe_name) in names)
         ]
-        rows += pool.map(lambda request: _unreleased(root, request), wanted)
-    there = {(row.model, row.recipe) for row in rows}
+        rows += pool.map(lambda request: _unreleased(root, request), requests)
+    present = {(row.model, row.recipe) for row in rows}
     rows += [
         Row(model=model, recipe=recipe, state="not started")
         for model, recipe in names or ()
-        if (model, recipe) not in there
+        if (model, recipe) not in present
     ]
     return tuple(sorted(rows, key=lambda row: (row.model, row.recipe, row.state != "published")))
 
 
-def _pairs_of(catalog: Catalog) -> dict[tuple[str, str], None]:
+def _names(catalog: Catalog) -> dict[tuple[str, str], None]:
     return {
         (name, recipe.name): None
         for entry in catalog.entries
@@ -97,16 +180,15 @@ def _pairs_of(catalog: Catalog) -> dict[tuple[str, str], None]:
     }
 
 
-def _current(root: ObjectStore, pair: tuple[str, str]) -> Current | str:
+def _current_or_problem(root: ObjectStore, model: str, recipe: str) -> Current | str:
     try:
-        found = find_current(root, *pair)
+        found = find_current(root, model, recipe)
     except PipelineError as problem:
         return str(problem)
-    return "it was there a moment ago" if found is None else found
+    return "deleted a moment ago" if found is None else found
 
 
-def _released(item: tuple[tuple[str, str], Current | str]) -> Row:
-    (model, recipe), current = item
+def _released(model: str, recipe: str, current: Current | str) -> Row:
     if isinstance(current, str):
         return Row(model=model, recipe=recipe, state="damaged", text=current)
     release = current.release
@@ -124,30 +206,30 @@ def _released(item: tuple[tuple[str, str], Current | str]) -> Row:
     )
 
 
-def _later(
-    asked: Mapping[str, Version], currents: Mapping[tuple[str, str], Current | str]
+def _unpublished_requests(
+    versions: Mapping[str, Version], currents: Mapping[tuple[str, str], Current | str]
 ) -> Sequence[str]:
-    """Of each model and recipe, the latest request, if it is later than the one that is published.
+    """Each model's and recipe's latest request, unless it is older than the published one.
 
-    Told by the store's clock, since nothing is decided by it.
+    "Latest" is by the store's clock, which is good enough to show; nothing is decided by it.
     """
     published = {
-        f"{model}-{recipe}": asked[key].modified
+        f"{model}-{recipe}": versions[key].modified
         for (model, recipe), current in currents.items()
         if isinstance(current, Current)
-        and (key := request_key(current.release.request_id)) in asked
+        and (key := request_key(current.release.request_id)) in versions
     }
     latest: dict[str, tuple[float, str]] = {}
-    for key, version in asked.items():
-        match = _ID.fullmatch(key.removeprefix(REQUESTS_PREFIX).removesuffix(".json"))
-        if match and version.modified > published.get(match["pair"], 0.0):
-            latest[match["pair"]] = max(
-                latest.get(match["pair"], (0.0, "")), (version.modified, key)
+    for key, version in versions.items():
+        match = _REQUEST_ID.fullmatch(key.removeprefix(REQUESTS_PREFIX).removesuffix(".json"))
+        if match and version.modified > published.get(match["name"], 0.0):
+            latest[match["name"]] = max(
+                latest.get(match["name"], (0.0, "")), (version.modified, key)
             )
     return [key for _, key in sorted(latest.values(), key=lambda found: found[1])]
 
 
-def _request(root: ObjectStore, key: str) -> Request | None:
+def _find_request(root: ObjectStore, key: str) -> Request | None:
     try:
         return Request.read(root, key)
     except PipelineError:
@@ -173,7 +255,7 @@ def _unreleased(root: ObjectStore, request: Request) -> Row:
             text="; ".join(verdict.failures),
         )
     try:
-        found = run_state(run_store(root, request.run_id))
+        found = run_status(run_store(root, request.run_id))
     except PipelineError as problem:
         return dataclasses.replace(row, state="damaged", text=str(problem))
     return dataclasses.replace(
@@ -187,7 +269,7 @@ def _unreleased(root: ObjectStore, request: Request) -> Row:
 
 
 def status_table(rows: Sequence[Row]) -> Table:
-    """A line for each; columns that would be empty are left out, for terminals are narrow."""
+    """One line per row; empty columns are left out, since terminals are narrow."""
     titles = ("model", "recipe", "state", "parts", "left", "heartbeat", "weights", "quality", "")
     lines = [_line(row) for row in rows]
     shown = [i for i in range(len(titles)) if any(line[i] not in ("", "–") for line in lines)]
@@ -220,15 +302,6 @@ def _line(row: Row) -> tuple[str, ...]:
         quality_text(row.quality),
         row.text,
     )
-
-
-def duration(seconds: float) -> str:
-    """Such as 12 s, 3 min or 1.5 h."""
-    if seconds < 100:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 def _weights(row: Row) -> str:

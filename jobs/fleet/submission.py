@@ -1,9 +1,7 @@
-"""`quantfleet submit`: one Ray Job for each stale run, some at once, the most urgent first.
+"""`quantfleet submit`: one Ray Job for each stale run, several at a time, most urgent first.
 
-Ray is asked only who is alive. Whether a run is done, storage alone decides: a job may have ended
-well whose result was damaged since, or have been lost after it had published.
-
-How a submission stands: a live table on a terminal, a line for each change elsewhere.
+Ray only says which jobs are alive. Storage decides whether a run is done: the result of a job that
+succeeded may be damaged by now, and a job may have been lost after it published.
 """
 
 from __future__ import annotations
@@ -22,26 +20,27 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.catalog.request import Request, save_request
-from jobs.fleet.staleness import Decision, decision
+from jobs.fleet.staleness import Decision, decide_run
 from jobs.logging import STDERR, is_json, log_event
+from pipeline.errors import PipelineError
 from pipeline.executor.ray_jobs import Jobs, RayJob
 from pipeline.storage.object_store import ObjectStore
 
-Phase = Literal["waiting", "running", "published", "gate failed", "failed"]
+TaskPhase = Literal["waiting", "running", "published", "gate failed", "failed"]
 
 _ATTEMPT = re.compile(r"(?P<request>.+)-attempt(?P<number>\d{1,9})")
-# What a repetition cannot mend: bad input.
-_HOPELESS = frozenset({2})
+# The exit code for bad input, which another attempt cannot fix.
+_BAD_INPUT = PipelineError.exit_code
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How much is tried.
+    """How many jobs are started.
 
     Attributes:
         at_once: jobs alive at the same time.
         attempts: jobs started for one request in this submission.
-        poll_seconds: between looks.
+        poll_seconds: between two polls of the cluster.
     """
 
     at_once: int = 4
@@ -51,17 +50,18 @@ class Limits:
 
 @dataclass
 class Task:
-    """One stale run on its way.
+    """One stale run.
 
     Attributes:
-        decision: why it is to be done.
+        decision: why it must be made.
         job: the latest submission id; "" before the first.
-        started: jobs that this submission started for it.
+        started: how many jobs this submission started for it.
         text: why it failed.
+        failed: each failed job, in words.
     """
 
     decision: Decision
-    phase: Phase = "waiting"
+    phase: TaskPhase = "waiting"
     job: str = ""
     started: int = 0
     text: str = ""
@@ -73,15 +73,18 @@ class Task:
 
     @property
     def name(self) -> str:
-        return self.decision.wanted.name
+        return self.decision.run.name
 
     @property
     def is_over(self) -> bool:
         return self.phase in ("published", "gate failed", "failed")
 
 
+ShowTasks = Callable[[Sequence[Task]], None]
+
+
 class Submission:
-    """Requests in the order of their priority, and the jobs that carry them out."""
+    """Requests by priority, and the jobs that fulfil them."""
 
     def __init__(
         self,
@@ -91,11 +94,14 @@ class Submission:
         limits: Limits,
         entrypoint: str = "quantfleet",
     ) -> None:
-        """Prepare; nothing is asked of the cluster yet.
+        """Prepare; the cluster is not contacted yet.
 
         Args:
-            decisions: those that are stale are carried out, in their order.
-            entrypoint: the command on the nodes' PATH, with whatever comes before it.
+            root: the catalog's root.
+            jobs: the cluster's jobs.
+            decisions: the stale ones are submitted, in this order.
+            limits: how many jobs are started.
+            entrypoint: the command on the nodes' PATH, and what precedes it.
         """
         self.tasks = [Task(decision=one) for one in decisions if one.state == "stale"]
         self._root = root
@@ -104,7 +110,7 @@ class Submission:
         self._entrypoint = entrypoint
 
     def step(self) -> None:
-        """Look once: attach to the living, judge the ended, start what there is room for.
+        """Poll once: attach to living jobs, settle ended ones, start new ones within the limits.
 
         Raises:
             ExecutorError: the cluster does not answer.
@@ -114,7 +120,7 @@ class Submission:
         attempts = _attempts(known)
         for task in self.tasks:
             if not task.is_over:
-                self._look(task, attempts.get(task.request.request_id, {}))
+                self._update(task, attempts.get(task.request.request_id, {}))
         alive = sum(1 for task in self.tasks if task.phase == "running")
         for task in self.tasks:
             if task.phase == "waiting" and alive < self._limits.at_once:
@@ -122,16 +128,16 @@ class Submission:
                 self._start(task, max(numbers, default=0) + 1)
                 alive += 1
 
-    def finish(self, tell: Callable[[Sequence[Task]], None]) -> None:
+    def finish(self, show: ShowTasks) -> None:
         """Step until every task is over."""
         while True:
             self.step()
-            tell(self.tasks)
+            show(self.tasks)
             if all(task.is_over for task in self.tasks):
                 return
             time.sleep(self._limits.poll_seconds)
 
-    def _look(self, task: Task, attempts: Mapping[int, RayJob]) -> None:
+    def _update(self, task: Task, attempts: Mapping[int, RayJob]) -> None:
         living = [job for job in attempts.values() if job.is_alive]
         if living:
             task.phase, task.job = "running", living[-1].submission_id
@@ -141,8 +147,8 @@ class Submission:
             self._settle(task, attempts)
 
     def _settle(self, task: Task, attempts: Mapping[int, RayJob]) -> None:
-        """Of a request whose job has ended: what storage says became of it."""
-        now = decision(self._root, task.decision.wanted, note=True)
+        """Decide from storage what became of a request whose job has ended."""
+        now = decide_run(self._root, task.decision.run, save_verified=True)
         if now.state == "fresh" and now.current is not None:
             task.phase, task.text = "published", f"release {now.current.release.number}"
             return
@@ -151,14 +157,14 @@ class Submission:
             return
         ended = next((job for job in attempts.values() if job.submission_id == task.job), None)
         if ended is None:
-            said = "is unknown to the cluster"
+            end = "is unknown to the cluster"
         elif ended.exit_code is None:
-            said = f"ended ({ended.status.lower()})"
+            end = f"ended ({ended.status.lower()})"
         else:
-            said = f"ended with exit code {ended.exit_code}"
-        task.failed.append(f"{task.job} {said}")
-        hopeless = ended is not None and ended.exit_code in _HOPELESS
-        if hopeless or task.started >= self._limits.attempts:
+            end = f"ended with exit code {ended.exit_code}"
+        task.failed.append(f"{task.job} {end}")
+        is_bad_input = ended is not None and ended.exit_code == _BAD_INPUT
+        if is_bad_input or task.started >= self._limits.attempts:
             task.phase = "failed"
             task.text = f"{task.failed[-1]}, after {task.started} attempt(s); see ray job logs"
 
@@ -180,13 +186,13 @@ class Submission:
 
 
 def exit_code_of_tasks(tasks: Sequence[Task]) -> int:
-    """Of a submission: 3 where a run was given up, else 5 where a gate was not passed, else 0."""
+    """3 if a run was given up, else 5 if a gate failed, else 0."""
     phases = {task.phase for task in tasks}
     return 3 if "failed" in phases else 5 if "gate failed" in phases else 0
 
 
 def _attempts(known: Mapping[str, RayJob]) -> dict[str, dict[int, RayJob]]:
-    """Jobs by request and number of the attempt, in order."""
+    """Jobs by request and attempt number, in order."""
     found: dict[str, dict[int, RayJob]] = {}
     for submission_id, job in known.items():
         match = _ATTEMPT.fullmatch(submission_id)
@@ -195,39 +201,39 @@ def _attempts(known: Mapping[str, RayJob]) -> dict[str, dict[int, RayJob]]:
     return {request: dict(sorted(numbers.items())) for request, numbers in found.items()}
 
 
-def stop_jobs(jobs: Jobs, wanted: str) -> tuple[str, ...]:
-    """Stop what is alive of a submission, a request or a run; returns the submissions' ids.
+def stop_jobs(jobs: Jobs, name: str) -> tuple[str, ...]:
+    """Stop the living jobs of a request, or one job; returns their submission ids.
 
     Args:
-        wanted: a submission's or request's id.
+        jobs: the cluster's jobs.
+        name: a request's or a submission's id.
     """
     stopped = []
     for submission_id, job in sorted(jobs.list().items()):
         match = _ATTEMPT.fullmatch(submission_id)
-        if job.is_alive and (submission_id == wanted or (match and match["request"] == wanted)):
+        if job.is_alive and (submission_id == name or (match and match["request"] == name)):
             jobs.stop(submission_id)
             stopped.append(submission_id)
     return tuple(stopped)
 
 
-_LEVELS: dict[Phase, int] = {"gate failed": logging.WARNING, "failed": logging.ERROR}
-Tell = Callable[[Sequence[Task]], None]
+_LEVELS: dict[TaskPhase, int] = {"gate failed": logging.WARNING, "failed": logging.ERROR}
 
 
 @contextlib.contextmanager
-def watch_tasks() -> Iterator[Tell]:
-    """Yield what a submission is to tell how it stands."""
+def watch_tasks() -> Iterator[ShowTasks]:
+    """Yield what shows the tasks: a live table on a terminal, a line per change elsewhere."""
     if STDERR.is_terminal and not is_json():
         with Live(console=STDERR, auto_refresh=False) as live:
             yield lambda tasks: live.update(tasks_table(tasks), refresh=True)
         return
-    told: dict[str, tuple[str, str]] = {}
+    shown: dict[str, tuple[str, str]] = {}
 
-    def changes(tasks: Sequence[Task]) -> None:
+    def show_changes(tasks: Sequence[Task]) -> None:
         for task in tasks:
-            state = (task.phase, task.job)
-            if told.get(task.request.request_id) != state:
-                told[task.request.request_id] = state
+            state = task.phase, task.job
+            if shown.get(task.request.request_id) != state:
+                shown[task.request.request_id] = state
                 more = f": {task.text}" if task.text else ""
                 log_event(
                     task.phase,
@@ -241,11 +247,11 @@ def watch_tasks() -> Iterator[Tell]:
                     level=_LEVELS.get(task.phase, logging.INFO),
                 )
 
-    yield changes
+    yield show_changes
 
 
 def tasks_table(tasks: Sequence[Task]) -> Table:
-    """A line for each request."""
+    """One line per request."""
     table = Table("run", "state", "job", "attempts", "")
     for task in tasks:
         table.add_row(

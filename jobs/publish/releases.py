@@ -1,7 +1,7 @@
-"""What readers get: for each model and recipe a history of releases, and which one is current.
+"""What readers get: for each model and recipe a history of releases, one of them current.
 
-models/<model>/<recipe>/history/000001.json   written once, never changed
-models/<model>/<recipe>/current.json          moved by compare and set; all that readers follow
+models/<model>/<recipe>/history/000001.json   created once, never changed
+models/<model>/<recipe>/current.json          replaced by compare-and-set; all that readers follow
 """
 
 from __future__ import annotations
@@ -12,15 +12,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.catalog.entries import NAME_PATTERN
-from jobs.catalog.request import Request, run_prefix
+from jobs.catalog.request import Request, run_prefix, run_store
 from jobs.publish.verdict import Verdict
-from pipeline.errors import MissingObjectError, ObjectExistsError, PipelineError
+from pipeline.errors import (
+    DamagedObjectError,
+    MissingObjectError,
+    ObjectExistsError,
+    PipelineError,
+)
+from pipeline.run import lease
+from pipeline.run.commits import damaged_files, read_manifest
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.record import StoredRecord
 
 MODELS_PREFIX = "models/"
-_MOST_SET_ASIDE = 100
-_MOST_MOVES = 50
+_MAX_SET_ASIDE = 100
+_MAX_ATTEMPTS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +36,13 @@ class Release(StoredRecord):
 
     Attributes:
         number: from 1, in the order of publication under this name.
-        request_id: what was asked for; its state lies at requests/<request_id>.json.
+        request_id: the request that it fulfils, stored at requests/<request_id>.json.
         run_id: the run that made it.
-        artifact: key, below the catalog's root, under which its files lie.
+        artifact: key, below the catalog's root, of the folder with its files.
         manifest_sha256: of the manifest that names all of them with their digests.
-        source_bytes, stored_bytes: of the weights, before and after.
-        quality, gate: what was measured, and the limits that it kept.
-        keep: newest releases whose artifacts are kept.
+        source_bytes, stored_bytes: size of the weights, before and after.
+        quality, gate: what was measured, and the limits that it met.
+        keep: how many of the newest releases keep their artifacts.
     """
 
     number: int
@@ -58,9 +65,9 @@ class Current(StoredRecord):
     """Which release readers get.
 
     Attributes:
-        release: that one.
-        moves: how often it was moved, so that no two versions have the same bytes.
-        set_aside: runs that a person moved away from; they are not published again by themselves.
+        release: the current one.
+        moves: how often it was changed, so that no two versions have the same bytes.
+        set_aside: runs that a person has replaced; they are not published again automatically.
     """
 
     release: Release
@@ -68,92 +75,65 @@ class Current(StoredRecord):
     set_aside: tuple[str, ...] = ()
 
 
-def place_of(model: str, recipe_name: str) -> str:
-    """The key under which a model's releases in one recipe lie.
+def release_prefix(model: str, recipe_name: str) -> str:
+    """Where a model's releases in one recipe lie, below a catalog's root.
 
     Raises:
-        PipelineError: a name that is none.
+        PipelineError: an invalid name.
     """
-    for kind, name in (("model", model), ("recipe", recipe_name)):
+    for what, name in (("model", model), ("recipe", recipe_name)):
         if not re.fullmatch(NAME_PATTERN, name):
             raise PipelineError(
-                f"{name[:100]!r} is no name of a {kind}: it must match {NAME_PATTERN}"
+                f"{name[:100]!r} is not a valid {what} name: it must match {NAME_PATTERN}"
             )
     return f"{MODELS_PREFIX}{model}/{recipe_name}/"
 
 
 def find_current(root: ObjectStore, model: str, recipe_name: str) -> Current | None:
-    """Which release is current; None before the first.
+    """The current release; None before the first.
 
     Raises:
-        DamagedObjectError: nobody can tell.
+        DamagedObjectError: current.json cannot be read.
     """
-    key = f"{place_of(model, recipe_name)}current.json"
     try:
-        return Current.read(root, key)
+        return Current.read(root, f"{release_prefix(model, recipe_name)}current.json")
     except MissingObjectError:
         return None
 
 
 def history(root: ObjectStore, model: str, recipe_name: str) -> tuple[Release, ...]:
-    """All releases, the oldest first.
+    """All releases, oldest first.
 
     Raises:
         DamagedObjectError: one of them cannot be read.
     """
-    keys = root.list(f"{place_of(model, recipe_name)}history/")
+    keys = root.list(f"{release_prefix(model, recipe_name)}history/")
     return tuple(Release.read(root, key) for key in keys)
 
 
-def publish(root: ObjectStore, request: Request, verdict: Verdict) -> tuple[Release, ...]:
-    """Make a result that was verified, and passed its gate, current under all its names.
+def published_names(root: ObjectStore) -> tuple[tuple[str, str], ...]:
+    """Every model and recipe below a root that has a current release, in order."""
+    paths = [key.split("/") for key in root.list(MODELS_PREFIX)]
+    return tuple((p[1], p[2]) for p in paths if len(p) == 4 and p[3] == "current.json")
 
-    Doing so twice, or from two places, publishes once.
+
+def publish(root: ObjectStore, request: Request, verdict: Verdict) -> tuple[Release, ...]:
+    """Make a verified result that passed its gate the current release under all its names.
+
+    Doing so twice, or from two processes, publishes once.
     """
     assert verdict.passed
     assert verdict.request_id == request.request_id
-    return tuple(_publish(root, name, request, verdict) for name in request.names)
+    releases = []
+    for name in request.names:
+        release = _add_release(root, name, request, verdict)
+        set_current(root, release)
+        releases.append(release)
+    return tuple(releases)
 
 
-def move(root: ObjectStore, model: str, release: Release, *, by_hand: bool) -> Current:
-    """Make a release the current one, if it is not.
-
-    Args:
-        by_hand: a person decides: the run that was current is set aside.
-
-    Raises:
-        ObjectExistsError: others move it all the time.
-    """
-    key = f"{place_of(model, release.recipe_name)}current.json"
-    for _ in range(_MOST_MOVES):
-        found = find_current(root, model, release.recipe_name)
-        if found is not None and found.release == release and not by_hand:
-            return found
-        aside = () if found is None else found.set_aside
-        if by_hand and found is not None:
-            aside = (*(run for run in aside if run != found.release.run_id), found.release.run_id)
-        moved = Current(
-            release=release,
-            moves=1 if found is None else found.moves + 1,
-            set_aside=tuple(run for run in aside if run != release.run_id)[-_MOST_SET_ASIDE:],
-        )
-        try:
-            root.replace(key, moved.to_json(), expected=None if found is None else found.to_json())
-        except (ObjectExistsError, MissingObjectError) as error:
-            last = error
-        else:
-            return moved
-    raise ObjectExistsError(f"{root.url(key)} is moved by others all the time") from last
-
-
-def _publish(root: ObjectStore, name: str, request: Request, verdict: Verdict) -> Release:
-    release = _entered(root, name, request, verdict)
-    move(root, name, release, by_hand=False)
-    return release
-
-
-def _entered(root: ObjectStore, name: str, request: Request, verdict: Verdict) -> Release:
-    """The history's entry of a result: the newest, if that is it, or a new one."""
+def _add_release(root: ObjectStore, name: str, request: Request, verdict: Verdict) -> Release:
+    """Add a result to a name's history, unless it is the newest entry already."""
     while True:
         past = history(root, name, request.recipe_name)
         number = past[-1].number + 1 if past else 1
@@ -174,19 +154,127 @@ def _entered(root: ObjectStore, name: str, request: Request, verdict: Verdict) -
         )
         if past and dataclasses.replace(past[-1], number=number) == release:
             return past[-1]
-        key = f"{place_of(name, request.recipe_name)}history/{number:06d}.json"
+        key = f"{release_prefix(name, request.recipe_name)}history/{number:06d}.json"
         try:
             root.create(key, release.to_json())
-        except ObjectExistsError:  # another was faster: the next number
+        except ObjectExistsError:  # another process took the number: try the next
             continue
         return release
 
 
-def published_pairs(root: ObjectStore) -> tuple[tuple[str, str], ...]:
-    """Every model and recipe below a root that has a current release, in order."""
-    found = []
-    for key in root.list(MODELS_PREFIX):
-        parts = key.split("/")
-        if len(parts) == 4 and parts[3] == "current.json":
-            found.append((parts[1], parts[2]))
-    return tuple(found)
+def set_current(root: ObjectStore, release: Release, *, by_person: bool = False) -> Current:
+    """Make a release the current one under its name, if it is not.
+
+    Args:
+        by_person: set the run that was current aside: a person chose another one over it.
+
+    Raises:
+        ObjectExistsError: other processes keep changing it.
+    """
+    key = f"{release_prefix(release.model, release.recipe_name)}current.json"
+    for _ in range(_MAX_ATTEMPTS):
+        found = find_current(root, release.model, release.recipe_name)
+        if found is not None and found.release == release and not by_person:
+            return found
+        aside = () if found is None else found.set_aside
+        if by_person and found is not None:
+            aside = (*(run for run in aside if run != found.release.run_id), found.release.run_id)
+        changed = Current(
+            release=release,
+            moves=1 if found is None else found.moves + 1,
+            set_aside=tuple(run for run in aside if run != release.run_id)[-_MAX_SET_ASIDE:],
+        )
+        try:
+            before = None if found is None else found.to_json()
+            root.replace(key, changed.to_json(), expected=before)
+        except (ObjectExistsError, MissingObjectError) as error:
+            last = error
+        else:
+            return changed
+    raise ObjectExistsError(
+        f"{root.url(key)} changed {_MAX_ATTEMPTS} times while it was being updated; try again"
+    ) from last
+
+
+def promote(root: ObjectStore, model: str, recipe_name: str, run_id: str) -> Current:
+    """Make the newest release of a run current.
+
+    Raises:
+        PipelineError: the run was never published under this name.
+        DamagedObjectError: its artifact is damaged or deleted.
+    """
+    past = history(root, model, recipe_name)
+    if not past:
+        raise _never_published(root, model, recipe_name)
+    chosen = next((release for release in reversed(past) if release.run_id == run_id), None)
+    if chosen is None:
+        runs = list(dict.fromkeys(release.run_id for release in past))
+        raise PipelineError(
+            f"{root.root_url}: {run_id} was never published as {model} in {recipe_name}, so it "
+            f"never passed that gate; choose one of {', '.join(runs)}"
+        )
+    return _promote_verified(root, chosen)
+
+
+def rollback(root: ObjectStore, model: str, recipe_name: str) -> Current:
+    """Make the newest earlier release of another run current.
+
+    Raises:
+        PipelineError: there is none.
+        DamagedObjectError: its artifact is damaged or deleted.
+    """
+    current = find_current(root, model, recipe_name)
+    if current is None:
+        raise _never_published(root, model, recipe_name)
+    earlier = [
+        release
+        for release in history(root, model, recipe_name)
+        if release.number < current.release.number and release.run_id != current.release.run_id
+    ]
+    if not earlier:
+        raise PipelineError(
+            f"{root.root_url}: {model} in {recipe_name} has no release before the current one, "
+            f"{current.release.number}"
+        )
+    return _promote_verified(root, earlier[-1])
+
+
+def _promote_verified(root: ObjectStore, release: Release) -> Current:
+    # `quantfleet gc` needs the run's lease to delete it.
+    with lease.acquire(run_store(root, release.run_id), wait=False):
+        _verify(root, release)
+        return set_current(root, release, by_person=True)
+
+
+def _verify(root: ObjectStore, release: Release) -> None:
+    """Read and hash a release's manifest and everything that it names.
+
+    Raises:
+        DamagedObjectError: something is not as it was published.
+    """
+    store = run_store(root, release.run_id)
+    try:
+        manifest = read_manifest(store)
+    except MissingObjectError:
+        raise DamagedObjectError(
+            f"{store.root_url}: the artifact of release {release.number} is gone; quantfleet gc or "
+            "a person deleted it"
+        ) from None
+    if manifest.record_sha256 != release.manifest_sha256:
+        raise DamagedObjectError(
+            f"{store.url(manifest.key)} is not the manifest that was published as release "
+            f"{release.number}"
+        )
+    damaged = damaged_files(store, manifest)
+    if damaged:
+        raise DamagedObjectError(
+            f"{len(damaged)} objects of release {release.number} are damaged, the first: "
+            f"{damaged[0].problem}"
+        )
+
+
+def _never_published(root: ObjectStore, model: str, recipe_name: str) -> PipelineError:
+    return PipelineError(
+        f"{root.root_url}: nothing was ever published as {model} in {recipe_name}; quantfleet "
+        f"status {root.root_url} lists what was"
+    )

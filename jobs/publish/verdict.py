@@ -1,14 +1,10 @@
-"""What was found when a result was judged: kept whether or not it was published.
-
-Whether a result is good enough to be published.
-
-What the small records of publishing have in common: strict, and with their own digest.
-"""
+"""The verdict on a result: whether it is good enough to be published."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +14,21 @@ from pipeline.fidelity import Fidelity
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.record import StoredRecord
 
-VERDICTS_PREFIX = "verdicts/"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict(StoredRecord):
-    """Of one request. Its bytes do not depend on when or where it was reached.
+    """The verdict on one request's result; it is kept whether or not the result is published.
+
+    Its bytes do not depend on when or where it was reached.
 
     Attributes:
-        request_id, model, recipe_name: what was asked for.
-        run_id: of the run whose artifact was judged.
-        manifest_sha256: of that artifact.
-        source_bytes, stored_bytes: of the weights, before and after.
-        quality: see `jobs.publish.verdict.figures`; None where nothing was measured.
-        gate: the limits; None without any.
-        failures: what was not kept; none, and it may be published.
+        request_id, model, recipe_name: what was requested.
+        run_id, plan_digest: the run whose artifact was judged, and its plan.
+        manifest_sha256: of that artifact's manifest.
+        source_bytes, stored_bytes: size of the weights, before and after.
+        quality: what `quality_figures` returns; None if nothing was measured.
+        gate: the limits; None if there are none.
+        failures: the limits that the result exceeds; it may be published if there are none.
     """
 
     request_id: str
@@ -53,17 +49,17 @@ class Verdict(StoredRecord):
 
 
 def verdict_key(request_id: str) -> str:
-    """Below a catalog's root."""
-    return f"{VERDICTS_PREFIX}{checked_id(request_id)}.json"
+    """Where a request's verdict lies, below a catalog's root."""
+    return f"verdicts/{checked_id(request_id)}.json"
 
 
 def save_verdict(root: ObjectStore, verdict: Verdict) -> None:
-    """Write it, over one that was reached before."""
+    """Write a verdict, over an earlier one."""
     root.put(verdict_key(verdict.request_id), verdict.to_json())
 
 
 def find_verdict(root: ObjectStore, request_id: str) -> Verdict | None:
-    """The verdict on a request; None where there is none that can be read: it is reached again."""
+    """The verdict on a request; None if there is none, or it is damaged."""
     try:
         return Verdict.read(root, verdict_key(request_id))
     except (MissingObjectError, DamagedObjectError):
@@ -71,9 +67,9 @@ def find_verdict(root: ObjectStore, request_id: str) -> Verdict | None:
 
 
 def failures(gate: Gate | None, fidelity: Fidelity | None) -> tuple[str, ...]:
-    """What a result does not keep, in words; nothing where it may be published.
+    """The limits that a result exceeds, in words; none if it may be published.
 
-    A figure that a model of this kind has not, or that is no number, keeps no limit.
+    A figure that is not measured for this type of model, or is NaN, fails its limit.
     """
     return () if gate is None else tuple(_failures(gate, fidelity))
 
@@ -107,23 +103,26 @@ def _absent(figure: str, limit: str, instead: str) -> str:
     return f"no {figure} is measured of a model of this kind; replace {limit} by {instead}"
 
 
-def figures(fidelity: Fidelity | None) -> dict[str, float | int | None] | None:
-    """The quality of a result as plain JSON values; None where it was not evaluated.
+def quality_figures(fidelity: Fidelity | None) -> dict[str, float | int | None] | None:
+    """A result's quality as plain JSON values; None if it was not evaluated.
 
-    What is no finite number is null, since JSON has no other way to write it.
+    NaN and infinity become null, since JSON has no way to write them.
     """
     if fidelity is None:
         return None
-    found = {
-        "num_windows": fidelity.num_windows,
-        "count": fidelity.count,
-        "source_perplexity": fidelity.source_perplexity,
-        "result_perplexity": fidelity.result_perplexity,
-        "divergence": fidelity.divergence,
-        "agreement": fidelity.agreement,
-        "cosine": fidelity.cosine,
-    }
     return {
         name: value if value is None or math.isfinite(value) else None
-        for name, value in found.items()
+        for name, value in dataclasses.asdict(fidelity).items()
     }
+
+
+def quality_text(quality: Mapping[str, Any] | None) -> str:
+    """What `quality_figures` returns, in a few words."""
+    if quality is None:
+        return "–"
+    before, after = quality["source_perplexity"], quality["result_perplexity"]
+    if before is not None and after is not None:
+        return f"perplexity {before:.4g} → {after:.4g}"
+    if quality["cosine"] is not None:
+        return f"cosine {quality['cosine']:.5f}"
+    return "not a number"

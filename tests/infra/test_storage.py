@@ -17,13 +17,15 @@ import pytest
 import yaml
 
 from jobs.gc import collect
-from jobs.publish.verified_files import seen_key
+from jobs.publish.verified_files import verified_files_key
 from pipeline.errors import StorageError
 from pipeline.plan import PLAN_KEY
 from pipeline.storage.object_store import open_store
 from tests.infra.validators import INFRA
 from tests.pipeline.tiny_runs import execute, planned
 from tests.s3 import ACCESS_KEY, SECRET_KEY, S3Server, serve_s3
+
+pytestmark = pytest.mark.infra
 
 BUCKET = "fleet"
 ROOT = "production"
@@ -182,7 +184,7 @@ def test_the_collectors_role_is_enough_to_delete_a_run(
     root = open_store(f"s3://{BUCKET}/{ROOT}")
     run_id = "tiny-int8-00000000"
     execute(planned("int8"), open_store(f"s3://{BUCKET}/{ROOT}/runs/{run_id}"), keep_every=1)
-    root.put(seen_key(run_id), b"{}")
+    root.put(verified_files_key(run_id), b"{}")
     # As a catalog's root has it, of which nothing was published yet.
     root.put(f"requests/{run_id}.json", b"{}")
     as_role("collector")

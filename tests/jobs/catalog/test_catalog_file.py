@@ -90,10 +90,10 @@ MISTAKES = {
     ),
     "a circle of aliases": (
         "models:\n  - {name: a, alias_of: b}\n  - {name: b, alias_of: a}\n",
-        3, "aliases go round in a circle (a → b → a)",
+        3, "aliases form a circle (a → b → a)",
     ),
     "an alias of itself": (
-        "models:\n  - {name: a, alias_of: a}\n", 3, "in a circle (a → a)",
+        "models:\n  - {name: a, alias_of: a}\n", 3, "form a circle (a → a)",
     ),
     "an alias of nothing": (
         "models:\n  - {name: alpha, preset: s3://b/p, recipes: [int8]}\n"

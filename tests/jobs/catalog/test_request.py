@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobs.catalog.fingerprints import PACKAGES, package_versions, source_state, texts_state
+from jobs.catalog.fingerprints import PACKAGES, package_versions, source_fingerprint, texts_fingerprint
 from jobs.catalog.request import (
     Gate,
     Needs,
@@ -97,28 +97,28 @@ def test_the_state_is_of_what_decides_and_json_is_known_by_content(tmp_path: Pat
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
-    before = source_state(str(tmp_path))
-    assert sorted(before.state) == sorted(files)
+    before = source_fingerprint(str(tmp_path))
+    assert sorted(before.tokens) == sorted(files)
     assert before.bytes_read == 3
     for name, content in {**files, "README.md": "prose", "pytorch_model.bin": "x"}.items():
         (tmp_path / name).write_text(content)  # the same again, and what decides nothing
-    after = source_state(str(tmp_path))
-    assert [n for n in before.state if before.state[n] != after.state[n]] == ["model.weights.h5"]
+    after = source_fingerprint(str(tmp_path))
+    assert [n for n in before.tokens if before.tokens[n] != after.tokens[n]] == ["model.weights.h5"]
     with pytest.raises(SourceError, match=r"no config\.json"):
-        source_state(str(tmp_path / "assets"))
+        source_fingerprint(str(tmp_path / "assets"))
 
 
 def test_texts_are_known_file_by_file(tmp_path: Path) -> None:
     for name in ("a b.txt", "c.txt"):
         (tmp_path / name).write_text("text")
-    state = texts_state([f"{tmp_path}/*.txt", "hf:owner/name"]).state
+    state = texts_fingerprint([f"{tmp_path}/*.txt", "hf:owner/name"]).tokens
     assert list(state) == [
         f"file://{tmp_path}/a b.txt",
         f"file://{tmp_path}/c.txt",
         "hf:owner/name",
     ]
     (tmp_path / "c.txt").write_text("tent")
-    again = texts_state([f"{tmp_path}/*.txt", "hf:owner/name"]).state
+    again = texts_fingerprint([f"{tmp_path}/*.txt", "hf:owner/name"]).tokens
     assert [n for n in state if state[n] != again[n]] == [f"file://{tmp_path}/c.txt"]
 
 

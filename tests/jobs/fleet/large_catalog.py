@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from jobs.catalog.catalog_file import Catalog, parse_catalog
 from jobs.catalog.request import Request, run_store, save_request
-from jobs.catalog.requests import wanted_runs
+from jobs.catalog.requests import catalog_runs
 from jobs.publish.releases import publish
 from jobs.publish.verdict import Verdict, save_verdict
-from jobs.publish.verified_files import note_whole
+from jobs.publish.verified_files import VerifiedFiles
 from pipeline.canonical import sha256
 from pipeline.run.records import MANIFEST_KEY, FileDigest, Manifest
 from pipeline.storage.object_store import ObjectStore, open_store
@@ -50,9 +50,9 @@ def done_catalog(url: str, num_entries: int) -> Catalog:
 
 
 def _requests(catalog: Catalog) -> Iterator[Request]:
-    for wanted in wanted_runs(catalog):
-        assert wanted.request is not None
-        yield wanted.request
+    for run in catalog_runs(catalog):
+        assert run.request is not None
+        yield run.request
 
 
 def finish(root: ObjectStore, request: Request) -> None:
@@ -67,7 +67,7 @@ def finish(root: ObjectStore, request: Request) -> None:
         provenance={},
     )
     store.put(MANIFEST_KEY, manifest.to_json())
-    note_whole(root, request.run_id, manifest, store.versions())
+    VerifiedFiles.of(request.run_id, manifest, store.versions()).save(root)
     save_request(root, request)
     verdict = Verdict(
         request_id=request.request_id,

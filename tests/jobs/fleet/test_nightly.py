@@ -86,7 +86,7 @@ def test_a_source_that_was_only_touched_is_not_quantized_again(made: TinyCatalog
     assert code == 0
     assert done(found)["alpha gptq-w4"] == ["source changed: model.weights.h5"]
     assert made.work.solves == 0
-    assert made.work.calls["compare"] == 0
+    assert made.work.calls["evaluate"] == 0
     after = made.current("alpha", "gptq-w4")
     assert after["release"]["run_id"] == before["release"]["run_id"]
     assert after["release"]["request_id"] != before["release"]["request_id"]
@@ -114,7 +114,7 @@ def test_other_evaluation_texts_are_measured_without_quantizing(made: TinyCatalo
     assert len(found) == 2
     assert set(map(tuple, found.values())) == {(f"evaluation changed: file://{text}",)}
     assert made.work.solves == 0
-    assert made.work.calls["compare"] == 2
+    assert made.work.calls["evaluate"] == 2
 
 
 def test_other_versions_are_named(made: TinyCatalog, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +156,7 @@ def test_a_damaged_artifact_is_made_whole_in_its_place(made: TinyCatalog, name: 
     assert found["alpha gptq-w4"]["bytes_read"] == len(good)  # no other was read
     assert path.read_bytes() == good
     assert (made.work.solves > 0) == name.endswith(".h5")
-    assert made.work.calls["compare"] == 0
+    assert made.work.calls["evaluate"] == 0
     assert done(made.nightly()[1]) == {}
 
 
@@ -187,7 +187,7 @@ def test_what_another_drives_is_left_to_it(made: TinyCatalog) -> None:
     assert found["beta int4-g64"]["text"] == "the store is away"
     assert found["gamma int4-g64"]["result"] == "published"
     code, found = made.nightly()
-    assert (code, done(found)) == (0, {"beta int4-g64": ["begun, not finished or judged"]})
+    assert (code, done(found)) == (0, {"beta int4-g64": ["started, not finished or judged"]})
 
 
 def test_a_source_that_is_gone_is_named_and_the_rest_is_looked_at(made: TinyCatalog) -> None:

@@ -114,8 +114,8 @@ def test_all_of_a_recipes_life(published: TinyCatalog) -> None:
     ("arguments", "message"),
     [
         (("alpha", "int8"), "nothing was ever published as alpha in int8"),
-        (("../alpha", "best"), "is no name of a model"),
-        (("alpha", "a/b"), "is no name of a recipe"),
+        (("../alpha", "best"), "is not a valid model name"),
+        (("alpha", "a/b"), "is not a valid recipe name"),
     ],
 )
 def test_rollback_refuses_what_is_not_there(

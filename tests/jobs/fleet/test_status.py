@@ -11,9 +11,9 @@ import pytest
 from jobs.catalog.catalog_file import parse_catalog
 from jobs.catalog.request import Request, run_store, save_request
 from jobs.cli.main import main
-from jobs.fleet.run_state import RunState, run_state
 from jobs.fleet.staleness import decide
-from jobs.fleet.status import Row, duration, status
+from jobs.fleet.status import Row, RunStatus, run_status, status
+from jobs.quantities import duration
 from jobs.publish.releases import publish
 from jobs.publish.verdict import Verdict, save_verdict
 from pipeline.executor.protocol import Allocation
@@ -39,11 +39,11 @@ def begun(store: ObjectStore) -> None:
 
 def test_a_run_is_running_while_its_driver_shows_itself_and_silent_after(url: str) -> None:
     store = open_store(url)
-    assert run_state(store).state == "not started"
+    assert run_status(store).state == "not started"
     held = lease.acquire(store, seconds=1.0)
-    assert run_state(store).state == "planning"
+    assert run_status(store).state == "planning"
     begun(store)
-    found = run_state(store)
+    found = run_status(store)
     assert (found.state, found.parts_done, found.parts) == ("running", 2, NUM_BLOCKS + 1)
     assert found.heartbeat_seconds is not None
     assert found.heartbeat_seconds < 30
@@ -56,12 +56,12 @@ def test_a_run_is_running_while_its_driver_shows_itself_and_silent_after(url: st
     time.sleep(0.3)
     beat = json.loads(store.get("leases/00001.beat.json"))
     store.put("leases/00001.beat.json", json.dumps(beat | {"released": False}).encode())
-    assert run_state(store, term_seconds=-1.0).state == "silent"
+    assert run_status(store, term_seconds=-1.0).state == "silent"
     store.put("leases/00001.beat.json", json.dumps(beat | {"released": True}).encode())
-    stopped = run_state(store)
+    stopped = run_status(store)
     assert (stopped.state, stopped.seconds_left) == ("stopped", None)
     execute(planned("int8"), store)
-    done = run_state(store)
+    done = run_status(store)
     assert (done.state, done.parts_done) == ("finished", NUM_BLOCKS + 1)
 
 
@@ -85,7 +85,7 @@ def catalog(url: str) -> tuple[ObjectStore, dict[str, Request]]:
     write_sources(url, 5)
     wanted = parse_catalog(catalog_text(url, 5), where="c.yaml", folder=None)
     root = open_store(wanted.root_url)
-    return root, {one.request.model: one.request for one in decide(root, wanted, note=False)}
+    return root, {one.request.model: one.request for one in decide(root, wanted, save_verified=False)}
 
 
 def rows_of(root: ObjectStore, url: str) -> dict[str, Row]:
@@ -130,7 +130,7 @@ def test_each_model_is_told_as_it_stands(
     }
     assert (rows["m0000"].release, rows["m0000"].stored_bytes) == (1, 600)
     found = rows["m0001"].run
-    assert isinstance(found, RunState)
+    assert isinstance(found, RunStatus)
     assert (found.parts_done, found.parts) == (2, NUM_BLOCKS + 1)
     assert rows["m0004"].text == "perplexity 20 → 30"
     # Of the damaged release also the run, which is whole.
@@ -219,7 +219,7 @@ def test_many_entries_are_decided_and_told_in_seconds(url: str) -> None:
         catalog = done_catalog(f"{url}/{number}", number)
         root = open_store(catalog.root_url)
         calls: list[Callable[[], object]] = [
-            lambda root=root, catalog=catalog: decide(root, catalog, note=True),
+            lambda root=root, catalog=catalog: decide(root, catalog, save_verified=True),
             lambda root=root, catalog=catalog: status(root, catalog),
         ]
         spent[number] = []
@@ -227,5 +227,5 @@ def test_many_entries_are_decided_and_told_in_seconds(url: str) -> None:
             start = time.perf_counter()
             assert len(call()) == number  # type: ignore[arg-type]
             spent[number].append(time.perf_counter() - start)
-        assert {one.state for one in decide(root, catalog, note=True)} == {"fresh"}
+        assert {one.state for one in decide(root, catalog, save_verified=True)} == {"fresh"}
     assert sum(spent[300]) < 15

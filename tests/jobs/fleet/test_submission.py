@@ -68,7 +68,7 @@ def decisions(root: ObjectStore, tmp_path: Path) -> list[Decision]:
     text = f"root: {root.root_url}\ndefaults: {{recipes: [int8]}}\nmodels:\n"
     text += "".join(f"  - {entry}\n" for entry in entries)
     catalog = parse_catalog(text, where="catalog.yaml", folder=tmp_path)
-    return list(decide(root, catalog, note=True))
+    return list(decide(root, catalog, save_verified=True))
 
 
 def carried_out(root: ObjectStore, decision: Decision, failures: tuple[str, ...] = ()) -> None:

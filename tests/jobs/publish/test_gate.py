@@ -7,7 +7,7 @@ import math
 import pytest
 
 from jobs.catalog.request import Gate
-from jobs.publish.verdict import failures, figures
+from jobs.publish.verdict import failures, quality_figures
 from pipeline.fidelity import Fidelity
 
 CAUSAL = Fidelity(
@@ -46,8 +46,8 @@ def test_limits(gate: Gate | None, fidelity: Fidelity | None, said: list[str]) -
 
 
 def test_what_is_no_number_is_written_as_null() -> None:
-    found = figures(NAN)
+    found = quality_figures(NAN)
     assert found is not None
     assert found["result_perplexity"] is None
     assert found["source_perplexity"] == 20.0
-    assert figures(None) is None
+    assert quality_figures(None) is None

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from jobs.catalog.request import Request
-from jobs.publish.releases import find_current, history, move, publish, published_pairs
+from jobs.publish.releases import find_current, history, publish, published_names, set_current
 from jobs.publish.verdict import Verdict
 from pipeline.errors import DamagedObjectError
 from pipeline.storage.object_store import ObjectStore, open_store
@@ -58,7 +58,7 @@ def test_each_result_is_a_release_and_the_latest_is_current(root: ObjectStore) -
     current = find_current(root, "a", "int8")
     assert current is not None
     assert (current.release, current.moves) == (past[1], 2)
-    assert published_pairs(root) == (("a", "int8"),)
+    assert published_names(root) == (("a", "int8"),)
 
 
 def test_a_crash_before_the_move_costs_no_number(root: ObjectStore) -> None:
@@ -72,7 +72,7 @@ def test_a_crash_before_the_move_costs_no_number(root: ObjectStore) -> None:
 def test_all_names_get_it(root: ObjectStore) -> None:
     releases = publish(root, *result(1, aliases=("stable",)))
     assert [release.model for release in releases] == ["a", "stable"]
-    assert published_pairs(root) == (("a", "int8"), ("stable", "int8"))
+    assert published_names(root) == (("a", "int8"), ("stable", "int8"))
 
 
 def test_of_racing_publishers_every_result_is_in_the_history_once(root: ObjectStore) -> None:
@@ -96,9 +96,9 @@ def test_moves_by_hand_set_aside_and_moves_back_take_that_away(root: ObjectStore
     for number in (1, 2):
         publish(root, *result(number))
     first, second = history(root, "a", "int8")
-    moved = move(root, "a", first, by_hand=True)
+    moved = set_current(root, first, by_person=True)
     assert moved.set_aside == (second.run_id,)
-    again = move(root, "a", second, by_hand=True)
+    again = set_current(root, second, by_person=True)
     assert again.set_aside == (first.run_id,)
     assert again.moves == moved.moves + 1
     publish(root, *result(3))

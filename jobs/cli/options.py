@@ -1,0 +1,51 @@
+"""The options and arguments that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster to join, such as auto or 10.0.0.5:6379; default: start one."),
+]
+Dashboard = Annotated[
+    str, typer.Option(help="Dashboard of the Ray cluster, such as http://head:8265.")
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Workers; default: one per node, or one per GPU.")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="Threads per worker. They affect rounding, so the plan fixes them."),
+]
+Device = Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="What workers compute on.")]
+EvaluateOn = Annotated[
+    list[str] | None,
+    typer.Option(help="Texts to evaluate on, other than the calibration texts; repeatable."),
+]
+Windows = Annotated[int, typer.Option(min=1, help="Token windows to evaluate on.")]
+Source = Annotated[str | None, typer.Option(help="The preset, if it has moved since.")]
+KeepEvery = Annotated[
+    int, typer.Option(min=1, help="Save activations to resume from after every so many blocks.")
+]
+Wait = Annotated[
+    bool, typer.Option(help="Wait for another driver of the same run to end, or give up.")
+]
+LeaseSeconds = Annotated[
+    float, typer.Option(min=1.0, help="Silence after which another driver counts as dead.")
+]
+StoragePatience = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0, help="Seconds that storage may be unavailable before the run ends; default: 300."
+    ),
+]
+FinishedRun = Annotated[str, typer.Argument(help="Folder or URL of a finished run.")]
+CatalogFile = Annotated[str, typer.Argument(help="The catalog: a YAML file, or its URL.")]
+Only = Annotated[list[str] | None, typer.Option(help="Only these models; repeatable.")]
+CatalogRoot = Annotated[str, typer.Argument(help="URL of the catalog's root.")]
+ModelName = Annotated[str, typer.Argument(help="The model's name in the catalog.")]
+RecipeName = Annotated[str, typer.Argument(help="The recipe's name.")]
