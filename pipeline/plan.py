@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
@@ -128,6 +128,8 @@ class Plan(StoredRecord):
         machine: kind of processor and threads of each worker: other ones round otherwise.
         versions: of the packages that compute.
         policies: dtype policy by layer path, as the artifact's JSON names them.
+        weights_format: 2 compresses float8 kernels in the weights files; 1 stores them as they
+            are. Plans of format 1 do not mention it, since older versions knew no other.
     """
 
     source_url: str
@@ -140,6 +142,13 @@ class Plan(StoredRecord):
     machine: dict[str, str]
     versions: dict[str, str]
     policies: dict[str, str] = field(default_factory=dict)
+    weights_format: Literal[1, 2] = 1
+
+    def content(self) -> dict[str, Any]:
+        values = super().content()
+        if self.weights_format == 1:
+            del values["weights_format"]
+        return values
 
     @property
     def num_blocks(self) -> int:

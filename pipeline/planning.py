@@ -37,7 +37,7 @@ from pipeline.recipe.recipe import (
 from pipeline.weights.source import Source, open_source, values_digest
 from pipeline.worker.block_program import BlockProgram
 from quantizer import kernel_layout, row_slices
-from quantizer.schemes import AWQScheme, GPTQScheme, Scheme
+from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Scheme
 
 # What computes the result; another version may round otherwise.
 _PACKAGES = ("quantfleet", "jax", "jaxlib", "keras", "keras-hub", "numpy", "ml-dtypes", "h5py")
@@ -106,6 +106,7 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
         machine=machine(threads),
         versions=versions(),
         policies=policies,
+        weights_format=2 if any(isinstance(s, Float8Scheme) for s, _ in chosen.values()) else 1,
     )
     return Planned(plan=plan, windows=windows)
 

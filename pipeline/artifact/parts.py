@@ -1,13 +1,13 @@
-"""The result of a run as stock Keras reads it: one weights file a block, and an index of them.
+"""The artifact as stock Keras reads it: one weights file per block, and an index of them.
 
-A part is the content of one file: part 0 holds what is outside the blocks (embeddings, final
+A part is the content of one file: part 0 holds everything outside the blocks (embeddings, final
 norm), part i + 1 all of block i. Parts are cut from the layout of the *quantized* skeleton, so
 each is known, down to its size in memory, before anything is solved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +29,13 @@ class Part:
     """What one file of the artifact holds."""
 
     number: int
-    """0 for what is outside the blocks, i + 1 for block i."""
+    """0 for everything outside the blocks, i + 1 for block i."""
     variables: tuple[StoredVariable, ...]
     """In Keras' order."""
 
     @property
     def file(self) -> str:
-        """The name is Keras': its reader opens model_00000 before it reads the index."""
+        """Keras' own name: its loader opens model_00000 before it reads the index."""
         return f"model_{self.number:05d}.weights.h5"
 
     @property
@@ -46,12 +46,11 @@ class Part:
     def layer_values(
         self, layer_path: str, variables: Mapping[str, NDArray[Any]]
     ) -> dict[str, NDArray[Any]]:
-        """What a solver gave for one layer, by place and in the dtypes that Keras stores.
+        """One solved layer's variables by `name_path`, in the dtypes that Keras stores.
 
         Args:
             layer_path: of a layer in this part.
-            variables: by the layer's own name for them, as `quantizer.keras_format`
-                returns them.
+            variables: by the layer's own names, as `quantizer.keras_format` returns them.
 
         Raises:
             ArtifactError: no such layer in this part, or none of its variables has that name.
@@ -60,8 +59,8 @@ class Part:
         unknown = sorted(set(variables) - set(own))
         if unknown:
             raise ArtifactError(
-                f"{self.file}: {layer_path} has no variable {unknown[0]!r} but {sorted(own)}; is "
-                "its policy that of the scheme?"
+                f"{self.file}: {layer_path} has no variable {unknown[0]!r} but {sorted(own)}; does "
+                "its dtype policy match its scheme?"
             )
         return {
             own[name].name_path: _in_dtype(value, np.dtype(own[name].dtype))
@@ -79,7 +78,7 @@ def cut_parts(
         blocks: the backbone's transformer blocks, in order: layers of that same model.
 
     Returns:
-        len(blocks) + 1 parts; a variable that blocks share is in the first one's.
+        len(blocks) + 1 parts; a variable shared by several blocks is in the first one's.
 
     Raises:
         ArtifactError: a block without variables (of another model, or not built).
@@ -110,34 +109,44 @@ def cut_parts(
     return parts
 
 
-def encode_part(part: Part, values: Mapping[str, NDArray[Any]]) -> bytes:
-    """The file of a part: the same bytes for the same values.
+def encode_part(
+    part: Part,
+    values: Mapping[str, NDArray[Any]],
+    *,
+    compressed_layers: Container[str] = frozenset(),
+) -> bytes:
+    """The file of a part: the same bytes for the same arguments.
 
     Args:
         part: from `cut_parts`.
-        values: an array for each of the part's variables, by `StoredVariable.name_path`; shape and
-            dtype must be the variable's. From the source come all those that are not quantized,
-            from `quantizer.keras_format` the others.
+        values: an array for each of the part's variables, by `StoredVariable.name_path`, with the
+            variable's own shape and dtype. Quantized layers' come from `quantizer.keras_format`,
+            all others from the source.
+        compressed_layers: paths of layers whose kernels have few distinct values (float8).
 
     Raises:
         ArtifactError: a variable without a value, a value without a variable, or a wrong shape
-            or dtype: stock Keras would refuse the file, or read it wrongly.
+            or dtype: stock Keras would reject the file, or misread it.
     """
-    places = [variable.name_path for variable in part.variables]
-    if len(set(places)) != len(places):
-        twice = sorted({place for place in places if places.count(place) > 1})
-        raise ArtifactError(f"{part.file}: more than one variable at {twice}")
-    _check_complete(part.file, places, values)
+    paths = [variable.name_path for variable in part.variables]
+    repeated = sorted({path for path in paths if paths.count(path) > 1})
+    if repeated:
+        raise ArtifactError(f"{part.file}: more than one variable at {repeated}")
+    _check_complete(part.file, paths, values)
     groups: dict[str, list[NDArray[Any]]] = {}
+    compressed = set()
     for variable in part.variables:
         value = values[variable.name_path]
         _check_value(part.file, variable, value)
-        groups.setdefault(variable.h5_group, []).append(value)
-    return weights_file_bytes(groups)
+        group = groups.setdefault(variable.h5_group, [])
+        if variable.name == "kernel" and variable.layer_path in compressed_layers:
+            compressed.add(f"{variable.h5_group}/{len(group)}")
+        group.append(value)
+    return weights_file_bytes(groups, compressed=compressed)
 
 
 def decode_part(part: Part, data: bytes) -> dict[str, NDArray[Any]]:
-    """The inverse of `encode_part`: every variable's value by its place.
+    """The inverse of `encode_part`: every variable's value by its `name_path`.
 
     Raises:
         WeightsFileError: a file that is damaged, hostile, or does not hold exactly this part.
@@ -148,8 +157,8 @@ def decode_part(part: Part, data: bytes) -> dict[str, NDArray[Any]]:
         expected.setdefault(variable.h5_group, []).append(variable)
     found = {name: len(arrays) for name, arrays in groups.items()}
     wanted = {name: len(variables) for name, variables in expected.items()}
-    if found != wanted:
-        odd = sorted(name for name in found | wanted if found.get(name) != wanted.get(name))
+    odd = sorted(name for name in found | wanted if found.get(name) != wanted.get(name))
+    if odd:
         raise WeightsFileError(
             f"{part.file}: {odd[0]} holds {found.get(odd[0], 0)} arrays where the model has "
             f"{wanted.get(odd[0], 0)}; it is not of this model"
@@ -166,7 +175,7 @@ def decode_part(part: Part, data: bytes) -> dict[str, NDArray[Any]]:
 
 
 def weights_index(parts: Iterable[Part]) -> bytes:
-    """The content of model.weights.json, which leads stock Keras to each layer's file."""
+    """The content of model.weights.json, where stock Keras finds each layer's file."""
     total_bytes = 0
     weight_map: dict[str, str] = {}
     for part in parts:
@@ -181,14 +190,14 @@ def _in_dtype(value: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     return value if dtype.kind in "iu" else value.astype(dtype)
 
 
-def _check_complete(file: str, places: Sequence[str], values: Mapping[str, NDArray[Any]]) -> None:
-    missing = sorted(set(places) - set(values))
+def _check_complete(file: str, paths: Sequence[str], values: Mapping[str, NDArray[Any]]) -> None:
+    missing = sorted(set(paths) - set(values))
     if missing:
         raise ArtifactError(f"{file}: no value for {missing[0]} ({len(missing)} missing in all)")
-    unknown = sorted(set(values) - set(places))
+    unknown = sorted(set(values) - set(paths))
     if unknown:
         raise ArtifactError(
-            f"{file}: {unknown[0]} has no place in this file ({len(unknown)} such values in all)"
+            f"{file}: {unknown[0]} is no variable of this file ({len(unknown)} such values in all)"
         )
 
 

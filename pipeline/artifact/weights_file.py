@@ -1,16 +1,17 @@
-"""One file of sharded weights: HDF5 as Keras reads it, and the same bytes for the same arrays.
+"""Read and write one HDF5 file of Keras weights; equal arrays give equal bytes.
 
-Keras wants 2- and 3-bit codes as a byte each. In the file HDF5's scale-offset filter stores their
-low bits only (a quarter, three eighths of a byte), without loss; every HDF5 library since 1.8 has
-it and undoes it by itself. It writes random codes several times faster than gzip, which needs up
-to 1.3 times the space.
+Keras wants 2- and 3-bit codes in a byte each. HDF5's scale-offset filter stores only their low
+bits, without loss, and writes random codes several times faster than gzip, which needs up to 1.3
+times the space. Float8 kernels are float arrays with at most 255 distinct values: gzip stores them
+in about 8 bits each. Every HDF5 library reads both filters without being told.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import h5py
@@ -24,52 +25,61 @@ _LIBVER = ("v110", "v110")
 """File format: fixed, readable by every HDF5 since 1.10, and without time stamps."""
 
 _PACKED_CODE_BITS = 3
-_MIN_PACKED_BYTES = 1 << 12
+_MIN_FILTERED_BYTES = 1 << 12
 """Below this a filter's bookkeeping costs more than it saves."""
 
 _CHUNK_BYTES = 1 << 20
-"""What HDF5 packs at once; its default chunk cache holds one of these."""
+"""What HDF5 filters at once; its default chunk cache holds one of these."""
 
 _STORED_KINDS = "fiu"
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
+_SCALE_OFFSET = (h5py.h5z.FILTER_SCALEOFFSET,)
+_GZIP = ((h5py.h5z.FILTER_DEFLATE,), (h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE))
 
-def weights_file_bytes(groups: Mapping[str, Sequence[NDArray[Any]]]) -> bytes:
-    """Write arrays as a weights file; the bytes depend on the arrays and the groups' names only.
+
+def weights_file_bytes(
+    groups: Mapping[str, Sequence[NDArray[Any]]], *, compressed: Set[str] = frozenset()
+) -> bytes:
+    """Write arrays as a weights file; its bytes depend on nothing but the arguments.
 
     Args:
         groups: arrays by HDF5 group ("layers/dense/vars"), in the order in which Keras loads them.
+        compressed: keys ("layers/dense/vars/0") of float arrays with few distinct values.
 
     Raises:
-        WeightsFileError: a dtype that has no place in a weights file.
+        WeightsFileError: a dtype that a weights file cannot hold.
     """
     buffer = io.BytesIO()
     with h5py.File(buffer, "w", libver=_LIBVER) as file:
         for name in sorted(groups):
             group = _make_group(file, name)
             for index, array in enumerate(groups[name]):
-                _write(group, str(index), array)
+                filters = _float8_filters if f"{name}/{index}" in compressed else _code_filters
+                _write(group, str(index), array, filters(array))
     return buffer.getvalue()
 
 
 def read_weights_file(data: bytes, *, max_bytes: int) -> dict[str, list[NDArray[Any]]]:
-    """Read a weights file back, trusting nothing in it.
+    """Read a weights file without trusting anything in it.
 
     Args:
         data: the file.
-        max_bytes: what its arrays may take in memory, all together; the layout's sum will do.
+        max_bytes: memory that all arrays together may take, such as the sum over the layout.
 
     Returns:
         Arrays by group, groups in sorted order.
 
     Raises:
         WeightsFileError: damaged, larger than allowed, or with anything in it but groups of arrays
-            numbered from 0: links, other types, a group that contains itself.
+            numbered from 0: links, other types, a group that contains itself, unknown filters.
     """
     try:
         with h5py.File(io.BytesIO(data), "r") as file:
             found = dict(_walk(file))
-            total = sum(_declared_bytes(dataset) for dataset in found.values())
+            total = sum(
+                math.prod(dataset.shape) * dataset.dtype.itemsize for dataset in found.values()
+            )
             if total > max_bytes:
                 raise WeightsFileError(
                     f"weights file declares {total} bytes of arrays where {max_bytes} are "
@@ -78,7 +88,7 @@ def read_weights_file(data: bytes, *, max_bytes: int) -> dict[str, list[NDArray[
             return _arrays(found)
     except WeightsFileError:
         raise
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, zlib.error) as error:
         reason = " ".join(str(error).split())
         raise WeightsFileError(
             f"weights file of {len(data)} bytes is damaged ({reason}); it has to be made again"
@@ -87,35 +97,50 @@ def read_weights_file(data: bytes, *, max_bytes: int) -> dict[str, list[NDArray[
 
 def _make_group(file: h5py.File, name: str) -> h5py.Group:
     group = file
-    # Step by step: groups that HDF5 makes on the way carry the time.
+    # One level at a time: HDF5 stores the time in intermediate groups that it creates itself.
     for part in name.split("/"):
         group = group[part] if part in group else group.create_group(part)
     return group
 
 
-def _write(group: h5py.Group, key: str, array: NDArray[Any]) -> None:
+def _write(group: h5py.Group, key: str, array: NDArray[Any], filters: Mapping[str, Any]) -> None:
     array = np.asarray(array)
-    if array.dtype == _BFLOAT16:
-        # As Keras marks it: HDF5 has no such type, and keeps the two bytes as they are.
-        group.create_dataset(key, data=array).attrs["dtype"] = "bfloat16"
-        return
-    if array.dtype.kind not in _STORED_KINDS:
+    if array.dtype != _BFLOAT16 and array.dtype.kind not in _STORED_KINDS:
         raise WeightsFileError(
             f"{group.name}/{key}: cannot store dtype {array.dtype} in a weights file"
         )
-    group.create_dataset(key, data=array, **_filters(array))
+    dataset = group.create_dataset(key, data=array, **filters)
+    if array.dtype == _BFLOAT16:
+        # HDF5 has no such type and stores two opaque bytes; Keras marks them in this way.
+        dataset.attrs["dtype"] = "bfloat16"
 
 
-def _filters(array: NDArray[Any]) -> dict[str, Any]:
-    if array.dtype != np.uint8 or array.nbytes < _MIN_PACKED_BYTES:
+def _code_filters(array: NDArray[Any]) -> dict[str, Any]:
+    if array.dtype != np.uint8 or array.nbytes < _MIN_FILTERED_BYTES:
         return {}
     bits = max(1, int(array.max()).bit_length())
-    if bits > _PACKED_CODE_BITS:
+    return {"scaleoffset": bits, "chunks": _chunks(array)} if bits <= _PACKED_CODE_BITS else {}
+
+
+def _float8_filters(array: NDArray[Any]) -> dict[str, Any]:
+    """gzip at its fastest level: higher ones take 2 to 20 times as long and save 2 to 5%."""
+    if array.nbytes < _MIN_FILTERED_BYTES:
         return {}
+    # In float32, a scale that is no power of two fills all 24 bits of every value: then whole
+    # values repeat, and taking them apart by bytes hides it (15.5 bits a weight; else 11.2).
+    apart = array.dtype.itemsize == 2 or bool(np.all(array == array.astype(_BFLOAT16)))
+    return {
+        "shuffle": apart,
+        "compression": "gzip",
+        "compression_opts": 1 if apart else 3,
+        "chunks": _chunks(array),
+    }
+
+
+def _chunks(array: NDArray[Any]) -> tuple[int, ...]:
     # Chunks of equal size: the last one is stored whole, however little is in it.
     num_chunks = min(array.shape[0], math.ceil(array.nbytes / _CHUNK_BYTES))
-    num_rows = math.ceil(array.shape[0] / num_chunks)
-    return {"scaleoffset": bits, "chunks": (num_rows, *array.shape[1:])}
+    return (math.ceil(array.shape[0] / num_chunks), *array.shape[1:])
 
 
 def _walk(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
@@ -135,7 +160,7 @@ def _walk(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
             address = h5py.h5o.get_info(child.id).addr
             if address in seen:
                 raise WeightsFileError(
-                    f"weights file: {child_path} is there under another name; refused"
+                    f"weights file: {child_path} has another name as well; refused"
                 )
             seen.add(address)
             if isinstance(child, h5py.Group):
@@ -144,7 +169,7 @@ def _walk(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
                 _check_dataset(child_path, child)
                 yield child_path, child
             else:
-                raise WeightsFileError(f"weights file: {child_path} is no array; refused")
+                raise WeightsFileError(f"weights file: {child_path} is not an array; refused")
 
 
 def _check_dataset(path: str, dataset: h5py.Dataset) -> None:
@@ -158,10 +183,6 @@ def _check_dataset(path: str, dataset: h5py.Dataset) -> None:
         raise WeightsFileError(f"weights file: {path} has chunks larger than itself; refused")
 
 
-def _declared_bytes(dataset: h5py.Dataset) -> int:
-    return int(math.prod(dataset.shape) * dataset.dtype.itemsize)
-
-
 def _arrays(datasets: Mapping[str, h5py.Dataset]) -> dict[str, list[NDArray[Any]]]:
     keys: dict[str, set[str]] = {}
     for path in datasets:
@@ -170,14 +191,48 @@ def _arrays(datasets: Mapping[str, h5py.Dataset]) -> dict[str, list[NDArray[Any]
     for group, found in sorted(keys.items()):
         if found != {str(index) for index in range(len(found))}:
             raise WeightsFileError(
-                f"weights file: arrays of {group} are not numbered from 0 on ({sorted(found)[:9]})"
+                f"weights file: arrays of {group} are not numbered from 0 ({sorted(found)[:9]})"
             )
     return {
-        group: [_read(datasets[f"{group}/{index}"]) for index in range(len(keys[group]))]
+        group: [_read(f"{group}/{index}", datasets) for index in range(len(keys[group]))]
         for group in sorted(keys)
     }
 
 
-def _read(dataset: h5py.Dataset) -> NDArray[Any]:
+def _read(path: str, datasets: Mapping[str, h5py.Dataset]) -> NDArray[Any]:
+    dataset = datasets[path]
+    if dataset.chunks and not _unpacks_to_its_size(dataset):
+        raise WeightsFileError(
+            f"weights file: {path} has a filter that is unknown, or unpacks to more than the array "
+            "holds; refused"
+        )
     value = np.asarray(dataset[()])
     return value.view(_BFLOAT16) if dataset.attrs.get("dtype") == "bfloat16" else value
+
+
+def _unpacks_to_its_size(dataset: h5py.Dataset) -> bool:
+    """Whether HDF5's filters give a chunk's bytes and no more: gzip itself has no limit."""
+    properties = dataset.id.get_create_plist()
+    filters = [properties.get_filter(i) for i in range(properties.get_nfilters())]
+    codes = tuple(code for code, *_ in filters)
+    num_values = math.prod(dataset.chunks)
+    num_bytes = num_values * dataset.dtype.itemsize
+    if codes in _GZIP:
+        skipped = 1 << codes.index(h5py.h5z.FILTER_DEFLATE)
+        return all(
+            _inflates_to(num_bytes, dataset, index, skipped)
+            for index in range(dataset.id.get_num_chunks())
+        )
+    if codes == _SCALE_OFFSET:
+        _, _, (_, _, unpacked_values, _, value_bytes, *_), _ = filters[0]
+        return bool(unpacked_values * value_bytes == num_bytes)
+    return not codes
+
+
+def _inflates_to(num_bytes: int, dataset: h5py.Dataset, index: int, skipped: int) -> bool:
+    chunk = dataset.id.get_chunk_info(index)
+    if chunk.filter_mask == skipped:  # HDF5 leaves a chunk alone that gzip would not shrink
+        return bool(chunk.size == num_bytes)
+    _, stored = dataset.id.read_direct_chunk(chunk.chunk_offset)
+    inflated = zlib.decompressobj().decompress(stored, num_bytes + 1)
+    return chunk.filter_mask == 0 and len(inflated) == num_bytes

@@ -72,7 +72,7 @@ def llama(tmp_path_factory):
     return tiny_preset("Llama3", folder, num_blocks=1, intermediate_dim=64)
 
 
-@pytest.mark.slow  # test_stock_load compares finished runs
+@pytest.mark.exhaustive  # test_stock_load compares finished runs
 def test_stock_kerashub_answers_as_the_dequantized_float_model(llama, tmp_path):
     formats = mixed(llama, FORMATS)
     artifacts.write(llama, tmp_path / "weights", formats)
@@ -106,7 +106,7 @@ def family_preset(name, folder):
     return tiny_preset(name.partition(" ")[0], folder, **options), options["dtype"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_holds_every_weight_only_scheme(family, tmp_path):
     source, dtype = family_preset(family, tmp_path / "source")
@@ -118,7 +118,7 @@ def test_every_family_holds_every_weight_only_scheme(family, tmp_path):
     assert relative(answer, artifacts.run(restored, tokens)) < TOLERANCE[dtype]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("table", [Int8Scheme(), Int4Scheme(block_size=16)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_rounds_activations_and_tables_as_layers_quantized_in_place(
@@ -190,7 +190,7 @@ def test_a_variable_too_few_too_many_or_misshapen_is_refused(encoded):
     place = sorted(values)[0]
     for wrong, message in (
         ({p: v for p, v in values.items() if p != place}, "no value for"),
-        (values | {"layers/other/kernel": values[place]}, "no place in this file"),
+        (values | {"layers/other/kernel": values[place]}, "no variable of this file"),
         (values | {place: values[place][:-1]}, "where Keras reads"),
         (values | {place: values[place].astype("float64")}, "where Keras reads"),
     ):

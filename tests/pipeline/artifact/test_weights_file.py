@@ -1,16 +1,21 @@
-"""A weights file holds exactly its arrays, in few bytes, the same bytes every time."""
+"""A weights file holds exactly its arrays, in few bytes, the same bytes every time.
+
+Keras and JAX are imported where they are needed: a test imports this module in a new process.
+"""
 
 import contextlib
 import io
 import os
+import struct
 import subprocess
 import sys
+import tracemalloc
+import zlib
 
 import h5py
 import ml_dtypes
 import numpy as np
 import pytest
-from keras.src.saving.saving_lib import H5IOStore
 
 from pipeline.artifact.weights_file import read_weights_file, weights_file_bytes
 from pipeline.errors import WeightsFileError
@@ -54,9 +59,23 @@ def test_what_is_read_is_what_was_written():
             assert read.tobytes() == array.tobytes()
 
 
+def float8_kernel(power_of_two, dtype, shape=(512, 1000)):
+    """Gaussian weights on the E4M3 grid, as float8 layers hold them."""
+    from quantizer.rtn import float8_scale, round_to_float8
+
+    weight = np.random.default_rng(0).normal(scale=0.02, size=shape).astype("float32")
+    scale = float8_scale(float(np.abs(weight).max()), power_of_two=power_of_two)
+    return round_to_float8(weight, scale).astype(dtype)
+
+
 def test_keras_reads_the_same():
-    groups = some_groups()
-    store = H5IOStore(io.BytesIO(weights_file_bytes(groups)))
+    from keras.src.saving.saving_lib import H5IOStore
+
+    groups = some_groups() | {
+        "layers/float8/vars": [float8_kernel(True, ml_dtypes.bfloat16), float8_kernel(False, "f4")]
+    }
+    compressed = {"layers/float8/vars/0", "layers/float8/vars/1"}
+    store = H5IOStore(io.BytesIO(weights_file_bytes(groups, compressed=compressed)))
     for name, arrays in groups.items():
         entry = store.get(name.removesuffix("vars").rstrip("/"))
         assert len(entry) == len(arrays)
@@ -73,6 +92,33 @@ def test_low_bit_codes_take_their_bits_and_no_more(bits, shape):
     assert len(data) <= codes.size * bits / 8 * 1.02 + 3000
     [read] = read_weights_file(data, max_bytes=codes.nbytes)["vars"]
     np.testing.assert_array_equal(read, codes)
+
+
+@pytest.mark.parametrize(
+    ("power_of_two", "dtype", "bits"),
+    [
+        (True, "float32", 8.4),
+        (True, "float16", 8.4),
+        (True, ml_dtypes.bfloat16, 8.3),
+        (False, ml_dtypes.bfloat16, 8.4),
+        (False, "float32", 11.5),
+    ],
+)
+def test_float8_kernels_take_about_their_bits(power_of_two, dtype, bits):
+    kernel = float8_kernel(power_of_two, dtype)
+    data = weights_file_bytes({"vars": [kernel, kernel[0]]}, compressed={"vars/0", "vars/1"})
+    assert 8 * len(data) / kernel.size < bits
+    found, short = read_weights_file(data, max_bytes=2 * kernel.nbytes)["vars"]
+    assert (found.dtype, found.tobytes()) == (kernel.dtype, kernel.tobytes())
+    assert short.tobytes() == kernel[0].tobytes()
+
+
+def test_what_gzip_cannot_shrink_is_stored_and_read_as_it_is():
+    noise = np.random.default_rng(0).integers(0, 1 << 32, (256, 1024), "uint32").view("float32")
+    noise = np.nan_to_num(noise)
+    data = weights_file_bytes({"vars": [noise]}, compressed={"vars/0"})
+    [read] = read_weights_file(data, max_bytes=noise.nbytes)["vars"]
+    assert read.tobytes() == noise.tobytes()
 
 
 @pytest.mark.parametrize("values", [[0], [7], [0, 7], [1, 2, 3], [4, 5]])
@@ -128,6 +174,55 @@ def test_chunks_beyond_their_array_are_refused():
         read_weights_file(write(bomb), max_bytes=LARGE)
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_chunk_that_inflates_beyond_its_array_is_refused_before_it_does(shuffle):
+    def bomb(file):
+        options = {"chunks": (64, 64), "compression": "gzip", "shuffle": shuffle}
+        dataset = file.create_dataset("vars/0", (64, 64), "float32", **options)
+        dataset.id.write_direct_chunk((0, 0), zlib.compress(bytes(1 << 25)))
+
+    data = write(bomb)
+    tracemalloc.start()
+    try:
+        with pytest.raises(WeightsFileError, match=r"vars/0 has a filter that .* unpacks to more"):
+            read_weights_file(data, max_bytes=LARGE)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    finally:
+        tracemalloc.stop()
+
+
+def test_packed_codes_that_claim_more_than_their_array_are_refused():
+    def packed(file):
+        codes = np.arange(4, dtype="uint8").repeat(1024)
+        file.create_dataset("vars/0", data=codes, chunks=codes.shape, scaleoffset=2)
+
+    # What the filter is told: scale an integer, keep 2 bits, 4096 values of class 0 and 1 byte.
+    options, claim = struct.pack("<5I", 2, 2, 4096, 0, 1), struct.pack("<5I", 2, 2, 1 << 30, 0, 1)
+    data = write(packed)
+    assert read_weights_file(data, max_bytes=4096)
+    assert data.count(options) == 1
+    with pytest.raises(WeightsFileError, match="unpacks to more"):
+        read_weights_file(data.replace(options, claim), max_bytes=LARGE)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"compression": "lzf"},
+        {"fletcher32": True},
+        {"compression": "gzip", "fletcher32": True},
+        {"shuffle": True},
+    ],
+    ids=str,
+)
+def test_filters_that_we_never_write_are_refused(options):
+    def filtered(file):
+        file.create_dataset("vars/0", data=np.zeros((64, 64), "float32"), **options)
+
+    with pytest.raises(WeightsFileError, match="vars/0 has a filter that is unknown"):
+        read_weights_file(write(filtered), max_bytes=LARGE)
+
+
 def hostile(kind, file):
     group = file.create_group("layers")
     match kind:
@@ -177,8 +272,9 @@ def test_anything_but_numbered_arrays_is_refused(kind):
 
 
 def test_damage_raises_nothing_but_our_error():
-    groups = {"layers/dense/vars": [np.random.default_rng(0).integers(0, 4, (99, 99), "uint8")]}
-    data = weights_file_bytes(groups)
+    codes = np.random.default_rng(0).integers(0, 4, (99, 99), "uint8")
+    groups = {"layers/dense/vars": [codes, float8_kernel(False, ml_dtypes.bfloat16, (50, 60))]}
+    data = weights_file_bytes(groups, compressed={"layers/dense/vars/1"})
     for cut in range(0, len(data), 211):
         with pytest.raises(WeightsFileError):
             read_weights_file(data[:cut], max_bytes=LARGE)
