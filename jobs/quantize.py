@@ -23,9 +23,8 @@ from jobs.execute import (
 )
 from jobs.logging import is_json, log_event, print_json, set_run, status, url_name
 from jobs.metrics import RunMetrics
-from jobs.plan_table import plan_table
 from jobs.reachable import reachable
-from jobs.summary import Summary, summary_table
+from jobs.summary import Summary, plan_table, summary_table
 from jobs.termination import Terminated
 from pipeline.errors import PipelineError
 from pipeline.estimates import Estimate, estimate

@@ -1,8 +1,9 @@
-"""What a run amounts to: sizes, errors, quality, time."""
+"""A run's plan and its result as people read them: sizes, errors, quality, time."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,10 @@ from rich.text import Text
 
 from jobs.quantities import count, size
 from pipeline.estimates import Estimate
+from pipeline.executor.protocol import Allocation
 from pipeline.fidelity import Fidelity
 from pipeline.plan import Plan
+from pipeline.recipe.recipe import unmatched_patterns
 from pipeline.run.records import LayerRecord, Manifest, PartRecord
 from pipeline.storage.object_store import ObjectStore
 from quantizer.schemes import GPTQScheme
@@ -29,8 +32,8 @@ class SchemeSummary:
         layers: how many.
         weight_error: mean ‖W - Ŵ‖ / ‖W‖.
         error_against_rtn: mean ratio of the output error to that of rounding to nearest; None
-            where nothing was calibrated.
-        rounded: layers in which rounding to nearest was kept for some output channel.
+            without calibration.
+        rounded: layers that kept rounding to nearest for some output channel.
         damped: layers whose damping had to be raised, or whose Hessian could not be factored.
     """
 
@@ -47,12 +50,12 @@ class Summary:
     """One run's result.
 
     Attributes:
-        source_bytes, stored_bytes, loaded_bytes: of the weights: in the source, in the artifact's
-            files, and in memory once stock Keras has loaded them.
-        wall_seconds: of this invocation, evaluation aside.
-        seconds: of work by stage in this invocation, all workers together.
-        flops: of the plan.
-        left_in_float: layer path and reason.
+        source_bytes, stored_bytes, loaded_bytes: size of the weights in the source, in the
+            artifact's files, and in memory once stock Keras has loaded them.
+        wall_seconds: duration of this invocation without evaluation.
+        seconds: worker seconds by stage in this invocation.
+        flops: estimate of the plan.
+        left_in_float: reason by layer path.
     """
 
     plan_digest: str
@@ -81,7 +84,7 @@ class Summary:
         wall_seconds: float,
         fidelity: Fidelity | None,
     ) -> Summary:
-        """Read a finished run's records."""
+        """Summarize a finished run from its records."""
         records = [
             PartRecord.from_json(store.get(key, sha256=digest))
             for key, digest in sorted(manifest.records.items())
@@ -194,3 +197,47 @@ def _mean(values: list[float]) -> float | None:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
+
+
+def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> RenderableType:
+    """A plan before it runs: layers by scheme, calibration, costs, what stays in float and why."""
+    layers = Table(title=f"{plan.model}: {plan.num_blocks} blocks, plan {plan.digest[:12]}")
+    for name in ("layer", "scheme", "in × out", "row slices", "layers"):
+        layers.add_column(name, justify="left" if name in ("layer", "scheme") else "right")
+    rows: Counter[tuple[str, str, str, int]] = Counter()
+    for part in plan.parts:
+        for layer in part.layers:
+            shape = f"{layer.in_features} × {layer.out_features}" if layer.in_features else "–"
+            scheme = layer.scheme.policy if layer.scheme else "float"
+            rows[(layer.name if part.part else layer.path, scheme, shape, layer.slices)] += 1
+    for (name, scheme, shape, slices), number in rows.items():
+        layers.add_row(Text(name), Text(scheme), shape, str(slices), str(number))
+    notes = {layer.note: layer.path for part in plan.parts for layer in part.layers if layer.note}
+    facts = Table(show_header=False, box=None)
+    tokens = plan.tokens
+    if tokens is not None:
+        facts.add_row(
+            "calibration",
+            f"{tokens.num_samples} windows of {tokens.sequence_length} tokens in "
+            f"{len(tokens.shards)} shards (the leaves of the reduction), {tokens.micro_batch} "
+            "windows at once",
+        )
+    facts.add_row("read", size(costs.source_bytes))
+    facts.add_row("written, about", size(costs.result_bytes))
+    facts.add_row("activations", size(costs.activation_bytes))
+    facts.add_row("peak of a worker, about", size(costs.worker_bytes))
+    facts.add_row(
+        "flops",
+        f"{count(costs.flops)} (forward {count(costs.forward_flops)}, Hessians "
+        f"{count(costs.gram_flops)}, solving {count(costs.solve_flops)})",
+    )
+    facts.add_row("workers", f"{allocation.workers} × {allocation.threads} threads")
+    lines = [Text(f"left in float: {path}: {note}") for note, path in notes.items()]
+    every = [(o.path, o.kind, o.in_features) for part in plan.parts for o in part.layers]
+    lines += [
+        Text(
+            f"rule without a layer: {pattern!r} matches none; is it mistyped, or for other models?"
+        )
+        for pattern in unmatched_patterns(plan.recipe, every)
+    ]
+    return Group(layers, facts, *lines)

@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 
-from jobs.catalog.fingerprints import PACKAGES, package_versions, source_fingerprint, texts_fingerprint
+from jobs.catalog.fingerprints import (
+    PACKAGES,
+    package_versions,
+    source_fingerprint,
+    texts_fingerprint,
+)
 from jobs.catalog.request import (
     Gate,
-    Needs,
     Request,
     checked_id,
     load_request,
@@ -20,6 +24,7 @@ from jobs.catalog.request import (
 )
 from jobs.fleet.staleness import changes
 from pipeline.errors import DamagedObjectError, PipelineError, SourceError
+from pipeline.executor.protocol import ComputeSpec
 from pipeline.storage.object_store import open_store
 
 REQUEST = Request(
@@ -42,14 +47,14 @@ DECISIVE: dict[str, tuple[dict[str, Any], str]] = {
     "recipe": ({"recipe": {**REQUEST.recipe, "embeddings": None}}, "recipe changed"),
     "texts": ({"texts": {"c.txt": "1"}}, "calibration changed: c.txt added"),
     "versions": ({"versions": {"keras": "3.16"}}, "versions changed: keras 3.15.1 → 3.16"),
-    "threads": ({"needs": Needs(threads=3)}, "resources changed"),
+    "threads": ({"needs": ComputeSpec(threads=3)}, "resources changed"),
 }
 PASSING: dict[str, tuple[dict[str, Any], str]] = {
     "gate": ({"gate": Gate(min_cosine=0.8)}, "gate changed"),
     "evaluation": ({"evaluation": {"t.txt": "4"}}, "evaluation changed: t.txt"),
     "windows": ({"evaluation_windows": 9}, "evaluation changed: its settings"),
     "url": ({"source_url": "s3://other/a"}, "source moved"),
-    "workers": ({"needs": Needs(workers=3)}, "resources changed"),
+    "workers": ({"needs": ComputeSpec(workers=3)}, "resources changed"),
     "aliases": ({"aliases": ("b",)}, "aliases changed"),
     "keep": ({"keep": 9}, "retention changed"),
 }

@@ -13,9 +13,9 @@ from jobs.catalog.request import Request, run_store, save_request
 from jobs.cli.main import main
 from jobs.fleet.staleness import decide
 from jobs.fleet.status import Row, RunStatus, run_status, status
-from jobs.quantities import duration
 from jobs.publish.releases import publish
 from jobs.publish.verdict import Verdict, save_verdict
+from jobs.quantities import duration
 from pipeline.executor.protocol import Allocation
 from pipeline.run import lease
 from pipeline.run.events import EventLog, pace, read_events
@@ -69,7 +69,8 @@ def test_events_are_told_in_the_order_of_time(url: str) -> None:
     store = open_store(url)
     begun(store)
     store.put("events/19990101T000000-broken.jsonl", b'{"time": 3}\nno json\n\xff\n[]\n')
-    store.put("events/00-later.jsonl", b'{"time": "2999-01-01T00:00:00+00:00", "event": "sealed"}\n')
+    later = b'{"time": "2999-01-01T00:00:00+00:00", "event": "sealed"}\n'
+    store.put("events/00-later.jsonl", later)
     events = read_events(store)
     assert [event.name for event in events] == ["started", "committed", "committed", "sealed"]
     lines = [event.line() for event in events]
@@ -85,7 +86,8 @@ def catalog(url: str) -> tuple[ObjectStore, dict[str, Request]]:
     write_sources(url, 5)
     wanted = parse_catalog(catalog_text(url, 5), where="c.yaml", folder=None)
     root = open_store(wanted.root_url)
-    return root, {one.request.model: one.request for one in decide(root, wanted, save_verified=False)}
+    decisions = decide(root, wanted, save_verified=False)
+    return root, {one.request.model: one.request for one in decisions}
 
 
 def rows_of(root: ObjectStore, url: str) -> dict[str, Row]:
@@ -212,6 +214,7 @@ def test_durations_are_short(seconds: float, said: str) -> None:
     assert duration(seconds) == said
 
 
+@pytest.mark.exhaustive
 def test_many_entries_are_decided_and_told_in_seconds(url: str) -> None:
     """Linear: each entry costs the same few requests."""
     spent: dict[int, list[float]] = {}
