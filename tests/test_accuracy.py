@@ -16,6 +16,8 @@ from tests.benchmarks.comparison import Comparison, compare, output_loss, round_
 from tests.benchmarks.keras_gptq import KerasGPTQ
 from tests.benchmarks.minilm import RealLayer, load_backbone, record_layers, weight_matrix
 
+pytestmark = pytest.mark.exhaustive
+
 GROUP_SIZE = 64
 
 Comparisons = dict[int, list[Comparison]]
@@ -88,7 +90,7 @@ def test_rounding_stays_within_a_step(block: list[RealLayer]) -> None:
     assert output_loss(weight_RC, weight_RC, block[0].hessian) == 0
 
 
-@pytest.mark.parametrize("bits", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("bits", [2, 4])
 def test_one_block_beats_keras_and_rounding(
     block: list[RealLayer], keras_gptq: KerasGPTQ, bits: int
 ) -> None:

@@ -18,6 +18,8 @@ from pipeline.storage.object_store import ObjectStore, open_store
 from tests.integration.ray_cluster import RunningCluster, quiet_environment
 from tests.pipeline.tiny_runs import NUM_BLOCKS, recipe, source
 
+pytestmark = [pytest.mark.ray, pytest.mark.exhaustive]
+
 ROOT = Path(__file__).parents[2]
 LASTING = ("artifact/", "records/", "tokens/", "plan.json", "manifest.json")
 TERM_SECONDS = 3.0
@@ -113,7 +115,6 @@ def test_a_driver_told_to_end_does_so_in_time_and_is_followed_at_once(
     assert lasting(output) == undisturbed
 
 
-@pytest.mark.slow
 def test_a_driver_that_slept_through_its_lease_stops_when_it_wakes(
     cluster: RunningCluster, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -136,7 +137,6 @@ def test_a_driver_that_slept_through_its_lease_stops_when_it_wakes(
     assert lasting(output) == undisturbed
 
 
-@pytest.mark.slow
 def test_who_does_not_wait_is_told_who_works(
     cluster: RunningCluster, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:

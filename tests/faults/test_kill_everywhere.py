@@ -37,9 +37,11 @@ def uninterrupted(request: pytest.FixtureRequest) -> tuple[str, dict[str, bytes]
     return request.param, lasting(store), [operation for operation, _ in killer.seen]
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(
-    "only_writes", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["writes", "all"]
+    "after", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["before", "after"]
+)
+@pytest.mark.parametrize(
+    "only_writes", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["writes", "all"]
 )
 def test_a_run_killed_anywhere_ends_with_the_same_bytes(
     only_writes: bool, after: bool, uninterrupted: tuple[str, dict[str, bytes], list[str]]

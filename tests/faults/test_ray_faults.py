@@ -7,18 +7,20 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 
 import pipeline.executor.ray_executor
-from pipeline.executor.protocol import ExecutorError
-from pipeline.executor.ray_cluster import Resources, choose_resources
-from pipeline.executor.ray_executor import RayExecutor, joined
+from pipeline.executor.protocol import Allocation, ComputeSpec, ExecutorError
+from pipeline.executor.ray_cluster import allocate_on_cluster, connect
+from pipeline.executor.ray_executor import RayExecutor
 from pipeline.run.driver import claim, quantize
 from pipeline.run.events import Step
 from pipeline.storage.object_store import open_store
+from pipeline.worker import start_worker
 from tests.faults.random_kills import Fleet, fleet, left, start
 from tests.integration.ray_cluster import serve_ray
 from tests.pipeline.tiny_runs import NUM_BLOCKS, lasting, planned, recipe, source
@@ -30,7 +32,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:os.fork"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-RESOURCES = Resources(workers=2, threads=1)
+ALLOCATION = Allocation(workers=2, threads=1)
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +46,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What an undisturbed cluster of the same kind leaves: threads decide rounding."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        with fleet() as nodes, joined(nodes.address):
+        with fleet() as nodes, connect(nodes.address):
             return run(tmp_path_factory.mktemp("undisturbed") / "run", lambda step: None)
 
 
@@ -54,12 +56,12 @@ def nodes() -> Iterator[Fleet]:
         yield found
 
 
-def run(output: Path, report: object, crew_options: Resources = RESOURCES) -> dict[str, bytes]:
+def run(output: Path, report: object, allocation: Allocation = ALLOCATION) -> dict[str, bytes]:
     store = open_store(str(output))
     given = planned("gptq")
     assert given.windows is not None
     claim(store, given.plan, given.windows.to_bytes())
-    executor = RayExecutor(crew_options, str(source()), str(output))
+    executor = RayExecutor(allocation, partial(start_worker, str(source()), str(output)))
     quantize(given.plan, store, executor, report, keep_every=1)  # type: ignore[arg-type]
     return lasting(store)
 
@@ -75,7 +77,7 @@ def test_a_node_lost_for_good_leaves_the_run_to_the_others(
         if step.event == "committed" and step.part == 1 and len(nodes.nodes) == 2:
             nodes.cluster.remove_node(nodes.nodes.pop(), allow_graceful=False)
 
-    with joined(nodes.address):
+    with connect(nodes.address):
         assert run(tmp_path / "run", report) == expected
     assert len(nodes.nodes) == 1
     assert any(step.event == "lost" for step in steps)
@@ -96,7 +98,7 @@ def test_a_node_that_is_replaced_is_waited_for(
             nodes.cluster.remove_node(nodes.nodes.pop(), allow_graceful=False)
             nodes.fill()
 
-    with joined(nodes.address):
+    with connect(nodes.address):
         assert run(tmp_path / "run", report) == expected
     assert any(step.event == "lost" for step in steps)
     assert not any(step.event == "fewer" for step in steps)
@@ -112,7 +114,7 @@ def test_lost_messages_change_nothing(
     )
     monkeypatch.setenv("RAY_testing_rpc_failure", failing)
     steps: list[Step] = []
-    with serve_ray({"RAY_testing_rpc_failure": failing}) as cluster, joined(cluster.address):
+    with serve_ray({"RAY_testing_rpc_failure": failing}) as cluster, connect(cluster.address):
         assert run(tmp_path / "run", steps.append) == expected
     # Lost calls are asked again; no block is given up for them, or hardly ever.
     assert [step.event for step in steps].count("lost") <= 2
@@ -125,19 +127,20 @@ def test_nodes_that_come_late_are_waited_for_and_no_longer(
     for node in nodes.nodes:
         nodes.cluster.remove_node(node)
     nodes.nodes.clear()
-    with joined(nodes.address):
+    spec, more = (ComputeSpec(workers=n, threads=1, device="cpu") for n in (2, 3))
+    with connect(nodes.address):
         with ThreadPoolExecutor(1) as pool:  # nodes can be started by the main thread alone
-            chosen = pool.submit(choose_resources, 2, 1, device="cpu")
+            chosen = pool.submit(allocate_on_cluster, spec)
             time.sleep(3.0)
             assert not chosen.done()
             nodes.fill()
-            assert chosen.result() == RESOURCES
+            assert (chosen.result().workers, chosen.result().threads) == (2, 1)
         monkeypatch.setenv("QUANTFLEET_NODE_PATIENCE", "1")
         with pytest.raises(ExecutorError, match=r"did not get nodes for them within 1 s"):
-            choose_resources(3, 1, device="cpu")
+            allocate_on_cluster(more)
         monkeypatch.delenv("QUANTFLEET_NODE_PATIENCE")
         with pytest.raises(ExecutorError, match="do not fit"):
-            choose_resources(3, 1, device="cpu")
+            allocate_on_cluster(more)
 
 
 def test_a_cluster_without_its_head_is_given_up_in_order_and_the_run_resumes_on_another(

@@ -23,6 +23,7 @@ from tests.fault_proxy import FAULTS, FaultProxy, spoil
 from tests.pipeline.tiny_runs import CrashError, crash_at, execute, lasting, planned
 from tests.radosgw import serve_radosgw
 from tests.s3 import S3Server, serve_s3
+from tests.selection import by_default
 
 QUICK = Patience(deadline_seconds=60, read_seconds=1, longest_pause_seconds=0.2)
 HOPELESS = Patience(deadline_seconds=2, read_seconds=0.5, longest_pause_seconds=0.2)
@@ -108,9 +109,7 @@ def reader(url: str) -> Iterator[Counter[str]]:
     assert failures == []
 
 
-@pytest.mark.parametrize(
-    "seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 40))]
-)
+@pytest.mark.parametrize("seed", by_default(range(40), [0]))
 def test_random_faults_leave_the_same_bytes(
     seed: int, store: ObjectStore, proxy: FaultProxy, expected: dict[str, bytes]
 ) -> None:
@@ -132,6 +131,7 @@ def test_random_faults_leave_the_same_bytes(
     print(f"seed {seed}: {met.total()} faults, {dict(met)}")
 
 
+@pytest.mark.exhaustive
 def test_an_outage_shorter_than_patience_only_delays(
     store: ObjectStore, proxy: FaultProxy, expected: dict[str, bytes]
 ) -> None:

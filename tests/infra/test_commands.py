@@ -8,6 +8,8 @@ import pytest
 
 from tests.infra.quantfleet_commands import Command, commands, refusal
 
+pytestmark = pytest.mark.infra
+
 # Of a command that a file has twice, the first: in code, where arguments must not be missing.
 COMMANDS = {str(command): command for command in reversed(commands())}
 

@@ -15,6 +15,8 @@ from packaging.utils import canonicalize_name
 
 from tests.infra.validators import INFRA, ROOT
 
+pytestmark = pytest.mark.infra
+
 LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 

@@ -13,6 +13,8 @@ import yaml
 from tests.infra.kustomized import KustomizeError, render
 from tests.infra.validators import INFRA
 
+pytestmark = pytest.mark.infra
+
 FOLDERS = ("base", "overlays/dev", "overlays/gpu-spot")
 
 

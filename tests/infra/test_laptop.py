@@ -17,7 +17,8 @@ import yaml
 from tests.infra.validators import INFRA, ROOT
 from tests.pipeline.tiny_runs import source
 
-pytestmark = pytest.mark.slow  # a Ray head of its own, and a driver for each run
+# A Ray head of its own, and a driver for each run.
+pytestmark = [pytest.mark.ray, pytest.mark.infra, pytest.mark.exhaustive]
 
 _PORTS = ("S3", "RAY", "DASHBOARD", "METRICS", "AGENT")
 

@@ -28,6 +28,8 @@ from tests.infra import (
 from tests.infra.test_validated import KINDS
 from tests.infra.validators import INFRA, ROOT
 
+pytestmark = pytest.mark.infra
+
 # Each with what it is about; anything else is not asked of it here, to be quick.
 NAMES = {
     environment_names: ("container", "compose", "vms", "laptop", "kubernetes"),
@@ -273,7 +275,7 @@ def _slips() -> Iterator[ParameterSet]:
     """The first of each file at once, the others with what takes its time."""
     seen = set()
     for one in TYPOS:
-        marks = pytest.mark.slow if one[0] in seen else ()
+        marks = pytest.mark.exhaustive if one[0] in seen else ()
         seen.add(one[0])
         yield pytest.param(*one, marks=marks, id=f"{one[0]}: {one[2].strip()}")
 

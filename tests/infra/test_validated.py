@@ -12,6 +12,8 @@ import pytest
 from tests.infra import validators
 from tests.infra.validators import INFRA, ROOT
 
+pytestmark = pytest.mark.infra
+
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:

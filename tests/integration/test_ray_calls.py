@@ -1,4 +1,4 @@
-"""Lost calls are asked again, with what depends on them and nothing else, on a real cluster."""
+"""Lost calls are repeated, with what depends on them and nothing else, on a real cluster."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ import pytest
 import ray
 from ray import exceptions
 
-from pipeline.executor.ray_calls import Call, LostCallError, OpenCalls, answers_of, result_of
+from pipeline.executor.ray_calls import (
+    PING_GROUP,
+    Call,
+    LostCallError,
+    PendingCalls,
+    ask_all,
+    result_of,
+)
+
+pytestmark = pytest.mark.ray
 
 
 class Counter:
@@ -53,100 +62,101 @@ class Counter:
 def actor(driver: None) -> Any:
     options: dict[str, Any] = {
         "num_cpus": 0,
-        "concurrency_groups": {"roll_call": 1},
+        "concurrency_groups": {PING_GROUP: 1},
         "allow_out_of_order_execution": True,
     }
     return ray.remote(**options)(Counter).remote()
 
 
-class Asking:
-    """Open calls of one actor."""
+class PendingOnActor:
+    """Pending calls of one actor."""
 
     def __init__(self, actor: Any) -> None:
-        self.calls = OpenCalls()
+        self.calls = PendingCalls()
         self._actor = actor
 
-    def ask(self, method: str, *args: Any) -> Call:
-        return self.calls.ask(0, getattr(self._actor, method).options(num_returns=2), args)
+    def submit(self, method: str, *args: Any) -> Call[Any]:
+        actor_method = getattr(self._actor, method).options(num_returns=2)
+        return self.calls.submit(Call(worker=0, method=actor_method, args=args))
 
-    def end(self, *wanted: Call) -> list[str]:
-        while any(call.state == "asked" for call in wanted):
+    def end(self, *wanted: Call[Any]) -> list[str]:
+        while any(call.state == "submitted" for call in wanted):
             self.calls.wait(wanted, 1.0)
         return [call.state for call in wanted]
 
     def given(self) -> list[int]:
-        return list(answers_of([self._actor], "given")[0])
+        return list(ask_all([self._actor], "given")[0])
 
     def release(self) -> None:
-        answers_of([self._actor], "release")
+        ask_all([self._actor], "release")
 
 
 @pytest.fixture
-def asking(actor: Any) -> Iterator[Asking]:
-    one = Asking(actor)
+def pending(actor: Any) -> Iterator[PendingOnActor]:
+    one = PendingOnActor(actor)
     before = len(one.given())
     given, one.given = one.given, lambda: given()[before:]  # type: ignore[method-assign]
     yield one
-    one.calls.give_up()
+    one.calls.cancel_all()
 
 
-def test_a_lost_call_is_asked_again_with_those_that_need_it(asking: Asking) -> None:
-    first = asking.ask("add", 1, 2)
-    assert asking.end(first) == ["answered"]
-    assert asking.end(asking.ask("lose", 1)) == ["answered"]
-    lost = asking.ask("add", first, 10)
-    needing = asking.ask("add", lost, 100)
-    apart = asking.ask("add", 5)
-    assert asking.end(lost, needing, apart) == ["lost", "lost", "answered"]
-    assert asking.calls.in_state("lost") == [lost, needing]
-    asking.calls.repeat([lost])
-    assert asking.end(lost, needing) == ["answered", "answered"]
-    assert [result_of(call.result) for call in (first, lost, needing, apart)] == [3, 13, 113, 5]
-    assert sorted(asking.given()) == [3, 5, 13, 13, 113]
-    assert asking.calls.in_state("lost") == []
+def test_a_lost_call_is_repeated_with_those_that_depend_on_it(pending: PendingOnActor) -> None:
+    first = pending.submit("add", 1, 2)
+    assert pending.end(first) == ["answered"]
+    assert pending.end(pending.submit("lose", 1)) == ["answered"]
+    lost = pending.submit("add", first, 10)
+    dependent = pending.submit("add", lost, 100)
+    apart = pending.submit("add", 5)
+    assert pending.end(lost, dependent, apart) == ["lost", "lost", "answered"]
+    assert pending.calls.in_state("lost") == [lost, dependent]
+    pending.calls.repeat([lost])
+    assert pending.end(lost, dependent) == ["answered", "answered"]
+    assert [result_of(call.result) for call in (first, lost, dependent, apart)] == [3, 13, 113, 5]
+    assert sorted(pending.given()) == [3, 5, 13, 13, 113]
+    assert pending.calls.in_state("lost") == []
 
 
-def test_an_answered_call_holds_nothing_that_it_was_given(asking: Asking) -> None:
-    first = asking.ask("add", 1)
-    second = asking.ask("add", first)
-    assert asking.end(first, second) == ["answered", "answered"]
+def test_an_answered_call_holds_no_arguments(pending: PendingOnActor) -> None:
+    first = pending.submit("add", 1)
+    second = pending.submit("add", first)
+    assert pending.end(first, second) == ["answered", "answered"]
     assert second.args == ()
 
 
-def test_an_error_is_an_answer_and_reaches_who_needs_the_result(asking: Asking) -> None:
-    failed = asking.ask("fail")
-    needing = asking.ask("add", failed, 1)
-    assert asking.end(failed, needing) == ["answered", "answered"]
-    for call in (failed, needing):
+def test_an_error_is_an_answer_and_reaches_the_calls_that_depend_on_it(pending: PendingOnActor) -> None:
+    failed = pending.submit("fail")
+    dependent = pending.submit("add", failed, 1)
+    assert pending.end(failed, dependent) == ["answered", "answered"]
+    for call in (failed, dependent):
         with pytest.raises(KeyError, match="mine"):
             result_of(call.result)
-    assert asking.given() == []
+    assert pending.given() == []
 
 
-@pytest.mark.parametrize("end", ["repeated", "given up"])
-def test_what_has_not_begun_is_not_done_twice(end: str, asking: Asking) -> None:
-    asking.ask("hold")
-    waiting = asking.ask("add", 7)
-    needing = asking.ask("add", waiting, 1)
+@pytest.mark.parametrize("end", ["repeated", "cancelled"])
+def test_a_call_that_has_not_started_does_not_run_twice(end: str, pending: PendingOnActor) -> None:
+    pending.submit("hold")
+    waiting = pending.submit("add", 7)
+    dependent = pending.submit("add", waiting, 1)
     # What the actor was not told yet cannot be taken back from it.
-    assert not asking.calls.wait([needing], 1.0)
+    assert not pending.calls.wait([dependent], 1.0)
     if end == "repeated":
-        asking.calls.repeat([waiting])
+        pending.calls.repeat([waiting])
     else:
-        asking.calls.give_up()
+        pending.calls.cancel_all()
     # Nor at once.
     time.sleep(1.0)
-    asking.release()
+    pending.release()
     if end == "repeated":
-        assert asking.end(needing) == ["answered"]
-    assert asking.end(asking.ask("add", 0)) == ["answered"]
-    assert sorted(asking.given()) == ([0, 7, 8] if end == "repeated" else [0])
+        assert pending.end(dependent) == ["answered"]
+    assert pending.end(pending.submit("add", 0)) == ["answered"]
+    assert sorted(pending.given()) == ([0, 7, 8] if end == "repeated" else [0])
 
 
-def test_who_is_gone_does_not_answer(actor: Any) -> None:
-    other: Any = ray.remote(num_cpus=0, concurrency_groups={"roll_call": 1})(Counter).remote()
-    assert set(answers_of([actor, other], "given")) == {0, 1}
+def test_an_actor_that_is_gone_does_not_answer(actor: Any) -> None:
+    other: Any = ray.remote(num_cpus=0, concurrency_groups={PING_GROUP: 1})(Counter).remote()
+    assert set(ask_all([actor, other], "given")) == {0, 1}
     ray.kill(other)
-    assert set(answers_of([actor, other], "given")) == {0}
+    assert set(ask_all([actor, other], "given")) == {0}
     with pytest.raises(LostCallError, match="ActorDiedError"):
         result_of(other.given.remote())

@@ -37,6 +37,7 @@ from tests.radosgw import serve_radosgw
 from tests.s3 import ACCESS_KEY, SECRET_KEY, S3Server, serve_s3
 
 pytestmark = [
+    pytest.mark.ray,
     pytest.mark.timeout(900),
     pytest.mark.skipif(
         importlib.util.find_spec("aiohttp_cors") is None,

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.estimates import bits_per_weight, estimate
-from pipeline.executor.ray_cluster import Resources, worker_environment
+from pipeline.executor.allocation import worker_environment
+from pipeline.executor.protocol import Allocation
 from pipeline.plan import Plan
 from pipeline.storage.object_store import open_store
 from tests.models.tiny import tiny_preset
@@ -61,7 +62,7 @@ def run_and_weigh(
     windows = given.windows
     (folder / "windows").write_bytes(b"" if windows is None else windows.to_bytes())
     arguments = [folder / "plan.json", folder / "windows", source, folder / "run"]
-    one = Resources(workers=1, threads=2)
+    one = Allocation(workers=1, threads=2)
     environment = os.environ | worker_environment(one)
     finished = subprocess.run(
         [sys.executable, "-c", _PROGRAM, str(limit_bytes or 0), *map(str, arguments)],

@@ -22,6 +22,7 @@ from pipeline.run.records import MANIFEST_KEY, file_key, record_key
 from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.worker.worker import Worker
 from tests.pipeline.tiny_runs import execute, lasting, planned, recipe, source
+from tests.selection import by_default
 
 _fresh = iter(range(1_000_000))
 

@@ -28,6 +28,7 @@ from tests.pipeline.tiny_runs import (
     recipe,
     source,
 )
+from tests.selection import by_default
 
 DOCUMENTS = [f"document {i}: " + "some more words about it, " * (i % 5) for i in range(7)]
 
@@ -75,7 +76,7 @@ def recording(layers: dict[str, Any]) -> Iterator[dict[str, NDArray[np.float64]]
             object.__delattr__(layer, "call")
 
 
-@pytest.mark.parametrize("architecture", ["Llama3", "Gemma", "GPT2", "Bert"])
+@pytest.mark.parametrize("architecture", by_default(["Llama3", "Gemma", "GPT2", "Bert"], ["Gemma"]))
 def test_captured_sums_are_those_of_the_inputs_in_stock_keras(
     architecture: str, tmp_path: Path
 ) -> None:
