@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.infra.metric_names import asked_for, emitted, faults, outcomes
 from tests.infra.validators import INFRA, ROOT
+
+pytestmark = pytest.mark.infra
 
 SOURCE = (ROOT / "jobs" / "metrics.py").read_text(encoding="utf-8")
 
