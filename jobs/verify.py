@@ -1,4 +1,4 @@
-"""`quantfleet verify`: is a finished result whole, and does stock KerasHub load it?"""
+"""`quantfleet verify`: check that a finished result is intact, and that stock KerasHub loads it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def verify_run(output_url: str, *, stock: bool, as_json: bool) -> None:
     """Read and hash everything that the manifest names, then load it with stock KerasHub.
 
     Raises:
-        DamagedObjectError: the run is not finished, or a file is not as the manifest says.
-        ArtifactError: stock KerasHub does not load it, or answers nonsense.
+        DamagedObjectError: the run is not finished, or a file differs from the manifest.
+        ArtifactError: stock KerasHub does not load it, or its outputs are not finite.
     """
     store = open_store(output_url)
     if not store.exists(MANIFEST_KEY):
@@ -34,14 +34,14 @@ def verify_run(output_url: str, *, stock: bool, as_json: bool) -> None:
             f"quantfleet resume {shlex.quote(output_url)}"
         )
     manifest = read_manifest(store)
-    with status("reading every file again"):
+    with status("reading and hashing every file"):
         damaged = damaged_files(store, manifest)
     if damaged:
         for finding in damaged:
             log_event("damaged", finding.problem, level=logging.ERROR)
         raise DamagedObjectError(
             f"{len(damaged)} of {len(manifest.files) + len(manifest.records)} objects are damaged; "
-            "quantize again into an empty place"
+            "quantize again into an empty folder"
         )
     found = {
         "files": len(manifest.files),
@@ -54,29 +54,31 @@ def verify_run(output_url: str, *, stock: bool, as_json: bool) -> None:
         return
     log_event(
         "verified",
-        f"{store.url(MANIFEST_KEY)}: {found['files']} files, {found['bytes']:,} bytes, all as the "
-        f"manifest says{'; ' + str(found['stock']) if stock else ''}",
+        f"{store.url(MANIFEST_KEY)}: {found['files']} files, {found['bytes']:,} bytes, all match "
+        f"the manifest{'; ' + str(found['stock']) if stock else ''}",
         found,
     )
 
 
 def _load(store: ObjectStore, manifest: Manifest) -> str:
-    # Only who asks for this pays for JAX and Keras; and Keras would choose TensorFlow.
+    # Imported here: JAX and Keras are slow to load. Without a choice Keras takes TensorFlow.
     os.environ.setdefault("KERAS_BACKEND", "jax")
     from pipeline.artifact.verification import inspect_artifact
 
     with tempfile.TemporaryDirectory(prefix="quantfleet-verify-") as folder:
-        with status("fetching the artifact"):
+        with status("downloading the artifact"):
             for key, entry in sorted(manifest.files.items()):
                 path = Path(folder, key.removeprefix(ARTIFACT_PREFIX))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(store.get(key, sha256=entry.sha256, size=entry.size_bytes))
-        with status("looking it over"):
+        with status("checking its files"):
             inspect_artifact(Path(folder))
         tokens = np.arange(1, _TOKENS + 1, dtype=np.int32)[None]
         with status("loading it with stock KerasHub"):
             answer = ask_stock([folder], [tokens])
     if not np.isfinite(answer.outputs[0]).all():
-        raise ArtifactError(f"{store.url(ARTIFACT_PREFIX)}: loads, but answers NaN or infinity")
+        raise ArtifactError(
+            f"{store.url(ARTIFACT_PREFIX)}: loads, but its outputs are NaN or infinite"
+        )
     shape = " × ".join(map(str, answer.outputs[0].shape))
-    return f"stock KerasHub {answer.keras_hub} on {answer.backend} loads it and answers {shape}"
+    return f"stock KerasHub {answer.keras_hub} on {answer.backend} loads it; output shape {shape}"

@@ -1,1 +1,1 @@
-"""Catalogs: which models a team wants, in which recipes, and what exactly that asks for."""
+"""Catalogs: the models and recipes that a team wants, and the requests that they amount to."""

@@ -1,7 +1,4 @@
-"""A catalog as its authors write it: what each key means, and what it may be.
-
-Nothing here looks at the models themselves; `jobs.catalog.requests` makes requests of this.
-"""
+"""The schema of catalog files: each key's meaning and allowed values."""
 
 from __future__ import annotations
 
@@ -47,8 +44,8 @@ def _without_password(url: str) -> str:
     rest = url.partition("://")[2]
     if "@" in rest.partition("/")[0] and ":" in rest.partition("@")[0]:
         raise ValueError(
-            "the URL contains a password; take it out, change it, since URLs are logged, and give "
-            "it in the environment"
+            "the URL contains a password; remove it, change it, since URLs are logged, and pass it "
+            "in the environment"
         )
     return url
 
@@ -57,7 +54,7 @@ _Url = Annotated[StrictStr, Field(min_length=1), AfterValidator(_without_passwor
 
 
 class CalibrationChanges(BaseModel):
-    """What to calibrate on instead of what a recipe says; for recipes that calibrate."""
+    """Calibration settings that replace a recipe's own, for recipes that calibrate."""
 
     model_config = _CONFIG
 
@@ -67,69 +64,69 @@ class CalibrationChanges(BaseModel):
 
 
 class GateLimits(BaseModel):
-    """What a result must keep to be published. All that are given must hold."""
+    """The limits that a result must meet to be published."""
 
     model_config = _CONFIG
 
     max_perplexity_increase: Annotated[_Number, Field(ge=0)] | None = None
-    """Relative to the source's: 0.05 lets 20 become 21. Of causal language models."""
+    """Relative to the source's: 0.05 lets 20 become 21. For causal language models."""
     max_divergence: Annotated[_Number, Field(ge=0)] | None = None
-    """Mean KL(source ‖ result), in nats a token. Of causal language models."""
+    """Mean KL(source ‖ result), in nats per token. For causal language models."""
     min_cosine: Annotated[_Number, Field(ge=-1, le=1)] | None = None
-    """Mean cosine between the source's and the result's vectors. Of all other models."""
+    """Mean cosine similarity of the source's and the result's outputs. For all other models."""
 
 
 class Resources(BaseModel):
-    """What each of a model's runs takes of the cluster; None leaves it to the cluster."""
+    """What each run of a model takes of the cluster; None leaves it to the cluster."""
 
     model_config = _CONFIG
 
     workers: Annotated[StrictInt, Field(ge=1, le=100_000)] | None = None
     threads: Annotated[StrictInt, Field(ge=1, le=10_000)] | None = None
-    """Of each worker; they decide rounding, and so are part of what is asked for."""
+    """Per worker. They affect rounding, and so are part of the request."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     memory: Annotated[ByteSize, BeforeValidator(_size)] | None = None
-    """A worker's, such as 8GiB. A run whose plan says that it needs more is refused."""
+    """Per worker, such as 8GiB. A run whose plan needs more is rejected."""
 
 
 class Retention(BaseModel):
-    """How much of the past is kept."""
+    """How many old releases are kept."""
 
     model_config = _CONFIG
 
     keep: Annotated[StrictInt, Field(ge=1, le=1_000_000)] = 3
-    """Newest releases whose artifacts `quantfleet gc` leaves alone, the current one among them."""
+    """How many of the newest releases, including the current one, `quantfleet gc` leaves alone."""
 
 
 class Settings(BaseModel):
-    """What a model may say for itself, and `defaults` for all."""
+    """Settings of one model, or in `defaults` of all."""
 
     model_config = _CONFIG
 
     recipes: Annotated[tuple[StrictStr | dict[str, Any], ...], Field(min_length=1)] | None = None
-    """Built-in names, paths of recipe files, or recipes written out."""
+    """Names of built-in recipes, paths of recipe files, or recipes as mappings."""
     owner: StrictStr = ""
     tags: tuple[StrictStr, ...] = ()
     priority: Annotated[StrictInt, Field(ge=-1_000_000, le=1_000_000)] = 0
     """Higher ones run first."""
     calibration: CalibrationChanges = CalibrationChanges()
     evaluate_on: _Texts | None = None
-    """Texts, other than calibration's, by which the result is judged."""
+    """Texts to evaluate the result on, other than the calibration texts."""
     windows: Annotated[StrictInt, Field(ge=1, le=1_000_000)] = 8
-    """Token windows of them."""
+    """Token windows to evaluate on."""
     gate: GateLimits | None = None
     resources: Resources = Resources()
     retention: Retention = Retention()
 
 
 class Model(Settings):
-    """One model that is wanted."""
+    """One model of the catalog."""
 
     name: Name
     preset: _Url | None = None
     """Folder or URL of a KerasHub or Hugging Face preset."""
     alias_of: Name | None = None
-    """Another model's name, whose results are published under this one's too."""
+    """Another model's name; its results are published under this name too."""
 
 
 class CatalogFile(BaseModel):
@@ -138,6 +135,6 @@ class CatalogFile(BaseModel):
     model_config = _CONFIG
 
     root: _Url
-    """Where runs, requests and releases lie."""
+    """Where runs, requests and releases are stored."""
     models: Annotated[tuple[Model, ...], Field(min_length=1)]
     defaults: Settings = Settings()

@@ -1,4 +1,4 @@
-"""One model × one recipe, resolved: all that a process somewhere needs to make and judge it."""
+"""One model × one recipe, resolved: all that a process needs to make and judge the result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,199}")
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """What a result must keep to be published; None where there is no limit.
+    """The limits that a result must meet to be published; None means no limit.
 
     See `jobs.catalog.entries.GateLimits`.
     """
@@ -37,19 +37,21 @@ class Gate:
 
 @dataclass(frozen=True, kw_only=True)
 class Request(StoredRecord):
-    """What is wanted, and the state of everything that it is made from.
+    """A result that is asked for, with the fingerprints of everything that it is made from.
 
     Attributes:
-        model, recipe_name: under which the result is published.
-        aliases: other models' names under which it is too.
+        model, recipe_name: the names under which the result is published.
+        aliases: other models' names under which it is published too.
         source_url: the preset.
-        recipe: as `Recipe.to_dict` gives it.
-        evaluation_texts, evaluation_windows: what the result is judged by; none, and it is not.
-        gate: what it must keep.
-        needs: of a cluster.
-        keep: newest releases whose artifacts are kept.
-        source, texts, evaluation: token by file, of what it is made from and judged by.
-        versions: of the packages that compute.
+        recipe: as `Recipe.to_dict` returns it.
+        evaluation_texts, evaluation_windows: what the result is evaluated on; it is not evaluated
+            without texts.
+        gate: the limits that it must meet.
+        needs: what its run takes of a cluster.
+        keep: how many of the newest releases keep their artifacts.
+        source, texts, evaluation: fingerprints, by file, of the source, the calibration texts and
+            the evaluation texts.
+        versions: of the packages that compute the result.
     """
 
     model: str
@@ -69,7 +71,7 @@ class Request(StoredRecord):
 
     @cached_property
     def run_id(self) -> str:
-        """Of the run that makes it: what decides the result's bytes, and nothing else."""
+        """Id of the run that makes the result; it depends only on what decides the bytes."""
         decisive = {
             "model": self.model,
             "recipe": self.recipe,
@@ -83,7 +85,7 @@ class Request(StoredRecord):
 
     @cached_property
     def request_id(self) -> str:
-        """Of all of it: the same run may be asked for twice, and be judged otherwise."""
+        """Id of the whole request; two requests for the same run may differ in how it is judged."""
         return f"{self._name}-{digest_of(self.content())[:12]}"
 
     @property
@@ -97,7 +99,7 @@ class Request(StoredRecord):
 
 
 def request_key(request_id: str) -> str:
-    """Below a catalog's root."""
+    """Where a request lies, below a catalog's root."""
     return f"{REQUESTS_PREFIX}{checked_id(request_id)}.json"
 
 
@@ -112,15 +114,15 @@ def run_store(root: ObjectStore, run_id: str) -> ObjectStore:
 
 
 def checked_id(given: str) -> str:
-    """A request's or a run's id, which becomes part of keys.
+    """Return a request's or a run's id, which becomes part of keys, if it is valid.
 
     Raises:
-        PipelineError: it is none.
+        PipelineError: it is not.
     """
     if not _ID.fullmatch(given) or ".." in given:
         raise PipelineError(
-            f"{given[:200]!r} is no id of a run or request: lower-case letters, digits and ._- "
-            "only; take one that quantfleet status shows"
+            f"{given[:200]!r} is not a run's or request's id: lower-case letters, digits and ._- "
+            "only; use one that quantfleet status shows"
         )
     return given
 
@@ -133,16 +135,16 @@ def save_request(root: ObjectStore, request: Request) -> str:
 
 
 def load_request(url: str) -> tuple[ObjectStore, Request]:
-    """A catalog's root and a request that was written below it.
+    """Read a request; returns the root of its catalog too.
 
     Raises:
-        PipelineError: the URL is no request's, or what lies there is none.
+        PipelineError: there is no request at the URL.
     """
     root_url, separator, name = url.rpartition(f"/{REQUESTS_PREFIX}")
     if not separator or not name.endswith(".json"):
         raise PipelineError(
-            f"{url} is no request; its URL ends in /{REQUESTS_PREFIX}NAME.json, as quantfleet "
-            "nightly and submit write them"
+            f"{url} is not a request's URL, which ends in /{REQUESTS_PREFIX}NAME.json; quantfleet "
+            "nightly and submit write requests"
         )
     root = open_store(root_url)
     key = request_key(name.removesuffix(".json"))

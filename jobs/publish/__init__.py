@@ -1,1 +1,1 @@
-"""Publishing: which result readers get, and what it had to prove before."""
+"""Publishing: verdicts on results, and the releases that readers get."""

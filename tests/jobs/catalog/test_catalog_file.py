@@ -193,6 +193,7 @@ def test_what_is_no_catalog_is_refused(content: bytes, tmp_path: Path) -> None:
         read_catalog(str(file))
 
 
+@pytest.mark.exhaustive
 def test_the_work_of_reading_grows_in_proportion_to_the_entries() -> None:
     calls = {}
     for number in (100, 1000):

@@ -93,7 +93,7 @@ def test_what_is_no_request_is_refused(url: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "../a", "a/b", "a..b", ".a", "A", "a" * 201, "a\n"])
 def test_ids_lead_nowhere_else(name: str) -> None:
-    with pytest.raises(PipelineError, match="no id"):
+    with pytest.raises(PipelineError, match="is not a run's or request's id"):
         checked_id(name)
 
 
