@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict
 
 from pipeline.canonical import digest_of
-from pipeline.errors import PipelineError
+from pipeline.errors import MissingObjectError, PipelineError
 from pipeline.executor.protocol import ComputeSpec
 from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.storage.record import STRICT, StoredRecord
@@ -148,7 +148,12 @@ def load_request(url: str) -> tuple[ObjectStore, Request]:
         )
     root = open_store(root_url)
     key = request_key(name.removesuffix(".json"))
-    request = Request.read(root, key)
+    try:
+        request = Request.read(root, key)
+    except MissingObjectError:
+        raise PipelineError(
+            f"no request is at {root.url(key)}; quantfleet nightly and submit write requests"
+        ) from None
     if request_key(request.request_id) != key:
         raise PipelineError(f"{root.url(key)} holds another request, {request.request_id}")
     return root, request

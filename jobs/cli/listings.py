@@ -64,9 +64,10 @@ def recipes_json() -> dict[str, Any]:
 
 def recipes_table() -> Table:
     """One line per built-in recipe."""
-    table = Table("recipe", "scheme", "calibration", caption="all settings: --json")
+    table = Table("recipe", "scheme", "embeddings", "calibration", caption="all settings: --json")
     for name, recipe in builtin_recipes().items():
         assert recipe.scheme is not None
+        embeddings = "float" if recipe.embeddings is None else recipe.embeddings.policy
         calibration = recipe.calibration
         texts = (
             "none"
@@ -74,7 +75,7 @@ def recipes_table() -> Table:
             else f"{calibration.num_samples} × {calibration.sequence_length} tokens of "
             f"{', '.join(calibration.texts)}"
         )
-        table.add_row(Text(name, style="bold"), recipe.scheme.policy, Text(texts))
+        table.add_row(Text(name, style="bold"), recipe.scheme.policy, embeddings, Text(texts))
     return table
 
 

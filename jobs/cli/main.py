@@ -288,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         exit_code = app(arguments or ["--help"], prog_name="quantfleet", standalone_mode=False)
     except typer.TyperException as mistake:
-        _end(mistake.format_message(), 2)
+        _end(_usage_message(mistake), 2)
     except PipelineError as error:
         _end(str(error), error.exit_code)
     except QuantizationError as error:
@@ -298,6 +298,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (typer.Abort, KeyboardInterrupt):  # Ctrl-C
         _end("", 130)
     sys.exit(exit_code or 0)
+
+
+def _usage_message(mistake: typer.TyperException) -> str:
+    # Typer's own choices are checked by pydantic, whose messages begin like this.
+    message = mistake.format_message().replace("Value error, ", "")
+    message += "" if message.endswith((".", "?")) else "."
+    context = getattr(mistake, "ctx", None)
+    return message if context is None else f"{message} See {context.command_path} --help."
 
 
 def _end(message: str, exit_code: int) -> Never:
