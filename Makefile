@@ -18,7 +18,7 @@ TORCH  := $(VENV)/.torch
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv torch test test-torch test-s3 lint format demo bench lock clean
+.PHONY: help venv torch test test-all test-s3 lint format demo bench lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "%-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -35,33 +35,34 @@ $(READY): $(LOCKED) pyproject.toml
 	$(PIP) --no-deps --no-build-isolation --no-index --editable .
 	@touch $@
 
-torch: $(TORCH)  ## install PyTorch too: the default tests then try what we write on it as well
+torch: $(TORCH)  ## install PyTorch, the second backend that the tests load artifacts on
 
 # Outside the lock: which build of PyTorch fits depends on the machine.
 $(TORCH): $(READY)
 	$(PIP) "torch==2.13.*"
 	@touch $@
 
-# Two at a time: most of it is one thread that traces and compiles.
-# In the order of the files: the longest are not the last, for one process to end alone.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Two processes: most of the work is single-threaded tracing and compiling. Each runs neighbouring
+# tests, which share fixtures, and takes over half of what the other has left when it is done.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations=30
 
 test: lint  ## lint, types and the default tests
 	$(PYTEST)
 
-test-torch: $(TORCH)  ## install PyTorch, and run the tests that wait for it
-	$(PYTEST) -m torch
+# The second call runs the default tests of layers once more, with Keras on PyTorch.
+test-all: test $(TORCH)  ## the default tests, then all others but the slow ones (needs radosgw)
+	$(PYTEST) -m "(exhaustive or torch or radosgw) and not slow"
 	KERAS_BACKEND=torch $(PYTEST) tests/quantizer/keras_format/test_layers.py
 
 test-s3: $(READY)  ## the storage and fault tests on a real S3 server (needs radosgw)
-	$(BIN)/python -m pytest -m radosgw
+	$(BIN)/python -m pytest -m "radosgw and not slow"
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-format: $(READY)  ## let ruff mend style and order imports
+format: $(READY)  ## let ruff fix style and sort imports
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
