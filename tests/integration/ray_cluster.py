@@ -1,4 +1,4 @@
-"""A Ray cluster in a process of its own, shared by the tests of a session that join it."""
+"""A Ray cluster in a process of its own, shared by all tests of a session."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ NUM_CPUS = 8
 _CLUSTER = """
 import sys
 import ray
-from pipeline.executor.ray_executor import joined
-with joined(None, int(sys.argv[1])):
+from pipeline.executor.allocation import NodeResources
+from pipeline.executor.ray_cluster import connect
+with connect(None, NodeResources(cpus=int(sys.argv[1]))):
     folder = ray._private.worker._global_node.get_session_dir_path()
     print(ray.get_runtime_context().gcs_address, folder, flush=True)
     sys.stdin.read()
@@ -56,6 +57,6 @@ def serve_ray(environment: dict[str, str] | None = None) -> Iterator[RunningClus
 
 
 def quiet_environment() -> dict[str, str]:
-    """As `joined` would set it, for those who join a cluster that was started so."""
+    """What `connect` sets, for processes that connect to a cluster started by it."""
     wanted = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "KERAS_BACKEND": "jax"}
     return {**os.environ, **wanted}

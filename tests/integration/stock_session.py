@@ -92,7 +92,7 @@ def stock_session(scratch: Path, backend: str = "jax") -> Iterator[StockSession]
 
 
 def some_tokens(run: FinishedRun) -> NDArray[np.int32]:
-    vocabulary_size = run.model.own.backbone.vocabulary_size
+    vocabulary_size = run.model.skeleton.backbone.vocabulary_size
     return np.random.default_rng(7).integers(5, vocabulary_size, (2, 12), dtype="int32")
 
 

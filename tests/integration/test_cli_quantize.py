@@ -19,8 +19,14 @@ import yaml
 
 import jobs.quantize
 from jobs.cli.main import main
-from pipeline.executor.protocol import LocalExecutor
-from pipeline.executor.ray_cluster import Resources
+from jobs.execute import Compute
+from pipeline.executor.protocol import (
+    Allocation,
+    ComputeSpec,
+    Handle,
+    LocalExecutor,
+    NodeRoom,
+)
 from pipeline.plan import read_plan
 from pipeline.run.records import file_key
 from pipeline.storage.object_store import open_store
@@ -30,32 +36,40 @@ from tests.pipeline.tiny_runs import QuickWorker, lasting, recipe, source, text_
 from tests.s3 import S3Server
 
 
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the command do in this process what it else does on a cluster."""
+class LateExecutor(LocalExecutor):
+    """Its workers are made at the first call of one, from the plan that is there then."""
+
+    def __init__(self, num_workers: int, source_url: str, run_url: str) -> None:
+        super().__init__([None] * num_workers)
+        self._urls = source_url, run_url
+        self._made = False
+
+    def submit(
+        self, worker: int, method: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Handle[Any]:
+        if not self._made:
+            plan = read_plan(open_store(self._urls[1]))
+            super().__init__([QuickWorker(plan, *self._urls) for _ in self._workers])
+            self._made = True
+        return super().submit(worker, method, *args, **kwargs)
+
+
+def use_this_process(monkeypatch: pytest.MonkeyPatch, *nodes: NodeRoom) -> None:
+    """Plan and quantize in this process instead of on a cluster."""
 
     @contextlib.contextmanager
-    def place(*args: Any) -> Iterator[Resources]:
-        yield Resources(workers=2, threads=2)
+    def open_compute(
+        spec: ComputeSpec, source_url: str, run_url: str, **_: Any
+    ) -> Iterator[Compute]:
+        allocation = Allocation(workers=2, threads=2, nodes=nodes)
+        yield Compute(allocation, lambda: LateExecutor(2, source_url, run_url))
 
-    class LateCrew(LocalExecutor):
-        """Its workers are made when they are first asked, from the plan that lies there then."""
+    monkeypatch.setattr(jobs.quantize, "open_compute", open_compute)
 
-        def __init__(self, resources: Resources, source_url: str, run_url: str) -> None:
-            super().__init__([None] * resources.workers)
-            self._urls = source_url, run_url
-            self._made = False
 
-        def submit(self, worker: int, method: str, *args: Any) -> Any:
-            if not self._made:
-                plan = read_plan(open_store(self._urls[1]))
-                super().__init__([QuickWorker(plan, *self._urls) for _ in self._workers])
-                self._made = True
-            return super().submit(worker, method, *args)
-
-    monkeypatch.setattr(jobs.quantize, "_place", place)
-    monkeypatch.setattr(jobs.quantize, "memory_of_nodes", lambda resources: [(2, 1 << 40)])
-    monkeypatch.setattr(jobs.quantize, "RayExecutor", LateCrew)
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_this_process(monkeypatch)
 
 
 class Command:
@@ -223,7 +237,11 @@ def test_groups_larger_than_a_layer_are_refused_with_the_remedy(
 def test_too_little_memory_is_refused_with_the_numbers(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs.quantize, "memory_of_nodes", lambda _: [(1, 1 << 40), (2, 1 << 30)])
+    large, small = (
+        NodeRoom(workers=1, memory_bytes=1 << 40),
+        NodeRoom(workers=2, memory_bytes=1 << 30),
+    )
+    use_this_process(monkeypatch, large, small)
     given = ["--recipe", recipe_file(tmp_path), "--output", tmp_path / "out"]
     assert command("quantize", source(), *given) == 3
     assert "too little memory" in command.complaint

@@ -123,7 +123,9 @@ def test_an_answered_call_holds_no_arguments(pending: PendingOnActor) -> None:
     assert second.args == ()
 
 
-def test_an_error_is_an_answer_and_reaches_the_calls_that_depend_on_it(pending: PendingOnActor) -> None:
+def test_an_error_is_an_answer_and_reaches_dependent_calls(
+    pending: PendingOnActor,
+) -> None:
     failed = pending.submit("fail")
     dependent = pending.submit("add", failed, 1)
     assert pending.end(failed, dependent) == ["answered", "answered"]

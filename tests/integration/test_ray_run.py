@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,14 @@ import yaml
 
 import pipeline.executor.ray_executor
 from pipeline.errors import SourceError
-from pipeline.executor.protocol import ExecutorError
-from pipeline.executor.ray_cluster import Resources, choose_resources, memory_of_nodes
+from pipeline.executor.protocol import Allocation, ComputeSpec, ExecutorError
+from pipeline.executor.ray_cluster import allocate_on_cluster
 from pipeline.executor.ray_executor import RayExecutor
 from pipeline.remote_planning import plan_run
 from pipeline.run.driver import claim, quantize
 from pipeline.run.events import Step
 from pipeline.storage.object_store import open_store
+from pipeline.worker import start_worker
 from tests.integration.ray_cluster import NUM_CPUS, RunningCluster, quiet_environment
 from tests.pipeline.tiny_runs import NUM_BLOCKS, lasting, recipe, source, text_file
 from tests.s3 import ACCESS_KEY, SECRET_KEY, S3Server
@@ -47,7 +49,9 @@ main()
 def executor_of(workers: int, output: Path) -> Iterator[tuple[RayExecutor, object]]:
     import ray
 
-    executor = RayExecutor(Resources(workers=workers, threads=1), str(source()), str(output))
+    executor = RayExecutor(
+        Allocation(workers=workers, threads=1), partial(start_worker, str(source()), str(output))
+    )
     try:
         plan, windows = plan_run(executor, str(source()), recipe("gptq"), 1)
         claim(open_store(str(output)), plan, windows)
@@ -107,7 +111,9 @@ def test_any_workers_leave_the_same_bytes_though_one_is_killed(
 def test_an_error_of_planning_arrives_as_it_was_raised(tmp_path: Path) -> None:
     import ray
 
-    executor = RayExecutor(Resources(workers=1, threads=1), "/nowhere", str(tmp_path / "run"))
+    executor = RayExecutor(
+        Allocation(workers=1, threads=1), partial(start_worker, "/nowhere", str(tmp_path / "run"))
+    )
     try:
         with pytest.raises(SourceError, match=r"/nowhere: no config\.json there"):
             plan_run(executor, "/nowhere", recipe("int8"), 1)
@@ -122,7 +128,9 @@ def test_a_worker_that_cannot_be_made_says_why_at_once(tmp_path: Path) -> None:
         pass
     import ray
 
-    executor = RayExecutor(Resources(workers=1, threads=1), "/nowhere", str(tmp_path / "run"))
+    executor = RayExecutor(
+        Allocation(workers=1, threads=1), partial(start_worker, "/nowhere", str(tmp_path / "run"))
+    )
     try:
         with pytest.raises(SourceError, match="/nowhere"):
             quantize(plan, open_store(str(tmp_path / "run")), executor, lambda step: None)
@@ -138,7 +146,10 @@ def test_a_worker_that_cannot_start_says_why_at_once(
     monkeypatch.setattr(
         pipeline.executor.ray_executor, "worker_environment", lambda _: {"KERAS_BACKEND": "no"}
     )
-    executor = RayExecutor(Resources(workers=1, threads=1), str(source()), str(tmp_path / "run"))
+    executor = RayExecutor(
+        Allocation(workers=1, threads=1),
+        partial(start_worker, str(source()), str(tmp_path / "run")),
+    )
     with pytest.raises(
         ExecutorError, match=r"cannot start \(.*import backend : no\); check .* all nodes"
     ):
@@ -146,18 +157,15 @@ def test_a_worker_that_cannot_start_says_why_at_once(
 
 
 @pytest.mark.usefixtures("driver")
-def test_resources_are_those_of_the_cluster() -> None:
-    assert choose_resources(None, None, device="auto") == Resources(workers=1, threads=NUM_CPUS)
-    assert choose_resources(2, None, device="cpu") == Resources(workers=2, threads=NUM_CPUS // 2)
-    assert choose_resources(None, 2, device="auto") == Resources(workers=NUM_CPUS // 2, threads=2)
-    assert choose_resources(3, 2, device="auto") == Resources(workers=3, threads=2)
-    with pytest.raises(ExecutorError, match=r"9 workers of 1 threads do not fit.*--workers"):
-        choose_resources(9, 1, device="auto")
+def test_allocations_are_those_of_the_cluster() -> None:
+    found = allocate_on_cluster(ComputeSpec(workers=3, threads=2))
+    assert (found.workers, found.threads, found.gpus) == (3, 2, 0)
+    [node] = found.nodes
+    assert node.workers == 3
+    assert node.memory_bytes > 1 << 28
+    assert allocate_on_cluster(ComputeSpec()).threads == NUM_CPUS
     with pytest.raises(ExecutorError, match="no GPU; use --device cpu"):
-        choose_resources(None, None, device="gpu")
-    [(workers, memory_bytes)] = memory_of_nodes(Resources(workers=3, threads=2))
-    assert workers == 3
-    assert memory_bytes > 1 << 28
+        allocate_on_cluster(ComputeSpec(device="gpu"))
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from typing import Any
 
 import pytest
 
-import jobs.metrics
 from jobs.metrics import COUNTERS, GAUGES, RunMetrics, nightly_ended
+from pipeline.executor import ray_cluster
 from pipeline.fidelity import Fidelity
 from pipeline.run.events import Step
 from pipeline.storage.object_store import open_store
@@ -21,23 +20,16 @@ class Told:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.values: dict[tuple[str, ...], float] = defaultdict(float)
-        monkeypatch.setattr(jobs.metrics, "_counter", self._metric)
-        monkeypatch.setattr(jobs.metrics, "_gauge", self._metric)
+        monkeypatch.setattr(ray_cluster, "increase_counter", self._increase)
+        monkeypatch.setattr(ray_cluster, "set_gauge", self._set)
 
-    def _metric(self, name: str) -> Any:
-        told = self
-        known = {**COUNTERS, **GAUGES}[name][1]
+    def _increase(self, name: str, description: str, amount: float, tags: dict[str, str]) -> None:
+        assert (description, tuple(tags)) == COUNTERS[name]
+        self.values[(name, *tags.values())] += amount
 
-        class Metric:
-            def inc(self, value: float, tags: dict[str, str]) -> None:
-                assert tuple(tags) == known
-                told.values[(name, *tags.values())] += value
-
-            def set(self, value: float, tags: dict[str, str]) -> None:
-                assert tuple(tags) == known
-                told.values[(name, *tags.values())] = value
-
-        return Metric()
+    def _set(self, name: str, description: str, value: float, tags: dict[str, str]) -> None:
+        assert (description, tuple(tags)) == GAUGES[name]
+        self.values[(name, *tags.values())] = value
 
 
 @pytest.fixture

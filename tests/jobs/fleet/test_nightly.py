@@ -35,7 +35,7 @@ def made(published: TinyCatalog) -> TinyCatalog:
     """All of it up to date, as every test finds and leaves it; nothing counted yet."""
     assert done(published.nightly()[1]) == {}
     published.work.calls.clear()
-    published.work.entered = 0
+    published.work.opened = 0
     return published
 
 
@@ -49,7 +49,7 @@ def test_a_second_pass_does_nothing_and_says_what_it_read(made: TinyCatalog) -> 
     code, found = made.nightly()
     assert code == 0
     assert done(found) == {}
-    assert made.work.solves == made.work.entered == 0
+    assert made.work.solves == made.work.opened == 0
     preset = made.folder / "presets" / "alpha"
     json_bytes = sum(path.stat().st_size for path in preset.rglob("*.json"))
     assert found["alpha int8"]["bytes_read"] == json_bytes
@@ -203,7 +203,7 @@ def test_a_source_that_is_gone_is_named_and_the_rest_is_looked_at(made: TinyCata
 def test_an_alias_is_published_along_and_later_too(made: TinyCatalog) -> None:
     made.values["models"].append({"name": "stable", "alias_of": "alpha"})
     assert set(done(made.nightly()[1])) == {"alpha int8", "alpha gptq-w4"}
-    assert made.work.solves == made.work.entered == 0
+    assert made.work.solves == made.work.opened == 0
     assert (
         made.current("stable", "int8")["release"]["run_id"]
         == made.current("alpha", "int8")["release"]["run_id"]

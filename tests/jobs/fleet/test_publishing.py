@@ -52,10 +52,10 @@ def test_all_of_a_recipes_life(published: TinyCatalog) -> None:
     assert bad["quality"]["divergence"] > 0.01
 
     # It would only fail again, so it is reported and not done again.
-    catalog.work.entered = 0
+    catalog.work.opened = 0
     code, found = catalog.nightly()
     assert (code, found["alpha best"]["result"]) == (5, "gate failed")
-    assert catalog.work.entered == 0
+    assert catalog.work.opened == 0
     request = f"{catalog.root.root_url}/requests/{bad['request_id']}.json"
     code, printed = catalog.call("fulfil", request)
     assert code == 5

@@ -7,19 +7,23 @@ import io
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-import jobs.fleet.workplace
-from jobs.catalog.request import Needs
+import jobs.execute
 from jobs.cli.main import main
-from jobs.fleet.workplace import Enter, Workplace
-from pipeline.executor.protocol import LocalExecutor
-from pipeline.executor.ray_cluster import Resources
+from jobs.execute import Compute
+from pipeline.executor.protocol import (
+    Allocation,
+    ComputeSpec,
+    Handle,
+    LocalExecutor,
+    NodeRoom,
+)
 from pipeline.plan import read_plan
 from pipeline.storage.object_store import ObjectStore, open_store
 from tests.pipeline.tiny_runs import TEXT, QuickWorker, source
@@ -27,58 +31,57 @@ from tests.pipeline.tiny_runs import TEXT, QuickWorker, source
 WORK = ("solve", "quantize_alone")
 
 
-class CountingWorkplace:
-    """Where runs are done in this process.
+class CountingCompute:
+    """Computes in this process.
 
     Attributes:
         calls: of each method of the workers, all runs together.
-        entered: how often it was joined.
+        opened: how often it was opened.
         fail: raised by the next solve, once.
     """
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
-        self.entered = 0
+        self.opened = 0
         self.fail: BaseException | None = None
 
     @property
     def solves(self) -> int:
         return sum(self.calls[method] for method in WORK)
 
-    def on_ray(self, address: str | None) -> Enter:
-        """Stands for `jobs.fleet.workplace.on_ray`."""
-        return self.enter
-
     @contextlib.contextmanager
-    def enter(self, needs: Needs) -> Iterator[Workplace]:
-        self.entered += 1
-        memory = 1 << 40 if needs.memory_bytes is None else needs.memory_bytes
-        yield Workplace(
-            resources=Resources(workers=needs.workers or 1, threads=needs.threads or 2),
-            nodes=((needs.workers or 1, memory),),
-            hire=lambda source_url, run_url: _Crew(self, source_url, run_url),
-        )
+    def open_compute(
+        self, spec: ComputeSpec, source_url: str, run_url: str, *, address: str | None = None
+    ) -> Iterator[Compute]:
+        """Stands for `jobs.execute.open_compute`."""
+        self.opened += 1
+        workers = spec.workers or 1
+        room = NodeRoom(workers=workers, memory_bytes=spec.memory_bytes or 1 << 40)
+        allocation = Allocation(workers=workers, threads=spec.threads or 2, nodes=(room,))
+        yield Compute(allocation, lambda: _LateExecutor(self, source_url, run_url))
 
 
-class _Crew(LocalExecutor):
-    """Its workers are made when they are first asked, from the plan that lies there then."""
+class _LateExecutor(LocalExecutor):
+    """Its worker is made at its first call, from the plan that is there then."""
 
-    def __init__(self, at: CountingWorkplace, source_url: str, run_url: str) -> None:
+    def __init__(self, at: CountingCompute, source_url: str, run_url: str) -> None:
         super().__init__([None])
         self._at = at
         self._urls = source_url, run_url
         self._made = False
 
-    def submit(self, worker: int, method: str, *args: Any) -> Any:
-        self._at.calls[method] += 1
-        if method in WORK and self._at.fail is not None:
+    def submit(
+        self, worker: int, method: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Handle[Any]:
+        self._at.calls[method.__name__] += 1
+        if method.__name__ in WORK and self._at.fail is not None:
             error, self._at.fail = self._at.fail, None
             raise error
         if not self._made:
             plan = read_plan(open_store(self._urls[1]))
             super().__init__([QuickWorker(plan, *self._urls)])
             self._made = True
-        return super().submit(worker, method, *args)
+        return super().submit(worker, method, *args, **kwargs)
 
 
 class TinyCatalog:
@@ -90,7 +93,7 @@ class TinyCatalog:
         work: where it is done.
     """
 
-    def __init__(self, folder: Path, work: CountingWorkplace) -> None:
+    def __init__(self, folder: Path, work: CountingCompute) -> None:
         self.folder = folder
         self.work = work
         self.err = ""
@@ -152,7 +155,7 @@ class TinyCatalog:
 
 @contextlib.contextmanager
 def tiny_catalog(folder: Path) -> Iterator[TinyCatalog]:
-    work = CountingWorkplace()
+    work = CountingCompute()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs.fleet.workplace, "on_ray", work.on_ray)
+        patch.setattr(jobs.execute, "open_compute", work.open_compute)
         yield TinyCatalog(folder / "team", work)

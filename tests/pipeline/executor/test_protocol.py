@@ -2,8 +2,7 @@ import time
 
 import pytest
 
-from pipeline.executor.protocol import LocalExecutor, TimedWorker
-from pipeline.executor.ray_cluster import Resources, worker_environment
+from pipeline.executor.protocol import LocalExecutor, TimedWorker, argument
 
 
 class Adder:
@@ -17,19 +16,20 @@ class Adder:
 
 def test_handles_stand_for_results() -> None:
     executor = LocalExecutor([Adder(), Adder()])
-    first = executor.submit(0, "add", 1, 2)
-    assert executor.fetch([executor.submit(1, "add", first, 4)]) == [7]
+    first = executor.submit(0, Adder.add, 1, 2)
+    assert executor.fetch([executor.submit(1, Adder.add, argument(first), 4)]) == [7]
+    assert executor.fetch([executor.submit_read(1, Adder.add, argument(first), 5)]) == [8]
 
 
 def test_seconds_are_counted_once_and_of_failures_too() -> None:
     executor = LocalExecutor([Adder(), Adder()])
-    executor.submit(0, "add", 1, 2)
+    executor.submit(0, Adder.add, 1, 2)
     with pytest.raises(KeyError, match="mine"):
-        executor.submit(1, "fail")
-    taken = executor.seconds()
+        executor.submit(1, Adder.fail)
+    taken = executor.take_seconds()
     assert set(taken) == {"add", "fail"}
     assert taken["fail"] >= 0.01
-    assert executor.seconds() == {}
+    assert executor.take_seconds() == {}
 
 
 def test_a_timed_worker_adds_up_by_method() -> None:
@@ -38,15 +38,3 @@ def test_a_timed_worker_adds_up_by_method() -> None:
         worker.call("add", 1, 1)
     assert set(worker.take_seconds()) == {"add"}
     assert worker.take_seconds() == {}
-
-
-def test_a_worker_is_given_its_backend_and_threads_and_no_secret(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary")
-    given = worker_environment(Resources(workers=2, threads=3))
-    assert given["KERAS_BACKEND"] == "jax"
-    assert given["NPROC"] == given["OMP_NUM_THREADS"] == "3"
-    assert given["JAX_PLATFORMS"] == "cpu"
-    assert "canary" not in str(given)
-    assert "JAX_PLATFORMS" not in worker_environment(Resources(workers=1, threads=1, gpus=1))

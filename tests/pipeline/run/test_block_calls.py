@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pipeline.plan import LayerPlan
-from pipeline.run.driver import shared
+from pipeline.run.driver import share_out
+from quantizer.schemes import GPTQScheme
 
 
 def layers(*rows_and_slices: tuple[int, int]) -> list[LayerPlan]:
@@ -16,7 +17,7 @@ def layers(*rows_and_slices: tuple[int, int]) -> list[LayerPlan]:
             kind="kernel",
             in_features=64,
             out_features=rows,
-            scheme={},
+            scheme=GPTQScheme(),
             slices=slices,
         )
         for i, (rows, slices) in enumerate(rows_and_slices)
@@ -26,7 +27,7 @@ def layers(*rows_and_slices: tuple[int, int]) -> list[LayerPlan]:
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])
 def test_every_slice_has_one_worker_and_all_have_about_the_same(workers: int) -> None:
     given = layers((4096, 8), (1024, 2), (1024, 2), (300, 1))
-    whole, cut = shared(given, workers)
+    whole, cut = share_out(given, workers)
     slices = {layer.path: layer.slices for layer in given}
     done = [(path, n) for one in cut for path in one for n in one[path]]
     done += [(path, n) for one in whole for path in one for n in range(slices[path])]

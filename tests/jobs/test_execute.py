@@ -2,10 +2,10 @@ import dataclasses
 
 import pytest
 
-from jobs.admission import check_identity, check_memory
+from jobs.execute import check_identity, check_memory
 from pipeline.errors import PipelineError
 from pipeline.estimates import Estimate, estimate
-from pipeline.executor.protocol import ExecutorError
+from pipeline.executor.protocol import ExecutorError, NodeRoom
 from pipeline.remote_planning import Identity
 from tests.pipeline.tiny_runs import planned
 
@@ -16,21 +16,23 @@ def needing(worker_bytes: int) -> Estimate:
     return dataclasses.replace(estimate(planned("gptq").plan, 1), worker_bytes=worker_bytes)
 
 
+def rooms(*nodes: tuple[int, int]) -> list[NodeRoom]:
+    return [NodeRoom(workers=workers, memory_bytes=memory) for workers, memory in nodes]
+
+
 def test_workers_that_fit_are_let_through() -> None:
-    check_memory(needing(2 * GIB), [(2, 4 * GIB), (1, 2 * GIB)])
+    check_memory(needing(2 * GIB), rooms((2, 4 * GIB), (1, 2 * GIB)))
     check_memory(needing(2 * GIB), [])
 
 
 @pytest.mark.parametrize(
     ("nodes", "remedy"),
     [
-        ([(1, 8 * GIB), (3, 5 * GIB)], "use --workers 2, or nodes with more memory"),
-        ([(1, 1 * GIB)], "lower num_samples, or use nodes with more memory"),
+        (rooms((1, 8 * GIB), (3, 5 * GIB)), "use --workers 2, or nodes with more memory"),
+        (rooms((1, 1 * GIB)), "lower num_samples, or use nodes with more memory"),
     ],
 )
-def test_the_tightest_node_decides_and_the_remedy_fits(
-    nodes: list[tuple[int, int]], remedy: str
-) -> None:
+def test_the_tightest_node_decides_and_the_remedy_fits(nodes: list[NodeRoom], remedy: str) -> None:
     with pytest.raises(ExecutorError, match=r"needs about 2\.0 GiB") as raised:
         check_memory(needing(2 * GIB), nodes)
     assert remedy in str(raised.value)
