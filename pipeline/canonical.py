@@ -1,4 +1,4 @@
-"""One way to write a value as JSON, so that the same value always has the same digest."""
+"""Canonical JSON: equal values have equal bytes, and so equal digests."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class CanonicalJsonError(PipelineError):
 
 
 def canonical_json(value: Any) -> bytes:
-    """Return the one JSON text of `value`: keys sorted, indented, UTF-8, a newline at the end.
+    """The JSON text of `value` with sorted keys, indented, in UTF-8, with a final newline.
 
     Floats are written by `repr`, which reads back as the same float. Tuples become lists.
 
     Raises:
-        CanonicalJsonError: NaN or infinity, a key that is no string, text that is no Unicode
-            (lone surrogates), or a type that JSON lacks; the message says where in `value`.
+        CanonicalJsonError: NaN or infinity, a key that is not a string, a lone surrogate, or a
+            type that JSON lacks; the message says where in `value`.
     """
     _check(value, "$")
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=2)
@@ -28,17 +28,17 @@ def canonical_json(value: Any) -> bytes:
 
 
 def sha256(data: bytes) -> str:
-    """Return the SHA-256 of `data` as 64 lower-case hexadecimal digits."""
+    """SHA-256 of `data` as 64 lower-case hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def digest_of(value: Any) -> str:
-    """Return the SHA-256 of the canonical JSON of `value`."""
+    """SHA-256 of the canonical JSON of `value`."""
     return sha256(canonical_json(value))
 
 
 def _check(value: object, where: str) -> None:
-    # json.dumps would turn the keys 1 and True into text, and say only that something is no JSON.
+    # json.dumps would silently turn the keys 1 and True into text, and never says where.
     match value:
         case None | bool() | int():
             pass
@@ -65,4 +65,6 @@ def _check(value: object, where: str) -> None:
 
 def _check_text(text: str, where: str) -> None:
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise CanonicalJsonError(f"{where} contains half a surrogate pair and is no Unicode text")
+        raise CanonicalJsonError(
+            f"{where} contains half a surrogate pair, which is not Unicode text"
+        )

@@ -1,4 +1,4 @@
-"""Errors that a user can act on; the command line prints each as one line."""
+"""Errors for the user to act on; the command line prints each as one line."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ class PipelineError(ValueError):
     """Base of every error that `pipeline` raises on purpose.
 
     Attributes:
-        exit_code: of the command that it ends: 2 for bad input, 3 for storage or a cluster that
-            cannot be used as asked, 4 for a result that is damaged.
+        exit_code: of the command: 2 for bad input, 3 for storage or a cluster that cannot be
+            used, 4 for a damaged result.
     """
 
     exit_code: ClassVar[int] = 2
 
 
 class SourceError(PipelineError):
-    """A source model that is missing, damaged, or of a kind that cannot be quantized."""
+    """A source model that is missing, damaged, or of a type that cannot be quantized."""
 
 
 class RecipeError(PipelineError):
@@ -29,17 +29,17 @@ class CalibrationTextError(PipelineError):
 
 
 class StorageError(PipelineError):
-    """Object storage that cannot be used as asked; the message names the URL and the remedy."""
+    """Object storage that cannot be used; the message names the URL and the remedy."""
 
     exit_code = 3
 
 
 class MissingObjectError(StorageError, FileNotFoundError):
-    """No object under this key."""
+    """There is no object under this key."""
 
 
 class ObjectExistsError(StorageError, FileExistsError):
-    """Create-once met other bytes under this key."""
+    """An object that may be written only once already holds other bytes."""
 
 
 class DamagedObjectError(StorageError):
@@ -49,25 +49,25 @@ class DamagedObjectError(StorageError):
 
 
 class DivergenceError(PipelineError):
-    """Two computations of the same thing gave other bytes; nothing more may be published."""
+    """Two executions of the same work gave different bytes; nothing more may be published."""
 
     exit_code = 4
 
 
 class LeaseHeldError(PipelineError):
-    """Another driver is at work on this run."""
+    """Another driver is working on this run."""
 
     exit_code = 3
 
 
 class LeaseLostError(PipelineError):
-    """Another driver has taken this run over."""
+    """Another driver has taken over this run."""
 
     exit_code = 3
 
 
 class PlanMismatchError(PipelineError):
-    """A run directory that belongs to another plan."""
+    """A run directory belongs to another plan."""
 
 
 class WeightsFileError(PipelineError):
@@ -75,4 +75,4 @@ class WeightsFileError(PipelineError):
 
 
 class ArtifactError(PipelineError):
-    """A result that stock KerasHub could not load; the message says what it lacks."""
+    """A result that stock KerasHub could not load; the message says what is wrong."""

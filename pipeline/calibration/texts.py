@@ -2,17 +2,13 @@
 
 A source is one of
 
-    hf:<owner>/<name>[/<config>][?split=…&config=…&revision=…]   a data set of the hub
-    hf:/path/of/a/data set[?split=…]                             one in a directory
+    hf:<owner>/<name>[/<config>][?split=…&config=…&revision=…]   a data set on the hub
+    hf:/path/of/a/data set[?split=…]                             a data set in a local directory
     any fsspec path, URL or glob of .jsonl, .parquet or .txt     files, read in sorted order
 
-A line of .jsonl and a row of .parquet is a document, and so is a whole .txt; .jsonl and .txt may
-be compressed (.gz). Sources take turns, a document each, until all are used up. Nothing runs
-code that comes with a data set.
-
-Hugging Face data sets as a stream of documents; only what is read is fetched.
-
-Files as streams of documents: a line of .jsonl, a row of .parquet, a whole .txt.
+A document is a line of .jsonl, a row of .parquet or a whole .txt; .jsonl and .txt may be
+compressed (.gz). Sources are interleaved, one document each in turn, until all are exhausted. Hub
+data sets are streamed, so only what is read is fetched; code that comes with one is never run.
 """
 
 from __future__ import annotations
@@ -32,7 +28,7 @@ from pipeline.storage.user_files import driver_errors, find_given_files, open_gi
 
 
 def read_texts(calibration: Calibration) -> Iterator[str]:
-    """Stream the documents that have any text.
+    """Stream the documents that are not blank.
 
     Every source is found, and its first document read, before this returns.
 
@@ -40,17 +36,16 @@ def read_texts(calibration: Calibration) -> Iterator[str]:
         calibration: `texts` names the sources, `text_field` the column that holds a document.
 
     Raises:
-        CalibrationTextError: a source that is missing, unreadable, named twice or without any
-            text, or has no such column; also, for what lies further in, while streaming.
+        CalibrationTextError: a source that is missing, unreadable, named twice, without any text
+            or without such a column; also raised while streaming, for later documents.
     """
-    opened = _openers(calibration.texts, calibration.text_field)
-    streams = [_begun(source, documents) for source, documents in opened]
-    return _taking_turns(streams)
+    opened = _streams(calibration.texts, calibration.text_field)
+    return _interleaved([_with_first_read(source, documents) for source, documents in opened])
 
 
-def _openers(sources: Sequence[str], text_field: str) -> list[tuple[str, Iterator[str]]]:
+def _streams(sources: Sequence[str], text_field: str) -> list[tuple[str, Iterator[str]]]:
     streams: list[tuple[str, Iterator[str]]] = []
-    origin: dict[str, str] = {}  # of each file
+    source_of_file: dict[str, str] = {}
     for source in sources:
         if source.startswith("hf:"):
             files: tuple[str, ...] = (source,)
@@ -60,40 +55,40 @@ def _openers(sources: Sequence[str], text_field: str) -> list[tuple[str, Iterato
             readers = [(reader_of(file), file) for file in files]
             stream = chain.from_iterable(read(file, text_field) for read, file in readers)
         for file in files:
-            if file in origin:
+            if file in source_of_file:
                 raise CalibrationTextError(
-                    f"{source}: {file} is already read through {origin[file]}; name it once"
+                    f"{source}: {file} is already read through {source_of_file[file]}; name it once"
                 )
-            origin[file] = source
+            source_of_file[file] = source
         streams.append((source, stream))
     return streams
 
 
-def _begun(source: str, documents: Iterator[str]) -> Iterator[str]:
-    """The documents that are not blank; the first is read now, to meet errors early."""
+def _with_first_read(source: str, documents: Iterator[str]) -> Iterator[str]:
+    """The documents that are not blank. The first is read now, so that errors show early."""
     filled = (text for text in documents if text.strip())
     first = next(filled, None)
     if first is None:
         raise CalibrationTextError(
-            f"{source}: not one document with text in it; check text_field, or drop the source"
+            f"{source}: no document has any text; check text_field, or remove the source"
         )
     return chain([first], filled)
 
 
-def _taking_turns(streams: list[Iterator[str]]) -> Iterator[str]:
+def _interleaved(streams: list[Iterator[str]]) -> Iterator[str]:
     while streams:
-        going = []
+        remaining = []
         for stream in streams:
             text = next(stream, None)
             if text is not None:
-                going.append(stream)
+                remaining.append(stream)
                 yield text
-        streams = going
+        streams = remaining
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubSource:
-    """A Hugging Face data set, as a source names it."""
+    """A Hugging Face data set."""
 
     source: str
     name: str
@@ -103,17 +98,17 @@ class HubSource:
 
 
 def parse_hub_source(source: str) -> HubSource:
-    """Take `hf:<owner>/<name>[/<config>][?split=…&config=…&revision=…]` apart.
+    """Parse `hf:<owner>/<name>[/<config>][?split=…&config=…&revision=…]`.
 
     Raises:
-        CalibrationTextError: another form.
+        CalibrationTextError: the source has another form.
     """
     path, _, query = source.removeprefix("hf:").partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
     unknown = sorted(set(options) - {"split", "config", "revision"})
     if unknown or not all(options.values()):
         raise CalibrationTextError(
-            f"{source}: unknown or empty option {', '.join(unknown)}; after the ? may come "
+            f"{source}: unknown or empty option {', '.join(unknown)}; the options after ? are "
             "split=…, config=… and revision=…, joined by &"
         )
     if path.startswith(("/", "./", "../")):
@@ -121,7 +116,7 @@ def parse_hub_source(source: str) -> HubSource:
     parts = path.split("/")
     if not all(parts) or len(parts) > 3 or (len(parts) == 3 and "config" in options):
         raise CalibrationTextError(
-            f"{source}: no data set's name; write hf:<owner>/<name>[/<config>][?split=…]"
+            f"{source}: not the name of a data set; write hf:<owner>/<name>[/<config>][?split=…]"
         )
     if len(parts) == 3:
         options["config"] = parts[2]
@@ -132,9 +127,10 @@ def hub_rows(hub: HubSource, text_field: str) -> Iterator[str]:
     """Stream a data set's documents.
 
     Raises:
-        CalibrationTextError: no such data set, configuration, split or column; or out of reach.
+        CalibrationTextError: no such data set, configuration, split or column; or it cannot be
+            reached.
     """
-    # Here, since it takes a second or two.
+    # Imported when needed: it takes a second or two.
     import datasets
 
     with driver_errors(hub.source, CalibrationTextError):
@@ -157,10 +153,10 @@ Reader = Callable[[str, str], Iterator[str]]
 
 
 def reader_of(file: str) -> Reader:
-    """What reads a file of this name: called with the file and the field of its documents.
+    """The reader for a file name; called with the file and the field of its documents.
 
     Raises:
-        CalibrationTextError: a name that tells no format that is known.
+        CalibrationTextError: an unknown file extension.
     """
     name = file.removesuffix(".gz")
     for suffix, read in ((".jsonl", _json_lines), (".txt", _whole_text)):
@@ -194,17 +190,17 @@ def _json_object(line: bytes, where: str) -> Mapping[str, Any]:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise CalibrationTextError(
-            f"{where}: no JSON: {error}; write one object a line, in UTF-8"
+            f"{where}: not JSON: {error}; write one object per line, in UTF-8"
         ) from None
     if not isinstance(row, dict):
         raise CalibrationTextError(
             f"{where}: a {type(row).__name__} where an object such as "
-            '{"text": "..."} was expected; write one object a line'
+            '{"text": "..."} was expected; write one object per line'
         )
     return row
 
 
-def _whole_text(file: str, text_field: str) -> Iterator[str]:  # noqa: ARG001  (a text has no fields)
+def _whole_text(file: str, text_field: str) -> Iterator[str]:  # noqa: ARG001 - plain text has no fields
     with (
         driver_errors(file, CalibrationTextError),
         closing(open_given_file(file, decompress=True)) as stream,
@@ -212,7 +208,7 @@ def _whole_text(file: str, text_field: str) -> Iterator[str]:  # noqa: ARG001  (
         content = stream.read(MAX_DOCUMENT_BYTES + 1)
     _check_size(content, file)
     try:
-        # Line ends as Python reads them from a text file.
+        # A text wrapper translates line ends as Python does for text files.
         yield io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
@@ -243,17 +239,17 @@ def _parquet_rows(file: str, text_field: str) -> Iterator[str]:
 
 
 def document_in(row: Mapping[str, Any], text_field: str, where: str) -> str:
-    """One row's document.
+    """The document in one row.
 
     Raises:
-        CalibrationTextError: no such column, with those there are; or no text in it.
+        CalibrationTextError: there is no such column, or it does not hold text.
     """
     _check_column(list(row), text_field, where)
     text = row[text_field]
     if not isinstance(text, str):
         raise CalibrationTextError(
             f"{where}: {text_field!r} holds {type(text).__name__}, not text; choose another "
-            "text_field, or mend the row"
+            "text_field, or correct the row"
         )
     return text
 

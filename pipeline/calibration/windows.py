@@ -1,10 +1,8 @@
-"""Calibration: texts cut into the token windows that a model will see.
+"""Cut calibration texts into the token windows that a model will see.
 
 Documents are tokenized once and cut into windows of one length. The same texts, tokenizer and
-settings give the same bytes on every machine and under every version of NumPy, so windows are
-stored under the digest of their content.
-
-Token windows as they are stored: under the digest of their content.
+settings give the same bytes on every machine and under every version of NumPy; windows are stored
+under the digest of their content.
 """
 
 from __future__ import annotations
@@ -38,24 +36,23 @@ def make_windows(
     pad_token: int = 0,
     vocabulary_size: int | None = None,
 ) -> TokenWindows:
-    """Cut texts into token windows, reading no more of them than it takes.
+    """Cut texts into token windows, reading no more texts than necessary.
 
     With packing, documents are joined, each followed by `end_token`, and cut into full windows
-    that share no token; what is left over is dropped. Without, a window holds one document: the
-    first that fit of its tokens, then padding.
+    that do not overlap; the remainder is dropped. Without packing, a window holds one document,
+    truncated or padded.
 
     Args:
-        texts: documents; those without any token are passed over.
-        tokenize: gives a document's tokens, [num_tokens] of integers, no special ones added.
+        texts: documents; those without any token are skipped.
+        tokenize: gives a document's tokens, integers [num_tokens], without special tokens.
         calibration: the number, length and choice of windows.
-        start_token: put first in every window, as decoders and encoders expect it.
-        end_token: put after every document, also one cut short.
-        pad_token: fills what is left of a window without packing.
-        vocabulary_size: tokens must be smaller, where given; an embedding would not notice.
+        start_token: first token of every window.
+        end_token: put after every document, even a truncated one.
+        pad_token: fills up a window without packing.
+        vocabulary_size: upper bound of the tokens; JAX would clip larger ones silently.
 
     Raises:
-        CalibrationTextError: too few texts, with how many windows there would be; or tokens that
-            are no tokens.
+        CalibrationTextError: too few texts, or values that are not tokens of the vocabulary.
     """
     log = _ReadingLog()
     num_samples, sequence_length = calibration.num_samples, calibration.sequence_length
@@ -87,7 +84,7 @@ def make_windows(
 
 
 def shard_bounds(num_samples: int, samples_per_shard: int) -> tuple[tuple[int, int], ...]:
-    """Cut windows into the fixed slices [a, b) that work is planned by, the last maybe short."""
+    """Cut windows into calibration shards, fixed slices [a, b); the last may be shorter."""
     if num_samples < 1 or samples_per_shard < 1:
         raise ValueError(
             f"num_samples and samples_per_shard must be positive, got {num_samples} and "
@@ -100,7 +97,7 @@ def shard_bounds(num_samples: int, samples_per_shard: int) -> tuple[tuple[int, i
 
 
 class _ReadingLog:
-    """What was read so far: how much, and its digest."""
+    """Counts and hashes the documents that were read."""
 
     def __init__(self) -> None:
         self.num_documents = 0
@@ -116,7 +113,7 @@ class _ReadingLog:
     ) -> Iterator[_Int32]:
         for text in texts:
             content = text.encode("utf-8", "surrogatepass")
-            # With its length first, so that no two lists of documents look alike.
+            # The length prefix makes the hash depend on where documents begin.
             self._hash.update(len(content).to_bytes(8, "little") + content)
             self.num_documents += 1
             tokens = _checked(tokenize(text), vocabulary_size, self.num_documents)
@@ -132,7 +129,7 @@ def _checked(given: Any, vocabulary_size: int | None, num_documents: int) -> _In
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise CalibrationTextError(
             f"document {num_documents}: the tokenizer gave {tokens.dtype} of shape {tokens.shape} "
-            "where a list of integers was expected; give it no sequence_length, and dtype int32"
+            "where a list of integers was expected; use dtype int32 and no sequence_length"
         )
     limit = np.iinfo(np.int32).max if vocabulary_size is None else vocabulary_size
     if tokens.min() < 0 or tokens.max() >= limit:
@@ -175,10 +172,10 @@ def _one_each(
 
 
 def _draw(num_windows: int, num_samples: int, calibration: Calibration) -> Sequence[int]:
-    """The chosen windows, in the order of the texts."""
+    """Indices of the chosen windows, ascending."""
     if calibration.sampling == "sequential":
         return range(num_samples)
-    # Raw bits: NumPy keeps those the same for ever, but not what Generator makes of them.
+    # Raw bits are the same in every version of NumPy; what Generator makes of them is not.
     keys = np.random.PCG64(calibration.seed).random_raw(num_windows)
     return sorted(np.argsort(keys, kind="stable")[:num_samples].tolist())
 
@@ -196,16 +193,16 @@ def _too_few(num_windows: int, log: _ReadingLog, calibration: Calibration) -> st
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenWindows:
-    """Calibration's input; equal windows have equal bytes, and so equal digests."""
+    """The calibration input; equal windows have equal bytes, and so equal digests."""
 
     tokens: _Int32
     """[num_samples, sequence_length]"""
     lengths: _Int32
-    """[num_samples]: tokens of each window that are text; the rest is padding."""
+    """[num_samples]: how many tokens of each window are text; the rest is padding."""
     fingerprint: str
-    """SHA-256 of the documents that were read to make the windows, in their order."""
+    """SHA-256 of the documents that were read to make the windows, in order."""
     num_documents: int
-    """How many those were."""
+    """How many documents were read."""
 
     def __post_init__(self) -> None:
         fits = self.tokens.ndim == 2 and self.lengths.shape == self.tokens.shape[:1]
@@ -222,7 +219,7 @@ class TokenWindows:
         return np.arange(self.tokens.shape[1])[None, :] < self.lengths[:, None]
 
     def to_bytes(self) -> bytes:
-        """A safetensors file without metadata: whose maps have no fixed order."""
+        """A safetensors file; without metadata, which has no fixed order."""
         return safetensors.numpy.save(
             {
                 "fingerprint": np.frombuffer(bytes.fromhex(self.fingerprint), np.uint8),
@@ -237,7 +234,7 @@ class TokenWindows:
         """The inverse of `to_bytes`.
 
         Raises:
-            CalibrationTextError: damaged, or something else.
+            CalibrationTextError: damaged, or not token windows.
         """
         try:
             found = safetensors.numpy.load(content)
@@ -249,11 +246,11 @@ class TokenWindows:
             )
         except (safetensors.SafetensorError, KeyError, IndexError) as error:
             raise CalibrationTextError(
-                f"token windows: damaged ({error}); delete the file, so that it is made again"
+                f"token windows: damaged ({error}); delete the file, and it is made again"
             ) from error
         if windows.to_bytes() != content:
             raise CalibrationTextError(
-                "token windows: not as they were written; delete the file, so that it is made again"
+                "token windows: not as they were written; delete the file, and it is made again"
             )
         return windows
 
@@ -264,5 +261,5 @@ class TokenWindows:
 
     @property
     def key(self) -> str:
-        """Where the windows are stored, by their content."""
+        """Storage key, named by the digest."""
         return f"tokens/{self.digest}.safetensors"

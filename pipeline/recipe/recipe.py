@@ -2,15 +2,13 @@
 
 A recipe is frozen, checked once when it is made, and round-trips through plain JSON values.
 This module imports neither JAX nor Keras, so that listing recipes is instant.
-
-Whether a recipe fits a model's layers, asked before anything starts.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self, TypeAlias, get_args
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -42,7 +40,7 @@ StatisticsKind: TypeAlias = Literal["hessian", "magnitudes"]
 
 
 def statistics_of(scheme: Scheme | None) -> StatisticsKind | None:
-    """What a layer's scheme must know of its inputs; None where the weights are enough."""
+    """The calibration statistics that a scheme needs; None if the weights are enough."""
     match scheme:
         case GPTQScheme() | AWQScheme():
             return "hessian"
@@ -57,12 +55,12 @@ def _read_scheme(value: object) -> Scheme:
         return value
     if not isinstance(value, dict):
         raise ValueError(
-            f"{value!r} is no scheme; give a mapping such as {{mode: gptq, weight_bits: 4}}, or "
+            f"{value!r} is not a scheme; give a mapping such as {{mode: gptq, weight_bits: 4}}, or "
             "null to leave layers in float"
         )
     for name, field in value.items():
         if isinstance(field, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", field):
-            # YAML 1.1 knows 1.0e-2 only.
+            # YAML 1.1 reads 1.0e-2 as a number, but 1e-2 as text.
             raise ValueError(f"{name}: YAML reads {field} as text; write {float(field)!r}")
     return scheme_from_dict(value)
 
@@ -81,7 +79,7 @@ def _check_pattern(pattern: str) -> str:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(
-            f"{pattern!r} is no regular expression: {error}; escape special characters with \\"
+            f"{pattern!r} is not a regular expression: {error}; escape special characters with \\"
         ) from None
     return pattern
 
@@ -93,36 +91,36 @@ _PatternField = Annotated[
 
 
 class Rule(BaseModel):
-    """The scheme of those layers whose path the pattern is found in."""
+    """The scheme of all layers whose path matches a pattern."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     pattern: _PatternField
-    """A regular expression, searched for anywhere in a layer's path; case matters."""
+    """A regular expression, searched for anywhere in a layer's path; case-sensitive."""
     scheme: SchemeField | None
     """The scheme of these layers; null leaves them in float."""
 
 
 class Calibration(BaseModel):
-    """The texts that layers are calibrated on, and how they are cut into token windows."""
+    """The calibration texts, and how they are cut into token windows."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     texts: tuple[Annotated[StrictStr, Field(min_length=1)], ...] = Field(min_length=1)
-    """Sources (see `pipeline.calibration.texts`), which take turns, a document each."""
+    """Sources (see `pipeline.calibration.texts`), interleaved document by document."""
     text_field: Annotated[StrictStr, Field(min_length=1)] = "text"
     """The column of a data set, or the key of a .jsonl line, that holds a document."""
     num_samples: Annotated[StrictInt, Field(ge=1, le=1_000_000)] = 128
-    """Token windows."""
+    """Number of token windows."""
     sequence_length: Annotated[StrictInt, Field(ge=2, le=1_000_000)] = 2048
-    """Tokens in a window."""
+    """Tokens per window."""
     seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = 0
     sampling: Literal["sequential", "random"] = "random"
-    """The first windows of the texts, or a draw without replacement from a pool of them."""
+    """Take the first windows of the texts, or draw from a pool of them without replacement."""
     pool_factor: Annotated[StrictInt, Field(ge=1, le=1000)] = 8
-    """A random draw's pool: so many times num_samples windows, where the texts have as many."""
+    """Size of that pool, as a multiple of num_samples, if the texts are long enough."""
     packing: StrictBool = True
-    """Join documents and cut them into full windows; false gives each window one document."""
+    """Join documents and cut them into full windows; false puts one document in each window."""
 
 
 class Recipe(BaseModel):
@@ -132,13 +130,13 @@ class Recipe(BaseModel):
 
     name: Annotated[StrictStr, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
     scheme: SchemeField | None
-    """The scheme of every kernel that no rule speaks of; null leaves them in float."""
+    """The scheme of every kernel that no rule matches; null leaves them in float."""
     rules: tuple[Rule, ...] = ()
-    """Exceptions, for kernels. The first rule whose pattern is found decides."""
+    """Exceptions, for kernels; the first rule that matches decides."""
     embeddings: Annotated[SchemeField, AfterValidator(_check_embeddings)] | None = None
     """The scheme of every embedding table, int8 or int4; null leaves them in float."""
     calibration: Calibration | None = None
-    """Needed by gptq, awq and float8; ignored where no scheme needs it."""
+    """Needed by gptq, awq and float8; otherwise ignored."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -158,23 +156,21 @@ class Recipe(BaseModel):
     def _kernel_schemes(self) -> tuple[Scheme | None, ...]:
         return (self.scheme, *(rule.scheme for rule in self.rules))
 
-    def scheme_for(self, layer_path: str, kind: LayerKind) -> Scheme | None:
+    def scheme_for(self, layer_path: str, layer_kind: LayerKind) -> Scheme | None:
         """The scheme of one layer; None leaves it in float.
 
         Args:
-            layer_path: names joined by "/", as `llama_transformer_decoder_3/self_attention/query`.
-            kind: "kernel" of a Dense or EinsumDense, where the first rule whose pattern is found
-                in the path decides; or "embedding", where `embeddings` alone does.
+            layer_path: such as "llama_transformer_decoder_3/self_attention/query".
+            layer_kind: "kernel" for a Dense or EinsumDense, decided by `rules` and `scheme`, or
+                "embedding", decided by `embeddings`.
         """
-        if kind not in get_args(LayerKind):
-            raise ValueError(f"kind must be one of {', '.join(get_args(LayerKind))}, got {kind!r}")
-        if kind == "embedding":
+        if layer_kind == "embedding":
             return self.embeddings
         rule = self.rule_for(layer_path)
         return self.scheme if rule is None else rule.scheme
 
     def rule_for(self, layer_path: str) -> Rule | None:
-        """The rule that decides a kernel's scheme; None where the default does."""
+        """The first rule that matches a kernel's path; None if the default scheme applies."""
         for rule in self.rules:
             if re.search(rule.pattern, layer_path):
                 return rule
@@ -182,14 +178,14 @@ class Recipe(BaseModel):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether any layer's scheme may need to see its inputs."""
+        """Whether any scheme needs calibration statistics."""
         return any(statistics_of(scheme) for scheme in self._kernel_schemes())
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain JSON values, to be stored or digested.
 
-        Every default is written out. A calibration that no scheme needs is left out: it changes
-        no byte of the result.
+        Every default is written out. A calibration that no scheme needs is omitted, since it does
+        not affect the result.
         """
         values = self.model_dump(mode="json")
         return values if self.needs_calibration else values | {"calibration": None}
@@ -202,17 +198,16 @@ _SHOWN = 5
 
 
 def check_recipe(recipe: Recipe, layers: Sequence[tuple[str, LayerKind, int]]) -> None:
-    """Refuse groups that are larger than a layer, and a recipe that would change nothing.
+    """Reject groups larger than a layer, and a recipe that would quantize nothing.
 
-    A last group may be short: group_size need not divide the input features. int4's block_size
-    may be larger, as in Keras, and then means one block.
+    group_size need not divide in_features: the last group may be shorter. int4's block_size may
+    exceed in_features, as in Keras, and then means one block.
 
     Args:
-        recipe: the recipe.
-        layers: (path, kind, in_features) of every layer that could be quantized.
+        layers: (path, layer kind, in_features) of every layer that could be quantized.
 
     Raises:
-        RecipeError: with the layers and the remedy.
+        RecipeError: names the layers and the remedy.
     """
     chosen = [(path, size, recipe.scheme_for(path, kind)) for path, kind, size in layers]
     too_small = {
@@ -230,7 +225,7 @@ def check_recipe(recipe: Recipe, layers: Sequence[tuple[str, LayerKind, int]]) -
         raise RecipeError(
             f"recipe {recipe.name}: groups larger than the layer: {', '.join(shown)}{more}; use "
             f"a group_size of at most {limit}, or -1 for one group, or leave these layers in "
-            "float by a rule {pattern: ..., scheme: null}"
+            "float with a rule {pattern: ..., scheme: null}"
         )
     if all(scheme is None for _, _, scheme in chosen):
         raise RecipeError(
@@ -242,6 +237,6 @@ def check_recipe(recipe: Recipe, layers: Sequence[tuple[str, LayerKind, int]]) -
 def unmatched_patterns(
     recipe: Recipe, layers: Sequence[tuple[str, LayerKind, int]]
 ) -> tuple[str, ...]:
-    """Those rules' patterns that decide no layer: mistyped, shadowed, or for other models."""
+    """Patterns of rules that decide no layer: mistyped, shadowed, or meant for another model."""
     deciding = {recipe.rule_for(path) for path, kind, _ in layers if kind == "kernel"}
     return tuple(rule.pattern for rule in recipe.rules if rule not in deciding)

@@ -24,15 +24,14 @@ from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, I
 
 
 def load_recipe(name_or_file: str) -> Recipe:
-    """Return a built-in recipe by its name, or read one from a YAML file.
+    """A built-in recipe by its name, or one read from a YAML file.
 
     Args:
-        name_or_file: a built-in recipe's name; or a path or fsspec URL, which has a "/" in it or
-            ends in .yaml or .yml. A file of a built-in recipe's name is read as `./name`.
+        name_or_file: a built-in recipe's name; or a path or fsspec URL, which contains a "/" or
+            ends in .yaml or .yml. Write `./name` for a file named like a built-in recipe.
 
     Raises:
-        RecipeError: an unknown name, with those that are known; an unreadable file; or a bad
-            one, with the line to mend.
+        RecipeError: an unknown name, an unreadable file, or an invalid recipe.
     """
     known = builtin_recipes()
     if name_or_file in known:
@@ -77,10 +76,10 @@ def recipe_from_dict(values: object, *, where: str = "recipe") -> Recipe:
 
     Args:
         values: plain JSON values.
-        where: where they come from, for messages.
+        where: their origin, for messages.
 
     Raises:
-        RecipeError: unknown keys, bad values, or schemes without the calibration they need.
+        RecipeError: unknown keys, bad values, or a scheme without the calibration it needs.
     """
     try:
         return Recipe.model_validate(values)
@@ -98,18 +97,18 @@ def _line(error: ErrorDetails, document: MarkedYaml) -> int:
 
 
 def _field_at_fault(error: ErrorDetails) -> YamlPath:
-    """The key of a scheme that its message is about, so that the line is that key's own."""
+    """The key within a scheme that the message names, to report that key's own line."""
     given, message = error["input"], str(error.get("ctx", {}).get("error", ""))
     if error["type"] != "value_error" or not isinstance(given, dict):
         return ()
     named = set(re.findall(r"\w+", message.partition(";")[0]))
-    # A bad mode is named last, since every message about another key may name it too.
+    # "mode" comes last, since messages about other keys may mention it too.
     keys = sorted((key for key in given if str(key) in named), key=lambda key: key == "mode")
     return tuple(map(str, keys[:1]))
 
 
 CALIBRATION = Calibration(texts=("hf:allenai/c4/en?split=train",))
-"""General English web text, shuffled already; streamed, so only its beginning is fetched."""
+"""General English web text, already shuffled; streamed, so only its beginning is fetched."""
 
 
 @cache

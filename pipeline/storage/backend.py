@@ -1,6 +1,6 @@
-"""What every kind of store does for `ObjectStore`, which checks keys and contents around it.
+"""The interface of a storage backend, and how long a remote one may take.
 
-How long a remote store may keep a run waiting.
+`ObjectStore` is the only user: it checks keys and contents around every call.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pipeline.errors import StorageError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Version:
-    """What a store knows of an object without reading it.
+    """What a store knows about an object without reading it.
 
     Attributes:
-        token: another one whenever the object was written; the same bytes written again may have
-            the same one. No token says anything about other stores.
+        token: changes when other bytes are written; writing the same bytes again may keep it.
+            Tokens of different stores cannot be compared.
         size_bytes: of the object.
-        modified: when it was written, in seconds since 1970 by the store's clock: for people to
-            read, since clocks differ.
+        modified: time of writing, in seconds since 1970 by the store's clock. For display only,
+            since clocks differ.
     """
 
     token: str
@@ -31,69 +31,63 @@ class Version:
 
 
 class Backend(Protocol):
-    """What keeps the bytes. Keys have been checked; missing ones raise FileNotFoundError."""
+    """Stores bytes under keys, which are valid. A missing object raises FileNotFoundError."""
 
     def read(self, key: str, num_bytes: int | None) -> bytes:
-        """Read the whole object; `num_bytes` is its size where the caller knows it."""
+        """Read the whole object; `num_bytes` is its size if the caller knows it."""
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
         """Read bytes [start, stop); fewer at the object's end."""
 
-    def size(self, key: str) -> int:
-        """Return the object's size in bytes."""
-
     def write(self, key: str, data: bytes) -> None:
-        """Overwrite: readers see the old bytes or the new ones, nothing in between."""
+        """Write atomically: readers see either the old bytes or the new ones."""
 
     def create(self, key: str, data: bytes) -> None:
-        """Write if nothing is there; FileExistsError otherwise, even if it was our own try."""
+        """Write if no object exists, else raise FileExistsError, even if our own retry wrote it."""
 
     def replace(self, key: str, data: bytes, expected: bytes) -> None:
-        """Write if the object holds `expected`; FileExistsError otherwise, even by our own try."""
+        """Write if the object equals `expected`, else raise FileExistsError, as in `create`."""
 
     def version(self, key: str) -> Version:
-        """Return what is known of the object without reading it."""
+        """What is known about the object without reading it."""
 
     def versions(self, prefix: str) -> Iterator[tuple[str, Version]]:
-        """Yield the same of every object whose key begins with `prefix`, in any order."""
+        """Yield key and version of every object whose key begins with `prefix`, in any order."""
 
     def list(self, prefix: str) -> Iterator[str]:
         """Yield every key that begins with `prefix`, in any order."""
 
     def delete(self, key: str) -> None:
-        """Remove the object; it may be absent."""
+        """Remove the object, or a leftover; it may be absent."""
 
     def leftovers(self) -> Iterator[str]:
-        """Yield the names of what interrupted writes left behind, below the root."""
-
-    def sweep(self, leftover: str) -> None:
-        """Remove what `leftovers` named; it may be absent."""
+        """Yield the paths, below the root, of partial files left by interrupted writes."""
 
 
 PATIENCE_VARIABLE = "QUANTFLEET_STORAGE_PATIENCE"
-"""Environment variable: `Patience.deadline_seconds` of every store that is opened without one."""
+"""Environment variable with `Patience.deadline_seconds`, for stores opened without a patience."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Patience:
-    """How long a remote store may keep us waiting. Local stores never do."""
+    """How long to wait for a remote store."""
 
     deadline_seconds: float = 300.0
-    """An operation is tried again until this long after its first try: the longest outage of the
-    store that only makes work wait."""
+    """An operation is retried until this long after its first attempt, so this is the longest
+    outage that a run survives."""
     connect_seconds: float = 3.0
     """Limit for opening a connection."""
     read_seconds: float = 20.0
-    """Limit for silence while an answer is awaited."""
+    """Limit for waiting on a silent connection."""
     longest_pause_seconds: float = 5.0
-    """Pauses between tries double, with jitter, up to this."""
+    """Pauses between attempts double, with jitter, up to this."""
 
     @classmethod
     def configured(cls) -> Patience:
-        """As this process' environment says.
+        """The patience that the environment asks for.
 
         Raises:
-            StorageError: it says something that is no number of seconds.
+            StorageError: the variable is not a number of seconds.
         """
         given = os.environ.get(PATIENCE_VARIABLE)
         if given is None:

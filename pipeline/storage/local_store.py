@@ -1,4 +1,4 @@
-"""A store on a local disk, or on a file system that several machines mount."""
+"""A store on a local disk, or on a file system mounted by several machines."""
 
 from __future__ import annotations
 
@@ -16,30 +16,28 @@ from pipeline.storage.backend import Version
 
 _REMEDIES = {
     errno.EACCES: "no permission; check owner and mode",
-    errno.EPERM: "not permitted; check owner and mode, and that the file system has hard links",
-    errno.EROFS: "the file system is read-only; choose another place",
+    errno.EPERM: "not permitted; check owner and mode, and that hard links are supported",
+    errno.EROFS: "the file system is read-only; choose another directory",
     errno.ENOSPC: "the disk is full; free some space and start again",
     errno.EDQUOT: "the disk quota is used up; free some space and start again",
-    errno.ENOTSUP: "the file system has no hard links, which creating a file only once needs",
-    errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter place",
-    errno.EIO: "the disk fails to read or write; check its health",
+    errno.ENOTSUP: "the file system lacks hard links, which are needed to create a file only once",
+    errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter path",
+    errno.EIO: "the disk failed to read or write; check its health",
 }
-
-
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")
 
 
 class LocalBackend:
-    """Files below a directory, written so that a crash at any moment leaves whole files only.
+    """Files below a directory, written so that a crash at any moment leaves only whole files.
 
-    Temporary files lie beside their target and begin with a dot; a crash may leave some behind,
-    and no listing shows them.
+    Temporary files lie beside their target and begin with a dot. A crash may leave some behind;
+    listings omit them.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    def read(self, key: str, num_bytes: int | None) -> bytes:  # noqa: ARG002 - of use afar
+    def read(self, key: str, num_bytes: int | None) -> bytes:  # noqa: ARG002 - for remote stores
         with self._explained(key) as path:
             return path.read_bytes()
 
@@ -47,12 +45,6 @@ class LocalBackend:
         with self._explained(key) as path, path.open("rb") as file:
             file.seek(start)
             return file.read(stop - start)
-
-    def size(self, key: str) -> int:
-        with self._explained(key) as path:
-            if path.is_dir():
-                raise FileNotFoundError(path)
-            return path.stat().st_size
 
     def write(self, key: str, data: bytes) -> None:
         with self._explained(key) as path, _temporary(path, data) as temporary:
@@ -62,7 +54,7 @@ class LocalBackend:
         with self._explained(key) as path:
             if path.exists():
                 raise FileExistsError(path)
-            # Linking fails if the name is taken: the one atomic create that carries the content.
+            # Linking fails if the name is taken: the only atomic create that includes the content.
             with _temporary(path, data) as temporary:
                 path.hardlink_to(temporary)
 
@@ -107,15 +99,12 @@ class LocalBackend:
                     if _TEMPORARY.fullmatch(name):
                         yield (Path(directory) / name).relative_to(self._root).as_posix()
 
-    def sweep(self, leftover: str) -> None:
-        self.delete(leftover)
-
     @contextmanager
     def _explained(self, key: str) -> Iterator[Path]:
         try:
             yield self._root / key
         except (IsADirectoryError, NotADirectoryError) as error:
-            # Object storage has no directories: no object has this name.
+            # Object storage has no directories, so there is no object of this name.
             raise FileNotFoundError(self._root / key) from error
         except OSError as error:
             if error.errno not in _REMEDIES:
@@ -124,9 +113,9 @@ class LocalBackend:
 
 
 def file_version(path: Path) -> Version:
-    """What is known of a file without reading it.
+    """What is known about a file without reading it.
 
-    Whoever writes a file can set its time of modification back, but not that of its last change.
+    A program can reset a file's modification time (mtime), but not its change time (ctime).
     """
     known = path.stat()
     parts = (known.st_size, known.st_mtime_ns, known.st_ctime_ns, known.st_ino)
@@ -137,10 +126,10 @@ def file_version(path: Path) -> Version:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Let only one process at a time, of those that ask so, replace the file at `path`."""
+    """Hold the advisory lock under which the file at `path` is replaced."""
     if not path.parent.is_dir():
         raise FileNotFoundError(path)
-    # It stays: to remove it would leave two processes with a lock each.
+    # The lock file is never removed: two processes could then lock two different files.
     with (path.parent / f".{path.name[:100]}.lock").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -148,10 +137,10 @@ def _locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _temporary(path: Path, data: bytes) -> Iterator[Path]:
-    """A durable file with `data` beside `path`; whatever the block names lasts after it."""
+    """A durable temporary file with `data` beside `path`; so are renames and links in the block."""
     _make_directory(path.parent)
     if path.is_dir():
-        raise StorageError(f"{path}: a directory is where this file belongs; move it away")
+        raise StorageError(f"{path}: a directory of this name is in the way; move it")
     temporary = path.parent / f".{path.name[:100]}.{secrets.token_hex(8)}"
     try:
         with temporary.open("xb") as file:
@@ -168,7 +157,9 @@ def _make_directory(path: Path) -> None:
     if not path.is_dir():
         _make_directory(path.parent)
         if path.is_file():
-            raise StorageError(f"{path}: a file is where a directory is needed; move it away")
+            raise StorageError(
+                f"{path}: a file of this name is where a directory is needed; move it"
+            )
         path.mkdir(exist_ok=True)
         _sync_directory(path.parent)
 
@@ -182,6 +173,6 @@ def _sync_directory(path: Path) -> None:
 
 
 def _unless_absent(error: OSError) -> None:
-    # os.walk leaves errors out by default: a listing would be silently incomplete.
+    # os.walk ignores errors by default, which would make a listing silently incomplete.
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error

@@ -1,4 +1,4 @@
-"""A store in this process' memory: for tests and trials, gone when the process ends."""
+"""A store in this process's memory, for tests and trials."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _counter = itertools.count(1)
 
 
 class MemoryBackend:
-    """Bytes in a dict that the whole process shares, as `memory://` promises."""
+    """Bytes in a dictionary shared by the whole process, as `memory://` promises."""
 
     def __init__(self, root: str) -> None:
         self._root = f"{root}/"
 
-    def read(self, key: str, num_bytes: int | None) -> bytes:  # noqa: ARG002 - of use afar
+    def read(self, key: str, num_bytes: int | None) -> bytes:  # noqa: ARG002 - for remote stores
         data = _objects.get(self._root + key)
         if data is None:
             raise FileNotFoundError(key)
@@ -29,9 +29,6 @@ class MemoryBackend:
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
         return self.read(key, None)[start:stop]
-
-    def size(self, key: str) -> int:
-        return len(self.read(key, None))
 
     def write(self, key: str, data: bytes) -> None:
         with _lock:
@@ -77,9 +74,6 @@ class MemoryBackend:
 
     def leftovers(self) -> Iterator[str]:
         return iter(())
-
-    def sweep(self, leftover: str) -> None:
-        raise AssertionError(f"{leftover}: nothing is ever left over")
 
     def _store(self, key: str, data: bytes) -> None:
         _objects[self._root + key] = bytes(data)

@@ -1,7 +1,7 @@
-"""Object storage: bytes under keys below one URL, whatever keeps them.
+"""Object storage: bytes under keys below one URL, on a disk, in memory or on a server.
 
-Storage is the truth of a run, so what it says is never taken on trust: reads are checked against
-the digest that a record names, and whoever creates an object learns whether others got there first.
+Storage is a run's only source of truth, so it is never trusted blindly: reads are checked against
+recorded digests, and a writer learns whether another has created the object first.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from pipeline.errors import (
 )
 from pipeline.storage.backend import Backend, Patience, Version
 
-# No segment begins with a dot: neither "..", nor the hidden names that backends keep to themselves.
+# No segment begins with a dot: that excludes ".." and the backends' own hidden files.
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(?:/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 _PREFIX = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*/)*(?:[A-Za-z0-9_][A-Za-z0-9._-]*)?")
 _LONGEST_KEY = 512
-# A flipped bit or a cut body in flight is gone at the next read; one at rest is not.
+# Reading again repairs a bit flip or a short body in transit, but not damage at rest.
 _NUM_READS = 3
 _PIECE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class ObjectStore:
-    """Objects below `root_url`. Threads may share one; other processes open the URL again.
+    """Objects below `root_url`. Threads may share a store; other processes open the URL again.
 
     Keys are relative paths of letters, digits, `._-` and `/`; no segment begins with a dot.
-    Every method raises StorageError where the store cannot be used: a bad key, refused
+    Every method raises StorageError if the store cannot be used: a bad key, rejected
     credentials, a missing bucket, a full disk, or no answer within the deadline.
     """
 
@@ -45,11 +45,11 @@ class ObjectStore:
     backend: Backend = field(repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Only the URL travels: a filesystem object would carry its credentials along.
+        # Pickle the URL alone: a filesystem object would include its credentials.
         return open_store, (self.root_url,)
 
     def url(self, key: str) -> str:
-        """Return the object's full URL."""
+        """The object's full URL."""
         return f"{self.root_url}/{_checked(key)}"
 
     def get(
@@ -60,16 +60,16 @@ class ObjectStore:
         size: int | None = None,
         at_most: int | None = None,
     ) -> bytes:
-        """Read an object, and make sure that it is the expected one.
+        """Read an object and check that it is the expected one.
 
         Args:
             sha256: the digest that its bytes must have.
             size: the number of bytes that it must have.
-            at_most: the largest number of bytes that it may have; no more are read.
+            at_most: limit on its size; no more bytes are read.
 
         Raises:
-            MissingObjectError: nothing is there.
-            DamagedObjectError: other bytes are there, however often they are read, or too many.
+            MissingObjectError: there is no object.
+            DamagedObjectError: repeated reads gave other bytes, or too many.
         """
         for _ in range(_NUM_READS):
             try:
@@ -95,11 +95,11 @@ class ObjectStore:
         """Read bytes [start, stop), exactly `stop - start` of them.
 
         Raises:
-            MissingObjectError: nothing is there.
+            MissingObjectError: there is no object.
             DamagedObjectError: the object ends before `stop`.
         """
         if not 0 <= start <= stop:
-            raise StorageError(f"{self.url(key)}: there is no range of bytes {start} to {stop}")
+            raise StorageError(f"{self.url(key)}: {start} to {stop} is not a range of bytes")
         for _ in range(_NUM_READS):
             try:
                 data = self.backend.read_range(_checked(key), start, stop)
@@ -113,11 +113,11 @@ class ObjectStore:
         )
 
     def verify(self, key: str, *, sha256: str, size: int) -> None:
-        """Read an object piece by piece and hash it; needs 64 MiB, however large it is.
+        """Read and hash an object in pieces of 64 MiB.
 
         Raises:
-            MissingObjectError: nothing is there.
-            DamagedObjectError: other bytes are there.
+            MissingObjectError: there is no object.
+            DamagedObjectError: its size or digest differs.
         """
         found = self.size(key)
         if found != size:
@@ -135,59 +135,55 @@ class ObjectStore:
         )
 
     def size(self, key: str) -> int:
-        """Return an object's size in bytes.
+        """An object's size in bytes.
 
         Raises:
-            MissingObjectError: nothing is there.
+            MissingObjectError: there is no object.
         """
-        try:
-            return self.backend.size(_checked(key))
-        except FileNotFoundError as error:
-            raise self._missing(key) from error
+        return self._version(key).size_bytes
 
     def exists(self, key: str) -> bool:
-        """Tell whether an object is there."""
+        """Whether there is such an object."""
         try:
-            self.backend.size(_checked(key))
-        except FileNotFoundError:
+            self._version(key)
+        except MissingObjectError:
             return False
         return True
 
     def put(self, key: str, data: bytes) -> None:
-        """Write an object, over whatever is there: readers see old or new bytes, never both."""
+        """Write or overwrite an object atomically: readers see either the old bytes or the new."""
         self.backend.write(_checked(key), data)
 
     def create(self, key: str, data: bytes) -> None:
         """Write an object once: of several writers with different bytes exactly one succeeds.
 
-        The same bytes already there are success: an acknowledgement that got lost on its way
-        makes our own first try look like another's.
+        Finding the same bytes counts as success, since after a lost acknowledgement our own first
+        attempt looks like another writer's.
 
         Raises:
-            ObjectExistsError: other bytes are there; also a FileExistsError.
+            ObjectExistsError: the object holds other bytes; also a FileExistsError.
         """
         try:
             self.backend.create(_checked(key), data)
         except FileExistsError as error:
             if self.get(key) != data:
                 raise ObjectExistsError(
-                    f"{self.url(key)} exists with other bytes, and is written only once"
+                    f"{self.url(key)} already exists with other bytes, and may be written only once"
                 ) from error
 
     def replace(self, key: str, data: bytes, *, expected: bytes | None) -> None:
-        """Write an object if it still holds what its writer knows of it: compare and set.
+        """Compare and set: write an object if it still holds the bytes that the writer expects.
 
-        Of several writers who expect the same, exactly one succeeds, unless they write the same.
-        The new bytes already there are success, as in `create`: nobody can tell a lost
-        acknowledgement from another's writing the same. So bytes that count changes, or name their
-        writer, never mislead.
+        Of several writers with the same expectation exactly one succeeds, unless they write the
+        same bytes: finding the new bytes counts as success, as in `create`. Include a counter or
+        the writer's name in the bytes where that matters.
 
         Args:
-            expected: the bytes that are to be there now; None for no object.
+            expected: the bytes that the object must hold now; None for no object.
 
         Raises:
-            ObjectExistsError: other bytes are there; also a FileExistsError.
-            MissingObjectError: bytes were expected, and nothing is there.
+            ObjectExistsError: the object holds other bytes; also a FileExistsError.
+            MissingObjectError: bytes were expected, but there is no object.
         """
         if expected is None:
             self.create(key, data)
@@ -199,73 +195,76 @@ class ObjectStore:
         except FileExistsError as error:
             if self.get(key) != data:
                 raise ObjectExistsError(
-                    f"{self.url(key)} was changed by somebody else meanwhile; look again"
+                    f"{self.url(key)} was changed by another writer meanwhile; read it again"
                 ) from error
 
     def version(self, key: str) -> str:
-        """Return a token that is another one once the object was written again.
+        """A token that changes when the object is written again.
 
         It is found without reading the object: on disk from size, times and inode, on S3 from size
         and entity tag.
 
         Raises:
-            MissingObjectError: nothing is there.
+            MissingObjectError: there is no object.
         """
-        try:
-            return self.backend.version(_checked(key)).token
-        except FileNotFoundError as error:
-            raise self._missing(key) from error
+        return self._version(key).token
 
     def versions(self, prefix: str = "") -> Mapping[str, Version]:
-        """Return what is known of every object below a prefix, by key, without reading any.
+        """What is known about every object below a prefix, by key, without reading any.
 
-        On S3 that takes one request for a thousand objects. Prefixes are those of `list`.
+        On S3 this takes one request per thousand objects. For prefixes see `list`.
         """
         if not _PREFIX.fullmatch(prefix):
-            raise StorageError(f"{self.root_url}: {prefix!r} is no prefix of a key")
+            raise StorageError(f"{self.root_url}: {prefix!r} is not a prefix of a key")
         found = (pair for pair in self.backend.versions(prefix) if _KEY.fullmatch(pair[0]))
         return dict(sorted(found))
 
     def list(self, prefix: str = "") -> tuple[str, ...]:
-        """Return every key that begins with `prefix`, sorted. Files that are no keys are left out.
+        """All keys that begin with `prefix`, sorted. Files whose names are not keys are omitted.
 
-        A prefix may end inside a segment, as "records/block-"; a directory's ends in "/".
+        A prefix may end within a segment, such as "records/block-"; a directory's ends in "/".
         """
         if not _PREFIX.fullmatch(prefix):
-            raise StorageError(f"{self.root_url}: {prefix!r} is no prefix of a key")
+            raise StorageError(f"{self.root_url}: {prefix!r} is not a prefix of a key")
         return tuple(sorted(filter(_KEY.fullmatch, self.backend.list(prefix))))
 
     def delete(self, key: str) -> None:
-        """Remove an object; none there is no error."""
+        """Remove an object; it need not exist."""
         self.backend.delete(_checked(key))
 
     def leftovers(self) -> tuple[str, ...]:
-        """Return what interrupted writes left behind: of no use, unless one is still under way."""
+        """Partial files left by interrupted writes, or belonging to one still in progress."""
         return tuple(sorted(self.backend.leftovers()))
 
     def sweep(self, leftover: str) -> None:
         """Remove one of `leftovers`."""
         if leftover not in self.leftovers():
-            raise StorageError(f"{self.root_url}: {leftover!r} is no leftover of a write")
-        self.backend.sweep(leftover)
+            raise StorageError(f"{self.root_url}: {leftover!r} is not left over from a write")
+        self.backend.delete(leftover)
+
+    def _version(self, key: str) -> Version:
+        try:
+            return self.backend.version(_checked(key))
+        except FileNotFoundError as error:
+            raise self._missing(key) from error
 
     def _missing(self, key: str) -> MissingObjectError:
         return MissingObjectError(f"{self.url(key)} does not exist")
 
 
 def open_store(url: str, patience: Patience | None = None) -> ObjectStore:
-    """Open the store at a path or URL; nothing is contacted, and nothing has to be there yet.
+    """Open the store at a path or URL. Nothing is contacted, and nothing need exist yet.
 
     Args:
         url: a local path, file://…, memory://… (this process only), s3://bucket/…, or a URL of
-            another fsspec filesystem that can create an object only once. Credentials and
-            endpoint come from the environment, such as AWS_ENDPOINT_URL, never from the URL.
-        patience: how long a remote store may keep us waiting; None for what the environment says.
+            another fsspec filesystem with create-once writes. Credentials and endpoint come from
+            the environment, such as AWS_ENDPOINT_URL, never from the URL.
+        patience: how long to wait for a remote store; None takes it from the environment.
 
     Raises:
         StorageError: a URL that cannot be used.
     """
-    # These load s3fs and so half a second of other packages, or import this module.
+    # Imported when needed: s3fs alone takes half a second.
     from pipeline.storage.local_store import LocalBackend
     from pipeline.storage.memory_store import MemoryBackend
 
@@ -276,16 +275,16 @@ def open_store(url: str, patience: Patience | None = None) -> ObjectStore:
         scheme, rest = "file", str(Path(url).absolute())
     if "@" in rest.partition("/")[0] and ":" in rest.partition("@")[0]:
         raise StorageError(
-            f"a {scheme}:// storage URL contains a password; take it out, change it, since URLs "
-            "are logged, and give it in the environment"
+            f"a {scheme}:// storage URL contains a password; remove it, set it in the environment, "
+            "and change it, since URLs are logged"
         )
     if "?" in rest or "#" in rest or ".." in rest.split("/"):
-        raise StorageError(f"the storage URL {scheme}://… must hold neither '?', '#' nor '..'")
+        raise StorageError(f"the storage URL {scheme}://… must not contain '?', '#' or '..'")
     root_url = f"{scheme}://{rest.rstrip('/')}"
     match scheme:
         case "file":
             if urlsplit(root_url).netloc:
-                raise StorageError(f"{root_url} is no absolute path; write file:///like/this")
+                raise StorageError(f"{root_url} is not an absolute path; write file:///like/this")
             return ObjectStore(root_url, LocalBackend(Path(rest)))
         case "memory":
             return ObjectStore(root_url, MemoryBackend(rest.strip("/")))
@@ -297,7 +296,7 @@ def open_store(url: str, patience: Patience | None = None) -> ObjectStore:
 def _checked(key: str) -> str:
     if not _KEY.fullmatch(key) or len(key) > _LONGEST_KEY:
         raise StorageError(
-            f"{key[:_LONGEST_KEY]!r} is no storage key: a relative path of letters, digits and "
-            f"._-, no segment beginning with a dot, at most {_LONGEST_KEY} characters"
+            f"{key[:_LONGEST_KEY]!r} is not a storage key: a relative path of letters, digits and "
+            f"._-, at most {_LONGEST_KEY} characters, no segment beginning with a dot"
         )
     return key

@@ -87,10 +87,10 @@ def driver_errors(where: str, error_type: type[PipelineError]) -> Iterator[None]
 
 def _reason(where: str, error: Exception) -> str:
     if where.startswith(("s3://", "s3a://")):
-        from pipeline.storage.remote_errors import FAILURES, judge
+        from pipeline.storage.remote_errors import FAILURES, classify
 
         if isinstance(error, FAILURES):
-            return judge(error).text
+            return classify(error).text
     return f"{type(error).__name__}: {_one_line(error)}; check the file, and that it is in reach"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.storage.memory_store import MemoryBackend
 
-OPERATIONS = ("read", "read_range", "size", "write", "create", "list", "delete")
+OPERATIONS = ("read", "read_range", "version", "write", "create", "list", "delete")
 WRITES = ("write", "create", "delete")
 
 

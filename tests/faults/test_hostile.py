@@ -152,7 +152,7 @@ def test_a_manifest_cannot_name_what_lies_outside(
     (tmp_path / "outside").write_bytes(b"mine")
     changed = dataclasses.replace(manifest, files={**manifest.files, key: entry})
     store.put("manifest.json", changed.to_json())
-    with pytest.raises(PipelineError, match="no storage key"):
+    with pytest.raises(PipelineError, match="not a storage key"):
         verify(store)
     assert (tmp_path / "outside").read_bytes() == b"mine"
 

@@ -240,7 +240,7 @@ def test_a_directory_is_refused_with_what_to_write(tmp_path):
 
 
 def test_chained_urls_are_refused():
-    with pytest.raises(CalibrationTextError, match="chained URLs are not read"):
+    with pytest.raises(CalibrationTextError, match="chained URLs are not supported"):
         read("simplecache::memory://a.txt")
 
 

@@ -132,7 +132,7 @@ class StoreContract:
     def test_creates_once(self, store):
         store.create("a/key", DATA)
         store.create("a/key", DATA)
-        with pytest.raises(ObjectExistsError, match="a/key exists with other bytes"):
+        with pytest.raises(ObjectExistsError, match="a/key already exists with other bytes"):
             store.create("a/key", b"other")
         with pytest.raises(FileExistsError):
             store.create("a/key", b"")
@@ -297,13 +297,13 @@ class StoreContract:
             lambda k: store.replace(k, DATA, expected=None),
             lambda k: store.replace(k, DATA, expected=b""),
         ):  # fmt: skip
-            with pytest.raises(StorageError, match="no storage key"):
+            with pytest.raises(StorageError, match="not a storage key"):
                 use(key)
 
     @pytest.mark.parametrize("prefix", ["../", "/", "a//", ".", "a/../", "*"])
     def test_refuses_prefixes_that_lead_astray(self, store, prefix):
         for use in (store.list, store.versions):
-            with pytest.raises(StorageError, match="no prefix"):
+            with pytest.raises(StorageError, match="not a prefix"):
                 use(prefix)
 
 
@@ -353,9 +353,9 @@ class TestLocalStore(StoreContract):
         store.put("a", DATA)
         store.put("b/c", DATA)
         for write in (store.put, store.create):
-            with pytest.raises(StorageError, match="a file is where a directory is needed"):
+            with pytest.raises(StorageError, match="a file of this name is where a directory is needed"):
                 write("a/b", DATA)
-        with pytest.raises(StorageError, match="a directory is where this file belongs"):
+        with pytest.raises(StorageError, match="a directory of this name is in the way"):
             store.put("b", DATA)
 
     def test_a_full_disk_says_so(self, store, monkeypatch):
@@ -469,7 +469,7 @@ def _fails_at_once(store, remedy):
 
 class TestS3Refusals:
     def test_missing_bucket(self, bucket):
-        _fails_at_once(open_store("s3://no-such-bucket/root"), "create it, or mend the URL")
+        _fails_at_once(open_store("s3://no-such-bucket/root"), "create it, or correct the URL")
 
     def test_refused_credentials(self, server, bucket):
         with server.demanding_credentials():
@@ -597,10 +597,10 @@ class TestS3Faults:
         ("", "empty"),
         ("s3://", "names no bucket"),
         ("nosuch://bucket/root", "no filesystem for nosuch"),
-        ("file://relative/path", "no absolute path"),
+        ("file://relative/path", "not an absolute path"),
         ("s3://key:canary@bucket/root", "contains a password"),
-        ("s3://bucket/root?versionId=3", "must hold neither"),
-        ("s3://bucket/../other", "must hold neither"),
+        ("s3://bucket/root?versionId=3", "must not contain"),
+        ("s3://bucket/../other", "must not contain"),
     ],
 )
 def test_refuses_urls_that_cannot_work(url, problem):
@@ -616,9 +616,9 @@ def test_writes_nothing_where_creating_once_is_not_atomic(tmp_path):
     assert store.get("key", sha256=sha256(DATA)) == DATA
     assert store.list() == ("key",)
     for write in (store.put, store.create):
-        with pytest.raises(StorageError, match="cannot create an object only once"):
+        with pytest.raises(StorageError, match="no create-once writes"):
             write("other", DATA)
-    with pytest.raises(StorageError, match="only if it is unchanged"):
+    with pytest.raises(StorageError, match="no compare-and-set"):
         store.replace("key", b"other", expected=DATA)
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
 

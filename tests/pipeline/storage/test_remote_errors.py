@@ -1,11 +1,11 @@
-"""What a server answers decides whether to try again, or what a person must change."""
+"""A server's answer decides whether to retry, or what the user must change."""
 
 from __future__ import annotations
 
 import pytest
 from botocore.exceptions import ClientError
 
-from pipeline.storage.remote_errors import judge
+from pipeline.storage.remote_errors import classify
 
 
 def answer(status: int, code: str) -> ClientError:
@@ -23,19 +23,19 @@ def answer(status: int, code: str) -> ClientError:
         (403, "InvalidAccessKeyId", "AWS_ACCESS_KEY_ID"),
         (400, "ExpiredToken", "renew them"),
         (403, "AccessDenied", "s3:PutObject"),
-        (404, "NoSuchBucket", "create it, or mend the URL"),
+        (404, "NoSuchBucket", "create it, or correct the URL"),
         (301, "PermanentRedirect", "AWS_DEFAULT_REGION"),
         (501, "NotImplemented", "If-None-Match"),
         (507, "XMinioStorageFull", "free some space"),
     ],
 )
-def test_what_a_person_must_change_is_said_and_not_tried_again(
+def test_what_the_user_must_change_is_said_and_not_retried(
     status: int, code: str, remedy: str
 ) -> None:
-    verdict = judge(answer(status, code))
-    assert remedy in verdict.text
-    assert not verdict.may_mend
-    assert "CANARY" not in verdict.text
+    failure = classify(answer(status, code))
+    assert remedy in failure.text
+    assert not failure.is_transient
+    assert "CANARY" not in failure.text
 
 
 @pytest.mark.parametrize(
@@ -52,10 +52,10 @@ def test_what_a_person_must_change_is_said_and_not_tried_again(
         (200, "SlowDown"),
     ],
 )
-def test_what_may_mend_is_tried_again(status: int, code: str) -> None:
-    assert judge(answer(status, code)).may_mend
+def test_transient_failures_are_retried(status: int, code: str) -> None:
+    assert classify(answer(status, code)).is_transient
 
 
 def test_a_failed_condition_is_a_conflict_and_no_key_is_missing() -> None:
-    assert judge(answer(412, "PreconditionFailed")).is_conflict
-    assert judge(FileNotFoundError("key")).is_missing
+    assert classify(answer(412, "PreconditionFailed")).is_conflict
+    assert classify(FileNotFoundError("key")).is_missing
