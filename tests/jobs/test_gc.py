@@ -59,4 +59,4 @@ def test_where_there_is_no_run_it_says_so(
 ) -> None:
     status, _, err = gc(capsys, tmp_path / "nothing")
     assert status == 2
-    assert "no run lies there" in err
+    assert "no run is there" in err

@@ -155,7 +155,7 @@ def test_a_mistake_is_an_object_with_its_exit_code(
     [line] = lines(err)
     assert (code, out) == (2, "")
     assert (line["level"], line["event"], line["exit_code"]) == ("error", "failed", 2)
-    assert "no events lie there" in line["message"]
+    assert "no events are there" in line["message"]
 
 
 def test_a_mistake_in_the_command_line_is_an_object_too() -> None:
