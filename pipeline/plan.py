@@ -48,7 +48,7 @@ class LayerPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupPlan:
+class InputGroup:
     """Layers of one block that share an input, so that one sum and one factor serve them.
 
     Attributes:
@@ -82,7 +82,7 @@ class PartPlan:
     source_bytes: int
     source_sha256: str
     layers: tuple[LayerPlan, ...]
-    groups: tuple[GroupPlan, ...] = ()
+    groups: tuple[InputGroup, ...] = ()
 
     @property
     def num_weights(self) -> int:

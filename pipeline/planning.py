@@ -26,7 +26,7 @@ from pipeline.model.skeleton import Skeleton, build_skeleton
 from pipeline.model.stateless import call_with
 from pipeline.model.targets import Target
 from pipeline.model.tokenizer import model_inputs, preset_tokenizer
-from pipeline.plan import GroupPlan, LayerPlan, PartPlan, Plan, TokensPlan, micro_batches
+from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan, TokensPlan, micro_batches
 from pipeline.recipe.recipe import (
     Calibration,
     Recipe,
@@ -245,7 +245,7 @@ def _parts(
             ),
         )
     ]
-    groups: dict[tuple[Any, ...], tuple[GroupPlan, ...]] = {}
+    groups: dict[tuple[Any, ...], tuple[InputGroup, ...]] = {}
     for block in graph.blocks:
         wanted = {t.name: statistics_of(chosen[t.path][0]) for t in block.targets}
         kind = (block.signature, tuple(wanted.items()))
@@ -306,16 +306,12 @@ def _left(path: str, reason: str) -> LayerPlan:
 
 def _group_plans(
     graph: BlockGraph, block: Block, wanted: Mapping[str, StatisticsKind | None], tokens: TokensPlan
-) -> tuple[GroupPlan, ...]:
+) -> tuple[InputGroup, ...]:
     shape = (tokens.micro_batch, tokens.sequence_length)
     example = model_inputs(graph.embed, np.zeros(shape, np.int32), np.ones(shape, bool))
     weights = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in graph.embed.weights]
     hidden_states, *side_inputs = jax.eval_shape(lambda v: _embed(graph, v, example), weights)
-    program = BlockProgram(block, wanted, hidden_states, side_inputs)
-    return tuple(
-        GroupPlan(targets=g.targets, in_features=g.in_features, statistics=g.statistics)
-        for g in program.groups
-    )
+    return BlockProgram(block, wanted, hidden_states, side_inputs).groups
 
 
 def _embed(graph: BlockGraph, values: Sequence[Any], inputs: Sequence[Any]) -> Any:

@@ -1,18 +1,14 @@
-"""A block, cut at the inputs of its layers, so that each layer is calibrated on quantized ones.
+"""A block as compiled stages, cut at the inputs of its layers.
 
-The block is traced once with the values of its variables as arguments; blocks of one kind share
-what was compiled. While it is traced, the target layers' `call` notes its input: there the
-traced program is cut. Stage k computes up to the input of the k-th group of layers; once those
-are quantized, stage k + 1 goes on with their new weights. So every layer runs just once, and sees
-what it will see in the quantized model.
-
-Cut a traced JAX program into stages that run one after the other, each compiled on its own.
+The block is traced once, with the values of its weights as arguments, so that all blocks of one
+signature share the compiled programs. Stage k computes the input of the k-th group of layers; once
+those are quantized, stage k + 1 continues with their new weights. So each layer runs just once, and
+is calibrated on the input that it will have in the quantized model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -22,29 +18,23 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 from pipeline.errors import SourceError
 from pipeline.model.blocks import Block
 from pipeline.model.stateless import call_with, recorded_inputs
+from pipeline.model.targets import Target
+from pipeline.plan import InputGroup
 from pipeline.recipe.recipe import StatisticsKind
 from quantizer import kernel_layout
 
 
-@dataclass(frozen=True, kw_only=True)
-class InputGroup:
-    """Target layers that are fed the same tensor: one sum and one factorization serve all.
+class BlockProgram:
+    """One stage for the input of each group of layers, and one for the block's output.
 
     Attributes:
-        targets: their names within the block, in the order of their calls.
-        in_features: C.
-        input_axes: the axes of the tensor that are summed with the kernels, from its end.
-        statistics: what their schemes need to know of it.
+        groups: layers that share an input, in the order of their first calls.
+        input_axes: of each group, the axes of the input that are contracted with the kernels,
+            counted from its end.
     """
 
-    targets: tuple[str, ...]
-    in_features: int
-    input_axes: tuple[int, ...]
-    statistics: StatisticsKind
-
-
-class BlockProgram:
-    """A block's kind as stages: one to the input of each group, and one to the block's output."""
+    groups: tuple[InputGroup, ...]
+    input_axes: tuple[tuple[int, ...], ...]
 
     def __init__(
         self,
@@ -53,94 +43,85 @@ class BlockProgram:
         hidden_states: jax.ShapeDtypeStruct,
         side_inputs: Sequence[jax.ShapeDtypeStruct],
     ) -> None:
-        """Trace the block; nothing is computed.
+        """Trace the block, without computing anything.
 
         Args:
-            block: any block of the kind.
-            statistics: what to know of a target's input, by its name; None or absent for nothing.
+            block: any block of the signature.
+            statistics: what a target's scheme needs to know of its input, by the target's name.
             hidden_states, side_inputs: shapes and dtypes of one micro-batch.
 
         Raises:
-            SourceError: a target that the block calls more than once.
+            SourceError: the block calls a target more than once.
         """
         self._block = block
-        self._wanted = {
-            target.name: target for target in block.targets if statistics.get(target.name)
-        }
-        self._statistics = statistics
-        self.groups: tuple[InputGroup, ...] = ()
-        values = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in block.layer.weights]
-        traced = jax.make_jaxpr(self._trace)(values, hidden_states, list(side_inputs))
-        stages = cut(traced, num_values=len(values))
-        self._stages: tuple[Stage, ...] = stages
+        self._statistics = {name: kind for name, kind in statistics.items() if kind is not None}
+        weights = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in block.layer.weights]
+        traced = jax.make_jaxpr(self._trace)(weights, hidden_states, list(side_inputs))
+        self._stages = cut(traced, num_values=len(weights))
 
-    def start(self, hidden_states: Any, side_inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """What stage 0 begins with."""
-        return (hidden_states, *side_inputs)
-
-    def advance(
-        self, stage: int, values: Sequence[Any], live: tuple[Any, ...]
+    def run_stage(
+        self, stage: int, weights: Sequence[Any], live: tuple[Any, ...]
     ) -> tuple[Array, tuple[Array, ...]]:
         """Run one stage on one micro-batch.
 
         Args:
-            stage: below `len(groups)`, up to the input of that group; else, to the end.
-            values: of the block's weights, in the order of `layer.weights`.
-            live: from `start`, or from the stage before.
+            stage: up to the input of this group, or to the block's output if there is none.
+            weights: the block's, in the order of `layer.weights`.
+            live: what the stage before left; for stage 0, (hidden_states, *side_inputs).
 
         Returns:
-            the group's input, or the block's output; and what the next stage begins with.
+            the group's input or the block's output, and `live` for the next stage.
         """
-        return self._stages[stage](values, live)
+        return self._stages[stage](weights, live)
 
     def _trace(
-        self, values: Sequence[Array], hidden_states: Array, side_inputs: Sequence[Array]
+        self, weights: Sequence[Array], hidden_states: Array, side_inputs: Sequence[Array]
     ) -> tuple[Array, ...]:
-        """The inputs of the groups, in the order of their first calls, and the output."""
+        """The input of each group, and the block's output; sets `groups` and `input_axes`."""
         args, kwargs = self._block.bind(hidden_states, side_inputs)
-        with recorded_inputs(self._wanted.values()) as seen:
-            output = call_with(self._block.layer, values, *args, **kwargs)
-        names = [target.name for target, _ in seen]
+        calibrated = [t for t in self._block.targets if t.name in self._statistics]
+        with recorded_inputs(calibrated) as recorded:
+            output = call_with(self._block.layer, weights, *args, **kwargs)
+        self._check_called_once([target.name for target, _ in recorded])
+        # Layers that share an input, but not its axes or what they need to know, form two groups.
+        members: dict[tuple[Any, ...], list[Target]] = {}
+        tensors: dict[tuple[Any, ...], Array] = {}
+        for target, tensor in recorded:
+            axes = kernel_layout(target.layer).input_axes
+            key = (id(tensor), axes, self._statistics[target.name])
+            members.setdefault(key, []).append(target)
+            tensors[key] = tensor
+        self.groups = tuple(
+            InputGroup(
+                targets=tuple(target.name for target in targets),
+                in_features=targets[0].in_features,
+                statistics=statistics,
+            )
+            for (_, _, statistics), targets in members.items()
+        )
+        self.input_axes = tuple(axes for _, axes, _ in members)
+        return (*tensors.values(), output)
+
+    def _check_called_once(self, names: Sequence[str]) -> None:
         for name in names:
             if names.count(name) > 1:
                 raise SourceError(
                     f"{self._block.name}/{name}: called more than once in its block, so it has no "
-                    "input of its own; give it a scheme that needs no calibration, or null"
+                    "single input to calibrate on; give it a scheme that needs no calibration, or "
+                    "null"
                 )
-        grouped: list[tuple[list[str], Array, tuple[int, ...], StatisticsKind]] = []
-        for target, tensor in seen:
-            axes = kernel_layout(target.layer).input_axes
-            wanted = self._statistics[target.name]
-            assert wanted is not None
-            for members, other, *rest in grouped:
-                # Layers of one input that need to know other things of it are two groups.
-                if other is tensor and rest == [axes, wanted]:
-                    members.append(target.name)
-                    break
-            else:
-                grouped.append(([target.name], tensor, axes, wanted))
-        self.groups = tuple(
-            InputGroup(
-                targets=tuple(members),
-                in_features=self._wanted[members[0]].in_features,
-                input_axes=axes,
-                statistics=wanted,
-            )
-            for members, _, axes, wanted in grouped
-        )
-        return (*(tensor for _, tensor, _, _ in grouped), output)
 
 
 class Stage:
-    """Some equations of a program: from what the stage before left to what later ones need."""
+    """A range of a traced program's equations, compiled on its own."""
 
     def __init__(self, program: Jaxpr, constants: Sequence[Any], *, reads: Sequence[int]) -> None:
-        """Compile nothing yet.
+        """Nothing is compiled yet.
 
         Args:
-            program: of (constants, values that it reads, live) → (result, *left).
+            program: (constants, the values that it reads, live) → (result, *live).
             constants: arrays, in the order of `program.constvars`.
-            reads: which of the values it reads.
+            reads: indices of the values that it reads.
         """
         self._reads = tuple(reads)
         self._run = jax.jit(jaxpr_as_fun(ClosedJaxpr(program, list(constants))))
@@ -148,41 +129,40 @@ class Stage:
     def __call__(
         self, values: Sequence[Any], live: Sequence[Any]
     ) -> tuple[Array, tuple[Array, ...]]:
-        """The stage's result, and what the next one begins with.
+        """The stage's result, and `live` for the next stage.
 
         Args:
-            values: all that the whole program takes.
-            live: its inputs, or what the stage before left.
+            values: all values of the whole program.
+            live: the program's inputs, or what the stage before left.
         """
         result, *left = self._run(*(values[i] for i in self._reads), *live)
         return result, tuple(left)
 
 
 def cut(traced: ClosedJaxpr, *, num_values: int) -> tuple[Stage, ...]:
-    """A stage for each of a program's results, in their order.
+    """Cut a traced program into one stage for each of its results, in their order.
 
     Args:
-        traced: of (values, *inputs) → results. What uses a result must come after it, and after
-            those before it.
-        num_values: how many of its arguments are values, given anew to every stage.
+        traced: (values, *inputs) → results. A result may only be used by equations after it and
+            after the results before it.
+        num_values: how many of its arguments are values, passed to every stage anew.
     """
     whole = traced.jaxpr
     values, inputs = whole.invars[:num_values], whole.invars[num_values:]
-    ends = _ends(whole)
     stages = []
     live: list[Any] = list(inputs)
     start = 0
-    for index, (end, result) in enumerate(zip(ends, whole.outvars, strict=True)):
+    for index, (end, result) in enumerate(zip(_ends(whole), whole.outvars, strict=True)):
         equations = whole.eqns[start:end]
-        read = _read(equations, [result])
-        later = _read(whole.eqns[end:], whole.outvars[index + 1 :])
-        there = [*live, *(v for equation in equations for v in equation.outvars)]
-        left = [v for v in dict.fromkeys(there) if v in later]
-        reads = [i for i, value in enumerate(values) if value in read]
+        used = _used(equations, [result])
+        used_later = _used(whole.eqns[end:], whole.outvars[index + 1 :])
+        defined = [*live, *(v for equation in equations for v in equation.outvars)]
+        left = [v for v in dict.fromkeys(defined) if v in used_later]
+        reads = [i for i, value in enumerate(values) if value in used]
         constants = [
             (v, constant)
             for v, constant in zip(whole.constvars, traced.consts, strict=True)
-            if v in read
+            if v in used
         ]
         program = Jaxpr(
             constvars=[v for v, _ in constants],
@@ -208,7 +188,7 @@ def _ends(program: Jaxpr) -> list[int]:
     return ends
 
 
-def _read(equations: Sequence[Any], results: Sequence[Any]) -> set[Any]:
-    """What equations and results need of before."""
+def _used(equations: Sequence[Any], results: Sequence[Any]) -> set[Any]:
+    """The variables that equations and results use."""
     used = [*(v for equation in equations for v in equation.invars), *results]
     return {v for v in used if not isinstance(v, Literal)}

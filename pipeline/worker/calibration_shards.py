@@ -1,9 +1,8 @@
-"""Calibration shards as a worker holds them, and how far through the blocks each batch has come.
+"""The calibration shards that a worker holds, and how far through the blocks each has come.
 
-A batch keeps what entered its block until it leaves it. So it can go back within the block at any
-time, and whatever is asked twice, or late, leaves it where it would be: going on begins wherever
-the batch stands, and a stage that is run again, with the weights that later ones are given, has
-the same bits.
+A micro-batch keeps what entered its block until it has passed it, so it can go back within the
+block at any time. A call that is repeated, or comes late, therefore does no harm: a stage that runs
+again, with the weights that later stages are given, has the same bits.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ from pipeline.worker.block_program import BlockProgram
 
 
 class LostShardError(WorkerLostError):
-    """A worker that was started anew is asked for a shard that it has not restored."""
+    """A restarted worker was asked for a shard that it has not restored."""
 
 
 @dataclass
-class Batch:
-    """A micro-batch on its way through the blocks.
+class MicroBatch:
+    """Windows that pass the blocks together.
 
     Attributes:
         hidden_states: [micro_batch, sequence, hidden], float32: what enters the block.
         side_inputs: the blocks' other inputs.
         mask: [micro_batch, sequence], bool: where there is text.
-        block: the one that it is in.
-        stage: the next one of that block.
-        live: inside the block, what its next stage begins with.
+        block: the block that it is in.
+        stage: the next stage of that block.
+        live: what that stage begins with.
     """
 
     hidden_states: NDArray[np.float32]
@@ -41,63 +40,60 @@ class Batch:
     mask: NDArray[np.bool_]
     block: int = 0
     stage: int = 0
-    live: tuple[Any, ...] | None = None
+    live: tuple[Any, ...] = ()
 
-    def go_back(self) -> None:
-        """To where it entered its block."""
-        self.stage, self.live = 0, None
+    def rewind(self) -> None:
+        """Go back to where it entered its block."""
+        self.stage, self.live = 0, ()
 
-    def pass_through(self, program: BlockProgram, stage: int, weights: Sequence[Any]) -> Any:
-        """The result of one stage; those before it are run where that is still, or again, due.
+    def run_stage(self, program: BlockProgram, stage: int, weights: Sequence[Any]) -> Any:
+        """Run the block up to this stage, and return the stage's result.
 
         Args:
             weights: of the whole block, quantized up to this stage.
         """
         if self.stage > stage:
-            self.go_back()
+            self.rewind()
+        if self.stage == 0:
+            self.live = (self.hidden_states, *self.side_inputs)
         while True:
-            live = (
-                program.start(self.hidden_states, self.side_inputs)
-                if self.live is None
-                else self.live
-            )
-            result, self.live = program.advance(self.stage, weights, live)
+            result, self.live = program.run_stage(self.stage, weights, self.live)
             self.stage += 1
             if self.stage > stage:
                 return result
 
-    def leave(self, program: BlockProgram, weights: Sequence[Any]) -> None:
-        """Go through what is left of the block, into the next one."""
-        output = self.pass_through(program, len(program.groups), weights)
+    def finish_block(self, program: BlockProgram, weights: Sequence[Any]) -> None:
+        """Run the rest of the block, and enter the next one."""
+        output = self.run_stage(program, len(program.groups), weights)
         self.hidden_states = np.asarray(output)
         self.block += 1
-        self.go_back()
+        self.rewind()
 
 
 class CalibrationShards:
-    """Those that a worker was given, by their number."""
+    """A worker's shards, by index."""
 
     def __init__(self) -> None:
-        self._held: dict[int, list[Batch]] = {}
+        self._held: dict[int, list[MicroBatch]] = {}
 
-    def put(self, index: int, batches: list[Batch]) -> None:
+    def put(self, index: int, batches: list[MicroBatch]) -> None:
         self._held[index] = batches
 
-    def stand_in(self, index: int, block: int) -> bool:
+    def has(self, index: int, block: int) -> bool:
         """Whether all of a shard is in `block`."""
         held = self._held.get(index)
         return held is not None and all(batch.block == block for batch in held)
 
-    def inside(self, index: int, block: int) -> list[Batch]:
-        """A shard that is in `block`.
+    def get(self, index: int, block: int) -> list[MicroBatch]:
+        """A shard, all of which is in `block`.
 
         Raises:
-            LostShardError: it is not, or not here at all.
+            LostShardError: it is elsewhere, or not held at all.
         """
         return list(self._between(index, block, block))
 
-    def leaving(self, index: int, block: int) -> Iterator[Batch]:
-        """Those of a shard that have not left `block` yet; the others have just done so.
+    def unfinished(self, index: int, block: int) -> Iterator[MicroBatch]:
+        """The micro-batches of a shard that have not finished `block`; the others just have.
 
         Raises:
             LostShardError: any is elsewhere.
@@ -105,9 +101,11 @@ class CalibrationShards:
         held = self._between(index, block, block + 1)
         return (batch for batch in held if batch.block == block)
 
-    def _between(self, index: int, first: int, last: int) -> list[Batch]:
+    def _between(self, index: int, first: int, last: int) -> list[MicroBatch]:
         held = self._held.get(index)
-        if held is None or not all(first <= batch.block <= last for batch in held):
-            where = "nowhere" if held is None else f"in {sorted({b.block for b in held})}"
-            raise LostShardError(f"shard {index} is wanted in block {first}, and is {where}")
+        if held is None:
+            raise LostShardError(f"shard {index} is needed in block {first}, but not held here")
+        blocks = sorted({batch.block for batch in held})
+        if not first <= blocks[0] <= blocks[-1] <= last:
+            raise LostShardError(f"shard {index} is needed in block {first}, but is in {blocks}")
         return held

@@ -1,9 +1,7 @@
-"""Run source and result over the same windows, each one block in memory at a time.
+"""Evaluate an artifact against its source, with one block of one model in memory at a time.
 
-A whole model's answer with one block in memory at a time: of the source, or of the artifact.
-
-The artifact's blocks are run by Keras' own quantized layers, from the very bytes that were
-committed, so this is the answer that stock Keras gives.
+The artifact is run by Keras' own quantized layers, from the very bytes that were committed, so its
+output is that of stock Keras.
 """
 
 from __future__ import annotations
@@ -28,51 +26,56 @@ from pipeline.run.commits import committed_file
 from pipeline.storage.object_store import ObjectStore
 from pipeline.worker.model_state import ModelState
 
-_TOKENS_AT_ONCE = 2048
+_TOKENS_PER_BATCH = 2048
 
 
-def compare(
+def evaluate(
     source: StreamedModel,
-    result: StreamedModel,
+    artifact: StreamedModel,
     tokens: NDArray[np.int32],
     mask: NDArray[np.bool_],
     *,
-    causal: bool,
+    predicts_tokens: bool,
 ) -> list[WindowFidelity]:
-    """Run both models over windows, one block in memory at a time.
+    """Run both models over windows, and compare their outputs.
 
     Args:
         tokens, mask: [windows, sequence].
-        causal: whether the output is logits of the next token.
+        predicts_tokens: whether the output is the next token's logits.
     """
-    size = max(1, _TOKENS_AT_ONCE // tokens.shape[1])
+    size = max(1, _TOKENS_PER_BATCH // tokens.shape[1])
     starts = range(0, len(tokens), size)
     batches = [(tokens[a : a + size], mask[a : a + size]) for a in starts]
-    hidden_states = []
-    for model in (source, result):
-        states = [list(state) for state in model.embed(batches)]
-        for block in range(model.num_blocks):
-            model.advance(block, states)
-        hidden_states.append(np.concatenate([np.asarray(state[0]) for state in states]))
-    heads = [source.head(), result.head()]
-    found = []
+    last_hidden_states = [_last_hidden_states(model, batches) for model in (source, artifact)]
+    heads = [source.head(), artifact.head()]
+    fidelities = []
     for i in range(len(tokens)):
         window = slice(i, i + 1)
         before, after = (
             head(hidden_states[window], tokens[window], mask[window])
-            for head, hidden_states in zip(heads, hidden_states, strict=True)
+            for head, hidden_states in zip(heads, last_hidden_states, strict=True)
         )
-        if causal:
-            found.append(_causal(before, after, tokens[window], mask[window]))
+        if predicts_tokens:
+            fidelities.append(_compare_logits(before, after, tokens[window], mask[window]))
         else:
-            found.append(_encoder(before, after, mask[window]))
-    return found
+            fidelities.append(_compare_vectors(before, after, mask[window]))
+    return fidelities
 
 
-def _causal(
-    source: Array, result: Array, tokens: NDArray[np.int32], mask: NDArray[np.bool_]
+def _last_hidden_states(
+    model: StreamedModel, batches: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_]]]
+) -> NDArray[Any]:
+    """What leaves the last block, [windows, sequence, hidden]."""
+    states = [list(state) for state in model.embed(batches)]
+    for block in range(model.num_blocks):
+        model.advance(block, states)
+    return np.concatenate([np.asarray(state[0]) for state in states])
+
+
+def _compare_logits(
+    source: Array, artifact: Array, tokens: NDArray[np.int32], mask: NDArray[np.bool_]
 ) -> WindowFidelity:
-    sums = _logit_sums(source, result, jnp.asarray(tokens), jnp.asarray(mask))
+    sums = _logit_sums(source, artifact, jnp.asarray(tokens), jnp.asarray(mask))
     source_loss, result_loss, divergence, agreement, count = (float(value) for value in sums)
     return WindowFidelity(
         count=int(count),
@@ -84,11 +87,11 @@ def _causal(
 
 
 @jax.jit
-def _logit_sums(source: Array, result: Array, tokens: Array, mask: Array) -> tuple[Array, ...]:
-    """CalibrationStatistics over a window's predicted tokens; logits [1, sequence, vocabulary]."""
+def _logit_sums(source: Array, artifact: Array, tokens: Array, mask: Array) -> tuple[Array, ...]:
+    """The sums of `WindowFidelity`, its count last; logits are [1, sequence, vocabulary]."""
     keep = (mask[:, 1:] & mask[:, :-1]).astype(jnp.float32)
     log_p = jax.nn.log_softmax(source[:, :-1].astype(jnp.float32))
-    log_q = jax.nn.log_softmax(result[:, :-1].astype(jnp.float32))
+    log_q = jax.nn.log_softmax(artifact[:, :-1].astype(jnp.float32))
     following = tokens[:, 1:, None]
     losses = [-jnp.take_along_axis(log, following, axis=-1)[..., 0] for log in (log_p, log_q)]
     divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
@@ -97,11 +100,11 @@ def _logit_sums(source: Array, result: Array, tokens: Array, mask: Array) -> tup
     return tuple(jnp.sum(keep * term) for term in terms)
 
 
-def _encoder(source: Any, result: Any, mask: NDArray[np.bool_]) -> WindowFidelity:
+def _compare_vectors(source: Any, artifact: Any, mask: NDArray[np.bool_]) -> WindowFidelity:
     cosines = []
-    for p, q in zip(tree.flatten(source), tree.flatten(result), strict=True):
+    for p, q in zip(tree.flatten(source), tree.flatten(artifact), strict=True):
         left, right = (np.asarray(value, np.float64) for value in (p, q))
-        if left.ndim == 3:  # a vector a token: padding's mean nothing
+        if left.ndim == 3:  # one vector per token: leave out padding
             left, right = left[mask], right[mask]
         left, right = (value.reshape(-1, value.shape[-1]) for value in (left, right))
         norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
@@ -115,14 +118,14 @@ Pairs = list[tuple[Any, NDArray[Any]]]
 
 
 class StreamedModel:
-    """embed → blocks → head, each part's values read when it is its turn."""
+    """A model that runs part by part: embed → blocks → head, reading each part when it is due."""
 
     def __init__(self, graph: BlockGraph, read: Callable[[int], Pairs]) -> None:
         """Nothing is read yet.
 
         Args:
-            graph: of the model, weightless.
-            read: gives the values of a part: 0 is what is outside the blocks, i + 1 block i.
+            graph: of the model, without weights.
+            read: gives the values of a part: 0 is everything outside the blocks, i + 1 block i.
         """
         self.graph = graph
         self._read = read
@@ -133,7 +136,7 @@ class StreamedModel:
         return len(self.graph.blocks)
 
     def embed(self, batches: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_]]]) -> list[Any]:
-        """[hidden_states, *side_inputs] of each micro-batch of (tokens, mask)."""
+        """[hidden_states, *side_inputs] of each batch of (tokens, mask)."""
         embed = self.graph.embed
         pairs = self._read(0)
         program = self._program("embed", embed, pairs)
@@ -141,14 +144,14 @@ class StreamedModel:
         return [program(values, [model_inputs(embed, *batch)], {}) for batch in batches]
 
     def advance(self, block: int, states: list[Any]) -> None:
-        """Send every micro-batch through one block, in place."""
+        """Send every batch through one block, in place."""
         pairs = self._read(block + 1)
         values = [value for _, value in pairs]
-        cut = self.graph.blocks[block]
-        # Blocks of one kind list their variables alike: one program serves them.
-        program = self._program(cut.signature, cut.layer, pairs)
+        found = self.graph.blocks[block]
+        # Blocks of one signature list their variables in the same order, and share a program.
+        program = self._program(found.signature, found.layer, pairs)
         for state in states:
-            args, kwargs = cut.bind(state[0], state[1:])
+            args, kwargs = found.bind(state[0], state[1:])
             state[0] = np.asarray(program(values, list(args), kwargs))
 
     def head(self) -> Callable[[Any, Any, Any], Array]:
@@ -159,8 +162,8 @@ class StreamedModel:
         values = [value for _, value in pairs]
 
         def run(hidden_states: Any, tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> Array:
-            given = self.graph.bind_head(hidden_states, text_inputs(tokens, mask))
-            return program(values, [given], {})  # type: ignore[no-any-return]
+            inputs = self.graph.bind_head(hidden_states, text_inputs(tokens, mask))
+            return program(values, [inputs], {})  # type: ignore[no-any-return]
 
         return run
 
@@ -179,35 +182,35 @@ class StreamedModel:
 
 
 def source_model(model: ModelState) -> StreamedModel:
-    """The source, in its own dtype where this machine can."""
-    skeleton, _ = model.evaluated
-    own = {str(v.path): v for v in skeleton.model.variables}
+    """The source, in its own dtype if this machine can run it."""
+    skeleton, _ = model.evaluation_skeletons
+    variables = {str(v.path): v for v in skeleton.model.variables}
 
     def read(part: int) -> Pairs:
-        values = model.read(part)
-        return [(own[path], _cast(values[path], own[path])) for path in values]
+        return [(variables[path], value) for path, value in model.read(part).items()]
 
-    return StreamedModel(model.evaluated_graphs[0], read)
+    return StreamedModel(model.evaluation_graphs[0], _cast(read))
 
 
 def artifact_model(model: ModelState, store: ObjectStore) -> StreamedModel:
     """The artifact, from its committed files."""
-    _, skeleton = model.evaluated
+    _, skeleton = model.evaluation_skeletons
     skeleton.mark_calibrated()
-    own = {stored.name_path: stored.variable for stored in skeleton.stored}
+    variables = {stored.name_path: stored.variable for stored in skeleton.stored}
     of_backbone = {id(variable) for variable in skeleton.backbone.variables}
-    rest_of_task = {str(v.path): v for v in skeleton.model.variables if id(v) not in of_backbone}
+    of_task = {str(v.path): v for v in skeleton.model.variables if id(v) not in of_backbone}
 
     def read(part: int) -> Pairs:
         values = decode_part(model.parts[part], committed_file(store, part))
-        pairs = [(own[place], _cast(value, own[place])) for place, value in values.items()]
-        if part == 0 and rest_of_task:
-            found = model.read(0)
-            pairs += [(v, _cast(found[p], v)) for p, v in rest_of_task.items() if p in found]
+        pairs = [(variables[name_path], value) for name_path, value in values.items()]
+        if part == 0 and of_task:
+            source = model.read(0)
+            pairs += [(v, source[path]) for path, v in of_task.items() if path in source]
         return pairs
 
-    return StreamedModel(model.evaluated_graphs[1], read)
+    return StreamedModel(model.evaluation_graphs[1], _cast(read))
 
 
-def _cast(value: NDArray[Any], variable: Any) -> NDArray[Any]:
-    return np.asarray(value, np.dtype(variable.dtype))
+def _cast(read: Callable[[int], Pairs]) -> Callable[[int], Pairs]:
+    """`read`, with values in their variables' dtypes."""
+    return lambda part: [(v, np.asarray(value, np.dtype(v.dtype))) for v, value in read(part)]

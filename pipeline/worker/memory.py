@@ -1,4 +1,4 @@
-"""Give memory that was freed back to the system, where the C library would keep it."""
+"""Return freed memory to the system where the C library would keep it."""
 
 from __future__ import annotations
 
@@ -7,41 +7,41 @@ import mmap
 from pathlib import Path
 
 _LARGE_BYTES = 16 << 20
-_MOST_GROWTH_BYTES = 16 << 20
+_MAX_GROWTH_BYTES = 16 << 20
 _STATM = Path("/proc/self/statm")
 
 
 class FreedMemory:
-    """What a process has freed and not yet handed back, watched between pieces of like work.
+    """Bounds the memory that a process has freed but still holds, between similar pieces of work.
 
     Buffers of many sizes leave gaps that those of the next block do not fill, so that a worker
-    would grow for some dozens of blocks by a quarter of each. To hand back after every block is no
-    remedy: pages that come back cost a tenth of a small block's time.
+    would grow for some dozens of blocks by a quarter of each. Returning memory after every block
+    is too slow: mapping the pages again costs a tenth of a small block's time.
     """
 
     def __init__(self) -> None:
-        self._least: int | None = None
+        self._smallest: int | None = None
 
     def limit(self) -> None:
-        """Hand back if the process has grown by more than 16 MiB since it was smallest here.
+        """Return memory if the process has grown by more than 16 MiB over its smallest size here.
 
-        Also the first time, when what was needed to begin lies free, and wherever nobody can say
+        Also the first time, since starting up has freed much, and wherever the system does not say
         how large the process is.
         """
         resident = _resident_bytes()
-        if resident is None or self._least is None:
+        if resident is None or self._smallest is None:
             hand_back()
-            self._least = resident
+            self._smallest = resident
             return
-        if resident > self._least + _MOST_GROWTH_BYTES:
+        if resident > self._smallest + _MAX_GROWTH_BYTES:
             hand_back()
-        self._least = min(self._least, resident)
+        self._smallest = min(self._smallest, resident)
 
 
 def hand_back() -> None:
-    """What glibc's malloc holds in reserve goes back, in all threads' arenas.
+    """Make glibc's malloc return its free memory, in all threads' arenas.
 
-    Libraries without `malloc_trim` do it by themselves.
+    C libraries without `malloc_trim` do so by themselves.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -49,19 +49,19 @@ def hand_back() -> None:
 
 
 def make_room(num_bytes: int) -> None:
-    """Hand back before work on something large, whose copies would not fit into the gaps.
+    """Return memory before work on a large array, whose copies would not fit into the gaps.
 
-    Of small things the gaps are worth more than the room: pages that come back cost time.
+    For small arrays the time to map pages again costs more than the memory is worth.
 
     Args:
-        num_bytes: of what is worked on.
+        num_bytes: of the array.
     """
     if num_bytes >= _LARGE_BYTES:
         hand_back()
 
 
 def _resident_bytes() -> int | None:
-    """Memory that the process has now; None where the system does not say."""
+    """The process's resident memory; None where the system does not say."""
     try:
         pages = int(_STATM.read_text().split()[1])
     except OSError:

@@ -1,4 +1,4 @@
-"""What one process needs to know of a model to work on its parts: skeletons, files, programs."""
+"""What a worker knows of its plan's model: skeletons, weights, parts and compiled programs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.artifact.parts import INDEX_FILE, Part, cut_parts, decode_part
+from pipeline.artifact.parts import Part, cut_parts, decode_part
 from pipeline.errors import SourceError
 from pipeline.model.blocks import Block, BlockGraph, find_blocks
 from pipeline.model.converted_files import converted_files
-from pipeline.model.preset import read_preset
+from pipeline.model.preset import INDEX_FILE, TASK_WEIGHTS_FILE, read_preset
 from pipeline.model.quantized_config import base_policy, policy_map
 from pipeline.model.skeleton import Skeleton, build_skeleton
 from pipeline.model.stateless import call_with
@@ -28,154 +28,155 @@ from pipeline.run.worker_api import Values
 from pipeline.weights.source import open_source, values_digest
 from pipeline.worker.block_program import BlockProgram
 from quantizer import kernel_layout
-from quantizer.keras_format.variables import restore_kernel
-
-TASK_WEIGHTS = "task.weights.h5"
-"""Where KerasHub keeps what a task has beside its backbone."""
-
+from quantizer.keras_format.variables import decode_kernel
 
 class ModelState:
-    """A plan's model in this process. Everything in it can be built again from plan and source.
+    """A plan's model in this process; all of it can be rebuilt from plan and source.
 
-    The model that is calibrated computes in float32, whatever its weights are stored in.
+    Attributes:
+        skeleton: the source, in its own dtype.
     """
 
     def __init__(self, plan: Plan, source_url: str) -> None:
         self.plan = plan
         self._preset = read_preset(source_url)
-        self.own = build_skeleton(self._preset)
-        """The source as it is, in its own dtype."""
-        self.source = open_source(self._preset, self.own)
+        self.skeleton = build_skeleton(self._preset)
+        self._source = open_source(self._preset, self.skeleton)
         self._programs: dict[tuple[Any, ...], BlockProgram] = {}
 
     @cached_property
     def graph(self) -> BlockGraph:
-        """In float32: what is calibrated."""
-        return find_blocks(self._calibrated)
+        """The model that is calibrated, which computes in float32."""
+        return find_blocks(self._float32_skeleton)
 
     @cached_property
-    def _calibrated(self) -> Skeleton:
-        # Skeletons grow with the number of blocks: one serves two ends where it can.
-        return self.own if self._base == "float32" else build_skeleton(self._preset, "float32")
+    def _float32_skeleton(self) -> Skeleton:
+        # Skeletons grow with the number of blocks: one serves both purposes where it can.
+        if self._base_policy == "float32":
+            return self.skeleton
+        return build_skeleton(self._preset, "float32")
 
     @cached_property
-    def _base(self) -> str:
-        return base_policy(self.own.backbone_json)
+    def _base_policy(self) -> str:
+        """The dtype policy of the layers that stay in float."""
+        return base_policy(self.skeleton.backbone_json)
 
-    def _quantized(self, base: str) -> Skeleton:
-        """As the artifact's JSON describes it, but for the dtype of what is not quantized."""
+    @property
+    def scale_dtype(self) -> str:
+        """The dtype in which the scales of most layers are stored: that of their weights."""
+        return str(keras.DTypePolicy(self._base_policy).variable_dtype)
+
+    def _quantized_skeleton(self, base: str) -> Skeleton:
+        """The model of the artifact, with policy `base` for the layers that stay in float."""
         return build_skeleton(self._preset, policy_map(base, self.plan.policies))
 
     @cached_property
-    def evaluated(self) -> tuple[Skeleton, Skeleton]:
-        """Source and result as they can be run here: as they are, where JAX can do that."""
-        if self._base != "float16" or jax.default_backend() != "cpu":
-            return self.own, self._quantized(self._base)
-        # JAX has no float16 attention on a CPU. Float32 holds every float16, so the model is
-        # the same, only computed more exactly.
-        return self._calibrated, self._quantized("float32")
+    def evaluation_skeletons(self) -> tuple[Skeleton, Skeleton]:
+        """Source and artifact in their own dtypes, if JAX can run those on this machine."""
+        if self._base_policy != "float16" or jax.default_backend() != "cpu":
+            return self.skeleton, self._quantized_skeleton(self._base_policy)
+        # JAX has no float16 attention on a CPU. Float32 holds every float16 value, so the models
+        # are the same, only computed more precisely.
+        return self._float32_skeleton, self._quantized_skeleton("float32")
 
     @cached_property
-    def evaluated_graphs(self) -> tuple[BlockGraph, BlockGraph]:
-        """Their blocks."""
-        source, result = self.evaluated
-        graph = self.graph if source is self._calibrated else find_blocks(source)
-        return graph, find_blocks(result)
+    def evaluation_graphs(self) -> tuple[BlockGraph, BlockGraph]:
+        """The graphs of `evaluation_skeletons`."""
+        source, artifact = self.evaluation_skeletons
+        graph = self.graph if source is self._float32_skeleton else find_blocks(source)
+        return graph, find_blocks(artifact)
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         """What each file of the artifact holds."""
-        quantized = self._quantized(self._base)
-        # Named alike in every skeleton of one preset; to find the blocks again takes long.
+        quantized = self._quantized_skeleton(self._base_policy)
+        # By name, which all skeletons of a preset share; finding the blocks again takes long.
         layers = [quantized.backbone.get_layer(block.name) for block in self.graph.blocks]
         parts = cut_parts(quantized.stored, layers)
         del quantized, layers
-        # Layers know each other in circles: they would lie about for the rest of a run.
+        # Layers refer to each other in cycles: without this they would stay for the whole run.
         gc.collect()
         return parts
 
     def preset_files(self) -> dict[str, bytes]:
-        """The source's files as KerasHub saves a preset, but for its weights, by name."""
+        """The source's files other than the backbone's weights, as KerasHub saves them, by name."""
         if self._preset.format == "huggingface":
-            return converted_files(self._preset, self.own)
+            return converted_files(self._preset, self.skeleton)
         names = {*self._preset.json_files, *self._preset.assets} - {INDEX_FILE}
-        if TASK_WEIGHTS in self._preset.sizes:
-            names.add(TASK_WEIGHTS)
-        given = self._preset.json_files
-        return {name: given.get(name) or self._preset.read(name) for name in sorted(names)}
+        if TASK_WEIGHTS_FILE in self._preset.sizes:
+            names.add(TASK_WEIGHTS_FILE)
+        json_files = self._preset.json_files
+        return {name: json_files.get(name) or self._preset.read(name) for name in sorted(names)}
 
     def targets(self, part: int) -> dict[str, Target]:
         """The quantizable layers of a part, by path."""
         graph = self.graph
-        found = graph.rest_targets if part == 0 else graph.blocks[part - 1].targets
-        return {target.path: target for target in found}
-
-    @property
-    def scale_dtype(self) -> str:
-        """In which the scales of most layers are stored: that of their weights."""
-        return str(keras.DTypePolicy(self._base).variable_dtype)
+        targets = graph.rest_targets if part == 0 else graph.blocks[part - 1].targets
+        return {target.path: target for target in targets}
 
     def read(self, part: int) -> dict[str, NDArray[Any]]:
-        """The source's arrays of one part, by variable path; part 0 is what no block holds.
+        """The source's arrays of one part, by variable path.
 
         Raises:
             SourceError: they cannot be read, or are not those that the plan was made for.
         """
         if part:
-            values = self.source.read_layer(self.graph.blocks[part - 1].layer)
+            values = self._source.read_layer(self.graph.blocks[part - 1].layer)
         else:
-            values = self.source.read(self.source.rest_paths(self.graph))
+            values = self._source.read(self._source.rest_paths(self.graph))
         planned = self.plan.parts[part]
-        found = values_digest(values)
-        if found != planned.source_sha256:
+        digest = values_digest(values)
+        if digest != planned.source_sha256:
             raise SourceError(
                 f"{self._preset.url}: the weights of {planned.name} changed since the run was "
-                f"planned (SHA-256 {found[:12]}, planned {planned.source_sha256[:12]}); put them "
+                f"planned (SHA-256 {digest[:12]}, planned {planned.source_sha256[:12]}); put them "
                 "back and resume, or start a new run elsewhere"
             )
         return values
 
-    def program(self, block: Block, hidden_states: Any, side_inputs: Sequence[Any]) -> BlockProgram:
-        """The block's compiled program for micro-batches of this shape."""
-        layers = self.plan.parts[block.index + 1].layers
-        wanted = {layer.name: statistics_of(layer.scheme) for layer in layers}
-        shapes = tuple((tuple(a.shape), str(a.dtype)) for a in (hidden_states, *side_inputs))
-        key = (block.signature, tuple(wanted.items()), shapes)
-        if key not in self._programs:
-            hidden_states, *side_inputs = (
-                jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (hidden_states, *side_inputs)
-            )
-            self._programs[key] = BlockProgram(block, wanted, hidden_states, side_inputs)
-        return self._programs[key]
+    def dequantized_kernels(self, part: int, data: bytes) -> dict[str, NDArray[np.float32]]:
+        """The quantized kernels in a committed file, dequantized, by the path of their variable."""
+        values = decode_part(self.parts[part], data)
+        by_layer: dict[str, dict[str, NDArray[Any]]] = {}
+        for stored in self.parts[part].variables:
+            by_layer.setdefault(stored.layer_path, {})[stored.name] = values[stored.name_path]
+        kernels = {}
+        for layer in self.plan.parts[part].layers:
+            if layer.scheme is not None and layer.kind == "kernel":
+                target = self.targets(part)[layer.path]
+                kernels[target.kernel_path] = decode_kernel(
+                    by_layer[layer.path], kernel_layout(target.layer), layer.scheme
+                )
+        return kernels
 
     def embed(
         self, values: Values, tokens: NDArray[np.int32], mask: NDArray[np.bool_]
     ) -> tuple[NDArray[Any], list[NDArray[Any]]]:
-        """The hidden_states that enters block 0, and the side_input inputs of all blocks."""
-        graph = self.graph
-        weights = in_order(graph.embed.weights, values, {})
-        hidden_states, *side_inputs = self._embed(weights, model_inputs(graph.embed, tokens, mask))
+        """The hidden states that enter block 0, and the side inputs of all blocks.
+
+        Args:
+            values: part 0 of the source.
+        """
+        weights = in_order(self.graph.embed.weights, values, {})
+        inputs = model_inputs(self.graph.embed, tokens, mask)
+        hidden_states, *side_inputs = self._embed(weights, inputs)
         return np.asarray(hidden_states), [np.asarray(side_input) for side_input in side_inputs]
 
     @cached_property
     def _embed(self) -> Any:
         embed = self.graph.embed
-        return jax.jit(lambda values, inputs: call_with(embed, values, inputs))
+        return jax.jit(lambda weights, inputs: call_with(embed, weights, inputs))
 
-    def kernels(self, part: int, data: bytes) -> dict[str, NDArray[np.float32]]:
-        """What a committed file's quantized kernels stand for, by the path of their variable."""
-        values = decode_part(self.parts[part], data)
-        by_layer: dict[str, dict[str, NDArray[Any]]] = {}
-        for stored in self.parts[part].variables:
-            by_layer.setdefault(stored.layer_path, {})[stored.name] = values[stored.name_path]
-        found = {}
-        for layer in self.plan.parts[part].layers:
-            if layer.scheme is not None and layer.kind == "kernel":
-                target = self.targets(part)[layer.path]
-                found[target.kernel_path] = restore_kernel(
-                    by_layer[layer.path], kernel_layout(target.layer), layer.scheme
-                )
-        return found
+    def program(self, block: Block, hidden_states: Any, side_inputs: Sequence[Any]) -> BlockProgram:
+        """The block's compiled program for micro-batches of this shape."""
+        layers = self.plan.parts[block.index + 1].layers
+        statistics = {layer.name: statistics_of(layer.scheme) for layer in layers}
+        shapes = tuple((tuple(a.shape), str(a.dtype)) for a in (hidden_states, *side_inputs))
+        key = (block.signature, tuple(statistics.items()), shapes)
+        if key not in self._programs:
+            inputs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (hidden_states, *side_inputs)]
+            self._programs[key] = BlockProgram(block, statistics, inputs[0], inputs[1:])
+        return self._programs[key]
 
 
 def in_order(
@@ -185,7 +186,7 @@ def in_order(
 
     Args:
         values: the source's arrays, by variable path.
-        replaced: those that take the place of the source's.
+        replaced: arrays that take precedence over the source's.
     """
     return [
         np.asarray(replaced.get(variable.path, values[variable.path]), dtype=variable.dtype)

@@ -1,7 +1,7 @@
-"""What is summed of a layer's input over calibration rows, on the device where it lies.
+"""Calibration statistics of a layer's input, summed on the device: empty → add … → finish.
 
-These programs are apart from those that compute the input, so that adding up changes no bit of
-what goes on: a block that is run again, to resume, gives the same activations without them.
+These programs are compiled apart from those that compute the input, so that summing changes no bit
+of the activations: a block that runs again without it, to resume, gives the same ones.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ from jax import Array, lax
 from numpy.typing import NDArray
 
 from pipeline.recipe.recipe import StatisticsKind
+from pipeline.run.worker_api import CalibrationStatistics
 from pipeline.worker.memory import make_room
 from quantizer import HessianSum, MagnitudeSum
 
-# A Gram is symmetric: of so many column blocks only those on and right of the diagonal are
-# multiplied, 10/16 of the flops.
-_GRAM_BLOCKS = 4
-_SMALLEST_GRAM_BLOCK = 128
+# A Gram is symmetric: cut into this many bands of rows, each is multiplied only from the diagonal
+# on, which takes 10/16 of the flops.
+_GRAM_BANDS = 4
+_MIN_BAND_ROWS = 128
 
-CalibrationStatistics = HessianSum | MagnitudeSum
 Carry = tuple[Array, ...]
+"""Unfinished statistics on the device: for a Hessian the bands of the Gram, for magnitudes sum, sum
+of squares and maximum per channel; last the number of rows."""
 
 
 def empty(statistics: StatisticsKind, in_features: int) -> Carry:
-    """CalibrationStatistics over no rows."""
+    """Statistics over no rows."""
     if statistics == "hessian":
         make_room(4 * in_features**2)
         bands = (jnp.zeros((b - a, in_features - a)) for a, b in _bands(in_features))
@@ -45,17 +47,17 @@ def add(
     statistics: StatisticsKind,
     input_axes: tuple[int, ...],
 ) -> Carry:
-    """CalibrationStatistics with one micro-batch more; `carry` is used up.
+    """Statistics with one more micro-batch; `carry` must not be used again.
 
     Args:
         inputs: a layer's input, as Keras gives it, [batch, sequence, …].
         mask: [batch, sequence]; rows where it is false are left out.
-        input_axes: the axes of `inputs` that are summed with the kernel, counted from its end.
+        input_axes: the axes of `inputs` that are contracted with the kernel, from its end.
     """
-    # Leaving nothing out is a program of its own: one pass over the rows less.
-    some = None if mask.all() else jnp.asarray(mask)
+    # A program of its own for no padding saves a pass over the rows.
+    padded = None if mask.all() else jnp.asarray(mask)
     added: Carry = _add(
-        carry, inputs, some, mask.size, statistics=statistics, input_axes=input_axes
+        carry, inputs, padded, mask.size, statistics=statistics, input_axes=input_axes
     )
     return added
 
@@ -76,7 +78,7 @@ def _add(
     if mask is None:
         num_rows = carry[-1] + num_all
     else:
-        # Chosen, not multiplied: padding may hold infinity.
+        # Not a product with the mask, since padding may hold infinity.
         rows = jnp.where(mask[..., None], rows, 0.0)
         num_rows = carry[-1] + jnp.sum(mask, dtype=jnp.int32)
     rows_NC = rows.reshape(-1, rows.shape[-1])
@@ -96,7 +98,7 @@ def _add(
 
 
 def finish(statistics: StatisticsKind, carry: Carry) -> CalibrationStatistics:
-    """CalibrationStatistics as the solvers take them."""
+    """Statistics in the form that the solvers take."""
     if statistics == "hessian":
         return HessianSum(np.asarray(_whole(carry[:-1])), int(carry[-1]))
     total, square, largest, num_rows = (np.asarray(array) for array in carry)
@@ -105,7 +107,7 @@ def finish(statistics: StatisticsKind, carry: Carry) -> CalibrationStatistics:
 
 @jax.jit
 def _whole(bands: Carry) -> Array:
-    """The Gram, [C, C], exactly symmetric, from its bands on and right of the diagonal."""
+    """The Gram, [C, C], exactly symmetric, from its bands."""
     upper = jnp.triu(
         jnp.concatenate(
             [jnp.pad(band, ((0, 0), (bands[0].shape[1] - band.shape[1], 0))) for band in bands]
@@ -115,8 +117,8 @@ def _whole(bands: Carry) -> Array:
 
 
 def _bands(in_features: int) -> list[tuple[int, int]]:
-    """Columns [a, b) of each band: its product is with the columns from a on."""
-    if in_features < _GRAM_BLOCKS * _SMALLEST_GRAM_BLOCK:
+    """Rows [a, b) of each band, which holds the columns from a on."""
+    if in_features < _GRAM_BANDS * _MIN_BAND_ROWS:
         return [(0, in_features)]
-    edges = [in_features * i // _GRAM_BLOCKS for i in range(_GRAM_BLOCKS + 1)]
+    edges = [in_features * i // _GRAM_BANDS for i in range(_GRAM_BANDS + 1)]
     return list(pairwise(edges))

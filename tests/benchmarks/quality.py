@@ -23,7 +23,7 @@ from pipeline.calibration.windows import TokenWindows
 from pipeline.fidelity import Fidelity, average
 from pipeline.plan import Plan, read_plan
 from pipeline.storage.object_store import open_store
-from pipeline.worker.evaluate import StreamedModel, compare, source_model
+from pipeline.worker.evaluate import StreamedModel, evaluate, source_model
 from pipeline.worker.model_state import ModelState
 from quantizer import kernel_layout
 from quantizer.qparams import decode, encode, find_grid
@@ -113,7 +113,9 @@ def rounding(plan: Plan, preset: Path, windows: TokenWindows, bits: int, group: 
     model = ModelState(plan, str(preset))
     result = rounded_model(model, bits, group)
     source = source_model(model)
-    return average(compare(source, result, windows.tokens, windows.mask, causal=True))
+    return average(
+        evaluate(source, result, windows.tokens, windows.mask, predicts_tokens=True)
+    )
 
 
 def main() -> None:

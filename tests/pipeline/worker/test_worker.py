@@ -12,7 +12,7 @@ from pipeline.errors import DivergenceError, MissingObjectError
 from pipeline.reduction import Subtree
 from pipeline.run import activations
 from pipeline.run.driver import claim
-from pipeline.run.records import file_key, record_key
+from pipeline.run.records import PartRecord, file_key, record_key
 from pipeline.run.worker_api import CalibrationStatistics, SolvedLayer
 from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.worker.calibration_shards import LostShardError
@@ -117,7 +117,7 @@ def test_a_worker_says_which_shard_it_lacks(store: ObjectStore) -> None:
     with pytest.raises(LostShardError, match="shard 1"):
         worker.capture(0, 0, Subtree(1, 2), values)
     worker.restore(0, [1], 0)
-    with pytest.raises(LostShardError, match="shard 1 is wanted in block 1"):
+    with pytest.raises(LostShardError, match="shard 1 is needed in block 1"):
         worker.capture(1, 0, Subtree(1, 2), worker.read(2))
     with pytest.raises(LostShardError, match="shard 1"):
         worker.propagate(1, [1], worker.read(2))
@@ -172,8 +172,6 @@ def test_what_is_inside_its_block_is_restored_without_reading(store: ObjectStore
 
 def test_a_record_names_every_layer_and_the_block_before(store: ObjectStore) -> None:
     manifest, _ = execute(planned("gptq"), store)
-    from pipeline.run.records import PartRecord
-
     previous = ""
     for part in planned("gptq").plan.parts[1:]:
         data = store.get(record_key(part.part))
