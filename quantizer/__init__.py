@@ -1,8 +1,8 @@
-"""Quantize weights of Keras layers: schemes, calibration sums, solvers, stored formats.
+"""Quantize weights of Keras layers: schemes, calibration statistics, solvers, stored formats.
 
 hessian = quantizer.HessianSum.of(inputs)
-solution = quantizer.solve(weight, hessian, quantizer.GPTQScheme(weight_bits=4))
-quantizer.quantize_layer(layer, quantizer.GPTQScheme(), hessian)
+result = quantizer.solve(weight, hessian, quantizer.GPTQScheme(weight_bits=4))
+report = quantizer.quantize_layer(layer, quantizer.GPTQScheme(), hessian)
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
         LayerError,
         QuantizationError,
         SchemeError,
+        UnusableStatisticsError,
         WeightError,
     )
     from quantizer.gptq.drift import DriftSum
     from quantizer.gptq.solve import row_slices
-    from quantizer.hessian import HessianSum, MagnitudeSum, tree_merge
+    from quantizer.hessian import CalibrationStatistics, HessianSum, MagnitudeSum, tree_merge
     from quantizer.keras_format.layers import kernel_layout, quantize_layer, save_model
-    from quantizer.result import QuantizedWeight, Solution, SolveReport
+    from quantizer.result import QuantizedWeight, SolveReport, SolveResult
     from quantizer.schemes import (
         SCHEMES,
         AWQScheme,
@@ -43,9 +44,15 @@ _MODULES = {
         "LayerError",
         "QuantizationError",
         "SchemeError",
+        "UnusableStatisticsError",
         "WeightError",
     ),
-    "quantizer.hessian": ("HessianSum", "MagnitudeSum", "tree_merge"),
+    "quantizer.hessian": (
+        "CalibrationStatistics",
+        "HessianSum",
+        "MagnitudeSum",
+        "tree_merge",
+    ),
     "quantizer.keras_format.layers": ("kernel_layout", "quantize_layer", "save_model"),
     "quantizer.schemes": (
         "SCHEMES",
@@ -58,7 +65,7 @@ _MODULES = {
         "scheme_from_dict",
         "scheme_to_dict",
     ),
-    "quantizer.result": ("SolveReport", "QuantizedWeight", "Solution"),
+    "quantizer.result": ("QuantizedWeight", "SolveReport", "SolveResult"),
     "quantizer.gptq.solve": ("row_slices",),
     "quantizer.solver": ("solve", "solve_stack"),
 }
@@ -68,6 +75,7 @@ __all__ = [
     "SCHEMES",
     "AWQScheme",
     "CalibrationError",
+    "CalibrationStatistics",
     "DriftSum",
     "Float8Scheme",
     "GPTQScheme",
@@ -80,8 +88,9 @@ __all__ = [
     "QuantizedWeight",
     "Scheme",
     "SchemeError",
-    "Solution",
     "SolveReport",
+    "SolveResult",
+    "UnusableStatisticsError",
     "WeightError",
     "kernel_layout",
     "quantize_layer",
@@ -96,7 +105,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: naming a scheme must not cost the import of JAX and Keras.
+    # Imported on first use: naming a scheme must not cost the import of JAX and Keras.
     if name not in _HOME:
         raise AttributeError(f"module 'quantizer' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

@@ -1,23 +1,27 @@
 """AWQ (arXiv 2306.00978, Eq. 4-5): scale up the inputs that matter, round, scale back down.
 
-The scale of an input is its magnitude to a power; the power is searched. With a Hessian each
-try is judged by the layer's true output error tr(Δ H Δᵀ), as the paper does on calibration
-data; with magnitudes alone, by H's diagonal, as Keras does. A power of 0 is round-to-nearest,
-so AWQ never loses to it.
+The scale of an input is its magnitude raised to an exponent, which is searched. With a Hessian
+each exponent is judged by the layer's true output error tr(Δ H Δᵀ), as the paper does on
+calibration data; with magnitudes alone by H's diagonal, as Keras does. An exponent of 0 is
+round-to-nearest, so AWQ never loses to it.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
+from numpy.typing import NDArray
 
-from quantizer.hessian import HessianSum, MagnitudeSum
-from quantizer.qparams import decode, encode, find_grid, num_groups
-from quantizer.result import Float32, GroupedWeight, Solution, SolveReport, weight_error
+from quantizer.hessian import CalibrationStatistics, HessianSum, MagnitudeSum
+from quantizer.jit import product
+from quantizer.qparams import contiguous_groups, decode, encode, find_grid
+from quantizer.result import Float32, GroupedWeight, SolveReport, SolveResult, weight_error
+from quantizer.row_groups import RowGroups
 from quantizer.schemes import AWQScheme
 
 _MAX_CODE = 15.0
@@ -39,7 +43,7 @@ def _attempt(
     scaled_CR = weight_CR * input_scale_C[:, None]
     scale_GR, zero_GR = find_grid(
         scaled_CR,
-        # An error of the scaled weight counts as much as it does after scaling back.
+        # The energy of an error once it is scaled back.
         (energy_C / input_scale_C**2)[:, None],
         weight_bits=4,
         group_size=group_size,
@@ -55,12 +59,11 @@ def _attempt(
     if gram_CC is None:
         loss = jnp.sum(energy_C[:, None] * error_CR**2)
     else:
-        pushed_CR = jnp.matmul(gram_CC, error_CR, precision=lax.Precision.HIGHEST)
-        loss = jnp.sum(error_CR * pushed_CR)
+        loss = jnp.sum(error_CR * product(gram_CC, error_CR))
     return codes_CR.astype(jnp.uint8), scale_GR, zero_GR, loss
 
 
-def input_scales(magnitude_C: Float32, ratio: float) -> Float32:
+def _input_scales(magnitude_C: Float32, ratio: float) -> Float32:
     """magnitude^ratio, centred so that the largest and smallest are reciprocal (as Keras)."""
     magnitude_C = np.where(magnitude_C < 1e-8, np.float32(1), magnitude_C)
     scale_C = np.maximum(np.power(magnitude_C, np.float32(ratio)), np.float32(_SMALLEST_SCALE))
@@ -71,30 +74,38 @@ def input_scales(magnitude_C: Float32, ratio: float) -> Float32:
 
 def solve_awq(
     weight_RC: Float32,
-    inputs: HessianSum | MagnitudeSum,
+    statistics: CalibrationStatistics,
     scheme: AWQScheme,
     *,
     scale_dtype: str,
-) -> Solution:
-    """Search the input scales and quantize.
+    row_groups: RowGroups | None,
+) -> SolveResult:
+    """Search the input scales and quantize; with `row_groups` the stored matrix.
 
     Args:
         weight_RC: [out_features, in_features], float32.
-        inputs: what calibration saw; a HessianSum judges by the true output error.
+        statistics: of the layer's inputs; a HessianSum judges by the true output error.
         scale_dtype: dtype in which scales will be stored; they are rounded to it first.
+        row_groups: of a kernel that Keras groups otherwise than the matrix.
     """
-    if isinstance(inputs, HessianSum):
-        energy_C = np.float32(2 / inputs.num_rows) * np.diagonal(inputs.gram_CC)
+    if row_groups is not None:
+        # Keras repeats the inputs along its rows (Gemma: once a head), each row with an input
+        # scale of its own. The Hessian of that matrix would be one block a head; magnitudes hold
+        # all that Keras' own criterion uses.
+        weight_RC = np.ascontiguousarray(row_groups.to_stored(weight_RC))
+        statistics = _spread(statistics, row_groups.input_of_row())
+    if isinstance(statistics, HessianSum):
+        energy_C = np.float32(2 / statistics.num_rows) * np.diagonal(statistics.gram_CC)
         magnitude_C = np.sqrt(energy_C / 2)
-        gram_CC = jnp.asarray(inputs.gram_CC) * (2.0 / inputs.num_rows)
+        gram_CC = jnp.asarray(statistics.gram_CC) * (2.0 / statistics.num_rows)
     else:
-        energy_C = np.float32(2 / inputs.num_rows) * inputs.sum_square_C
-        magnitude_C = inputs.sum_abs_C / np.float32(inputs.num_rows)
+        energy_C = np.float32(2 / statistics.num_rows) * statistics.sum_square_C
+        magnitude_C = statistics.sum_abs_C / np.float32(statistics.num_rows)
         gram_CC = None
     weight_CR = jnp.asarray(weight_RC.T)
 
     def attempt(ratio: float, search: bool) -> tuple[tuple[Array, ...], Float32, float]:
-        scale_C = input_scales(magnitude_C, ratio)
+        scale_C = _input_scales(magnitude_C, ratio)
         scale_C = scale_C.astype(scale_dtype).astype(np.float32)
         *found, loss = _attempt(
             weight_CR,
@@ -108,7 +119,8 @@ def solve_awq(
         return tuple(found), scale_C, max(float(loss), 0.0)
 
     found, scale_C, loss = attempt(0.0, search=False)
-    rtn_loss, best_ratio, kept = loss, 0.0, "rtn"
+    rtn_loss, best_ratio = loss, 0.0
+    kept: Literal["awq", "rtn"] = "rtn"
     first = 0 if scheme.clip_search else 1
     for step in range(first, scheme.num_grid_points + 1):
         ratio = step / scheme.num_grid_points
@@ -116,22 +128,19 @@ def solve_awq(
         if candidate[2] < loss:
             (found, scale_C, loss), best_ratio, kept = candidate, ratio, "awq"
     codes_CR, scale_GR, zero_GR = (np.asarray(array) for array in found)
-    num_inputs = weight_RC.shape[1]
-    size = num_inputs if scheme.group_size == -1 else scheme.group_size
     weight = GroupedWeight(
         np.ascontiguousarray(codes_CR.T),
         np.ascontiguousarray(scale_GR.T),
         np.ascontiguousarray(zero_GR.T).astype(np.uint8),
-        (np.arange(num_inputs) // size).astype(np.int32),
+        contiguous_groups(weight_RC.shape[1], scheme.group_size),
         scale_C,
     )
-    assert weight.scale_RG.shape[1] == num_groups(num_inputs, scheme.group_size)
     reason = (
         f"input scales of magnitude^{best_ratio:.2f} had the lowest output error"
         if kept == "awq"
         else "no input scale or clipping lowered the output error"
     )
-    return Solution(
+    return SolveResult(
         weight,
         SolveReport(
             weight_error=weight_error(weight_RC, weight.dequantize()),
@@ -141,7 +150,26 @@ def solve_awq(
             reason=reason,
             rtn_rows=weight_RC.shape[0] if kept == "rtn" else 0,
             dead_inputs=int(np.sum(energy_C == 0)),
-            num_rows=inputs.num_rows,
+            num_rows=statistics.num_rows,
             ratio=best_ratio,
         ),
+    )
+
+
+def _spread(statistics: CalibrationStatistics, input_of_row: NDArray[np.intp]) -> MagnitudeSum:
+    """Input magnitudes by stored row; a Hessian gives them in root mean square."""
+    if isinstance(statistics, HessianSum):
+        square_C = statistics.gram_CC.diagonal()
+        root_C = np.sqrt(square_C / np.float32(statistics.num_rows))
+        statistics = MagnitudeSum(
+            root_C * np.float32(statistics.num_rows),
+            square_C,
+            np.sqrt(square_C),
+            statistics.num_rows,
+        )
+    return MagnitudeSum(
+        statistics.sum_abs_C[input_of_row],
+        statistics.sum_square_C[input_of_row],
+        statistics.max_abs_C[input_of_row],
+        statistics.num_rows,
     )

@@ -1,4 +1,4 @@
-"""Errors that a user can act on; each message says where, what was seen and what to change."""
+"""Errors that a user can act on: each message says where, what was found and what to change."""
 
 
 class QuantizationError(ValueError):
@@ -6,11 +6,15 @@ class QuantizationError(ValueError):
 
 
 class SchemeError(QuantizationError):
-    """A scheme, or a scheme for this layer, that cannot be carried out."""
+    """An invalid scheme, or one that this layer cannot take."""
 
 
 class CalibrationError(QuantizationError):
-    """Calibration statistics that are missing, empty, of the wrong shape or not finite."""
+    """Calibration inputs or statistics that are missing or that no solver can use."""
+
+
+class UnusableStatisticsError(CalibrationError):
+    """Calibration statistics that are empty, not finite, all zero, or of another shape."""
 
 
 class WeightError(QuantizationError):
@@ -18,4 +22,4 @@ class WeightError(QuantizationError):
 
 
 class LayerError(QuantizationError):
-    """A Keras layer that stock Keras could not load in the wanted scheme."""
+    """A Keras layer that stock Keras could not load in this scheme."""

@@ -1,23 +1,23 @@
-"""Sums over calibration rows: what a layer's inputs looked like, in mergeable form.
+"""Calibration statistics: raw sums over a layer's input rows, which can be merged.
 
-Raw sums travel and are merged; means do not (uneven shards would weigh wrongly).
+Sums travel and are merged, never means: means over uneven shards would weigh rows unequally.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from quantizer.errors import CalibrationError
+from quantizer.errors import CalibrationError, UnusableStatisticsError
 
 Float32 = NDArray[np.float32]
 _Sum = TypeVar("_Sum")
 
-# Beyond these, float32 overflows: squares of inputs, and losses of weights (see check_weight).
+# Beyond these float32 overflows: the squares of inputs, and the losses that solvers sum.
 _LARGEST_INPUT = 1e15
 _LARGEST_ENERGY = 1e16
 
@@ -79,23 +79,24 @@ class HessianSum:
         return HessianSum(self.gram_CC + other.gram_CC, self.num_rows + other.num_rows)
 
     def check(self, in_features: int, name: str) -> None:
-        """Refuse a sum that no solver could use; `name` is the layer, for the message.
+        """Refuse a sum that no solver can use; `name` is the layer, for the message.
 
         Raises:
-            CalibrationError: empty, of the wrong shape, not finite, no sum of xᵀx, or all zero.
+            UnusableStatisticsError: empty, of the wrong shape, not finite, no sum of xᵀx, or all
+                zero.
         """
         _check_sum(self.gram_CC.shape, (in_features, in_features), self.num_rows, name)
-        # A sum needs no copy, and is finite only if all of its terms are.
+        # Summing needs no copy, and a sum is finite only if all of its terms are.
         with np.errstate(over="ignore", invalid="ignore"):
             total = self.gram_CC.sum()
         if not np.isfinite(total) and not np.isfinite(self.gram_CC).all():
-            raise CalibrationError(
+            raise UnusableStatisticsError(
                 f"{name}: the Hessian contains NaN or infinity. Calibrate in a wider dtype "
                 "(float32), or look for non-finite activations in the model."
             )
         diagonal_C = np.diagonal(self.gram_CC)
         if (diagonal_C < 0).any():
-            raise CalibrationError(
+            raise UnusableStatisticsError(
                 f"{name}: the Hessian has a negative diagonal, so it is no sum of xᵀx; rebuild "
                 "it with HessianSum.of(inputs)"
             )
@@ -106,7 +107,7 @@ class HessianSum:
 
 @dataclass(frozen=True, slots=True)
 class MagnitudeSum:
-    """Per-channel input magnitudes: all that AWQ and float8 need.
+    """Sums of input magnitudes by channel: all that AWQ and float8 need.
 
     Attributes:
         sum_abs_C, sum_square_C: Σ|x| and Σx² by input feature, float32.
@@ -140,22 +141,22 @@ class MagnitudeSum:
         )
 
     def check(self, in_features: int, name: str) -> None:
-        """Refuse sums that no solver could use; `name` is the layer, for the message.
+        """Refuse sums that no solver can use; `name` is the layer, for the message.
 
         Raises:
-            CalibrationError: empty, of the wrong shape, not finite, or all zero.
+            UnusableStatisticsError: empty, of the wrong shape, not finite, or all zero.
         """
         arrays = (self.sum_abs_C, self.sum_square_C, self.max_abs_C)
         for array in arrays:
             _check_sum(array.shape, (in_features,), self.num_rows, name)
         sums = np.stack(arrays)
         if not np.isfinite(sums).all():
-            raise CalibrationError(
+            raise UnusableStatisticsError(
                 f"{name}: the input magnitudes contain NaN or infinity. Calibrate in a wider "
                 "dtype (float32), or look for non-finite activations in the model."
             )
         if (sums < 0).any():
-            raise CalibrationError(
+            raise UnusableStatisticsError(
                 f"{name}: an input magnitude is negative; rebuild it with MagnitudeSum.of(inputs)"
             )
         if not self.max_abs_C.any():
@@ -163,11 +164,15 @@ class MagnitudeSum:
         _check_energy(float(self.sum_square_C.max()) / self.num_rows, name)
 
 
+CalibrationStatistics: TypeAlias = HessianSum | MagnitudeSum
+"""What calibration knows of a layer's inputs."""
+
+
 def tree_merge(sums: Sequence[_Sum], merge: Callable[[_Sum, _Sum], _Sum]) -> _Sum:
     """Reduce by a binary tree whose shape depends on the number of leaves alone.
 
-    Floating-point addition is not associative: the same leaves in the same places give the
-    same bits, whichever of them arrived first.
+    Floating-point addition is not associative: a fixed tree gives the same bits whichever leaf
+    arrived first.
     """
     if not sums:
         raise CalibrationError("no calibration shard to reduce; give at least one")
@@ -180,12 +185,12 @@ def tree_merge(sums: Sequence[_Sum], merge: Callable[[_Sum, _Sum], _Sum]) -> _Su
 
 def _check_sum(shape: tuple[int, ...], expected: tuple[int, ...], num_rows: int, name: str) -> None:
     if shape != expected:
-        raise CalibrationError(
+        raise UnusableStatisticsError(
             f"{name}: the calibration sum has shape {shape}, but the weight has {expected[0]} "
             f"input features; expected {expected}"
         )
     if num_rows < 1:
-        raise CalibrationError(
+        raise UnusableStatisticsError(
             f"{name}: no calibration row reached this layer. Raise num_samples, or give the "
             "layer a scheme that needs no calibration, such as int8."
         )
@@ -193,14 +198,14 @@ def _check_sum(shape: tuple[int, ...], expected: tuple[int, ...], num_rows: int,
 
 def _check_energy(largest: float, name: str) -> None:
     if largest > _LARGEST_ENERGY:
-        raise CalibrationError(
+        raise UnusableStatisticsError(
             f"{name}: the largest mean square of an input is {largest:g}, too large to solve in "
             f"float32 (at most {_LARGEST_ENERGY:g}); look for exploding activations in the model"
         )
 
 
-def _all_zero(name: str) -> CalibrationError:
-    return CalibrationError(
+def _all_zero(name: str) -> UnusableStatisticsError:
+    return UnusableStatisticsError(
         f"{name}: every calibration input of this layer is zero, so nothing tells which weights "
         "matter. Check the padding mask and the calibration text, or use a scheme that needs no "
         "calibration, such as int8."

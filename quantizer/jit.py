@@ -1,4 +1,4 @@
-"""Compiled functions that can be compiled ahead, by calling them with shapes in place of arrays."""
+"""Compiled JAX functions that can also be compiled ahead of time, and their matrix product."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
+from jax import Array, lax
 
 _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
 
 
 def program(**options: Any) -> Callable[[Callable[_Given, _Result]], Callable[_Given, _Result]]:
-    """`jax.jit` with these options, and what it compiles may be compiled ahead.
+    """`jax.jit` with these options, for functions that may be compiled before they are needed.
 
-    Where the first array is a `jax.ShapeDtypeStruct`, the function is compiled for such arrays,
-    nothing is computed, and the result holds shapes, too. So whatever calls programs alone, and
-    reads no more than the shapes of what they give, is compiled ahead by calling it.
+    Called with `jax.ShapeDtypeStruct`s in place of arrays, the function is compiled for such
+    arrays, nothing is computed, and the result holds shapes as well. A function that only calls
+    programs, and reads no more than the shapes of their results, is therefore compiled ahead by
+    calling it with shapes. The first array among the arguments decides.
     """
 
     def decorate(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
@@ -27,7 +30,7 @@ def program(**options: Any) -> Callable[[Callable[_Given, _Result]], Callable[_G
         def call(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
             if _is_shape(args[0]):
                 traced = compiled.trace(*args, **kwargs)
-                traced.lower().compile()  # JAX keeps it for the calls to come
+                traced.lower().compile()  # JAX caches the executable for later calls
                 shapes: _Result = traced.out_info
                 return shapes
             result: _Result = compiled(*args, **kwargs)
@@ -42,3 +45,8 @@ def _is_shape(argument: object) -> bool:
     while isinstance(argument, tuple) and argument:
         argument = argument[0]
     return isinstance(argument, jax.ShapeDtypeStruct)
+
+
+def product(left: Array, right: Array) -> Array:
+    """A matrix product in full float32: HIGHEST keeps TF32 out."""
+    return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)

@@ -1,4 +1,4 @@
-"""Grids: the scale and zero point of each group of weights, and codes on them.
+"""Quantization parameters: the scale and zero point of each group of weights, and codes on them.
 
     value = (code - zero) * scale,    code in 0 … 2^bits - 1
 
@@ -9,10 +9,11 @@ which is how Keras keeps a kernel and how groups become contiguous runs of rows.
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from numpy.typing import NDArray
 
-from quantizer.gptq.factor import product
-from quantizer.jit import program
+from quantizer.jit import product, program
 
 # Range shrinkages tried by the search: 1.00, 0.96 … 0.20, then the best one's neighbours.
 _COARSE_STEPS = 21
@@ -23,6 +24,12 @@ _FINE_OFFSETS = (-0.02, -0.01, 0.01, 0.02)
 def num_groups(in_features: int, group_size: int) -> int:
     """Groups along the inputs; the last one may be short."""
     return 1 if group_size == -1 else -(-in_features // group_size)
+
+
+def contiguous_groups(in_features: int, group_size: int) -> NDArray[np.int32]:
+    """Group of each input when groups are runs of `group_size` inputs, [in_features]."""
+    size = in_features if group_size == -1 else group_size
+    return (np.arange(in_features) // size).astype(np.int32)
 
 
 @program(static_argnames=("weight_bits", "group_size", "symmetric", "search", "scale_dtype"))
@@ -39,9 +46,8 @@ def find_grid(
     """Scale and zero point of each group, from the weights before any is quantized.
 
     The range of a group always includes 0, so that 0 is exact and the zero point is a code.
-    With `search`, the range is shrunk to whatever minimises Σ energy·error² (for GPTQ the
-    energy is the Hessian's diagonal): at 2 and 3 bits a few clipped weights cost less than
-    a coarse step for all of them.
+    With `search`, the range is shrunk to minimise Σ energy·error²: at 2 and 3 bits a few clipped
+    weights cost less than a coarse step for all of them.
 
     Args:
         weight_CR: [in_features, out_features], float32.
@@ -72,7 +78,7 @@ def find_grid(
             scale_dtype=scale_dtype,
         )
 
-    # Group by group: all shrinkages of one are tried while it is in cache.
+    # One group at a time: all its shrunk ranges are tried while it is in cache.
     grid: tuple[Array, Array] = lax.map(of_group, (weight_GSR, energy_GSR))
     return grid
 
@@ -95,7 +101,7 @@ def _group_grid(
 
     def stored(scale_R: Array) -> Array:
         rounded = scale_R.astype(scale_dtype).astype(jnp.float32)
-        # An all-zero group, or one below the smallest scale: any scale holds its zeros.
+        # The group is all zero, or its scale rounds to 0: any scale represents zeros.
         return jnp.where(rounded > 0, rounded, 1.0)
 
     def zero_point(scale_R: Array) -> Array:
@@ -104,13 +110,13 @@ def _group_grid(
         return jnp.clip(jnp.round(-low_R / scale_R), 0, max_code)
 
     full_R = (high_R - low_R) / max_code
-    # The zero point is a ratio of the range, so shrinking does not move it.
+    # The zero point is a ratio within the range, which shrinking does not change.
     zero_R = zero_point(jnp.where(full_R > 0, full_R, 1.0))
 
     def error(scale_R: Array) -> Array:
         code_SR = encode(weight_SR, scale_R, zero_R, max_code)
         miss_SR = decode(code_SR, scale_R, zero_R) - weight_SR
-        # Sums by a product: XLA's CPU reductions over rows are several times slower.
+        # A matrix product sums: XLA's CPU reductions over rows are several times slower.
         if energy_SR.shape[1] == 1:
             return product(energy_SR.T, miss_SR * miss_SR)[0]
         return product(jnp.ones((1, weight_SR.shape[0])), energy_SR * miss_SR * miss_SR)[0]

@@ -1,37 +1,29 @@
-"""What a solver returns: the quantized weight, and its own report of how it went."""
+"""What a solver returns: a quantized weight and a report of its errors."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quantizer.hessian import HessianSum, MagnitudeSum
+from quantizer.hessian import CalibrationStatistics, HessianSum
 
 Float32 = NDArray[np.float32]
 
 
-class QuantizedWeight(Protocol):
-    """Codes and what is needed to read them."""
-
-    def dequantize(self) -> Float32:
-        """The weights that the codes stand for, [out_features, in_features], float32."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class GroupedWeight:
-    """value = (code - zero) · scale of the input's group, over the input's own scale if any.
+    """value = (code - zero) · scale of the input's group, divided by the input's own scale if any.
 
     Attributes:
         codes_RC: uint8 (gptq, awq) or int8 (int4), one code per weight, not packed.
         scale_RG: [out_features, groups], float32, already rounded to its storage dtype.
         zero_RG: zero points, of the codes' dtype.
         group_C: group of each input, int32.
-        input_scale_C: AWQ's scale of each input; the weights were multiplied by it.
+        input_scale_C: AWQ's scale of each input, by which weights were multiplied before rounding.
     """
 
     codes_RC: NDArray[np.uint8] | NDArray[np.int8]
@@ -41,7 +33,7 @@ class GroupedWeight:
     input_scale_C: Float32 | None = None
 
     def dequantize(self) -> Float32:
-        """The weights that the codes stand for, [out_features, in_features], float32."""
+        """The decoded weights, [out_features, in_features], float32."""
         zero_RC = self.zero_RG[:, self.group_C].astype(np.float32)
         value_RC = (self.codes_RC.astype(np.float32) - zero_RC) * self.scale_RG[:, self.group_C]
         return value_RC if self.input_scale_C is None else value_RC / self.input_scale_C
@@ -55,7 +47,7 @@ class ChannelWeight:
     scale_R: Float32
 
     def dequantize(self) -> Float32:
-        """The weights that the codes stand for, [out_features, in_features], float32."""
+        """The decoded weights, [out_features, in_features], float32."""
         return self.codes_RC.astype(np.float32) / self.scale_R[:, None]
 
 
@@ -80,26 +72,34 @@ class Float8Weight:
         return self.value_RC
 
 
+QuantizedWeight: TypeAlias = GroupedWeight | ChannelWeight | Float8Weight
+"""Codes and what decodes them.
+
+Of a matrix [out_features, in_features], or, for a layer solved with `RowGroups`, of its stored
+matrix [columns, rows].
+"""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SolveReport:
-    """How one layer's quantization went. Plain values: it goes into records and reports.
+    """The errors of one quantized layer, as plain values for records and reports.
 
     Attributes:
         weight_error: ‖W - Ŵ‖ / ‖W‖ (Frobenius).
         output_error: tr(Δ H Δᵀ), H = 2·gram/num_rows undamped: twice the mean squared error
             of the layer's output over calibration rows. None without calibration.
         rtn_output_error: the same for round-to-nearest on the same grid.
-        kept: "gptq", "awq" or "rtn", or "gptq+rtn" when output channels differ.
-        reason: why that was kept, in words.
+        kept: whose codes were kept; "gptq+rtn" when output channels differ.
+        reason: why, in words.
         rtn_rows: output channels for which round-to-nearest was kept.
         damping: share of the Hessian's mean diagonal that was added (gptq).
-        dead_inputs: inputs that were zero in all of calibration (their weights became zero).
+        dead_inputs: inputs that were zero in all of calibration; gptq sets their weights to zero.
         num_rows: calibration rows (tokens).
-        ratio: AWQ's exponent.
+        ratio: AWQ's exponent of the input scales.
     """
 
     weight_error: float
-    kept: str
+    kept: Literal["gptq", "awq", "rtn", "gptq+rtn"]
     reason: str
     output_error: float | None = None
     rtn_output_error: float | None = None
@@ -115,7 +115,7 @@ class SolveReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Solution:
+class SolveResult:
     """A quantized weight and its report."""
 
     weight: QuantizedWeight
@@ -127,17 +127,17 @@ def relative_error(error_sum: float, energy_sum: float) -> float:
     return float(np.sqrt(error_sum / energy_sum)) if energy_sum > 0 else 0.0
 
 
-def weight_error(weight_RC: Float32, restored_RC: Float32) -> float:
+def weight_error(weight_RC: Float32, decoded_RC: Float32) -> float:
     """‖W - Ŵ‖ / ‖W‖."""
-    difference = float(np.sum(np.square(weight_RC - restored_RC, dtype=np.float64)))
+    difference = float(np.sum(np.square(weight_RC - decoded_RC, dtype=np.float64)))
     return relative_error(difference, float(np.sum(np.square(weight_RC, dtype=np.float64))))
 
 
 def output_error(
-    weight_RC: Float32, restored_RC: Float32, statistics: HessianSum | MagnitudeSum
+    weight_RC: Float32, decoded_RC: Float32, statistics: CalibrationStatistics
 ) -> float:
-    """tr(Δ H Δᵀ), H = 2·gram/num_rows; with magnitudes alone, inputs count as uncorrelated."""
-    delta_RC = weight_RC - restored_RC
+    """tr(Δ H Δᵀ), H = 2·gram/num_rows; with magnitudes alone, inputs are taken as uncorrelated."""
+    delta_RC = weight_RC - decoded_RC
     if isinstance(statistics, HessianSum):
         loss = np.sum((delta_RC @ statistics.gram_CC) * delta_RC, dtype=np.float64)
     else:

@@ -1,35 +1,35 @@
-"""int8 and int4: round to nearest, in the arithmetic of stock Keras.
+"""Round to nearest: int8, int4 and float8.
 
-Same operations in the same order and dtype as `keras.quantizers`, so the codes and scales are
-Keras' own, bit for bit. One exception: Keras' int4 groups corrupt weights whose range does not
-span zero (the zero point is clipped, the range is not widened); here the range includes 0.
+int8 and int4 use the operations of `keras.quantizers` in the same order and dtype, so that codes
+and scales are Keras' own, bit for bit. One exception: Keras' int4 groups corrupt weights whose
+range does not span zero (it clips the zero point without widening the range); here every range
+includes 0.
 
-float8: E4M3 values under one calibrated scale for the weight and one for the inputs.
-
-Stock Keras divides by the stored scale, rounds to E4M3 and multiplies back, at every call. It
-leaves the scales at 1 when it quantizes; here they come from the weights and from calibration,
-so the first answer is already right. E5M2 is Keras' format for gradients, which inference
-never reads: its scale stays 1.
+float8 keeps E4M3 values under one scale for the weight and one for the inputs. At every call
+stock Keras divides by the stored scale, rounds to E4M3 and multiplies back. It leaves the scales
+at 1 when it quantizes; here they come from the weights and from calibration, so that the first
+answer is already right. E5M2 is Keras' format for gradients, which inference never reads.
 """
 
 from __future__ import annotations
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
-from quantizer.hessian import MagnitudeSum
-from quantizer.qparams import num_groups
+from quantizer.hessian import CalibrationStatistics, MagnitudeSum
+from quantizer.qparams import contiguous_groups, num_groups
 from quantizer.result import (
     ChannelWeight,
     Float8Weight,
     Float32,
     GroupedWeight,
-    Solution,
     SolveReport,
+    SolveResult,
+    output_error,
     weight_error,
 )
-from quantizer.schemes import Float8Scheme
+from quantizer.row_groups import RowGroups
+from quantizer.schemes import Float8Scheme, Int4Scheme, Int8Scheme
 
 # Keras' own guard against a division by zero (keras.config.epsilon's default).
 _EPSILON = np.float32(1e-7)
@@ -45,7 +45,7 @@ def round_channels(weight_RC: Float32, *, low: int, high: int, scale_dtype: str)
         scale_dtype: dtype in which the scale will be stored; it is rounded to it first.
     """
     scale_R1 = np.float32(high) / (np.abs(weight_RC).max(1, keepdims=True) + _EPSILON)
-    # The inverse step of a tiny channel: beyond float16, so its codes just stay small.
+    # A tiny channel's scale can exceed float16; clipped, it only leaves codes small.
     scale_R1 = np.minimum(scale_R1, np.float32(ml_dtypes.finfo(scale_dtype).max))
     scale_R1 = scale_R1.astype(scale_dtype).astype(np.float32)
     codes_RC = np.clip(np.round(weight_RC * scale_R1), low, high).astype(np.int8)
@@ -68,30 +68,64 @@ def round_groups(weight_RC: Float32, *, block_size: int, scale_dtype: str) -> Gr
     low_RG = np.minimum(weight_RGS.min(2), 0)
     high_RG = np.maximum(weight_RGS.max(2), 0)
     scale_RG = (high_RG - low_RG + _EPSILON) / np.float32(_INT4_HIGH - _INT4_LOW)
-    # The step of a tiny group: float16 would round it to 0.
+    # float16 would round the step of a tiny group to 0.
     scale_RG = np.maximum(scale_RG, np.float32(ml_dtypes.finfo(scale_dtype).smallest_subnormal))
     scale_RG = scale_RG.astype(scale_dtype).astype(np.float32)
     zero_RG = np.clip(np.round(-low_RG / scale_RG) + _INT4_LOW, _INT4_LOW, _INT4_HIGH)
     codes_RGS = np.round(weight_RGS / scale_RG[..., None]) + zero_RG[..., None]
     codes_RGS = np.clip(codes_RGS, _INT4_LOW, _INT4_HIGH).astype(np.int8)
-    group_C: NDArray[np.int32] = (np.arange(num_inputs) // block_size).astype(np.int32)
     return GroupedWeight(
         np.ascontiguousarray(codes_RGS.reshape(num_outputs, -1)[:, :num_inputs]),
         scale_RG,
         zero_RG.astype(np.int8),
-        group_C,
+        contiguous_groups(num_inputs, block_size),
     )
 
 
-def round_weight(
-    weight_RC: Float32, *, bits: int, block_size: int, scale_dtype: str
-) -> ChannelWeight | GroupedWeight:
-    """int8 (`bits` 8, per channel) or int4 (`bits` 4, per channel when `block_size` is -1)."""
-    if bits == 8:
-        return round_channels(weight_RC, low=-127, high=127, scale_dtype=scale_dtype)
-    if block_size == -1:
-        return round_channels(weight_RC, low=_INT4_LOW, high=_INT4_HIGH, scale_dtype=scale_dtype)
-    return round_groups(weight_RC, block_size=block_size, scale_dtype=scale_dtype)
+def solve_int(
+    weight_RC: Float32,
+    statistics: CalibrationStatistics | None,
+    scheme: Int8Scheme | Int4Scheme,
+    *,
+    scale_dtype: str,
+    row_groups: RowGroups | None,
+) -> SolveResult:
+    """Round a matrix to int8 or int4; with `row_groups` its stored matrix, which is returned.
+
+    Args:
+        weight_RC: [out_features, in_features], float32.
+        statistics: of the layer's inputs, to report the output error; None leaves it out.
+        scale_dtype: dtype in which scales will be stored; they are rounded to it first.
+        row_groups: of an int4 kernel that Keras groups otherwise than the matrix.
+    """
+    weight: ChannelWeight | GroupedWeight
+    if isinstance(scheme, Int8Scheme):
+        weight = round_channels(weight_RC, low=-127, high=127, scale_dtype=scale_dtype)
+    else:
+        stored_RC = weight_RC if row_groups is None else row_groups.to_stored(weight_RC)
+        stored_RC = np.ascontiguousarray(stored_RC)
+        if scheme.block_size == -1:
+            weight = round_channels(
+                stored_RC, low=_INT4_LOW, high=_INT4_HIGH, scale_dtype=scale_dtype
+            )
+        else:
+            weight = round_groups(stored_RC, block_size=scheme.block_size, scale_dtype=scale_dtype)
+    decoded_RC = weight.dequantize()
+    if row_groups is not None:
+        decoded_RC = row_groups.to_matrix(decoded_RC)
+    loss = None if statistics is None else output_error(weight_RC, decoded_RC, statistics)
+    return SolveResult(
+        weight,
+        SolveReport(
+            weight_error=weight_error(weight_RC, decoded_RC),
+            output_error=loss,
+            rtn_output_error=loss,
+            kept="rtn",
+            reason=f"{scheme.mode} rounds to nearest",
+            rtn_rows=weight_RC.shape[0],
+            num_rows=0 if statistics is None else statistics.num_rows,
+        ),
+    )
 
 
 AMAX_HISTORY_LENGTH = 1024
@@ -121,8 +155,8 @@ def round_to_float8(value: Float32, scale: np.float32) -> Float32:
     return rounded
 
 
-def solve_float8(weight_RC: Float32, inputs: MagnitudeSum, scheme: Float8Scheme) -> Solution:
-    """Calibrate both scales and round the weights.
+def solve_float8(weight_RC: Float32, inputs: MagnitudeSum, scheme: Float8Scheme) -> SolveResult:
+    """Find both scales and round the weights.
 
     Args:
         weight_RC: [out_features, in_features], float32.
@@ -133,10 +167,10 @@ def solve_float8(weight_RC: Float32, inputs: MagnitudeSum, scheme: Float8Scheme)
     weight_scale = float8_scale(weight_amax, power_of_two=scheme.power_of_two)
     input_scale = float8_scale(input_amax, power_of_two=scheme.power_of_two)
     value_RC = round_to_float8(weight_RC, weight_scale)
-    # Without the Hessian, its diagonal: inputs taken as uncorrelated.
+    # Magnitudes give the Hessian's diagonal alone.
     energy_C = 2.0 / inputs.num_rows * inputs.sum_square_C.astype(np.float64)
     loss = float(np.sum(np.square(weight_RC - value_RC, dtype=np.float64) @ energy_C))
-    return Solution(
+    return SolveResult(
         Float8Weight(
             value_RC,
             weight_scale,

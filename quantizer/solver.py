@@ -1,8 +1,9 @@
-"""The solvers' door: a weight matrix, what calibration saw and a scheme in; a solution out."""
+"""The one door to the solvers: validate a layer once, then solve it by its scheme."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (teaches NumPy the name "bfloat16")
@@ -12,10 +13,19 @@ from numpy.typing import ArrayLike
 from quantizer.awq import solve_awq
 from quantizer.errors import CalibrationError, SchemeError, WeightError
 from quantizer.gptq.drift import DriftSum, correct_target
-from quantizer.gptq.solve import factorize_hessian, solve_gptq
-from quantizer.hessian import HessianSum, MagnitudeSum
-from quantizer.result import Float32, Solution, SolveReport, output_error, weight_error
-from quantizer.rtn import round_weight, solve_float8
+from quantizer.gptq.solve import (
+    RowSlice,
+    SolvedRows,
+    factorize_hessian,
+    join_slices,
+    row_slices,
+    solve_in_row_groups,
+    solve_slices,
+)
+from quantizer.hessian import CalibrationStatistics, HessianSum, MagnitudeSum
+from quantizer.result import Float32, SolveResult
+from quantizer.row_groups import RowGroups
+from quantizer.rtn import solve_float8, solve_int
 from quantizer.schemes import (
     AWQScheme,
     Float8Scheme,
@@ -25,13 +35,29 @@ from quantizer.schemes import (
     Scheme,
 )
 
-CalibrationStatistics = HessianSum | MagnitudeSum
+_SCALE_DTYPES = ("float32", "bfloat16", "float16")
 
-SCALE_DTYPES = ("float32", "bfloat16", "float16")
-"""Dtypes that scales may be stored in."""
-
-# Squares of larger weights, weighed by the largest input energy, overflow float32.
+# Squares of larger weights, times the largest input energy, overflow float32.
 _LARGEST_WEIGHT = 1e8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerProblem:
+    """A validated layer to quantize; `check_layer` makes it.
+
+    Attributes:
+        weight_RC: [out_features, in_features], finite float32.
+        scheme: how to quantize it.
+        scale_dtype: dtype in which scales will be stored ("float32", "bfloat16", "float16").
+        row_groups: where the stored format groups weights otherwise than the matrix.
+        name: the layer, for messages.
+    """
+
+    weight_RC: Float32
+    scheme: Scheme
+    scale_dtype: str
+    row_groups: RowGroups | None
+    name: str
 
 
 def solve(
@@ -41,17 +67,20 @@ def solve(
     *,
     drift: DriftSum | None = None,
     scale_dtype: str = "float32",
+    row_groups: RowGroups | None = None,
     name: str = "weight",
-) -> Solution:
+) -> SolveResult:
     """Quantize one weight matrix.
 
     Args:
         weight: [out_features, in_features], any float dtype.
-        statistics: what calibration saw of the layer's inputs. gptq needs a HessianSum,
-            float8 a MagnitudeSum, awq takes either; int8 and int4 take None or either.
+        statistics: of the layer's inputs. gptq needs a HessianSum, float8 a MagnitudeSum, awq
+            either; int8 and int4 take None or either.
         scheme: the wanted format.
         drift: for `GPTQScheme.drift_correction` above 0.
         scale_dtype: dtype in which scales will be stored ("float32", "bfloat16", "float16").
+        row_groups: where the stored format groups weights otherwise than the matrix; the
+            result's weight is then the stored matrix.
         name: the layer, for messages.
 
     Returns:
@@ -62,106 +91,191 @@ def solve(
     Raises:
         WeightError, CalibrationError, SchemeError: bad input; the message names the layer.
     """
-    weight_RC = check_weight(weight, name)
-    check_scheme(scheme, weight_RC.shape[1], name)
-    check_scale_dtype(scale_dtype, weight_RC, scheme, name)
-    match scheme:
-        case GPTQScheme():
-            hessian = require_hessian(statistics, weight_RC.shape[1], scheme.mode, name)
-            weight_RC = correct_drift(weight_RC, hessian, drift, scheme, name)
-            factor = factorize_hessian(hessian, scheme)
-            return solve_gptq([weight_RC], factor, hessian, scheme, scale_dtype=scale_dtype)[0]
-        case AWQScheme():
-            if not isinstance(statistics, CalibrationStatistics):
-                raise _missing(name, scheme.mode, "a HessianSum or a MagnitudeSum")
-            statistics.check(weight_RC.shape[1], name)
-            return solve_awq(weight_RC, statistics, scheme, scale_dtype=scale_dtype)
-        case Float8Scheme():
-            if not isinstance(statistics, CalibrationStatistics):
-                raise _missing(name, scheme.mode, "a MagnitudeSum")
-            statistics.check(weight_RC.shape[1], name)
-            if not isinstance(statistics, MagnitudeSum):
-                raise CalibrationError(
-                    f"{name}: float8 needs the largest input, which a Hessian does not hold; "
-                    "give MagnitudeSum.of(inputs)"
-                )
-            return solve_float8(weight_RC, statistics, scheme)
-        case Int8Scheme():
-            return _round(weight_RC, statistics, 8, -1, scale_dtype, name)
-        case Int4Scheme():
-            return _round(weight_RC, statistics, 4, scheme.block_size, scale_dtype, name)
+    layer = check_layer(weight, scheme, scale_dtype=scale_dtype, row_groups=row_groups, name=name)
+    return solve_problems([layer], statistics, drift=drift)[0]
 
 
 def solve_stack(
     weights: Sequence[ArrayLike],
-    hessian: HessianSum,
-    scheme: GPTQScheme,
+    statistics: CalibrationStatistics | None,
+    scheme: Scheme,
     *,
     drift: DriftSum | None = None,
     scale_dtype: str = "float32",
     names: Sequence[str] | None = None,
-) -> list[Solution]:
+) -> list[SolveResult]:
     """Quantize several layers of one input (q, k and v; gate and up) with one factorization.
 
     Each result equals `solve` of that layer alone, bit for bit. Arguments and errors as there.
     """
     names = [f"weight {i}" for i in range(len(weights))] if names is None else names
-    checked = [check_weight(w, n) for w, n in zip(weights, names, strict=True)]
-    for weight_RC, name in zip(checked, names, strict=True):
-        check_scheme(scheme, weight_RC.shape[1], name)
-        if not isinstance(scheme, GPTQScheme):
-            raise SchemeError(f"{name}: a stack is solved by a GPTQScheme, not {scheme!r}")
-        check_scale_dtype(scale_dtype, weight_RC, scheme, name)
-        require_hessian(hessian, weight_RC.shape[1], scheme.mode, name)
-    if not checked:
-        return []
-    factor = factorize_hessian(hessian, scheme)
-    targets = [
-        correct_drift(weight_RC, hessian, drift, scheme, name)
-        for weight_RC, name in zip(checked, names, strict=True)
+    layers = [
+        check_layer(weight, scheme, scale_dtype=scale_dtype, name=name)
+        for weight, name in zip(weights, names, strict=True)
     ]
-    return solve_gptq(targets, factor, hessian, scheme, scale_dtype=scale_dtype)
+    return solve_problems(layers, statistics, drift=drift)
 
 
-def _round(
-    weight_RC: Float32,
+def solve_problems(
+    layers: Sequence[LayerProblem],
     statistics: CalibrationStatistics | None,
-    bits: int,
-    block_size: int,
-    scale_dtype: str,
-    name: str,
-) -> Solution:
-    weight = round_weight(weight_RC, bits=bits, block_size=block_size, scale_dtype=scale_dtype)
-    restored_RC = weight.dequantize()
-    loss = None
-    if statistics is not None:
-        if not isinstance(statistics, CalibrationStatistics):
-            raise CalibrationError(
-                f"{name}: statistics must be a HessianSum, a MagnitudeSum or None, "
-                f"got {type(statistics).__name__}"
-            )
-        statistics.check(weight_RC.shape[1], name)
-        loss = output_error(weight_RC, restored_RC, statistics)
-    return Solution(
-        weight,
-        SolveReport(
-            weight_error=weight_error(weight_RC, restored_RC),
-            output_error=loss,
-            rtn_output_error=loss,
-            kept="rtn",
-            reason=f"int{bits} rounds to nearest",
-            rtn_rows=weight_RC.shape[0],
-            num_rows=0 if statistics is None else statistics.num_rows,
-        ),
+    *,
+    drift: DriftSum | None = None,
+) -> list[SolveResult]:
+    """Solve checked layers of one input and one scheme; gptq factors their Hessian once.
+
+    Raises:
+        UnusableStatisticsError: the statistics cannot serve these layers.
+        CalibrationError: the scheme needs statistics of another type, or a drift.
+    """
+    if not layers:
+        return []
+    scheme = layers[0].scheme
+    match scheme:
+        case GPTQScheme():
+            return _solve_gptq(layers, _hessian(layers, statistics), scheme, drift)
+        case AWQScheme():
+            known = _known(layers, statistics, "a HessianSum or a MagnitudeSum")
+            return [
+                solve_awq(
+                    layer.weight_RC,
+                    known,
+                    scheme,
+                    scale_dtype=layer.scale_dtype,
+                    row_groups=layer.row_groups,
+                )
+                for layer in layers
+            ]
+        case Float8Scheme():
+            magnitudes = _magnitudes(layers, statistics)
+            return [solve_float8(layer.weight_RC, magnitudes, scheme) for layer in layers]
+        case Int8Scheme() | Int4Scheme():
+            _check_unneeded(layers, statistics)
+            return [
+                solve_int(
+                    layer.weight_RC,
+                    statistics,
+                    scheme,
+                    scale_dtype=layer.scale_dtype,
+                    row_groups=layer.row_groups,
+                )
+                for layer in layers
+            ]
+
+
+def solve_rows(
+    layer: LayerProblem, statistics: CalibrationStatistics | None, slices: Sequence[int]
+) -> list[SolvedRows]:
+    """Solve some row slices of a gptq layer without `row_groups`, for `join_rows`.
+
+    Args:
+        slices: their numbers in `row_slices`.
+
+    Raises:
+        CalibrationError: as `solve_problems`; row slices take no drift.
+    """
+    scheme = layer.scheme
+    assert isinstance(scheme, GPTQScheme)
+    assert layer.row_groups is None
+    hessian = _hessian([layer], statistics)
+    target_RC = _target(layer, hessian, None, scheme)
+    bounds = row_slices(*target_RC.shape)
+    chosen = [RowSlice(target_RC[slice(*bounds[number])], layer.scale_dtype) for number in slices]
+    return solve_slices(chosen, factorize_hessian(hessian, scheme), hessian, scheme)
+
+
+def join_rows(weight: ArrayLike, rows: Sequence[SolvedRows], scheme: GPTQScheme) -> SolveResult:
+    """What `solve` gives, bit for bit, from all row slices of a weight, in order."""
+    return join_slices(np.asarray(weight, dtype=np.float32), rows, scheme)
+
+
+def _solve_gptq(
+    layers: Sequence[LayerProblem],
+    hessian: HessianSum,
+    scheme: GPTQScheme,
+    drift: DriftSum | None,
+) -> list[SolveResult]:
+    targets = [_target(layer, hessian, drift, scheme) for layer in layers]
+    factor = factorize_hessian(hessian, scheme)
+    solved = iter(
+        solve_slices(
+            [
+                RowSlice(target_RC[a:b], layer.scale_dtype)
+                for layer, target_RC in zip(layers, targets, strict=True)
+                if layer.row_groups is None
+                for a, b in row_slices(*target_RC.shape)
+            ],
+            factor,
+            hessian,
+            scheme,
+        )
+    )
+    return [
+        join_slices(target_RC, [next(solved) for _ in row_slices(*target_RC.shape)], scheme)
+        if layer.row_groups is None
+        else solve_in_row_groups(
+            target_RC,
+            factor,
+            hessian,
+            scheme,
+            scale_dtype=layer.scale_dtype,
+            row_groups=layer.row_groups,
+        )
+        for layer, target_RC in zip(layers, targets, strict=True)
+    ]
+
+
+def check_layer(
+    weight: ArrayLike,
+    scheme: Scheme,
+    *,
+    scale_dtype: str = "float32",
+    row_groups: RowGroups | None = None,
+    name: str = "weight",
+) -> LayerProblem:
+    """Validate a layer. Arguments as in `solve`.
+
+    Raises:
+        WeightError: a weight that cannot be quantized, or whose scales `scale_dtype` cannot hold.
+        SchemeError: a scheme that does not fit the layer, or an unknown `scale_dtype`.
+    """
+    weight_RC, largest = _checked_weight(weight, name)
+    if not isinstance(scheme, Scheme):
+        raise SchemeError(
+            f"{name}: {scheme!r} is no scheme; give one such as GPTQScheme(), or "
+            "scheme_from_dict(values)"
+        )
+    in_features = weight_RC.shape[1]
+    if isinstance(scheme, GPTQScheme | AWQScheme) and scheme.group_size > in_features:
+        raise SchemeError(
+            f"{name}: group_size {scheme.group_size} is larger than the layer's {in_features} "
+            f"input features; use at most {in_features}, or -1 for one group"
+        )
+    if scale_dtype not in _SCALE_DTYPES:
+        raise SchemeError(
+            f"{name}: scales are stored in float32, bfloat16 or float16, not {scale_dtype!r}"
+        )
+    # float8 keeps its scales in float32 whatever is asked.
+    if (
+        scale_dtype == "float16"
+        and not isinstance(scheme, Float8Scheme)
+        and largest > float(np.finfo(np.float16).max)
+    ):
+        raise WeightError(
+            f"{name}: the largest weight is {largest:g}, beyond float16; store the scales "
+            "in bfloat16 or float32"
+        )
+    return LayerProblem(
+        weight_RC=weight_RC,
+        scheme=scheme,
+        scale_dtype=scale_dtype,
+        row_groups=row_groups,
+        name=name,
     )
 
 
-def check_weight(weight: ArrayLike, name: str) -> Float32:
-    """The weight as finite float32 [out_features, in_features].
-
-    Raises:
-        WeightError: no floats, another rank, no entries, NaN, infinity or beyond float32.
-    """
+def _checked_weight(weight: ArrayLike, name: str) -> tuple[Float32, float]:
+    """The weight as finite float32 [out_features, in_features], and its largest magnitude."""
     try:
         given = np.asarray(weight)
     except ValueError as error:
@@ -171,13 +285,13 @@ def check_weight(weight: ArrayLike, name: str) -> Float32:
             f"{name}: expected a float weight, got {given.dtype}; if the layer is already "
             "quantized, start from its float checkpoint"
         )
-    with np.errstate(over="ignore"):  # what overflows is infinite, and refused below
+    with np.errstate(over="ignore"):  # what overflows becomes infinite, and is refused below
         weight_RC = given.astype(np.float32, copy=False)
     if weight_RC.ndim != 2 or weight_RC.size == 0:
         raise WeightError(
             f"{name}: expected a weight of shape [out_features, in_features], got {weight_RC.shape}"
         )
-    # One pass and no copy: what is not finite shows in the extremes.
+    # The extremes are not finite if any weight is not, and need no copy.
     with np.errstate(invalid="ignore"):
         largest = max(float(weight_RC.max()), -float(weight_RC.min()))
     if not np.isfinite(largest):
@@ -191,93 +305,84 @@ def check_weight(weight: ArrayLike, name: str) -> Float32:
             f"{name}: the largest weight is {largest:g}, too large to solve in float32 "
             f"(at most {_LARGEST_WEIGHT:g}); check the checkpoint, or rescale the layer"
         )
-    return weight_RC
+    return weight_RC, largest
 
 
-def check_scheme(scheme: Scheme, in_features: int, name: str) -> None:
-    """Refuse what is no scheme, or a group larger than the layer's inputs.
-
-    Raises:
-        SchemeError: with the remedy.
-    """
-    if not isinstance(scheme, Scheme):
-        raise SchemeError(
-            f"{name}: {scheme!r} is no scheme; give one such as GPTQScheme(), or "
-            "scheme_from_dict(values)"
-        )
-    if isinstance(scheme, GPTQScheme | AWQScheme) and scheme.group_size > in_features:
-        raise SchemeError(
-            f"{name}: group_size {scheme.group_size} is larger than the layer's {in_features} "
-            f"input features; use at most {in_features}, or -1 for one group"
-        )
+def _check_statistics(layers: Sequence[LayerProblem], statistics: CalibrationStatistics) -> None:
+    """Check the statistics once for each width among the layers, in the first one's name."""
+    names: dict[int, str] = {}
+    for layer in layers:
+        names.setdefault(layer.weight_RC.shape[1], layer.name)
+    for in_features, name in names.items():
+        statistics.check(in_features, name)
 
 
-def check_scale_dtype(scale_dtype: str, weight_RC: Float32, scheme: Scheme, name: str) -> None:
-    """Refuse a dtype that cannot hold scales, or not those of this weight.
-
-    Raises:
-        SchemeError: an unknown dtype.
-        WeightError: weights beyond the dtype's range.
-    """
-    if scale_dtype not in SCALE_DTYPES:
-        raise SchemeError(
-            f"{name}: scales are stored in float32, bfloat16 or float16, not {scale_dtype!r}"
-        )
-    # float8 keeps its scales in float32 whatever is asked.
-    if scale_dtype == "float16" and not isinstance(scheme, Float8Scheme):
-        largest = float(np.abs(weight_RC).max())
-        if largest > float(np.finfo(np.float16).max):
-            raise WeightError(
-                f"{name}: the largest weight is {largest:g}, beyond float16; store the scales "
-                "in bfloat16 or float32"
-            )
-
-
-def _missing(name: str, mode: str, wanted: str) -> CalibrationError:
-    return CalibrationError(
-        f"{name}: {mode} needs calibration; give {wanted} of the layer's inputs, or a scheme "
-        "that needs none, such as int8"
-    )
-
-
-def require_hessian(
-    statistics: CalibrationStatistics | None, in_features: int, mode: str, name: str
-) -> HessianSum:
-    """The statistics as a usable HessianSum.
-
-    Raises:
-        CalibrationError: none, of another kind, or unusable.
-    """
-    if not isinstance(statistics, HessianSum):
-        raise _missing(name, mode, "a HessianSum")
-    statistics.check(in_features, name)
+def _known(
+    layers: Sequence[LayerProblem], statistics: CalibrationStatistics | None, wanted: str
+) -> CalibrationStatistics:
+    if not isinstance(statistics, CalibrationStatistics):
+        raise _missing(layers[0], wanted)
+    _check_statistics(layers, statistics)
     return statistics
 
 
-def correct_drift(
-    weight_RC: Float32,
-    hessian: HessianSum,
-    drift: DriftSum | None,
-    scheme: GPTQScheme,
-    name: str,
-) -> Float32:
-    """The weights to aim at, [out_features, in_features]; those given unless the scheme asks.
+def _hessian(
+    layers: Sequence[LayerProblem], statistics: CalibrationStatistics | None
+) -> HessianSum:
+    if not isinstance(statistics, HessianSum):
+        raise _missing(layers[0], "a HessianSum")
+    _check_statistics(layers, statistics)
+    return statistics
 
-    Raises:
-        CalibrationError: the scheme corrects drift and none was given, or one of other rows.
-    """
+
+def _magnitudes(
+    layers: Sequence[LayerProblem], statistics: CalibrationStatistics | None
+) -> MagnitudeSum:
+    known = _known(layers, statistics, "a MagnitudeSum")
+    if not isinstance(known, MagnitudeSum):
+        raise CalibrationError(
+            f"{layers[0].name}: float8 needs the largest input, which a Hessian does not hold; "
+            "give MagnitudeSum.of(inputs)"
+        )
+    return known
+
+
+def _check_unneeded(
+    layers: Sequence[LayerProblem], statistics: CalibrationStatistics | None
+) -> None:
+    if statistics is None:
+        return
+    if not isinstance(statistics, CalibrationStatistics):
+        raise CalibrationError(
+            f"{layers[0].name}: statistics must be a HessianSum, a MagnitudeSum or None, "
+            f"got {type(statistics).__name__}"
+        )
+    _check_statistics(layers, statistics)
+
+
+def _missing(layer: LayerProblem, wanted: str) -> CalibrationError:
+    return CalibrationError(
+        f"{layer.name}: {layer.scheme.mode} needs calibration; give {wanted} of the layer's "
+        "inputs, or a scheme that needs none, such as int8"
+    )
+
+
+def _target(
+    layer: LayerProblem, hessian: HessianSum, drift: DriftSum | None, scheme: GPTQScheme
+) -> Float32:
+    """The weights to approximate: those given, unless the scheme corrects drift."""
     if scheme.drift_correction == 0:
-        return weight_RC
+        return layer.weight_RC
     if drift is None:
         raise CalibrationError(
-            f"{name}: drift_correction is {scheme.drift_correction:g}, but no DriftSum was "
+            f"{layer.name}: drift_correction is {scheme.drift_correction:g}, but no DriftSum was "
             "given; give DriftSum.of(inputs, quantized_inputs), or set it to 0"
         )
     return correct_target(
-        weight_RC,
+        layer.weight_RC,
         hessian,
         drift,
         strength=scheme.drift_correction,
         hessian_damping=scheme.hessian_damping,
-        name=name,
+        name=layer.name,
     )

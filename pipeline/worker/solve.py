@@ -1,110 +1,100 @@
-"""Solve the layers of one part: those that share an input together, embeddings on their own.
+"""Quantize the layers of one part: kernel → matrix → solve → encode.
 
-Solver programs compiled in a thread of their own, beside what is done until they are needed.
+Kernels that share an input are solved together, embeddings alone. GPTQ's programs are compiled in
+a thread, while the worker does what comes before solving.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.model.targets import Target
 from pipeline.plan import LayerPlan, Plan
 from pipeline.run.worker_api import SolvedLayer, SolvedSlices, Values
 from pipeline.worker.memory import make_room
-from quantizer import HessianSum, MagnitudeSum, kernel_layout
-from quantizer.errors import CalibrationError
+from quantizer import kernel_layout
+from quantizer.errors import UnusableStatisticsError
 from quantizer.gptq.solve import compile_solver
-from quantizer.keras_format.embeddings import solve_embeddings
-from quantizer.keras_format.kernel_layout import KernelLayout
+from quantizer.hessian import CalibrationStatistics, HessianSum, MagnitudeSum
+from quantizer.keras_format.kernel_layout import KernelLayout, row_groups
 from quantizer.keras_format.variables import (
-    join_kernel_rows,
-    restore_kernel,
-    solve_kernel_rows,
-    solve_kernels,
+    decode_kernel,
+    embedding_scheme,
+    encode_embedding,
+    encode_kernel,
 )
-from quantizer.result import Float32
+from quantizer.result import SolveResult
 from quantizer.schemes import Float8Scheme, GPTQScheme, Scheme
+from quantizer.solver import (
+    LayerProblem,
+    check_layer,
+    join_rows,
+    solve,
+    solve_problems,
+    solve_rows,
+)
+
+_Solved = TypeVar("_Solved")
 
 
 def solve_layers(
     targets: Mapping[str, Target],
     layers: Sequence[LayerPlan],
     values: Values,
-    sums: HessianSum | MagnitudeSum | None,
+    statistics: CalibrationStatistics | None,
 ) -> list[SolvedLayer]:
-    """Quantize layers that share an input, or that need to know nothing of theirs.
+    """Quantize layers that share an input, or that need no calibration.
+
+    Statistics that no solver can use, since the model's own numbers overflowed or are all zero,
+    cost these layers their calibration: they are rounded to nearest, and their reports say why.
 
     Args:
         targets: the part's layers by path.
         layers: those to solve; all have a scheme.
         values: the source's arrays.
-        sums: of the shared input.
-
-    A sum that no solver can use, since the model's own numbers overflowed or are all zero, costs
-    its layers their calibration: they are rounded to nearest, and their reports say why.
+        statistics: of the shared input.
 
     Raises:
         QuantizationError: with the layer's path.
     """
-    _make_room(sums)
-    kernels = [layer for layer in layers if layer.kind == "kernel"]
-    solved = {}
-    by_scheme: dict[str, list[LayerPlan]] = {}
-    for layer in kernels:
-        by_scheme.setdefault(repr(layer.scheme), []).append(layer)
-    for alike in by_scheme.values():
-        assert alike[0].scheme is not None
-        scheme = alike[0].scheme
-        layouts = [kernel_layout(targets[layer.path].layer) for layer in alike]
-        usable, problem = _usable(sums, layouts[0].in_features, scheme, alike[0].path)
-        found = solve_kernels(
-            [_float32(values[targets[layer.path].kernel_path]) for layer in alike],
-            layouts,
-            scheme,
-            usable,
-            scale_dtype=[_dtype(targets[layer.path], values) for layer in alike],
-            names=[layer.path for layer in alike],
-        )
-        for layer, layout, (variables, report) in zip(alike, layouts, found, strict=True):
-            solved[layer.path] = SolvedLayer(
-                path=layer.path,
-                variables=variables,
-                report=report.to_dict() | (_rounded(layout, problem) if problem else {}),
-                kernel=restore_kernel(variables, layout, scheme),
-            )
+    _make_room(statistics)
+    by_scheme: dict[Scheme, list[LayerPlan]] = {}
+    solved: dict[str, SolvedLayer] = {}
     for layer in layers:
-        if layer.kind == "embedding":
-            solved[layer.path] = _solve_table(targets[layer.path], layer, values)
+        assert layer.scheme is not None
+        if layer.kind == "kernel":
+            by_scheme.setdefault(layer.scheme, []).append(layer)
+        else:
+            solved[layer.path] = _solve_embedding(targets[layer.path], layer, values, layer.scheme)
+    for scheme, alike in by_scheme.items():
+        problems = [_problem(targets[layer.path], scheme, values) for layer in alike]
+        results, obstacle = _calibrated(partial(solve_problems, problems), statistics, problems[0])
+        for layer, result in zip(alike, results, strict=True):
+            solved[layer.path] = _encoded(targets[layer.path], result, scheme, obstacle)
     return [solved[layer.path] for layer in layers]
 
 
-def solve_some(
+def solve_slices(
     target: Target,
     layer: LayerPlan,
     values: Values,
-    sums: HessianSum | MagnitudeSum | None,
+    statistics: CalibrationStatistics | None,
     slices: Sequence[int],
 ) -> SolvedSlices:
     """Quantize some row slices of a layer that may be cut (see `LayerPlan.slices`)."""
-    _make_room(sums)
-    scheme = _gptq(layer)
-    layout = kernel_layout(target.layer)
-    usable, problem = _usable(sums, layout.in_features, scheme, layer.path)
-    rows = solve_kernel_rows(
-        _float32(values[target.kernel_path]),
-        layout,
-        scheme,
-        usable,
-        slices,
-        scale_dtype=_dtype(target, values),
-        name=layer.path,
+    _make_room(statistics)
+    problem = _problem(target, _gptq(layer), values)
+    rows, obstacle = _calibrated(
+        lambda usable: solve_rows(problem, usable, slices), statistics, problem
     )
-    return SolvedSlices(path=layer.path, rows=dict(zip(slices, rows, strict=True)), problem=problem)
+    return SolvedSlices(
+        path=layer.path, rows=dict(zip(slices, rows, strict=True)), problem=obstacle
+    )
 
 
 def join_layer(
@@ -112,26 +102,96 @@ def join_layer(
 ) -> SolvedLayer:
     """What `solve_layers` gives for a layer, bit for bit, from all its slices."""
     scheme = _gptq(layer)
+    matrix = kernel_layout(target.layer).to_matrix(values[target.kernel_path])
+    rows = {number: solved for part in parts for number, solved in part.rows.items()}
+    result = join_rows(matrix, [rows[number] for number in range(layer.slices)], scheme)
+    return _encoded(target, result, scheme, parts[0].problem)
+
+
+def _problem(target: Target, scheme: Scheme, values: Values) -> LayerProblem:
+    kernel = values[target.kernel_path]
     layout = kernel_layout(target.layer)
-    rows = {number: found for part in parts for number, found in part.rows.items()}
-    variables, report = join_kernel_rows(
-        _float32(values[target.kernel_path]),
-        layout,
+    return check_layer(
+        layout.to_matrix(kernel),
         scheme,
-        [rows[number] for number in range(layer.slices)],
+        scale_dtype=str(kernel.dtype),
+        row_groups=row_groups(layout, scheme, target.path),
+        name=target.path,
     )
-    problem = parts[0].problem
+
+
+def _calibrated(
+    attempt: Callable[[CalibrationStatistics | None], _Solved],
+    statistics: CalibrationStatistics | None,
+    first: LayerProblem,
+) -> tuple[_Solved, str]:
+    """What `attempt` gives with the statistics, and "".
+
+    If they are unusable, what it gives without any knowledge of the inputs, and what was wrong.
+    """
+    try:
+        return attempt(statistics), ""
+    except UnusableStatisticsError as error:
+        if isinstance(first.scheme, Float8Scheme):
+            raise  # without the largest input there is no scale for the inputs
+        obstacle = str(error)
+    ones_C = np.ones(first.weight_RC.shape[1], np.float32)
+    if isinstance(statistics, HessianSum):
+        # Uncorrelated inputs: no error can be corrected at another input.
+        return attempt(HessianSum(np.diag(ones_C), 1)), obstacle
+    return attempt(MagnitudeSum(ones_C, ones_C, ones_C, 1)), obstacle
+
+
+def _encoded(target: Target, result: SolveResult, scheme: Scheme, obstacle: str) -> SolvedLayer:
+    """A kernel's result as Keras stores it.
+
+    Args:
+        obstacle: why the layer could not be calibrated; "" if it was.
+    """
+    layout = kernel_layout(target.layer)
+    variables = encode_kernel(result.weight, layout, scheme)
+    return SolvedLayer(
+        path=target.path,
+        variables=variables,
+        report=result.report.to_dict() | (_uncalibrated(layout, obstacle) if obstacle else {}),
+        kernel=decode_kernel(variables, layout, scheme),
+    )
+
+
+def _uncalibrated(layout: KernelLayout, obstacle: str) -> dict[str, Any]:
+    """What a report says of a layer that could not be calibrated."""
+    return {
+        "output_error": None,
+        "rtn_output_error": None,
+        "kept": "rtn",
+        "rtn_rows": layout.out_features,
+        "num_rows": 0,
+        "reason": f"not calibrated, rounded to nearest: {obstacle}",
+    }
+
+
+def _solve_embedding(
+    target: Target, layer: LayerPlan, values: Values, scheme: Scheme
+) -> SolvedLayer:
+    in_table = embedding_scheme(scheme, layer.path)
+    table = values[target.table_path]
+    dtype = str(table.dtype)
+    result = solve(table, None, scheme, scale_dtype=dtype, name=layer.path)
+    reverse = None
+    if target.reverse_table_path is not None:
+        back = values[target.reverse_table_path].T
+        reverse = solve(back, None, scheme, scale_dtype=dtype, name=layer.path).weight
     return SolvedLayer(
         path=layer.path,
-        variables=variables,
-        report=report.to_dict() | (_rounded(layout, problem) if problem else {}),
-        kernel=restore_kernel(variables, layout, scheme),
+        variables=encode_embedding(result.weight, reverse, in_table),
+        report=result.report.to_dict(),
+        kernel=None,
     )
 
 
-def _make_room(sums: HessianSum | MagnitudeSum | None) -> None:
-    if isinstance(sums, HessianSum):
-        make_room(sums.gram_CC.nbytes)
+def _make_room(statistics: CalibrationStatistics | None) -> None:
+    if isinstance(statistics, HessianSum):
+        make_room(statistics.gram_CC.nbytes)
 
 
 def _gptq(layer: LayerPlan) -> GPTQScheme:
@@ -139,105 +199,56 @@ def _gptq(layer: LayerPlan) -> GPTQScheme:
     return layer.scheme
 
 
-def _usable(
-    sums: HessianSum | MagnitudeSum | None, in_features: int, scheme: Scheme, path: str
-) -> tuple[HessianSum | MagnitudeSum | None, str]:
-    """The sums, or what stands for knowing nothing, and why."""
-    if sums is None:
-        return None, ""
-    try:
-        sums.check(in_features, path)
-    except CalibrationError as error:
-        if isinstance(scheme, Float8Scheme):
-            raise  # without the largest input there is no scale for inputs
-        ones_C = np.ones(in_features, np.float32)
-        if isinstance(sums, HessianSum):
-            # Inputs that have nothing to do with each other: no error can be made good elsewhere.
-            return HessianSum(np.diag(ones_C), 1), str(error)
-        return MagnitudeSum(ones_C, ones_C, ones_C, 1), str(error)
-    return sums, ""
-
-
-def _rounded(layout: KernelLayout, problem: str) -> dict[str, Any]:
-    """What an report says of a layer that could not be calibrated."""
-    return {
-        "output_error": None,
-        "rtn_output_error": None,
-        "kept": "rtn",
-        "rtn_rows": layout.out_features,
-        "num_rows": 0,
-        "reason": f"not calibrated, rounded to nearest: {problem}",
-    }
-
-
-def _solve_table(target: Target, layer: LayerPlan, values: Values) -> SolvedLayer:
-    assert layer.scheme is not None
-    table = values[target.table_path]
-    variables, report = solve_embeddings(
-        _float32(table),
-        None if target.reverse_table_path is None else _float32(values[target.reverse_table_path]),
-        layer.scheme,
-        scale_dtype=str(table.dtype),
-        name=layer.path,
-    )
-    return SolvedLayer(path=layer.path, variables=variables, report=report.to_dict(), kernel=None)
-
-
-def _dtype(target: Target, values: Values) -> str:
-    return str(values[target.kernel_path].dtype)
-
-
-def _float32(array: NDArray[Any]) -> Float32:
-    return np.asarray(array, dtype=np.float32)
-
-
-_Kind = tuple[str, int, int]
-"""What makes a program of its own: scheme, in words, and shape."""
+_Program = tuple[Scheme | None, int, int]
+"""What makes a program of its own: scheme, out_features and in_features."""
 
 
 class CompiledAhead:
-    """GPTQ's programs for the blocks of a plan, in the order of their first use."""
+    """GPTQ's programs for the blocks of a plan, compiled in the order of their first use."""
 
     def __init__(
         self, plan: Plan, targets: Callable[[int], Mapping[str, Target]], scale_dtype: str
     ) -> None:
-        """Nothing is compiled yet.
+        """Compiles nothing yet.
 
         Args:
             targets: the layers of a part, by path.
-            scale_dtype: in which most scales will be stored; others are compiled when needed.
+            scale_dtype: dtype in which most scales will be stored; programs for others are
+                compiled when needed.
         """
         self._plan, self._targets, self._scale_dtype = plan, targets, scale_dtype
-        self._begun: dict[_Kind, Future[None]] = {}
+        self._compiling: dict[_Program, Future[None]] = {}
 
     def begin(self) -> None:
-        """Where blocks are to be solved soon; evaluating a result needs none of it."""
-        if self._begun:
+        """Start compiling, once blocks are to be solved; evaluation needs none of it."""
+        if self._compiling:
             return
         pool = ThreadPoolExecutor(1, thread_name_prefix="compiling")
         for part, layer in _in_order(self._plan):
-            kind = _kind(layer)
-            scheme = layer.scheme
-            if not isinstance(scheme, GPTQScheme) or kind in self._begun:
+            program = _program(layer)
+            if not isinstance(layer.scheme, GPTQScheme) or program in self._compiling:
                 continue
-            # Kernels that Keras groups otherwise are solved in slices that hang on their layout.
+            # Otherwise the slices, and so the programs, depend on the kernel's layout.
             if kernel_layout(self._targets(part)[layer.path].layer).keras_rows_are_inputs:
-                shape = layer.out_features, layer.in_features
-                self._begun[kind] = pool.submit(
-                    compile_solver, *shape, scheme, scale_dtype=self._scale_dtype
+                self._compiling[program] = pool.submit(
+                    compile_solver,
+                    layer.out_features,
+                    layer.in_features,
+                    layer.scheme,
+                    scale_dtype=self._scale_dtype,
                 )
         pool.shutdown(wait=False)
 
     def await_for(self, layers: Sequence[LayerPlan]) -> None:
-        """Wait for what is to solve these; to compile it twice would cost more."""
+        """Wait for the programs of these layers; compiling them a second time would cost more."""
         for layer in layers:
-            begun = self._begun.get(_kind(layer))
-            if begun is not None:
-                begun.result()
+            compiling = self._compiling.get(_program(layer))
+            if compiling is not None:
+                compiling.result()
 
 
 def _in_order(plan: Plan) -> list[tuple[int, LayerPlan]]:
-    """The blocks' calibrated layers as their groups take turns, each with its part."""
+    """The blocks' calibrated layers in the order of their groups, each with its part."""
     found = []
     for part in plan.parts[1:]:
         layers = {layer.name: layer for layer in part.layers}
@@ -245,5 +256,5 @@ def _in_order(plan: Plan) -> list[tuple[int, LayerPlan]]:
     return found
 
 
-def _kind(layer: LayerPlan) -> _Kind:
-    return repr(layer.scheme), layer.out_features, layer.in_features
+def _program(layer: LayerPlan) -> _Program:
+    return layer.scheme, layer.out_features, layer.in_features

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from quantizer.gptq.factor import PANEL, TILE, block_size, product
-from quantizer.jit import program
+from quantizer.gptq.factor import PANEL, TILE, block_size
+from quantizer.jit import product, program
 from quantizer.qparams import decode, encode
 
 

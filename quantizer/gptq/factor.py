@@ -25,7 +25,7 @@ import numpy as np
 from jax import Array, lax
 from numpy.typing import NDArray
 
-from quantizer.jit import program
+from quantizer.jit import product, program
 
 PANEL = 512
 """Columns whose corrections are brought up to date by one matrix product (see `panel_bounds`)."""
@@ -216,11 +216,6 @@ def factorize(
 
 _LARGEST_LEAF = 160
 _ROWS = 16
-
-
-def product(left: Array, right: Array) -> Array:
-    """A matrix product in full float32: HIGHEST keeps TF32 out."""
-    return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)
 
 
 def cholesky(matrix_NN: Array) -> Array:

@@ -21,8 +21,8 @@ from quantizer.gptq.column_loop import (
     nothing,
     rows_of,
 )
-from quantizer.gptq.factor import TILE, block_size, panel_bounds, product
-from quantizer.jit import program
+from quantizer.gptq.factor import TILE, block_size, panel_bounds
+from quantizer.jit import product, program
 from quantizer.qparams import decode, encode
 
 

@@ -1,6 +1,8 @@
-"""GPTQ of whole weights: their fixed row slices, two at a time, and their common reports.
+"""GPTQ of whole weights, in fixed slices of output channels, and the report of each weight.
 
-Compile what solving will run while there is nothing to solve yet.
+The steps for layers of one input: factor their Hessian (`quantizer.gptq.factor`), find each
+slice's grid from the weights as given (`quantizer.qparams`), solve the slices two at a time
+(`quantizer.gptq.column_loop`), and join a weight's slices.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +22,9 @@ from quantizer.gptq.column_loop import SolvedSlice, round_slice, solve_slice
 from quantizer.gptq.factor import Factor, arrange, factorize, factorize_shifted
 from quantizer.gptq.refine import damped_hessian, refine_slice
 from quantizer.hessian import HessianSum
-from quantizer.qparams import find_grid
-from quantizer.result import Float32, GroupedWeight, Solution, SolveReport, relative_error
+from quantizer.qparams import contiguous_groups, find_grid
+from quantizer.result import Float32, GroupedWeight, SolveReport, SolveResult, relative_error
+from quantizer.row_groups import RowGroups
 from quantizer.schemes import GPTQScheme
 
 _BAND = 32
@@ -30,8 +33,8 @@ _LARGEST_WIDE_SLICE = 256
 _WIDE = 1024
 _LARGEST_SLICE_ON_GPU = 16384
 _SLICE_STEP = 32
-# While one slice goes through its columns on one core, another's products keep the rest busy.
-_AT_ONCE = 2
+# While one slice is in its column loop on one core, another's products keep the rest busy.
+_CONCURRENT_SLICES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +52,12 @@ class Grid:
 
 
 def row_slices(out_features: int, in_features: int) -> list[tuple[int, int]]:
-    """The fixed slices [a, b) of output channels that are solved on their own.
+    """The fixed slices [a, b) of output channels that are solved independently.
 
-    Fixed by the kind of machine and the weight's shape alone: a product's rounding depends on its
-    shape, and any worker that solves a slice must get the same bits. On a CPU a slice's panel
-    stays in cache, what two slices hold stays below the Hessian's size, and all are of about one
-    size; a GPU wants all it can get.
+    They depend on the type of machine and the weight's shape alone: a product's rounding depends
+    on its shape, and any worker that solves a slice must get the same bits. On a CPU a slice's
+    panel stays in cache, two slices take less memory than the Hessian, and all are of about one
+    size; a GPU is fastest with large ones.
     """
     if jax.default_backend() != "cpu":
         largest = _LARGEST_SLICE_ON_GPU
@@ -65,14 +68,8 @@ def row_slices(out_features: int, in_features: int) -> list[tuple[int, int]]:
     return [(a, min(a + size, out_features)) for a in range(0, out_features, size)]
 
 
-def contiguous_groups(in_features: int, group_size: int) -> NDArray[np.int32]:
-    """Group of each input when groups are runs of `group_size` inputs, [in_features]."""
-    size = in_features if group_size == -1 else group_size
-    return (np.arange(in_features) // size).astype(np.int32)
-
-
 def factorize_hessian(hessian: HessianSum, scheme: GPTQScheme) -> Factor | None:
-    """The factor that all layers of one input share; None when H stayed indefinite."""
+    """The factor that all layers of one input share; None if no damping made H definite."""
     return factorize(
         jnp.asarray(hessian.gram_CC),
         hessian.num_rows,
@@ -81,10 +78,10 @@ def factorize_hessian(hessian: HessianSum, scheme: GPTQScheme) -> Factor | None:
     )
 
 
-def to_refine(
+def refinement_blocks(
     factor: Factor | None, hessian: HessianSum, scheme: GPTQScheme
 ) -> tuple[tuple[Array, ...], ...]:
-    """What refinement reads of the Hessian; nothing where nothing will be refined."""
+    """The damped Hessian's blocks that refinement reads; empty when nothing will be refined."""
     if factor is None or not scheme.refinement_sweeps:
         return ()
     blocks: tuple[tuple[Array, ...], ...] = damped_hessian(
@@ -135,7 +132,7 @@ def solve_on_grid(
     """One slice of output channels on a given grid, as NumPy arrays.
 
     Args:
-        damped: of `to_refine`, for all slices of one input.
+        damped: from `refinement_blocks`, for all slices of one input.
     """
     operands = (
         jnp.asarray(weight_RC.T),
@@ -172,14 +169,26 @@ def solve_on_grid(
     return arrays
 
 
+class RowSlice(NamedTuple):
+    """`weight[a:b]` for one (a, b) of `row_slices`.
+
+    Attributes:
+        weight_RC: [slice, in_features], float32.
+        scale_dtype: dtype in which its scales will be stored; they are rounded to it first.
+    """
+
+    weight_RC: Float32
+    scale_dtype: str
+
+
 @dataclass(frozen=True, slots=True)
 class SolvedRows:
-    """One row slice of a weight, solved; plain arrays, so that it may travel.
+    """One solved row slice, in plain arrays that may be sent to another process.
 
     Attributes:
         solved: codes and errors.
         grid: of these rows.
-        damping: that was needed; None where no damping made H definite.
+        damping: that was needed; None if none made H definite.
         dead_C: inputs that were zero in all of calibration.
         num_rows: calibration rows (tokens).
     """
@@ -192,51 +201,41 @@ class SolvedRows:
 
 
 def solve_slices(
-    slices: Sequence[Float32],
-    factor: Factor | None,
-    hessian: HessianSum,
-    scheme: GPTQScheme,
-    *,
-    scale_dtype: str,
+    slices: Sequence[RowSlice], factor: Factor | None, hessian: HessianSum, scheme: GPTQScheme
 ) -> list[SolvedRows]:
-    """Solve slices of checked weights of one input under a factor (None: round to nearest).
+    """Solve row slices, of one weight or of several, that share an input.
 
     Args:
-        slices: `weight[a:b]` for (a, b) of `row_slices`, of one weight or of several.
-        scale_dtype: dtype in which scales will be stored; they are rounded to it first.
+        factor: of the Hessian; None rounds to nearest.
     """
     energy_1C = search_energy(factor, hessian)[None]
     dead_C = hessian.gram_CC.diagonal() == 0
-    damped = to_refine(factor, hessian, scheme)
+    damped = refinement_blocks(factor, hessian, scheme)
 
-    def solve_rows(weight_RC: Float32) -> SolvedRows:
-        weight_GC = weight_RC
-        if factor is not None and factor.dead_C.any():
-            # Dead weights become zero: they must not widen the range of the live ones.
-            weight_GC = np.where(factor.dead_C, np.float32(0), weight_RC)
-        grid = grid_of(weight_GC, energy_1C, scheme, scale_dtype)
+    def solve_rows(rows: RowSlice) -> SolvedRows:
+        grid = grid_of(_live(rows.weight_RC, factor), energy_1C, scheme, rows.scale_dtype)
         return SolvedRows(
-            solved=solve_on_grid(weight_RC, factor, hessian, damped, grid, scheme),
+            solved=solve_on_grid(rows.weight_RC, factor, hessian, damped, grid, scheme),
             grid=grid,
             damping=None if factor is None else factor.damping,
             dead_C=dead_C,
             num_rows=hessian.num_rows,
         )
 
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_CONCURRENT_SLICES) as pool:
         return list(pool.map(solve_rows, slices))
 
 
-def join_slices(weight_RC: Float32, parts: Sequence[SolvedRows], scheme: GPTQScheme) -> Solution:
-    """A weight's solution from all its slices, in order."""
+def join_slices(weight_RC: Float32, parts: Sequence[SolvedRows], scheme: GPTQScheme) -> SolveResult:
+    """A weight's result from all its slices, in order."""
     first = parts[0]
     grouped = GroupedWeight(
-        transposed([np.asarray(part.solved.codes_CR) for part in parts]),
+        _transposed([np.asarray(part.solved.codes_CR) for part in parts]),
         np.concatenate([part.grid.scale_RG for part in parts]),
         np.concatenate([part.grid.zero_RG for part in parts]).astype(np.uint8),
         first.grid.group_C,
     )
-    report = gptq_report(
+    report = _report(
         weight_RC,
         [part.solved for part in parts],
         first.damping,
@@ -244,31 +243,69 @@ def join_slices(weight_RC: Float32, parts: Sequence[SolvedRows], scheme: GPTQSch
         first.num_rows,
         scheme,
     )
-    return Solution(grouped, report)
+    return SolveResult(grouped, report)
 
 
-def solve_gptq(
-    weights: Sequence[Float32],
+def solve_in_row_groups(
+    weight_RC: Float32,
     factor: Factor | None,
     hessian: HessianSum,
     scheme: GPTQScheme,
     *,
     scale_dtype: str,
-) -> list[Solution]:
-    """`solve_slices` of whole weights, [out_features, in_features] each, joined."""
-    slices = [weight[a:b] for weight in weights for a, b in row_slices(*weight.shape)]
-    solved = iter(solve_slices(slices, factor, hessian, scheme, scale_dtype=scale_dtype))
-    return [
-        join_slices(weight, [next(solved) for _ in row_slices(*weight.shape)], scheme)
-        for weight in weights
-    ]
+    row_groups: RowGroups,
+) -> SolveResult:
+    """Solve the matrix with grids that lie along the rows of its stored matrix.
+
+    Grids are static, so that output channels need only be solved apart where they map inputs to
+    groups in different ways. Arguments as in `solve_slices`.
+
+    Returns:
+        The stored matrix, with groups by row; and the report of the weight matrix.
+    """
+    damped = refinement_blocks(factor, hessian, scheme)
+    energy_RC = np.broadcast_to(search_energy(factor, hessian), weight_RC.shape)
+    stored = grid_of(
+        np.ascontiguousarray(row_groups.to_stored(_live(weight_RC, factor))),
+        np.ascontiguousarray(row_groups.to_stored(energy_RC)),
+        scheme,
+        scale_dtype,
+    )
+    scale, zero = stored.scale_RG.ravel(), stored.zero_RG.ravel()
+    codes_RC = np.empty(weight_RC.shape, np.uint8)
+    slices: list[SolvedSlice] = []
+    for channels, group_C, cells in row_groups.patterns(stored.group_C):
+        for a, b in row_slices(len(channels), weight_RC.shape[1]):
+            grid = Grid(scale[cells[a:b]], zero[cells[a:b]], group_C)
+            rows_RC = weight_RC[channels[a:b]]
+            solved = solve_on_grid(rows_RC, factor, hessian, damped, grid, scheme)
+            codes_RC[channels[a:b]] = solved.codes_CR.T
+            slices.append(solved)
+    grouped = GroupedWeight(
+        np.ascontiguousarray(row_groups.to_stored(codes_RC)),
+        stored.scale_RG,
+        stored.zero_RG.astype(np.uint8),
+        stored.group_C,
+    )
+    damping = None if factor is None else factor.damping
+    dead_C = hessian.gram_CC.diagonal() == 0
+    return SolveResult(
+        grouped, _report(weight_RC, slices, damping, dead_C, hessian.num_rows, scheme)
+    )
+
+
+def _live(weight_RC: Float32, factor: Factor | None) -> Float32:
+    """The weights that span the grid: dead ones become zero and must not widen a range."""
+    if factor is None or not factor.dead_C.any():
+        return weight_RC
+    return np.where(factor.dead_C, np.float32(0), weight_RC)
 
 
 def search_energy(factor: Factor | None, hessian: HessianSum) -> Float32:
     """What a squared rounding error costs at each input, [in_features], float32.
 
-    Once GPTQ corrects for it, an error at column k costs its pivot D_k and not the diagonal
-    H_kk: the search weighs errors by that. Without a factor nothing is corrected.
+    GPTQ corrects later columns for an error at column k, which then costs its pivot D_k and not
+    the diagonal H_kk. Without a factor nothing is corrected.
     """
     energy_C: Float32 = hessian.gram_CC.diagonal() * np.float32(2 / hessian.num_rows)
     if factor is None:
@@ -279,20 +316,20 @@ def search_energy(factor: Factor | None, hessian: HessianSum) -> Float32:
     return cost_C
 
 
-def transposed(codes: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+def _transposed(codes: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     """Codes [in_features, slice] of all slices as one [out_features, in_features]."""
     codes_RC = np.empty((sum(part.shape[1] for part in codes), codes[0].shape[0]), np.uint8)
     a = 0
     for codes_CR in codes:
         b = a + codes_CR.shape[1]
-        # By bands that stay in cache: a plain transposition misses it at every byte.
+        # In bands that stay in cache: a plain transposition misses it at every byte.
         for band in range(0, codes_CR.shape[0], _BAND):
             codes_RC[a:b, band : band + _BAND] = codes_CR[band : band + _BAND].T
         a = b
     return codes_RC
 
 
-def gptq_report(
+def _report(
     weight_RC: Float32,
     slices: list[SolvedSlice],
     damping: float | None,
@@ -300,7 +337,7 @@ def gptq_report(
     num_rows: int,
     scheme: GPTQScheme,
 ) -> SolveReport:
-    """The common report of all slices of one weight; no damping: none made H definite."""
+    """The report of one weight from all its slices; a damping of None: none made H definite."""
 
     def total(field: str) -> float:
         return float(sum(np.sum(getattr(part, field), dtype=np.float64) for part in slices))
@@ -339,10 +376,10 @@ def gptq_report(
 def compile_solver(
     out_features: int, in_features: int, scheme: GPTQScheme, *, scale_dtype: str
 ) -> None:
-    """Compile the programs of `solve` for weights of this shape; nothing is computed.
+    """Compile ahead what solving weights of this shape runs; nothing is computed.
 
     Args:
-        scale_dtype: in which their scales will be stored.
+        scale_dtype: dtype in which their scales will be stored.
     """
     size = in_features
     number = _shape()
@@ -371,5 +408,5 @@ def compile_solver(
 
 
 def _shape(*shape: int, dtype: Any = jnp.float32) -> Any:
-    """What a program takes for an array, to be compiled."""
+    """Stands for an array when a program is compiled ahead."""
     return jax.ShapeDtypeStruct(shape, dtype)

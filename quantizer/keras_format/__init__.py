@@ -1,1 +1,1 @@
-"""How stock Keras stores quantized layers: layouts, variables, live layers."""
+"""How stock Keras stores quantized layers: layouts, variables, layers."""

@@ -1,10 +1,10 @@
-"""A layer's kernel, seen three ways: as Keras builds it, as a matrix, and as Keras stores it.
+"""A layer's kernel in three forms: as Keras builds it, as a matrix, and as Keras stores it.
 
 The equation says which axes are in_features (summed with the input) and which are out_features
 (shared with the output alone); solvers see weight_RC. Stock Keras stores gptq and awq kernels
-in a two-dimensional layout that it picks by the kernel's largest axis, whatever the equation
-says. For most kernels the two agree; for Gemma's query (n, d, h), with d summed, Keras' rows
-are (n, d): each head's d inputs once more. Both views hold the same numbers.
+as a matrix whose rows it picks by the kernel's largest axis, whatever the equation says. For most
+kernels that is weight_RC, transposed; for Gemma's query (n, d, h), with d summed, Keras' rows
+are (n, d), which repeat the d inputs for each head.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantizer.errors import CalibrationError, LayerError
+from quantizer.row_groups import RowGroups
+from quantizer.schemes import AWQScheme, GPTQScheme, Int4Scheme, Scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +33,8 @@ class KernelLayout:
         input_axes: the input's axes that meet in_axes, counted from its end.
         scale_shape: a per-output-channel scale that broadcasts over the layer's output.
         scale_axes: the order of out_axes in it.
-        batched: some kernel axis is in both input and output, so that each of its entries is
-            a matrix of its own with inputs of its own (out_axes holds it).
+        batched: some kernel axis is in both input and output, so that each of its entries has
+            a separate matrix and separate inputs (out_axes holds it).
     """
 
     shape: tuple[int, ...]
@@ -50,7 +52,7 @@ class KernelLayout:
 
     @property
     def out_features(self) -> int:
-        """R: outputs that each have weights of their own."""
+        """R: outputs, each with its own weights."""
         return math.prod(self.shape[axis] for axis in self.out_axes)
 
     @property
@@ -60,7 +62,7 @@ class KernelLayout:
 
     @property
     def keras_rows_are_inputs(self) -> bool:
-        """Whether that layout is just the weight matrix, transposed."""
+        """Whether that layout is the weight matrix, transposed."""
         return self.in_axes == tuple(range(self._num_row_axes))
 
     @property
@@ -85,15 +87,11 @@ class KernelLayout:
         order = [self.out_axes.index(axis) for axis in self.scale_axes]
         return values.transpose(order).reshape(self.scale_shape)
 
-    def to_keras(self, matrix_RC: NDArray[Any]) -> NDArray[Any]:
-        """[out_features, in_features] → [columns, rows], as stored by gptq and awq."""
-        return self.from_matrix(matrix_RC).reshape(self.keras_rows, -1).T
-
     def flatten_inputs(self, inputs: NDArray[Any]) -> NDArray[Any]:
         """The layer's inputs → [..., in_features], in the order of the matrix's columns.
 
         Raises:
-            CalibrationError: inputs that do not fit the kernel.
+            CalibrationError: the inputs do not fit the kernel.
         """
         expected = tuple(self.shape[axis] for axis in self.in_axes)
         found = tuple(inputs.shape[axis] for axis in self.input_axes if -axis <= inputs.ndim)
@@ -105,6 +103,45 @@ class KernelLayout:
         last = tuple(range(-len(self.input_axes), 0))
         moved = np.moveaxis(inputs, self.input_axes, last)
         return moved.reshape(*moved.shape[: -len(last)], -1)
+
+
+def row_groups(layout: KernelLayout, scheme: Scheme, name: str) -> RowGroups | None:
+    """How stock Keras groups the kernel in this scheme; None where it does as the weight matrix.
+
+    Raises:
+        LayerError: a kernel that stock Keras cannot store in this scheme; `name` is the layer.
+    """
+    match scheme:
+        case GPTQScheme() | AWQScheme():
+            if layout.batched or len(layout.shape) not in (2, 3):
+                raise LayerError(
+                    f"{name}: stock Keras stores {scheme.mode} kernels as one matrix, which a "
+                    f"kernel of shape {layout.shape} with this equation is not; exclude the "
+                    "layer, or use int8"
+                )
+            if layout.keras_rows_are_inputs:
+                return None
+            if isinstance(scheme, AWQScheme) and not set(layout.in_axes) <= {0, 1}:
+                raise LayerError(
+                    f"{name}: stock Keras stores awq with one input scale a row, and the rows of "
+                    f"a kernel {layout.shape} with this equation mix inputs; exclude the layer, "
+                    "or use gptq"
+                )
+            num_rows = layout.keras_rows
+        case Int4Scheme():
+            # Keras reshapes the kernel to [in_features, out_features] without moving axes: where
+            # its inputs are not the leading axes, the rows mix inputs.
+            if layout.in_axes + layout.out_axes == tuple(range(len(layout.shape))):
+                return None
+            num_rows = layout.in_features
+        case _:
+            return None
+    return RowGroups(
+        shape=layout.shape,
+        out_axes=layout.out_axes,
+        in_axes=layout.in_axes,
+        num_rows=num_rows,
+    )
 
 
 def dense_layout(shape: tuple[int, ...]) -> KernelLayout:

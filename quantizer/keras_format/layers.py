@@ -1,6 +1,7 @@
-"""Quantize a live Keras layer, and leave it as Keras itself would have left it.
+"""Quantize a Keras layer in place, as Keras itself would have left it.
 
-Keras builds the variables and sets the dtype policy (`layer.quantize`); the values are ours.
+Keras makes the variables and sets the dtype policy (`layer.quantize`); the values come from
+`quantizer.solver`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,14 @@ from numpy.typing import NDArray
 
 from quantizer.errors import LayerError
 from quantizer.gptq.drift import DriftSum
-from quantizer.keras_format.embeddings import solve_embeddings
-from quantizer.keras_format.kernel_layout import KernelLayout, dense_layout, einsum_layout
-from quantizer.keras_format.variables import solve_kernel
+from quantizer.hessian import CalibrationStatistics
+from quantizer.keras_format.kernel_layout import (
+    KernelLayout,
+    dense_layout,
+    einsum_layout,
+    row_groups,
+)
+from quantizer.keras_format.variables import embedding_scheme, encode_embedding, encode_kernel
 from quantizer.result import SolveReport
 from quantizer.schemes import (
     AWQScheme,
@@ -29,7 +35,7 @@ from quantizer.schemes import (
     Int8Scheme,
     Scheme,
 )
-from quantizer.solver import CalibrationStatistics
+from quantizer.solver import solve
 
 _WITH_KERNEL = (keras.layers.Dense, keras.layers.EinsumDense)
 _WITH_TABLE = (keras.layers.Embedding, keras.layers.ReversibleEmbedding)
@@ -57,7 +63,7 @@ def kernel_layout(layer: keras.layers.Layer) -> KernelLayout:
 def quantize_layer(
     layer: keras.layers.Layer,
     scheme: Scheme,
-    hessian: CalibrationStatistics | None = None,
+    statistics: CalibrationStatistics | None = None,
     *,
     drift: DriftSum | None = None,
 ) -> SolveReport:
@@ -66,8 +72,8 @@ def quantize_layer(
     Args:
         layer: a built Dense, EinsumDense, Embedding or ReversibleEmbedding, in floating point.
         scheme: the wanted format.
-        hessian: what calibration saw of the layer's inputs: HessianSum or MagnitudeSum (see
-            `quantizer.solve`), of inputs flattened by `kernel_layout(layer).flatten_inputs`.
+        statistics: of the layer's inputs, flattened by `kernel_layout(layer).flatten_inputs`; see
+            `quantizer.solve`.
         drift: for `GPTQScheme.drift_correction` above 0.
 
     Returns:
@@ -77,42 +83,48 @@ def quantize_layer(
         LayerError: a layer that stock Keras cannot hold in this scheme.
         QuantizationError: bad weights, statistics or scheme; the message names the layer.
     """
-    # Keras refuses subclasses: they may use their weights in ways of their own.
+    # Keras refuses subclasses: they may use their weights in other ways.
     if type(layer) not in _WITH_KERNEL + _WITH_TABLE:
         raise _unsupported(layer)
     _check_fresh(layer)
     policy = _quantized_policy(layer, scheme)
-    options: dict[str, Any] = {"scale_dtype": layer.variable_dtype, "name": _name(layer)}
+    name, dtype = _name(layer), layer.variable_dtype
     if type(layer) in _WITH_TABLE:
-        reverse = getattr(layer, "reverse_embeddings", None)
-        variables, report = solve_embeddings(
-            _float32(layer._embeddings),
-            None if reverse is None else _float32(reverse),
-            scheme,
-            **options,
-        )
+        in_table = embedding_scheme(scheme, name)
+        result = solve(_float32(layer._embeddings), None, scheme, scale_dtype=dtype, name=name)
+        table = getattr(layer, "reverse_embeddings", None)
+        reverse = None
+        if table is not None:
+            reverse = solve(_float32(table).T, None, scheme, scale_dtype=dtype, name=name).weight
+        variables = encode_embedding(result.weight, reverse, in_table)
     else:
         layout = kernel_layout(layer)
-        variables, report = solve_kernel(
-            _float32(layer._kernel), layout, scheme, hessian, drift=drift, **options
+        result = solve(
+            layout.to_matrix(_float32(layer._kernel)),
+            statistics,
+            scheme,
+            drift=drift,
+            scale_dtype=dtype,
+            row_groups=row_groups(layout, scheme, name),
+            name=name,
         )
+        variables = encode_kernel(result.weight, layout, scheme)
     layer.quantize(scheme.mode, config=_keras_config(scheme))
     if scheme.mode in ("gptq", "awq"):
-        # What Keras' own calibration does last.
+        # As Keras' own calibration does last.
         del layer._kernel
         setattr(layer, f"is_{scheme.mode}_calibrated", True)
-    for name, value in variables.items():
-        stored = f"_{name}" if name in ("kernel", "embeddings") else name
-        getattr(layer, stored).assign(value)
+    for variable, value in variables.items():
+        getattr(layer, _attribute(variable)).assign(value)
     assert layer.dtype_policy == policy
-    return report
+    return result.report
 
 
 def save_model(model: keras.Model, path: str | Path) -> None:
     """Save a model with quantized layers as a `.keras` file that stock Keras loads.
 
-    Keras 3.15.1 leaves the zero points of gptq and awq layers out of what it saves, and then
-    cannot load it; here they are saved, in the place where its loader looks for them.
+    Keras 3.15.1 does not save the zero points of gptq and awq layers, and then cannot load the
+    file; here they are saved where its loader expects them.
     """
     with _complete_state(model):
         model.save(path)
@@ -121,13 +133,14 @@ def save_model(model: keras.Model, path: str | Path) -> None:
 def own_variables(layer: keras.layers.Layer) -> list[NDArray[Any]]:
     """A quantized layer's variables in the order in which stock Keras loads them."""
     names = layer.variable_serialization_spec[layer.quantization_mode]
-    values = [
-        getattr(layer, f"_{name}" if name in ("kernel", "embeddings") else name, None)
-        for name in names
-    ]
+    values = [getattr(layer, _attribute(name), None) for name in names]
     return [
         keras.ops.convert_to_numpy(variable.value) for variable in values if variable is not None
     ]
+
+
+def _attribute(variable: str) -> str:
+    return f"_{variable}" if variable in ("kernel", "embeddings") else variable
 
 
 @contextmanager
@@ -142,7 +155,7 @@ def _complete_state(model: keras.Model) -> Iterator[None]:
         if getattr(layer, "quantization_mode", None) in ("gptq", "awq")
     ]
     for layer in incomplete:
-        # On the instance, for the time of the save only.
+        # On the instance, and only while the model is saved.
         object.__setattr__(layer, "save_own_variables", partial(save_own_variables, layer))
     try:
         yield

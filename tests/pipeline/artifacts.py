@@ -15,15 +15,16 @@ import keras_hub
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.artifact.parts import INDEX_FILE, Part, cut_parts, encode_part, weights_index
+from pipeline.artifact.parts import Part, cut_parts, encode_part, weights_index
 from pipeline.artifact.stock_reader import run_model
 from pipeline.artifact.weights_file import read_weights_file
+from pipeline.model.preset import INDEX_FILE, read_preset
 from pipeline.model.quantized_config import base_policy, layer_policy, policy_map, quantized_json
-from pipeline.model.skeleton import build_skeleton, read_preset
+from pipeline.model.skeleton import build_skeleton
 from pipeline.model.weight_layout import weight_layout
-from quantizer import HessianSum, MagnitudeSum, Scheme, kernel_layout, quantize_layer
-from quantizer.keras_format.embeddings import solve_embeddings
-from quantizer.keras_format.variables import solve_kernel
+from quantizer import HessianSum, MagnitudeSum, Scheme, kernel_layout, quantize_layer, solve
+from quantizer.keras_format.kernel_layout import row_groups
+from quantizer.keras_format.variables import embedding_scheme, encode_embedding, encode_kernel
 from tests.stock import read_kernel
 
 Schemes = Mapping[str, Scheme]
@@ -104,11 +105,16 @@ def _solve(
     }
     options: dict[str, Any] = {"scale_dtype": layer.variable_dtype, "name": path}
     if type(layer) in TABLES:
-        reverse = own.get("reverse_embeddings")
-        return solve_embeddings(own["embeddings"], reverse, scheme, **options)[0]
+        table = solve(own["embeddings"], None, scheme, **options).weight
+        reverse = None
+        if "reverse_embeddings" in own:
+            reverse = solve(own["reverse_embeddings"].T, None, scheme, **options).weight
+        return encode_embedding(table, reverse, embedding_scheme(scheme, path))
     layout = kernel_layout(layer)
     statistics = some_statistics(path, layout.in_features, scheme)
-    return solve_kernel(own["kernel"], layout, scheme, statistics, **options)[0]
+    options["row_groups"] = row_groups(layout, scheme, path)
+    result = solve(layout.to_matrix(own["kernel"]), statistics, scheme, **options)
+    return encode_kernel(result.weight, layout, scheme)
 
 
 def write(source: Path, target: Path, schemes: Schemes) -> Encoded:

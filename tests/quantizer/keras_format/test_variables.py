@@ -15,7 +15,7 @@ from quantizer import (
     quantize_layer,
 )
 from quantizer.keras_format.layers import own_variables
-from quantizer.keras_format.variables import restore_kernel
+from quantizer.keras_format.variables import decode_kernel
 from tests.selection import covering
 from tests.stock import kernel_layer, read_kernel
 
@@ -49,7 +49,7 @@ def test_restored_kernel_is_what_stock_keras_reads(form, policy):
         if getattr(layer, f"_{name}" if name == "kernel" else name, None) is not None
     ]
     variables = dict(zip(present, own_variables(layer), strict=True))
-    restored = restore_kernel(variables, layout, scheme)
+    restored = decode_kernel(variables, layout, scheme)
     assert restored.dtype == np.float32
     expected = read_kernel(layer, layout.shape)
     np.testing.assert_allclose(restored, expected, rtol=1e-6, atol=1e-7)
