@@ -1,9 +1,9 @@
-"""What must hold before any test module is imported."""
+"""The environment of all tests, set before a test module is imported, and what they share."""
 
 import os
 from typing import TYPE_CHECKING
 
-# Keras chooses TensorFlow when nobody chooses.
+# Left to itself, Keras chooses TensorFlow.
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 from collections.abc import Iterator
@@ -15,31 +15,28 @@ if TYPE_CHECKING:
     from tests.integration.ray_cluster import RunningCluster
     from tests.s3 import S3Server
 
-# An example that compiles is slow once and fast after: a deadline would only be flaky.
-# Built on the current profile: with CI set that is Hypothesis' own deterministic one.
+# The first example compiles and the others do not, so a deadline would only be flaky.
+# Based on the current profile: where CI is set, that is Hypothesis' deterministic one.
 settings.register_profile("quantfleet", settings.default, deadline=None)
 settings.load_profile("quantfleet")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compiled(pytestconfig: pytest.Config) -> None:
-    """Programs that any test process has compiled, in pytest's own cache: `make clean` removes it.
+def pytest_configure(config: pytest.Config) -> None:
+    """Share compiled programs among all test processes and their children, in pytest's cache.
 
-    Many tests trace anew what others have traced; then they need not compile it again.
+    Many tests trace what others have traced, and then need not compile it again. `make clean`
+    empties the cache. JAX reads these variables when it is imported, which few tests need.
     """
-    import jax
-
-    assert pytestconfig.cache is not None
-    folder = pytestconfig.cache.mkdir("compiled")
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    # Only where its size has a limit does JAX lock the folder: nobody reads what is half written.
-    jax.config.update("jax_compilation_cache_max_size", 1 << 30)
+    assert config.cache is not None
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("compiled"))
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    # JAX locks the folder only if its size is limited; without, readers meet half-written files.
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(1 << 30)
 
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator["S3Server"]:
-    """One object store for all tests that need no more of it than a bucket."""
+    """One object store for all tests that need nothing but a bucket."""
     from tests.s3 import serve_s3
 
     with serve_s3() as server:
@@ -49,7 +46,7 @@ def s3() -> Iterator["S3Server"]:
 
 @pytest.fixture(scope="session")
 def cluster(s3: "S3Server") -> Iterator["RunningCluster"]:
-    """One cluster, whose nodes have the credentials of the store in their environment."""
+    """One cluster, with the store's credentials in its nodes' environment."""
     from tests.integration.ray_cluster import serve_ray
 
     with serve_ray(s3.environment) as running:

@@ -1,4 +1,4 @@
-"""A proxy before an HTTP server that spoils chosen requests, as networks and stores do."""
+"""A proxy in front of an HTTP server that makes chosen requests fail as networks and stores do."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 FAULTS = {
-    "unavailable": "503, and the request goes nowhere",
-    "broken": "500, and the request goes nowhere",
-    "refused": "the connection is reset, and the request goes nowhere",
-    "lost": "the request is carried out, but the connection is reset instead of an answer",
-    "hang": "no answer, ever",
-    "cut": "the answer's body ends early",
-    "short": "the answer's body is half as long, and its length says so too",
-    "flip": "one bit of the answer's body is wrong",
+    "unavailable": "status 503; the request is not forwarded",
+    "broken": "status 500; the request is not forwarded",
+    "refused": "the connection is reset; the request is not forwarded",
+    "lost": "the request is carried out, but the connection is reset before the response",
+    "hang": "there is no response",
+    "cut": "the response's body ends early",
+    "short": "the response's body is cut in half, and its Content-Length agrees",
+    "flip": "one bit of the response's body is flipped",
 }
 
 
@@ -28,9 +28,9 @@ _OWN_HEADERS = {"content-length", "transfer-encoding"}
 
 
 class FaultProxy:
-    """Takes one of FAULTS, or None, from `script` for each request; an empty script spoils nothing.
+    """Takes one of FAULTS, or None, from `script` for each request, while there are any.
 
-    `always`, if set, is the fault of every request that the script leaves alone.
+    Requests without a fault of their own get the fault `always`, if it is set.
     """
 
     def __init__(self, target_url: str) -> None:
@@ -38,12 +38,12 @@ class FaultProxy:
         self.script: deque[str | None] = deque()
         self.always: str | None = None
         self.requests: list[tuple[str, str]] = []
-        """Method and path of each request that arrived."""
+        """Method and path of each request received."""
         self.closing = threading.Event()
         self._lock = threading.Lock()
 
     def plan(self, *faults: str | None, always: str | None = None) -> None:
-        """Forget what was, and spoil the next requests so."""
+        """Replace the script, and forget the requests received."""
         unknown = {*faults, always} - {*FAULTS, None}
         assert not unknown, unknown
         with self._lock:
@@ -60,7 +60,7 @@ class FaultProxy:
 
 @contextmanager
 def spoil(target_url: str) -> Iterator[tuple[FaultProxy, str]]:
-    """Serve a proxy to `target_url`; yields it, and its own URL."""
+    """Serve a proxy to `target_url`; yield the proxy and its own URL."""
     proxy = FaultProxy(target_url)
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(proxy))
     server.daemon_threads = True
@@ -102,7 +102,7 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
 
         def _forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
             connection = http.client.HTTPConnection(proxy.target, timeout=30)
-            # The signature covers the Host header, so that it must stay.
+            # The request's signature covers the Host header, so pass it on unchanged.
             connection.putrequest(
                 self.command, self.path, skip_host=True, skip_accept_encoding=True
             )
@@ -123,7 +123,7 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
             if content and fault == "flip":
                 content = content[:-1] + bytes([content[-1] ^ 1])
             self.send_response_only(status)
-            # The body is whole by now, and sent with its length.
+            # The body has been read in full; send it with its length, not in chunks.
             ours = {"transfer-encoding"} if self.command == "HEAD" else _OWN_HEADERS
             for name, value in headers:
                 if name.lower() not in ours:
@@ -146,7 +146,7 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
 
         def _reset(self) -> None:
             self.close_connection = True
-            # Closing with unsent data thrown away is a reset, not an orderly end.
+            # Closing without lingering resets the connection instead of ending it in order.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
 
@@ -162,7 +162,7 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
 def quietly(close: Callable[[], None]) -> None:
     try:
         close()
-    except (OSError, ValueError):  # closed already, by _reset
+    except (OSError, ValueError):  # _reset has closed it
         return
 
 

@@ -1,8 +1,8 @@
-"""A real S3 server, Ceph's radosgw on one node, for tests: real signatures, durable, no mercy.
+"""A real S3 server for tests: Ceph's radosgw on one node, durable, with real signatures.
 
-Needs Debian's packages: apt-get install --no-install-recommends radosgw ceph-mon ceph-osd. It
-listens on the loopback alone, keeps its data in a temporary folder, and takes about 20 seconds to
-start.
+It needs Debian packages: apt-get install --no-install-recommends radosgw ceph-mon ceph-osd. It
+listens on the loopback interface only, keeps its data in a temporary folder, and starts in about 20
+seconds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.s3 import ACCESS_KEY, SECRET_KEY, S3Server
 
 PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "monmaptool", "ceph")
 _START_SECONDS = 120.0
-_MOST_STARTS = 3
+_MAX_STARTS = 3
 
 _CONFIGURATION = """
 [global]
@@ -71,22 +71,22 @@ osd data = {folder}/osd
 
 @contextlib.contextmanager
 def serve_radosgw() -> Iterator[S3Server]:
-    """Start monitor, storage daemon and gateway; end them by their process numbers."""
+    """Start monitor, storage daemon and gateway; kill them by their process ids on exit."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
         raise RuntimeError(
-            f"{', '.join(missing)} missing; apt-get install --no-install-recommends radosgw "
-            "ceph-mon ceph-osd"
+            f"not installed: {', '.join(missing)}; run apt-get install --no-install-recommends "
+            "radosgw ceph-mon ceph-osd"
         )
-    for attempt in range(_MOST_STARTS):
-        # Short: the daemons' sockets lie there, and such paths have at most 107 characters.
+    for attempt in range(_MAX_STARTS):
+        # A short path: it holds the daemons' sockets, whose paths may have 107 characters.
         folder = Path(tempfile.mkdtemp(prefix="rgw-"))
         try:
             try:
                 port = _start(folder)
             except RuntimeError:
-                # Now and then the monitor refuses the new storage daemon ("wrong fsid").
-                if attempt + 1 == _MOST_STARTS:
+                # Sometimes the monitor refuses the new storage daemon ("wrong fsid").
+                if attempt + 1 == _MAX_STARTS:
                     raise
                 continue
             yield S3Server(f"http://127.0.0.1:{port}")
@@ -138,7 +138,7 @@ def _start(folder: Path) -> int:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()
             return port
         time.sleep(0.1)
-    raise RuntimeError("radosgw does not listen")
+    raise RuntimeError(f"radosgw did not listen on port {port} within {_START_SECONDS:.0f} s")
 
 
 def _stop(folder: Path) -> None:
@@ -146,7 +146,7 @@ def _stop(folder: Path) -> None:
         process = int(file.read_text())
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
-    # They are no children of ours, so nobody tells when they are gone.
+    # They daemonized, so they are not our children and cannot be waited for.
     time.sleep(0.5)
 
 

@@ -1,7 +1,7 @@
-"""An S3 server (moto) in a process of its own, so that tests speak to it over the network.
+"""An S3 server (moto) in its own process, which tests reach over the network.
 
-It listens on a free port of the loopback interface, keeps everything in memory, and ends with the
-process that started it, however that ends.
+It listens on a free port of the loopback interface, keeps everything in memory, and exits when the
+process that started it does, even by kill -9.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from botocore.config import Config
 ACCESS_KEY = "AKIAEXAMPLECANARY000"
 SECRET_KEY = "canary/secret/0123456789abcdefghijklmnop"
 
-# A short page, so that a hundred objects are more than one.
+# Short, so that a listing of little more than a hundred objects takes two pages.
 PAGE_LENGTH = 100
 
-# Reading ends when the pipe closes, be it by kill -9 of the parent.
+# The read returns when the pipe closes, which it does even if the parent is killed.
 _SERVER = """
 import logging, sys
 logging.getLogger("werkzeug").disabled = True
@@ -42,19 +42,19 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process needs to use the server: set it, in a test with monkeypatch.setenv."""
+        """The variables that make a process use this server."""
         return environment(self.endpoint_url)
 
     def create_bucket(self, name: str) -> None:
         self.client().create_bucket(Bucket=name)
 
     def client(self):
-        """An independent client, for looking behind the back of what is tested."""
+        """A client independent of the code under test."""
         return _client(self.endpoint_url)
 
     @contextmanager
     def demanding_credentials(self) -> Iterator[None]:
-        """Refuse every request meanwhile: nobody has an account."""
+        """Refuse every request, for there are no accounts, until the context exits."""
         self._post("/moto-api/reset-auth", b"0")
         try:
             yield
@@ -82,13 +82,13 @@ def _client(endpoint_url: str):
 
 
 def environment(endpoint_url: str) -> dict[str, str]:
-    """The variables by which botocore, and so everything on top of it, uses this endpoint."""
+    """The variables that make botocore, and all that is built on it, use this endpoint."""
     return {
         "AWS_ENDPOINT_URL": endpoint_url,
         "AWS_ACCESS_KEY_ID": ACCESS_KEY,
         "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
         "AWS_DEFAULT_REGION": "us-east-1",
-        # Nothing of the machine's own: no profile, no role.
+        # Ignore the machine's own profiles and roles.
         "AWS_EC2_METADATA_DISABLED": "true",
         "AWS_CONFIG_FILE": "/dev/null",
         "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",

@@ -1,7 +1,7 @@
-"""What a stock Keras layer holds, read back and run in plain NumPy.
+"""Read a quantized stock Keras layer, and run it, in plain NumPy.
 
-Written from Keras' own definition of each mode, not from quantizer's code: two readings of the
-same bytes that agree.
+Written from Keras' definition of each mode and not from the quantizer's code, so that the two check
+each other.
 """
 
 import keras
@@ -58,7 +58,7 @@ def _keras_rows(shape):
 
 
 def read_kernel(layer, kernel_shape):
-    """The float64 kernel that a quantized Dense or EinsumDense layer stands for."""
+    """The float64 kernel that a quantized Dense or EinsumDense layer represents."""
     mode = layer.quantization_mode
     shape = tuple(kernel_shape)
     if mode in ("gptq", "awq"):
@@ -113,14 +113,14 @@ def _float8(value, scale):
 
 
 def _int8_activations(inputs, axes):
-    """Keras' AbsMaxQuantizer at run time, in its own float32 arithmetic."""
+    """What Keras' AbsMaxQuantizer does at run time, in the same float32 arithmetic."""
     inputs = inputs.astype("float32")
     scale = np.float32(127) / (np.abs(inputs).max(axes, keepdims=True) + np.float32(1e-7))
     return np.clip(np.round(inputs * scale), -127, 127).astype("float64") / scale
 
 
 def run_layer(layer, kernel, inputs):
-    """What the layer should answer with this kernel, in float64."""
+    """The layer's expected output with this kernel, in float64."""
     equation = getattr(layer, "equation", "...i,io->...o")
     source, _, output = equation.replace("->", ",").split(",")
     mode = layer.quantization_mode
@@ -134,13 +134,13 @@ def run_layer(layer, kernel, inputs):
     bias = _value(layer.bias)
     if mode == "float8":
         inputs = _float8(inputs, _value(layer.inputs_scale))
-        # Keras sends the bias through bfloat16 in this mode.
+        # In this mode Keras rounds the bias to bfloat16.
         bias = bias.astype(ml_dtypes.bfloat16).astype("float64")
     return np.einsum(equation, inputs.astype("float64"), kernel) + bias
 
 
 def read_table(layer, *, reverse=False):
-    """The float64 table [tokens, vector] of a quantized embedding, or of its untied way back."""
+    """The float64 table [tokens, vector] of a quantized embedding, or of its untied output head."""
     prefix = "reverse_embeddings" if reverse else "embeddings"
     codes = _value(layer.reverse_embeddings if reverse else layer._embeddings)
     if layer.quantization_mode == "int4":

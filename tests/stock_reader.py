@@ -1,4 +1,4 @@
-"""Run by tests in a process of its own: stock Keras, without quantfleet, reads saved models.
+"""Run by tests as a script: stock Keras, without quantfleet, reads saved models.
 
     KERAS_BACKEND=… python stock_reader.py FOLDER
 
