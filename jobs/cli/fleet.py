@@ -105,7 +105,6 @@ def submit(
         Limits,
         Submission,
         exit_code_of_tasks,
-        tasks_json,
         tasks_table,
         watch_tasks,
     )
@@ -123,14 +122,12 @@ def submit(
             submission.finish(show)
     else:
         submission.step()
+    jobs_json = [task.to_dict() for task in submission.tasks]
+    others_json = [outcome.to_dict() for outcome in others]
     if as_json:
-        print_json(
-            {"jobs": tasks_json(submission.tasks), "others": [one.to_dict() for one in others]}
-        )
+        print_json({"jobs": jobs_json, "others": others_json})
     else:
-        jobs_json = tasks_json(submission.tasks)
         log_event("jobs", "", {"jobs": jobs_json}, table=tasks_table(submission.tasks))
-        others_json = [one.to_dict() for one in others]
         log_event("others", "", {"others": others_json}, table=outcomes_table(others))
         waiting = sum(1 for task in submission.tasks if task.phase == "waiting")
         if waiting:
@@ -170,12 +167,12 @@ def fulfil(
     from jobs.catalog.request import load_request
     from jobs.fleet import fulfil as fulfilling
 
-    root, wanted = load_request(request)
-    driver_options = execute.DriverOptions(
-        keep_every=keep_every, wait=wait, lease_seconds=lease_seconds
-    )
+    root, loaded = load_request(request)
     done = fulfilling.fulfil(
-        root, wanted, partial(execute.open_compute, address=address), driver_options
+        root,
+        loaded,
+        partial(execute.open_compute, address=address),
+        execute.DriverOptions(keep_every=keep_every, wait=wait, lease_seconds=lease_seconds),
     )
     if as_json:
         print_json(fulfilling.fulfilled_json(done))
@@ -187,7 +184,7 @@ def fulfil(
         )
     if not done.verdict.passed:
         raise fulfilling.GateFailedError(
-            f"{wanted.request_id} is not good enough: {'; '.join(done.verdict.failures)}; it is "
+            f"{loaded.request_id} is not good enough: {'; '.join(done.verdict.failures)}; it is "
             "kept, and what was published before stays"
         )
 

@@ -32,9 +32,10 @@ def status(
 ) -> None:
     """Show the state of runs and releases, from storage alone."""
     from jobs.catalog.catalog_file import read_catalog
-    from jobs.fleet.status import Row, run_status, status_table
+    from jobs.fleet.status import run_row, status_table
     from jobs.fleet.status import status as find_status
     from pipeline.plan import PLAN_KEY
+    from pipeline.run import lease
     from pipeline.storage.object_store import open_store
 
     if what.endswith((".yaml", ".yml")):
@@ -42,21 +43,8 @@ def status(
         rows = find_status(open_store(catalog.root_url), catalog)
     else:
         store = open_store(what)
-        if store.exists(PLAN_KEY) or store.list("leases/"):
-            found = run_status(store)
-            name = store.root_url.rpartition("/")[2]
-            rows = (
-                Row(
-                    model=name,
-                    recipe="",
-                    state=found.state,
-                    run_id=name,
-                    run=found,
-                    source_bytes=found.source_bytes,
-                    stored_bytes=found.stored_bytes,
-                    text=found.text,
-                ),
-            )
+        if store.exists(PLAN_KEY) or store.list(lease.PREFIX):
+            rows = (run_row(store),)
         else:
             rows = find_status(store)
             if not rows:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from jobs.catalog.catalog_file import Catalog
 from jobs.catalog.request import REQUESTS_PREFIX, Request, request_key, run_store
+from jobs.logging import url_name
 from jobs.publish.releases import Current, find_current, published_names
 from jobs.publish.verdict import find_verdict, quality_text
 from jobs.quantities import duration, size
@@ -255,9 +256,19 @@ def _unreleased(root: ObjectStore, request: Request) -> Row:
             text="; ".join(verdict.failures),
         )
     try:
-        found = run_status(run_store(root, request.run_id))
+        return _with_run_status(row, run_store(root, request.run_id))
     except PipelineError as problem:
         return dataclasses.replace(row, state="damaged", text=str(problem))
+
+
+def run_row(store: ObjectStore) -> Row:
+    """The row of the run at a store's root, under its own name."""
+    name = url_name(store.root_url)
+    return _with_run_status(Row(model=name, recipe="", state="not started", run_id=name), store)
+
+
+def _with_run_status(row: Row, store: ObjectStore) -> Row:
+    found = run_status(store)
     return dataclasses.replace(
         row,
         state=found.state,

@@ -79,6 +79,20 @@ class Task:
     def is_over(self) -> bool:
         return self.phase in ("published", "gate failed", "failed")
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "model": self.request.model,
+            "recipe": self.request.recipe_name,
+            "request_id": self.request.request_id,
+            "run_id": self.request.run_id,
+            "state": self.phase,
+            "job": self.job,
+            "attempts": self.started,
+            "failed": list(self.failed),
+            "text": self.text,
+        }
+
 
 ShowTasks = Callable[[Sequence[Task]], None]
 
@@ -258,21 +272,3 @@ def tasks_table(tasks: Sequence[Task]) -> Table:
             Text(task.name), task.phase, Text(task.job), str(task.started), Text(task.text)
         )
     return table
-
-
-def tasks_json(tasks: Sequence[Task]) -> list[dict[str, Any]]:
-    """Plain JSON values."""
-    return [
-        {
-            "model": task.request.model,
-            "recipe": task.request.recipe_name,
-            "request_id": task.request.request_id,
-            "run_id": task.request.run_id,
-            "state": task.phase,
-            "job": task.job,
-            "attempts": task.started,
-            "failed": list(task.failed),
-            "text": task.text,
-        }
-        for task in tasks
-    ]

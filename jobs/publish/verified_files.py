@@ -5,6 +5,7 @@ A file that has another version in the store since then is read and hashed again
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -130,10 +131,10 @@ def check_artifact(
         except (DamagedObjectError, MissingObjectError):
             damaged.append(key)
     now = {
-        key: VerifiedFile(token=versions[key].token, sha256=file.sha256, size_bytes=file.size_bytes)
+        key: dataclasses.replace(file, token=versions[key].token)
         for key, file in last.files.items()
     }
-    verified = VerifiedFiles(run_id=run_id, manifest_sha256=manifest_sha256, files=now)
+    verified = dataclasses.replace(last, files=now)
     return ArtifactCheck(
         damaged=tuple(damaged),
         bytes_read=sum(versions[key].size_bytes for key in changed),
