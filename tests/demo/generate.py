@@ -1,4 +1,4 @@
-"""Generate text with stock KerasHub alone. Run with `python -I`: quantfleet cannot be imported."""
+"""Generate text with stock KerasHub alone. `python -I` keeps quantfleet from being imported."""
 
 import argparse
 import sys

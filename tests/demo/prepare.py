@@ -1,6 +1,6 @@
-"""Lay out what `make demo` works on: SmolLM2-135M-Instruct as a KerasHub preset, and texts.
+"""Write the inputs of `make demo`: SmolLM2-135M-Instruct as a KerasHub preset, and texts.
 
-Both come from packages that are installed; nothing is fetched. What is there already is kept.
+Both come from installed packages; nothing is downloaded. An existing preset is kept.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Finished runs of small presets, made in this process, and what they answer block by block."""
+"""Runs of small presets, finished in this process, and their output computed block by block."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from pipeline.worker.worker import Worker
 from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
 
 GROUP_SIZE = 16
-"""Of the tiny presets' schemes: a head's width, so that groups stay inside Gemma's heads."""
+"""A head's width in the tiny presets, so that no group spans two of Gemma's heads."""
 
 SCHEMES: dict[str, Scheme] = {
-    # Searches change no format; one scheme has all of them, as the built-in recipes do.
+    # Searches do not change the format, so only one scheme has them, all at once.
     "gptq4": GPTQScheme(
         weight_bits=4, group_size=GROUP_SIZE, activation_order=True, refinement_sweeps=2
     ),
@@ -50,7 +50,7 @@ SCHEMES: dict[str, Scheme] = {
 
 @cache
 def _text() -> str:
-    """A file of some prose: a page of Python's manual."""
+    """The path of a text file: a page of Python's manual."""
     folder = Path(tempfile.mkdtemp(prefix="text-"))
     atexit.register(shutil.rmtree, folder)
     (folder / "page.txt").write_text(topics["assignment"], encoding="utf-8")
@@ -60,7 +60,7 @@ def _text() -> str:
 def recipe(
     scheme: Scheme | None, *rules: Rule, embeddings: Scheme | None = None, name: str = "test"
 ) -> Recipe:
-    """One that calibrates on ten short windows, where it calibrates at all."""
+    """A recipe that calibrates, if its schemes need it, on ten short windows."""
     calibration = Calibration(texts=(_text(),), num_samples=10, sequence_length=32)
     return Recipe(
         name=name, scheme=scheme, rules=rules, embeddings=embeddings, calibration=calibration
@@ -69,7 +69,7 @@ def recipe(
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedRun:
-    """What a run left behind, and what it was made from."""
+    """A run's plan, source preset and output folder."""
 
     plan: Plan
     source: Path
@@ -88,7 +88,7 @@ class FinishedRun:
         return ModelState(self.plan, str(self.source))
 
     def layers(self) -> dict[str, LayerRecord]:
-        """What the records say of every layer, by path."""
+        """The record of every layer, by path."""
         records = [
             PartRecord.from_json(self.store.get(record_key(part.part))) for part in self.plan.parts
         ]
@@ -96,7 +96,7 @@ class FinishedRun:
 
 
 def finished_run(source: Path, wanted: Recipe, folder: Path) -> FinishedRun:
-    """Carry a recipe out, all in this process."""
+    """Quantize a preset by a recipe, all in this process."""
     planned = make_plan(read_preset(str(source)), wanted, threads=1)
     store = open_store(str(folder))
     claim(store, planned.plan, planned.windows.to_bytes() if planned.windows else None)
@@ -108,7 +108,7 @@ def finished_run(source: Path, wanted: Recipe, folder: Path) -> FinishedRun:
 def answer(
     model: StreamedModel, tokens: NDArray[np.int32], mask: NDArray[np.bool_] | None = None
 ) -> Any:
-    """What a streamed model answers to tokens [batch, sequence], nothing padded by default."""
+    """A streamed model's output for tokens [batch, sequence], by default without padding."""
     mask = np.ones(tokens.shape, bool) if mask is None else mask
     states = [list(state) for state in model.embed([(tokens, mask)])]
     for block in range(model.num_blocks):
@@ -117,7 +117,7 @@ def answer(
 
 
 def distance(found: Any, expected: Any) -> float:
-    """The largest difference, relative to the largest value expected."""
+    """The largest absolute difference, relative to the largest expected value."""
     found, expected = (np.asarray(value, "float64") for value in (found, expected))
     assert found.shape == expected.shape
     assert np.isfinite(found).all()

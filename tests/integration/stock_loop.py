@@ -1,11 +1,11 @@
-"""Run as a script by `stock_session`: stock KerasHub, without quantfleet, as long as it is asked.
+"""Run as a script by `stock_session`: stock KerasHub, without quantfleet, loads presets on request.
 
     KERAS_BACKEND=… python -I stock_loop.py …/pipeline/artifact/stock_reader.py
 
-A line of JSON asks for a preset: {"preset", "outputs"}, with "inputs", a file of token ids, or with
-"texts", strings; and "task", the class to load where no task.json says it. A line of JSON answers:
-{"quantized"}, the mode of each quantized layer, or {"error"}; what the model gives is in the file
-`outputs`.
+Each request is a line of JSON: {"preset", "outputs"}, with "inputs", a file of token ids, or
+"texts", a list of strings; and "task", the class to load if there is no task.json to name it. Each
+response is a line of JSON: {"quantized"}, the mode of each quantized layer, or {"error"}. The
+model's output is written to the file `outputs`.
 """
 
 import importlib.util

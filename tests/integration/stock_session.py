@@ -1,4 +1,4 @@
-"""A process that has stock KerasHub and nothing of ours, asked for one preset after another."""
+"""A process with stock KerasHub, and without quantfleet, that loads one preset after another."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _READER = pipeline.artifact.stock_reader.__file__
 
 @dataclass(frozen=True, kw_only=True)
 class StockAnswer:
-    """What a preset answered: logits or embeddings, and its quantized layers' modes by path."""
+    """A preset's output (logits or embeddings), and its quantized layers' modes by path."""
 
     output: NDArray[np.float32]
     quantized: Mapping[str, str]
@@ -37,20 +37,20 @@ class StockSession:
     scratch: Path
 
     def ask(self, preset: Path, tokens: NDArray[np.int32]) -> None:
-        """Have it load a preset and run it on token ids [batch, sequence]; `answer` waits."""
+        """Start to load a preset and run it on token ids [batch, sequence]; see `answer`."""
         np.save(self.scratch / "in.npy", tokens)
         self._ask({"preset": str(preset), "inputs": str(self.scratch / "in.npy")})
 
     def ask_to_embed(self, preset: Path, texts: list[str], *, task: str | None = None) -> None:
-        """Have it load a text embedder and give it strings.
+        """Start to load a text embedder and run it on strings; see `answer`.
 
         Args:
-            task: the class to load it as, where there is no task.json to name one.
+            task: the class to load, if there is no task.json to name it.
         """
         self._ask({"preset": str(preset), "texts": texts, "task": task})
 
     def answer(self) -> StockAnswer:
-        """What it answers to what it was asked."""
+        """Wait for the answer to the last request."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, f"stock KerasHub died: {(self.scratch / 'stderr.txt').read_text()[-2000:]}"
@@ -68,16 +68,16 @@ class StockSession:
 
 @contextmanager
 def stock_session(scratch: Path, backend: str = "jax") -> Iterator[StockSession]:
-    """Start the process, and stop it in the end.
+    """Run the process until the context exits.
 
     Args:
-        scratch: a folder for what goes back and forth.
-        backend: of Keras: jax or torch.
+        scratch: a folder for the arrays that are exchanged.
+        backend: Keras' backend, jax or torch.
     """
     with (
         (scratch / "stderr.txt").open("w") as stderr,
         subprocess.Popen(
-            # -I: neither the current folder nor PYTHONPATH leads to our packages.
+            # -I ignores the current folder and PYTHONPATH, which lead to our packages.
             [sys.executable, "-I", str(_LOOP), str(_READER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -88,7 +88,7 @@ def stock_session(scratch: Path, backend: str = "jax") -> Iterator[StockSession]
         ) as process,
     ):
         yield StockSession(process, scratch)
-        # Leaving closes its standard input, and it ends when nothing more can come.
+        # On exit, Popen closes the standard input, which ends the process.
 
 
 def some_tokens(run: FinishedRun) -> NDArray[np.int32]:
@@ -97,7 +97,7 @@ def some_tokens(run: FinishedRun) -> NDArray[np.int32]:
 
 
 def assert_same(run: FinishedRun, *sessions: StockSession, tolerance: float = 1e-4) -> None:
-    """Stock loads what was planned, and answers what the pipeline's streamed forward does."""
+    """Assert that stock Keras loads the planned modes and answers as the pipeline itself does."""
     tokens = some_tokens(run)
     for session in sessions:
         session.ask(run.artifact, tokens)

@@ -1,4 +1,4 @@
-"""What KerasHub leaves wrong in a preset that it saves, put right in its JSON."""
+"""Complete the JSON of a preset that KerasHub saves incompletely."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 
 def complete(path: Path, forgotten: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
-    """Add what `Backbone.get_config` forgets, and say what the preset was made from.
+    """Add what `Backbone.get_config` forgets, and record what the preset was made from.
 
-    The origin takes the date's place in metadata.json: files depend on what they were made from,
-    not on when. It is written last, so that only a complete preset has it.
+    The origin replaces the date in metadata.json, so that the files depend only on what they were
+    made from. It is written last: a preset that has an origin is complete.
 
     Args:
         path: the preset's folder.
-        forgotten: arguments of the backbone.
-        origin: what `made_from` will return.
+        forgotten: arguments of the backbone, with their values.
+        origin: the value that `made_from` will return.
     """
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     config["config"].update(forgotten)

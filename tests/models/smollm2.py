@@ -2,7 +2,7 @@
 
     python -m tests.models.smollm2 FOLDER [--dither] [--dtype float16]
 
-`smollm2_weights` says where its weights come from and what they must not be used for.
+`smollm2_weights` says where the weights come from and what must not be concluded from them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BLOCK_WEIGHTS = {
     "ffn_up": "_feedforward_intermediate_dense.kernel",
     "ffn_down": "_feedforward_output_dense.kernel",
 }
-"""The attribute of a block that holds each of GGUF's weights, below blk.<block>."""
+"""The attribute of a block for each GGUF weight blk.<block>.<name>."""
 
 
 def smollm2_preset(
@@ -48,11 +48,11 @@ def smollm2_preset(
         path: the preset's folder.
         dither: spread the weights over their 4-bit cells.
         dtype: of the stored weights: float32, float16 or bfloat16.
-        num_blocks: keep only so many of the first blocks, which no longer speak English; all 30
-            when None.
+        num_blocks: how many of the first blocks to keep (a model of few does not write English);
+            all 30 if None.
 
     Raises:
-        FileExistsError: the folder holds something else.
+        FileExistsError: the folder holds another preset.
     """
     path = Path(path)
     origin = {
@@ -91,7 +91,7 @@ def _backbone(checkpoint: Checkpoint, dtype: str) -> Any:
             tie_word_embeddings=True,
             dtype=dtype,
         )
-    # Or the next scope would initialize them, with or without values by then.
+    # Otherwise the next scope would initialize them, even those that have a value by then.
     global_state.set_global_attribute("uninitialized_variables", [])
     variables = {
         "token_embd.weight": backbone.token_embedding.embeddings,
@@ -101,7 +101,7 @@ def _backbone(checkpoint: Checkpoint, dtype: str) -> Any:
         for name, attribute in BLOCK_WEIGHTS.items():
             variables[f"blk.{index}.{name}.weight"] = attrgetter(attribute)(block)
     if variables.keys() != checkpoint.weights.keys():
-        raise ValueError(f"no place for {sorted(variables.keys() ^ checkpoint.weights.keys())}")
+        raise ValueError(f"unmatched: {sorted(variables.keys() ^ checkpoint.weights.keys())}")
     for name, variable in variables.items():
         weight = checkpoint.weights[name]
         if name.startswith("blk.") and weight.ndim == 2:  # a kernel's in_features come first
@@ -113,8 +113,8 @@ def _backbone(checkpoint: Checkpoint, dtype: str) -> Any:
 def _tokenizer(metadata: dict[str, Any]) -> Any:
     """Return byte-level BPE with SmolLM2's special tokens.
 
-    Llama3Tokenizer forgets special tokens that are not Llama 3's. Qwen3Tokenizer is the same code
-    with those of SmolLM2: no start, the end <|im_end|>, the padding <|endoftext|>.
+    Llama3Tokenizer forgets special tokens other than Llama 3's. Qwen3Tokenizer is the same code
+    with SmolLM2's: no start token, <|im_end|> as end and <|endoftext|> as padding.
     """
     tokens = metadata["tokenizer.ggml.tokens"]
     types = metadata["tokenizer.ggml.token_type"]

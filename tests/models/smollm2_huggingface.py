@@ -23,20 +23,20 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-"""Hugging Face's name, below model.layers.<block>, of each of GGUF's, below blk.<block>."""
+"""Hugging Face's name below model.layers.<block> for each GGUF name below blk.<block>."""
 
 
 def smollm2_directory(
     path: str | Path, *, dither: bool = False, num_blocks: int | None = None
 ) -> Path:
-    """Write config, tokenizer and float32 weights, what `transformers` reads a model from."""
+    """Write config, tokenizer and float32 weights as `transformers` reads them."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     checkpoint = read_checkpoint(dither=dither, num_blocks=num_blocks)
     _write(path / "config.json", _config(checkpoint.metadata))
     _tokenizer(checkpoint.metadata).save(str(path / "tokenizer.json"))
     _write(path / "tokenizer_config.json", _tokenizer_config(checkpoint.metadata))
-    # transformers insists on this entry of the metadata.
+    # transformers requires this metadata entry.
     save_file(_weights(checkpoint), path / "model.safetensors", metadata={"format": "pt"})
     return path
 
@@ -84,7 +84,7 @@ def _tokenizer(metadata: dict[str, Any]) -> Tokenizer:
     vocabulary = {token: index for index, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    # What llama.cpp calls "smollm".
+    # llama.cpp calls this pre-tokenizer "smollm".
     digits = pre_tokenizers.Digits(individual_digits=True)
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])

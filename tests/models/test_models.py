@@ -1,4 +1,4 @@
-"""The models of the tests are what stock KerasHub reads, and the same ones every time."""
+"""Stock KerasHub reads the tests' models, which are the same every time."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def logits(task: Any, preset: Path) -> np.ndarray:
     if "mask_positions" in task.input:
         positions = np.arange(token_ids.shape[1])[None]
         inputs |= {"segment_ids": np.zeros_like(token_ids), "mask_positions": positions}
-    call = jax.jit(task.stateless_call)  # compiled at once, not operation by operation
+    call = jax.jit(task.stateless_call)  # one compilation instead of one per operation
     outputs, _ = call(
         [weight.value for weight in task.trainable_variables],
         [weight.value for weight in task.non_trainable_variables],
@@ -63,7 +63,7 @@ def test_stock_kerashub_reads_a_tiny_model_and_its_logits_vary(
     task = load_task(architecture, preset)
     logits_TV = logits(task, preset)
     assert np.isfinite(logits_TV).all()
-    # Over the vocabulary, and from one place to another.
+    # Over the vocabulary, and from one position to another.
     assert logits_TV.std(axis=1).min() > 0.3
     assert len(set(logits_TV.argmax(axis=1))) > 3
     assert (task.preprocessor is None) is not ARCHITECTURES[architecture].preprocesses
@@ -99,7 +99,7 @@ def test_half_precision_is_stored_and_read(tmp_path: Path) -> None:
         assert (preset / "model.weights.h5").stat().st_size < 0.7 * (
             whole / "model.weights.h5"
         ).stat().st_size
-        # Read as float32, for XLA multiplies no float16 on a CPU: the same weights, rounded.
+        # The same weights, rounded. Read as float32: XLA cannot multiply float16 on a CPU.
         rounded = logits(load_task("OPT", preset), preset)
         assert 0 < np.abs(rounded - exact).max() < 0.2
 
@@ -124,7 +124,7 @@ def test_num_blocks_and_widths_are_as_asked(tmp_path: Path) -> None:
 
 def test_a_tiny_model_depends_on_its_seed_alone(tmp_path: Path) -> None:
     one = digests(tiny_preset("Llama3", tmp_path / "one"))
-    # Another process, with another order of its sets.
+    # Another process, whose sets are ordered differently.
     code = f"from tests.models.tiny import *; tiny_preset('Llama3', {str(tmp_path / 'two')!r})"
     environment = {**os.environ, "PYTHONHASHSEED": "7", "KERAS_BACKEND": "jax"}
     root = Path(__file__).parent.parent.parent

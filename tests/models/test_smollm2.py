@@ -1,4 +1,4 @@
-"""SmolLM2 from its GGUF file behaves as a language model, before and after the preset is read."""
+"""SmolLM2, read from its GGUF file, behaves as a language model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_real_model_writes_and_reads_plausible_english(tmp_path: Path) -> No
     assert perplexity(task, [" ".join(reversed(PROSE.split()))]) > 100
     task.compile(sampler="greedy")
     assert "Paris" in task.generate("The capital of France is", max_length=12)
-    # Made once: the second call leaves the files alone, and another model is not mixed in.
+    # The second call leaves the files alone, and another model is refused.
     before = (preset / "model.weights.h5").stat().st_mtime_ns
     assert smollm2_preset(preset, dtype="bfloat16") == preset
     assert (preset / "model.weights.h5").stat().st_mtime_ns == before

@@ -1,4 +1,4 @@
-"""Calibration and evaluation text: enough of it, the same every time, nothing in common."""
+"""Calibration and evaluation text: enough, the same every time, and disjoint."""
 
 from __future__ import annotations
 

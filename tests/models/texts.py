@@ -1,11 +1,11 @@
 """English prose that ships with every Python: its manual and its standard library's docstrings.
 
-The manual's topics (`pydoc_data`) and the modules are the documents. A paragraph occurs once over
-all documents, for topics contain one another and docstrings are copied; so what is calibrated on
-is never evaluated on. Every fourth document is for evaluation.
+Each topic of the manual (`pydoc_data`) and each module is a document. Topics contain one another
+and docstrings are copied, so repeated paragraphs are dropped: no text is in both calibration and
+evaluation. Every fourth document is for evaluation.
 
-The text is the same in every process on one machine. Another release of Python, even a patch of
-it or a distribution's build, has other text: numbers compare within one interpreter only.
+The text is the same in every process of one interpreter. Another release of Python, even a patch
+release or a distribution's build, has other text, so numbers are comparable within one only.
 
     python -m tests.models.texts FOLDER
 """
@@ -27,7 +27,7 @@ _EVALUATION_EVERY = 4
 
 
 def write_texts(folder: str | Path) -> tuple[Path, Path]:
-    """Write calibration.jsonl and evaluation.jsonl: a document a line, as {"text": …}."""
+    """Write calibration.jsonl and evaluation.jsonl, with a document per line: {"text": …}."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "calibration.jsonl", folder / "evaluation.jsonl"
@@ -40,12 +40,12 @@ def write_texts(folder: str | Path) -> tuple[Path, Path]:
 
 
 def calibration_documents() -> list[str]:
-    """Three of four documents, in the order of their names."""
+    """Three of every four documents, in the order of their names."""
     return [text for place, text in enumerate(_documents()) if place % _EVALUATION_EVERY]
 
 
 def evaluation_documents() -> list[str]:
-    """One of four documents, in the order of their names."""
+    """One of every four documents, in the order of their names."""
     return list(_documents()[::_EVALUATION_EVERY])
 
 
@@ -53,7 +53,7 @@ def evaluation_documents() -> list[str]:
 def _documents() -> tuple[str, ...]:
     sources = {f"topic {name}": text.split("\n\n") for name, text in topics.items()}
     sources |= {f"module {name}": paragraphs for name, paragraphs in _docstrings()}
-    # The larger contains the smaller; so the larger keeps what they share.
+    # Larger topics contain smaller ones: the larger keeps the paragraphs that they share.
     by_size = sorted(sources, key=lambda name: (-sum(map(len, sources[name])), name))
     seen: set[str] = set()
     documents = {}
@@ -70,7 +70,7 @@ def _documents() -> tuple[str, ...]:
 
 
 def _docstrings() -> Iterator[tuple[str, list[str]]]:
-    """Yield name and docstrings of the modules that are one file; nothing is imported."""
+    """Yield the name and docstrings of each single-file module, without importing it."""
     for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         tree = ast.parse(file.read_bytes())
         documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

@@ -1,8 +1,8 @@
 """Tiny random KerasHub presets: every architecture, with tokenizer, preprocessor and task.
 
 The weights are random but of realistic scale, so that attention attends, norms scale and logits
-vary; a byte of the preset depends on nothing but the arguments. As KerasHub's converters do for
-real checkpoints, what its `get_config` forgets is written into the JSON afterwards.
+vary. The preset's bytes depend on the arguments alone. What KerasHub's `get_config` forgets is
+added to the JSON afterwards, as its converters do for real checkpoints.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _GROUPED = ("num_query_heads", "num_key_value_heads")
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What differs between the families of KerasHub.
+    """How one of KerasHub's architectures is built.
 
     Attributes:
         task: name of the task class, such as "GPT2CausalLM".
         heads: names of the backbone's arguments that count heads: one, or queries and keys.
         options: the backbone's other arguments, as a function of the width.
         ties: whether the backbone takes `tie_word_embeddings`.
-        preprocesses: whether its preprocessor works without TensorFlow; else the preset has a
-            tokenizer and a task, but no preprocessor.
+        preprocesses: whether its preprocessor works without TensorFlow; if not, the preset has a
+            tokenizer and a task but no preprocessor.
     """
 
     task: str
@@ -59,7 +59,7 @@ def _head_dim(hidden_dim: int) -> dict[str, Any]:
 def _gemma3(hidden_dim: int) -> dict[str, Any]:
     return {
         **_head_dim(hidden_dim),
-        "image_size": 16,  # asked for even without a vision encoder
+        "image_size": 16,  # required even without a vision encoder
         "use_post_ffw_norm": True,
         "use_post_attention_norm": True,
         "use_sliding_window_attention": True,
@@ -96,17 +96,17 @@ def tiny_preset(
     hidden_dim: int = 64,
     intermediate_dim: int = 128,
 ) -> Path:
-    """Save a small random preset, complete enough for `Task.from_preset` and for generation.
+    """Save a small random preset that `Task.from_preset` can load and generate with.
 
     Args:
         architecture: a key of ARCHITECTURES.
-        path: the preset's folder; made if missing.
+        path: the preset's folder; created if missing.
         dtype: of weights and computation: float32, float16 or bfloat16.
-        tied: whether the head is the embedding's transpose, where the architecture leaves the
-            choice (Llama3, Qwen3); the others are always as they are.
-        num_blocks: transformer blocks.
+        tied: whether the head is the embedding's transpose, for the architectures that offer the
+            choice (Llama3, Qwen3); ignored by the others.
+        num_blocks: number of transformer blocks.
         seed: of the weights.
-        hidden_dim: width; a multiple of twice the 4 heads.
+        hidden_dim: width; a multiple of 8, twice the number of heads.
         intermediate_dim: width of the feed-forward layers; Gemma halves it.
 
     Raises:
@@ -117,7 +117,7 @@ def tiny_preset(
     options = kind.options(hidden_dim)
     if kind.ties:
         options["tie_word_embeddings"] = tied
-    # Keras numbers the names of layers over the whole process, and stores them with the weights.
+    # Keras numbers layers' names per process, and stores the names with the weights.
     reset_uids()
     tokenizer = TOKENIZERS[architecture]()
     with keras.StatelessScope(initialize_variables=False):  # initializers take most of the time
@@ -131,7 +131,7 @@ def tiny_preset(
             name="backbone",
             **options,
         )
-    # Or the next scope would initialize them, with or without values by then.
+    # Otherwise the next scope would initialize them, even those that have a value by then.
     global_state.set_global_attribute("uninitialized_variables", [])
     preprocessor = None
     if kind.preprocesses:
@@ -151,13 +151,13 @@ def tiny_preset(
 
 
 def randomize(model: Any, seed: int) -> None:
-    """Give every weight a value that depends on the seed and the weight's place alone.
+    """Give every weight a value that depends only on the seed and the weight's index.
 
-    Matrices keep the variance of what passes through them, whichever axes they contract. The
-    factors of norms lie around 1 and what is added around 0, but never there: forgetting one shows.
+    Matrices preserve their inputs' variance, whichever axes they contract. Norms' scales lie around
+    1 and biases around 0, but never exactly there, so that dropping one changes the output.
     """
-    for place, weight in enumerate(model.weights):
-        noise = np.random.default_rng([seed, place]).standard_normal(weight.shape, np.float32)
+    for index, weight in enumerate(model.weights):
+        noise = np.random.default_rng([seed, index]).standard_normal(weight.shape, np.float32)
         if len(weight.shape) > 1:
             weight.assign(noise * (np.prod(weight.shape) / max(weight.shape)) ** -0.5)
         else:

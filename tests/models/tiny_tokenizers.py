@@ -32,7 +32,7 @@ def _byte_pairs(name: str, *special_tokens: str) -> Callable[[], Any]:
         return getattr(keras_hub.models, name)(
             vocabulary={token: index for index, token in enumerate(tokens)},
             merges=list(_MERGES),
-            unsplittable_tokens=list(special_tokens),  # by default a set's order
+            unsplittable_tokens=list(special_tokens),  # the default has a set's order
             name="tokenizer",
         )
 
@@ -40,7 +40,7 @@ def _byte_pairs(name: str, *special_tokens: str) -> Callable[[], Any]:
 
 
 def _sentence_pieces(name: str, symbols: dict[str, str], **options: Any) -> Callable[[], Any]:
-    """SentencePiece BPE that falls back to bytes; symbols name bos, eos and perhaps pad."""
+    """SentencePiece BPE with byte fallback; symbols are the pieces of bos, eos and maybe pad."""
 
     def build() -> Any:
         proto = _train_sentence_pieces(tuple(symbols.items()))
