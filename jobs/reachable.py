@@ -1,4 +1,4 @@
-"""Stores that a user has just named: they answer within seconds, or something is wrong."""
+"""Opening a store that a user has just named: one that does not answer soon is a mistake."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _DEADLINE_SECONDS = 15.0
 
 
 def reachable(url: str, key: str) -> ObjectStore:
-    """Open the store at a URL and make sure that it answers, by asking for a key.
+    """Open the store at a URL, and make sure that it answers, by asking for a key.
 
-    A store may rest for minutes during a run (see `Patience`), but not when it is named.
+    During a run a store may be away for minutes (see `Patience`), but not when it is named.
 
     Raises:
-        StorageError: it does not, or refuses.
+        StorageError: it does not answer, or refuses.
     """
     patience = Patience.configured()
     soon = min(_DEADLINE_SECONDS, patience.deadline_seconds)

@@ -1,4 +1,4 @@
-"""An orderly end when the machine, or the cluster, asks for one."""
+"""An orderly end on SIGTERM, which a machine that shuts down, or a cluster, sends."""
 
 from __future__ import annotations
 
@@ -9,20 +9,17 @@ from types import FrameType
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived: like Ctrl-C, only that nobody sits at the terminal."""
+    """SIGTERM was received; it is to a machine what KeyboardInterrupt is to a person."""
 
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Raise Terminated in the block when SIGTERM comes; once, so that the end is not disturbed.
-
-    Enter it after Ray was started or joined, which installs a handler of its own.
-    """
-    came = False
+    """Raise Terminated in the block when SIGTERM comes; only once, so that cleaning up goes on."""
+    received = False
 
     def terminate(_number: int, _frame: FrameType | None) -> None:
-        nonlocal came
-        came = True
+        nonlocal received
+        received = True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Terminated
 
@@ -30,7 +27,7 @@ def terminable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if came:  # Ray turns what a handler raises into a plain one
+        if received:  # Ray turns what a handler raises into a KeyboardInterrupt
             raise Terminated from None
         raise
     finally:

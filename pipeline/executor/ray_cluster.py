@@ -54,7 +54,15 @@ def connect(address: str | None, machine: NodeResources | None = None) -> Iterat
         # A cluster of this process alone: nobody else knows its ports, and Ray would otherwise
         # leave a token file in the home directory.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        options |= {"address": "local", "include_dashboard": False}
+        options |= {
+            "address": "local",
+            "include_dashboard": False,
+            # Workers start with an environment of their own: those that wait for any would idle.
+            "_system_config": {
+                "enable_worker_prestart": False,
+                "prestart_worker_first_driver": False,
+            },
+        }
         if machine is not None:
             options |= {"num_cpus": machine.cpus, "_memory": machine.memory_bytes or None}
     else:

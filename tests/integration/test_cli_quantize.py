@@ -8,6 +8,10 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +31,9 @@ from pipeline.executor.protocol import (
     LocalExecutor,
     NodeRoom,
 )
+from pipeline.model.preset import read_preset
 from pipeline.plan import read_plan
+from pipeline.planning import make_plan
 from pipeline.run.records import file_key
 from pipeline.storage.object_store import open_store
 from pipeline.storage.record import with_digest
@@ -406,3 +412,52 @@ def test_quantize_evaluates_and_says_how_to_load(command: Command, tmp_path: Pat
     assert command("evaluate", output, "--evaluate-on", text_file(), "--windows", 2) == 0
     assert f"Llama3CausalLM.from_preset('{output}/artifact')" in command.err
     assert command("verify", output, "--no-stock") == 0
+
+
+def children_of(process_id: int) -> set[int]:
+    text = Path(f"/proc/{process_id}/task/{process_id}/children").read_text()
+    return {int(number) for number in text.split()}
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"]
+)
+def test_a_signal_while_planning_ends_the_command_and_its_child(
+    number: signal.Signals, status: int, tmp_path: Path
+) -> None:
+    given = ["--recipe", str(recipe_file(tmp_path)), "--output", str(tmp_path / "out")]
+    command = subprocess.Popen(
+        [sys.executable, "-m", "jobs", "quantize", str(source()), *given, "--dry-run"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not (children := children_of(command.pid)):
+        assert command.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.2)  # it imports JAX for longer
+    command.send_signal(number)
+    output, _ = command.communicate(timeout=20)
+    assert command.returncode == status, output
+    assert "Traceback" not in output
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def test_a_dry_run_on_this_machine_starts_no_ray(tmp_path: Path) -> None:
+    given = ["--recipe", str(recipe_file(tmp_path)), "--output", str(tmp_path / "out")]
+    program = (
+        "import sys; from jobs.cli.main import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'ray', 'jax', 'keras'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "quantize", str(source()), *given, "--dry-run", "--json"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "[]"
+    # A worker of as many threads plans the same.
+    threads = json.loads(done.stdout)["resources"]["threads"]
+    plan = make_plan(read_preset(str(source())), recipe("gptq"), threads=threads).plan
+    assert json.loads(done.stdout)["plan_digest"] == plan.digest
