@@ -29,7 +29,7 @@ from jobs.termination import Terminated
 from pipeline.errors import PipelineError
 from pipeline.estimates import Estimate, estimate
 from pipeline.executor.protocol import Allocation, ComputeSpec, FunctionRunner
-from pipeline.model.preset import PRESET_KEY, check_preset
+from pipeline.model.preset import CONFIG_FILE, check_preset
 from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.remote_planning import identity, plan_run
@@ -75,7 +75,7 @@ def run_job(
     set_run(run=url_name(job.output_url), model=url_name(job.source_url), recipe=recipe.name)
     # Before anything else: an output that cannot be read cannot be written either.
     store = reachable(job.output_url, PLAN_KEY)
-    check_preset(reachable(job.source_url, PRESET_KEY))
+    check_preset(reachable(job.source_url, CONFIG_FILE))
     finished = store.exists(MANIFEST_KEY)
 
     def plan_all(runner: FunctionRunner) -> tuple[Plan, bytes | None, bytes | None]:
@@ -145,7 +145,7 @@ def resume_job(
         _print_summary(summary, store, as_json=as_json)
         return
     job = dataclasses.replace(job, source_url=source_url, output_url=output_url)
-    check_preset(reachable(source_url, PRESET_KEY))
+    check_preset(reachable(source_url, CONFIG_FILE))
 
     def check_source(runner: FunctionRunner) -> bytes | None:
         found = identity(runner, source_url, compute.allocation.threads)

@@ -7,9 +7,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from pipeline.artifact.parts import INDEX_FILE, Part, encode_part, weights_index
+from pipeline.artifact.parts import Part, encode_part, weights_index
 from pipeline.canonical import sha256
 from pipeline.errors import DamagedObjectError
+from pipeline.model.preset import INDEX_FILE
 from pipeline.model.quantized_config import quantized_json
 from pipeline.plan import Plan
 from pipeline.run.commits import commit_manifest, damaged_files

@@ -20,9 +20,6 @@ from pipeline.canonical import canonical_json
 from pipeline.errors import ArtifactError, WeightsFileError
 from pipeline.model.weight_layout import StoredVariable
 
-INDEX_FILE = "model.weights.json"
-"""Where stock KerasHub looks when there is no model.weights.h5."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Part:

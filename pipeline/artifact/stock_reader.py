@@ -1,10 +1,10 @@
-"""Run as a script by `stock_load`: stock KerasHub, without quantfleet, reads a preset.
+"""Run as a script by `verification`: stock KerasHub, without quantfleet, runs presets.
 
     KERAS_BACKEND=… python -I stock_reader.py
 
-Standard input is JSON: a list of {"preset", "inputs", "outputs"}. For each, the task that
-task.json names is loaded from the folder `preset`, runs on the token ids in the file `inputs`,
-and leaves what it answers in the file `outputs`. Standard output is JSON: what did it.
+Standard input is a JSON list of {"preset", "inputs", "outputs"}. For each, the task that task.json
+names is loaded from the folder `preset`, is run on the token ids in the file `inputs`, and its
+output is saved to the file `outputs`. Standard output is JSON: the backend and versions used.
 """
 
 import json
@@ -13,7 +13,7 @@ import sys
 
 if __name__ == "__main__":
     for _package in ("quantizer", "pipeline", "jobs"):
-        # Importing it now raises ImportError.
+        # This makes importing it raise ImportError.
         sys.modules[_package] = None  # type: ignore[assignment]
 
 import keras
@@ -23,23 +23,23 @@ from numpy.typing import NDArray
 
 
 def run_model(task: keras.Model, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
-    """What a KerasHub text model answers to token ids [batch, sequence]: nothing padded."""
+    """The output of a KerasHub text model for token ids [batch, sequence] without padding."""
     positions = np.arange(token_ids.shape[1], dtype="int32")
     known = {
         "token_ids": token_ids,
         "padding_mask": np.ones_like(token_ids),
         "segment_ids": np.zeros_like(token_ids),
-        # A masked language model answers at these positions: at all of them.
+        # A masked language model predicts at these positions: everywhere.
         "mask_positions": np.broadcast_to(positions, token_ids.shape),
     }
-    # It would take text and tokenize it.
+    # A preprocessor would expect text.
     task.preprocessor = None
     answer = task.predict_on_batch({name: known[name] for name in task.input})
     return np.asarray(answer, dtype="float32")
 
 
 def main() -> None:
-    """Load and run what standard input lists."""
+    """Load and run the presets listed on standard input."""
     for job in json.load(sys.stdin):
         preset = pathlib.Path(job["preset"])
         name = json.loads((preset / "task.json").read_text(encoding="utf-8"))["class_name"]

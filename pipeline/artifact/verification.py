@@ -1,11 +1,8 @@
-"""Look a finished preset over before Keras reads it: Keras' safe mode stops code, but no bombs.
+"""Inspect a finished preset without trusting it, and run it with stock KerasHub.
 
-An artifact may have come from anywhere, and a manifest vouches only for its bytes.
-
-Ask stock KerasHub, in a process that cannot import quantfleet, what a result answers.
-
-The proof that a user needs nothing of ours: what comes back was computed by Keras and KerasHub
-alone, from the files alone.
+An artifact may come from anywhere, and a manifest vouches only for its bytes; Keras's safe mode
+stops code, but not decompression bombs. Stock KerasHub runs in a process that cannot import
+quantfleet, which proves that a user needs nothing but the files.
 """
 
 from __future__ import annotations
@@ -23,24 +20,22 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.artifact.parts import INDEX_FILE, cut_parts, decode_part, weights_index
+from pipeline.artifact.parts import cut_parts, decode_part, weights_index
 from pipeline.artifact.weights_file import read_weights_file
 from pipeline.errors import ArtifactError
 from pipeline.model.blocks import find_blocks
-from pipeline.model.preset import read_preset
+from pipeline.model.preset import INDEX_FILE, TASK_WEIGHTS_FILE, read_preset
 from pipeline.model.skeleton import build_skeleton, check_trusted
-
-_TASK_WEIGHTS = "task.weights.h5"
 
 
 def inspect_artifact(folder: Path) -> None:
-    """Make sure that a preset holds nothing but a model of KerasHub's.
+    """Check that a preset holds nothing but a KerasHub model.
 
-    Its JSON names Keras' and KerasHub's own classes alone; its weights files hold exactly the
+    Its JSON may name only classes of Keras and KerasHub; its weights files must hold exactly the
     model's variables, and no more bytes than those take.
 
     Raises:
-        PipelineError: something else, by file.
+        PipelineError: names the file and what is wrong with it.
     """
     preset = read_preset(str(folder))
     for name, data in sorted(preset.json_files.items()):
@@ -55,16 +50,18 @@ def inspect_artifact(folder: Path) -> None:
     parts = cut_parts(skeleton.stored, blocks)
     if preset.json_files.get(INDEX_FILE) != weights_index(parts):
         raise ArtifactError(f"{folder}/{INDEX_FILE}: not the index of this model's files")
-    known = {part.file for part in parts} | {_TASK_WEIGHTS}
+    known = {part.file for part in parts} | {TASK_WEIGHTS_FILE}
     for name in sorted(preset.sizes):
         if name.endswith((".h5", ".safetensors", ".bin", ".keras", ".pkl")) and name not in known:
-            raise ArtifactError(f"{folder}/{name}: a weights file that the model does not have")
+            raise ArtifactError(
+                f"{folder}/{name}: a weights file that does not belong to the model"
+            )
     for part in parts:
         decode_part(part, (folder / part.file).read_bytes())
-    if _TASK_WEIGHTS in preset.sizes:
-        # At most all of the model, in its widest dtype.
+    if TASK_WEIGHTS_FILE in preset.sizes:
+        # At most the whole model in float32.
         most = sum(4 * math.prod(variable.shape) for variable in skeleton.model.variables)
-        read_weights_file((folder / _TASK_WEIGHTS).read_bytes(), max_bytes=most)
+        read_weights_file((folder / TASK_WEIGHTS_FILE).read_bytes(), max_bytes=most)
 
 
 _READER = Path(__file__).with_name("stock_reader.py")
@@ -73,7 +70,7 @@ _TAIL_LINES = 12
 
 @dataclass(frozen=True, kw_only=True)
 class StockAnswer:
-    """What stock KerasHub made of some presets."""
+    """The outputs of stock KerasHub for some presets."""
 
     outputs: tuple[NDArray[np.float32], ...]
     """By preset: logits [batch, sequence, vocabulary], or embeddings [batch, vector] of a text
@@ -90,16 +87,16 @@ def ask_stock(
     backend: str = "jax",
     timeout_seconds: float = 3600.0,
 ) -> StockAnswer:
-    """Load presets with stock KerasHub in one fresh process, and run each on token ids.
+    """Load presets with stock KerasHub in a new process, and run each on token ids.
 
     Args:
         presets: local folders with config.json, task.json, model.weights.json and its files.
         token_ids: [batch, sequence], by preset.
         backend: of Keras: jax, torch or tensorflow.
-        timeout_seconds: for all of them.
+        timeout_seconds: for all presets together.
 
     Raises:
-        ArtifactError: stock KerasHub failed or took too long; the message ends with its own.
+        ArtifactError: stock KerasHub failed or took too long; the message ends with its output.
     """
     with tempfile.TemporaryDirectory(prefix="quantfleet-stock-") as scratch:
         jobs = []
@@ -123,7 +120,7 @@ def _run(
 ) -> dict[str, str]:
     names = ", ".join(job["preset"] for job in jobs)
     try:
-        # -I: neither the current folder nor PYTHONPATH leads to our packages.
+        # -I: neither the current folder nor PYTHONPATH makes our packages importable.
         done = subprocess.run(
             [sys.executable, "-I", str(_READER)],
             input=json.dumps(jobs),
@@ -136,8 +133,8 @@ def _run(
         )
     except subprocess.TimeoutExpired:
         raise ArtifactError(
-            f"{names}: stock KerasHub did not finish in {timeout_seconds:.0f} s; allow more, or "
-            "load the preset by hand to see where it hangs"
+            f"{names}: stock KerasHub did not finish in {timeout_seconds:.0f} s; raise the "
+            "timeout, or load the preset by hand to see where it hangs"
         ) from None
     if done.returncode != 0:
         tail = " | ".join(line.strip() for line in done.stderr.strip().splitlines()[-_TAIL_LINES:])

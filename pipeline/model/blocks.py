@@ -1,15 +1,8 @@
-"""A backbone's functional graph, cut into what comes before its blocks, the blocks, and the rest.
+"""Cut a model's functional graph into embed → transformer blocks → head.
 
-The graph says what a block is called with; KerasHub's own list of blocks does not (it misses
-Gemma3's scaling, BLOOM's norm, OPT's positions). Hidden states enter block 0, each block turns
-them into the next, and whatever else blocks ask for (masks) is a side input, computed once.
-
-Walk and repeat parts of a Keras functional graph, from tensor to tensor.
-
-A key that is equal for blocks that compute the same function of their variables.
-
-Not `get_config()`: KerasHub's raises for some blocks and leaves arguments out for others.
-What a layer keeps in plain attributes decides what it computes, so that is what counts.
+The graph itself shows how each block is called; KerasHub's own list of blocks is incomplete (it
+misses Gemma3's scaling, BLOOM's norm, OPT's positions). Hidden states pass through the chain of
+blocks; everything else that blocks take (masks) is a side input, computed once.
 """
 
 from __future__ import annotations
@@ -39,14 +32,14 @@ from pipeline.model.targets import (
 
 @dataclass(frozen=True)
 class _SideInput:
-    """Stands for a side_input input among a block's arguments."""
+    """Stands for a side input among a block's arguments."""
 
     index: int
 
 
 @dataclass(frozen=True)
 class _HiddenStates:
-    """Stands for the hidden_states among a block's arguments."""
+    """Stands for the hidden states among a block's arguments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +47,12 @@ class Block:
     """One transformer block.
 
     Attributes:
-        index: its place in the chain, from 0.
+        index: position in the chain, from 0.
         layer: the Keras layer.
-        signature: equal for blocks that one compiled program serves, given other variable values.
+        signature: equal for blocks that compute the same function of their variables, and so can
+            share one compiled program.
         targets: its Dense and EinsumDense layers, depth first.
-        unsupported: what has matrices but cannot be quantized, with the reason.
+        unsupported: layers with matrices that cannot be quantized, with the reason.
         arguments: positional and keyword arguments of its call, with stand-ins for tensors.
     """
 
@@ -76,10 +70,10 @@ class Block:
     def bind(
         self, hidden_states: Any, side_inputs: Sequence[Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of `layer(...)` or `layer.stateless_call(trainable, other, ...)`.
+        """Positional and keyword arguments to call `layer` with.
 
         Args:
-            hidden_states: [batch, sequence, hidden], from the block before, or from `embed`.
+            hidden_states: [batch, sequence, hidden], from `embed` or the previous block.
             side_inputs: all of `embed`'s outputs after the first.
         """
 
@@ -100,13 +94,13 @@ class BlockGraph:
     """A model as embed → blocks → head.
 
     Attributes:
-        blocks: in order; each one's hidden_states is the output of the one before.
+        blocks: in order; each takes the hidden states that the one before returns.
         embed: model from the backbone's inputs to [hidden_states, *side_inputs].
         head: model from [hidden_states, *head_inputs] to the task's output (logits, say), or to the
-            backbone's where there is no task.
-        head_inputs: names of the backbone's inputs that the head needs beside the hidden_states.
+            backbone's output if there is no task.
+        head_inputs: names of the backbone's inputs that the head needs.
         rest_targets: quantizable layers outside the blocks (embeddings, poolers, heads).
-        rest_unsupported: what has matrices there, but cannot be quantized.
+        rest_unsupported: other layers with matrices outside the blocks.
     """
 
     blocks: tuple[Block, ...]
@@ -118,13 +112,13 @@ class BlockGraph:
 
     def bind_head(self, hidden_states: Any, inputs: Mapping[str, Any]) -> list[Any]:
         """The input of `head`, from the last block's output and the backbone's inputs."""
-        # Keras takes tensors or arrays in one list, never both.
+        # Keras accepts a list of tensors or of arrays, but not a mixture.
         given = [hidden_states, *(inputs[name] for name in self.head_inputs)]
         return [keras.ops.convert_to_tensor(value) for value in given]
 
 
 def find_blocks(skeleton: Skeleton) -> BlockGraph:
-    """Cut a model at its blocks: the composite layers with kernels on the hidden states' path.
+    """Cut a model at its blocks: top-level layers with Dense or EinsumDense layers inside.
 
     Raises:
         SourceError: the blocks do not form a chain, or there are none.
@@ -165,7 +159,7 @@ def find_blocks(skeleton: Skeleton) -> BlockGraph:
 def _chain(backbone: Any) -> list[keras.layers.Layer]:
     """The backbone's blocks, each fed by the one before."""
     if not getattr(backbone, "inputs", None):
-        raise SourceError(f"{backbone.name}: not a functional model, so its blocks are hidden")
+        raise SourceError(f"{backbone.name}: not a functional model, so its blocks cannot be found")
     candidates = [layer for layer in backbone.layers if layer._layers and holds_kernels(layer)]
     if not candidates:
         raise SourceError(
@@ -183,7 +177,7 @@ def _chain(backbone: Any) -> list[keras.layers.Layer]:
 
 
 def _first_hidden_states(blocks: list[keras.layers.Layer]) -> Any:
-    """The tensor that enters block 0: where block 1 takes block 0's output, block 0 takes it."""
+    """The tensor that enters block 0: the argument that in block 1 is block 0's output."""
     node = blocks[0]._inbound_nodes[0]
     output = node.output_tensors[0]
     if len(blocks) > 1:
@@ -221,7 +215,7 @@ def _stand_ins(
 
 
 def _describe(node: Any, hidden_states: Any) -> str:
-    """How a block is called, in words that are the same in every process."""
+    """How a block is called, as text that is the same in every process."""
 
     def describe(argument: Any) -> str:
         if isinstance(argument, keras.KerasTensor):
@@ -239,12 +233,12 @@ def _describe(node: Any, hidden_states: Any) -> str:
 def _refuse_shortcuts(
     backbone: Any, blocks: list[keras.layers.Layer], side_inputs: dict[int, Any], last: Any
 ) -> None:
-    """Nothing but the next block may use what a block gives, nor the head what is inside."""
+    """Check that only the next block uses a block's output, and only the head the last one's."""
     for tensor in side_inputs.values():
         for node in behind([tensor]):
             if node.operation in blocks:
                 raise _no_chain(
-                    backbone, node.operation, "a later block uses more than its hidden_states"
+                    backbone, node.operation, "a later block uses more than its hidden states"
                 )
     for node in behind(tree.flatten(backbone.output), {id(last)}):
         if node.operation in blocks:
@@ -254,7 +248,7 @@ def _refuse_shortcuts(
 
 
 def _head(skeleton: Skeleton, last: Any) -> tuple[keras.Model, tuple[str, ...]]:
-    """From the last block's output on: the backbone's end, then the task around it."""
+    """The model from the last block's output to the end of the backbone, then of the task."""
     backbone, task = skeleton.backbone, skeleton.task
     hidden_states = keras.Input(batch_shape=last.shape, dtype=last.dtype, name="hidden_states")
     inputs: dict[str, Any] = {}
@@ -273,7 +267,7 @@ def _backbone_call(backbone: Any, task: Any) -> Any:
     }
     if len(calls) != 1:
         raise SourceError(
-            f"{task.name}: calls its backbone {len(calls)} times where once is expected; such a "
+            f"{task.name}: calls its backbone {len(calls)} times where once is expected; this "
             f"{type(task).__name__} cannot be quantized block by block"
         )
     return next(iter(calls.values()))
@@ -295,7 +289,7 @@ def _no_chain(backbone: Any, layer: keras.layers.Layer, reason: str) -> SourceEr
 
 
 def behind(tensors: Iterable[Any], ends: Set[int] = frozenset()) -> Iterator[Any]:
-    """Every call (node) that tensors come from, up to the model's inputs or `ends` (ids)."""
+    """Every call (graph node) that tensors depend on, back to the inputs or to `ends` (ids)."""
     seen: set[int] = set(ends)
     pending = list(tensors)
     while pending:
@@ -310,10 +304,14 @@ def behind(tensors: Iterable[Any], ends: Set[int] = frozenset()) -> Iterator[Any
 
 
 def replay(output: Any, given: dict[int, Any], inputs: dict[str, Any]) -> Any:
-    """Compute a graph's output again, from given tensors (by the id of those they replace).
+    """Rebuild a graph's output from other tensors.
 
-    Not `keras.Model(last, output)`: Keras 3.15 fails when an output is itself an input, as in
-    BERT. Inputs that turn out to be needed are added to `inputs` by name.
+    `keras.Model(last, output)` will not do: Keras 3.15 fails if an output is itself an input, as
+    in BERT.
+
+    Args:
+        given: replacements, by the id of the tensor that they replace.
+        inputs: receives the model inputs that are needed, by name.
     """
 
     def compute(tensor: Any) -> Any:
@@ -338,12 +336,15 @@ def replay(output: Any, given: dict[int, Any], inputs: dict[str, Any]) -> Any:
     return tree.map_structure(compute, output)
 
 
-# Where a layer stands and what calls it, not what it computes.
-_PLACE = frozenset({"name", "path", "parent_path", "built", "trainable", "dtype_policy"})
+# Attributes that do not affect what a layer computes.
+_IGNORED = frozenset({"name", "path", "parent_path", "built", "trainable", "dtype_policy"})
 
 
 def block_signature(layer: keras.layers.Layer, call: str) -> str:
-    """A digest of a block's classes, settings, variables' shapes and dtypes, and its call.
+    """A digest of a block's classes, settings, shapes and dtypes of variables, and its call.
+
+    Settings are read from the layers' attributes: KerasHub's `get_config()` raises for some blocks
+    and omits arguments of others.
 
     Args:
         layer: a built block.
@@ -353,25 +354,26 @@ def block_signature(layer: keras.layers.Layer, call: str) -> str:
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
 
-def _describe_layer(layer: keras.layers.Layer, place: str) -> Iterator[str]:
-    kind = type(layer)
+def _describe_layer(layer: keras.layers.Layer, position: str) -> Iterator[str]:
+    layer_class = type(layer)
     settings = {
         name: text
         for name, value in sorted(vars(layer).items())
-        if name.lstrip("_") not in _PLACE and (text := _plain(value)) is not None
+        if name.lstrip("_") not in _IGNORED and (text := _plain(value)) is not None
     }
     variables = [
         (str(variable.name), list(variable.shape), str(variable.dtype))
         for variable in [*layer._trainable_variables, *layer._non_trainable_variables]
     ]
     dtypes = (str(layer.dtype_policy.name), str(layer.compute_dtype))
-    yield json.dumps([place, kind.__module__, kind.__qualname__, settings, variables, dtypes])
+    names = (layer_class.__module__, layer_class.__qualname__)
+    yield json.dumps([position, *names, settings, variables, dtypes])
     for index, inner in enumerate(layer._layers):
-        yield from _describe_layer(inner, f"{place}/{index}")
+        yield from _describe_layer(inner, f"{position}/{index}")
 
 
 def _plain(value: Any) -> str | None:
-    """A setting in words that are the same in every process; None for what is no setting."""
+    """A setting as text that is the same in every process; None if the value is not a setting."""
     if value is None or isinstance(value, bool | int | float | str):
         return repr(value)
     if isinstance(value, functools.partial):

@@ -1,10 +1,9 @@
-"""A Hugging Face model's config as KerasHub's JSON, by KerasHub's own converters.
+"""Hugging Face models through KerasHub's own converters: their JSON, and each variable's tensor.
 
-What KerasHub's converter would load into each variable, found out without loading anything.
-
-The converter runs as always, on a skeleton, with a loader that notes which tensor it asks for and
-how it would reshape it. So every architecture that KerasHub converts by `port_weight` is
-understood exactly as KerasHub understands it, and each variable can be read by itself.
+To learn what a converter would load into each variable without loading anything, it runs on a
+skeleton, with a loader that only records which tensor it requests and how it would reshape it. So
+every architecture that KerasHub converts with `port_weight` is read exactly as KerasHub reads it,
+and each variable can be read on its own.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,38 +27,39 @@ from keras_hub.src.utils.transformers.safetensor_utils import SafetensorLoader
 from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
-from pipeline.model.preset import PresetFiles
+from pipeline.model.preset import CONFIG_FILE, PresetFiles
+from pipeline.model.quantized_config import serialized_object
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
 def find_converter(preset: PresetFiles) -> ModuleType:
-    """KerasHub's converter for this type of model.
+    """KerasHub's converter for this architecture.
 
     Raises:
         SourceError: KerasHub has none.
     """
     try:
-        loader = TransformersPresetLoader(preset.url, preset.parse("config.json"))
+        loader = TransformersPresetLoader(preset.url, preset.parse(CONFIG_FILE))
     except (ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise SourceError(f"{preset.url}/config.json: {reason}") from None
+        raise SourceError(f"{preset.url}/{CONFIG_FILE}: {reason}") from None
     converter: ModuleType = loader.converter
     return converter
 
 
 def convert_config(preset: PresetFiles) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The JSON of backbone and task that KerasHub would save, had it loaded this model.
+    """The JSON of backbone and task that KerasHub would save after loading this model.
 
-    The dtype is the model's own (torch_dtype); the task is a causal language model for an
-    architecture that says so, else a text embedder where KerasHub has one.
+    The dtype is the model's own (torch_dtype). The task is a causal language model if the
+    architecture names one, else a text embedder if KerasHub has one.
 
     Raises:
-        SourceError: no converter, a config it does not understand, or parts beside the text
-            model (a vision encoder).
+        SourceError: no converter, a config that it does not understand, or components other than
+            the text model (a vision encoder).
     """
     converter = find_converter(preset)
-    config = preset.parse("config.json")
+    config = preset.parse(CONFIG_FILE)
     backbone_class = converter.backbone_cls
     options = [config]
     if len(inspect.signature(converter.convert_backbone_config).parameters) != 1:
@@ -69,8 +68,8 @@ def convert_config(preset: PresetFiles) -> tuple[dict[str, Any], dict[str, Any] 
         arguments = converter.convert_backbone_config(*options)
     except (KeyError, ValueError, TypeError) as error:
         raise SourceError(
-            f"{preset.url}/config.json: KerasHub's converter for {backbone_class.__name__} failed "
-            f"({type(error).__name__}: {error}); a value is missing or of a newer format"
+            f"{preset.url}/{CONFIG_FILE}: KerasHub's converter for {backbone_class.__name__} "
+            f"failed ({type(error).__name__}: {error}); a value is missing or has a newer format"
         ) from error
     dtype = config.get("torch_dtype", config.get("dtype"))
     policy = keras.DTypePolicy(dtype if dtype in _DTYPES else "float32")
@@ -79,42 +78,33 @@ def convert_config(preset: PresetFiles) -> tuple[dict[str, Any], dict[str, Any] 
         arguments = json.loads(json.dumps(arguments))
     except TypeError:
         raise SourceError(
-            f"{preset.url}/config.json: a {backbone_class.__name__} with parts beside the text "
+            f"{preset.url}/{CONFIG_FILE}: a {backbone_class.__name__} with more than a text "
             "model; only text models can be quantized"
         ) from None
-    backbone_json = _serialized(backbone_class, arguments)
+    backbone_json = serialized_object(backbone_class, arguments)
     return backbone_json, _task_json(preset, converter, backbone_json)
 
 
 def _task_json(
     preset: PresetFiles, converter: ModuleType, backbone_json: dict[str, Any]
 ) -> dict[str, Any] | None:
-    architecture = str((preset.parse("config.json").get("architectures") or [""])[0])
+    architecture = str((preset.parse(CONFIG_FILE).get("architectures") or [""])[0])
     generates = architecture.endswith(("ForCausalLM", "LMHeadModel"))
-    kind = keras_hub.models.CausalLM if generates else keras_hub.models.TextEmbedder
+    parent = keras_hub.models.CausalLM if generates else keras_hub.models.TextEmbedder
     try:
-        task_class = find_subclass(preset.url, kind, converter.backbone_cls)
+        task_class = find_subclass(preset.url, parent, converter.backbone_cls)
     except ValueError:
         return None
     extra: dict[str, Any] = {}
     if not generates and hasattr(converter, "load_task_config"):
         with tempfile.TemporaryDirectory() as folder:
-            # The converter asks for pooling and normalization by local path.
+            # The converter reads pooling and normalization from local files.
             for name, content in sorted(preset.json_files.items()):
                 (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
                 (Path(folder) / name).write_bytes(content)
-            extra = converter.load_task_config(folder, preset.parse("config.json"))
-    return _serialized(task_class, {"backbone": backbone_json, "preprocessor": None, **extra})
-
-
-def _serialized(kind: type, config: dict[str, Any]) -> dict[str, Any]:
-    name = re.sub("([a-z0-9])([A-Z])", r"\1_\2", kind.__name__).lower()
-    return {
-        "module": kind.__module__,
-        "class_name": kind.__name__,
-        "config": {"name": name, **config},
-        "registered_name": keras.saving.get_registered_name(kind),
-    }
+            extra = converter.load_task_config(folder, preset.parse(CONFIG_FILE))
+    config = {"backbone": backbone_json, "preprocessor": None, **extra}
+    return serialized_object(task_class, config)
 
 
 Hook = Callable[[NDArray[Any], list[int]], Any]
@@ -122,12 +112,12 @@ Hook = Callable[[NDArray[Any], list[int]], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """How one variable is made.
+    """How KerasHub's converter fills one variable: from a tensor, or with a constant.
 
     Attributes:
         tensor: full name of the tensor in the safetensors files; None for a constant.
         hook: turns the tensor into the variable's value, given the variable's shape.
-        constant: a value that the converter sets by itself.
+        constant: a value that the converter assigns directly.
     """
 
     tensor: str | None = None
@@ -138,15 +128,15 @@ class Conversion:
 def record_conversion(
     preset: PresetFiles, backbone: Any, tensors: Mapping[str, str]
 ) -> dict[str, Conversion]:
-    """Run KerasHub's converter on a weightless backbone; no variable keeps a value.
+    """Run KerasHub's converter on a weightless backbone, and record how it fills each variable.
 
     Args:
         preset: a Hugging Face model.
-        backbone: of a skeleton of its own.
+        backbone: of a skeleton used for nothing else, since the converter may assign to it.
         tensors: file of each tensor.
 
     Returns:
-        A recipe by variable path, for each variable that the converter fills.
+        The conversion of each variable that the converter fills, by variable path.
 
     Raises:
         SourceError: a tensor is missing, or the converter computes with tensors itself.
@@ -154,13 +144,13 @@ def record_conversion(
     loader = _RecordingLoader(preset, tensors)
     before = {id(variable) for variable in backbone.variables if variable._value is not None}
     try:
-        find_converter(preset).convert_weights(backbone, loader, preset.parse("config.json"))
+        find_converter(preset).convert_weights(backbone, loader, preset.parse(CONFIG_FILE))
     except (KeyError, ValueError, AttributeError, TypeError) as error:
         if isinstance(error, SourceError):
             raise
         raise SourceError(
             f"{preset.url}: KerasHub's converter for {type(backbone).__name__} failed "
-            f"({type(error).__name__}: {error}); config.json and weights are not of one model"
+            f"({type(error).__name__}: {error}); config.json and weights are of different models"
         ) from error
     for variable in backbone.variables:
         path = str(variable.path)
@@ -170,7 +160,7 @@ def record_conversion(
 
 
 class _RecordingLoader(SafetensorLoader):  # type: ignore[misc]  # KerasHub carries no types
-    """Answers as KerasHub's loader does, but never with data."""
+    """Answers like KerasHub's loader, but never with data."""
 
     def __init__(self, preset: PresetFiles, tensors: Mapping[str, str]) -> None:
         contextlib.ExitStack.__init__(self)
@@ -181,8 +171,8 @@ class _RecordingLoader(SafetensorLoader):  # type: ignore[misc]  # KerasHub carr
         self.fname = None
         self.conversions: dict[str, Conversion] = {}
 
-    def get_tensor(self, hf_weight_key: str) -> _Untouchable:
-        return _Untouchable(self.preset, self._full_key(hf_weight_key))
+    def get_tensor(self, hf_weight_key: str) -> _TensorWithoutData:
+        return _TensorWithoutData(self.preset, self._full_key(hf_weight_key))
 
     def port_weight(
         self, keras_variable: Any, hf_weight_key: str, hook_fn: Hook | None = None
@@ -195,7 +185,7 @@ class _RecordingLoader(SafetensorLoader):  # type: ignore[misc]  # KerasHub carr
         tensors = self.safetensor_config["weight_map"]
         full_key = str(self.get_prefixed_key(key, tensors))
         if full_key not in tensors:
-            # Converters ask for a tensor to see whether it is there.
+            # A SourceError is also a ValueError, so converters may use this to test for a tensor.
             raise SourceError(
                 f"{self.preset}: tensor {key} is missing from the safetensors files; they are "
                 "incomplete, or of another model"
@@ -203,8 +193,8 @@ class _RecordingLoader(SafetensorLoader):  # type: ignore[misc]  # KerasHub carr
         return full_key
 
 
-class _Untouchable:
-    """A tensor that exists; converters that only ask that much are fine."""
+class _TensorWithoutData:
+    """An existing tensor, for converters that only test for existence; any use of it raises."""
 
     def __init__(self, url: str, name: str) -> None:
         self._message = (

@@ -1,7 +1,7 @@
-"""A model as its author left it: the files of one preset, wherever they are stored.
+"""The files of one model's preset, wherever they are stored.
 
-JSON is read at once, since everything follows from it; weights only by ranges, and assets when
-they are asked for.
+JSON is read at once, since everything follows from it; weights only in ranges, and assets when
+needed.
 """
 
 from __future__ import annotations
@@ -15,22 +15,30 @@ from typing import Any, Literal
 from pipeline.errors import DamagedObjectError, MissingObjectError, SourceError
 from pipeline.storage.object_store import ObjectStore, open_store
 
+CONFIG_FILE = "config.json"
+"""The one file that every preset has: the backbone's class and arguments."""
+TASK_FILE = "task.json"
+INDEX_FILE = "model.weights.json"
+"""Maps layers to weights files, for presets without a model.weights.h5."""
+TASK_WEIGHTS_FILE = "task.weights.h5"
+"""The variables that a task has in addition to its backbone's."""
+
 _MAX_SMALL_BYTES = 64 << 20
 _WEIGHTS = (".h5", ".safetensors")
-# Weights of other frameworks beside those that we read; never part of a preset of ours.
+# Weights for other frameworks, which are never copied into an artifact.
 _FOREIGN = (".bin", ".pt", ".pth", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot", ".pkl")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PresetFiles:
-    """What a preset's folder holds. Small, and plain data: it may travel to workers.
+    """The content of a preset's folder: plain data, small enough to send to workers.
 
     Attributes:
-        url: the folder.
-        format: "keras" as KerasHub saves it, or "huggingface" with safetensors.
+        url: of the folder.
+        format: "keras" as KerasHub saves presets, or "huggingface" with safetensors.
         json_files: content of each JSON file outside assets/, by name within the folder.
         sizes: bytes of each file, by name within the folder.
-        store: where they are.
+        store: opened at the folder.
     """
 
     url: str
@@ -41,13 +49,12 @@ class PresetFiles:
 
     @property
     def assets(self) -> tuple[str, ...]:
-        """Names of what is neither weights nor JSON read already: vocabularies, mostly."""
-        other = (*_WEIGHTS, *_FOREIGN)
+        """Names of the small files that are neither weights nor in `json_files`: vocabularies."""
         return tuple(
             name
             for name in sorted(self.sizes)
             if name not in self.json_files
-            and not name.endswith(other)
+            and not name.endswith((*_WEIGHTS, *_FOREIGN))
             and self.sizes[name] <= _MAX_SMALL_BYTES
         )
 
@@ -55,27 +62,27 @@ class PresetFiles:
         """A JSON file's content.
 
         Raises:
-            SourceError: missing, or no JSON object.
+            SourceError: missing, or not a JSON object.
         """
         if name not in self.json_files:
-            raise SourceError(f"{self.url}: {name} is missing; the preset is not complete")
+            raise SourceError(f"{self.url}: {name} is missing; the preset is incomplete")
         try:
             content = json.loads(self.json_files[name])
         except (ValueError, RecursionError) as error:
-            raise SourceError(f"{self.url}/{name}: no valid JSON ({error})") from None
+            raise SourceError(f"{self.url}/{name}: not valid JSON ({error})") from None
         if not isinstance(content, dict):
             raise SourceError(f"{self.url}/{name}: expected a JSON object")
         return content
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Bytes [start, stop) of a file, all of them or an error.
+        """Bytes [start, stop) of a file.
 
         Raises:
-            SourceError: missing, or shorter than it was listed.
+            SourceError: the file is missing, or shorter than when it was listed.
             StorageError: the store cannot be used.
         """
         if name not in self.sizes:
-            raise SourceError(f"{self.url}: {name} is missing; the preset is not complete")
+            raise SourceError(f"{self.url}: {name} is missing; the preset is incomplete")
         stop = self.sizes[name] if stop is None else stop
         try:
             return self.store.get_range(name, start, stop)
@@ -83,26 +90,22 @@ class PresetFiles:
             raise SourceError(f"{error}; the source changed while in use, or is damaged") from None
 
     def copy_small_files(self, folder: Path) -> None:
-        """Write JSON and assets below a local folder, for readers that know only local files."""
+        """Copy JSON and assets to a local folder, for readers of local files only."""
         for name in sorted({*self.json_files, *self.assets}):
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(self.json_files.get(name) or self.read(name))
 
 
-PRESET_KEY = "config.json"
-"""What every preset has."""
-
-
 def check_preset(store: ObjectStore) -> None:
-    """Make sure that there is a preset at a store's root, as far as a glance tells.
+    """Check that a store's root looks like a preset.
 
     Raises:
-        SourceError: there is none.
+        SourceError: it has no config.json.
     """
-    if not store.exists(PRESET_KEY):
+    if not store.exists(CONFIG_FILE):
         raise SourceError(
-            f"{store.root_url.removeprefix('file://')}: no {PRESET_KEY} there; name the folder of "
+            f"{store.root_url.removeprefix('file://')}: no {CONFIG_FILE} there; name the folder of "
             "a KerasHub preset or of a Hugging Face model"
         )
 
@@ -114,7 +117,7 @@ def read_preset(url: str) -> PresetFiles:
         url: any URL that `open_store` takes, such as s3://bucket/models/llama, or a local path.
 
     Raises:
-        SourceError: nothing there, or no preset of a known kind.
+        SourceError: there is no preset, or its format is unknown.
         StorageError: the store cannot be used.
     """
     store = open_store(url)
@@ -127,11 +130,11 @@ def read_preset(url: str) -> PresetFiles:
             if sizes[name] > _MAX_SMALL_BYTES:
                 raise SourceError(
                     f"{url}/{name}: {sizes[name]} bytes of JSON, where {_MAX_SMALL_BYTES} are "
-                    "allowed; is it a model's?"
+                    "allowed; is this a model's folder?"
                 )
             json_files[name] = store.get(name, size=sizes[name])
     preset = PresetFiles(url=url, format="keras", json_files=json_files, sizes=sizes, store=store)
-    config = preset.parse("config.json")
+    config = preset.parse(CONFIG_FILE)
     if "registered_name" in config:
         return preset
     if "model_type" in config:

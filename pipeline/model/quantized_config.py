@@ -1,7 +1,7 @@
 """A source preset's JSON, patched so that stock KerasHub builds quantized layers from it.
 
-Only the backbone's dtype changes. What KerasHub writes itself forgets arguments (tied embeddings,
-special tokens), so nothing here comes from `get_config()`.
+Only the backbone's dtype changes. Nothing comes from `get_config()`, which forgets arguments (tied
+embeddings, special tokens).
 """
 
 from __future__ import annotations
@@ -16,28 +16,26 @@ import keras_hub
 from keras_hub.src.utils.preset_utils import find_subclass
 
 from pipeline.errors import ArtifactError
+from pipeline.model.preset import CONFIG_FILE, TASK_FILE
 from quantizer.schemes import Int8Scheme, Scheme
 
-CONFIG_FILE = "config.json"
-TASK_FILE = "task.json"
-
-# Which task to name when the source names none: the first that KerasHub has for the backbone.
-# Each but the last has no weights of its own; a masked language model's head stays untrained,
-# but its backbone is there to be used.
+# The task to name if the source names none: the first that KerasHub has for the backbone. The
+# first two have no weights of their own; the head of a masked language model stays untrained, but
+# its backbone can be used.
 _TASKS = ("CausalLM", "TextEmbedder", "MaskedLM")
 
 
 def layer_policy(scheme: Scheme) -> str:
-    """The name of the dtype policy by which a preset asks for a scheme, such as "gptq/4/128".
+    """The dtype policy by which a preset requests a scheme, such as "gptq/4/128".
 
     Raises:
-        ArtifactError: a preset has no way to say it.
+        ArtifactError: a preset cannot request it.
     """
     if isinstance(scheme, Int8Scheme) and not scheme.quantize_activations:
-        # Backbones pass dtype policies on to their layers, and no QuantizationConfig; the
-        # policy "int8" always means that inputs are quantized too.
+        # Backbones pass dtype policies to their layers, but no QuantizationConfig, and the policy
+        # "int8" always quantizes the inputs too.
         raise ArtifactError(
-            "a KerasHub preset cannot ask for int8 weights alone: stock KerasHub would quantize "
+            "a KerasHub preset cannot request int8 weights alone: stock KerasHub would quantize "
             "the inputs as well; use quantize_activations: true, or gptq with weight_bits: 8"
         )
     return scheme.policy
@@ -51,7 +49,7 @@ def policy_map(base_policy: str, policies: Mapping[str, str]) -> dict[str, Any]:
         policies: policy name by exact layer path, from `layer_policy`.
 
     Raises:
-        ArtifactError: a policy that Keras does not know, or does not allow on this base.
+        ArtifactError: a policy that Keras does not have for this base.
     """
     keras_map = keras.dtype_policies.DTypePolicyMap(base_policy)
     for path in sorted(policies):
@@ -70,10 +68,10 @@ def base_policy(config: Mapping[str, Any]) -> str:
     """The dtype policy that a preset's backbone was saved with.
 
     Args:
-        config: of config.json, parsed.
+        config: content of config.json.
 
     Raises:
-        ArtifactError: the source is quantized already.
+        ArtifactError: the source is already quantized.
     """
     saved = config["config"].get("dtype") or "float32"
     name = saved if isinstance(saved, str) else saved.get("config", {}).get("name")
@@ -83,25 +81,25 @@ def base_policy(config: Mapping[str, Any]) -> str:
         policy = None
     if policy is None or policy.quantization_mode is not None:
         raise ArtifactError(
-            f"{CONFIG_FILE}: its dtype is no plain floating-point policy ({name or saved}): the "
-            "model is quantized already; start from the float model"
+            f"{CONFIG_FILE}: its dtype is not a plain floating-point policy ({name or saved}): the "
+            "model is already quantized; start from the float model"
         )
     return str(policy.name)
 
 
 def quantized_json(files: Mapping[str, bytes], policies: Mapping[str, str]) -> dict[str, bytes]:
-    """The artifact's config.json and task.json; every other file of the source goes as it is.
+    """The artifact's config.json and task.json; all other files are copied from the source.
 
     `Backbone.from_preset` drops a saved policy map (keras-hub 0.32), tasks keep it. So a task.json
-    is always written: the source's, or else a task that needs no weights of its own.
+    is always written: the source's, or one for a task that needs no weights of its own.
 
     Args:
-        files: the source's JSON files by name: config.json, and what there is of task.json,
+        files: the source's JSON files by name: config.json and, if present, task.json,
             preprocessor.json and tokenizer.json.
         policies: as for `policy_map`.
 
     Raises:
-        ArtifactError: the source is quantized, or KerasHub has no task for its backbone.
+        ArtifactError: the source is already quantized, or KerasHub has no task for its backbone.
     """
     config = json.loads(files[CONFIG_FILE])
     dtype = policy_map(base_policy(config), policies)
@@ -115,7 +113,7 @@ def quantized_json(files: Mapping[str, bytes], policies: Mapping[str, str]) -> d
             task["config"]["backbone"] = config
     else:
         task = _task_around(config, files)
-    return {CONFIG_FILE: _to_json(config), TASK_FILE: _to_json(task)}
+    return {CONFIG_FILE: preset_json(config), TASK_FILE: preset_json(task)}
 
 
 def _task_around(config: dict[str, Any], files: Mapping[str, bytes]) -> dict[str, Any]:
@@ -125,7 +123,7 @@ def _task_around(config: dict[str, Any], files: Mapping[str, bytes]) -> dict[str
             task_class = find_subclass(CONFIG_FILE, getattr(keras_hub.models, name), backbone_class)
         except ValueError:
             continue
-        return _serialized(
+        return serialized_object(
             task_class,
             {"backbone": config, "preprocessor": _preprocessor(task_class, files)},
         )
@@ -136,28 +134,30 @@ def _task_around(config: dict[str, Any], files: Mapping[str, bytes]) -> dict[str
 
 
 def _preprocessor(task_class: Any, files: Mapping[str, bytes]) -> dict[str, Any] | None:
-    kind = task_class.preprocessor_cls
-    if kind is None or "tokenizer.json" not in files:
+    preprocessor_class = task_class.preprocessor_cls
+    if preprocessor_class is None or "tokenizer.json" not in files:
         return None
-    name = keras.saving.get_registered_name(kind)
+    name = keras.saving.get_registered_name(preprocessor_class)
     if "preprocessor.json" in files:
         saved = json.loads(files["preprocessor.json"])
         if isinstance(saved, dict) and saved.get("registered_name") == name:
             return saved
-    return _serialized(kind, {"tokenizer": json.loads(files["tokenizer.json"])})
+    tokenizer = json.loads(files["tokenizer.json"])
+    return serialized_object(preprocessor_class, {"tokenizer": tokenizer})
 
 
-def _serialized(kind: Any, config: dict[str, Any]) -> dict[str, Any]:
-    # A name of our own: Keras would count the objects of the process.
-    name = re.sub("([a-z0-9])([A-Z])", r"\1_\2", kind.__name__).lower()
+def serialized_object(keras_class: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    """An object of a Keras class, in the form in which Keras serializes it."""
+    # Keras would number the default name by the objects of the process.
+    name = re.sub("([a-z0-9])([A-Z])", r"\1_\2", keras_class.__name__).lower()
     return {
-        "module": kind.__module__,
-        "class_name": kind.__name__,
+        "module": keras_class.__module__,
+        "class_name": keras_class.__name__,
         "config": {"name": name, **config},
-        "registered_name": keras.saving.get_registered_name(kind),
+        "registered_name": keras.saving.get_registered_name(keras_class),
     }
 
 
-def _to_json(content: dict[str, Any]) -> bytes:
-    # In the source's order of keys, which is that of Keras.
+def preset_json(content: Mapping[str, Any]) -> bytes:
+    """A preset's JSON file: keys in the given order, as Keras writes them."""
     return (json.dumps(content, indent=4) + "\n").encode("ascii")

@@ -1,9 +1,9 @@
-"""A preset's model without a single weight: every variable has path, shape and dtype, no value.
+"""A preset's model without weights: every variable has a path, shape and dtype, but no value.
 
-Built from the preset's own JSON, never from `get_config()`, which forgets arguments. An 8B model
-takes half a second and a few MB; `variable.assign(array)` later fills just what is wanted.
-
-Which classes a preset's JSON may name. Keras' own safe mode lets more through.
+It is built from the preset's own JSON, never from `get_config()`, which forgets arguments. An 8B
+model takes half a second and a few MB; `variable.assign(array)` later fills any variable. Before
+anything is built, the classes that the JSON names are checked, more strictly than by Keras's safe
+mode.
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ from keras.src.backend.common import global_state
 
 from pipeline.errors import SourceError
 from pipeline.model.huggingface import convert_config
-from pipeline.model.preset import PresetFiles, read_preset
+from pipeline.model.preset import CONFIG_FILE, TASK_FILE, PresetFiles
 from pipeline.model.weight_layout import StoredVariable, weight_layout
-
-__all__ = ["PresetFiles", "Skeleton", "apart", "build_skeleton", "read_preset"]
 
 _GLOBALS: dict[str, Callable[[], Any]] = {
     "object_name_uids": lambda: defaultdict(int),
@@ -39,10 +37,10 @@ class Skeleton:
 
     Attributes:
         backbone: the `keras_hub.models.Backbone`.
-        task: the `keras_hub.models.Task` around it (its head: logits, say), or None when the
-            preset names none. Its preprocessor is left out.
-        backbone_json: what the backbone was built from, as config.json holds it.
-        task_json: what the task was built from, as task.json holds it, or None.
+        task: the `keras_hub.models.Task` around it, which adds a head for logits, say; None if
+            the preset names none. It is built without its preprocessor.
+        backbone_json: what the backbone was built from, as in config.json.
+        task_json: what the task was built from, as in task.json, or None.
     """
 
     backbone: Any
@@ -52,7 +50,7 @@ class Skeleton:
 
     @property
     def model(self) -> Any:
-        """The task, or the backbone where there is none."""
+        """The task if there is one, else the backbone."""
         return self.backbone if self.task is None else self.task
 
     @property
@@ -77,12 +75,12 @@ class Skeleton:
 
     @cached_property
     def stored(self) -> tuple[StoredVariable, ...]:
-        """The backbone's variables that a weights file holds."""
+        """The backbone's variables in a weights file."""
         return weight_layout(self.backbone)
 
     @cached_property
     def stored_by_task(self) -> tuple[StoredVariable, ...]:
-        """Those that a task's own weights file holds, beside its backbone's."""
+        """The variables in a task's own weights file, without its backbone's."""
         if self.task is None:
             return ()
         return weight_layout(self.task, skip=self.backbone_layers)
@@ -96,29 +94,28 @@ def build_skeleton(
     Layer names and variable paths are the same in every process, whatever was built before.
 
     Args:
-        preset: its files.
-        dtype_policy_map: replaces the dtype in the preset's JSON: a `DTypePolicyMap` as Keras
-            serializes it (gives quantized layers, with all their variables), or a policy's name.
+        dtype_policy_map: replaces the dtype in the preset's JSON: a policy's name, or a
+            `DTypePolicyMap` as Keras serializes it, which makes quantized layers with all their
+            variables.
 
     Raises:
-        SourceError: JSON that is damaged, names a class that is not of Keras or KerasHub, or
-            does not build.
+        SourceError: JSON that is damaged, names a class from outside Keras and KerasHub, or
+            cannot be built.
     """
     backbone_json, task_json = _configs(preset)
     if dtype_policy_map is not None:
         backbone_json["config"]["dtype"] = _copy(dtype_policy_map)
-    check_trusted(backbone_json, f"{preset.url}/config.json")
+    check_trusted(backbone_json, f"{preset.url}/{CONFIG_FILE}")
     backbone_class = registered_class(
-        backbone_json, keras_hub.models.Backbone, f"{preset.url}/config.json"
+        backbone_json, keras_hub.models.Backbone, f"{preset.url}/{CONFIG_FILE}"
     )
-    # Task and backbone may disagree in a few rarely used dtypes only: a task takes its backbone's.
     with apart(), keras.StatelessScope(initialize_variables=False):
-        backbone = _build(backbone_class, backbone_json["config"], f"{preset.url}/config.json")
+        backbone = _build(backbone_class, backbone_json["config"], f"{preset.url}/{CONFIG_FILE}")
         task = None
         if task_json is not None:
             task_json["config"]["backbone"] = backbone_json
             rest = {**task_json["config"], "backbone": None, "preprocessor": None}
-            where = f"{preset.url}/task.json"
+            where = f"{preset.url}/{TASK_FILE}"
             check_trusted(rest, where)
             task_class = registered_class(task_json, keras_hub.models.Task, where)
             rest.update(backbone=backbone, compile=False)
@@ -128,34 +125,34 @@ def build_skeleton(
 
 
 def _configs(preset: PresetFiles) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The JSON of backbone and task, as KerasHub itself would use them."""
+    """The JSON of backbone and task that KerasHub would use."""
     if preset.format == "huggingface":
         return convert_config(preset)
-    backbone_json = preset.parse("config.json")
-    task_json = preset.parse("task.json") if "task.json" in preset.json_files else None
-    for name, content in (("config.json", backbone_json), ("task.json", task_json)):
+    backbone_json = preset.parse(CONFIG_FILE)
+    task_json = preset.parse(TASK_FILE) if TASK_FILE in preset.json_files else None
+    for name, content in ((CONFIG_FILE, backbone_json), (TASK_FILE, task_json)):
         if content is not None and not isinstance(content.get("config"), dict):
-            raise SourceError(f'{preset.url}/{name}: no Keras config (it lacks "config")')
+            raise SourceError(f'{preset.url}/{name}: not a Keras config (it lacks "config")')
     if task_json is not None and isinstance(task_json["config"].get("backbone"), dict):
-        # KerasHub builds a task from task.json, but takes the dtype from config.json.
+        # KerasHub builds the task from task.json, but with the dtype of config.json.
         dtype = backbone_json["config"].get("dtype")
         backbone_json = task_json["config"]["backbone"]
         if not isinstance(backbone_json.get("config"), dict):
-            raise SourceError(f'{preset.url}/task.json: its backbone lacks "config"')
+            raise SourceError(f'{preset.url}/{TASK_FILE}: its backbone lacks "config"')
         if dtype is not None:
             backbone_json["config"]["dtype"] = dtype
     return backbone_json, task_json
 
 
-def _build(kind: type, config: Mapping[str, Any], where: str) -> Any:
+def _build(model_class: type, config: Mapping[str, Any], where: str) -> Any:
     try:
-        # from_config may change what it is given.
-        return kind.from_config(_copy(config))  # type: ignore[attr-defined]
+        # from_config may modify its argument.
+        return model_class.from_config(_copy(config))  # type: ignore[attr-defined]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise SourceError(
-            f"{where}: {kind.__name__} cannot be built from it ({type(error).__name__}: {reason}); "
-            "was it written by a newer KerasHub?"
+            f"{where}: {model_class.__name__} cannot be built from it ({type(error).__name__}: "
+            f"{reason}); was it written by a newer KerasHub?"
         ) from error
 
 
@@ -170,10 +167,10 @@ def _copy(config: Any) -> Any:
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Build without a trace in Keras' global state, and without being touched by what is there.
+    """Isolate what is built in this block from Keras's global state, in both directions.
 
-    Keras counts the names that it makes up per process. And it gives every variable that waits
-    for a value a random one as soon as anything is traced: that would fill the whole skeleton.
+    Keras numbers the names that it generates per process. It also initializes every waiting
+    variable with random values as soon as anything is traced, which would fill the skeleton.
     """
     kept = {name: global_state.get_global_attribute(name) for name in _GLOBALS}
     for name, empty in _GLOBALS.items():
@@ -186,30 +183,30 @@ def apart() -> Iterator[None]:
 
 
 def _fill_seeds(model: keras.Model) -> None:
-    """Give random generators (dropout's) a state: no file holds one, and no call can lack it."""
+    """Initialize random generators (of dropout): calls need a state, and no file holds one."""
     for layer in model._flatten_layers():
         for generator in layer._seed_generators:
             generator.state.assign(np.zeros(generator.state.shape, generator.state.dtype))
 
 
 _TRUSTED = ("keras", "keras_hub")
-# Where Keras keeps activations.
+# Modules of Keras's activation functions.
 _FUNCTIONS = ("builtins", "keras.activations", "keras.ops", "keras")
-# Classes of Keras itself that run what their config says.
+# Keras's own classes that execute code from their config.
 _RUN_CODE = frozenset(
     {"Lambda", "__lambda__", "TorchModuleWrapper", "JaxLayer", "FlaxLayer", "TFSMLayer"}
 )
 
 
 def check_trusted(content: Any, where: str) -> None:
-    """Refuse objects of other packages, and those of Keras that run code from their config.
+    """Reject objects of other packages, and those of Keras that execute code from their config.
 
     Args:
         content: parsed JSON.
-        where: file, for the message.
+        where: the file, for the message.
 
     Raises:
-        SourceError: it holds such an object, at whatever depth.
+        SourceError: such an object, at any depth.
     """
     pending = [content]
     while pending:
@@ -223,7 +220,7 @@ def check_trusted(content: Any, where: str) -> None:
 
 
 def _check_class(item: Mapping[str, Any], where: str) -> None:
-    # Keras joins module and name, so that a name may itself hold dots.
+    # Keras joins module and name, so a name may itself contain dots.
     name, module = str(item["class_name"]), str(item.get("module") or "keras")
     if name == "function":
         trusted = module in _FUNCTIONS and isinstance(item.get("config"), str)
@@ -231,13 +228,9 @@ def _check_class(item: Mapping[str, Any], where: str) -> None:
         trusted = module.partition(".")[0] in _TRUSTED
     if not trusted or name.rpartition(".")[2] in _RUN_CODE:
         raise SourceError(
-            f"{where}: refuses {name!r} of module {module!r}; a source may hold only "
-            "classes of keras and keras_hub that run no code of its own"
+            f"{where}: refuses {name!r} of module {module!r}; a source may use only classes of "
+            "keras and keras_hub that execute no code from their config"
         )
-
-
-def _package(kind: type) -> str:
-    return kind.__module__.partition(".")[0]
 
 
 def registered_class(config: Mapping[str, Any], parent: type, where: str) -> type[Any]:
@@ -245,17 +238,21 @@ def registered_class(config: Mapping[str, Any], parent: type, where: str) -> typ
 
     Args:
         config: the object, as Keras serializes it.
-        parent: what it must be a kind of.
-        where: file, for the message.
+        parent: its required base class.
+        where: the file, for the message.
 
     Raises:
-        SourceError: another class, or one that KerasHub does not have.
+        SourceError: not a subclass of `parent`, or unknown to KerasHub.
     """
     registered_name = str(config.get("registered_name"))
     found = keras.saving.get_registered_object(registered_name)
-    if isinstance(found, type) and issubclass(found, parent) and _package(found) in _TRUSTED:
+    if (
+        isinstance(found, type)
+        and issubclass(found, parent)
+        and found.__module__.partition(".")[0] in _TRUSTED
+    ):
         return found
     raise SourceError(
-        f"{where}: {registered_name!r} is no {parent.__name__} of KerasHub "
+        f"{where}: {registered_name!r} is not a {parent.__name__} of KerasHub "
         f"{keras_hub.__version__}; only KerasHub's own models can be quantized"
     )

@@ -1,4 +1,4 @@
-"""Which layers of a model stock Keras can hold quantized, and which not, and why."""
+"""The layers of a model that stock Keras can load quantized, and why it cannot load others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Target:
     """A layer that can be quantized.
 
     Attributes:
-        path: the Keras layer's path, by which a `DTypePolicyMap` names it.
+        path: the Keras layer's path, as a `DTypePolicyMap` names it.
         name: the path within its block; outside the blocks, the path.
         layer: the Keras layer.
     """
@@ -68,7 +68,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Unsupported:
-    """A layer with matrices that stay in floating point, and why."""
+    """A layer whose matrices have to stay in floating point, and why."""
 
     path: str
     reason: str
@@ -77,34 +77,33 @@ class Unsupported:
 def find_targets(
     layers: Iterable[keras.layers.Layer], *, prefix: str = "", embeddings: bool = False
 ) -> tuple[Target, ...]:
-    """The quantizable layers among these and all inside them, depth first, each once.
+    """The quantizable layers among these and inside them, depth first, each once.
 
     Args:
-        layers: where to look.
-        prefix: what to cut from a path to get the name.
-        embeddings: whether to take embeddings too.
+        layers: to search.
+        prefix: removed from a path to get the target's name.
+        embeddings: whether to include embeddings.
     """
     kinds = _KERNELS + _TABLES if embeddings else _KERNELS
     return tuple(
         Target(path=layer.path, name=layer.path.removeprefix(prefix).lstrip("/"), layer=layer)
         for layer, parent in _walk(layers)
-        # Keras refuses subclasses: they may use their weights in ways of their own.
+        # Not subclasses: Keras refuses them, since they may use their weights differently.
         if type(layer) in kinds and _obstacle(layer, parent) is None
     )
 
 
 def find_unsupported(layers: Iterable[keras.layers.Layer]) -> tuple[Unsupported, ...]:
-    """What holds matrices among these and all inside them, and cannot be quantized."""
-    found = []
-    for layer, parent in _walk(layers):
-        reason = _obstacle(layer, parent)
-        if reason is not None:
-            found.append(Unsupported(path=layer.path, reason=reason))
-    return tuple(found)
+    """The layers with matrices among these and inside them that cannot be quantized."""
+    return tuple(
+        Unsupported(path=layer.path, reason=reason)
+        for layer, parent in _walk(layers)
+        if (reason := _obstacle(layer, parent)) is not None
+    )
 
 
 def holds_kernels(layer: keras.layers.Layer) -> bool:
-    """Whether there is a Dense or EinsumDense layer somewhere inside."""
+    """Whether there is a Dense or EinsumDense layer inside, however deep."""
     return any(isinstance(inner, _KERNELS) for inner, _ in _walk(layer._layers))
 
 
@@ -118,20 +117,15 @@ def _obstacle(layer: keras.layers.Layer, parent: keras.layers.Layer | None) -> s
             einsum_layout(layer.equation, tuple(layer._kernel.shape))
         except LayerError as error:
             return str(error)
-    if _routes(layer, parent):
-        return "it routes tokens to experts, where rounding would change the choice"
+    if type(layer) is keras.layers.Dense and layer.units == getattr(parent, "num_experts", None):
+        return "it routes tokens to experts, and rounding would change the choice"
     return None
-
-
-def _routes(layer: keras.layers.Layer, parent: keras.layers.Layer | None) -> bool:
-    num_experts = getattr(parent, "num_experts", None)
-    return type(layer) is keras.layers.Dense and layer.units == num_experts
 
 
 def _walk(
     layers: Iterable[keras.layers.Layer],
 ) -> Iterator[tuple[keras.layers.Layer, keras.layers.Layer | None]]:
-    """Every layer with its parent, in the order in which they were made; shared ones once."""
+    """Every layer with its parent, in order of creation; shared layers once."""
     seen: set[int] = set()
     pending: list[tuple[Any, Any]] = [(layer, None) for layer in reversed(list(layers))]
     while pending:

@@ -1,7 +1,4 @@
-"""A preset's own tokenizer, as KerasHub reads it, from wherever the preset is stored.
-
-What a model is fed for a window of tokens.
-"""
+"""Text to model inputs: a preset's tokenizer as KerasHub builds it, and the arrays for a window."""
 
 from __future__ import annotations
 
@@ -29,9 +26,8 @@ class PresetTokenizer:
 
     Attributes:
         tokenizer: the `keras_hub.tokenizers.Tokenizer`.
-        vocabulary_size: ids are below it.
-        special_ids: ids that mark rather than say: start, end, pad, unk, cls, sep, mask; those
-            that the tokenizer has.
+        vocabulary_size: exclusive upper bound of the ids.
+        special_ids: those that the tokenizer has of start, end, pad, unk, cls, sep and mask.
     """
 
     tokenizer: Any
@@ -46,7 +42,7 @@ def preset_tokenizer(preset: PresetFiles) -> PresetTokenizer:
     """Build a preset's tokenizer from its JSON and vocabularies.
 
     Raises:
-        SourceError: the preset has none, or it does not build.
+        SourceError: the preset has none, or it cannot be built.
     """
     if preset.format == "keras":
         check_trusted(preset.parse("tokenizer.json"), f"{preset.url}/tokenizer.json")
@@ -59,7 +55,7 @@ def preset_tokenizer(preset: PresetFiles) -> PresetTokenizer:
             reason = str(error).strip().partition("\n")[0].replace(folder, preset.url)
             raise SourceError(
                 f"{preset.url}: its tokenizer cannot be built ({type(error).__name__}: {reason}); "
-                "are all of its files there?"
+                "check that all of its files are there"
             ) from error
     return PresetTokenizer(
         tokenizer=tokenizer,
@@ -73,7 +69,7 @@ def preset_tokenizer(preset: PresetFiles) -> PresetTokenizer:
 
 
 def text_inputs(tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
-    """All that text gives a model, by the names that KerasHub has for it, each [batch, sequence].
+    """Every input that text alone determines, by KerasHub's names, each [batch, sequence].
 
     Args:
         tokens: [batch, sequence], int32.
@@ -84,28 +80,28 @@ def text_inputs(tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> dict[str,
         "token_ids": tokens,
         "padding_mask": mask.astype(np.int32),
         "segment_ids": np.zeros_like(tokens),
-        # Where a masked language model is to answer: everywhere.
+        # A masked language model predicts at these positions: everywhere.
         "mask_positions": np.broadcast_to(positions, tokens.shape),
     }
 
 
 def model_inputs(model: keras.Model, tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> Any:
-    """The inputs of a model that is fed a backbone's inputs, in the structure that it takes.
+    """A model's inputs for a batch of tokens, in the structure that the model takes.
 
     Args:
         tokens: [batch, sequence], int32.
         mask: [batch, sequence]: True where a token is text.
 
     Raises:
-        SourceError: the model wants something that text alone does not give.
+        SourceError: the model has an input that text alone does not determine.
     """
     given = text_inputs(tokens, mask)
     names = [tensor.name for tensor in model.inputs]
     unknown = sorted(set(names) - set(given))
     if unknown:
         raise SourceError(
-            f"{model.name}: the model has the input {unknown[0]!r}; only models of text alone can "
-            "be calibrated; choose a recipe that needs no calibration, such as int8"
+            f"{model.name}: the model has an input {unknown[0]!r}; only text-only models can be "
+            "calibrated; choose a recipe that needs no calibration, such as int8"
         )
     arrays = {t.name: given[t.name].astype(t.dtype) for t in model.inputs}
     struct = model._inputs_struct

@@ -1,7 +1,7 @@
-"""Where Keras keeps each variable of a model in a weights file.
+"""Where Keras stores each variable of a model in a weights file.
 
-The layout is not worked out here: Keras' own saving walk runs over the model, into a store that
-notes what it is given. A model without values (`pipeline.model.skeleton`) serves as well as any.
+The layout is not computed here: Keras's own saving code walks the model and writes into a store
+that only records what it is given. A weightless model (`pipeline.model.skeleton`) will do.
 """
 
 from __future__ import annotations
@@ -22,34 +22,35 @@ from keras.src.saving import saving_lib
 _PRIVATE = frozenset({"kernel", "embeddings"})
 """Names whose public attribute is a property that dequantizes; the variable is `_<name>`."""
 
-_KINDS = ("Operation", "Layer", "Functional", "Sequential")
-"""What Keras' walk meets in a model, as it calls them."""
+_SKIPLIST_NAMES = ("Operation", "Layer", "Functional", "Sequential")
+"""Keras's names for the types of object that it walks in a model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredVariable:
-    """One variable of a model, and its place in the model's weights file."""
+    """One variable of a model, and where the model's weights file holds it."""
 
     h5_group: str
     """HDF5 group, such as "layers/dense/vars"."""
     index: int
     """Name of the dataset within the group."""
     name: str
-    """What its layer calls it: kernel, bias, quantized_kernel, kernel_scale, …"""
+    """The layer's name for it: kernel, bias, quantized_kernel, kernel_scale, …"""
     layer_path: str
     """Path of the layer that owns it, such as "transformer_layer_0/feedforward_gate_dense"."""
     variable: Any
-    """The `keras.Variable`; its shape and dtype are those that the file must hold."""
+    """The `keras.Variable`, which determines shape and dtype in the file."""
 
     @property
     def key(self) -> str:
+        """Path of the dataset."""
         return f"{self.h5_group}/{self.index}"
 
     @property
     def name_path(self) -> str:
-        """The variable by its owner's place and its name: the same before and after quantizing.
+        """Path that ends in the variable's name: the same before and after quantization.
 
-        A key is not: a kernel at index 0 makes way for a bias when gptq takes it.
+        Keys differ: a bias moves from index 1 to 0 when gptq replaces the kernel, for example.
         """
         return f"{self.h5_group.removesuffix('vars')}{self.name}"
 
@@ -63,20 +64,20 @@ class StoredVariable:
 
     @property
     def num_bytes(self) -> int:
-        """In memory, as Keras counts them."""
+        """In memory, as Keras counts it."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 def weight_layout(
     model: keras.Model, *, skip: Iterable[keras.layers.Layer] = ()
 ) -> tuple[StoredVariable, ...]:
-    """Every variable of a model that a weights file holds, in the order of Keras' walk.
+    """Every variable of a model that a weights file holds, in the order in which Keras saves them.
 
-    A variable that several layers share (tied embeddings) appears once, where Keras stores it.
+    A variable shared by several layers (tied embeddings) appears once, where Keras stores it.
 
     Args:
         model: a built Keras model, with or without values.
-        skip: layers to leave out, with all that they own. Keras leaves the backbone's layers out
+        skip: layers to leave out with everything inside. Keras leaves the backbone's layers out
             of a task's own weights.
     """
     store = _Recorder()
@@ -93,7 +94,7 @@ def weight_layout(
 
 
 class _Recorder(saving_lib.H5IOStore):  # type: ignore[misc]  # Keras carries no types
-    """Stands in for the file while Keras saves: notes places, writes nothing."""
+    """Stands in for the file while Keras saves: records variables, writes nothing."""
 
     def __init__(self) -> None:
         self.found: list[StoredVariable] = []
@@ -119,15 +120,15 @@ class _Recorder(saving_lib.H5IOStore):  # type: ignore[misc]  # Keras carries no
 
 @contextmanager
 def _skipped_attributes_kept() -> Iterator[None]:
-    """Let the walk find out once, and not at every layer, which attributes it passes over.
+    """Compute once, and not at every layer, which attributes Keras skips while saving.
 
-    Keras 3.15.1 keeps them under one name and looks for them under another, so that it builds a
-    layer at every layer, to see what it has: two thirds of the time of the walk.
+    Keras 3.15.1 caches them under one name and looks them up under another, so for every layer of
+    the model it builds a layer to inspect: two thirds of the time of the walk.
     """
-    names = {kind: f"saving_attr_skiplist_{kind}" for kind in _KINDS}
+    names = {name: f"saving_attr_skiplist_{name}" for name in _SKIPLIST_NAMES}
     kept = {name: global_state.get_global_attribute(name) for name in names.values()}
-    for kind, name in names.items():
-        global_state.set_global_attribute(name, saving_lib.get_attr_skipset(kind))
+    for name, attribute in names.items():
+        global_state.set_global_attribute(attribute, saving_lib.get_attr_skipset(name))
     try:
         yield
     finally:
@@ -137,9 +138,9 @@ def _skipped_attributes_kept() -> Iterator[None]:
 
 @contextmanager
 def _serialization_spec(model: keras.Model) -> Iterator[None]:
-    """Let quantized layers save what Keras' loader reads, in its order.
+    """Make quantized layers save what Keras's loader reads, in its order.
 
-    Keras 3.15.1's saver leaves kernel_zero of gptq and awq out; its loader asks for it.
+    Keras 3.15.1's saver omits kernel_zero of gptq and awq, which its loader requires.
     """
 
     def save_own_variables(layer: keras.layers.Layer, store: Any) -> None:
@@ -154,7 +155,7 @@ def _serialization_spec(model: keras.Model) -> Iterator[None]:
         and getattr(layer, "quantization_mode", None) is not None
     ]
     for layer in quantized:
-        # On the instance, for the time of the walk only, and past Keras' tracking of attributes.
+        # Set on the instance, past Keras's tracking of attributes, and removed again below.
         object.__setattr__(layer, "save_own_variables", partial(save_own_variables, layer))
     try:
         yield
@@ -168,5 +169,5 @@ def _spec_variables(layer: keras.layers.Layer) -> list[tuple[str, Any]]:
     values = [
         (name, getattr(layer, f"_{name}" if name in _PRIVATE else name, None)) for name in names
     ]
-    # What a layer lacks (a bias, zero points of a channel-wise int4) the loader skips as well.
+    # The loader, too, skips what a layer lacks: a bias, the zero points of channel-wise int4.
     return [(name, variable) for name, variable in values if variable is not None]

@@ -139,7 +139,9 @@ class RemoteBackend:
         return iter(())
 
     def _info(self, key: str) -> Mapping[str, Any]:
-        info = self._try(key, lambda fs, path: fs.info(path, **self._limit(fs, 0)))
+        info: Mapping[str, Any] = self._try(
+            key, lambda fs, path: fs.info(path, **self._limit(fs, 0))
+        )
         if info["type"] != "file":
             raise FileNotFoundError(key)
         return info

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import PipelineError, SourceError
-from pipeline.model.preset import PresetFiles
+from pipeline.model.preset import INDEX_FILE, TASK_WEIGHTS_FILE, PresetFiles
 from pipeline.model.skeleton import Skeleton
 from pipeline.model.weight_layout import StoredVariable
 from pipeline.weights.weight_files import (
@@ -28,15 +28,13 @@ from pipeline.weights.weight_files import (
 _T = TypeVar("_T")
 
 _SINGLE = "model.weights.h5"
-_MAP = "model.weights.json"
-_TASK = "task.weights.h5"
-# A chunk is decompressed whole, however little of it is asked for.
+# HDF5 always decompresses a whole chunk.
 _MAX_CHUNK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A variable and the files that may hold it (Keras may cut one group in two)."""
+class _Location:
+    """A variable and the files that may hold it (Keras may split a group over two files)."""
 
     stored: StoredVariable
     files: tuple[str, ...]
@@ -52,7 +50,7 @@ class Hdf5Weights:
 
     @property
     def file_names(self) -> tuple[str, ...]:
-        names = {name for place in self._places.values() for name in place.files}
+        names = {name for location in self._locations.values() for name in location.files}
         return tuple(sorted(names))
 
     def locate(self, paths: tuple[str, ...]) -> dict[str, SourceVariable]:
@@ -64,63 +62,65 @@ class Hdf5Weights:
     def _visit(
         self, paths: tuple[str, ...], take: Callable[[SourceVariable, h5py.Dataset], _T]
     ) -> dict[str, _T]:
-        """What `take` makes of each variable and its dataset, checked; file by file."""
-        missing = {path: self._place(path) for path in paths}
+        """The result of `take` for each variable and its checked dataset, file by file."""
+        missing = {path: self._location(path) for path in paths}
         taken: dict[str, _T] = {}
-        for name in sorted({name for place in missing.values() for name in place.files}):
+        for name in sorted({name for location in missing.values() for name in location.files}):
             with _open(self.preset, name, self.meter) as file:
-                for path, place in list(missing.items()):
-                    if name not in place.files:
+                for path, location in list(missing.items()):
+                    if name not in location.files:
                         continue
-                    where = f"{self.preset.url}/{name}: {place.stored.key}"
-                    with _naming(where, file.source):
-                        dataset = _find(file.hdf5, place.stored.key, where)
+                    where = f"{self.preset.url}/{name}: {location.stored.key}"
+                    with _naming_errors(where, file.source):
+                        dataset = _find(file.hdf5, location.stored.key, where)
                         if dataset is not None:
                             del missing[path]
-                            variable = _checked(dataset, place.stored, name, where)
+                            variable = _checked(dataset, location.stored, name, where)
                             taken[path] = take(variable, dataset)
-        for path, place in missing.items():
+        for path, location in missing.items():
             raise SourceError(
-                f"{self.preset.url}/{' or '.join(place.files)}: {place.stored.key} is missing, "
-                f"which holds {path}; the weights are incomplete, or of another model"
+                f"{self.preset.url}/{' or '.join(location.files)}: {location.stored.key}, which "
+                f"holds {path}, is missing; the weights are incomplete, or of another model"
             )
         return {path: taken[path] for path in paths}
 
-    def _place(self, path: str) -> _Place:
-        place = self._places[path]
-        for name in place.files:
+    def _location(self, path: str) -> _Location:
+        location = self._locations[path]
+        for name in location.files:
             if name not in self.preset.sizes:
                 raise SourceError(f"{self.preset.url}: {name} is missing, which holds {path}")
-        return place
+        return location
 
     @cached_property
-    def _places(self) -> dict[str, _Place]:
+    def _locations(self) -> dict[str, _Location]:
         shards = self._shards()
-        places = {}
+        locations = {}
         for stored in self.skeleton.stored:
             files = shards.get(f"/{stored.h5_group}") if shards else (_SINGLE,)
             if files is None:
                 raise SourceError(
-                    f"{self.preset.url}/{_MAP}: /{stored.h5_group} is missing from its weight_map"
+                    f"{self.preset.url}/{INDEX_FILE}: its weight_map lacks /{stored.h5_group}"
                 )
-            places[str(stored.variable.path)] = _Place(stored, files)
+            locations[str(stored.variable.path)] = _Location(stored, files)
         for stored in self.skeleton.stored_by_task:
-            places.setdefault(str(stored.variable.path), _Place(stored, (_TASK,)))
-        return places
+            locations.setdefault(str(stored.variable.path), _Location(stored, (TASK_WEIGHTS_FILE,)))
+        return locations
 
     def _shards(self) -> Mapping[str, tuple[str, ...]] | None:
         """Files by group, or None for a single file (which KerasHub prefers)."""
-        if _SINGLE in self.preset.sizes or _MAP not in self.preset.json_files:
+        if _SINGLE in self.preset.sizes or INDEX_FILE not in self.preset.json_files:
             return None
-        weight_map = self.preset.parse(_MAP).get("weight_map")
+        weight_map = self.preset.parse(INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise SourceError(f"{self.preset.url}/{_MAP}: it lacks a weight_map")
+            raise SourceError(f"{self.preset.url}/{INDEX_FILE}: it lacks a weight_map")
         shards = {}
         for group, names in weight_map.items():
             listed = names if isinstance(names, list) else [names]
             for name in listed:
                 if not isinstance(name, str) or "/" in name:
-                    raise SourceError(f"{self.preset.url}/{_MAP}: {name!r} is no file beside it")
+                    raise SourceError(
+                        f"{self.preset.url}/{INDEX_FILE}: {name!r} is not a file beside it"
+                    )
             shards[str(group)] = tuple(listed)
         return shards
 
@@ -134,15 +134,15 @@ class _OpenFile:
 @contextmanager
 def _open(preset: PresetFiles, name: str, meter: Meter) -> Iterator[_OpenFile]:
     source = RangedFile(preset, name, meter)
-    with _naming(f"{preset.url}/{name}", source):
+    with _naming_errors(f"{preset.url}/{name}", source):
         file = h5py.File(source, "r")
     with file:
         yield _OpenFile(file, source)
 
 
 @contextmanager
-def _naming(where: str, source: RangedFile) -> Iterator[None]:
-    """Say of what place HDF5 complains."""
+def _naming_errors(where: str, source: RangedFile) -> Iterator[None]:
+    """Name the file and dataset in HDF5's errors, or raise the storage error behind them."""
     try:
         yield
     except PipelineError:
@@ -151,14 +151,16 @@ def _naming(where: str, source: RangedFile) -> Iterator[None]:
         if source.failure is not None:
             raise source.failure from error
         reason = " ".join(str(error).split())
-        raise SourceError(f"{where}: damaged, or no HDF5 ({reason}); copy the file anew") from error
+        raise SourceError(
+            f"{where}: damaged, or not HDF5 ({reason}); copy the file again"
+        ) from error
 
 
 def _find(file: h5py.File, key: str, where: str) -> h5py.Dataset | None:
-    """Walk to a dataset by hard links alone: others may lead anywhere."""
+    """Find a dataset through hard links only: other links may lead out of the file."""
     groups = key.split("/")
     if groups[0] == "layers" and "layers" not in file:
-        # As Keras saved before its version 3.
+        # The name that Keras used before version 3.
         groups[0] = "_layer_checkpoint_dependencies"
     item: Any = file
     for part in groups:
@@ -167,8 +169,8 @@ def _find(file: h5py.File, key: str, where: str) -> h5py.Dataset | None:
         link = item.get(part, getlink=True)
         if not isinstance(link, h5py.HardLink):
             raise SourceError(
-                f"{where}: reached by {type(link).__name__}, which may lead anywhere; save the "
-                "model again with Keras"
+                f"{where}: reached by {type(link).__name__}, which may lead out of the file; save "
+                "the model again with Keras"
             )
         item = item[part]
     if not isinstance(item, h5py.Dataset):
@@ -179,17 +181,17 @@ def _find(file: h5py.File, key: str, where: str) -> h5py.Dataset | None:
 def _checked(
     dataset: h5py.Dataset, stored: StoredVariable, name: str, where: str
 ) -> SourceVariable:
-    """Check that a dataset is what its variable needs, and takes no more memory than that."""
+    """Check that a dataset fits its variable, and cannot take more memory than that."""
     if dataset.is_virtual or dataset.external:
         raise SourceError(f"{where}: its data is in other files; save the model again with Keras")
     if dataset.shape is None or dataset.dtype.hasobject:
-        raise SourceError(f"{where}: holds no numbers")
+        raise SourceError(f"{where}: does not hold numbers; save the model again with Keras")
     if dataset.chunks and math.prod(dataset.chunks) * dataset.dtype.itemsize > _MAX_CHUNK_BYTES:
         raise SourceError(
             f"{where}: chunks of {dataset.chunks} are larger than {_MAX_CHUNK_BYTES} bytes"
         )
     dtype = str(dataset.dtype)
-    # Keras keeps bfloat16 as two bytes of no type, and the type beside them.
+    # Keras stores bfloat16 as two opaque bytes, and the type in an attribute.
     if dataset.dtype == np.dtype("V2") and dataset.attrs.get("dtype") == "bfloat16":
         dtype = "bfloat16"
     check_stored(
@@ -197,7 +199,7 @@ def _checked(
         shape=tuple(dataset.shape),
         dtype=dtype,
         expected_shape=stored.shape,
-        kind=stored.dtype,
+        expected_dtype=stored.dtype,
     )
     return SourceVariable(
         path=str(stored.variable.path),

@@ -32,7 +32,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor's place: bytes [start, stop) of a file."""
+    """One tensor: bytes [start, stop) of a file."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -67,15 +67,15 @@ class SafetensorsWeights:
             return SourceVariable(path=path, file="", key="", shape=shape, dtype=dtype)
         file = self._tensors[conversion.tensor]
         tensor = self._tensor(conversion.tensor)
-        # Converters transpose, split and reshape; most keep the number of elements, some take
-        # a part. What a hook makes of the tensor is checked when it is read.
+        # Hooks transpose, reshape, or take a part of a tensor, so only too small a tensor is
+        # certainly wrong here; what a hook returns is checked when it is read.
         if conversion.hook is None or math.prod(tensor.shape) < math.prod(shape):
             check_stored(
                 f"{self.preset.url}/{file}: {conversion.tensor}",
                 shape=tensor.shape,
                 dtype=str(tensor.dtype),
                 expected_shape=shape,
-                kind=str(variable.dtype),
+                expected_dtype=str(variable.dtype),
             )
         return SourceVariable(
             path=path, file=file, key=conversion.tensor, shape=shape, dtype=str(tensor.dtype)
@@ -96,7 +96,7 @@ class SafetensorsWeights:
             shape=value.shape,
             dtype=str(value.dtype),
             expected_shape=located.shape,
-            kind=str(self._variables[path].dtype),
+            expected_dtype=str(self._variables[path].dtype),
         )
         return value
 
@@ -110,7 +110,7 @@ class SafetensorsWeights:
 
     @cached_property
     def _skeleton(self) -> Any:
-        # One of our own: a converter may assign to it.
+        # Separate from other skeletons, since a converter may assign to it.
         return build_skeleton(self.preset)
 
     @cached_property
@@ -131,7 +131,7 @@ class SafetensorsWeights:
             raise SourceError(f"{self.preset.url}/{_INDEX}: it lacks a weight_map")
         for name in weight_map.values():
             if not isinstance(name, str) or "/" in name:
-                raise SourceError(f"{self.preset.url}/{_INDEX}: {name!r} is no file beside it")
+                raise SourceError(f"{self.preset.url}/{_INDEX}: {name!r} is not a file beside it")
         return {str(tensor): name for tensor, name in weight_map.items()}
 
     def _tensor(self, name: str) -> _Tensor:
@@ -139,8 +139,8 @@ class SafetensorsWeights:
         header = self._header(file)
         if name not in header:
             raise SourceError(
-                f"{self.preset.url}/{file}: tensor {name} is missing, which {_INDEX} promises; "
-                "copy the file anew"
+                f"{self.preset.url}/{file}: tensor {name} is missing, although {_INDEX} lists it; "
+                "copy the file again"
             )
         return header[name]
 
@@ -151,14 +151,14 @@ class SafetensorsWeights:
 
 
 def _read_header(preset: PresetFiles, file: str, meter: Meter) -> dict[str, _Tensor]:
-    """The table at the start of a safetensors file, each entry checked against the file's size."""
+    """The header of a safetensors file, each entry checked against the file's size."""
     where = f"{preset.url}/{file}"
     size = preset.sizes.get(file, 0)
     if file not in preset.sizes:
-        raise SourceError(f"{preset.url}: {file} is missing; the model is not complete")
+        raise SourceError(f"{preset.url}: {file} is missing; the model is incomplete")
     length = int.from_bytes(meter.read(preset, file, 0, min(8, size)), "little")
     if length > min(_MAX_HEADER_BYTES, size - 8):
-        raise SourceError(f"{where}: no safetensors file, or cut short; copy it anew")
+        raise SourceError(f"{where}: not a safetensors file, or truncated; copy it again")
     data_start = 8 + length
     try:
         table = json.loads(meter.read(preset, file, 8, data_start))
@@ -166,7 +166,7 @@ def _read_header(preset: PresetFiles, file: str, meter: Meter) -> dict[str, _Ten
             name: _entry(table[name], data_start, size) for name in table if name != "__metadata__"
         }
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise SourceError(f"{where}: damaged header ({error}); copy the file anew") from None
+        raise SourceError(f"{where}: damaged header ({error}); copy the file again") from None
 
 
 def _entry(entry: Mapping[str, Any], data_start: int, size: int) -> _Tensor:
@@ -174,7 +174,7 @@ def _entry(entry: Mapping[str, Any], data_start: int, size: int) -> _Tensor:
     shape = tuple(int(length) for length in entry["shape"])
     start, stop = (data_start + int(offset) for offset in entry["data_offsets"])
     if not data_start <= start <= stop <= size:
-        raise ValueError(f"bytes {start} to {stop} of a file of {size}: cut short")
+        raise ValueError(f"bytes {start} to {stop} of a file of {size}: truncated")
     if dtype != np.void and stop - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{stop - start} bytes for {shape} of {entry['dtype']}")
     return _Tensor(dtype, shape, start, stop)

@@ -1,4 +1,4 @@
-"""A source model's weights, read variable by variable and never more than was asked for."""
+"""A source model's weights, read variable by variable; never more than is needed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.weights.hdf5 import Hdf5Weights
 from pipeline.weights.safetensors import SafetensorsWeights
 from pipeline.weights.weight_files import Meter, SourceVariable, WeightFiles
 
-_PROSE = (".md", ".rst", "LICENSE")
+_DOCUMENTATION = (".md", ".rst", "LICENSE")
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Source:
 
     Attributes:
         preset: its files.
-        skeleton: the model that they belong to; never given values here.
-        weights: how they are stored.
-        meter: counts the bytes asked of storage.
+        skeleton: the weightless model.
+        weights: the reader for the preset's format.
+        meter: counts the bytes read from storage.
     """
 
     preset: PresetFiles
@@ -42,27 +42,27 @@ class Source:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of weights files asked of storage so far, metadata included."""
+        """Bytes of weights files read from storage so far, metadata included."""
         return self.meter.bytes_read
 
     @cached_property
     def paths(self) -> tuple[str, ...]:
-        """Paths of all stored variables, each once, in the order of Keras' saver."""
+        """Paths of all stored variables, in the order in which Keras saves them."""
         stored = (*self.skeleton.stored, *self.skeleton.stored_by_task)
         paths = [str(variable.variable.path) for variable in stored]
         repeated = sorted({path for path in paths if paths.count(path) > 1})
         if repeated:
             raise SourceError(
-                f"{self.preset.url}: two variables have the path {repeated[0]}; layers need names "
-                "of their own to be quantized one by one"
+                f"{self.preset.url}: two variables have the path {repeated[0]}; give layers unique "
+                "names, so that each can be quantized on its own"
             )
         return tuple(paths)
 
     def variables(self) -> Mapping[str, SourceVariable]:
-        """Where each variable is; all present and of the right shape and dtype.
+        """Where each variable is stored, checked for shape and dtype.
 
         Raises:
-            SourceError: a file or dataset that is missing, damaged, or of another model.
+            SourceError: a file or dataset is missing, damaged, or of another model.
         """
         return self.weights.locate(self.paths)
 
@@ -70,7 +70,7 @@ class Source:
         """Read variables in the dtype in which they are stored: float32, float16, bfloat16.
 
         Raises:
-            SourceError: as for `variables`, or a path that is no stored variable's.
+            SourceError: as for `variables`, or a path of no stored variable.
         """
         wanted = tuple(paths)
         known = set(self.paths)
@@ -80,11 +80,11 @@ class Source:
         return self.weights.read(wanted)
 
     def read_layer(self, layer: keras.layers.Layer) -> dict[str, NDArray[Any]]:
-        """Read the stored variables of one layer, such as a block of any skeleton."""
+        """Read the stored variables of one layer, such as a block, of any skeleton."""
         return self.read(self.layer_paths(layer))
 
     def layer_paths(self, layer: keras.layers.Layer) -> tuple[str, ...]:
-        """Paths of a layer's stored variables (random states are in no file)."""
+        """Paths of a layer's stored variables (random states are not stored)."""
         known = set(self.paths)
         paths = dict.fromkeys(str(variable.path) for variable in layer.variables)
         return tuple(path for path in paths if path in known)
@@ -95,13 +95,14 @@ class Source:
         return tuple(path for path in self.paths if path not in inside)
 
     def files_digest(self) -> str:
-        """SHA-256 over all that decides what the model is but the weights that `read` reads.
+        """SHA-256 of everything that defines the model, except the values of its weights.
 
-        That is JSON and vocabularies with their contents, and of weights files the names and
-        sizes. README and the like do not count.
+        That is the contents of JSON and vocabularies, and the names and sizes of weights files.
+        Documentation does not count.
         """
         entries = {}
-        for name in self._decisive_files():
+        names = {*self.weights.file_names, *self.preset.json_files, *self.preset.assets}
+        for name in sorted(name for name in names if not name.endswith(_DOCUMENTATION)):
             content = self.preset.json_files.get(name)
             if content is None and name not in self.weights.file_names:
                 content = self.preset.read(name)
@@ -109,13 +110,9 @@ class Source:
             entries[name] = [self.preset.sizes[name], known]
         return _sha256(entries)
 
-    def _decisive_files(self) -> list[str]:
-        names = {*self.weights.file_names, *self.preset.json_files, *self.preset.assets}
-        return sorted(name for name in names if not name.endswith(_PROSE))
-
 
 def values_digest(values: Mapping[str, NDArray[Any]]) -> str:
-    """SHA-256 of variables' values, by path, wherever and however they are stored."""
+    """SHA-256 of variables' values by path, independent of how they are stored."""
     entries = {
         path: [
             str(value.dtype),
@@ -131,8 +128,7 @@ def open_source(preset: PresetFiles, skeleton: Skeleton | None = None) -> Source
     """Open a preset's weights; nothing is read yet.
 
     Args:
-        preset: its files.
-        skeleton: the float model built from it, if at hand.
+        skeleton: the float model built from the preset, if there is one already.
     """
     skeleton = skeleton or build_skeleton(preset)
     meter = Meter()

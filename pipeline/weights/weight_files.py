@@ -1,7 +1,4 @@
-"""One variable of a source: what the model expects of it, and what is stored.
-
-A stored file that a library may read as a local one, in few requests and none too many bytes.
-"""
+"""What the formats of weights share: the stored variable, its check, and reads in ranges."""
 
 from __future__ import annotations
 
@@ -23,14 +20,14 @@ _FLOATS = ("float16", "float32", "float64", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True)
 class SourceVariable:
-    """Where a variable's value is, and as what.
+    """Where and how a variable's value is stored.
 
     Attributes:
         path: the Keras variable's path.
         file: name of the file within the preset; "" for a constant of KerasHub's converter.
         key: name of the dataset or tensor in it.
-        shape: as the model has it.
-        dtype: as it is stored.
+        shape: of the model's variable.
+        dtype: of the stored value.
     """
 
     path: str
@@ -48,46 +45,49 @@ class WeightFiles(Protocol):
     """The weights of one preset in one format."""
 
     def locate(self, paths: tuple[str, ...]) -> dict[str, SourceVariable]:
-        """Find variables and check shape and dtype, without reading their data."""
+        """Find variables and check their shapes and dtypes, without reading their values."""
 
     def read(self, paths: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-        """Read variables, in the dtype in which they are stored."""
+        """Read variables in the dtype in which they are stored."""
 
     @property
     def file_names(self) -> tuple[str, ...]:
-        """The files that hold weights, within the preset."""
+        """Names of the weights files within the preset."""
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """NumPy's dtype for a name of Keras, bfloat16 included."""
+    """NumPy's dtype for a Keras dtype name, including bfloat16."""
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
 def check_stored(
-    where: str, *, shape: tuple[int, ...], dtype: str, expected_shape: tuple[int, ...], kind: str
+    where: str,
+    *,
+    shape: tuple[int, ...],
+    dtype: str,
+    expected_shape: tuple[int, ...],
+    expected_dtype: str,
 ) -> None:
-    """Check that a stored value fits its variable; any float will do for a float.
+    """Check that a stored value fits its variable; one float dtype may stand for another.
 
     Args:
         where: file and dataset, for the message.
-        shape: the stored one.
-        dtype: the stored one, by NumPy's name or "bfloat16".
-        expected_shape: the variable's.
-        kind: the variable's dtype.
+        shape, dtype: of the stored value; dtype by NumPy's name or "bfloat16".
+        expected_shape, expected_dtype: of the variable.
 
     Raises:
         SourceError: it does not fit.
     """
     if shape != expected_shape:
         raise SourceError(
-            f"{where}: shape {shape}, where config.json asks for {expected_shape}; weights and "
+            f"{where}: shape {shape}, where config.json implies {expected_shape}; weights and "
             "config are not of the same model"
         )
-    fits = dtype in _FLOATS if kind in _FLOATS else dtype == kind
+    fits = dtype in _FLOATS if expected_dtype in _FLOATS else dtype == expected_dtype
     if not fits:
         raise SourceError(
-            f"{where}: dtype {dtype}, where {kind} is expected; a source must be a float model"
-            + (" that says which 2-byte type it uses" if dtype == "|V2" else "")
+            f"{where}: dtype {dtype}, where {expected_dtype} is expected; a source must be a float "
+            "model" + (" that names the 2-byte type it uses" if dtype == "|V2" else "")
         )
 
 
@@ -97,7 +97,7 @@ _NUM_BLOCKS = 64
 
 @dataclass
 class Meter:
-    """Counts what is asked of storage."""
+    """Counts the bytes read from storage."""
 
     bytes_read: int = 0
 
@@ -108,7 +108,7 @@ class Meter:
 
 
 class RangedFile(io.RawIOBase):
-    """Reads of data go to storage as they are; small ones, of metadata, come in kept blocks."""
+    """A stored file for h5py: large reads go straight to storage, small ones to cached blocks."""
 
     def __init__(self, preset: PresetFiles, name: str, meter: Meter) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class RangedFile(io.RawIOBase):
         self._position = 0
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
         self.failure: PipelineError | None = None
-        """What went wrong in storage: HDF5 tells its caller only that a read failed."""
+        """The storage error, since HDF5 reports only that a read failed."""
 
     def readable(self) -> bool:
         return True

@@ -30,6 +30,7 @@ from pipeline.worker.block_program import BlockProgram
 from quantizer import kernel_layout
 from quantizer.keras_format.variables import decode_kernel
 
+
 class ModelState:
     """A plan's model in this process; all of it can be rebuilt from plan and source.
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from pipeline.artifact.parts import (
-    INDEX_FILE,
     Part,
     cut_parts,
     decode_part,
@@ -17,7 +16,8 @@ from pipeline.artifact.parts import (
 )
 from pipeline.artifact.verification import ask_stock
 from pipeline.errors import ArtifactError, WeightsFileError
-from pipeline.model.skeleton import build_skeleton, read_preset
+from pipeline.model.preset import INDEX_FILE, read_preset
+from pipeline.model.skeleton import build_skeleton
 from pipeline.model.weight_layout import weight_layout
 from quantizer import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme
 from tests.models.tiny import tiny_preset

@@ -128,7 +128,7 @@ def test_texts_are_streamed(tmp_path):
         file.write("damage\n")
     texts = read(source)
     assert [next(texts), next(texts)] == ["one", "two"]
-    with pytest.raises(CalibrationTextError, match=rf"{source}:3: no JSON"):
+    with pytest.raises(CalibrationTextError, match=rf"{source}:3: not JSON"):
         next(texts)
 
 
@@ -194,7 +194,7 @@ def test_a_source_without_any_text_is_refused(tmp_path):
         write_lines(tmp_path / "a.jsonl", "", " "),
         write_parquet(tmp_path / "a.parquet", ""),
     ):
-        with pytest.raises(CalibrationTextError, match="not one document with text") as caught:
+        with pytest.raises(CalibrationTextError, match="no document has any text") as caught:
             read(source)
         assert source in str(caught.value)
 
@@ -202,16 +202,16 @@ def test_a_source_without_any_text_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"{", "no JSON: "),
+        (b"{", "not JSON: "),
         (b'"text"', "a str where an object such as"),
-        (b"\xff", "no JSON: "),
-        (b"[" * 100_000, "no JSON: "),
+        (b"\xff", "not JSON: "),
+        (b"[" * 100_000, "not JSON: "),
     ],
     ids=["cut", "str", "bytes", "deep"],
 )
 def test_a_line_that_is_no_object_is_named(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_bytes(b"\n" + line + b"\n")
-    with pytest.raises(CalibrationTextError, match=rf"a.jsonl:2: {message}.*one object a line"):
+    with pytest.raises(CalibrationTextError, match=rf"a.jsonl:2: {message}.*one object per line"):
         read(f"{tmp_path}/a.jsonl")
 
 
@@ -289,13 +289,13 @@ def test_a_data_set_is_named_like_this(source, expected):
 
 @pytest.mark.parametrize("source", ["hf:", "hf:a//b", "hf:a/b/c/d", "hf:a/b/c?config=d", "hf:a/"])
 def test_a_name_of_another_form_is_refused(source):
-    with pytest.raises(CalibrationTextError, match="no data set's name; write hf:<owner>/<name>"):
+    with pytest.raises(CalibrationTextError, match="not the name of a data set; write hf:<owner>/<name>"):
         read(source)
 
 
 @pytest.mark.parametrize("source", ["hf:a?splt=train", "hf:a?split=", "hf:a?code=true"])
 def test_an_unknown_option_is_refused(source):
-    with pytest.raises(CalibrationTextError, match=r"after the \? may come"):
+    with pytest.raises(CalibrationTextError, match=r"the options after \? are"):
         read(source)
 
 

@@ -93,9 +93,9 @@ def test_int8_weights_alone_are_refused_since_stock_would_round_the_inputs_too()
 
 def test_a_quantized_source_is_refused(llama):
     made = patched(llama)
-    with pytest.raises(ArtifactError, match="quantized already; start from the float model"):
+    with pytest.raises(ArtifactError, match="already quantized; start from the float model"):
         quantized_json(made, POLICIES)
-    with pytest.raises(ArtifactError, match="quantized already"):
+    with pytest.raises(ArtifactError, match="already quantized"):
         base_policy({"config": {"dtype": "int8_from_float32"}})
 
 

@@ -95,7 +95,8 @@ def resident_bytes() -> int:
 def test_variable_paths_do_not_depend_on_what_was_built_before() -> None:
     path = shared_preset("GPT2")  # with dropout, whose variables Keras names by counting
     script = (
-        "import sys; from pipeline.model.skeleton import *; import json;"
+        "import json, sys; from pipeline.model.preset import read_preset;"
+        "from pipeline.model.skeleton import build_skeleton;"
         "s = build_skeleton(read_preset(sys.argv[1]));"
         "print(json.dumps([v.path for v in s.model.variables]))"
     )
@@ -177,8 +178,8 @@ def test_preset_files_travel(preset: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"registered_name": "keras>Lambda"}, "is no Backbone of KerasHub"),
-        ({"registered_name": "keras_hub>Llama3Tokenizer"}, "is no Backbone of KerasHub"),
+        ({"registered_name": "keras>Lambda"}, "is not a Backbone of KerasHub"),
+        ({"registered_name": "keras_hub>Llama3Tokenizer"}, "is not a Backbone of KerasHub"),
         ({"module": "os", "class_name": "system"}, "refuses 'system' of module 'os'"),
         ({"config": {"a": {"class_name": "Lambda", "module": "keras.layers"}}}, "refuses 'Lambda'"),
         ({"config": {"a": [{"class_name": "layers.Lambda", "module": "keras"}]}}, "refuses"),
@@ -205,8 +206,8 @@ def test_refuses_what_is_not_a_plain_kerashub_model(
     ("content", "expected"),
     [
         (None, "no config.json there"),
-        ("{", "no valid JSON"),
-        ("[" * 100_000, "no valid JSON"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
         ("[]", "expected a JSON object"),
         ("{}", "neither a KerasHub preset"),
         ('{"model_type": "unheard-of"}', "no converter"),

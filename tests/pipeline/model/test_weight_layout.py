@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from keras.src.backend.common import global_state
 
-from pipeline.model.skeleton import build_skeleton, read_preset
+from pipeline.model.preset import read_preset
+from pipeline.model.skeleton import build_skeleton
 from pipeline.model.weight_layout import weight_layout
 from quantizer import Int4Scheme, Int8Scheme, quantize_layer
 from tests.models.tiny import ARCHITECTURES, tiny_preset

@@ -230,9 +230,9 @@ def huge_chunks(group: h5py.Group, name: str) -> None:
     ("harm", "expected"),
     [
         (cut_short, "truncated"),
-        (overwrite, "no HDF5"),
+        (overwrite, "not HDF5"),
         (damage_structure, f"{GATE}: damaged"),
-        (changing(lambda file: file.pop(GATE)), f"{GATE} is missing"),
+        (changing(lambda file: file.pop(GATE)), f"{GATE}, which holds .* is missing"),
         (replacing(lambda group, name: group.create_group(name)), "a group, where"),
         (replacing(lambda group, name: group.create_dataset(name, (64, 64), "f4")), r"\(64, 64\)"),
         (replacing(lambda group, name: group.create_dataset(name, (64, 128), "i4")), "dtype int32"),
@@ -297,7 +297,7 @@ def test_a_shard_elsewhere_is_refused(sharded: Path, name: object) -> None:
     index = json.loads(file.read_text())
     index["weight_map"] = dict.fromkeys(index["weight_map"], name)
     file.write_text(json.dumps(index))
-    with pytest.raises(SourceError, match="is no file beside it"):
+    with pytest.raises(SourceError, match="is not a file beside it"):
         source_of(sharded).variables()
 
 
@@ -371,10 +371,10 @@ def shrink_tensor(file: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "expected"),
     [
-        (cut_short, "cut short"),
-        (lambda file: file.write_bytes(b"\xff" * 100), "no safetensors file"),
+        (cut_short, "truncated"),
+        (lambda file: file.write_bytes(b"\xff" * 100), "not a safetensors file"),
         (lambda file: file.write_bytes((5).to_bytes(8, "little") + b"x" * 100), "damaged header"),
-        pytest.param(lambda file: file.write_bytes(b""), "no safetensors file", id="empty"),
+        pytest.param(lambda file: file.write_bytes(b""), "not a safetensors file", id="empty"),
         (lambda file: file.unlink(), r"model\.safetensors is missing"),
         (drop_tensor, r"encoder\.layer\.1\.intermediate\.dense\.weight is missing"),
         (shrink_tensor, r"encoder\.layer\.1\.intermediate\.dense\.weight: shape \(100, 384\)"),
