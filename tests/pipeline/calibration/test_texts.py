@@ -289,7 +289,7 @@ def test_a_data_set_is_named_like_this(source, expected):
 
 @pytest.mark.parametrize("source", ["hf:", "hf:a//b", "hf:a/b/c/d", "hf:a/b/c?config=d", "hf:a/"])
 def test_a_name_of_another_form_is_refused(source):
-    with pytest.raises(CalibrationTextError, match="not the name of a data set; write hf:<owner>/<name>"):
+    with pytest.raises(CalibrationTextError, match="not the name of a data set; write hf:<owner>"):
         read(source)
 
 

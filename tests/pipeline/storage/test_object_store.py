@@ -353,7 +353,7 @@ class TestLocalStore(StoreContract):
         store.put("a", DATA)
         store.put("b/c", DATA)
         for write in (store.put, store.create):
-            with pytest.raises(StorageError, match="a file of this name is where a directory is needed"):
+            with pytest.raises(StorageError, match="a file of this name is where a directory"):
                 write("a/b", DATA)
         with pytest.raises(StorageError, match="a directory of this name is in the way"):
             store.put("b", DATA)
