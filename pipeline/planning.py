@@ -1,4 +1,4 @@
-"""Make a plan: read the preset's JSON, build its skeleton, decide every layer's scheme.
+"""Plan a run: read the preset's JSON, build its skeleton, decide every layer's scheme.
 
 Everything that can be refused is refused here, before any weight is read or byte written.
 """
@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ from pipeline.model.preset import PresetFiles
 from pipeline.model.quantized_config import layer_policy, policy_map, quantized_json
 from pipeline.model.skeleton import Skeleton, build_skeleton
 from pipeline.model.stateless import call_with
-from pipeline.model.targets import Target
+from pipeline.model.targets import Target, Unsupported
 from pipeline.model.tokenizer import model_inputs, preset_tokenizer
 from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan, TokensPlan, micro_batches
 from pipeline.recipe.recipe import (
@@ -39,7 +39,7 @@ from pipeline.worker.block_program import BlockProgram
 from quantizer import kernel_layout, row_slices
 from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Scheme
 
-# What computes the result; another version may round otherwise.
+# Packages that compute the result; other versions may round differently.
 _PACKAGES = ("quantfleet", "jax", "jaxlib", "keras", "keras-hub", "numpy", "ml-dtypes", "h5py")
 
 
@@ -56,44 +56,27 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
 
     Args:
         preset: the source.
-        recipe: what is wanted.
+        recipe: the schemes and the calibration.
         threads: of each worker's matrix products, which decide their rounding.
 
     Raises:
-        PipelineError: a source, recipe or calibration that cannot be carried out.
+        PipelineError: a source, recipe or calibration that cannot be used.
     """
     skeleton = build_skeleton(preset)
     graph = find_blocks(skeleton)
     source = open_source(preset, skeleton)
-    own = {id(layer) for layer in skeleton.backbone_layers}
-    chosen = {
-        target.path: _scheme_of(target, recipe, in_block=False)
-        if id(target.layer) in own
-        else (None, "part of the task, not of the backbone; left in float")
-        for target in graph.rest_targets
-    }
-    for block in graph.blocks:
-        for target in block.targets:
-            chosen[target.path] = _scheme_of(target, recipe, in_block=True)
-    _check(recipe, graph)
-    policies = {path: layer_policy(scheme) for path, (scheme, _) in chosen.items() if scheme}
-    # Refuses, by name, what Keras has no policy for.
-    policy_map(_base_policy(skeleton), policies)
-    # All weights are where they should be; their numbers are read below, part by part.
+    decisions = _decide(skeleton, graph, recipe)
+    schemes = {path: scheme for path, (scheme, _) in decisions.items() if scheme is not None}
+    policies = {path: layer_policy(scheme) for path, scheme in schemes.items()}
+    # Refuses layers for which Keras has no policy.
+    policy_map(str(skeleton.backbone.dtype_policy.name), policies)
+    # Refuses sources that lack weights; their values are read part by part below.
     source.variables()
     if preset.format == "huggingface":
-        # What cannot be written at the end is refused at the beginning.
+        # Refuses now what could not be written at the end.
         converted_files(preset, skeleton)
-    needs = any(statistics_of(scheme) for scheme, _ in chosen.values())
-    # Reading and hashing leave a core to the tokenizer.
-    beside = ThreadPoolExecutor(1, thread_name_prefix="digests")
-    try:
-        reading = [beside.submit(_digest, source, paths) for paths in _part_paths(source, graph)]
-        windows = _windows(preset, skeleton, recipe) if needs else None
-        digests = [one.result() for one in reading]
-    finally:
-        # Too little text is told before all of a large model is read.
-        beside.shutdown(cancel_futures=True)
+    calibration = recipe.calibration if any(map(statistics_of, schemes.values())) else None
+    windows, digests = _read(preset, skeleton, source, graph, calibration)
     tokens = None if windows is None else _tokens_plan(windows)
     plan = Plan(
         source_url=preset.url,
@@ -102,17 +85,17 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
         task=_task_name(skeleton, preset, policies),
         recipe=Recipe.model_validate(recipe.to_dict()),
         tokens=tokens,
-        parts=_parts(skeleton, graph, digests, chosen, tokens),
+        parts=_parts(skeleton, graph, digests, decisions, tokens),
         machine=machine(threads),
         versions=versions(),
         policies=policies,
-        weights_format=2 if any(isinstance(s, Float8Scheme) for s, _ in chosen.values()) else 1,
+        weights_format=2 if any(isinstance(s, Float8Scheme) for s in schemes.values()) else 1,
     )
     return Planned(plan=plan, windows=windows)
 
 
 def machine(threads: int) -> dict[str, str]:
-    """The kind of machine that this process runs on: another may round otherwise."""
+    """The kind of machine that this process runs on; other kinds may round differently."""
     return {
         "platform": jax.default_backend(),
         "device": str(jax.devices()[0].device_kind),
@@ -121,48 +104,88 @@ def machine(threads: int) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that compute the result."""
+    """Versions of the packages that compute the result."""
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
-def _scheme_of(target: Target, recipe: Recipe, *, in_block: bool) -> tuple[Scheme | None, str]:
-    """A layer's scheme, or None with the reason where the recipe's cannot be had."""
+class _Decision(NamedTuple):
+    """A layer's scheme; None leaves it in float, and the note says why if the recipe does not."""
+
+    scheme: Scheme | None
+    note: str = ""
+
+
+_Decisions: TypeAlias = Mapping[str, _Decision]
+"""By layer path."""
+
+
+def _decide(skeleton: Skeleton, graph: BlockGraph, recipe: Recipe) -> _Decisions:
+    backbone_layers = {id(layer) for layer in skeleton.backbone_layers}
+    in_blocks = [target for block in graph.blocks for target in block.targets]
+    decisions = {}
+    for target in graph.rest_targets:
+        if id(target.layer) in backbone_layers:
+            decisions[target.path] = _decide_layer(target, recipe, in_block=False)
+        else:
+            note = "part of the task, not of the backbone; left in float"
+            decisions[target.path] = _Decision(None, note)
+    for target in in_blocks:
+        decisions[target.path] = _decide_layer(target, recipe, in_block=True)
+    targets = [*graph.rest_targets, *in_blocks]
+    check_recipe(recipe, [(t.path, t.layer_kind, t.in_features) for t in targets])
+    return decisions
+
+
+def _decide_layer(target: Target, recipe: Recipe, *, in_block: bool) -> _Decision:
     scheme = recipe.scheme_for(target.path, target.layer_kind)
     if scheme is None or target.layer_kind == "embedding":
-        return scheme, ""
+        return _Decision(scheme)
     if isinstance(scheme, GPTQScheme) and scheme.drift_correction:
         raise RecipeError(
             f"recipe {recipe.name}: drift_correction needs the float model's activations beside "
             "the quantized one's, which a run does not carry; set it to 0"
         )
     if statistics_of(scheme) and not in_block:
-        return None, f"{scheme.mode} is calibrated inside blocks only; left in float"
+        return _Decision(None, f"{scheme.mode} is calibrated inside blocks only; left in float")
     layout = kernel_layout(target.layer)
     if isinstance(scheme, GPTQScheme | AWQScheme) and (
         layout.batched or len(layout.shape) not in (2, 3)
     ):
-        return None, f"stock Keras cannot store this kernel in {scheme.mode}; left in float"
-    return scheme, ""
+        note = f"stock Keras cannot store this kernel in {scheme.mode}; left in float"
+        return _Decision(None, note)
+    return _Decision(scheme)
 
 
-def _check(recipe: Recipe, graph: BlockGraph) -> None:
-    targets = [*graph.rest_targets, *(target for b in graph.blocks for target in b.targets)]
-    check_recipe(recipe, [(t.path, t.layer_kind, t.in_features) for t in targets])
+def _read(
+    preset: PresetFiles,
+    skeleton: Skeleton,
+    source: Source,
+    graph: BlockGraph,
+    calibration: Calibration | None,
+) -> tuple[TokenWindows | None, list[str]]:
+    """The token windows, and the digest of each part's weights, read side by side."""
+    paths = [source.rest_paths(graph), *(source.layer_paths(b.layer) for b in graph.blocks)]
+    # One thread, to leave a core to the tokenizer.
+    pool = ThreadPoolExecutor(1, thread_name_prefix="digests")
+    try:
+        digests = [pool.submit(_digest, source, of_part) for of_part in paths]
+        windows = None
+        if calibration is not None:
+            windows = token_windows(preset, skeleton, calibration)
+        return windows, [digest.result() for digest in digests]
+    finally:
+        # If the texts are too short, say so before all of a large model is read.
+        pool.shutdown(cancel_futures=True)
 
 
-def _base_policy(skeleton: Skeleton) -> str:
-    return str(skeleton.backbone.dtype_policy.name)
-
-
-def _windows(preset: PresetFiles, skeleton: Skeleton, recipe: Recipe) -> TokenWindows:
-    assert recipe.calibration is not None
-    return token_windows(preset, skeleton, recipe.calibration)
+def _digest(source: Source, paths: Sequence[str]) -> str:
+    return values_digest(source.read(paths))
 
 
 def token_windows(
     preset: PresetFiles, skeleton: Skeleton, calibration: Calibration
 ) -> TokenWindows:
-    """Windows of texts in a preset's own tokens, with the special ones that it puts around them.
+    """Tokenize texts as the preset does, with its special tokens, and cut them into windows.
 
     Raises:
         PipelineError: no tokenizer, or texts that are missing, unreadable or too few.
@@ -176,24 +199,23 @@ def token_windows(
     texts = read_texts(calibration)
     tokenizer = preset_tokenizer(preset)
     special = tokenizer.special_ids
-    wanted: dict[str, Any] = {}
+    preprocessor: dict[str, Any] = {}
     if "preprocessor.json" in preset.json_files:
-        wanted = preset.parse("preprocessor.json").get("config", {})
+        preprocessor = preset.parse("preprocessor.json").get("config", {})
     start = special.get("start", special.get("cls"))
-    end = special.get("end", special.get("sep"))
     return make_windows(
         texts,
         tokenizer,
         calibration,
-        start_token=start if wanted.get("add_start_token", True) else None,
-        end_token=end,
+        start_token=start if preprocessor.get("add_start_token", True) else None,
+        end_token=special.get("end", special.get("sep")),
         pad_token=special.get("pad", 0),
         vocabulary_size=getattr(skeleton.backbone, "vocabulary_size", None),
     )
 
 
 def most_tokens(skeleton: Skeleton) -> int | None:
-    """The longest sequence that a model has positions for; None where it sets no limit."""
+    """The number of positions that a model has; None if it sets no limit."""
     found = getattr(skeleton.backbone, "max_sequence_length", None)
     return found if isinstance(found, int) else None
 
@@ -214,21 +236,11 @@ def _tokens_plan(windows: TokenWindows) -> TokensPlan:
     )
 
 
-def _part_paths(source: Source, graph: BlockGraph) -> list[tuple[str, ...]]:
-    """Of the variables that no block holds, and of each block's."""
-    blocks = [source.layer_paths(block.layer) for block in graph.blocks]
-    return [source.rest_paths(graph), *blocks]
-
-
-def _digest(source: Source, paths: Sequence[str]) -> str:
-    return values_digest(source.read(paths))
-
-
 def _parts(
     skeleton: Skeleton,
     graph: BlockGraph,
     digests: Sequence[str],
-    chosen: Mapping[str, tuple[Scheme | None, str]],
+    decisions: _Decisions,
     tokens: TokensPlan | None,
 ) -> tuple[PartPlan, ...]:
     in_blocks = {id(v) for block in graph.blocks for v in block.layer.weights}
@@ -239,83 +251,83 @@ def _parts(
             name="rest",
             source_bytes=_num_bytes(rest),
             source_sha256=digests[0],
-            layers=(
-                *_layer_plans(graph.rest_targets, chosen),
-                *(_left(u.path, u.reason) for u in graph.rest_unsupported),
-            ),
+            layers=_layer_plans(graph.rest_targets, graph.rest_unsupported, decisions),
         )
     ]
+    # Blocks of one signature and the same schemes have the same groups.
     groups: dict[tuple[Any, ...], tuple[InputGroup, ...]] = {}
     for block in graph.blocks:
-        wanted = {t.name: statistics_of(chosen[t.path][0]) for t in block.targets}
-        kind = (block.signature, tuple(wanted.items()))
-        if tokens is not None and kind not in groups:
-            groups[kind] = _group_plans(graph, block, wanted, tokens)
+        statistics = {t.name: statistics_of(decisions[t.path].scheme) for t in block.targets}
+        key = (block.signature, tuple(statistics.items()))
+        if tokens is not None and key not in groups:
+            groups[key] = _input_groups(graph, block, statistics, tokens)
         parts.append(
             PartPlan(
                 part=block.index + 1,
                 name=block.name,
                 source_bytes=_num_bytes(block.layer.weights),
                 source_sha256=digests[block.index + 1],
-                layers=(
-                    *_layer_plans(block.targets, chosen),
-                    *(_left(u.path, u.reason) for u in block.unsupported),
-                ),
-                groups=groups.get(kind, ()),
+                layers=_layer_plans(block.targets, block.unsupported, decisions),
+                groups=groups.get(key, ()),
             )
         )
     return tuple(parts)
 
 
 def _layer_plans(
-    targets: Sequence[Target], chosen: Mapping[str, tuple[Scheme | None, str]]
-) -> list[LayerPlan]:
-    plans = []
-    for target in targets:
-        scheme, note = chosen[target.path]
-        plans.append(
-            LayerPlan(
-                path=target.path,
-                name=target.name,
-                kind=target.layer_kind,
-                in_features=target.in_features,
-                out_features=target.out_features,
-                scheme=scheme,
-                note=note,
-                slices=_num_slices(target, scheme),
-            )
+    targets: Sequence[Target], unsupported: Sequence[Unsupported], decisions: _Decisions
+) -> tuple[LayerPlan, ...]:
+    quantizable = [
+        LayerPlan(
+            path=target.path,
+            name=target.name,
+            kind=target.layer_kind,
+            in_features=target.in_features,
+            out_features=target.out_features,
+            scheme=decisions[target.path].scheme,
+            note=decisions[target.path].note,
+            slices=_num_slices(target, decisions[target.path].scheme),
         )
-    return plans
+        for target in targets
+    ]
+    left_in_float = [
+        LayerPlan(
+            path=layer.path,
+            name=layer.path,
+            kind="kernel",
+            in_features=0,
+            out_features=0,
+            scheme=None,
+            note=layer.reason,
+        )
+        for layer in unsupported
+    ]
+    return (*quantizable, *left_in_float)
 
 
 def _num_slices(target: Target, scheme: Scheme | None) -> int:
-    """Where Keras groups inputs otherwise than by the matrix's columns, a grid spans all rows."""
     if not isinstance(scheme, GPTQScheme) or target.layer_kind == "embedding":
         return 1
     layout = kernel_layout(target.layer)
     if not layout.keras_rows_are_inputs:
+        # Keras groups these inputs otherwise, so that one grid spans all rows.
         return 1
     return len(row_slices(layout.out_features, layout.in_features))
 
 
-def _left(path: str, reason: str) -> LayerPlan:
-    return LayerPlan(
-        path=path, name=path, kind="kernel", in_features=0, out_features=0, scheme=None, note=reason
-    )
-
-
-def _group_plans(
-    graph: BlockGraph, block: Block, wanted: Mapping[str, StatisticsKind | None], tokens: TokensPlan
+def _input_groups(
+    graph: BlockGraph,
+    block: Block,
+    statistics: Mapping[str, StatisticsKind | None],
+    tokens: TokensPlan,
 ) -> tuple[InputGroup, ...]:
     shape = (tokens.micro_batch, tokens.sequence_length)
-    example = model_inputs(graph.embed, np.zeros(shape, np.int32), np.ones(shape, bool))
+    inputs = model_inputs(graph.embed, np.zeros(shape, np.int32), np.ones(shape, bool))
     weights = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in graph.embed.weights]
-    hidden_states, *side_inputs = jax.eval_shape(lambda v: _embed(graph, v, example), weights)
-    return BlockProgram(block, wanted, hidden_states, side_inputs).groups
-
-
-def _embed(graph: BlockGraph, values: Sequence[Any], inputs: Sequence[Any]) -> Any:
-    return call_with(graph.embed, values, inputs)
+    hidden_states, *side_inputs = jax.eval_shape(
+        lambda values: call_with(graph.embed, values, inputs), weights
+    )
+    return BlockProgram(block, statistics, hidden_states, side_inputs).groups
 
 
 def _task_name(skeleton: Skeleton, preset: PresetFiles, policies: Mapping[str, str]) -> str:
