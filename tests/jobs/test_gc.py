@@ -1,4 +1,4 @@
-"""`gc` lists first, deletes when told, and never what a driver at work needs."""
+"""`gc` lists by default, deletes on request, and never what a living driver needs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def gc(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int,
     return int(ended.value.code or 0), json.loads(out) if out else [], err
 
 
-def test_nothing_is_deleted_unless_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_deleted_without_the_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("a", "b"):
         execute(planned("gptq"), open_store(str(tmp_path / "runs" / name)), keep_every=1)
     before = sorted(tmp_path.rglob("*"))
@@ -38,7 +40,7 @@ def test_nothing_is_deleted_unless_told(tmp_path: Path, capsys: pytest.CaptureFi
     assert lasting(store) == kept
 
 
-def test_a_run_at_work_is_skipped_and_named(
+def test_a_run_with_a_living_driver_is_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = open_store(str(tmp_path))
@@ -54,7 +56,7 @@ def test_a_run_at_work_is_skipped_and_named(
     held.release()
 
 
-def test_where_there_is_no_run_it_says_so(
+def test_a_folder_without_runs_is_rejected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, _, err = gc(capsys, tmp_path / "nothing")

@@ -1,4 +1,4 @@
-"""What machines read on stderr: one JSON object a line, whatever is told, warned of or broken."""
+"""What stderr gets: text for people, or one JSON object per line, also for errors of any kind."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def command(*arguments: object, code: str = "", **environment: str) -> tuple[int
     return done.returncode, done.stdout, done.stderr
 
 
-def test_a_line_has_what_a_platform_filters_by() -> None:
+def test_a_json_line_has_the_fields_that_platforms_filter_by() -> None:
     set_run(run="llama-gptq-0123", model="llama", recipe="gptq")
     about = {"block": "layer_3", "layer": "layer_3/query", "seconds": {"solve": 1.5}}
     with json_lines() as found:
@@ -89,7 +89,7 @@ def test_a_line_has_what_a_platform_filters_by() -> None:
     }
 
 
-def test_a_line_names_the_run_at_work_also_from_a_thread_and_none_before_it() -> None:
+def test_a_line_names_the_current_run_from_any_thread() -> None:
     set_run(run="a", model="m")
     with json_lines() as found:
         set_run(run="b")
@@ -115,7 +115,7 @@ def test_a_message_is_one_line_without_colours() -> None:
     assert found[-1]["rows"] == 1
 
 
-def test_people_get_the_text_alone_and_tables() -> None:
+def test_people_get_messages_and_tables() -> None:
     stream = io.StringIO()
     configure("text")
     LOG.handlers[:] = [TextHandler(Console(file=stream, width=20))]
@@ -140,7 +140,7 @@ def test_no_secret_of_the_environment_is_in_a_line(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("url", ["s3://b/runs/r-1", "s3://b/runs/r-1/", "/a/r-1"])
-def test_a_run_is_named_as_status_names_it(url: str) -> None:
+def test_a_run_is_named_by_the_last_part_of_its_url(url: str) -> None:
     assert url_name(url) == "r-1"
 
 
@@ -148,7 +148,7 @@ def test_a_run_is_named_as_status_names_it(url: str) -> None:
     ("given", "environment"),
     [(["--log-format", "json"], {}), ([], {"QUANTFLEET_LOG": "json"})],
 )
-def test_a_mistake_is_an_object_with_its_exit_code(
+def test_a_users_mistake_is_a_json_line_with_its_exit_code(
     given: list[str], environment: dict[str, str], tmp_path: Path
 ) -> None:
     code, out, err = command(*given, "logs", tmp_path, FORCE_COLOR="1", **environment)
@@ -158,14 +158,14 @@ def test_a_mistake_is_an_object_with_its_exit_code(
     assert "no events are there" in line["message"]
 
 
-def test_a_mistake_in_the_command_line_is_an_object_too() -> None:
+def test_a_usage_mistake_is_a_json_line_too() -> None:
     for arguments in (["quantise"], ["--no-such"], ["logs"]):
         code, _, err = command(*arguments, QUANTFLEET_LOG="json")
         [line] = lines(err)
         assert (code, line["exit_code"]) == (2, 2)
 
 
-def test_an_unknown_format_is_refused_in_a_line() -> None:
+def test_an_unknown_log_format_is_rejected_in_one_line() -> None:
     code, _, err = command("schemes", QUANTFLEET_LOG="xml")
     assert code == 2
     [line] = err.splitlines()
@@ -173,7 +173,7 @@ def test_an_unknown_format_is_refused_in_a_line() -> None:
     assert "xml" in line
 
 
-def test_warnings_libraries_and_faults_speak_json() -> None:
+def test_warnings_library_logs_and_uncaught_exceptions_are_json_lines() -> None:
     code, _, err = command(
         code="""
 import logging, threading, warnings
@@ -208,7 +208,7 @@ raise OSError("disk")
 
 
 @pytest.mark.slow
-def test_a_run_tells_machines_all_that_it_does(tmp_path: Path) -> None:
+def test_a_run_logs_every_part_and_layer_as_json(tmp_path: Path) -> None:
     preset = tiny_preset("Bert", tmp_path / "bert", num_blocks=2)
     given = ("quantize", preset, "--recipe", "int8", "--output", tmp_path / "run-1")
     code, out, err = command(*given, "--threads", 1, "--workers", 1, QUANTFLEET_LOG="json")

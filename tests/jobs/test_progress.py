@@ -61,18 +61,18 @@ def test_a_log_line_is_never_broken(logged: Callable[..., str]) -> None:
     assert len(text.splitlines()) == 1
 
 
-def test_markup_in_what_is_told_is_left_as_it_is(logged: Callable[..., str]) -> None:
+def test_markup_in_messages_is_printed_as_it_is(logged: Callable[..., str]) -> None:
     text = logged(Step(event="lost", text="a worker [bold]was lost[/bold] (x)"), terminal=False)
     assert "[bold]was lost[/bold]" in text
 
 
-def test_a_terminal_shows_how_far_the_run_is(logged: Callable[..., str]) -> None:
+def test_a_terminal_shows_a_progress_bar(logged: Callable[..., str]) -> None:
     text = logged(Step(event="resumed", parts=(0, 1), text="2 of 4"), committed(2), terminal=True)
     assert "3/4" in text
     assert "resumed: 2 of 4" in text
 
 
-def test_machines_get_an_object_for_each_step_and_each_layer(
+def test_machines_get_a_json_line_for_each_step_and_layer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     account = {"damping": 0.01, "weight_error": 0.1}

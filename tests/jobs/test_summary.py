@@ -39,7 +39,7 @@ def finished(scheme: str) -> tuple[ObjectStore, Summary]:
     return store, summary
 
 
-def test_a_summary_adds_up_what_the_records_say() -> None:
+def test_a_summary_adds_up_the_records() -> None:
     store, summary = finished("gptq")
     records = [PartRecord.from_json(store.get(key)) for key in store.list("records/")]
     assert summary.stored_bytes == sum(len(store.get(record.file)) for record in records)
@@ -53,7 +53,7 @@ def test_a_summary_adds_up_what_the_records_say() -> None:
     assert json.loads(json.dumps(summary.to_dict()))["schemes"][0]["scheme"] == "gptq/4/32"
 
 
-def test_rounding_alone_is_compared_with_nothing() -> None:
+def test_a_scheme_without_calibration_has_no_comparison() -> None:
     _, summary = finished("int8")
     [row] = summary.schemes
     assert row.error_against_rtn is None
@@ -78,7 +78,7 @@ def shown(scheme: str, architecture: str = "Llama3") -> str:
     return stream.getvalue()
 
 
-def test_a_plan_shows_layers_schemes_costs_and_place() -> None:
+def test_a_plan_shows_layers_schemes_costs_and_workers() -> None:
     text = shown("gptq")
     for part in (
         planned("gptq").plan.digest[:12],
@@ -98,7 +98,7 @@ def test_every_reason_for_float_is_shown_once_with_a_layer() -> None:
     assert len(lines) == len({line.split(": ", 2)[2] for line in lines}) >= 3
 
 
-def test_a_rule_that_decides_no_layer_is_shown() -> None:
+def test_a_rule_that_matches_no_layer_is_shown() -> None:
     plan = planned("gptq").plan
     rules = tuple(Rule(pattern=p, scheme=None) for p in ("querry", "self_attention/key"))
     other = dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"rules": rules}))

@@ -1,4 +1,4 @@
-"""A catalog is refused whole, with file, line and remedy, before anything is looked at."""
+"""A mistake rejects the whole catalog, with file, line and remedy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def parsed(text: str, folder: Path | None = None) -> Catalog:
     return parse_catalog(text, where="catalog.yaml", folder=folder)
 
 
-def test_models_inherit_what_they_do_not_say() -> None:
+def test_models_inherit_defaults_they_do_not_override() -> None:
     catalog = parsed("""\
 root: s3://bucket/fleet
 defaults:
@@ -57,7 +57,7 @@ models:
     assert catalog.num_runs == 3
 
 
-def test_relative_paths_start_at_the_catalogs_folder(tmp_path: Path) -> None:
+def test_relative_paths_are_relative_to_the_catalogs_folder(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(
         "{name: own, scheme: {mode: gptq}, calibration: {texts: [t.txt]}}"
     )
@@ -108,12 +108,9 @@ MISTAKES = {
     "traversal in a name": (
         "models:\n  - {name: ../a, preset: p, recipes: [int8]}\n", 3, "must match ^[a-z0-9]",
     ),
-    "a slash in a name": (
-        "models:\n  - {name: a/b, preset: p, recipes: [int8]}\n", 3, "must match ^[a-z0-9]",
-    ),
     "traversal in the root": (
         "root: s3://bucket/../other\nmodels:\n  - {name: a, preset: s3://b/p, recipes: [int8]}\n",
-        1, "neither '?', '#' nor '..'",
+        1, "'..'",
     ),
     "an unknown recipe": (
         "models:\n  - name: a\n    preset: s3://b/p\n    recipes:\n      - int8\n      - itn4\n",
@@ -173,7 +170,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_named_with_its_line(mistake: str) -> None:
+def test_a_mistake_is_reported_with_its_line(mistake: str) -> None:
     text, line, message = MISTAKES[mistake]
     head = "" if "root" in text or text.startswith("-") else HEAD
     with pytest.raises(CatalogError) as caught:
@@ -186,7 +183,7 @@ def test_a_mistake_is_named_with_its_line(mistake: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"a: !!python/object:os.system {}", b"", b"{"])
-def test_what_is_no_catalog_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_catalog_is_rejected(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "catalog.yaml"
     file.write_bytes(content)
     with pytest.raises(CatalogError, match=r"catalog\.yaml:1: "):
@@ -194,7 +191,7 @@ def test_what_is_no_catalog_is_refused(content: bytes, tmp_path: Path) -> None:
 
 
 @pytest.mark.exhaustive
-def test_the_work_of_reading_grows_in_proportion_to_the_entries() -> None:
+def test_reading_time_is_linear_in_the_number_of_entries() -> None:
     calls = {}
     for number in (100, 1000):
         lines = "".join(

@@ -1,4 +1,4 @@
-"""A request's identity: what changes the bytes of its result changes its run, and nothing else."""
+"""A request's identity: only what changes the result's bytes changes its run id."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_what_decides_bytes_decides_the_run(change: str) -> None:
     assert list(changes(REQUEST, dataclasses.replace(REQUEST))) == []
 
 
-def test_a_request_is_read_as_it_was_written() -> None:
+def test_a_request_survives_a_round_trip_and_rejects_tampering() -> None:
     root = open_store("memory://requests/round-trip")
     url = save_request(root, REQUEST)
     assert save_request(root, REQUEST) == url
@@ -86,18 +86,18 @@ def test_a_request_is_read_as_it_was_written() -> None:
 
 
 @pytest.mark.parametrize("url", ["memory://x/requests/../a.json", "memory://x/requests/a", "/a"])
-def test_what_is_no_request_is_refused(url: str) -> None:
+def test_a_url_that_is_not_a_requests_is_rejected(url: str) -> None:
     with pytest.raises(PipelineError):
         load_request(url)
 
 
 @pytest.mark.parametrize("name", ["", "../a", "a/b", "a..b", ".a", "A", "a" * 201, "a\n"])
-def test_ids_lead_nowhere_else(name: str) -> None:
+def test_ids_cannot_traverse_paths(name: str) -> None:
     with pytest.raises(PipelineError, match="is not a run's or request's id"):
         checked_id(name)
 
 
-def test_the_state_is_of_what_decides_and_json_is_known_by_content(tmp_path: Path) -> None:
+def test_a_source_fingerprint_covers_the_model_files_and_hashes_json(tmp_path: Path) -> None:
     files = {"config.json": "{}", "model.weights.h5": "w", "assets/tokenizer/vocabulary.json": "v"}
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def test_the_state_is_of_what_decides_and_json_is_known_by_content(tmp_path: Pat
         source_fingerprint(str(tmp_path / "assets"))
 
 
-def test_texts_are_known_file_by_file(tmp_path: Path) -> None:
+def test_texts_are_fingerprinted_file_by_file(tmp_path: Path) -> None:
     for name in ("a b.txt", "c.txt"):
         (tmp_path / name).write_text("text")
     state = texts_fingerprint([f"{tmp_path}/*.txt", "hf:owner/name"]).tokens
@@ -127,7 +127,7 @@ def test_texts_are_known_file_by_file(tmp_path: Path) -> None:
     assert [n for n in state if state[n] != again[n]] == [f"file://{tmp_path}/c.txt"]
 
 
-def test_versions_are_those_that_a_plan_names() -> None:
+def test_package_versions_match_those_of_a_plan() -> None:
     from pipeline.planning import versions
 
     assert package_versions() == versions()

@@ -1,4 +1,4 @@
-"""Catalogs of many entries that are done already, as far as storage can tell; no model is real."""
+"""Large catalogs whose runs all look finished in storage, without real models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A night's pass makes exactly what is stale, says why, and a second one makes nothing."""
+"""`nightly` makes exactly what is stale and says why; a second call makes nothing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def done(found: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
     return {name: one["reasons"] for name, one in found.items() if one["result"] != "up to date"}
 
 
-def test_a_second_pass_does_nothing_and_says_what_it_read(made: TinyCatalog) -> None:
+def test_a_second_night_makes_nothing_and_reports_what_it_read(made: TinyCatalog) -> None:
     before = {key: made.root.get(key) for key in made.root.list()}
     code, found = made.nightly()
     assert code == 0
@@ -57,7 +57,7 @@ def test_a_second_pass_does_nothing_and_says_what_it_read(made: TinyCatalog) -> 
     assert {key: made.root.get(key) for key in made.root.list()} == before
 
 
-def test_one_byte_of_a_source_makes_its_runs_again_and_no_others(made: TinyCatalog) -> None:
+def test_a_changed_byte_in_a_source_makes_its_runs_again_and_no_others(made: TinyCatalog) -> None:
     with h5py.File(made.folder / "presets" / "beta" / "model.weights.h5", "r+") as file:
         names: list[str] = []
         file.visit(lambda name: names.append(name) if name.endswith("query_dense/vars/0") else None)
@@ -76,7 +76,7 @@ def test_one_byte_of_a_source_makes_its_runs_again_and_no_others(made: TinyCatal
     assert done(made.nightly()[1]) == {}
 
 
-def test_a_source_that_was_only_touched_is_not_quantized_again(made: TinyCatalog) -> None:
+def test_a_source_written_again_unchanged_is_not_quantized_again(made: TinyCatalog) -> None:
     path = made.folder / "presets" / "alpha" / "model.weights.h5"
     data = path.read_bytes()
     path.unlink()
@@ -93,21 +93,21 @@ def test_a_source_that_was_only_touched_is_not_quantized_again(made: TinyCatalog
     assert done(made.nightly()[1]) == {}
 
 
-def test_another_recipe_of_the_same_name_is_made(made: TinyCatalog) -> None:
+def test_a_changed_recipe_of_the_same_name_is_made(made: TinyCatalog) -> None:
     recipe = {"name": "int4", "scheme": {"mode": "int4", "block_size": 32}}
     made.values["models"][1]["recipes"][0] = recipe
     assert done(made.nightly()[1]) == {"beta int4": ["recipe changed"]}
     assert made.work.solves == 3
 
 
-def test_another_calibration_text_is_calibrated_on(made: TinyCatalog) -> None:
+def test_changed_calibration_texts_are_calibrated_on(made: TinyCatalog) -> None:
     text = made.folder / "texts" / "english.txt"
     text.write_text("x" + text.read_text()[1:])
     assert done(made.nightly()[1]) == {"alpha gptq-w4": [f"calibration changed: file://{text}"]}
     assert made.work.solves > 0
 
 
-def test_other_evaluation_texts_are_measured_without_quantizing(made: TinyCatalog) -> None:
+def test_changed_evaluation_texts_are_evaluated_without_quantizing(made: TinyCatalog) -> None:
     text = made.folder / "texts" / "other.txt"
     text.write_text(text.read_text()[1:])
     found = done(made.nightly()[1])
@@ -117,7 +117,9 @@ def test_other_evaluation_texts_are_measured_without_quantizing(made: TinyCatalo
     assert made.work.calls["evaluate"] == 2
 
 
-def test_other_versions_are_named(made: TinyCatalog, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_package_versions_are_reported(
+    made: TinyCatalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import jobs.catalog.requests
 
     versions = dict(jobs.catalog.requests.package_versions())
@@ -145,7 +147,7 @@ def test_a_deleted_artifact_is_made_again_with_the_same_bytes(made: TinyCatalog)
 
 
 @pytest.mark.parametrize("name", ["model_00002.weights.h5", "config.json", "../manifest.json"])
-def test_a_damaged_artifact_is_made_whole_in_its_place(made: TinyCatalog, name: str) -> None:
+def test_a_damaged_artifact_is_repaired_in_place(made: TinyCatalog, name: str) -> None:
     path = (artifact(made, "alpha", "gptq-w4") / name).resolve()
     good = path.read_bytes()
     path.write_bytes(good[:-2] + bytes([good[-2] ^ 1]) + good[-1:])
@@ -160,7 +162,7 @@ def test_a_damaged_artifact_is_made_whole_in_its_place(made: TinyCatalog, name: 
     assert done(made.nightly()[1]) == {}
 
 
-def test_a_touched_artifact_is_read_once_and_believed_then(made: TinyCatalog) -> None:
+def test_a_touched_artifact_is_read_again_once(made: TinyCatalog) -> None:
     path = artifact(made, "alpha", "int8") / "model_00001.weights.h5"
     os.utime(path)
     _, found = made.nightly("--dry-run")
@@ -170,7 +172,9 @@ def test_a_touched_artifact_is_read_once_and_believed_then(made: TinyCatalog) ->
     assert made.nightly()[1]["alpha int8"]["bytes_read"] == read - path.stat().st_size
 
 
-def test_what_another_drives_is_left_to_it(made: TinyCatalog) -> None:
+def test_a_run_held_by_another_driver_is_left_alone_and_a_failed_one_is_resumed(
+    made: TinyCatalog,
+) -> None:
     made.values["models"][1]["recipes"].append("int4-g64")
     _, found = made.nightly("--dry-run")
     run = open_store(f"{made.root.root_url}/runs/{found['beta int4-g64']['run_id']}")
@@ -190,7 +194,7 @@ def test_what_another_drives_is_left_to_it(made: TinyCatalog) -> None:
     assert (code, done(found)) == (0, {"beta int4-g64": ["started, not finished or judged"]})
 
 
-def test_a_source_that_is_gone_is_named_and_the_rest_is_looked_at(made: TinyCatalog) -> None:
+def test_a_missing_source_is_reported_and_does_not_stop_the_others(made: TinyCatalog) -> None:
     preset = made.folder / "presets" / "alpha"
     preset.rename(made.folder / "away")
     code, found = made.nightly()
@@ -200,7 +204,7 @@ def test_a_source_that_is_gone_is_named_and_the_rest_is_looked_at(made: TinyCata
     (made.folder / "away").rename(preset)
 
 
-def test_an_alias_is_published_along_and_later_too(made: TinyCatalog) -> None:
+def test_an_alias_added_later_is_published(made: TinyCatalog) -> None:
     made.values["models"].append({"name": "stable", "alias_of": "alpha"})
     assert set(done(made.nightly()[1])) == {"alpha int8", "alpha gptq-w4"}
     assert made.work.solves == made.work.opened == 0

@@ -1,4 +1,4 @@
-"""What is not good enough is kept and named, never published; a person may move back and forth."""
+"""A result that fails its gate is never published; a person may roll back and promote."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def best(**scheme: object) -> dict[str, object]:
     return {"name": "best", "scheme": scheme, "calibration": texts}
 
 
-def test_all_of_a_recipes_life(published: TinyCatalog) -> None:
+def test_gate_rollback_promote_and_gc(published: TinyCatalog) -> None:
     """In one test, since each step builds on those before."""
     catalog, [model] = published, published.values["models"]
     first = catalog.current("alpha", "best")
@@ -118,7 +118,7 @@ def test_all_of_a_recipes_life(published: TinyCatalog) -> None:
         (("alpha", "a/b"), "is not a valid recipe name"),
     ],
 )
-def test_rollback_refuses_what_is_not_there(
+def test_rollback_rejects_names_that_were_never_published(
     published: TinyCatalog, arguments: tuple[str, str], message: str
 ) -> None:
     assert published.call("rollback", published.root.root_url, *arguments)[0] == 2

@@ -1,4 +1,4 @@
-"""How runs and releases stand is told from storage alone."""
+"""The status of runs and releases is read from storage alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def url(request: pytest.FixtureRequest) -> str:
     return f"memory://status/{request.node.name}"
 
 
-def begun(store: ObjectStore) -> None:
+def start_and_crash(store: ObjectStore) -> None:
     """A run whose driver died after its second part, with the events that it wrote."""
     given = planned("int8")
     log = EventLog(store, given.plan, Allocation(workers=1, threads=2))
@@ -37,12 +37,12 @@ def begun(store: ObjectStore) -> None:
         execute(given, store, report=log.also(crash_at(1)))
 
 
-def test_a_run_is_running_while_its_driver_shows_itself_and_silent_after(url: str) -> None:
+def test_a_run_is_running_while_its_driver_reports_and_silent_after(url: str) -> None:
     store = open_store(url)
     assert run_status(store).state == "not started"
     held = lease.acquire(store, seconds=1.0)
     assert run_status(store).state == "planning"
-    begun(store)
+    start_and_crash(store)
     found = run_status(store)
     assert (found.state, found.parts_done, found.parts) == ("running", 2, NUM_BLOCKS + 1)
     assert found.heartbeat_seconds is not None
@@ -65,9 +65,9 @@ def test_a_run_is_running_while_its_driver_shows_itself_and_silent_after(url: st
     assert (done.state, done.parts_done) == ("finished", NUM_BLOCKS + 1)
 
 
-def test_events_are_told_in_the_order_of_time(url: str) -> None:
+def test_events_are_listed_by_time(url: str) -> None:
     store = open_store(url)
-    begun(store)
+    start_and_crash(store)
     store.put("events/19990101T000000-broken.jsonl", b'{"time": 3}\nno json\n\xff\n[]\n')
     later = b'{"time": "2999-01-01T00:00:00+00:00", "event": "sealed"}\n'
     store.put("events/00-later.jsonl", later)
@@ -96,14 +96,14 @@ def rows_of(root: ObjectStore, url: str) -> dict[str, Row]:
     return {row.model: row for row in reversed(status(root, wanted))}
 
 
-def test_each_model_is_told_as_it_stands(
+def test_status_has_a_row_for_each_model(
     url: str, catalog: tuple[ObjectStore, dict[str, Request]]
 ) -> None:
     root, requests = catalog
     assert {row.state for row in rows_of(root, url).values()} == {"not started"}
     finish(root, requests["m0000"])
     save_request(root, requests["m0001"])
-    begun(run_store(root, requests["m0001"].run_id))
+    start_and_crash(run_store(root, requests["m0001"].run_id))
     save_request(root, requests["m0002"])
     finish(root, requests["m0003"])
     root.put("models/m0003/int8/current.json", b"{}")
@@ -139,7 +139,7 @@ def test_each_model_is_told_as_it_stands(
     assert len(status(root)) == 6
 
 
-def test_what_was_asked_for_after_a_release_is_told_beside_it(
+def test_a_request_later_than_the_release_has_its_own_row(
     url: str, catalog: tuple[ObjectStore, dict[str, Request]]
 ) -> None:
     import dataclasses
@@ -182,7 +182,7 @@ def test_the_command_prints_tables_and_json(
     root, requests = catalog
     finish(root, requests["m0000"])
     run = run_store(root, requests["m0001"].run_id)
-    begun(run)
+    start_and_crash(run)
 
     def call(*arguments: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as ended:
@@ -215,7 +215,7 @@ def test_durations_are_short(seconds: float, said: str) -> None:
 
 
 @pytest.mark.exhaustive
-def test_many_entries_are_decided_and_told_in_seconds(url: str) -> None:
+def test_many_entries_are_decided_and_listed_within_seconds(url: str) -> None:
     """Linear: each entry costs the same few requests."""
     spent: dict[int, list[float]] = {}
     for number in (30, 300):

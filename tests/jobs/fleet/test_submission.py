@@ -1,4 +1,4 @@
-"""Jobs are started in order, a few at once, once each; storage says which did their work."""
+"""Jobs start in order, a few at a time, once each; storage decides which succeeded."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def job(decision: Decision, attempt: int) -> str:
     return f"{decision.request.request_id}-attempt{attempt}"
 
 
-def test_the_urgent_first_and_no_more_at_once_than_allowed(
+def test_urgent_runs_start_first_and_within_the_limit(
     root: ObjectStore, decisions: list[Decision]
 ) -> None:
     jobs = FakeJobs()
@@ -127,7 +127,7 @@ def test_the_urgent_first_and_no_more_at_once_than_allowed(
     }  # fmt: skip
 
 
-def test_what_runs_already_is_attached_to(root: ObjectStore, decisions: list[Decision]) -> None:
+def test_running_jobs_are_attached_to(root: ObjectStore, decisions: list[Decision]) -> None:
     jobs = FakeJobs()
     Submission(root, jobs, decisions, Limits(at_once=9)).step()
     before = dict(jobs.jobs)
@@ -144,7 +144,7 @@ def test_what_runs_already_is_attached_to(root: ObjectStore, decisions: list[Dec
 
 
 @pytest.mark.parametrize("exit_code", [None, 1, 3, 137, 0])
-def test_what_failed_is_resumed_up_to_a_limit(
+def test_failed_jobs_are_resumed_up_to_a_limit(
     root: ObjectStore, decisions: list[Decision], exit_code: int | None
 ) -> None:
     """Even where Ray says that it ended well: storage knows of nothing."""
@@ -166,7 +166,7 @@ def test_what_failed_is_resumed_up_to_a_limit(
     assert list(jobs.jobs)[2:] == [job(first, 3)]
 
 
-def test_bad_input_is_not_tried_again(root: ObjectStore, decisions: list[Decision]) -> None:
+def test_bad_input_is_not_retried(root: ObjectStore, decisions: list[Decision]) -> None:
     jobs = FakeJobs()
     submission = Submission(root, jobs, decisions[:1], Limits(attempts=9))
     submission.step()
@@ -176,7 +176,7 @@ def test_bad_input_is_not_tried_again(root: ObjectStore, decisions: list[Decisio
     assert "exit code 2" in submission.tasks[0].text
 
 
-def test_a_failed_gate_is_an_answer(root: ObjectStore, decisions: list[Decision]) -> None:
+def test_a_failed_gate_is_not_retried(root: ObjectStore, decisions: list[Decision]) -> None:
     jobs = FakeJobs()
     submission = Submission(root, jobs, decisions[:1], Limits())
     submission.step()
@@ -188,7 +188,7 @@ def test_a_failed_gate_is_an_answer(root: ObjectStore, decisions: list[Decision]
     assert exit_code_of_tasks(submission.tasks) == 5
 
 
-def test_a_job_that_was_lost_after_it_had_published_is_done(
+def test_a_job_lost_after_it_published_counts_as_published(
     root: ObjectStore, decisions: list[Decision]
 ) -> None:
     jobs = FakeJobs()
@@ -200,7 +200,7 @@ def test_a_job_that_was_lost_after_it_had_published_is_done(
     assert phases(submission) == {"urgent": "published"}
 
 
-def test_cancel_stops_what_is_alive_of_one_request_alone(
+def test_cancel_stops_the_living_jobs_of_one_request_only(
     root: ObjectStore, decisions: list[Decision]
 ) -> None:
     jobs = FakeJobs()

@@ -1,4 +1,4 @@
-"""Catalogs of tiny models whose runs are done in this process, each solve counted."""
+"""Catalogs of tiny models whose runs are made in this process, with each solve counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Publishing is atomic, in order, and done once, however many try."""
+"""Publishing is atomic and ordered, and happens once, however many processes try."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_each_result_is_a_release_and_the_latest_is_current(root: ObjectStore) -
     assert published_names(root) == (("a", "int8"),)
 
 
-def test_a_crash_before_the_move_costs_no_number(root: ObjectStore) -> None:
+def test_a_crash_before_current_is_set_uses_up_no_number(root: ObjectStore) -> None:
     publish(root, *result(1))
     root.delete("models/a/int8/current.json")
     publish(root, *result(1))
@@ -69,13 +69,13 @@ def test_a_crash_before_the_move_costs_no_number(root: ObjectStore) -> None:
     assert find_current(root, "a", "int8") is not None
 
 
-def test_all_names_get_it(root: ObjectStore) -> None:
+def test_a_result_is_published_under_all_its_names(root: ObjectStore) -> None:
     releases = publish(root, *result(1, aliases=("stable",)))
     assert [release.model for release in releases] == ["a", "stable"]
     assert published_names(root) == (("a", "int8"), ("stable", "int8"))
 
 
-def test_of_racing_publishers_every_result_is_in_the_history_once(root: ObjectStore) -> None:
+def test_racing_publishers_add_each_result_to_the_history_once(root: ObjectStore) -> None:
     results = [result(number) for number in range(4)]
     threads = [
         threading.Thread(target=publish, args=(root, *one)) for one in results for _ in range(2)
@@ -92,7 +92,9 @@ def test_of_racing_publishers_every_result_is_in_the_history_once(root: ObjectSt
     assert current.release in past
 
 
-def test_moves_by_hand_set_aside_and_moves_back_take_that_away(root: ObjectStore) -> None:
+def test_a_persons_choice_sets_the_replaced_run_aside_until_it_is_chosen_again(
+    root: ObjectStore,
+) -> None:
     for number in (1, 2):
         publish(root, *result(number))
     first, second = history(root, "a", "int8")
@@ -107,7 +109,7 @@ def test_moves_by_hand_set_aside_and_moves_back_take_that_away(root: ObjectStore
     assert current.set_aside == (first.run_id,)
 
 
-def test_a_damaged_pointer_is_named_and_never_overwritten(root: ObjectStore) -> None:
+def test_a_damaged_current_release_is_reported_and_never_overwritten(root: ObjectStore) -> None:
     publish(root, *result(1))
     key = "models/a/int8/current.json"
     root.put(key, root.get(key).replace(b'"moves": 1', b'"moves": 7'))

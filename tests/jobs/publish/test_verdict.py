@@ -1,4 +1,4 @@
-"""A gate lets through what keeps all its limits, and says of the rest what it does not keep."""
+"""A gate passes results that meet all its limits, and names the limits that others exceed."""
 
 from __future__ import annotations
 
@@ -39,13 +39,15 @@ NAN = Fidelity(
         (Gate(min_cosine=0.9), None, ["it was not evaluated"]),
     ],
 )
-def test_limits(gate: Gate | None, fidelity: Fidelity | None, said: list[str]) -> None:
+def test_exceeded_limits_are_reported(
+    gate: Gate | None, fidelity: Fidelity | None, said: list[str]
+) -> None:
     found = failures(gate, fidelity)
     assert len(found) == len(said)
     assert all(wanted in text for wanted, text in zip(said, found, strict=True)), found
 
 
-def test_what_is_no_number_is_written_as_null() -> None:
+def test_nan_is_written_as_null() -> None:
     found = quality_figures(NAN)
     assert found is not None
     assert found["result_perplexity"] is None

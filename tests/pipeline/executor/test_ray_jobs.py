@@ -1,4 +1,4 @@
-"""What a cluster that is not quite there answers, and what becomes of it."""
+"""How submission copes with a cluster's dashboard that is starting, failing or absent."""
 
 from __future__ import annotations
 
