@@ -1,4 +1,4 @@
-"""What a plan will cost, from its numbers alone: bytes moved, memory of a worker, flops."""
+"""Estimate what a plan costs: bytes read and written, memory of a worker, flops."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from pipeline.reduction import split
 from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme
 
 _FLOAT_BYTES = 4
-# A process with JAX and Keras, before it holds any model; and the programs that it compiles to
-# calibrate one.
+# A process with JAX and Keras before it holds a model, and the programs compiled to calibrate one.
 _PROCESS_BYTES = 450 << 20
 _PROGRAMS_BYTES = 450 << 20
-# The block as it was read, on the device, quantized and as it is written, and the next one.
+# The block as read, on the device, quantized and as written, and the next block.
 _BLOCK_COPIES = 5
-# What is outside the blocks: as read, in float32 to embed, and as it is written.
+# Everything outside the blocks as read, in float32 to embed, and as written.
 _REST_COPIES = 3
 # A solve holds weight and Hessian about three times (`tests.benchmarks.memory`).
 _SOLVE_COPIES = 3
-# A micro-batch's Gram while it is added to a shard's, beside a sum for each level of the tree.
+# A micro-batch's Gram while it is added to a shard's, besides one sum per level of the tree.
 _GRAM_COPIES = 6
 # A micro-batch inside a layer, and its attention's scores before and after the softmax.
 _LAYER_COPIES = 4
@@ -29,13 +28,13 @@ _HEAD_FEATURES = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Of one run.
+    """The costs of one run.
 
     Attributes:
-        source_bytes: read of the source's weights, once.
-        result_bytes: written, roughly.
+        source_bytes: of the source's weights, which are read once.
+        result_bytes: of the artifact's weights, roughly.
         activation_bytes: of all calibration shards between two blocks.
-        worker_bytes: peak memory of the worker that has most to hold.
+        worker_bytes: peak memory of the worker that holds most.
         forward_flops, gram_flops, solve_flops: of all blocks.
     """
 
@@ -53,7 +52,7 @@ class Estimate:
 
 
 def estimate(plan: Plan, workers: int) -> Estimate:
-    """Estimate a plan on so many workers."""
+    """Estimate the costs of a plan on this many workers."""
     blocks = plan.parts[1:]
     tokens = plan.tokens
     num_tokens = 0 if tokens is None else tokens.num_samples * tokens.sequence_length
@@ -64,7 +63,7 @@ def estimate(plan: Plan, workers: int) -> Estimate:
         result_bytes=sum(part.source_bytes - _saved_bytes(part) for part in plan.parts),
         activation_bytes=activation_bytes,
         worker_bytes=_worker_bytes(plan, workers),
-        # Every layer runs once, on what the quantized ones before it give.
+        # Every layer runs once, on the output of the quantized ones before it.
         forward_flops=float(sum(2 * part.num_weights * num_tokens for part in blocks)),
         # Above the diagonal in four bands: 10/16 of the whole product.
         gram_flops=float(
@@ -80,7 +79,7 @@ def estimate(plan: Plan, workers: int) -> Estimate:
 
 
 def _worker_bytes(plan: Plan, workers: int) -> int:
-    """The most that a worker holds at a time: programs, blocks, sums or a solve, activations."""
+    """The peak of a worker: programs, blocks, statistics or a solve, activations."""
     rest, *blocks = (part.num_weights * _FLOAT_BYTES for part in plan.parts)
     weights = max(_REST_COPIES * rest, _BLOCK_COPIES * max(blocks))
     solve = max(_solve_bytes(part) for part in plan.parts)
@@ -92,7 +91,7 @@ def _worker_bytes(plan: Plan, workers: int) -> int:
     windows = held * max(stop - start for start, stop in tokens.shards)
     hidden = _hidden(plan)
     widest = max(g.in_features for part in plan.parts for g in part.groups)
-    # Between two stages of a block: the stream, what goes around the layers, and their input.
+    # Between two stages of a block: hidden states, residuals, and the input of the layers.
     activations = windows * tokens.sequence_length * (3 * hidden + widest)
     batch = tokens.micro_batch * tokens.sequence_length
     layer = _LAYER_COPIES * batch * widest
@@ -114,7 +113,7 @@ def _gram_bytes(plan: Plan, num_shards: int) -> int:
 
 
 def _hidden(plan: Plan) -> int:
-    """Features of the stream between blocks."""
+    """Features of the hidden states between blocks."""
     sizes = [min((k.in_features for k in _kernels(part)), default=0) for part in plan.parts[1:]]
     return max(sizes, default=0)
 
@@ -156,7 +155,7 @@ def _saved_bytes(part: PartPlan) -> int:
 
 
 def bits_per_weight(layer: LayerPlan) -> float:
-    """Stored bits of one weight, with its share of scales and zero points."""
+    """Stored bits of one weight, including its share of scales and zero points."""
     match layer.scheme:
         case (
             GPTQScheme(weight_bits=bits, group_size=size)

@@ -1,8 +1,8 @@
-"""How far the result is from its source: what is summed over text, and what is made of the sums.
+"""How close the result is to its source: sums over text windows, and their means.
 
-A causal language model is judged by perplexity before and after, and by the divergence
-KL(source ‖ result) of its next-token distributions; any other model by the cosine between what
-both answer. Plain data: `pipeline.worker.evaluate` does the work.
+Causal language models are compared by the perplexity of both and by the divergence
+KL(source ‖ result) of their next-token distributions, other models by the cosine between their
+outputs. `pipeline.worker.evaluate` computes the sums.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class WindowFidelity:
-    """CalibrationStatistics over one window.
+    """Sums over one window.
 
     Attributes:
-        count: predicted tokens; of an encoder, compared vectors.
-        source_loss, result_loss: Σ -log p(next token), natural; 0 of an encoder.
-        divergence: Σ KL(source ‖ result), in nats; 0 of an encoder.
-        cosine: Σ of cosines; 0 of a causal model.
-        agreement: tokens for which both find the same next one likeliest.
+        count: predicted tokens; for an encoder, compared vectors.
+        source_loss, result_loss: Σ -log p(next token), natural; 0 for an encoder.
+        divergence: Σ KL(source ‖ result), in nats; 0 for an encoder.
+        cosine: Σ of cosines; 0 for a causal model.
+        agreement: tokens for which both models rank the same next token first.
     """
 
     count: int
@@ -37,10 +37,11 @@ class Fidelity:
     """Means over all windows.
 
     Attributes:
-        num_windows, count: windows, and what was compared in them.
-        source_perplexity, result_perplexity, divergence, agreement: of a causal model; the
-            divergence in nats a token, the agreement a share of 1.
-        cosine: of an encoder: mean cosine between source and result.
+        count: predicted tokens; for an encoder, compared vectors.
+        source_perplexity, result_perplexity: of a causal model.
+        divergence: of a causal model, in nats per token.
+        agreement: of a causal model, between 0 and 1.
+        cosine: of an encoder.
     """
 
     num_windows: int

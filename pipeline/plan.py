@@ -1,7 +1,7 @@
-"""The plan of a run: what is quantized how, on what, in which order. Its digest is the run.
+"""The plan of a run: what is quantized how, on which text, in which order.
 
-Everything here decides bytes of the result; where the source lies and how many workers there are
-do not, and are left out of the digest. The plan is plain data: whoever holds it needs no Keras.
+Everything here decides bytes of the result, except where the source lies, which the digest leaves
+out. The number of workers decides none, and is no part of it. Reading a plan needs no Keras.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.record import STRICT, StoredRecord
 
 PLAN_KEY = "plan.json"
+_MICRO_BATCH_TOKENS = {"cpu": 512}
+_SHARD_TOKENS = 2048
+_MAX_SHARDS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +31,10 @@ class LayerPlan:
     Attributes:
         path: Keras' path of the layer.
         name: the path within its block; outside the blocks, the path.
-        kind: "kernel" or "embedding".
-        in_features, out_features: of the matrix; of an embedding, vector and tokens.
+        in_features, out_features: of the matrix; of an embedding, length and number of vectors.
         scheme: how it is quantized; None leaves it in float.
-        note: why it stays in float, where its recipe asked otherwise.
-        slices: runs of output channels that may be solved apart, each by another worker.
+        note: why it stays in float, if not because of its recipe.
+        slices: ranges of output channels that different workers may solve.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -49,12 +51,12 @@ class LayerPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class InputGroup:
-    """Layers of one block that share an input, so that one sum and one factor serve them.
+    """Layers of one block that share an input, and so its statistics and their factorization.
 
     Attributes:
-        targets: the layers' names within the block.
+        targets: the layers' names within the block, in the order of their calls.
         in_features: C.
-        statistics: what is summed over calibration.
+        statistics: what the layers' schemes need to know of the input.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -66,12 +68,12 @@ class InputGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class PartPlan:
-    """What goes into one file of the artifact: part 0 is outside the blocks, part i + 1 block i.
+    """One weights file of the artifact: 0 is everything outside the blocks, i + 1 is block i.
 
     Attributes:
         part: the file's number.
         name: the block's name; "rest" for part 0.
-        source_bytes: of its variables in the source.
+        source_bytes: size of its variables in the source.
         source_sha256: of their values (see `pipeline.weights.source.values_digest`).
     """
 
@@ -91,15 +93,15 @@ class PartPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class TokensPlan:
-    """The calibration windows, and how they are cut up.
+    """The calibration windows, and how they are divided.
 
     Attributes:
         key: storage key of the token windows, named by their digest.
         digest: SHA-256 of that object.
         fingerprint: SHA-256 of the texts.
-        num_samples, sequence_length: windows, and tokens in each.
-        micro_batch: windows that go through a block at once.
-        shards: slices [a, b) of the windows, the leaves of the reduction tree.
+        num_samples, sequence_length: number of windows, and of tokens in each.
+        micro_batch: windows that pass a block together.
+        shards: ranges [a, b) of windows, the leaves of the reduction tree.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -118,15 +120,14 @@ class Plan(StoredRecord):
     """One model × one recipe.
 
     Attributes:
-        source_url: where the preset lies; not part of the digest.
-        source_files_sha256: SHA-256 over the preset's JSON and vocabularies; its weights' are
-            those of the parts.
+        source_url: the preset; not part of the digest.
+        source_files_sha256: of the preset's JSON and vocabularies; for its weights see the parts.
         model, task: the classes of the backbone, and of what stock KerasHub loads.
         recipe: without a calibration that no scheme needs.
-        tokens: calibration; None where no layer needs any.
+        tokens: the calibration; None if no layer needs any.
         parts: part 0, then the blocks in order.
-        machine: kind of processor and threads of each worker: other ones round otherwise.
-        versions: of the packages that compute.
+        machine: platform, device and threads of each worker; others may round differently.
+        versions: of the packages that compute the result.
         policies: dtype policy by layer path, as the artifact's JSON names them.
         weights_format: 2 compresses float8 kernels in the weights files; 1 stores them as they
             are. Plans of format 1 do not mention it, since older versions knew no other.
@@ -183,24 +184,18 @@ def read_plan(store: ObjectStore) -> Plan:
         return Plan.read(store, PLAN_KEY)
     except DamagedObjectError as error:
         raise DamagedObjectError(
-            f"{error}; nobody can tell what this run was to do: start again in an empty place"
+            f"{error}; without its plan this run cannot be resumed: start again in an empty folder"
         ) from error
 
 
 def micro_batches(num_samples: int, sequence_length: int, platform: str) -> tuple[int, int]:
-    """Windows that go through a block at once, and windows of a shard.
+    """The windows of a micro-batch, and the windows of a shard, which holds whole micro-batches.
 
-    A processor's caches hold the attention scores of about 512 tokens; an accelerator wants more.
-    A shard is worth a sum of its own from 2,048 tokens on. It holds a whole number of
-    micro-batches, and there are at most 32.
+    A CPU's caches hold the attention scores of about 512 tokens; an accelerator needs more. A shard
+    has 2,048 tokens, or more where there would be more than 32 shards.
     """
-    at_once = _TOKENS_AT_ONCE.get(platform, _TOKENS_OF_A_SHARD)
-    micro_batch = min(num_samples, max(1, at_once // sequence_length))
-    unit = min(num_samples, max(1, _TOKENS_OF_A_SHARD // sequence_length))
-    unit = micro_batch * max(1, unit // micro_batch)
-    return micro_batch, unit * -(-num_samples // (unit * _MOST_SHARDS))
-
-
-_TOKENS_AT_ONCE = {"cpu": 512}
-_TOKENS_OF_A_SHARD = 2048
-_MOST_SHARDS = 32
+    tokens = _MICRO_BATCH_TOKENS.get(platform, _SHARD_TOKENS)
+    micro_batch = min(num_samples, max(1, tokens // sequence_length))
+    shard = min(num_samples, max(1, _SHARD_TOKENS // sequence_length))
+    shard = micro_batch * max(1, shard // micro_batch)
+    return micro_batch, shard * -(-num_samples // (shard * _MAX_SHARDS))

@@ -1,8 +1,8 @@
-"""The shape of a reduction: which sums are added to which, whoever holds them.
+"""The shape of a reduction: which sums are added to which, however they are spread over workers.
 
-Floating-point addition is not associative, so the tree is fixed by the number of calibration
-shards alone (`quantizer.tree_merge` draws the same one). Workers are given whole subtrees; what
-is left of the tree joins their sums.
+Floating-point addition is not associative, so the number of calibration shards alone fixes the tree
+(`quantizer.tree_merge` has the same one). Workers reduce whole subtrees; the rest of the tree joins
+their sums.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Subtree:
 
 
 def split(num_leaves: int, num_workers: int) -> list[list[Subtree]]:
-    """Whole subtrees of the tree over `num_leaves` leaves for each worker, in leaf order.
+    """Split the tree over `num_leaves` leaves into subtrees for each worker, in leaf order.
 
-    All subtrees but the last are of one size: the largest that leaves no worker without one,
-    where there are leaves enough.
+    All subtrees but the last have one size: the largest with which every worker gets a subtree, if
+    there are enough leaves.
     """
     size = 1
     while -(-num_leaves // (2 * size)) >= min(num_workers, num_leaves):
@@ -54,11 +54,11 @@ def reduce_subtree(
     # Like carrying in binary: two finished sums of one level make one of the next.
     pending: list[tuple[int, _Sum]] = []
     for index in subtree.leaves:
-        level, found = 0, leaf(index)
+        level, total = 0, leaf(index)
         while pending and pending[-1][0] == level:
-            found = merge(pending.pop()[1], found)
+            total = merge(pending.pop()[1], total)
             level += 1
-        pending.append((level, found))
+        pending.append((level, total))
     total = pending.pop()[1]
     # The ragged end: a node without a neighbour rises unmerged until it meets one.
     while pending:
@@ -67,7 +67,7 @@ def reduce_subtree(
 
 
 def join(sums: Sequence[_Sum], merge: Callable[[_Sum, _Sum], _Sum]) -> _Sum:
-    """What remains of the tree above the subtrees' sums, given in leaf order."""
+    """Reduce the tree above the subtrees, whose sums are given in leaf order."""
     level = list(sums)
     while len(level) > 1:
         pairs = [merge(level[i], level[i + 1]) for i in range(0, len(level) - 1, 2)]
