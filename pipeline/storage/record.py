@@ -1,7 +1,7 @@
 """Records: frozen dataclasses stored as JSON that carries its own digest.
 
-The same content always has the same bytes, and a single other byte makes a record unreadable, so a
-reader can trust one without knowing anything else about it.
+Equal content has equal bytes, and changing a single byte makes a record unreadable, so a reader
+can trust a record without knowing anything else about it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pipeline.errors import DamagedObjectError, PipelineError
 from pipeline.storage.object_store import ObjectStore
 
 STRICT = ConfigDict(strict=True, extra="forbid")
-"""`__pydantic_config__` of every dataclass in a record: a record is what we wrote, to the byte."""
+"""`__pydantic_config__` of every dataclass in a record: nothing is coerced, added or ignored."""
 
 MAX_RECORD_BYTES = 256 << 20
-# A bit that flipped in transit is right at the next read; one that flipped at rest is not.
+# Reading again repairs a bit flip in transit, but not damage at rest.
 _NUM_READS = 3
 
 
 class RecordError(PipelineError):
-    """Bytes that are not as we wrote them, or that contradict themselves."""
+    """Bytes that differ from what was written, or that contradict themselves."""
 
 
 class StoredRecord:
@@ -33,12 +33,12 @@ class StoredRecord:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def content(self) -> dict[str, Any]:
-        """The record as plain values, the form in which it is stored."""
+        """The record as plain JSON values, as it is stored."""
         values: dict[str, Any] = TypeAdapter(type(self)).dump_python(self)
         return values
 
     def to_json(self) -> bytes:
-        """The bytes that are stored."""
+        """The stored bytes."""
         return with_digest(self.content())
 
     @property
@@ -51,11 +51,11 @@ class StoredRecord:
         """Read what `to_json` wrote.
 
         Raises:
-            RecordError: anything else; a single other byte is enough.
+            RecordError: anything else, even if only one byte differs.
         """
         content = without_digest(data)
         try:
-            # As JSON: strict validation takes lists for tuples there.
+            # From JSON, since strict validation accepts lists for tuples only there.
             return TypeAdapter(cls).validate_json(canonical_json(content))
         except ValidationError as error:
             first = error.errors()[0]
@@ -66,10 +66,10 @@ class StoredRecord:
 
     @classmethod
     def read(cls, store: ObjectStore, key: str) -> Self:
-        """Read a record, again if it arrives damaged.
+        """Read a record; repeat the read if it arrives damaged.
 
         Raises:
-            MissingObjectError: nothing is there.
+            MissingObjectError: there is no such record.
             DamagedObjectError: it is damaged at rest.
         """
         for _ in range(_NUM_READS):
@@ -81,15 +81,15 @@ class StoredRecord:
 
 
 def with_digest(content: Any) -> bytes:
-    """The stored bytes of a JSON value."""
+    """The stored bytes for a JSON value."""
     return canonical_json({"content": content, "sha256": digest_of(content)})
 
 
 def without_digest(data: bytes) -> Any:
-    """The value that `with_digest` was given.
+    """The inverse of `with_digest`.
 
     Raises:
-        RecordError: anything but its own output, to the last byte.
+        RecordError: not exactly what `with_digest` returns.
     """
     try:
         written = json.loads(data)
