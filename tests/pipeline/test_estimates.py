@@ -1,4 +1,4 @@
-"""Estimates from a plan's numbers hold for what really happens."""
+"""Estimates agree with measured memory and bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.models.tiny import tiny_preset
 from tests.pipeline.tiny_runs import execute, planned, recipe
 
 ROOT = Path(__file__).parents[2]
-# A worker as in a process of Ray's, that does all of a run.
+# A worker process like Ray's that does a whole run.
 _PROGRAM = """
 import resource, sys
 limit = int(sys.argv.pop(1))
@@ -37,7 +37,7 @@ store = open_store(output)
 plan = claim(store, Plan.from_json(Path(plan).read_bytes()), Path(windows).read_bytes())
 executor = LocalExecutor([Worker(plan, source, output)])
 quantize(plan, store, executor, lambda step: None, keep_every=2)
-# Not getrusage, whose maximum begins with that of the process that started this one.
+# Not getrusage, whose maximum is inherited from the parent process.
 status = Path("/proc/self/status").read_text().splitlines()
 [peak] = [line.split()[1] for line in status if line.startswith("VmHWM:")]
 print(int(peak) * 1024)
@@ -118,7 +118,7 @@ def test_a_worker_takes_no_more_memory_than_estimated(
 @pytest.mark.timeout(1500)
 def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
     peaks = {}
-    # The first one compiles, which takes memory of its own, and is measured again.
+    # The first run compiles, which takes memory of its own, so it is measured again.
     for attempt, num_blocks in enumerate((4, 4, 8, 16, 32)):
         folder = tmp_path / str(attempt)
         folder.mkdir()
@@ -127,17 +127,17 @@ def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
         )
         per_block = max(part.source_bytes for part in plan.parts[1:])
     print({num_blocks: f"{peak:,}" for num_blocks, peak in peaks.items()}, f"{per_block=:,}")
-    # 28 blocks more, of which not even two may be held at a time.
+    # 28 more blocks; not even two of them fit below this limit.
     assert peaks[32] - peaks[4] < 2 * per_block + (8 << 20), peaks
 
 
-def test_what_is_read_is_what_the_source_holds() -> None:
+def test_source_bytes_are_those_of_the_source() -> None:
     plan = planned("gptq").plan
     assert estimate(plan, 1).source_bytes == sum(part.source_bytes for part in plan.parts)
 
 
 @pytest.mark.parametrize("scheme", ["gptq", "awq", "int8"])
-def test_what_is_written_is_about_what_was_said(scheme: str) -> None:
+def test_result_bytes_are_close_to_what_is_written(scheme: str) -> None:
     store = open_store(f"memory://test-estimates/{scheme}")
     execute(planned(scheme), store)
     stored = sum(

@@ -27,7 +27,7 @@ def test_an_encoder_has_a_cosine_and_no_perplexity() -> None:
     assert found.divergence is None
 
 
-def test_sums_of_a_million_windows_lose_nothing() -> None:
+def test_a_million_windows_are_summed_exactly() -> None:
     losses = np.random.default_rng(0).uniform(1, 5, 100_000)
     found = average([WindowFidelity(count=1, source_loss=x, result_loss=x) for x in losses])
     assert found.source_perplexity == math.exp(math.fsum(losses) / len(losses))

@@ -36,7 +36,7 @@ def test_the_digest_covers_all_that_decides_bytes() -> None:
     assert dataclasses.replace(plan, source_url="elsewhere").digest == plan.digest
 
 
-def test_anything_but_a_plan_is_damaged() -> None:
+def test_other_content_is_reported_as_damage() -> None:
     data = planned("gptq").plan.to_json()
     values = json.loads(data)
     cases = [

@@ -1,4 +1,4 @@
-"""A plan decides everything, and refuses what cannot be carried out."""
+"""A plan decides everything, and refuses what cannot be done."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_threads_are_part_of_the_plan() -> None:
     assert other.digest != planned("gptq").plan.digest
 
 
-def test_weights_alone_need_no_texts() -> None:
+def test_weight_only_schemes_need_no_texts() -> None:
     wanted = recipe_from_dict(
         {
             "name": "x",
@@ -114,7 +114,7 @@ def test_groups_need_not_divide_the_features() -> None:
     assert layers(plan)["transformer_layer_0/self_attention/query"].in_features == 64
 
 
-def test_a_source_of_another_shape_is_refused_before_anything(tmp_path: Path) -> None:
+def test_a_source_with_wrong_shapes_is_refused_first(tmp_path: Path) -> None:
     preset = tmp_path / "preset"
     shutil.copytree(source(), preset)
     with h5py.File(preset / "model.weights.h5", "r+") as file:
@@ -145,7 +145,7 @@ def test_windows_longer_than_the_model_s_positions_are_refused() -> None:
         make_plan(read_preset(str(source("OPT"))), recipe("gptq", sequence_length=300), threads=2)
 
 
-def test_too_little_text_is_told_before_all_weights_are_read(
+def test_too_little_text_is_reported_before_all_weights_are_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     read = 0

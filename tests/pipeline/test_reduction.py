@@ -1,4 +1,4 @@
-"""Whoever holds the shards, the additions are the same ones."""
+"""The additions are the same however the shards are spread over workers."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def test_every_split_adds_what_tree_merge_adds(num_leaves, num_workers):
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 4, 8])
-def test_no_worker_idles_where_there_are_shards_enough(num_workers):
+def test_every_worker_gets_shards_if_there_are_enough(num_workers):
     shares = split(32, num_workers)
     assert all(shares)
     loads = [sum(len(subtree.leaves) for subtree in share) for share in shares]

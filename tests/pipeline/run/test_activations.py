@@ -34,7 +34,7 @@ def store_keys(block: int) -> list[str]:
     return [f"activations/{block:05d}/shard-{shard:05d}.safetensors" for shard in range(2)]
 
 
-def test_what_was_kept_is_read_bit_for_bit(store: ObjectStore) -> None:
+def test_saved_activations_load_bit_for_bit(store: ObjectStore) -> None:
     keep(store, 3)
     for shard in range(2):
         found = activations.load(store, 3, shard)
@@ -50,7 +50,7 @@ def test_the_same_hidden_states_are_the_same_bytes(store: ObjectStore) -> None:
     )
 
 
-def test_the_latest_whole_set_up_to_the_block_is_found(store: ObjectStore) -> None:
+def test_latest_finds_the_last_complete_set_up_to_the_block(store: ObjectStore) -> None:
     assert activations.latest(store, 9, 2) == 0
     for block in (2, 4, 6):
         keep(store, block)
@@ -61,7 +61,7 @@ def test_the_latest_whole_set_up_to_the_block_is_found(store: ObjectStore) -> No
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "delete", "index"])
-def test_a_damaged_set_is_passed_over_and_never_loaded(store: ObjectStore, damage: str) -> None:
+def test_a_damaged_set_is_skipped_and_never_loaded(store: ObjectStore, damage: str) -> None:
     keep(store, 2)
     keep(store, 4)
     key = "activations/00004/index.json" if damage == "index" else shard_key(4, 1)
@@ -79,7 +79,7 @@ def test_a_damaged_set_is_passed_over_and_never_loaded(store: ObjectStore, damag
 
 
 @pytest.mark.parametrize("content", [b"[]", b'{"0": 1}', b'{"x": ["", 1]}', b'{"0": [1]}', b"\xff"])
-def test_an_index_of_another_form_is_a_damaged_one(store: ObjectStore, content: bytes) -> None:
+def test_a_malformed_index_counts_as_damaged(store: ObjectStore, content: bytes) -> None:
     keep(store, 2)
     store.put("activations/00002/index.json", content)
     assert activations.latest(store, 9, 2) == 0
@@ -95,11 +95,11 @@ def test_only_the_newest_two_sets_stay(store: ObjectStore) -> None:
     for block in (2, 4, 6, 8):
         keep(store, block)
     activations.discard(store, 6)
-    # Block 8's came after it, and are not this call's to judge.
+    # Block 8's set is newer than the one to keep.
     assert {key.split("/")[1] for key in store.list("activations/")} == {"00004", "00006", "00008"}
 
 
-def test_what_lies_there_besides_is_left_alone(store: ObjectStore) -> None:
+def test_unknown_objects_are_left_alone(store: ObjectStore) -> None:
     keep(store, 2)
     store.put("activations/notes.txt", b"mine")
     assert activations.latest(store, 9, 2) == 2

@@ -1,4 +1,4 @@
-"""What is committed is found again, what is damaged never used, and two executions agree."""
+"""Committed parts are found again, damaged ones never used, and two executions agree."""
 
 import dataclasses
 import itertools
@@ -86,7 +86,7 @@ def found_in(store, *, chained=True, verify=True):
 
 
 def resume(store, chained=True):
-    """Do what is not yet done, as a run would; returns the parts that it worked on."""
+    """Commit what is missing, as a run would; returns the parts that it worked on."""
     found = found_in(store, chained=chained)
     quarantine(store, found.findings)
     worked_on = []
@@ -181,7 +181,7 @@ def truncate_weights(store, part):
 @pytest.mark.parametrize("spoil", [spoil_record, spoil_weights, truncate_weights])
 @pytest.mark.parametrize("part", [0, 1, 3, NUM_BLOCKS])
 @pytest.mark.parametrize("chained", [True, False])
-def test_damage_is_reported_moved_aside_and_made_good(store, spoil, part, chained):
+def test_damage_is_reported_quarantined_and_recommitted(store, spoil, part, chained):
     resume(store, chained)
     before = contents(store)
     spoil(store, part)
@@ -202,7 +202,7 @@ def test_damage_is_reported_moved_aside_and_made_good(store, spoil, part, chaine
 
 
 @pytest.mark.parametrize("key_of", [record_key, file_key])
-def test_what_was_deleted_is_made_again(whole, expected, key_of):
+def test_deleted_objects_are_committed_again(whole, expected, key_of):
     whole.delete(key_of(3))
     found = found_in(whole)
     assert sorted(found.parts) == [0, 1, 2]
@@ -211,7 +211,7 @@ def test_what_was_deleted_is_made_again(whole, expected, key_of):
     assert contents(whole) == expected
 
 
-def test_a_cut_file_is_seen_without_reading_it(whole):
+def test_a_truncated_file_is_noticed_without_reading_it(whole):
     truncate_weights(whole, 2)
     assert sorted(found_in(whole, verify=False).parts) == [0, 1]
     spoil_weights(whole, 2)
@@ -227,7 +227,7 @@ def test_a_cut_file_is_seen_without_reading_it(whole):
         (record_of(2), "follows another record"),
     ],
 )
-def test_a_record_that_does_not_belong_is_not_used(whole, record, problem):
+def test_a_record_of_another_plan_part_or_chain_is_not_used(whole, record, problem):
     whole.put(record_key(2), record.to_json())
     found = found_in(whole)
     assert sorted(found.parts) == [0, 1]
@@ -242,7 +242,7 @@ def test_a_manifest_is_committed_once_and_the_first_counts(whole):
     first = manifest_of(PLAN, parts, {}, {"keras": "3.15.1"})
     assert commit_manifest(whole, first) == first
     assert commit_manifest(whole, first) == first
-    # The same artifact, finished by another release of something.
+    # The same artifact, finished with another version of a package.
     assert commit_manifest(whole, manifest_of(PLAN, parts, {}, {"keras": "3.15.2"})) == first
     assert read_manifest(whole) == first
 
@@ -257,14 +257,14 @@ def test_a_manifest_of_other_files_or_another_plan_is_refused(whole):
     assert read_manifest(whole) == first
 
 
-def test_a_damaged_manifest_is_no_manifest(whole):
+def test_a_damaged_manifest_is_reported(whole):
     manifest = commit_manifest(whole, manifest_of(PLAN, found_in(whole).parts, {}, {}))
     whole.put(manifest.key, manifest.to_json()[:-2])
     with pytest.raises(DamagedObjectError, match=r"manifest.json is damaged"):
         read_manifest(whole)
 
 
-def test_everything_that_a_manifest_names_is_read_again(whole):
+def test_damaged_files_covers_everything_that_a_manifest_names(whole):
     small = {"artifact/config.json": b"{}", "artifact/task.json": b"[]"}
     for key, data in small.items():
         whole.put(key, data)

@@ -1,4 +1,4 @@
-"""Damage to what a run stands on is found before it is built upon, and never published."""
+"""Damage is found before anything is built on it, and is never published."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_plan_or_manifest_with_any_other_byte_is_refused(key: str, store: Obje
 
 
 @pytest.mark.parametrize("key", [PLAN_KEY, MANIFEST_KEY])
-def test_whoever_meets_a_damaged_plan_or_manifest_touches_nothing(key: str, tmp_path: Path) -> None:
+def test_nothing_is_changed_beside_a_damaged_plan_or_manifest(key: str, tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     execute(planned("int8"), store)
     flip(store, key, 99)
@@ -92,7 +92,7 @@ def test_a_source_that_changes_after_planning_is_refused_and_never_published(
 
 
 @pytest.mark.parametrize("damage", ["file flipped", "file gone", "record gone", "record flipped"])
-def test_damage_during_a_run_is_mended_in_the_same_run(damage: str, store: ObjectStore) -> None:
+def test_damage_during_a_run_is_repaired_in_the_same_run(damage: str, store: ObjectStore) -> None:
     whole = open_store(f"{store.root_url}-whole")
     execute(planned("gptq"), whole, keep_every=1)
     key = file_key(1) if damage.startswith("file") else record_key(1)

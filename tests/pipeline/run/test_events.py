@@ -33,7 +33,7 @@ def record(part: int) -> PartRecord:
     )
 
 
-def test_events_are_in_storage_as_soon_as_a_part_is_committed(store: ObjectStore) -> None:
+def test_events_are_stored_as_soon_as_a_part_is_committed(store: ObjectStore) -> None:
     told: list[Step] = []
     log = EventLog(store, planned("int8").plan, Allocation(workers=2, threads=3))
     report = log.also(told.append)
@@ -66,7 +66,7 @@ def test_seconds_add_up_by_stage(store: ObjectStore) -> None:
     ]
 
 
-def test_every_invocation_writes_a_file_of_its_own(store: ObjectStore) -> None:
+def test_every_driver_writes_a_file_of_its_own(store: ObjectStore) -> None:
     for _ in range(5):
         EventLog(store, planned("int8").plan, Allocation(workers=1, threads=1)).close({})
     assert len(store.list("events/")) == 5

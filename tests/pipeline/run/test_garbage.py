@@ -1,4 +1,4 @@
-"""gc takes what nobody needs, and nothing else."""
+"""Garbage is everything that no reader and no resumed run needs, and nothing else."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sweep(store: ObjectStore) -> dict[str, str]:
     return {garbage.key: garbage.reason for garbage in found}
 
 
-def test_of_a_finished_run_all_that_its_manifest_needs_stays(store: ObjectStore) -> None:
+def test_everything_that_a_manifest_names_stays(store: ObjectStore) -> None:
     execute(planned("gptq"), store, keep_every=1)
     before = lasting(store)
     events = json.dumps({"event": "started"}).encode()
@@ -51,7 +51,7 @@ def test_of_a_finished_run_all_that_its_manifest_needs_stays(store: ObjectStore)
 
 
 @pytest.mark.parametrize("part", [1, 2, 3])
-def test_an_interrupted_run_goes_on_as_if_nothing_were_gone(part: int, store: ObjectStore) -> None:
+def test_an_interrupted_run_resumes_as_before_the_sweep(part: int, store: ObjectStore) -> None:
     whole = open_store(f"{store.root_url}-whole")
     execute(planned("gptq"), whole, keep_every=1)
     with pytest.raises(CrashError):
@@ -67,7 +67,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_were_gone(part: int, store: Ob
     assert lasting(store) == lasting(whole)
 
 
-def test_older_leases_go_and_the_latest_stays(store: ObjectStore) -> None:
+def test_all_leases_but_the_latest_are_garbage(store: ObjectStore) -> None:
     execute(planned("int8"), store)
     for _ in range(3):
         acquire(store).release()
@@ -81,7 +81,7 @@ def test_older_leases_go_and_the_latest_stays(store: ObjectStore) -> None:
     assert store.exists("leases/00005.json")
 
 
-def test_leftovers_of_interrupted_writes_go(tmp_path) -> None:
+def test_leftovers_of_interrupted_writes_are_garbage(tmp_path) -> None:
     store = open_store(str(tmp_path))
     execute(planned("int8"), store)
     (tmp_path / "artifact" / ".model_00001.weights.h5.0123456789abcdef").write_bytes(b"half")

@@ -1,4 +1,4 @@
-"""One driver at a time; who falls silent is followed, and finds out."""
+"""One driver at a time; a silent one is replaced, and notices."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def store() -> ObjectStore:
 
 
 def of_another_machine(store: ObjectStore, epoch: int = 1) -> None:
-    """A lease whose holder cannot be asked whether it lives."""
+    """A lease whose holder's process cannot be examined from here."""
     there = dataclasses.replace(this_process(), host="elsewhere", kernel="another")
     claim = {"holder": dataclasses.asdict(there), "nonce": "0"}
     store.put(f"{PREFIX}{epoch:05d}.json", json.dumps(claim).encode())
 
 
-def test_an_ended_driver_is_followed_at_once(store: ObjectStore) -> None:
+def test_a_released_lease_is_acquired_at_once(store: ObjectStore) -> None:
     for epoch in (1, 2, 3):
         start = time.monotonic()
         held = acquire(store, seconds=60)
@@ -45,7 +45,7 @@ def test_an_ended_driver_is_followed_at_once(store: ObjectStore) -> None:
     assert find_latest(store).released
 
 
-def test_a_living_driver_is_waited_for(store: ObjectStore) -> None:
+def test_acquire_waits_for_a_living_driver(store: ObjectStore) -> None:
     held = acquire(store, seconds=TERM)
     told: list[str] = []
     threading.Timer(3 * TERM, held.release).start()
@@ -58,7 +58,7 @@ def test_a_living_driver_is_waited_for(store: ObjectStore) -> None:
     other.release()
 
 
-def test_a_living_driver_is_named_to_who_does_not_wait(store: ObjectStore) -> None:
+def test_without_waiting_a_living_driver_is_an_error_that_names_it(store: ObjectStore) -> None:
     held = acquire(store, seconds=TERM)
     with pytest.raises(LeaseHeldError, match=f"process {os.getpid()} on .* is at work"):
         acquire(store, seconds=TERM, wait=False)
@@ -66,7 +66,7 @@ def test_a_living_driver_is_named_to_who_does_not_wait(store: ObjectStore) -> No
     held.release()
 
 
-def test_a_silent_driver_is_followed_after_a_term_and_finds_out(store: ObjectStore) -> None:
+def test_a_silent_driver_is_replaced_after_a_term_and_notices(store: ObjectStore) -> None:
     of_another_machine(store)
     stale = lease.Lease(store=store, epoch=1, seconds=TERM)
     stale.check()
@@ -76,7 +76,7 @@ def test_a_silent_driver_is_followed_after_a_term_and_finds_out(store: ObjectSto
     assert held.epoch == 2
     with pytest.raises(LeaseLostError, match=f"process {os.getpid()}"):
         stale.check()
-    # What a late one says of itself changes nothing.
+    # Late heartbeats of the old driver change nothing.
     stale.start()
     stale.release()
     held.check()
@@ -84,21 +84,21 @@ def test_a_silent_driver_is_followed_after_a_term_and_finds_out(store: ObjectSto
     held.release()
 
 
-def test_a_driver_that_speaks_is_never_followed(store: ObjectStore) -> None:
+def test_a_driver_that_beats_is_never_replaced(store: ObjectStore) -> None:
     of_another_machine(store)
-    spoken = lease.Lease(store=store, epoch=1, seconds=TERM).start()
+    beating = lease.Lease(store=store, epoch=1, seconds=TERM).start()
     waiting = threading.Thread(target=lambda: acquire(store, seconds=TERM).release())
     waiting.start()
     time.sleep(4 * TERM)
     assert find_latest(store).epoch == 1
-    spoken.check()
-    spoken.release()
+    beating.check()
+    beating.release()
     waiting.join()
     assert find_latest(store).epoch == 2
 
 
 def test_clocks_need_not_agree(store: ObjectStore) -> None:
-    """Nothing that is written holds a time."""
+    """No stored object holds a time."""
     held = acquire(store)
     held.release()
     for key in store.list(PREFIX):
@@ -106,7 +106,7 @@ def test_clocks_need_not_agree(store: ObjectStore) -> None:
             assert name in ("holder", "nonce", "beats", "released")
 
 
-def test_of_many_who_wait_one_follows(store: ObjectStore) -> None:
+def test_of_many_waiting_drivers_one_follows(store: ObjectStore) -> None:
     of_another_machine(store)
     held: list[lease.Lease] = []
 
@@ -136,7 +136,7 @@ def test_of_many_who_wait_one_follows(store: ObjectStore) -> None:
     assert [one.epoch for one in held] == list(range(2, 2 + len(threads)))
 
 
-def test_a_dead_process_of_this_machine_is_followed_at_once(tmp_path) -> None:
+def test_a_dead_process_of_this_machine_is_replaced_at_once(tmp_path) -> None:
     store = open_store(str(tmp_path))
     program = (
         "import os, signal\n"
@@ -156,7 +156,7 @@ def test_a_dead_process_of_this_machine_is_followed_at_once(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b'{"holder": {"process": "x"}}'])
-def test_a_damaged_lease_is_a_silent_one(store: ObjectStore, damage: bytes) -> None:
+def test_a_damaged_lease_counts_as_silent(store: ObjectStore, damage: bytes) -> None:
     store.put(f"{PREFIX}00001.json", damage)
     store.put(f"{PREFIX}00001.beat.json", damage)
     held = acquire(store, seconds=TERM)
@@ -164,7 +164,7 @@ def test_a_damaged_lease_is_a_silent_one(store: ObjectStore, damage: bytes) -> N
     held.release()
 
 
-def test_a_store_that_is_away_does_not_end_a_driver(store: ObjectStore) -> None:
+def test_a_store_outage_does_not_end_a_driver(store: ObjectStore) -> None:
     class Away:
         away = False
 
@@ -188,7 +188,7 @@ def test_a_store_that_is_away_does_not_end_a_driver(store: ObjectStore) -> None:
     assert find_latest(store).released
 
 
-def test_a_process_is_gone_when_it_ended_or_another_has_its_number() -> None:
+def test_a_process_is_gone_when_it_ended_or_its_number_was_reused() -> None:
     here = this_process()
     assert not here.is_gone()
     assert dataclasses.replace(here, started=here.started + 1).is_gone()

@@ -1,4 +1,4 @@
-"""Records read back as they were written, and a single other byte is noticed."""
+"""Records round-trip, and a single changed byte is noticed."""
 
 import json
 
@@ -51,7 +51,7 @@ def test_a_part_is_named_for_its_file_and_its_block():
 
 
 @pytest.mark.parametrize("written", [RECORD, REST, MANIFEST], ids=["block", "rest", "manifest"])
-def test_reads_back_what_was_written(written):
+def test_records_round_trip(written):
     data = written.to_json()
     read = type(written).from_json(data)
     assert read == written
@@ -60,7 +60,7 @@ def test_reads_back_what_was_written(written):
 
 
 @pytest.mark.parametrize("written", [RECORD, MANIFEST], ids=lambda w: type(w).__name__)
-def test_notices_every_flipped_bit_and_every_cut(written):
+def test_every_flipped_bit_and_every_truncation_is_noticed(written):
     data = written.to_json()
     for i in range(len(data)):
         flipped = data[:i] + bytes([data[i] ^ 1 << i % 8]) + data[i + 1 :]
@@ -90,11 +90,11 @@ def test_notices_every_flipped_bit_and_every_cut(written):
         ({"host": "worker-3"}, "host: "),
     ],
 )
-def test_refuses_what_is_no_record_however_well_sealed(change, problem):
+def test_invalid_content_is_refused_despite_a_correct_digest(change, problem):
     content = {**RECORD.content(), **change}
-    sealed = canonical_json({"content": content, "sha256": digest_of(content)})
+    signed = canonical_json({"content": content, "sha256": digest_of(content)})
     with pytest.raises(RecordError, match=problem) as caught:
-        PartRecord.from_json(sealed)
+        PartRecord.from_json(signed)
     assert isinstance(caught.value, PipelineError)
     assert "\n" not in str(caught.value)
 
@@ -105,7 +105,7 @@ def test_refuses_what_is_no_record_however_well_sealed(change, problem):
      b'{"content": {"part": NaN}}'],
     ids=range(10),
 )  # fmt: skip
-def test_refuses_what_is_nothing_of_ours(data):
+def test_anything_but_a_record_is_refused(data):
     for kind in (PartRecord, Manifest):
         with pytest.raises(RecordError):
             kind.from_json(data)

@@ -1,4 +1,4 @@
-"""What is captured is what the model's layers are really fed."""
+"""Captured statistics are those of the layers' real inputs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def worker_for(given: Planned, architecture: str, name: str) -> Worker:
 
 @contextmanager
 def recording(layers: dict[str, Any]) -> Iterator[dict[str, NDArray[np.float64]]]:
-    """What layers are called with meanwhile, by their path, as rows of in_features."""
+    """Record the layers' inputs, by path, as rows of in_features."""
     seen: dict[str, NDArray[np.float64]] = {}
 
     def record(path: str, layer: Any) -> Any:
@@ -77,7 +77,7 @@ def recording(layers: dict[str, Any]) -> Iterator[dict[str, NDArray[np.float64]]
 
 
 @pytest.mark.parametrize("architecture", by_default(["Llama3", "Gemma", "GPT2", "Bert"], ["Gemma"]))
-def test_captured_sums_are_those_of_the_inputs_in_stock_keras(
+def test_captured_grams_are_those_of_the_inputs_in_stock_keras(
     architecture: str, tmp_path: Path
 ) -> None:
     given = padded_plan("gptq", architecture, tmp_path)
@@ -147,7 +147,7 @@ def test_layers_that_share_an_input_share_a_group() -> None:
         assert [group.in_features for group in part.groups] == [64, 64, 64, 128]
 
 
-def test_a_kind_of_block_is_compiled_once() -> None:
+def test_blocks_of_one_signature_are_compiled_once() -> None:
     given = planned("gptq")
     state: ModelState = model_state(given.plan.to_json(), str(source()))
     execute(given, open_store("memory://test-forward/once"), workers=2)

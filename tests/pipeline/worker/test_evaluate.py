@@ -1,4 +1,4 @@
-"""A model that is run a part at a time answers what it answers as a whole."""
+"""A model that runs part by part gives the output of the whole."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def state_of(source: Path) -> ModelState:
 @pytest.mark.parametrize(
     "architecture", by_default(["Bert", "Falcon", "Gemma3", "Llama3", "OPT"], ["Bert", "Llama3"])
 )
-def test_a_source_answers_as_stock_kerashub_does(architecture: str) -> None:
+def test_a_streamed_source_gives_the_output_of_stock_kerashub(architecture: str) -> None:
     task = stock_task(architecture)
     inputs = example_inputs(task)
     tokens, mask = inputs["token_ids"], inputs["padding_mask"].astype(bool)
@@ -43,13 +43,13 @@ def test_a_source_answers_as_stock_kerashub_does(architecture: str) -> None:
     assert distance(np.asarray(found)[mask], expected[mask]) < 1e-5
 
 
-def test_a_half_float_source_stays_what_it_is() -> None:
+def test_a_bfloat16_source_stays_bfloat16() -> None:
     model = source_model(state_of(shared_preset("Llama3", dtype="bfloat16")))
     tokens = np.arange(5, 17, dtype="int32").reshape(1, 12)
     assert str(answer(model, tokens).dtype) == "bfloat16"
 
 
-def test_float16_is_evaluated_where_jax_cannot_run_it(tmp_path: Path) -> None:
+def test_float16_is_evaluated_in_float32_where_jax_cannot_run_it(tmp_path: Path) -> None:
     source = shared_preset("Llama3", dtype="float16")
     run = finished_run(source, recipe(SCHEMES["int4"]), tmp_path)
     tokens = np.arange(5, 17, dtype="int32").reshape(1, 12)
@@ -57,7 +57,7 @@ def test_float16_is_evaluated_where_jax_cannot_run_it(tmp_path: Path) -> None:
     assert 0 < distance(found, answer(source_model(run.model), tokens)) < 0.5
 
 
-def test_a_part_is_read_when_it_is_its_turn_and_not_before() -> None:
+def test_a_part_is_read_when_it_is_due_and_not_before() -> None:
     reads: list[int] = []
     model = counting(source_model(state_of(shared_preset("Llama3", num_blocks=3))), reads)
     tokens = np.arange(5, 17, dtype="int32").reshape(1, 12)

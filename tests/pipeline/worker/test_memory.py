@@ -1,4 +1,4 @@
-"""Freed memory goes back when a process has grown, and not after every block."""
+"""Freed memory is returned when a process has grown, and not after every block."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MEBI = 1 << 20
 
 @pytest.fixture
 def handed_back(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """Grows with every time that memory is handed back."""
+    """Grows whenever memory is returned."""
     times: list[None] = []
     monkeypatch.setattr(free_memory, "hand_back", lambda: times.append(None))
     return times
@@ -27,7 +27,7 @@ def handed_back(monkeypatch: pytest.MonkeyPatch) -> list[None]:
         ([None, None], [1, 1]),
     ],
 )
-def test_it_is_handed_back_first_and_when_the_process_has_grown(
+def test_memory_is_returned_at_first_and_when_the_process_has_grown(
     sizes: list[int | None],
     wanted: list[int],
     handed_back: list[None],
@@ -41,14 +41,14 @@ def test_it_is_handed_back_first_and_when_the_process_has_grown(
         assert len(handed_back) == times
 
 
-def test_room_is_made_for_what_is_large(handed_back: list[None]) -> None:
+def test_room_is_made_for_large_arrays_only(handed_back: list[None]) -> None:
     make_room(16 * MEBI - 1)
     assert not handed_back
     make_room(16 * MEBI)
     assert handed_back
 
 
-def test_a_process_is_as_large_as_what_it_touches() -> None:
+def test_resident_memory_includes_what_was_touched() -> None:
     before = free_memory._resident_bytes()
     touched = bytearray(b"1" * (64 * MEBI))
     after = free_memory._resident_bytes()

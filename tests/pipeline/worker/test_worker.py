@@ -1,4 +1,4 @@
-"""What a worker does depends on storage and its arguments alone."""
+"""A worker's results depend on storage and its arguments alone."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_every_token_of_the_windows_is_counted_and_no_other() -> None:
     assert given.plan.tokens is not None
     assert given.plan.tokens.shards == ((0, 16), (16, 18))
     assert given.plan.tokens.micro_batch == 4
-    # Windows one by one, so that nothing is filled up.
+    # Micro-batches of one window, so that none is filled up.
     single = dataclasses.replace(given.plan.tokens, micro_batch=1)
     sums = []
     for plan in (given.plan, dataclasses.replace(given.plan, tokens=single)):
@@ -87,7 +87,7 @@ def test_shards_are_restored_to_the_same_bits_from_wherever(start: int, store: O
     kept = activations.load(store, 2, 1)
     worker = worker_of(store)
     if start:
-        # The set before block 1 is kept as well, since the last but one is never removed.
+        # The set of block 1 is still there, since the last but one is never deleted.
         assert activations.latest(store, start, 2) == start
     worker.restore(2, [1], start)
     for found, expected in zip(hidden_states(worker, 1), kept, strict=True):
@@ -95,7 +95,7 @@ def test_shards_are_restored_to_the_same_bits_from_wherever(start: int, store: O
         assert (found == expected).all()
 
 
-def test_work_is_done_twice_without_harm(store: ObjectStore) -> None:
+def test_work_can_be_repeated_without_harm(store: ObjectStore) -> None:
     worker = worker_of(store)
     record = worker.quantize_alone(0)
     assert worker.quantize_alone(0) == record
@@ -111,7 +111,7 @@ def test_other_bytes_under_a_committed_name_are_refused(store: ObjectStore) -> N
     assert not store.exists(record_key(0))
 
 
-def test_a_worker_says_which_shard_it_lacks(store: ObjectStore) -> None:
+def test_the_error_names_the_shard_that_a_worker_lacks(store: ObjectStore) -> None:
     worker = worker_of(store)
     values = worker.read(1)
     with pytest.raises(LostShardError, match="shard 1"):
@@ -129,8 +129,8 @@ def same(left: CalibrationStatistics, right: CalibrationStatistics) -> bool:
     return np.array_equal(left.gram_CC, right.gram_CC) and left.num_rows == right.num_rows
 
 
-def test_a_block_may_be_gone_back_in_and_gone_on_from_anywhere(store: ObjectStore) -> None:
-    """As where calls are repeated, and the first of two comes last."""
+def test_stages_can_be_repeated_in_any_order(store: ObjectStore) -> None:
+    """As when calls are repeated, and the first of two arrives last."""
     plan = planned("gptq").plan
     groups, layers = plan.parts[1].groups, plan.parts[1].layers
     paths = {layer.name: layer.path for layer in layers}
@@ -156,7 +156,7 @@ def test_a_block_may_be_gone_back_in_and_gone_on_from_anywhere(store: ObjectStor
     assert steady.keep(1, [0]) == shaken.keep(1, [0])
 
 
-def test_what_is_inside_its_block_is_restored_without_reading(store: ObjectStore) -> None:
+def test_a_shard_inside_its_block_is_restored_without_reading(store: ObjectStore) -> None:
     worker = worker_of(store)
     worker.restore(0, [0], 0)
     values = worker.read(1)
