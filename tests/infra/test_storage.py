@@ -163,6 +163,7 @@ def as_role(
         yield become
 
 
+@pytest.mark.exhaustive
 def test_a_whole_run_needs_no_more_than_the_drivers_role(as_role: Callable[[str], None]) -> None:
     """Driver and worker are both in this process, but what the driver may holds the worker's."""
     as_role("driver")

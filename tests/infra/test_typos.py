@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from _pytest.mark import ParameterSet
 
 from tests.infra import (
     environment_names,
@@ -271,17 +270,11 @@ def test_names_agree(names: object) -> None:
     assert names.faults(INFRA, ROOT) == []
 
 
-def _slips() -> Iterator[ParameterSet]:
-    """By default one slip for each type of file, and so for each validator."""
-    seen = set()
-    for one in TYPOS:
-        file_type = Path(one[0]).suffix
-        marks = pytest.mark.exhaustive if file_type in seen else ()
-        seen.add(file_type)
-        yield pytest.param(*one, marks=marks, id=f"{one[0]}: {one[2].strip()}")
-
-
-@pytest.mark.parametrize(("spoilt", "right", "wrong", "said"), list(_slips()))
+# By default, test_validated shows that each validator refuses a typo.
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("spoilt", "right", "wrong", "said"), TYPOS, ids=[f"{t[0]}: {t[2].strip()}" for t in TYPOS]
+)
 def test_a_slip_is_refused_by_file_and_fault(
     spoilt: str, right: str, wrong: str, said: str, tmp_path: Path
 ) -> None:

@@ -49,6 +49,7 @@ def test_a_bfloat16_source_stays_bfloat16() -> None:
     assert str(answer(model, tokens).dtype) == "bfloat16"
 
 
+@pytest.mark.exhaustive
 def test_float16_is_evaluated_in_float32_where_jax_cannot_run_it(tmp_path: Path) -> None:
     source = shared_preset("Llama3", dtype="float16")
     run = finished_run(source, recipe(SCHEMES["int4"]), tmp_path)
