@@ -37,14 +37,13 @@ from pipeline.executor.protocol import (
 )
 from pipeline.fidelity import Fidelity
 from pipeline.plan import Plan
-from pipeline.remote_planning import Identity, evaluation_windows, measure
+from pipeline.remote_planning import Identity, evaluation_windows, measure, start_worker
 from pipeline.run.commits import Finding, quarantine, read_manifest
 from pipeline.run.driver import KEEP_EVERY, quantize
 from pipeline.run.events import EventLog
 from pipeline.run.lease import TERM_SECONDS, Lease
 from pipeline.run.records import Manifest
 from pipeline.storage.object_store import ObjectStore
-from pipeline.worker import start_worker
 
 _T = TypeVar("_T")
 

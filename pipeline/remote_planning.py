@@ -1,15 +1,16 @@
-"""What a driver learns of sources and texts, from a process that has JAX and Keras."""
+"""What a driver has done by processes that have JAX and Keras: planning, and starting workers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pipeline.executor.protocol import Executor, ExecutorError, FunctionRunner, WorkerLostError
 from pipeline.fidelity import Fidelity, average
-from pipeline.plan import Plan
+from pipeline.plan import Plan, read_plan
 from pipeline.recipe.recipe import Calibration, Recipe
 from pipeline.run.worker_api import WorkerApi
+from pipeline.storage.object_store import open_store
 
 _WINDOW = 512
 """Tokens in an evaluation window where no calibration says otherwise."""
@@ -101,6 +102,22 @@ def measure(executor: Executor, windows: bytes, num_windows: int) -> Fidelity:
 
 # The functions below run where JAX and Keras are; the driver, which imports this module, imports
 # neither.
+
+
+def start_worker(source_url: str, run_url: str) -> Callable[[], WorkerApi]:
+    """Import what takes long; returns a function that opens the worker, once the run is claimed.
+
+    Raises:
+        ExecutorError: Keras runs on another backend.
+    """
+    import keras
+
+    from pipeline.worker.worker import Worker
+
+    if keras.backend.backend() != "jax":
+        raise ExecutorError(f"a worker started with Keras on {keras.backend.backend()}, not JAX")
+    # The plan comes from storage: it is too large for an argument that restarts must find again.
+    return lambda: Worker(read_plan(open_store(run_url)), source_url, run_url)
 
 
 def _plan(source_url: str, recipe: Recipe, threads: int) -> tuple[bytes, bytes | None]:

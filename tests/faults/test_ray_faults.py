@@ -17,10 +17,10 @@ import pipeline.executor.ray_executor
 from pipeline.executor.protocol import Allocation, ComputeSpec, ExecutorError
 from pipeline.executor.ray_cluster import allocate_on_cluster, connect
 from pipeline.executor.ray_executor import RayExecutor
+from pipeline.remote_planning import start_worker
 from pipeline.run.driver import claim, quantize
 from pipeline.run.events import Step
 from pipeline.storage.object_store import open_store
-from pipeline.worker import start_worker
 from tests.faults.random_kills import Fleet, fleet, left, start
 from tests.integration.ray_cluster import serve_ray
 from tests.pipeline.tiny_runs import NUM_BLOCKS, lasting, planned, recipe, source

@@ -21,11 +21,10 @@ from pipeline.errors import SourceError
 from pipeline.executor.protocol import Allocation, ComputeSpec, ExecutorError
 from pipeline.executor.ray_cluster import allocate_on_cluster
 from pipeline.executor.ray_executor import RayExecutor
-from pipeline.remote_planning import plan_run
+from pipeline.remote_planning import plan_run, start_worker
 from pipeline.run.driver import claim, quantize
 from pipeline.run.events import Step
 from pipeline.storage.object_store import open_store
-from pipeline.worker import start_worker
 from tests.integration.ray_cluster import NUM_CPUS, RunningCluster, quiet_environment
 from tests.pipeline.tiny_runs import NUM_BLOCKS, lasting, recipe, source, text_file
 from tests.s3 import ACCESS_KEY, SECRET_KEY, S3Server
