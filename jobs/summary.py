@@ -175,10 +175,7 @@ def summary_table(summary: Summary) -> RenderableType:
                 "flops", f"{count(summary.flops)}, {count(summary.flops / work)} a second"
             )
     facts.add_row("manifest", f"sha256 {summary.manifest_sha256}")
-    notes = {note: path for path, note in summary.left_in_float.items()}
-    return Group(
-        schemes, facts, *(Text(f"left in float: {p}: {note}") for note, p in notes.items())
-    )
+    return Group(schemes, facts, *_left_in_float(summary.left_in_float))
 
 
 def _quality(fidelity: Fidelity) -> str:
@@ -199,6 +196,16 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
+def _left_in_float(reasons: Mapping[str, str]) -> list[Text]:
+    """Each reason once, with a layer that it applies to.
+
+    Args:
+        reasons: by layer path; some repeat what these lines begin with.
+    """
+    examples = {reason.removesuffix("; left in float"): path for path, reason in reasons.items()}
+    return [Text(f"left in float: {path}: {reason}") for reason, path in examples.items()]
+
+
 def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> RenderableType:
     """A plan before it runs: layers by scheme, calibration, costs, what stays in float and why."""
     layers = Table(title=f"{plan.model}: {plan.num_blocks} blocks, plan {plan.digest[:12]}")
@@ -212,7 +219,6 @@ def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> Renderabl
             rows[(layer.name if part.part else layer.path, scheme, shape, layer.slices)] += 1
     for (name, scheme, shape, slices), number in rows.items():
         layers.add_row(Text(name), Text(scheme), shape, str(slices), str(number))
-    notes = {layer.note: layer.path for part in plan.parts for layer in part.layers if layer.note}
     facts = Table(show_header=False, box=None)
     tokens = plan.tokens
     if tokens is not None:
@@ -232,7 +238,8 @@ def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> Renderabl
         f"{count(costs.gram_flops)}, solving {count(costs.solve_flops)})",
     )
     facts.add_row("workers", f"{allocation.workers} × {allocation.threads} threads")
-    lines = [Text(f"left in float: {path}: {note}") for note, path in notes.items()]
+    notes = {layer.path: layer.note for part in plan.parts for layer in part.layers if layer.note}
+    lines = _left_in_float(notes)
     every = [(o.path, o.kind, o.in_features) for part in plan.parts for o in part.layers]
     lines += [
         Text(
