@@ -109,7 +109,13 @@ def reader(url: str) -> Iterator[Counter[str]]:
     assert failures == []
 
 
-@pytest.mark.parametrize("seed", by_default(range(40), [0]))
+@pytest.mark.parametrize(
+    "seed",
+    [
+        *by_default(range(12), [0]),
+        *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(12, 40)),
+    ],
+)
 def test_random_faults_leave_the_same_bytes(
     seed: int, store: ObjectStore, proxy: FaultProxy, expected: dict[str, bytes]
 ) -> None:
