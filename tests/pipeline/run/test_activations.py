@@ -45,7 +45,7 @@ def test_saved_activations_load_bit_for_bit(store: ObjectStore) -> None:
 
 
 def test_the_same_hidden_states_are_the_same_bytes(store: ObjectStore) -> None:
-    assert activations.save(store, 1, 0, hidden_states(0, 0)) == activations.store(
+    assert activations.save(store, 1, 0, hidden_states(0, 0)) == activations.save(
         store, 2, 0, hidden_states(0, 0)
     )
 
