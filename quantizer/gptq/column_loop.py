@@ -1,15 +1,25 @@
-"""GPTQ's column loop (arXiv 2210.17323), for a fixed slice of output channels.
+"""GPTQ's column loop, for one slice of output channels.
 
-Three nested, left-looking levels: a panel of columns is brought up to date by products with the
-errors of all finished panels, a block inside it by products with the panel's own, a tile inside
-that by a small one, and only the columns of a tile see each other one at a time. Nothing finished
-is ever multiplied again, and a tile stays in cache.
+This is Algorithm 1 of the paper (arXiv 2210.17323), rearranged; `gptq` in tests/reference.py is
+its readable form, in float64. Where each of its steps is here:
 
-Round-to-nearest is GPTQ that does not obey its corrections. It runs along in the same products, as
-the second half of every row, so each output channel's loss is known both ways and the better one
-is kept.
+    H⁻¹ ← Cholesky(H⁻¹)ᵀ          `quantizer.gptq.factor`, which never inverts H
+    for each block of columns     `solve_slice`, panel by panel
+      for each column j           `_solve_panel` → `_solve_tile`, column by column
+        Q_j ← quant(W_j)          `encode` on a grid found before
+        E_j ← (W_j - Q_j) / …     the error itself, w - ŵ: the factor has a unit diagonal
+        W_j.. ← W_j.. - E_j H⁻¹   not here: see below
+      W_rest ← W_rest - E H⁻¹     `add_product`
 
-What the columns of a panel read, and the products that go from panel to panel.
+The paper is right-looking: a finished column's error updates all later ones. This loop is
+left-looking: a column first collects its corrections from all earlier errors, in three nested
+levels. A panel does so by products with the errors of finished panels, a block inside it by
+products with the panel's own, a tile inside that by a small product, and only the columns of a
+tile see each other one at a time. Nothing finished is multiplied again, and a tile stays in cache.
+
+Round-to-nearest is GPTQ that ignores its corrections. It runs along in the same products, as the
+second half of every row, so that each output channel's loss is known for both and the better is
+kept.
 """
 
 from __future__ import annotations
@@ -43,7 +53,7 @@ class SolvedSlice(NamedTuple):
 
 
 class _SolvedPanel(NamedTuple):
-    """GPTQ first, then rounding.
+    """A panel's result; the axis of 2 holds GPTQ, then rounding.
 
     Attributes:
         errors_P2R: w - ŵ.
@@ -59,27 +69,31 @@ class _SolvedPanel(NamedTuple):
 
 
 def _weighted_sum(weight_P: Array, values_P2R: Array) -> Array:
-    # By a product: XLA's CPU reductions over rows are several times slower.
+    # As a matrix product: XLA's CPU reductions over rows are several times slower.
     return correction_of(weight_P[None], values_P2R)[0]
 
 
 def _solve_tile(
     columns: Columns, first: Array, correction_T2R: Array, tile_TT: Array, max_code: float
 ) -> Array:
-    """Quantize a tile's columns one by one, from the panel's `first` on; GPTQ, then rounding.
+    """Quantize a tile's columns one by one, from the panel's `first` on.
 
-    correction_T2R holds the corrections by all that lies before the tile. Returns its errors w - ŵ,
-    [TILE, 2, slice].
+    Args:
+        correction_T2R: the corrections by all columns before the tile.
+        tile_TT: the factor between the tile's columns.
+
+    Returns:
+        The errors w - ŵ, [TILE, 2, slice]; the axis of 2 holds GPTQ, then rounding.
     """
-    obeys_2R = jnp.array([[1.0], [0.0]])
+    corrected_2R = jnp.array([[1.0], [0.0]])
 
-    # One product and one pass a column: the errors are all that is kept, and tell the rest.
+    # Codes and losses follow from the errors, so a column costs one product and one pass.
     def column(k: Array, errors_T2R: Array) -> Array:
         weight_R = columns.weight_PR[first + k]
         scale_R, zero_R = columns.grid_at(first + k)
         # Errors of columns not yet solved are still zero: no mask is needed.
         seen_2R = correction_of(lax.dynamic_slice_in_dim(tile_TT, k, 1), errors_T2R)[0]
-        wanted_2R = weight_R + obeys_2R * (correction_T2R[k] + seen_2R)
+        wanted_2R = weight_R + corrected_2R * (correction_T2R[k] + seen_2R)
         code_2R = encode(wanted_2R, scale_R, zero_R, max_code)
         error_2R = weight_R - decode(code_2R, scale_R, zero_R)
         with_column: Array = lax.dynamic_update_index_in_dim(errors_T2R, error_2R, k, 0)
@@ -102,11 +116,16 @@ def _solve_panel(
     *,
     max_code: float,
 ) -> _SolvedPanel:
-    """Quantize a panel's first columns, block by block, tile by tile.
+    """Quantize a panel's first `num_tiles` tiles, block by block, tile by tile.
 
-    correction_P2R holds the corrections by all that lies before the panel, and becomes its errors;
-    loss_2R and error_2R are the sums so far. Neither how many tiles are solved nor how many codes
-    there are is part of the program: one serves all panels of a size.
+    `num_tiles` and `max_code` are not compiled in: one program serves all panels of a size.
+
+    Args:
+        pivot_P: the factor's D.
+        correction_P2R: the corrections by all columns before the panel; its buffer is reused.
+        corner_PP: the factor between the panel's columns.
+        shift: what was added to H's diagonal.
+        loss_2R, error_2R: the sums of all columns before.
     """
     size = block_size(corner_PP.shape[0])
     tiles_of_block = size // TILE
@@ -130,7 +149,7 @@ def _solve_panel(
             tile_TT = lax.dynamic_slice_in_dim(above_TB, t * TILE, TILE, axis=1)
             first = start + t * TILE
             errors_T2R = _solve_tile(columns, first, correction_T2R, tile_TT, max_code)
-            # The factor's diagonal is one: each column's own error comes along.
+            # w̃ - ŵ: with a unit diagonal the product includes each column's own error.
             deviations_T2R = correction_T2R + correction_of(tile_TT, errors_T2R)
             # tr(Δ H Δᵀ) = tr(Δ (H + shift I) Δᵀ) - shift ‖Δ‖², column by column.
             pivot_T = rows_of(pivot_P, first, TILE)
@@ -144,9 +163,9 @@ def _solve_panel(
         errors_B2R, loss_2R = lax.fori_loop(0, count, tile, (none_B2R, done.loss_2R))
         part = columns.part(start, size)
         scale_BR, zero_BR = part.grid()
-        # Each code comes back exactly: what rounding lost of w - (w - ŵ) is far below a step.
-        restored_B2R = part.weight_PR[:, None] - errors_B2R
-        codes_B2R = encode(restored_B2R, scale_BR[:, None], zero_BR[:, None], max_code)
+        # Encoding w - (w - ŵ) gives each code back exactly: its rounding is far below a step.
+        decoded_B2R = part.weight_PR[:, None] - errors_B2R
+        codes_B2R = encode(decoded_B2R, scale_BR[:, None], zero_BR[:, None], max_code)
         squares_2R = _weighted_sum(jnp.ones(size), errors_B2R**2)
         return _SolvedPanel(
             lax.dynamic_update_slice_in_dim(done.errors_P2R, errors_B2R, start, 0),
@@ -155,11 +174,11 @@ def _solve_panel(
             done.error_2R + squares_2R,
         )
 
-    # Rows of blocks not yet solved still hold their corrections.
+    # Rows of blocks that are not solved yet still hold corrections.
     codes_P2R = jnp.zeros(correction_P2R.shape, jnp.uint8)
-    nothing = _SolvedPanel(correction_P2R, codes_P2R, loss_2R, error_2R)
+    unsolved = _SolvedPanel(correction_P2R, codes_P2R, loss_2R, error_2R)
     num_blocks = (num_tiles + tiles_of_block - 1) // tiles_of_block
-    solved: _SolvedPanel = lax.fori_loop(0, num_blocks, block, nothing)
+    solved: _SolvedPanel = lax.fori_loop(0, num_blocks, block, unsolved)
     return solved
 
 
@@ -178,7 +197,7 @@ def solve_slice(
 ) -> SolvedSlice:
     """Solve the output channels of one slice; see `quantizer.gptq.factor.Factor` for the factor.
 
-    What is compiled does not grow with in_features: one program solves a panel.
+    One program solves a panel, so that what is compiled does not grow with in_features.
 
     Args:
         weight_CR: [in_features, slice], float32, original input order.
@@ -189,12 +208,12 @@ def solve_slice(
     num_inputs, num_outputs = weight_CR.shape
     done: list[Array] = []
     codes: list[Array] = []
-    loss_2R = error_2R = nothing((2, num_outputs))
+    loss_2R = error_2R = zeros((2, num_outputs))
     for index, (*above, corner_PP) in enumerate(panels):
         first, size = index * PANEL, corner_PP.shape[0]
         chosen = columns_of(weight_CR, group_C, live_C, order_C, first, size=size)
-        correction_P2R = nothing((size, 2, num_outputs))
-        # Product by product: joining the finished panels first would copy them all each time.
+        correction_P2R = zeros((size, 2, num_outputs))
+        # One product per finished panel: concatenating them first would copy all of them.
         for block_PA, errors_A2R in zip(above, done, strict=True):
             correction_P2R = add_product(block_PA, errors_A2R, correction_P2R)
         num_tiles = -(-min(num_inputs - first, size) // TILE)
@@ -225,7 +244,7 @@ def _better(
     kept_CR = jnp.where(rtn_kept_R, codes_C2R[:, 1], codes_C2R[:, 0])
     return SolvedSlice(
         jnp.zeros_like(kept_CR).at[order_C].set(kept_CR, unique_indices=True)[:num_inputs],
-        # Rounding can leave a loss of nothing just below zero.
+        # In float32 a loss of zero can come out just below it.
         jnp.maximum(jnp.minimum(loss_R, rtn_loss_R), 0.0),
         jnp.maximum(rtn_loss_R, 0.0),
         rtn_kept_R,
@@ -245,7 +264,7 @@ def round_slice(
 ) -> SolvedSlice:
     """Round a slice to nearest, for a Hessian that could not be factored.
 
-    Arguments as in `solve_slice`; hessian_CC is the undamped one, in the original order.
+    Arguments as in `solve_slice`; hessian_CC is undamped, in the original order.
     """
     scale_CR = jnp.take(scale_GR, group_C, axis=0)
     zero_CR = jnp.take(zero_GR, group_C, axis=0)
@@ -262,7 +281,7 @@ def round_slice(
 
 
 def rows_of(rows: Array, first: Array | int, size: int) -> Array:
-    """`size` rows from `first` on."""
+    """The `size` rows from `first` on."""
     part: Array = lax.dynamic_slice_in_dim(rows, first, size)
     return part
 
@@ -271,11 +290,11 @@ panel_part = program(static_argnames="size")(rows_of)
 
 
 class Columns(NamedTuple):
-    """What the columns of one panel read.
+    """The weights and the grid of one panel's columns.
 
     Attributes:
         weight_PR: live weights, [panel, slice].
-        group_P: the group of each.
+        group_P: group of each column.
         scale_GR, zero_GR: the slice's grid, [groups, slice].
     """
 
@@ -311,7 +330,7 @@ def columns_of(
     size: int,
 ) -> tuple[Array, Array]:
     """Live weights and groups of the panel of `size` columns from step `first` on."""
-    # A padded input is a dead one.
+    # A padded input counts as dead.
     source_P = lax.dynamic_slice_in_dim(order_C, first, size)
     live_P = jnp.take(live_C, source_P, mode="fill", fill_value=False)
     weight_PR = jnp.take(weight_CR, source_P, axis=0, mode="clip")
@@ -319,18 +338,18 @@ def columns_of(
 
 
 @program(static_argnums=0)
-def nothing(shape: tuple[int, ...]) -> Array:
-    """Zeros, float32; outside a program, JAX needs half a millisecond for them."""
+def zeros(shape: tuple[int, ...]) -> Array:
+    """Zeros, float32; uncompiled, JAX needs half a millisecond for them."""
     return jnp.zeros(shape)
 
 
 @program()
 def add_product(block_BA: Array, errors_A: Array, correction: Array) -> Array:
-    """The corrections `correction`, [B, ...], with those that finished columns' errors ask for."""
+    """`correction`, [B, ...], plus the corrections for the errors of finished columns."""
     return correction + correction_of(block_BA, errors_A)
 
 
 def correction_of(block_BA: Array, errors_A: Array) -> Array:
-    """The corrections that finished columns' errors ask for, [B, ...]."""
+    """The corrections for the errors of finished columns, [B, ...]."""
     flat: Array = product(block_BA, errors_A.reshape(errors_A.shape[0], -1))
     return flat.reshape(-1, *errors_A.shape[1:])

@@ -1,6 +1,6 @@
-"""Asymmetric calibration: undo what already quantized layers did to this one's inputs.
+"""Drift correction: compensate what already quantized layers did to a layer's inputs.
 
-A layer calibrated on the outputs of quantized layers sees x̃, but should answer as on x.
+A layer after quantized layers sees x̃, but should give the outputs it gave for x.
 GPTAQ (arXiv 2504.02692, Eq. 4) asks for min ‖x Wᵀ - x̃ Ŵᵀ‖². Over real-valued weights its
 minimum is a shift of the target, after which plain GPTQ on the Hessian of x̃ solves the rest:
 
@@ -48,7 +48,7 @@ class DriftSum:
                 f"and {seen.shape}"
             )
         seen = seen.reshape(-1, seen.shape[-1])
-        # What is not finite, or overflows, shows in the sum.
+        # The sum is not finite if any input is not, or if it overflows.
         with np.errstate(over="ignore", invalid="ignore"):
             drift = exact.reshape(seen.shape) - seen
             cross_CC = (drift.T @ seen).astype(np.float32)
@@ -75,7 +75,7 @@ def correct_target(
     hessian_damping: float,
     name: str = "weight",
 ) -> Float32:
-    """The weights that best answer for W on the drifted inputs, [out_features, in_features].
+    """The weights whose outputs on the drifted inputs are nearest to W's on the exact ones.
 
     Raises:
         CalibrationError: the drift covers other rows than the Hessian or is not finite, or no

@@ -1,4 +1,4 @@
-"""The Hessian's factor: what turns one column's rounding error into the next one's correction.
+"""The Hessian's factor, which turns rounding errors into the corrections of later columns.
 
 GPTQ (arXiv 2210.17323, Alg. 1) reads its corrections from the Cholesky factor of H⁻¹. With
 H = A D Aᵀ, A unit upper triangular and D diagonal, the same corrections are
@@ -6,14 +6,13 @@ H = A D Aᵀ, A unit upper triangular and D diagonal, the same corrections are
     w̃_k = w_k + Σ_{i<k} (w_i - ŵ_i) A_ik
 
 (arXiv 2307.13304, Theorem 6: GPTQ is LDLQ). So H is factored once, from its last column up,
-and nothing is inverted: ⅓C³ flops instead of ⅔C³. The loss comes out for free, too:
+and nothing is inverted: ⅓C³ flops instead of ⅔C³. The loss follows at no cost:
 tr(Δ H Δᵀ) = Σ_k D_k ‖w̃_k - ŵ_k‖².
 
-Cholesky factor and its inverse, for the corner of one panel.
-
-LAPACK's threaded kernels stall by a factor of a hundred when another process holds a core, from
-about 256 columns on. Here it sees leaves of at most 160, where it stays on one thread; all else is
-matrix products. Each step is a program of its own: there is one for all leaves of a size.
+The factor is blocked by panels; `cholesky` factors one panel's corner. From about 256 columns on
+LAPACK's threaded kernels become a hundred times slower when another process holds a core, so it is
+called on leaves of at most 160, which it factors on one thread; all else is matrix products. Each
+step is a separate program, so that one serves all panels, and one all leaves, of a size.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ PANEL = 512
 """Columns whose corrections are brought up to date by one matrix product (see `panel_bounds`)."""
 TILE = 16
 """Columns solved one by one inside a block."""
-# More tiles to a block are more products with zeros in it, fewer are more calls.
+# More tiles in a block mean more products with zeros, fewer mean more calls.
 _BLOCK_TILES = 9
 
 SMALLEST_PIVOT = 1e-6
@@ -44,7 +43,7 @@ _LARGEST_DAMPING = 1.0
 def block_size(panel: int) -> int:
     """Columns of so large a panel whose corrections come from it by one matrix product.
 
-    As even as can be, at most 144: a panel of as many whole blocks gets the same.
+    Blocks are as even as possible and at most 144; padding a panel to whole blocks keeps them.
     """
     tiles = -(-panel // TILE)
     blocks = -(-tiles // _BLOCK_TILES)
@@ -54,9 +53,9 @@ def block_size(panel: int) -> int:
 def panel_bounds(size: int) -> list[tuple[int, int]]:
     """The panels [a, b) of so many columns, the last one padded to whole blocks.
 
-    All begin at a multiple of PANEL. What is left for a last one is joined to the one before
-    unless it is more than half a panel: a short one costs as many calls as any. The padded size
-    has the same panels, so the factor and the refinement agree on them.
+    All begin at a multiple of PANEL. A remainder joins the last panel unless it exceeds half a
+    panel: a short panel costs as many calls as a full one. The padded size has the same panels,
+    so the factor and the refinement agree on them.
     """
     count = max(1, (size + PANEL // 2 - 1) // PANEL)
     start = (count - 1) * PANEL
@@ -76,7 +75,7 @@ class Factor:
         order_C: the input solved at each step, [C']; entries from in_features on are padding.
         dead_C: inputs that were zero in every calibration row, [in_features].
         shift: what was added to the diagonal.
-        damping: the same as a share of the mean diagonal; above the scheme's when that failed.
+        damping: the same as a share of the mean diagonal; the scheme's, or more if that failed.
     """
 
     panels: tuple[tuple[Array, ...], ...]
@@ -97,7 +96,7 @@ def dampings(hessian_damping: float) -> list[float]:
 
 @program(static_argnames="activation_order")
 def arrange(gram_CC: Array, num_rows: Array, activation_order: bool) -> tuple[Array, ...]:
-    """The Hessian in solving order, padded; that order, dead inputs and the mean diagonal."""
+    """The Hessian in solving order, padded; that order; dead inputs; the mean diagonal."""
     energy_C = 2.0 / num_rows * jnp.diagonal(gram_CC)
     dead_C = energy_C == 0
     mean = jnp.sum(energy_C) / jnp.maximum(jnp.sum(~dead_C), 1)
@@ -109,7 +108,7 @@ def arrange(gram_CC: Array, num_rows: Array, activation_order: bool) -> tuple[Ar
     else:
         order_C = jnp.arange(count)
     hessian_CC = jnp.pad(gram_CC * (2.0 / num_rows), ((0, padding), (0, padding)))
-    # A dead or padded input is alone in its row: any positive curvature leaves it uncoupled.
+    # Dead and padded inputs are alone in their rows: any positive diagonal leaves them uncoupled.
     alone_C = jnp.pad(dead_C[order_C], (0, padding), constant_values=True)
     hessian_CC = hessian_CC + jnp.diag(jnp.where(alone_C, mean, 0.0))
     order_C = jnp.concatenate([order_C, jnp.arange(count, count + padding)])
@@ -121,7 +120,7 @@ def factorize_shifted(
 ) -> tuple[tuple[tuple[Array, ...], ...], Array]:
     """Blocked H + shift·I = A D Aᵀ, last panel first; a failure shows as NaN pivots.
 
-    Each step is a program of its own, so that what is compiled grows with no layer's size.
+    What is compiled does not grow with the layer's size.
     """
     size = hessian_CC.shape[0]
     bounds = panel_bounds(size)
@@ -141,7 +140,7 @@ def factorize_shifted(
             lower, inverse = cholesky_with_inverse(corner)
             rows[j] = [*(_solved(inverse, block) for block in row[:j]), _turned_back(lower)]
     scales = [_diagonal(rows[j][j]) for j in range(len(bounds))]
-    # Panel by panel, each let go of when its successor is there.
+    # One panel at a time, so that its unscaled blocks are freed before the next.
     panels = tuple(
         tuple(_per_row(block, scale) for block in rows.pop(j)) for j, scale in enumerate(scales)
     )
@@ -160,7 +159,7 @@ def _less_product(block: Array, later: Array, right: Array) -> Array:
 
 @program()
 def _turned(corner: Array, shift: Array) -> Array:
-    """A Cholesky from the last row up is the ordinary one of the reversed matrix."""
+    """Factoring from the last row up is an ordinary Cholesky of the reversed matrix."""
     return (corner + shift * jnp.eye(corner.shape[0]))[::-1, ::-1]
 
 
@@ -194,10 +193,10 @@ def factorize(
 
     Returns:
         The factor, or None when even a damping of 1 left it indefinite (gram_CC is then no
-        sum of xᵀx): the caller rounds to nearest and says so.
+        sum of xᵀx): the caller rounds to nearest and reports it.
     """
     hessian_CC, order_C, dead_C, mean = arrange(gram_CC, jnp.float32(num_rows), activation_order)
-    del gram_CC  # as large as all that follows; the caller, too, let go of it
+    del gram_CC  # as large as each copy that follows; the caller keeps no reference either
     for damping in dampings(hessian_damping):
         shift = damping * float(mean)
         panels, pivot_C = factorize_shifted(hessian_CC, jnp.float32(shift))

@@ -1,9 +1,8 @@
-"""Coordinate descent on GPTQ's codes: each weight again, now that all the others are known.
+"""Refinement sweeps: coordinate descent on GPTQ's codes (QuantEase, arXiv 2309.01885, Alg. 1).
 
-GPTQ decides a column before it knows the rounding of those after it. Going over the columns once
-more, each code becomes the best one for all the others as they stand (QuantEase, arXiv 2309.01885,
-Alg. 1), so the loss can only fall. Same nesting as the column loop: one product for each pair of
-panels, a small one a tile.
+GPTQ rounds a column before the rounding of later ones is known. A sweep visits the columns again
+and gives each code its best value for all others as they stand, so that the loss can only fall.
+The nesting is that of the column loop: one product for each pair of panels, a small one per tile.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from quantizer.gptq.column_loop import (
     SolvedSlice,
     add_product,
     columns_of,
-    nothing,
     rows_of,
+    zeros,
 )
 from quantizer.gptq.factor import TILE, block_size, panel_bounds
 from quantizer.jit import product, program
@@ -30,7 +29,7 @@ from quantizer.qparams import decode, encode
 def damped_hessian(gram_CC: Array, num_rows: Array, shift: Array) -> tuple[tuple[Array, ...], ...]:
     """2·gram/num_rows + shift·I in blocks of a panel each way, padded as the factor is.
 
-    Made once for all slices of one input: each would otherwise keep a copy of its own.
+    Made once for all slices of one input, which would otherwise each keep a copy.
     """
     size = gram_CC.shape[0]
     bounds = panel_bounds(size)
@@ -43,7 +42,7 @@ def damped_hessian(gram_CC: Array, num_rows: Array, shift: Array) -> tuple[tuple
 
 @program()
 def _missing(columns: Columns, codes_CR: Array, first: int) -> Array:
-    """w - ŵ of a panel's inputs, [panel, slice]; what lies past the end is of no report."""
+    """w - ŵ of a panel's inputs, [panel, slice]; rows past the last input are not used."""
     input_P = first + jnp.arange(columns.weight_PR.shape[0])
     codes_PR = jnp.take(codes_CR, input_P, axis=0, mode="clip").astype(jnp.float32)
     return columns.weight_PR - decode(codes_PR, *columns.grid())
@@ -60,13 +59,13 @@ def _sweep_panel(
     *,
     max_code: float,
 ) -> tuple[Array, Array]:
-    """Visit a panel's first inputs once; their w - ŵ after it, and the damped loss's change.
+    """Visit a panel's first inputs once: their w - ŵ afterwards, and the damped loss's change.
 
     Args:
         missing_PR: w - ŵ so far.
         correction_PR: H's rows of this panel times w - ŵ of all inputs.
-        num_tiles: how many are visited; no part of the program, as in the column loop.
-        change_R: by all that came before.
+        num_tiles: how many tiles are visited; not compiled in, as in the column loop.
+        change_R: the change so far.
     """
     size = block_size(corner_PP.shape[0])
     tiles_of_block = size // TILE
@@ -84,7 +83,7 @@ def _sweep_panel(
         correction_BR = lax.fori_loop(0, m, earlier, rows_of(moved_PR, start, size))
         corner_BB = lax.dynamic_slice(corner_PP, (start, start), (size, size))
         part = columns.part(start, size)
-        restored_BR = part.weight_PR - rows_of(missing_PR, start, size)
+        decoded_BR = part.weight_PR - rows_of(missing_PR, start, size)
         inverse_B = rows_of(inverse_P, start, size)
 
         def tile(t: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -97,16 +96,16 @@ def _sweep_panel(
             def column(k: Array, moved_TR: Array) -> Array:
                 at = first + k
                 seen = product(lax.dynamic_slice_in_dim(tile_TT, k, 1), moved_TR)
-                # Where this weight alone would like to be, all others held.
-                wanted_R = restored_BR[at] + (correction_TR[k] + seen[0]) * inverse_B[at]
+                # The best value of this weight alone, all others held.
+                wanted_R = decoded_BR[at] + (correction_TR[k] + seen[0]) * inverse_B[at]
                 scale_R, zero_R = part.grid_at(at)
                 code_R = encode(wanted_R, scale_R, zero_R, max_code)
-                moved_R = restored_BR[at] - decode(code_R, scale_R, zero_R)
+                moved_R = decoded_BR[at] - decode(code_R, scale_R, zero_R)
                 moved: Array = lax.dynamic_update_index_in_dim(moved_TR, moved_R, k, 0)
                 return moved
 
             moved_TR: Array = lax.fori_loop(0, TILE, column, jnp.zeros_like(correction_TR))
-            # tr((E + M)ᵀ H (E + M)) - tr(Eᵀ H E), of these rows of M; sums by a product.
+            # tr((E + M)ᵀ H (E + M)) - tr(Eᵀ H E), of these rows of M, summed by a product.
             gain_TR = moved_TR * (2.0 * correction_TR + product(tile_TT, moved_TR))
             return (
                 lax.dynamic_update_slice_in_dim(moved_BR, moved_TR, first, 0),
@@ -119,7 +118,7 @@ def _sweep_panel(
         return lax.dynamic_update_slice_in_dim(moved_PR, moved_BR, start, 0), change_R
 
     num_blocks = (num_tiles + tiles_of_block - 1) // tiles_of_block
-    # By how much each weight moved, once its block was visited, takes its correction's place.
+    # Once a block is visited, how far its weights moved replaces their corrections.
     moved_PR, change_R = lax.fori_loop(0, num_blocks, block, (correction_PR, change_R))
     return missing_PR + moved_PR, change_R
 
@@ -137,12 +136,12 @@ def refine_slice(
     weight_bits: int,
     sweeps: int,
 ) -> SolvedSlice:
-    """Lower the damped loss of a solved slice; channels whose undamped loss rose stay as given.
+    """Lower the damped loss of a solved slice; channels whose undamped loss rises stay as given.
 
     Args:
         solved: what the column loop found.
         weight_CR, scale_GR, zero_GR, group_C, live_C: as in `column_loop.solve_slice`.
-        hessian, shift: of `damped_hessian`, original input order.
+        hessian, shift: from `damped_hessian`, original input order.
         sweeps: times that every column is revisited.
     """
     num_inputs, num_outputs = weight_CR.shape
@@ -158,10 +157,10 @@ def refine_slice(
         for columns, (a, _) in zip(panels, bounds, strict=True)
     ]
     missing = list(solved_missing)
-    change_R = nothing((num_outputs,))
+    change_R = zeros((num_outputs,))
     for _ in range(sweeps):
         for p, (a, b) in enumerate(bounds):
-            correction_PR = nothing((b - a, num_outputs))
+            correction_PR = zeros((b - a, num_outputs))
             for block_PA, missing_AR in zip(hessian[p], missing, strict=True):
                 correction_PR = add_product(block_PA, missing_AR, correction_PR)
             num_tiles = -(-(min(num_inputs, b) - a) // TILE)
@@ -194,19 +193,19 @@ def _settled(
     shift: Array,
     max_code: float,
 ) -> SolvedSlice:
-    """Channel by channel, what was found or what was given, whichever loses less."""
+    """The better of the refined and the given codes, channel by channel."""
     num_inputs = solved.codes_CR.shape[0]
 
     def whole(parts: Iterable[Array]) -> Array:
         return jnp.concatenate(list(parts))[:num_inputs]
 
     solved_CR, after_CR = whole(solved_missing), whole(missing)
-    # From the damped loss, which fell by -change, to the undamped one, which is judged.
+    # The sweeps lower the damped loss; what counts is the undamped one.
     grown_R = jnp.sum(after_CR**2 - solved_CR**2, axis=0)
     loss_R = solved.loss_R + change_R - shift * grown_R
     better_R = loss_R < solved.loss_R
     kept_CR = jnp.where(better_R, after_CR, solved_CR)
-    # A code comes back exactly from the weight it stands for.
+    # Encoding a decoded weight gives its code back exactly.
     weight_CR = whole(columns.weight_PR for columns in panels)
     group_C = whole(columns.group_P for columns in panels)
     grid = Columns(weight_CR, group_C, *panels[0][2:]).grid()
@@ -215,7 +214,7 @@ def _settled(
         codes_CR.astype(jnp.uint8),
         jnp.maximum(jnp.minimum(loss_R, solved.loss_R), 0.0),
         solved.rtn_loss_R,
-        # A channel that began as rounded and was improved is no longer that.
+        # A rounded channel that was refined is no longer round-to-nearest.
         solved.rtn_kept_R & ~better_R,
         jnp.sum(kept_CR**2, axis=0),
     )

@@ -121,6 +121,25 @@ def grid_of(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class SolvedRows:
+    """One solved row slice, in plain arrays that may be sent to another process.
+
+    Attributes:
+        solved: codes and errors.
+        grid: of these rows.
+        damping: that was needed; None if none made H definite.
+        dead_C: inputs that were zero in all of calibration.
+        num_rows: calibration rows (tokens).
+    """
+
+    solved: SolvedSlice
+    grid: Grid
+    damping: float | None
+    dead_C: NDArray[np.bool_]
+    num_rows: int
+
+
 def solve_on_grid(
     weight_RC: Float32,
     factor: Factor | None,
@@ -128,8 +147,8 @@ def solve_on_grid(
     damped: tuple[tuple[Array, ...], ...],
     grid: Grid,
     scheme: GPTQScheme,
-) -> SolvedSlice:
-    """One slice of output channels on a given grid, as NumPy arrays.
+) -> SolvedRows:
+    """Solve one slice of output channels on a given grid.
 
     Args:
         damped: from `refinement_blocks`, for all slices of one input.
@@ -165,8 +184,13 @@ def solve_on_grid(
                 weight_bits=scheme.weight_bits,
                 sweeps=scheme.refinement_sweeps,
             )
-    arrays: SolvedSlice = jax.device_get(solved)
-    return arrays
+    return SolvedRows(
+        solved=jax.device_get(solved),
+        grid=grid,
+        damping=None if factor is None else factor.damping,
+        dead_C=hessian.gram_CC.diagonal() == 0,
+        num_rows=hessian.num_rows,
+    )
 
 
 class RowSlice(NamedTuple):
@@ -181,25 +205,6 @@ class RowSlice(NamedTuple):
     scale_dtype: str
 
 
-@dataclass(frozen=True, slots=True)
-class SolvedRows:
-    """One solved row slice, in plain arrays that may be sent to another process.
-
-    Attributes:
-        solved: codes and errors.
-        grid: of these rows.
-        damping: that was needed; None if none made H definite.
-        dead_C: inputs that were zero in all of calibration.
-        num_rows: calibration rows (tokens).
-    """
-
-    solved: SolvedSlice
-    grid: Grid
-    damping: float | None
-    dead_C: NDArray[np.bool_]
-    num_rows: int
-
-
 def solve_slices(
     slices: Sequence[RowSlice], factor: Factor | None, hessian: HessianSum, scheme: GPTQScheme
 ) -> list[SolvedRows]:
@@ -209,18 +214,11 @@ def solve_slices(
         factor: of the Hessian; None rounds to nearest.
     """
     energy_1C = search_energy(factor, hessian)[None]
-    dead_C = hessian.gram_CC.diagonal() == 0
     damped = refinement_blocks(factor, hessian, scheme)
 
     def solve_rows(rows: RowSlice) -> SolvedRows:
         grid = grid_of(_live(rows.weight_RC, factor), energy_1C, scheme, rows.scale_dtype)
-        return SolvedRows(
-            solved=solve_on_grid(rows.weight_RC, factor, hessian, damped, grid, scheme),
-            grid=grid,
-            damping=None if factor is None else factor.damping,
-            dead_C=dead_C,
-            num_rows=hessian.num_rows,
-        )
+        return solve_on_grid(rows.weight_RC, factor, hessian, damped, grid, scheme)
 
     with ThreadPoolExecutor(_CONCURRENT_SLICES) as pool:
         return list(pool.map(solve_rows, slices))
@@ -228,22 +226,13 @@ def solve_slices(
 
 def join_slices(weight_RC: Float32, parts: Sequence[SolvedRows], scheme: GPTQScheme) -> SolveResult:
     """A weight's result from all its slices, in order."""
-    first = parts[0]
     grouped = GroupedWeight(
         _transposed([np.asarray(part.solved.codes_CR) for part in parts]),
         np.concatenate([part.grid.scale_RG for part in parts]),
         np.concatenate([part.grid.zero_RG for part in parts]).astype(np.uint8),
-        first.grid.group_C,
+        parts[0].grid.group_C,
     )
-    report = _report(
-        weight_RC,
-        [part.solved for part in parts],
-        first.damping,
-        first.dead_C,
-        first.num_rows,
-        scheme,
-    )
-    return SolveResult(grouped, report)
+    return SolveResult(grouped, _report(weight_RC, parts, scheme))
 
 
 def solve_in_row_groups(
@@ -273,25 +262,21 @@ def solve_in_row_groups(
     )
     scale, zero = stored.scale_RG.ravel(), stored.zero_RG.ravel()
     codes_RC = np.empty(weight_RC.shape, np.uint8)
-    slices: list[SolvedSlice] = []
+    parts: list[SolvedRows] = []
     for channels, group_C, cells in row_groups.patterns(stored.group_C):
         for a, b in row_slices(len(channels), weight_RC.shape[1]):
             grid = Grid(scale[cells[a:b]], zero[cells[a:b]], group_C)
             rows_RC = weight_RC[channels[a:b]]
-            solved = solve_on_grid(rows_RC, factor, hessian, damped, grid, scheme)
-            codes_RC[channels[a:b]] = solved.codes_CR.T
-            slices.append(solved)
+            part = solve_on_grid(rows_RC, factor, hessian, damped, grid, scheme)
+            codes_RC[channels[a:b]] = part.solved.codes_CR.T
+            parts.append(part)
     grouped = GroupedWeight(
         np.ascontiguousarray(row_groups.to_stored(codes_RC)),
         stored.scale_RG,
         stored.zero_RG.astype(np.uint8),
         stored.group_C,
     )
-    damping = None if factor is None else factor.damping
-    dead_C = hessian.gram_CC.diagonal() == 0
-    return SolveResult(
-        grouped, _report(weight_RC, slices, damping, dead_C, hessian.num_rows, scheme)
-    )
+    return SolveResult(grouped, _report(weight_RC, parts, scheme))
 
 
 def _live(weight_RC: Float32, factor: Factor | None) -> Float32:
@@ -329,24 +314,18 @@ def _transposed(codes: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     return codes_RC
 
 
-def _report(
-    weight_RC: Float32,
-    slices: list[SolvedSlice],
-    damping: float | None,
-    dead_C: NDArray[np.bool_],
-    num_rows: int,
-    scheme: GPTQScheme,
-) -> SolveReport:
-    """The report of one weight from all its slices; a damping of None: none made H definite."""
+def _report(weight_RC: Float32, parts: Sequence[SolvedRows], scheme: GPTQScheme) -> SolveReport:
+    """The report of one weight, from all its slices."""
+    damping, dead_C = parts[0].damping, parts[0].dead_C
 
     def total(field: str) -> float:
-        return float(sum(np.sum(getattr(part, field), dtype=np.float64) for part in slices))
+        return float(sum(np.sum(getattr(part.solved, field), dtype=np.float64) for part in parts))
 
     weight_error = total("weight_error_R")
     if damping is not None and dead_C.any():  # rounding to nearest keeps dead weights
         weight_error += float(np.sum(np.square(weight_RC[:, dead_C], dtype=np.float64)))
     weight_energy_R = np.einsum("rc,rc->r", weight_RC, weight_RC)
-    rows = sum(part.loss_R.shape[0] for part in slices)
+    rows = sum(part.solved.loss_R.shape[0] for part in parts)
     rtn_rows = int(total("rtn_kept_R"))
     if damping is None:
         reason = "the Hessian stayed indefinite at a damping of 1: rounded to nearest"
@@ -369,7 +348,7 @@ def _report(
         rtn_rows=rtn_rows,
         damping=damping,
         dead_inputs=int(dead_C.sum()),
-        num_rows=num_rows,
+        num_rows=parts[0].num_rows,
     )
 
 

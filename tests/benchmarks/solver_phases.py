@@ -8,8 +8,14 @@ import time
 import numpy as np
 
 from quantizer import GPTQScheme, HessianSum, row_slices
-from quantizer.gptq.solve import factorize_hessian, grid_of, search_energy, solve_on_grid, to_refine
-from quantizer.solver import check_weight
+from quantizer.gptq.solve import (
+    factorize_hessian,
+    grid_of,
+    refinement_blocks,
+    search_energy,
+    solve_on_grid,
+)
+from quantizer.solver import check_layer
 
 
 def phase_seconds(
@@ -30,12 +36,12 @@ def _one_round(weight_RC: np.ndarray, hessian: HessianSum, scheme: GPTQScheme) -
         seconds[phase] += now - last
         last = now
 
-    check_weight(weight_RC, "layer")
+    check_layer(weight_RC, scheme)
     hessian.check(weight_RC.shape[1], "layer")
     lap("checks")
     factor = factorize_hessian(hessian, scheme)  # reads the pivots, so it has finished
     lap("factor")
-    damped = to_refine(factor, hessian, scheme)
+    damped = refinement_blocks(factor, hessian, scheme)
     energy_1C = search_energy(factor, hessian)[None]
     for a, b in row_slices(*weight_RC.shape):
         grid = grid_of(weight_RC[a:b], energy_1C, scheme, "float32")

@@ -58,7 +58,7 @@ def test_codes_and_loss_are_those_of_the_paper(name, scheme, known):
     assert report.num_rows == len(rows)
 
 
-def test_the_best_exponent_and_why_are_in_the_account():
+def test_the_best_exponent_and_why_are_in_the_report():
     problem = PROBLEMS["tall"]
     report = solve(problem.weight_RC, problem.hessian, CASES[1][1]).report
     assert report.kept == "awq"

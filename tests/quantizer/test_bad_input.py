@@ -20,8 +20,6 @@ from quantizer import (
     solve,
     solve_stack,
 )
-from quantizer.keras_format.kernel_layout import einsum_layout
-from quantizer.keras_format.variables import solve_kernel
 
 NAME = "transformer_block_3/query"
 IN_FEATURES, OUT_FEATURES, NUM_ROWS = 32, 8, 64
@@ -82,10 +80,14 @@ BAD_WEIGHTS = {
 }
 
 
-@every_scheme
 @pytest.mark.parametrize(("weight", "message"), BAD_WEIGHTS.values(), ids=BAD_WEIGHTS)
-def test_a_weight_that_cannot_be_quantized_is_refused(scheme, statistics, weight, message):
-    assert_refused(WeightError, message, weight, statistics, scheme)
+def test_a_weight_that_cannot_be_quantized_is_refused(weight, message):
+    assert_refused(WeightError, message, weight, HESSIAN, GPTQ)
+
+
+@every_scheme
+def test_every_scheme_refuses_a_bad_weight(scheme, statistics):
+    assert_refused(WeightError, *reversed(BAD_WEIGHTS["NaN"]), statistics, scheme)
 
 
 def test_a_stack_names_the_layer_at_fault():
@@ -101,8 +103,8 @@ def test_a_stack_names_the_layer_at_fault():
         solve_stack(
             [WEIGHT], HESSIAN, GPTQScheme(group_size=16, drift_correction=1), names=["query"]
         )
-    with pytest.raises(SchemeError, match="GPTQScheme"):
-        solve_stack([WEIGHT], HESSIAN, AWQScheme(group_size=16), names=["query"])
+    with pytest.raises(CalibrationError, match=r"^query: .*MagnitudeSum\.of"):
+        solve_stack([WEIGHT], HESSIAN, Float8Scheme(), names=["query"])
 
 
 def hessian_with(value, place=(0, 0)):
@@ -157,19 +159,23 @@ BAD_MAGNITUDES = {
 }
 
 
-@pytest.mark.parametrize("scheme", ["awq", "float8"])
 @pytest.mark.parametrize(("statistics", "message"), BAD_MAGNITUDES.values(), ids=BAD_MAGNITUDES)
-def test_magnitudes_that_cannot_serve_are_refused(scheme, statistics, message):
-    assert_refused(CalibrationError, message, WEIGHT, statistics, SCHEMES[scheme][0])
+def test_magnitudes_that_cannot_serve_are_refused(statistics, message):
+    assert_refused(CalibrationError, message, WEIGHT, statistics, SCHEMES["awq"][0])
+
+
+@pytest.mark.parametrize("kind", ["missing", "a drift", "NaN"])
+def test_float8_refuses_them_too(kind):
+    statistics, message = BAD_MAGNITUDES[kind]
+    assert_refused(CalibrationError, message, WEIGHT, statistics, Float8Scheme())
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
-@pytest.mark.parametrize("kind", ["an array", "NaN", "all zero", "no rows", "other inputs"])
-def test_even_unneeded_statistics_must_be_sound(scheme, kind):
-    statistics, message = BAD_MAGNITUDES[kind]
-    if kind == "an array":
-        message = "HessianSum, a MagnitudeSum or None, got ndarray"
+def test_even_unneeded_statistics_must_be_sound(scheme):
+    statistics, message = BAD_MAGNITUDES["NaN"]
     assert_refused(CalibrationError, message, WEIGHT, statistics, SCHEMES[scheme][0])
+    message = "HessianSum, a MagnitudeSum or None, got ndarray"
+    assert_refused(CalibrationError, message, WEIGHT, HESSIAN.gram_CC, SCHEMES[scheme][0])
 
 
 def test_float8_says_what_a_hessian_lacks():
@@ -216,17 +222,10 @@ def test_a_group_larger_than_the_layer_is_refused(scheme):
     assert_refused(SchemeError, message, WEIGHT, HESSIAN, scheme)
 
 
-@every_scheme
-@pytest.mark.parametrize("scale_dtype", ["float8", "int8", "", None])
-def test_an_unknown_scale_dtype_names_those_there_are(scheme, statistics, scale_dtype):
-    assert_refused(
-        SchemeError,
-        "float32, bfloat16 or float16",
-        WEIGHT,
-        statistics,
-        scheme,
-        scale_dtype=scale_dtype,
-    )
+@pytest.mark.parametrize("scale_dtype", ["float64", "float8", "int8", "", None])
+def test_an_unknown_scale_dtype_names_those_there_are(scale_dtype):
+    message = "float32, bfloat16 or float16"
+    assert_refused(SchemeError, message, WEIGHT, HESSIAN, GPTQ, scale_dtype=scale_dtype)
 
 
 @pytest.mark.parametrize("scheme", ["gptq", None, GPTQScheme, {"mode": "gptq"}], ids=str)
@@ -234,15 +233,41 @@ def test_what_is_no_scheme_is_refused(scheme):
     assert_refused(SchemeError, "scheme", WEIGHT, HESSIAN, scheme)
 
 
+SIZES = [0, 1e-45, 1e-40, 1e-30, 1e-12, 1e-6, 1, 1e4]
+
+
+def assert_held(weight, statistics, scheme, scale_dtype):
+    result = solve(weight, statistics, scheme, scale_dtype=scale_dtype, name=NAME)
+    assert_finite(result)
+    largest_R = np.abs(result.weight.dequantize()).max(1)
+    assert (largest_R <= 1.1 * np.abs(weight).max() + 1e-7).all()
+    return largest_R
+
+
 @every_scheme
+@pytest.mark.parametrize("size", [0, 1e-40, 1e4])
+def test_weights_of_any_sound_size_are_solved_without_nan(scheme, statistics, size):
+    # float16 has the narrowest range for scales.
+    assert_held(WEIGHT * np.float32(size), statistics, scheme, "float16")
+
+
 @pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("size", [0, 1e-45, 1e-40, 1e-30, 1e-12, 1e-6, 1e4])
-def test_weights_of_any_sound_size_are_solved_without_nan(scheme, statistics, size, scale_dtype):
-    weight = WEIGHT * np.float32(size)
-    solution = solve(weight, statistics, scheme, scale_dtype=scale_dtype, name=NAME)
-    assert_finite(solution)
-    restored = solution.weight.dequantize()
-    assert np.abs(restored).max() <= 1.1 * np.abs(weight).max() + 1e-7
+@pytest.mark.parametrize("name", ["gptq", "int8", "int4", "int4 per channel"])
+def test_output_channels_of_any_size_are_solved_without_nan(name, scale_dtype):
+    # These find each channel's scale from it alone: one weight holds all sizes.
+    weight = WEIGHT * np.float32(SIZES)[:, None]
+    scheme, statistics = SCHEMES[name]
+    largest_R = assert_held(weight, statistics, scheme, scale_dtype)
+    assert (largest_R <= 1.1 * np.abs(weight).max(1) + 1e-7).all()
+
+
+@pytest.mark.parametrize("size", [1e-45, 1e-30, 1e-12, 1e-6])
+@pytest.mark.parametrize("name", ["awq", "awq by magnitudes", "float8", "float8 by powers of two"])
+def test_whole_weights_of_any_size_are_solved_without_nan(name, size):
+    # These choose something for all channels together.
+    scheme, statistics = SCHEMES[name]
+    for scale_dtype in ("float32", "bfloat16", "float16") if scheme.mode == "awq" else ["float32"]:
+        assert_held(WEIGHT * np.float32(size), statistics, scheme, scale_dtype)
 
 
 @every_scheme
@@ -256,11 +281,11 @@ def test_weights_beyond_float16_scales_are_refused(scheme, statistics):
         )
 
 
-@every_scheme
 @pytest.mark.parametrize("size", [1e-18, 1e-6, 1e3, 1e7])
-def test_inputs_of_any_sound_size_are_solved_without_nan(scheme, statistics, size):
-    if statistics is not None:
-        statistics = type(statistics).of(INPUTS * np.float32(size))
+@pytest.mark.parametrize("name", [name for name, (_, known) in SCHEMES.items() if known])
+def test_inputs_of_any_sound_size_are_solved_without_nan(name, size):
+    scheme, statistics = SCHEMES[name]
+    statistics = type(statistics).of(INPUTS * np.float32(size))
     assert_finite(solve(WEIGHT, statistics, scheme, name=NAME))
 
 
@@ -279,19 +304,3 @@ def test_inputs_are_left_alone():
     weight.flags.writeable = gram.flags.writeable = False
     solve(weight, HessianSum(gram, NUM_ROWS), GPTQ)
     np.testing.assert_array_equal(weight, WEIGHT)
-
-
-@pytest.mark.parametrize(
-    "shape", [(48, 4, 8), (4, 48, 8)], ids=["stored as its matrix", "stored once a head"]
-)
-@pytest.mark.parametrize("scheme", [GPTQScheme(group_size=8), AWQScheme(group_size=8)])
-@pytest.mark.parametrize("statistics", [None, "sums"])
-def test_kernels_are_refused_like_matrices_however_keras_stores_them(shape, scheme, statistics):
-    equation = "bqm,muh->bquh" if shape[0] == 48 else "btd,ndh->btnh"
-    layout = einsum_layout(equation, shape)
-    kernel = np.ones(shape, np.float32)
-    with pytest.raises(CalibrationError, match="decoder/query"):
-        solve_kernel(kernel, layout, scheme, statistics, name="decoder/query")
-    hessian = HessianSum.of(np.eye(48, dtype=np.float32))
-    with pytest.raises(SchemeError, match=r"decoder/query.*float64"):
-        solve_kernel(kernel, layout, scheme, hessian, scale_dtype="float64", name="decoder/query")

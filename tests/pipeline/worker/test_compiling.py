@@ -1,4 +1,4 @@
-"""What is compiled ahead: every shape of a plan once, as its groups take turns."""
+"""GPTQ's programs are compiled ahead, once for each shape of a plan, in the order of its groups."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.pipeline.tiny_runs import QuickWorker, model_state, planned, source
 def ahead(plan: Plan) -> CompiledAhead:
     found = CompiledAhead(plan, model_state(plan.to_json(), str(source())).targets, "float32")
     found.begin()
-    found.begin()  # as after a loss
+    found.begin()  # as after shards were lost
     return found
 
 
@@ -60,13 +60,13 @@ def test_a_worker_that_only_evaluates_compiles_no_solver(monkeypatch: pytest.Mon
     claim(store, given.plan, given.windows.to_bytes())
     worker = QuickWorker(given.plan, str(source()), store.root_url)
     assert worker.read(1)
-    assert not worker._compiled._begun
+    assert not worker._compiled._compiling
     worker.restore(0, [0], 0)
     worker._compiled.await_for(given.plan.parts[1].layers)
     assert called
 
 
-def test_it_goes_on_aside_and_what_fails_is_told_to_who_waits(
+def test_compiling_runs_in_a_thread_whose_failure_reaches_the_caller_that_waits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     allowed = threading.Event()
@@ -77,7 +77,7 @@ def test_it_goes_on_aside_and_what_fails_is_told_to_who_waits(
 
     monkeypatch.setattr(compiling, "compile_solver", fail)
     plan = planned("gptq").plan
-    begun = ahead(plan)  # returns though nothing can be compiled yet
+    started = ahead(plan)  # returns although nothing can be compiled yet
     allowed.set()
     with pytest.raises(MemoryError, match="mine"):
-        begun.await_for(plan.parts[1].layers)
+        started.await_for(plan.parts[1].layers)

@@ -110,7 +110,7 @@ def test_tries_rise_from_the_wanted_damping_to_one(hessian_damping):
     assert len(tries) <= 8
 
 
-def test_a_singular_hessian_raises_the_damping_and_the_account_says_so():
+def test_a_singular_hessian_raises_the_damping_and_the_report_says_so():
     problem = make(16, 200, 40)
     solution = solve(
         problem.weight_RC, problem.hessian, GPTQScheme(group_size=-1, hessian_damping=0.0)

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from quantizer import LayerError, WeightError
+from quantizer import LayerError, solve
 from quantizer.errors import CalibrationError
-from quantizer.keras_format.kernel_layout import dense_layout, einsum_layout
-from quantizer.keras_format.variables import solve_kernel
-from quantizer.schemes import AWQScheme, GPTQScheme, Int8Scheme
+from quantizer.keras_format.kernel_layout import dense_layout, einsum_layout, row_groups
+from quantizer.keras_format.variables import encode_kernel
+from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme
 
 # equation, kernel shape, input shape
 FORMS = {
@@ -44,8 +44,30 @@ def test_views_of_a_kernel_are_inverses(form):
     matrix = layout.to_matrix(kernel)
     assert matrix.shape == (layout.out_features, layout.in_features)
     np.testing.assert_array_equal(layout.from_matrix(matrix), kernel)
-    keras_view = layout.to_keras(matrix)
-    np.testing.assert_array_equal(keras_view.T.reshape(shape), kernel)
+
+
+@pytest.mark.parametrize("scheme", [GPTQScheme(), Int4Scheme()], ids=lambda scheme: scheme.mode)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_stored_matrix_is_the_kernel_reshaped(form, scheme):
+    equation, shape, _ = FORMS[form]
+    layout = einsum_layout(equation, shape)
+    kernel = np.arange(np.prod(shape)).reshape(shape)
+    matrix = layout.to_matrix(kernel)
+    groups = row_groups(layout, scheme, form)
+    if groups is None:
+        np.testing.assert_array_equal(matrix.T.reshape(shape), kernel)
+        return
+    stored = groups.to_stored(matrix)
+    assert not np.array_equal(stored, matrix)
+    np.testing.assert_array_equal(stored.T.reshape(shape), kernel)
+    np.testing.assert_array_equal(groups.to_matrix(stored), matrix)
+
+
+def test_int8_and_float8_have_no_groups():
+    for equation, shape, _ in FORMS.values():
+        layout = einsum_layout(equation, shape)
+        assert row_groups(layout, Int8Scheme(), "x") is row_groups(layout, Float8Scheme(), "x")
+        assert row_groups(layout, Int8Scheme(), "x") is None
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -90,20 +112,22 @@ def test_inputs_that_do_not_fit_are_refused():
 def test_a_kernel_with_one_matrix_per_head_is_refused_by_name(scheme):
     layout = einsum_layout("bnh,nhd->bnd", (4, 8, 16))
     with pytest.raises(LayerError, match=r"decoder/experts.*int8"):
-        solve_kernel(np.ones((4, 8, 16), "float32"), layout, scheme, None, name="decoder/experts")
+        row_groups(layout, scheme, "decoder/experts")
 
 
 def test_int8_takes_a_kernel_with_one_matrix_per_head():
     kernel = np.random.default_rng(2).normal(size=(4, 8, 16)).astype("float32")
     layout = einsum_layout("bnh,nhd->bnd", kernel.shape)
-    variables, report = solve_kernel(kernel, layout, Int8Scheme(), None)
+    assert row_groups(layout, Int8Scheme(), "experts") is None
+    result = solve(layout.to_matrix(kernel), None, Int8Scheme())
+    variables = encode_kernel(result.weight, layout, Int8Scheme())
     restored = variables["kernel"] / variables["kernel_scale"][0][:, None, :]
     assert np.abs(restored - kernel).max() <= 0.5 / variables["kernel_scale"].min() * 1.001
-    assert 0 < report.weight_error < 0.01
+    assert 0 < result.report.weight_error < 0.01
 
 
-def test_a_nan_in_a_kernel_is_refused_by_name():
-    kernel = np.ones((8, 4), "float32")
-    kernel[3, 1] = np.nan
-    with pytest.raises(WeightError, match="block_3/dense"):
-        solve_kernel(kernel, dense_layout((8, 4)), Int8Scheme(), None, name="block_3/dense")
+def test_rows_that_mix_inputs_have_no_awq_scale():
+    layout = einsum_layout("abe,cde->abcd", (4, 8, 48))
+    with pytest.raises(LayerError, match=r"decoder/query.*mix inputs.*gptq"):
+        row_groups(layout, AWQScheme(), "decoder/query")
+    assert row_groups(layout, GPTQScheme(), "decoder/query") is not None

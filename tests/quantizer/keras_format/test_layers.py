@@ -173,7 +173,7 @@ def test_gemmas_query_may_have_groups_that_span_heads():
         ["dense", "llama query", "llama output", "gemma query", "gemma output"], ["gemma query"]
     ),
 )
-def test_the_accounts_output_error_is_that_of_the_kernel_on_its_inputs(form):
+def test_the_reported_output_error_is_that_of_the_kernel_on_its_inputs(form):
     layer, inputs = kernel_layer(form)
     kernel = convert_to_numpy(layer.kernel.value).astype("float64")
     layout = kernel_layout(layer)

@@ -1,7 +1,11 @@
-"""What a stored layer stands for, against the independent reading in tests/stock.py."""
+"""Variables decode to what stock Keras reads, and 4-bit codes are packed as stock Keras packs."""
 
+import keras
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from quantizer import (
     AWQScheme,
@@ -15,7 +19,7 @@ from quantizer import (
     quantize_layer,
 )
 from quantizer.keras_format.layers import own_variables
-from quantizer.keras_format.variables import decode_kernel
+from quantizer.keras_format.variables import decode_kernel, pack_nibbles, unpack_nibbles
 from tests.selection import covering
 from tests.stock import kernel_layer, read_kernel
 
@@ -36,7 +40,7 @@ SCHEMES = {
 @pytest.mark.parametrize(
     ("form", "policy"), covering(["dense", "llama output", "gemma query", "odd outputs"], SCHEMES)
 )
-def test_restored_kernel_is_what_stock_keras_reads(form, policy):
+def test_a_decoded_kernel_is_what_stock_keras_reads(form, policy):
     scheme = SCHEMES[policy]
     layer, inputs = kernel_layer(form)
     layout = kernel_layout(layer)
@@ -49,7 +53,59 @@ def test_restored_kernel_is_what_stock_keras_reads(form, policy):
         if getattr(layer, f"_{name}" if name == "kernel" else name, None) is not None
     ]
     variables = dict(zip(present, own_variables(layer), strict=True))
-    restored = decode_kernel(variables, layout, scheme)
-    assert restored.dtype == np.float32
+    decoded = decode_kernel(variables, layout, scheme)
+    assert decoded.dtype == np.float32
     expected = read_kernel(layer, layout.shape)
-    np.testing.assert_allclose(restored, expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(decoded, expected, rtol=1e-6, atol=1e-7)
+
+
+SHAPES = hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=7)
+FEW_SHAPES = st.sampled_from([(5,), (3, 4)])  # Keras compiles anew for each
+
+
+@st.composite
+def codes_and_axis(draw, shapes=SHAPES):
+    dtype = draw(st.sampled_from([np.int8, np.uint8]))
+    low, high = (-8, 7) if dtype == np.int8 else (0, 15)
+    codes = draw(hnp.arrays(dtype, shapes, elements=st.integers(low, high)))
+    return codes, draw(st.integers(-codes.ndim, codes.ndim - 1))
+
+
+@given(codes_and_axis())
+def test_codes_come_back_exactly(case):
+    codes, axis = case
+    packed = pack_nibbles(codes, axis)
+    assert packed.shape[axis] == -(-codes.shape[axis] // 2)
+    restored = unpack_nibbles(packed, codes.shape[axis], axis)
+    assert restored.dtype == codes.dtype
+    np.testing.assert_array_equal(restored, codes)
+
+
+@settings(max_examples=12)
+@given(codes_and_axis(FEW_SHAPES))
+def test_bytes_are_those_of_keras(case):
+    codes, axis = case
+    dtype = codes.dtype.name
+    packed, _, length = keras.quantizers.pack_int4(codes, axis=axis, dtype=dtype)
+    ours = pack_nibbles(codes, axis)
+    assert ours.dtype == codes.dtype
+    np.testing.assert_array_equal(ours, np.asarray(packed))
+    theirs = keras.quantizers.unpack_int4(ours, length, axis=axis, dtype=dtype)
+    np.testing.assert_array_equal(np.asarray(theirs), codes)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_codes_need_not_be_contiguous(axis):
+    codes = np.arange(60, dtype=np.uint8).reshape(6, 10)[::-1, ::2] % 16
+    np.testing.assert_array_equal(
+        pack_nibbles(codes, axis), pack_nibbles(np.ascontiguousarray(codes), axis)
+    )
+
+
+def test_results_are_contiguous_and_the_codes_untouched():
+    codes = np.arange(15, dtype=np.uint8).reshape(3, 5)
+    before = codes.copy()
+    packed = pack_nibbles(codes, 1)
+    assert packed.flags.c_contiguous
+    assert unpack_nibbles(packed, 5, 1).flags.c_contiguous
+    np.testing.assert_array_equal(codes, before)
