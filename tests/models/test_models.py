@@ -55,7 +55,7 @@ def digests(preset: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("architecture", by_default(ARCHITECTURES, ["Bert", "Llama3"]))
+@pytest.mark.parametrize("architecture", by_default(ARCHITECTURES, ["Llama3"]))
 def test_stock_kerashub_reads_a_tiny_model_and_its_logits_vary(
     architecture: str, tmp_path: Path
 ) -> None:
@@ -122,6 +122,7 @@ def test_num_blocks_and_widths_are_as_asked(tmp_path: Path) -> None:
         assert layers["transformer_decoder_2/_feedforward_output_dense/vars/0"].shape == (96, 32)
 
 
+@pytest.mark.exhaustive
 def test_a_tiny_model_depends_on_its_seed_alone(tmp_path: Path) -> None:
     one = digests(tiny_preset("Llama3", tmp_path / "one"))
     # Another process, whose sets are ordered differently.
