@@ -16,6 +16,9 @@ from quantizer.gptq import factor, refine
 from quantizer.gptq import factor as cholesky
 from quantizer.gptq.solve import compile_solver
 
+# They clear what JAX has compiled, which other tests would have to compile again.
+pytestmark = pytest.mark.exhaustive
+
 # `quantizer.jit` leaves what it wraps at hand.
 PROGRAMS = {
     value.__name__
@@ -45,7 +48,7 @@ def compiled_by_solve(
 
 @pytest.mark.parametrize(
     ("in_features", "activation_order", "refinement_sweeps"),
-    [(72, False, 0), pytest.param(800, True, 1, marks=pytest.mark.exhaustive)],
+    [(72, False, 0), (800, True, 1)],
 )
 def test_a_solve_compiles_nothing_that_was_compiled_ahead(
     in_features: int,
@@ -69,7 +72,6 @@ def test_a_solve_compiles_nothing_that_was_compiled_ahead(
     assert compiled_by_solve(200, 136, scheme, caplog) >= solving | refining
 
 
-@pytest.mark.exhaustive
 def test_one_program_solves_the_panels_of_all_bits_and_widths(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
