@@ -17,8 +17,9 @@ from pipeline.run import activations
 from pipeline.run.commits import committed_parts, quarantine
 from pipeline.run.events import Report, Step
 from pipeline.run.records import Manifest, PartRecord
-from pipeline.run.worker_api import CalibrationStatistics, SolvedLayer, Values, WorkerApi
+from pipeline.run.worker_api import SolvedLayer, Values, WorkerApi
 from pipeline.storage.object_store import ObjectStore
+from quantizer.hessian import CalibrationStatistics
 
 KEEP_EVERY = 8
 """Blocks between activations kept in storage, where the user does not say."""

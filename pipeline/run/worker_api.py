@@ -19,14 +19,12 @@ from pipeline.run.activations import SavedShard
 from pipeline.run.records import Manifest, PartRecord
 
 if TYPE_CHECKING:
-    from quantizer import HessianSum, MagnitudeSum
     from quantizer.gptq.solve import SolvedRows
+    from quantizer.hessian import CalibrationStatistics
     from quantizer.result import Float32
 
 Values: TypeAlias = Mapping[str, NDArray[Any]]
 """A part's arrays in the source, by the path of their variable."""
-
-CalibrationStatistics: TypeAlias = "HessianSum | MagnitudeSum"
 
 
 @dataclass(frozen=True, kw_only=True)

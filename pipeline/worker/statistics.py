@@ -16,9 +16,8 @@ from jax import Array, lax
 from numpy.typing import NDArray
 
 from pipeline.recipe.recipe import StatisticsKind
-from pipeline.run.worker_api import CalibrationStatistics
 from pipeline.worker.memory import make_room
-from quantizer import HessianSum, MagnitudeSum
+from quantizer import CalibrationStatistics, HessianSum, MagnitudeSum
 
 # A Gram is symmetric: cut into this many bands of rows, each is multiplied only from the diagonal
 # on, which takes 10/16 of the flops.

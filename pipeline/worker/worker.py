@@ -23,13 +23,7 @@ from pipeline.reduction import Subtree, reduce_subtree
 from pipeline.run import activations
 from pipeline.run.commits import commit_part, committed_file
 from pipeline.run.records import Manifest, PartRecord
-from pipeline.run.worker_api import (
-    CalibrationStatistics,
-    SolvedLayer,
-    SolvedSlices,
-    Values,
-    WorkerApi,
-)
+from pipeline.run.worker_api import SolvedLayer, SolvedSlices, Values, WorkerApi
 from pipeline.storage.object_store import open_store
 from pipeline.worker import statistics as calibration
 from pipeline.worker.block_program import BlockProgram
@@ -38,6 +32,7 @@ from pipeline.worker.evaluate import artifact_model, evaluate, source_model
 from pipeline.worker.memory import FreedMemory
 from pipeline.worker.model_state import ModelState, in_order
 from pipeline.worker.solve import CompiledAhead, join_layer, solve_layers, solve_slices
+from quantizer.hessian import CalibrationStatistics
 
 
 class Worker(WorkerApi):

@@ -13,10 +13,11 @@ from pipeline.reduction import Subtree
 from pipeline.run import activations
 from pipeline.run.driver import claim
 from pipeline.run.records import PartRecord, file_key, record_key
-from pipeline.run.worker_api import CalibrationStatistics, SolvedLayer
+from pipeline.run.worker_api import SolvedLayer
 from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.worker.calibration_shards import LostShardError
 from pipeline.worker.worker import Worker
+from quantizer import CalibrationStatistics
 from tests.pipeline.tiny_runs import QuickWorker, execute, planned, source
 
 _fresh = iter(range(1_000_000))
