@@ -74,6 +74,23 @@ class PresetFiles:
             raise SourceError(f"{self.url}/{name}: expected a JSON object")
         return content
 
+    def weight_map(self, name: str) -> dict[str, tuple[str, ...]]:
+        """The weights files of each layer or tensor, as an index file lists them.
+
+        Raises:
+            SourceError: the index is missing or damaged, or names a file elsewhere.
+        """
+        found = self.parse(name).get("weight_map")
+        if not isinstance(found, dict):
+            raise SourceError(f"{self.url}/{name}: it lacks a weight_map")
+        files = {}
+        for key, listed in found.items():
+            files[key] = tuple(listed if isinstance(listed, list) and listed else [listed])
+            for file in files[key]:
+                if not isinstance(file, str) or "/" in file:
+                    raise SourceError(f"{self.url}/{name}: {file!r} is not a file beside it")
+        return files
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes [start, stop) of a file.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -93,10 +93,12 @@ class Hdf5Weights:
 
     @cached_property
     def _locations(self) -> dict[str, _Location]:
-        shards = self._shards()
+        # KerasHub prefers a single file where there are both.
+        single = _SINGLE in self.preset.sizes or INDEX_FILE not in self.preset.json_files
+        shards = {} if single else self.preset.weight_map(INDEX_FILE)
         locations = {}
         for stored in self.skeleton.stored:
-            files = shards.get(f"/{stored.h5_group}") if shards else (_SINGLE,)
+            files = (_SINGLE,) if single else shards.get(f"/{stored.h5_group}")
             if files is None:
                 raise SourceError(
                     f"{self.preset.url}/{INDEX_FILE}: its weight_map lacks /{stored.h5_group}"
@@ -105,24 +107,6 @@ class Hdf5Weights:
         for stored in self.skeleton.stored_by_task:
             locations.setdefault(str(stored.variable.path), _Location(stored, (TASK_WEIGHTS_FILE,)))
         return locations
-
-    def _shards(self) -> Mapping[str, tuple[str, ...]] | None:
-        """Files by group, or None for a single file (which KerasHub prefers)."""
-        if _SINGLE in self.preset.sizes or INDEX_FILE not in self.preset.json_files:
-            return None
-        weight_map = self.preset.parse(INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise SourceError(f"{self.preset.url}/{INDEX_FILE}: it lacks a weight_map")
-        shards = {}
-        for group, names in weight_map.items():
-            listed = names if isinstance(names, list) else [names]
-            for name in listed:
-                if not isinstance(name, str) or "/" in name:
-                    raise SourceError(
-                        f"{self.preset.url}/{INDEX_FILE}: {name!r} is not a file beside it"
-                    )
-            shards[str(group)] = tuple(listed)
-        return shards
 
 
 @dataclass(frozen=True)

@@ -126,13 +126,7 @@ class SafetensorsWeights:
         """File of each tensor."""
         if _INDEX not in self.preset.json_files:
             return dict.fromkeys(self._header(_SINGLE), _SINGLE)
-        weight_map = self.preset.parse(_INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise SourceError(f"{self.preset.url}/{_INDEX}: it lacks a weight_map")
-        for name in weight_map.values():
-            if not isinstance(name, str) or "/" in name:
-                raise SourceError(f"{self.preset.url}/{_INDEX}: {name!r} is not a file beside it")
-        return {str(tensor): name for tensor, name in weight_map.items()}
+        return {name: files[0] for name, files in self.preset.weight_map(_INDEX).items()}
 
     def _tensor(self, name: str) -> _Tensor:
         file = self._tensors[name]
