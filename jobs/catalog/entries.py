@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -15,6 +15,8 @@ from pydantic import (
     StrictInt,
     StrictStr,
 )
+
+from pipeline.executor.protocol import Device
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
@@ -84,7 +86,7 @@ class Resources(BaseModel):
     workers: Annotated[StrictInt, Field(ge=1, le=100_000)] | None = None
     threads: Annotated[StrictInt, Field(ge=1, le=10_000)] | None = None
     """Per worker. They affect rounding, and so are part of the request."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
+    device: Device = "auto"
     memory: Annotated[ByteSize, BeforeValidator(_size)] | None = None
     """Per worker, such as 8GiB. A run whose plan needs more is rejected."""
 

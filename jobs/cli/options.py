@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from pipeline.executor import protocol
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Address = Annotated[
@@ -21,7 +23,7 @@ Threads = Annotated[
     int | None,
     typer.Option(min=1, help="Threads per worker. They affect rounding, so the plan fixes them."),
 ]
-Device = Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="What workers compute on.")]
+Device = Annotated[protocol.Device, typer.Option(help="What workers compute on.")]
 EvaluateOn = Annotated[
     list[str] | None,
     typer.Option(help="Texts to evaluate on, other than the calibration texts; repeatable."),
