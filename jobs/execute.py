@@ -312,7 +312,7 @@ def log_allocation(compute: Compute, spec: ComputeSpec, where: str) -> None:
     """Say what workers a run gets."""
     allocation = compute.allocation
     on = "one GPU each" if allocation.gpus else "CPU"
-    why = "" if allocation.gpus or spec.device == "cpu" else " (the cluster has no GPU)"
+    why = "" if allocation.gpus or spec.device == "cpu" else " (no GPU found)"
     log_event(
         "joined",
         f"{allocation.workers} worker(s) × {allocation.threads} thread(s) on {on}{why}, {where}",

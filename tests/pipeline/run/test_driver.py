@@ -13,7 +13,7 @@ import pytest
 import quantizer.gptq.solve
 from pipeline.canonical import sha256
 from pipeline.errors import PlanMismatchError
-from pipeline.executor.protocol import ExecutorError
+from pipeline.executor.protocol import ExecutorError, Handle
 from pipeline.model.preset import read_preset
 from pipeline.plan import PLAN_KEY
 from pipeline.planning import Planned, make_plan
@@ -162,19 +162,21 @@ def test_a_worker_that_started_anew_unnoticed_is_given_its_shards_again(
     assert lasting(store) == expected("gptq")
 
 
-class RepeatingCrew(CountingExecutor):
-    """Carries every call out again, right away or some calls later, as a lost answer makes it."""
+class RepeatingExecutor(CountingExecutor):
+    """Runs every call twice, at once or some calls later, as happens when an answer is lost."""
 
     def __init__(self, make_worker: Callable[[], Worker], num_workers: int, lag: int) -> None:
         super().__init__(make_worker, num_workers)
         self._lag = lag
-        self._asked: list[tuple[int, str, tuple[Any, ...]]] = []
+        self._submitted: list[tuple[int, Callable[..., Any], tuple[Any, ...]]] = []
 
-    def submit(self, worker: int, method: str, *args: Any) -> Any:
-        self._asked.append((worker, method, args))
-        result = super().submit(worker, method, *args)
-        if len(self._asked) > self._lag:
-            again, method, args = self._asked[-1 - self._lag]
+    def submit(
+        self, worker: int, method: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Handle[Any]:
+        self._submitted.append((worker, method, args))
+        result = super().submit(worker, method, *args, **kwargs)
+        if len(self._submitted) > self._lag:
+            again, method, args = self._submitted[-1 - self._lag]
             late = super().submit(again, method, *args)
             return result if self._lag else late
         return result
@@ -185,7 +187,7 @@ def test_every_call_may_be_carried_out_twice(lag: int, store: ObjectStore) -> No
     given = planned("gptq")
     assert given.windows is not None
     claim(store, given.plan, given.windows.to_bytes())
-    executor = RepeatingCrew(
+    executor = RepeatingExecutor(
         lambda: QuickWorker(given.plan, str(source()), store.root_url), num_workers=2, lag=lag
     )
     steps: list[Step] = []
