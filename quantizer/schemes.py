@@ -1,7 +1,7 @@
-"""Schemes: the format of one layer's quantized weight, and how it is found.
+"""Schemes: the format of one layer's quantized weight, and how its codes are found.
 
 A scheme is frozen, checked once when it is made, and round-trips through a plain dict.
-Fields that Keras has too carry Keras' meaning and default; the others are named as such.
+Fields that Keras also has keep its meaning and default; the docs of the others say so.
 This module imports neither JAX nor Keras, so that listing schemes is instant.
 """
 
@@ -56,13 +56,13 @@ class GPTQScheme:
         0.01, "Share of the Hessian's mean diagonal added to it; raised only if it must be."
     )
     scale_search: bool = _option(
-        True, "Search each group's range for the least error weighted by input energy (ours)."
+        True, "Search each group's range for the least energy-weighted error (not in Keras)."
     )
     refinement_sweeps: int = _option(
-        0, "Times that every solved weight is revisited, all others known (ours); 2 is plenty."
+        0, "Sweeps that revisit every solved weight, all others known (not in Keras); 2 are plenty."
     )
     drift_correction: float = _option(
-        0.0, "Share (0 to 1) of the input drift of already quantized layers to undo (ours)."
+        0.0, "Share (0 to 1) of the drift caused by quantized layers before to undo (not in Keras)."
     )
 
     def __post_init__(self) -> None:
@@ -104,7 +104,7 @@ class AWQScheme:
     )
     num_grid_points: int = _option(20, "Exponents tried between 0 and 1 for the input scales.")
     clip_search: bool = _option(
-        True, "Search each group's range for the least error weighted by input energy (ours)."
+        True, "Search each group's range for the least energy-weighted error (not in Keras)."
     )
 
     def __post_init__(self) -> None:
@@ -171,7 +171,7 @@ class Float8Scheme:
     mode: ClassVar[str] = "float8"
 
     power_of_two: bool = _option(
-        False, "Round scales up to powers of two: the weights are then exact in bfloat16 (ours)."
+        False, "Round scales up to powers of two: weights are exact in bfloat16 (not in Keras)."
     )
 
     def __post_init__(self) -> None:

@@ -147,10 +147,21 @@ def solve_problems(
                 for layer in layers
             ]
         case Float8Scheme():
-            magnitudes = _magnitudes(layers, statistics)
-            return [solve_float8(layer.weight_RC, magnitudes, scheme) for layer in layers]
+            known = _known(layers, statistics, "a MagnitudeSum")
+            if not isinstance(known, MagnitudeSum):
+                raise CalibrationError(
+                    f"{layers[0].name}: float8 needs the largest input, which a Hessian does not "
+                    "hold; give MagnitudeSum.of(inputs)"
+                )
+            return [solve_float8(layer.weight_RC, known, scheme) for layer in layers]
         case Int8Scheme() | Int4Scheme():
-            _check_unneeded(layers, statistics)
+            if statistics is not None:
+                if not isinstance(statistics, CalibrationStatistics):
+                    raise CalibrationError(
+                        f"{layers[0].name}: statistics must be a HessianSum, a MagnitudeSum or "
+                        f"None, got {type(statistics).__name__}"
+                    )
+                _check_statistics(layers, statistics)
             return [
                 solve_int(
                     layer.weight_RC,
@@ -333,31 +344,6 @@ def _hessian(
         raise _missing(layers[0], "a HessianSum")
     _check_statistics(layers, statistics)
     return statistics
-
-
-def _magnitudes(
-    layers: Sequence[LayerProblem], statistics: CalibrationStatistics | None
-) -> MagnitudeSum:
-    known = _known(layers, statistics, "a MagnitudeSum")
-    if not isinstance(known, MagnitudeSum):
-        raise CalibrationError(
-            f"{layers[0].name}: float8 needs the largest input, which a Hessian does not hold; "
-            "give MagnitudeSum.of(inputs)"
-        )
-    return known
-
-
-def _check_unneeded(
-    layers: Sequence[LayerProblem], statistics: CalibrationStatistics | None
-) -> None:
-    if statistics is None:
-        return
-    if not isinstance(statistics, CalibrationStatistics):
-        raise CalibrationError(
-            f"{layers[0].name}: statistics must be a HessianSum, a MagnitudeSum or None, "
-            f"got {type(statistics).__name__}"
-        )
-    _check_statistics(layers, statistics)
 
 
 def _missing(layer: LayerProblem, wanted: str) -> CalibrationError:
