@@ -88,6 +88,12 @@ def argument(handle: Handle[T]) -> T:
     return cast(T, handle)
 
 
+def concurrent(method: Callable[P, T]) -> Callable[P, T]:
+    """Mark a protocol's method that may run beside a worker's other calls."""
+    method.__dict__["concurrent"] = True
+    return method
+
+
 class FunctionRunner(Protocol):
     """A process that has JAX and Keras; the driver imports neither."""
 
@@ -116,20 +122,11 @@ class Executor(FunctionRunner, Protocol):
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> Handle[T]:
-        """Call a worker's method, named by its protocol's; a worker takes one call at a time.
+        """Call a worker's method, named by its protocol's.
 
-        Handles among the arguments (see `argument`) are replaced by their results.
+        A worker runs one call at a time, and beside it one of a `concurrent` method. Handles among
+        the arguments (see `argument`) are replaced by their results.
         """
-        ...
-
-    def submit_read(
-        self,
-        worker: int,
-        method: Callable[Concatenate[Any, P], T],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> Handle[T]:
-        """Like `submit`, of a method that reads, for which the worker's other calls do not wait."""
         ...
 
     def fetch(self, handles: Sequence[Handle[T]]) -> list[T]:
@@ -193,15 +190,6 @@ class LocalExecutor:
     ) -> Handle[T]:
         results = [arg.result if isinstance(arg, _Done) else arg for arg in args]
         return _Done(self._workers[worker].call(method.__name__, *results, **kwargs))
-
-    def submit_read(
-        self,
-        worker: int,
-        method: Callable[Concatenate[Any, P], T],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> Handle[T]:
-        return self.submit(worker, method, *args, **kwargs)
 
     def fetch(self, handles: Sequence[Handle[T]]) -> list[T]:
         return [cast(_Done[T], handle).result for handle in handles]

@@ -27,7 +27,7 @@ from pipeline.executor.protocol import (
 from pipeline.executor.ray_calls import PING_GROUP, Call, PendingCalls, ask_all, result_of
 from pipeline.executor.ray_cluster import GcsMonitor
 
-_READ_GROUP = "read"
+_CONCURRENT_GROUP = "concurrent"
 _MOST_RUNS = 4
 _WAIT_SECONDS = 1.0
 _PING_SECONDS = 5.0
@@ -72,7 +72,7 @@ class RayExecutor:
             # A lost call holds up no other; a call that must come later is given its result.
             "allow_out_of_order_execution": True,
             # The next block is read while this one is solved.
-            "concurrency_groups": {_READ_GROUP: 1, PING_GROUP: 1},
+            "concurrency_groups": {_CONCURRENT_GROUP: 1, PING_GROUP: 1},
             "runtime_env": {"env_vars": worker_environment(allocation)},
         }
         actor: Any = ray.remote(**options)(_WorkerActor)
@@ -110,21 +110,8 @@ class RayExecutor:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> Handle[T]:
-        actor_method = self._actors[worker].call.options(num_returns=2)
-        return self._calls.submit(
-            Call(worker=worker, method=actor_method, args=(method.__name__, *args), kwargs=kwargs)
-        )
-
-    def submit_read(
-        self,
-        worker: int,
-        method: Callable[Concatenate[Any, P], T],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> Handle[T]:
-        actor_method = self._actors[worker].call.options(
-            num_returns=2, concurrency_group=_READ_GROUP
-        )
+        group = _CONCURRENT_GROUP if "concurrent" in method.__dict__ else None
+        actor_method = self._actors[worker].call.options(num_returns=2, concurrency_group=group)
         return self._calls.submit(
             Call(worker=worker, method=actor_method, args=(method.__name__, *args), kwargs=kwargs)
         )
@@ -283,7 +270,7 @@ class _WorkerActor:
         return self._incarnation, {} if self._timed is None else self._timed.take_seconds()
 
     def _worker(self) -> TimedWorker:
-        # A read may come beside another call.
+        # A concurrent call may come beside another.
         with self._opening:
             if self._timed is None:
                 self._timed = TimedWorker(self._open_worker())

@@ -247,7 +247,7 @@ class _Drive:
         """Have a block's arrays read, while the workers do other things."""
         # By the worker that commits the block before, whose other work is short.
         worker = (block - 1 if block else 0) % self.executor.num_workers
-        return self.executor.submit_read(worker, WorkerApi.read, block + 1)
+        return self.executor.submit(worker, WorkerApi.read, block + 1)
 
     def _keep(self, block: int, shards: dict[int, list[int]]) -> None:
         """Store the activations that enter a block, and delete those stored before."""

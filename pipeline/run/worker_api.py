@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from numpy.typing import NDArray
 
+from pipeline.executor.protocol import concurrent
 from pipeline.fidelity import WindowFidelity
 from pipeline.reduction import Subtree
 from pipeline.run.activations import SavedShard
@@ -66,6 +67,7 @@ class WorkerApi(Protocol):
     arguments and of what is in storage, but for the shards, which `restore` makes anew.
     """
 
+    @concurrent
     def read(self, part: int) -> Values:
         """Read the source's arrays of one part."""
         ...

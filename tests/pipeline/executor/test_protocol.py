@@ -18,7 +18,6 @@ def test_handles_stand_for_results() -> None:
     executor = LocalExecutor([Adder(), Adder()])
     first = executor.submit(0, Adder.add, 1, 2)
     assert executor.fetch([executor.submit(1, Adder.add, argument(first), 4)]) == [7]
-    assert executor.fetch([executor.submit_read(1, Adder.add, argument(first), 5)]) == [8]
 
 
 def test_seconds_are_counted_once_and_of_failures_too() -> None:
