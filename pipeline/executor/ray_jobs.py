@@ -1,4 +1,4 @@
-"""The door to Ray Jobs: submit, list and stop, each answered or refused within a minute."""
+"""Ray Jobs: submit, list and stop, each answered or refused within a minute."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from pipeline.executor.protocol import ExecutorError
 _T = TypeVar("_T")
 _ANSWER_SECONDS = 60.0
 _CONNECT_SECONDS = 10.0
-# What a head says whose agents, which start jobs, are not up yet.
+# The answer of a head whose agents, which start jobs, are not up yet.
 _NO_AGENT = "No available agent"
 _AGENT_SECONDS = 60.0
 _POLL_SECONDS = 1.0
 _ALIVE = frozenset({"PENDING", "RUNNING"})
-# They would send the client elsewhere than --address says.
+# Both would send the client elsewhere than --address says.
 _REDIRECTIONS = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RayJob:
-    """A job as Ray knows it, which may be wrong after the head was lost: storage decides.
+    """A job as Ray reports it, which may be wrong after the head was lost: storage decides.
 
     Attributes:
         submission_id: its name.
         status: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED.
-        exit_code: of its entrypoint; None where it has not ended, or was killed.
+        exit_code: of its entrypoint; None if it has not ended, or was killed.
     """
 
     submission_id: str
@@ -50,18 +50,18 @@ class RayJob:
 
 
 class Jobs(Protocol):
-    """What submitting needs of a cluster."""
+    """The jobs of a cluster."""
 
     def list(self) -> Mapping[str, RayJob]:
         """All jobs by submission id."""
         ...
 
     def submit(self, submission_id: str, entrypoint: str, metadata: Mapping[str, str]) -> None:
-        """Start a job; one of that id that is there already is success."""
+        """Start a job, unless there is one of that id already."""
         ...
 
     def stop(self, submission_id: str) -> None:
-        """Ask a job to end: SIGTERM, and a few seconds later SIGKILL."""
+        """Stop a job: SIGTERM, and a few seconds later SIGKILL."""
         ...
 
 
@@ -73,21 +73,21 @@ class RayJobs:
 
         Args:
             address: such as http://head:8265.
-            working_dir: a folder, or the URI of a .zip, to be shipped as the jobs' working folder;
-                None where the nodes' environment holds all they need.
+            working_dir: a folder, or the URI of a .zip, to ship as the jobs' working folder; None
+                if the nodes have the code.
 
         Raises:
-            ExecutorError: nobody answers there, or the token is refused.
+            ExecutorError: no cluster answers there, or it refuses the token.
         """
         self._address = _checked(address)
         self._environment: dict[str, Any] = {}
         if working_dir is not None:
             self._environment["working_dir"] = working_dir
-        _check_that_somebody_listens(self._address)
-        self._client = self._asked(lambda: _Client(self._address, headers=_headers()))
+        _check_port(self._address)
+        self._client = self._call(lambda: _Client(self._address, headers=_headers()))
 
     def list(self) -> Mapping[str, RayJob]:
-        found = self._asked(self._client.list_jobs)
+        found = self._call(self._client.list_jobs)
         return {
             job.submission_id: RayJob(
                 submission_id=job.submission_id,
@@ -106,17 +106,17 @@ class RayJobs:
                 # Never a secret: Ray shows and logs it. Nodes have credentials of their own.
                 runtime_env=dict(self._environment),
                 metadata=dict(metadata),
-                # It only waits for its workers, which take CPUs of their own.
+                # A driver only waits for its workers, which take CPUs of their own.
                 entrypoint_num_cpus=0,
             )
 
         deadline = time.monotonic() + _AGENT_SECONDS
         while True:
             try:
-                self._asked(submit)
+                self._call(submit)
                 return
             except ExecutorError as error:
-                # Also what a lost answer to our own request looks like.
+                # A lost answer to this very request looks the same.
                 if submission_id in self.list():
                     return
                 if _NO_AGENT not in str(error) or time.monotonic() > deadline:
@@ -124,13 +124,13 @@ class RayJobs:
             time.sleep(_POLL_SECONDS)
 
     def stop(self, submission_id: str) -> None:
-        self._asked(lambda: self._client.stop_job(submission_id))
+        self._call(lambda: self._client.stop_job(submission_id))
 
-    def _asked(self, ask: Callable[[], _T]) -> _T:
+    def _call(self, request: Callable[[], _T]) -> _T:
         try:
-            return ask()
+            return request()
         except AuthenticationError:
-            # Its own text explains Ray's files at length, and may quote what was sent.
+            # Ray's message is long, and may quote what was sent.
             raise ExecutorError(
                 f"the Ray cluster at {self._address} refuses the token; set RAY_AUTH_TOKEN, or "
                 "RAY_AUTH_TOKEN_PATH, to the cluster's own"
@@ -147,7 +147,7 @@ class RayJobs:
 
 
 class _Client(JobSubmissionClient):
-    """Ray's own, with a limit to its patience."""
+    """Ray's client, with timeouts."""
 
     def _do_request(self, *args: Any, **options: Any) -> Any:
         return super()._do_request(
@@ -156,10 +156,10 @@ class _Client(JobSubmissionClient):
 
 
 def _headers() -> dict[str, str]:
-    """The token as the environment gives it, whatever RAY_AUTH_MODE says here.
+    """The token from the environment, whatever RAY_AUTH_MODE says here.
 
     Raises:
-        ExecutorError: the file that is to hold it cannot be read.
+        ExecutorError: its file cannot be read.
     """
     token, path = os.environ.get("RAY_AUTH_TOKEN"), os.environ.get("RAY_AUTH_TOKEN_PATH")
     if not token and path:
@@ -167,7 +167,7 @@ def _headers() -> dict[str, str]:
             token = Path(path).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ExecutorError(
-                f"RAY_AUTH_TOKEN_PATH: {path} cannot be read ({type(error).__name__}); mend it"
+                f"RAY_AUTH_TOKEN_PATH: {path} cannot be read ({type(error).__name__}); correct it"
             ) from None
     if not token:
         return {}
@@ -189,7 +189,7 @@ def _checked(address: str) -> str:
     return address.rstrip("/")
 
 
-def _check_that_somebody_listens(address: str) -> None:
+def _check_port(address: str) -> None:
     parts = urlsplit(address)
     assert parts.hostname is not None
     try:
@@ -203,7 +203,7 @@ def _check_that_somebody_listens(address: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    """What Ray says, without the traceback of its server."""
+    """Ray's message, without its server's traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[-1] if lines else type(error).__name__
     return re.sub(r"(?i)bearer \S+", "Bearer …", text)[:300]
