@@ -6,14 +6,10 @@ from typing import ClassVar
 
 
 class PipelineError(ValueError):
-    """Base of every error that `pipeline` raises on purpose.
-
-    Attributes:
-        exit_code: of the command: 2 for bad input, 3 for storage or a cluster that cannot be
-            used, 4 for a damaged result.
-    """
+    """Base of every error that `pipeline` raises on purpose."""
 
     exit_code: ClassVar[int] = 2
+    """Of the command: 2 bad input, 3 unusable storage or cluster, 4 a damaged result."""
 
 
 class SourceError(PipelineError):

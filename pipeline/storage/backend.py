@@ -15,19 +15,13 @@ from pipeline.errors import StorageError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Version:
-    """What a store knows about an object without reading it.
-
-    Attributes:
-        token: changes when other bytes are written; writing the same bytes again may keep it.
-            Tokens of different stores cannot be compared.
-        size_bytes: of the object.
-        modified: time of writing, in seconds since 1970 by the store's clock. For display only,
-            since clocks differ.
-    """
+    """What a store knows about an object without reading it."""
 
     token: str
+    """Changes when other bytes are written; comparable within one store only."""
     size_bytes: int
     modified: float
+    """Seconds since 1970 by the store's clock: for display only."""
 
 
 class Backend(Protocol):
@@ -48,20 +42,21 @@ class Backend(Protocol):
     def replace(self, key: str, data: bytes, expected: bytes) -> None:
         """Write if the object equals `expected`, else raise FileExistsError, as in `create`."""
 
-    def version(self, key: str) -> Version:
-        """What is known about the object without reading it."""
+    def version(self, key: str) -> Version: ...
 
     def versions(self, prefix: str) -> Iterator[tuple[str, Version]]:
         """Yield key and version of every object whose key begins with `prefix`, in any order."""
 
     def list(self, prefix: str) -> Iterator[str]:
         """Yield every key that begins with `prefix`, in any order."""
+        return (key for key, _ in self.versions(prefix))
 
     def delete(self, key: str) -> None:
         """Remove the object, or a leftover; it may be absent."""
 
     def leftovers(self) -> Iterator[str]:
         """Yield the paths, below the root, of partial files left by interrupted writes."""
+        return iter(())
 
 
 PATIENCE_VARIABLE = "QUANTFLEET_STORAGE_PATIENCE"

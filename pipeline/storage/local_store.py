@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import StorageError
-from pipeline.storage.backend import Version
+from pipeline.storage.backend import Backend, Version
 
 _REMEDIES = {
     errno.EACCES: "no permission; check owner and mode",
@@ -27,11 +27,10 @@ _REMEDIES = {
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")
 
 
-class LocalBackend:
+class LocalBackend(Backend):
     """Files below a directory, written so that a crash at any moment leaves only whole files.
 
-    Temporary files lie beside their target and begin with a dot. A crash may leave some behind;
-    listings omit them.
+    A crash may leave temporary files beside their targets, hidden from listings by a leading dot.
     """
 
     def __init__(self, root: Path) -> None:
@@ -79,25 +78,22 @@ class LocalBackend:
                 continue
 
     def list(self, prefix: str) -> Iterator[str]:
-        top = self._root / prefix.rpartition("/")[0]
-        with self._explained(prefix):
-            for directory, subdirectories, names in os.walk(top, onerror=_unless_absent):
-                subdirectories[:] = [name for name in subdirectories if name[0] != "."]
-                for name in names:
-                    key = (Path(directory) / name).relative_to(self._root).as_posix()
-                    if key.startswith(prefix):
-                        yield key
+        return (k for k in self._files(prefix.rpartition("/")[0]) if k.startswith(prefix))
 
     def delete(self, key: str) -> None:
         with self._explained(key) as path:
             path.unlink(missing_ok=True)
 
     def leftovers(self) -> Iterator[str]:
-        with self._explained(""):
-            for directory, _, names in os.walk(self._root, onerror=_unless_absent):
+        return (key for key in self._files("") if _TEMPORARY.fullmatch(key.rpartition("/")[2]))
+
+    def _files(self, directory: str) -> Iterator[str]:
+        """Yield every file below a directory, relative to the root."""
+        with self._explained(directory):
+            for folder, folders, names in os.walk(self._root / directory, onerror=_unless_absent):
+                folders[:] = [name for name in folders if name[0] != "."]  # not ours
                 for name in names:
-                    if _TEMPORARY.fullmatch(name):
-                        yield (Path(directory) / name).relative_to(self._root).as_posix()
+                    yield (Path(folder) / name).relative_to(self._root).as_posix()
 
     @contextmanager
     def _explained(self, key: str) -> Iterator[Path]:
@@ -113,20 +109,15 @@ class LocalBackend:
 
 
 def file_version(path: Path) -> Version:
-    """What is known about a file without reading it.
-
-    A program can reset a file's modification time (mtime), but not its change time (ctime).
-    """
+    """A file's version. Programs can reset its mtime, but not its ctime."""
     known = path.stat()
-    parts = (known.st_size, known.st_mtime_ns, known.st_ctime_ns, known.st_ino)
-    return Version(
-        token="-".join(map(str, parts)), size_bytes=known.st_size, modified=known.st_mtime
-    )
+    token = f"{known.st_size}-{known.st_mtime_ns}-{known.st_ctime_ns}-{known.st_ino}"
+    return Version(token=token, size_bytes=known.st_size, modified=known.st_mtime)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the advisory lock under which the file at `path` is replaced."""
+    """Hold the advisory lock under which a file is replaced."""
     if not path.parent.is_dir():
         raise FileNotFoundError(path)
     # The lock file is never removed: two processes could then lock two different files.

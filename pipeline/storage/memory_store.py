@@ -7,25 +7,21 @@ import threading
 import time
 from collections.abc import Iterator
 
-from pipeline.storage.backend import Version
+from pipeline.storage.backend import Backend, Version
 
-_objects: dict[str, bytes] = {}
-_versions: dict[str, Version] = {}
+_objects: dict[str, tuple[bytes, Version]] = {}
 _lock = threading.Lock()
 _counter = itertools.count(1)
 
 
-class MemoryBackend:
+class MemoryBackend(Backend):
     """Bytes in a dictionary shared by the whole process, as `memory://` promises."""
 
     def __init__(self, root: str) -> None:
         self._root = f"{root}/"
 
     def read(self, key: str, num_bytes: int | None) -> bytes:  # noqa: ARG002 - for remote stores
-        data = _objects.get(self._root + key)
-        if data is None:
-            raise FileNotFoundError(key)
-        return data
+        return self._find(key)[0]
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
         return self.read(key, None)[start:stop]
@@ -47,36 +43,26 @@ class MemoryBackend:
             self._store(key, data)
 
     def version(self, key: str) -> Version:
-        with _lock:
-            version = _versions.get(self._root + key)
-        if version is None:
-            raise FileNotFoundError(key)
-        return version
+        return self._find(key)[1]
 
     def versions(self, prefix: str) -> Iterator[tuple[str, Version]]:
         with _lock:
-            found = dict(_versions)
-        for name, version in found.items():
+            found = dict(_objects)
+        for name, (_, version) in found.items():
             if name.startswith(self._root + prefix):
                 yield name.removeprefix(self._root), version
-
-    def list(self, prefix: str) -> Iterator[str]:
-        with _lock:
-            names = list(_objects)
-        for name in names:
-            if name.startswith(self._root + prefix):
-                yield name.removeprefix(self._root)
 
     def delete(self, key: str) -> None:
         with _lock:
             _objects.pop(self._root + key, None)
-            _versions.pop(self._root + key, None)
 
-    def leftovers(self) -> Iterator[str]:
-        return iter(())
+    def _find(self, key: str) -> tuple[bytes, Version]:
+        found = _objects.get(self._root + key)
+        if found is None:
+            raise FileNotFoundError(key)
+        return found
 
     def _store(self, key: str, data: bytes) -> None:
-        _objects[self._root + key] = bytes(data)
-        _versions[self._root + key] = Version(
-            token=str(next(_counter)), size_bytes=len(data), modified=time.time()
-        )
+        token = str(next(_counter))
+        version = Version(token=token, size_bytes=len(data), modified=time.time())
+        _objects[self._root + key] = bytes(data), version

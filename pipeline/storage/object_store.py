@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.canonical import sha256 as sha256_of
-from pipeline.errors import (
-    DamagedObjectError,
-    MissingObjectError,
-    ObjectExistsError,
-    StorageError,
-)
+from pipeline.errors import DamagedObjectError, MissingObjectError, ObjectExistsError, StorageError
 from pipeline.storage.backend import Backend, Patience, Version
 
 # No segment begins with a dot: that excludes ".." and the backends' own hidden files.
@@ -63,8 +59,8 @@ class ObjectStore:
         """Read an object and check that it is the expected one.
 
         Args:
-            sha256: the digest that its bytes must have.
-            size: the number of bytes that it must have.
+            sha256: its expected digest.
+            size: its expected number of bytes.
             at_most: limit on its size; no more bytes are read.
 
         Raises:
@@ -72,24 +68,20 @@ class ObjectStore:
             DamagedObjectError: repeated reads gave other bytes, or too many.
         """
         for _ in range(_NUM_READS):
-            try:
+            with self._found(key):
                 if at_most is None:
-                    data = self.backend.read(_checked(key), size)
+                    data = self.backend.read(key, size)
                 else:
-                    data = self.backend.read_range(_checked(key), 0, at_most + 1)
-            except FileNotFoundError as error:
-                raise self._missing(key) from error
+                    data = self.backend.read_range(key, 0, at_most + 1)
             if at_most is not None and len(data) > at_most:
-                raise DamagedObjectError(
-                    f"{self.url(key)} is damaged: it has more than {at_most} bytes"
-                )
+                raise self._damaged(key, f"it has more than {at_most} bytes")
             if size is not None and len(data) != size:
                 problem = f"it has {len(data)} bytes instead of {size}"
             elif sha256 is not None and sha256_of(data) != sha256:
                 problem = f"its SHA-256 is {sha256_of(data)} instead of {sha256}"
             else:
                 return data
-        raise DamagedObjectError(f"{self.url(key)} is damaged: {problem}")
+        raise self._damaged(key, problem)
 
     def get_range(self, key: str, start: int, stop: int) -> bytes:
         """Read bytes [start, stop), exactly `stop - start` of them.
@@ -101,16 +93,11 @@ class ObjectStore:
         if not 0 <= start <= stop:
             raise StorageError(f"{self.url(key)}: {start} to {stop} is not a range of bytes")
         for _ in range(_NUM_READS):
-            try:
-                data = self.backend.read_range(_checked(key), start, stop)
-            except FileNotFoundError as error:
-                raise self._missing(key) from error
+            with self._found(key):
+                data = self.backend.read_range(key, start, stop)
             if len(data) == stop - start:
                 return data
-        raise DamagedObjectError(
-            f"{self.url(key)} is damaged: {len(data)} bytes from {start} on instead of "
-            f"{stop - start}"
-        )
+        raise self._damaged(key, f"{len(data)} bytes from {start} on instead of {stop - start}")
 
     def verify(self, key: str, *, sha256: str, size: int) -> None:
         """Read and hash an object in pieces of 64 MiB.
@@ -121,18 +108,14 @@ class ObjectStore:
         """
         found = self.size(key)
         if found != size:
-            raise DamagedObjectError(
-                f"{self.url(key)} is damaged: it has {found} bytes instead of {size}"
-            )
+            raise self._damaged(key, f"it has {found} bytes instead of {size}")
         for _ in range(_NUM_READS):
             digest = hashlib.sha256()
             for start in range(0, size, _PIECE_BYTES):
                 digest.update(self.get_range(key, start, min(start + _PIECE_BYTES, size)))
             if digest.hexdigest() == sha256:
                 return
-        raise DamagedObjectError(
-            f"{self.url(key)} is damaged: its SHA-256 is {digest.hexdigest()} instead of {sha256}"
-        )
+        raise self._damaged(key, f"its SHA-256 is {digest.hexdigest()} instead of {sha256}")
 
     def size(self, key: str) -> int:
         """An object's size in bytes.
@@ -157,11 +140,10 @@ class ObjectStore:
     def create(self, key: str, data: bytes) -> None:
         """Write an object once: of several writers with different bytes exactly one succeeds.
 
-        Finding the same bytes counts as success, since after a lost acknowledgement our own first
-        attempt looks like another writer's.
+        Finding the same bytes counts as success: after a lost acknowledgement they are our own.
 
         Raises:
-            ObjectExistsError: the object holds other bytes; also a FileExistsError.
+            ObjectExistsError: the object holds other bytes.
         """
         try:
             self.backend.create(_checked(key), data)
@@ -174,24 +156,22 @@ class ObjectStore:
     def replace(self, key: str, data: bytes, *, expected: bytes | None) -> None:
         """Compare and set: write an object if it still holds the bytes that the writer expects.
 
-        Of several writers with the same expectation exactly one succeeds, unless they write the
-        same bytes: finding the new bytes counts as success, as in `create`. Include a counter or
-        the writer's name in the bytes where that matters.
+        As in `create`, finding the new bytes counts as success. Where that matters, include a
+        counter or the writer's name in the bytes.
 
         Args:
             expected: the bytes that the object must hold now; None for no object.
 
         Raises:
-            ObjectExistsError: the object holds other bytes; also a FileExistsError.
+            ObjectExistsError: the object holds other bytes.
             MissingObjectError: bytes were expected, but there is no object.
         """
         if expected is None:
             self.create(key, data)
             return
         try:
-            self.backend.replace(_checked(key), data, expected)
-        except FileNotFoundError as error:
-            raise self._missing(key) from error
+            with self._found(key):
+                self.backend.replace(key, data, expected)
         except FileExistsError as error:
             if self.get(key) != data:
                 raise ObjectExistsError(
@@ -199,10 +179,9 @@ class ObjectStore:
                 ) from error
 
     def version(self, key: str) -> str:
-        """A token that changes when the object is written again.
+        """A token that changes when the object is written again, found without reading it.
 
-        It is found without reading the object: on disk from size, times and inode, on S3 from size
-        and entity tag.
+        On disk it is made of size, times and inode, on S3 of size and entity tag.
 
         Raises:
             MissingObjectError: there is no object.
@@ -233,7 +212,7 @@ class ObjectStore:
         self.backend.delete(_checked(key))
 
     def leftovers(self) -> tuple[str, ...]:
-        """Partial files left by interrupted writes, or belonging to one still in progress."""
+        """Partial files of writes that were interrupted, or are still in progress."""
         return tuple(sorted(self.backend.leftovers()))
 
     def sweep(self, leftover: str) -> None:
@@ -243,13 +222,20 @@ class ObjectStore:
         self.backend.delete(leftover)
 
     def _version(self, key: str) -> Version:
-        try:
-            return self.backend.version(_checked(key))
-        except FileNotFoundError as error:
-            raise self._missing(key) from error
+        with self._found(key):
+            return self.backend.version(key)
 
-    def _missing(self, key: str) -> MissingObjectError:
-        return MissingObjectError(f"{self.url(key)} does not exist")
+    @contextmanager
+    def _found(self, key: str) -> Iterator[None]:
+        """Check the key, and raise MissingObjectError if the backend finds no such object."""
+        try:
+            _checked(key)
+            yield
+        except FileNotFoundError as error:
+            raise MissingObjectError(f"{self.url(key)} does not exist") from error
+
+    def _damaged(self, key: str, problem: str) -> DamagedObjectError:
+        return DamagedObjectError(f"{self.url(key)} is damaged: {problem}")
 
 
 def open_store(url: str, patience: Patience | None = None) -> ObjectStore:

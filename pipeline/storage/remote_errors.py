@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 import urllib3.exceptions
@@ -88,21 +88,11 @@ _NO_CREDENTIALS = (
 
 @dataclass(frozen=True)
 class Failure:
-    """What a failure means.
-
-    Attributes:
-        text: for the user.
-        is_missing: there is no such object.
-        is_conflict: the object exists already, or was changed.
-        is_past_end: the requested range begins after the object's end.
-        is_transient: the same operation may succeed later.
-    """
+    """What a failure means, with words for the user."""
 
     text: str
-    is_missing: bool = False
-    is_conflict: bool = False
-    is_past_end: bool = False
-    is_transient: bool = False
+    meaning: Literal["missing", "conflict", "past end", "transient", "permanent"] = "permanent"
+    """A conflict: the object exists already, or was changed. Transient: try again."""
 
 
 def classify(error: BaseException) -> Failure:
@@ -112,25 +102,23 @@ def classify(error: BaseException) -> Failure:
     if code in _REMEDIES:
         return Failure(f"{_REMEDIES[code]} ({code})")
     if status == 412 or isinstance(error, FileExistsError):
-        return Failure("it already exists", is_conflict=True)
+        return Failure("it already exists", "conflict")
     if isinstance(error, FileNotFoundError):
-        return Failure("it does not exist", is_missing=True)
+        return Failure("it does not exist", "missing")
     if status == 416:
-        return Failure("it ends before this range", is_past_end=True)
+        return Failure("it ends before this range", "past end")
     if isinstance(error, _NO_CREDENTIALS):
         return Failure(f"there are no usable credentials; {_CREDENTIALS} ({seen})")
     if isinstance(error, boto.SSLError):
         return Failure(f"no trusted TLS connection; check AWS_CA_BUNDLE and the endpoint ({seen})")
     if code in _TRANSIENT_CODES or status in _TRANSIENT_STATUSES:
-        return Failure(f"the server answers {seen}", is_transient=True)
+        return Failure(f"the server answers {seen}", "transient")
     if status in _BY_STATUS:
         return Failure(f"{_BY_STATUS[status]} ({seen})")
     if isinstance(error, PermissionError):
         return Failure(f"{_BY_STATUS[403]} ({seen})")
     if status == 0 and isinstance(error, _TRANSIENT_TYPES):
-        return Failure(
-            f"the server cannot be reached or does not answer ({seen})", is_transient=True
-        )
+        return Failure(f"the server cannot be reached or does not answer ({seen})", "transient")
     if isinstance(error, ValueError | boto.ParamValidationError):
         return Failure(f"the URL or the endpoint is malformed; check AWS_ENDPOINT_URL ({seen})")
     if isinstance(error, OSError) and error.errno and not status:

@@ -14,6 +14,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import fsspec
@@ -21,7 +22,7 @@ from fsspec.asyn import AsyncFileSystem
 
 from pipeline.canonical import digest_of
 from pipeline.errors import StorageError
-from pipeline.storage.backend import Patience, Version
+from pipeline.storage.backend import Backend, Patience, Version
 from pipeline.storage.remote_errors import FAILURES, classify
 
 _T = TypeVar("_T")
@@ -37,9 +38,14 @@ _SINGLE_READ_BYTES = 64 * 2**20
 # A slower transfer is considered hung.
 _SLOWEST_BYTES_PER_SECOND = 2**20
 _FIRST_PAUSE_SECONDS = 0.1
+_AS_RAISED_BY_PYTHON: Mapping[str, type[Exception]] = {
+    "missing": FileNotFoundError,
+    "conflict": FileExistsError,
+    "past end": EOFError,
+}
 
 
-class RemoteBackend:
+class RemoteBackend(Backend):
     """Objects of an fsspec filesystem below a URL; credentials and endpoint from the environment.
 
     Read-only for protocols that are not in `_CREATE_ONCE`.
@@ -107,6 +113,15 @@ class RemoteBackend:
         return _version(self._info(key))
 
     def versions(self, prefix: str) -> Iterator[tuple[str, Version]]:
+        for key, info in self._find(prefix):
+            if info["type"] == "file":
+                yield key, _version(info)
+
+    def list(self, prefix: str) -> Iterator[str]:
+        # Not through `versions`: over http:// a listing gives no sizes.
+        return (key for key, _ in self._find(prefix))
+
+    def _find(self, prefix: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         directory = prefix.rpartition("/")[0]
         try:
             found = self._try(directory, lambda fs, path: fs.find(path, detail=True))
@@ -114,37 +129,18 @@ class RemoteBackend:
             return
         for name, info in found.items():
             key = name.removeprefix(f"{self._root}/")
-            if key.startswith(prefix) and info["type"] == "file":
-                yield key, _version(info)
-
-    def list(self, prefix: str) -> Iterator[str]:
-        directory = prefix.rpartition("/")[0]
-        try:
-            names = self._try(directory, lambda fs, path: fs.find(path))
-        except FileNotFoundError:
-            return
-        for name in names:
-            key = name.removeprefix(f"{self._root}/")
             if key.startswith(prefix):
-                yield key
+                yield key, info
 
     def delete(self, key: str) -> None:
-        try:
+        with suppress(FileNotFoundError):
             self._try(key, lambda fs, path: fs.rm_file(path, **self._limit(fs, 0)))
-        except FileNotFoundError:
-            return
-
-    def leftovers(self) -> Iterator[str]:
-        # One request writes a whole object, so nothing is ever half-written.
-        return iter(())
 
     def _info(self, key: str) -> Mapping[str, Any]:
-        info: Mapping[str, Any] = self._try(
-            key, lambda fs, path: fs.info(path, **self._limit(fs, 0))
-        )
+        info: Any = self._try(key, lambda fs, path: fs.info(path, **self._limit(fs, 0)))
         if info["type"] != "file":
             raise FileNotFoundError(key)
-        return info
+        return dict(info)
 
     def _pipe(
         self, key: str, data: bytes, mode: str, conditions: Mapping[str, str] | None = None
@@ -182,13 +178,9 @@ class RemoteBackend:
                 return operation(self._filesystem(), path)
             except FAILURES as error:
                 failure = classify(error)
-                if failure.is_missing:
-                    raise FileNotFoundError(url) from error
-                if failure.is_conflict:
-                    raise FileExistsError(url) from error
-                if failure.is_past_end:
-                    raise EOFError(url) from error
-                if not failure.is_transient:
+                if failure.meaning in _AS_RAISED_BY_PYTHON:
+                    raise _AS_RAISED_BY_PYTHON[failure.meaning](url) from error
+                if failure.meaning == "permanent":
                     raise StorageError(f"{url}: {failure.text}") from error
                 elapsed = time.monotonic() - start
                 if elapsed >= self._patience.deadline_seconds:

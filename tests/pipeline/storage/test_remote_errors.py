@@ -34,7 +34,7 @@ def test_what_the_user_must_change_is_said_and_not_retried(
 ) -> None:
     failure = classify(answer(status, code))
     assert remedy in failure.text
-    assert not failure.is_transient
+    assert failure.meaning == "permanent"
     assert "CANARY" not in failure.text
 
 
@@ -53,9 +53,9 @@ def test_what_the_user_must_change_is_said_and_not_retried(
     ],
 )
 def test_transient_failures_are_retried(status: int, code: str) -> None:
-    assert classify(answer(status, code)).is_transient
+    assert classify(answer(status, code)).meaning == "transient"
 
 
 def test_a_failed_condition_is_a_conflict_and_no_key_is_missing() -> None:
-    assert classify(answer(412, "PreconditionFailed")).is_conflict
-    assert classify(FileNotFoundError("key")).is_missing
+    assert classify(answer(412, "PreconditionFailed")).meaning == "conflict"
+    assert classify(FileNotFoundError("key")).meaning == "missing"
