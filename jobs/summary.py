@@ -13,13 +13,16 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.quantities import count, size
+from pipeline.errors import DamagedObjectError
 from pipeline.estimates import Estimate
 from pipeline.executor.protocol import Allocation
 from pipeline.fidelity import Fidelity
+from pipeline.model.preset import PresetFiles
 from pipeline.plan import Plan
 from pipeline.recipe.recipe import unmatched_patterns
 from pipeline.run.records import LayerRecord, Manifest, PartRecord
 from pipeline.storage.object_store import ObjectStore
+from pipeline.weights.weight_files import Meter, RangedFile
 from quantizer.schemes import GPTQScheme
 
 
@@ -52,6 +55,8 @@ class Summary:
     Attributes:
         source_bytes, stored_bytes, loaded_bytes: size of the weights in the source, in the
             artifact's files, and in memory once stock Keras has loaded them.
+        block_bytes, embedding_bytes, rest_bytes: the three parts of `stored_bytes`.
+        block_weights: elements of the blocks' matrices.
         wall_seconds: duration of this invocation without evaluation.
         seconds: worker seconds by stage in this invocation.
         flops: estimate of the plan.
@@ -65,6 +70,10 @@ class Summary:
     source_bytes: int
     stored_bytes: int
     loaded_bytes: int
+    block_bytes: int
+    embedding_bytes: int
+    rest_bytes: int
+    block_weights: int
     schemes: tuple[SchemeSummary, ...]
     left_in_float: dict[str, str]
     wall_seconds: float
@@ -90,6 +99,9 @@ class Summary:
             for key, digest in sorted(manifest.records.items())
         ]
         layers = [layer for record in records for layer in record.layers]
+        block_bytes = sum(record.size_bytes for record in records if record.part)
+        outside = next(record for record in records if not record.part)
+        embedding_bytes = _embedding_bytes(store, outside)
         return cls(
             plan_digest=plan.digest,
             manifest_sha256=manifest.record_sha256,
@@ -98,6 +110,10 @@ class Summary:
             source_bytes=costs.source_bytes,
             stored_bytes=sum(record.size_bytes for record in records),
             loaded_bytes=sum(record.loaded_bytes for record in records),
+            block_bytes=block_bytes,
+            embedding_bytes=embedding_bytes,
+            rest_bytes=outside.size_bytes - embedding_bytes,
+            block_weights=sum(part.num_weights for part in plan.parts[1:]),
             schemes=_by_scheme(layers),
             left_in_float={layer.path: layer.note for layer in layers if layer.note},
             wall_seconds=wall_seconds,
@@ -109,6 +125,40 @@ class Summary:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return dataclasses.asdict(self)
+
+
+def _embedding_bytes(store: ObjectStore, record: PartRecord) -> int:
+    """Bytes that embeddings take in a weights file; only the file's metadata is read.
+
+    Raises:
+        DamagedObjectError: the file is not HDF5.
+        StorageError: the store cannot be used.
+    """
+    import h5py  # slow to import, and needed only when a run is finished
+
+    files = PresetFiles(
+        url=store.root_url,
+        format="keras",
+        json_files={},
+        sizes={record.file: record.size_bytes},
+        store=store,
+    )
+    found: list[int] = []
+
+    def add(path: str, item: h5py.Group | h5py.Dataset) -> None:
+        # Keras names a layer's group after its class, such as reversible_embedding.
+        if isinstance(item, h5py.Dataset) and "embedding" in path:
+            found.append(item.id.get_storage_size())
+
+    source = RangedFile(files, record.file, Meter())
+    try:
+        with h5py.File(source, "r") as file:
+            file.visititems(add)
+    except (OSError, RuntimeError) as error:
+        raise source.failure or DamagedObjectError(
+            f"{store.url(record.file)}: not valid HDF5 ({error})"
+        ) from error
+    return sum(found)
 
 
 def _by_scheme(layers: list[LayerRecord]) -> tuple[SchemeSummary, ...]:
@@ -163,6 +213,12 @@ def summary_table(summary: Summary) -> RenderableType:
         "weights",
         f"{size(summary.source_bytes)} → {size(summary.stored_bytes)} stored, "
         f"{size(summary.loaded_bytes)} loaded",
+    )
+    bits = 8 * summary.block_bytes / max(summary.block_weights, 1)
+    facts.add_row(
+        "stored",
+        f"{size(summary.stored_bytes)}: blocks {size(summary.block_bytes)} ({bits:.1f} bits a "
+        f"weight), embeddings {size(summary.embedding_bytes)}, rest {size(summary.rest_bytes)}",
     )
     if summary.fidelity is not None:
         facts.add_row("quality", _quality(summary.fidelity))

@@ -4,22 +4,32 @@ import dataclasses
 import io
 import json
 
+import pytest
 from rich.console import Console
 
 from jobs.summary import Summary, plan_table, summary_table
+from pipeline.errors import DamagedObjectError
 from pipeline.estimates import estimate
 from pipeline.executor.protocol import Allocation
 from pipeline.fidelity import Fidelity
+from pipeline.model.preset import read_preset
+from pipeline.planning import make_plan
 from pipeline.recipe.recipe import Rule
+from pipeline.run.commits import read_manifest
 from pipeline.run.records import PartRecord
 from pipeline.storage.object_store import ObjectStore, open_store
-from tests.pipeline.tiny_runs import execute, planned
+from quantizer.schemes import Int8Scheme, Scheme
+from tests.pipeline.tiny_runs import execute, planned, recipe, source
 
 
-def finished(scheme: str) -> tuple[ObjectStore, Summary]:
-    store = open_store(f"memory://test-summary/{scheme}")
-    manifest, _ = execute(planned(scheme), store)
-    plan = planned(scheme).plan
+def finished(scheme: str, embeddings: Scheme | None = None) -> tuple[ObjectStore, Summary]:
+    store = open_store(f"memory://test-summary/{scheme}-{embeddings}")
+    given = planned(scheme)
+    if embeddings is not None:
+        changed = recipe(scheme).model_copy(update={"embeddings": embeddings})
+        given = make_plan(read_preset(str(source())), changed, threads=2)
+    manifest, _ = execute(given, store)
+    plan = given.plan
     summary = Summary.of(
         plan,
         store,
@@ -39,6 +49,12 @@ def finished(scheme: str) -> tuple[ObjectStore, Summary]:
     return store, summary
 
 
+def shown_summary(summary: Summary) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=160).print(summary_table(summary))
+    return stream.getvalue()
+
+
 def test_a_summary_adds_up_the_records() -> None:
     store, summary = finished("gptq")
     records = [PartRecord.from_json(store.get(key)) for key in store.list("records/")]
@@ -53,6 +69,38 @@ def test_a_summary_adds_up_the_records() -> None:
     assert json.loads(json.dumps(summary.to_dict()))["schemes"][0]["scheme"] == "gptq/4/32"
 
 
+def test_the_stored_bytes_are_those_of_blocks_embeddings_and_the_rest() -> None:
+    _, kept = finished("int8")
+    _, reduced = finished("int8", Int8Scheme())
+    for summary in (kept, reduced):
+        parts = (summary.block_bytes, summary.embedding_bytes, summary.rest_bytes)
+        assert sum(parts) == summary.stored_bytes
+        assert all(summary.to_dict()[f"{name}_bytes"] > 0 for name in ("block", "rest"))
+    assert kept.embedding_bytes == 273 * 64 * 4
+    assert 3.5 < kept.embedding_bytes / reduced.embedding_bytes < 4
+    assert kept.block_bytes == reduced.block_bytes
+    assert shown_summary(kept).count("embeddings 68.2 KiB") == 1
+
+
+def test_weights_that_are_not_hdf5_are_damaged() -> None:
+    store, _ = finished("int8")
+    record = PartRecord.from_json(store.get("records/rest.json"))
+    copy = open_store("memory://test-summary/damaged")
+    for key in store.list():
+        copy.put(key, bytes(record.size_bytes) if key == record.file else store.get(key))
+    plan = planned("int8").plan
+    with pytest.raises(DamagedObjectError, match=r"model_00000\.weights\.h5: not valid HDF5"):
+        Summary.of(
+            plan,
+            copy,
+            read_manifest(copy),
+            estimate(plan, 1),
+            {},
+            wall_seconds=0.0,
+            fidelity=None,
+        )
+
+
 def test_a_scheme_without_calibration_has_no_comparison() -> None:
     _, summary = finished("int8")
     [row] = summary.schemes
@@ -63,9 +111,7 @@ def test_a_scheme_without_calibration_has_no_comparison() -> None:
 
 def test_the_table_shows_sizes_quality_and_time() -> None:
     _, summary = finished("gptq")
-    stream = io.StringIO()
-    Console(file=stream, width=160).print(summary_table(summary))
-    text = stream.getvalue()
+    text = shown_summary(summary)
     for part in ("10.000 → 11.000", "KL 0.1000", "50.0%", "4.0 in all", summary.manifest_sha256):
         assert part in text
 
