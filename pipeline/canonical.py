@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Any
 
 from pipeline.errors import PipelineError
@@ -16,11 +17,11 @@ class CanonicalJsonError(PipelineError):
 def canonical_json(value: Any) -> bytes:
     """The JSON text of `value` with sorted keys, indented, in UTF-8, with a final newline.
 
-    Floats are written by `repr`, which reads back as the same float. Tuples become lists.
+    Floats read back as the same floats. Tuples become lists.
 
     Raises:
         CanonicalJsonError: NaN or infinity, a key that is not a string, a lone surrogate, or a
-            type that JSON lacks; the message says where in `value`.
+            type that JSON lacks.
     """
     _check(value, "$")
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=2)
@@ -43,7 +44,7 @@ def _check(value: object, where: str) -> None:
         case None | bool() | int():
             pass
         case float():
-            if value != value or value in (float("inf"), float("-inf")):
+            if not math.isfinite(value):
                 raise CanonicalJsonError(f"{where} is {value}, which JSON cannot hold; use null")
         case str():
             _check_text(value, where)

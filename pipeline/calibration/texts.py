@@ -18,22 +18,21 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain, count
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 from pipeline.errors import CalibrationTextError
 from pipeline.recipe.recipe import Calibration
 from pipeline.storage.user_files import driver_errors, find_given_files, open_given_file
 
+_T = TypeVar("_T")
+
 
 def read_texts(calibration: Calibration) -> Iterator[str]:
     """Stream the documents that are not blank.
 
     Every source is found, and its first document read, before this returns.
-
-    Args:
-        calibration: `texts` names the sources, `text_field` the column that holds a document.
 
     Raises:
         CalibrationTextError: a source that is missing, unreadable, named twice, without any text
@@ -49,10 +48,10 @@ def _streams(sources: Sequence[str], text_field: str) -> list[tuple[str, Iterato
     for source in sources:
         if source.startswith("hf:"):
             files: tuple[str, ...] = (source,)
-            stream = hub_rows(parse_hub_source(source), text_field)
+            stream = _hub_rows(parse_hub_source(source), text_field)
         else:
             files = find_given_files(source, error_type=CalibrationTextError)
-            readers = [(reader_of(file), file) for file in files]
+            readers = [(_reader_of(file), file) for file in files]
             stream = chain.from_iterable(read(file, text_field) for read, file in readers)
         for file in files:
             if file in source_of_file:
@@ -123,13 +122,7 @@ def parse_hub_source(source: str) -> HubSource:
     return HubSource(source=source, name="/".join(parts[:2]), **options)
 
 
-def hub_rows(hub: HubSource, text_field: str) -> Iterator[str]:
-    """Stream a data set's documents.
-
-    Raises:
-        CalibrationTextError: no such data set, configuration, split or column; or it cannot be
-            reached.
-    """
+def _hub_rows(hub: HubSource, text_field: str) -> Iterator[str]:
     # Imported when needed: it takes a second or two.
     import datasets
 
@@ -139,29 +132,20 @@ def hub_rows(hub: HubSource, text_field: str) -> Iterator[str]:
                 hub.name, hub.config, split=hub.split, revision=hub.revision, streaming=True
             )
         )
-    for number in count(1):
-        with driver_errors(hub.source, CalibrationTextError):
-            row = next(rows, None)
-        if row is None:
-            return
-        yield document_in(row, text_field, f"{hub.source}: row {number}")
+    for number, row in enumerate(_read_on(rows, hub.source), 1):
+        yield _document_in(row, text_field, f"{hub.source}: row {number}")
 
 
 MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
 
-Reader = Callable[[str, str], Iterator[str]]
 
-
-def reader_of(file: str) -> Reader:
-    """The reader for a file name; called with the file and the field of its documents.
-
-    Raises:
-        CalibrationTextError: an unknown file extension.
-    """
+def _reader_of(file: str) -> Callable[[str, str], Iterator[str]]:
+    """The reader for a file's name, to be called with the file and its text field."""
     name = file.removesuffix(".gz")
-    for suffix, read in ((".jsonl", _json_lines), (".txt", _whole_text)):
-        if name.endswith(suffix):
-            return read
+    if name.endswith(".jsonl"):
+        return _json_lines
+    if name.endswith(".txt"):
+        return _whole_text
     if file.endswith(".parquet"):
         return _parquet_rows
     raise CalibrationTextError(
@@ -170,34 +154,39 @@ def reader_of(file: str) -> Reader:
     )
 
 
+def _read_on(items: Iterator[_T], source: str) -> Iterator[_T]:
+    """The same items; errors while reading name the source."""
+    while True:
+        with driver_errors(source, CalibrationTextError):
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item
+
+
 def _json_lines(file: str, text_field: str) -> Iterator[str]:
     with driver_errors(file, CalibrationTextError):
         stream = open_given_file(file, decompress=True)
     with closing(stream):
-        for number in count(1):
+        lines = iter(lambda: stream.readline(MAX_DOCUMENT_BYTES + 1), b"")
+        for number, line in enumerate(_read_on(lines, file), 1):
             where = f"{file}:{number}"
-            with driver_errors(file, CalibrationTextError):
-                line = stream.readline(MAX_DOCUMENT_BYTES + 1)
-            if not line:
-                return
             _check_size(line, where)
-            if line.strip():
-                yield document_in(_json_object(line, where), text_field, where)
-
-
-def _json_object(line: bytes, where: str) -> Mapping[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise CalibrationTextError(
-            f"{where}: not JSON: {error}; write one object per line, in UTF-8"
-        ) from None
-    if not isinstance(row, dict):
-        raise CalibrationTextError(
-            f"{where}: a {type(row).__name__} where an object such as "
-            '{"text": "..."} was expected; write one object per line'
-        )
-    return row
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise CalibrationTextError(
+                    f"{where}: not JSON: {error}; write one object per line, in UTF-8"
+                ) from None
+            if not isinstance(row, dict):
+                raise CalibrationTextError(
+                    f"{where}: a {type(row).__name__} where an object such as "
+                    '{"text": "..."} was expected; write one object per line'
+                )
+            yield _document_in(row, text_field, where)
 
 
 def _whole_text(file: str, text_field: str) -> Iterator[str]:  # noqa: ARG001 - plain text has no fields
@@ -226,24 +215,13 @@ def _parquet_rows(file: str, text_field: str) -> Iterator[str]:
         with driver_errors(file, CalibrationTextError):
             table = pyarrow.parquet.ParquetFile(stream)
         _check_column(table.schema_arrow.names, text_field, file)
-        batches = table.iter_batches(batch_size=64, columns=[text_field])
-        number = 0
-        while True:
-            with driver_errors(file, CalibrationTextError):
-                batch = next(batches, None)
-            if batch is None:
-                return
-            for text in batch.column(0).to_pylist():
-                number += 1
-                yield document_in({text_field: text}, text_field, f"{file}: row {number}")
+        batches = _read_on(table.iter_batches(batch_size=64, columns=[text_field]), file)
+        rows = (text for batch in batches for text in batch.column(0).to_pylist())
+        for number, text in enumerate(rows, 1):
+            yield _document_in({text_field: text}, text_field, f"{file}: row {number}")
 
 
-def document_in(row: Mapping[str, Any], text_field: str, where: str) -> str:
-    """The document in one row.
-
-    Raises:
-        CalibrationTextError: there is no such column, or it does not hold text.
-    """
+def _document_in(row: Mapping[str, Any], text_field: str, where: str) -> str:
     _check_column(list(row), text_field, where)
     text = row[text_field]
     if not isinstance(text, str):

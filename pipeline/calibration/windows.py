@@ -1,8 +1,7 @@
-"""Cut calibration texts into the token windows that a model will see.
+"""Cut calibration texts into token windows of one length.
 
-Documents are tokenized once and cut into windows of one length. The same texts, tokenizer and
-settings give the same bytes on every machine and under every version of NumPy; windows are stored
-under the digest of their content.
+The same texts, tokenizer and settings give the same bytes on every machine and under every version
+of NumPy; windows are stored under the digest of their content.
 """
 
 from __future__ import annotations
@@ -45,7 +44,6 @@ def make_windows(
     Args:
         texts: documents; those without any token are skipped.
         tokenize: gives a document's tokens, integers [num_tokens], without special tokens.
-        calibration: the number, length and choice of windows.
         start_token: first token of every window.
         end_token: put after every document, even a truncated one.
         pad_token: fills up a window without packing.
@@ -63,10 +61,8 @@ def make_windows(
             f"{num_special} special tokens; raise it"
         )
     documents = log.tokens_of(texts, tokenize, vocabulary_size)
-    if calibration.packing:
-        windows = _packed(documents, sequence_length, start_token, end_token)
-    else:
-        windows = _one_each(documents, sequence_length, start_token, end_token)
+    cut = _packed if calibration.packing else _one_each
+    windows = cut(documents, sequence_length, _special(start_token), _special(end_token))
     factor = calibration.pool_factor if calibration.sampling == "random" else 1
     pool = list(islice(windows, factor * num_samples))
     if len(pool) < num_samples:
@@ -78,7 +74,7 @@ def make_windows(
     return TokenWindows(
         tokens=tokens,
         lengths=np.array([len(window) for window in chosen], np.int32),
-        fingerprint=log.fingerprint,
+        fingerprint=log.hash.hexdigest(),
         num_documents=log.num_documents,
     )
 
@@ -102,11 +98,7 @@ class _ReadingLog:
     def __init__(self) -> None:
         self.num_documents = 0
         self.num_tokens = 0
-        self._hash = hashlib.sha256()
-
-    @property
-    def fingerprint(self) -> str:
-        return self._hash.hexdigest()
+        self.hash = hashlib.sha256()
 
     def tokens_of(
         self, texts: Iterable[str], tokenize: Tokenize, vocabulary_size: int | None
@@ -114,7 +106,7 @@ class _ReadingLog:
         for text in texts:
             content = text.encode("utf-8", "surrogatepass")
             # The length prefix makes the hash depend on where documents begin.
-            self._hash.update(len(content).to_bytes(8, "little") + content)
+            self.hash.update(len(content).to_bytes(8, "little") + content)
             self.num_documents += 1
             tokens = _checked(tokenize(text), vocabulary_size, self.num_documents)
             self.num_tokens += len(tokens)
@@ -145,9 +137,8 @@ def _special(token: int | None) -> _Int32:
 
 
 def _packed(
-    documents: Iterator[_Int32], length: int, start_token: int | None, end_token: int | None
+    documents: Iterator[_Int32], length: int, start: _Int32, end: _Int32
 ) -> Iterator[_Int32]:
-    start, end = _special(start_token), _special(end_token)
     num_text = length - len(start)
     parts: list[_Int32] = []
     num_waiting = 0
@@ -163,9 +154,8 @@ def _packed(
 
 
 def _one_each(
-    documents: Iterator[_Int32], length: int, start_token: int | None, end_token: int | None
+    documents: Iterator[_Int32], length: int, start: _Int32, end: _Int32
 ) -> Iterator[_Int32]:
-    start, end = _special(start_token), _special(end_token)
     num_text = length - len(start) - len(end)
     for document in documents:
         yield np.concatenate([start, document[:num_text], end])
@@ -200,9 +190,9 @@ class TokenWindows:
     lengths: _Int32
     """[num_samples]: how many tokens of each window are text; the rest is padding."""
     fingerprint: str
-    """SHA-256 of the documents that were read to make the windows, in order."""
+    """SHA-256 of the documents that were read, in order."""
     num_documents: int
-    """How many documents were read."""
+    """How many that were."""
 
     def __post_init__(self) -> None:
         fits = self.tokens.ndim == 2 and self.lengths.shape == self.tokens.shape[:1]

@@ -98,7 +98,7 @@ class Rule(BaseModel):
     pattern: _PatternField
     """A regular expression, searched for anywhere in a layer's path; case-sensitive."""
     scheme: SchemeField | None
-    """The scheme of these layers; null leaves them in float."""
+    """Null leaves these layers in float."""
 
 
 class Calibration(BaseModel):
@@ -111,9 +111,7 @@ class Calibration(BaseModel):
     text_field: Annotated[StrictStr, Field(min_length=1)] = "text"
     """The column of a data set, or the key of a .jsonl line, that holds a document."""
     num_samples: Annotated[StrictInt, Field(ge=1, le=1_000_000)] = 128
-    """Number of token windows."""
     sequence_length: Annotated[StrictInt, Field(ge=2, le=1_000_000)] = 2048
-    """Tokens per window."""
     seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = 0
     sampling: Literal["sequential", "random"] = "random"
     """Take the first windows of the texts, or draw from a pool of them without replacement."""
@@ -161,8 +159,7 @@ class Recipe(BaseModel):
 
         Args:
             layer_path: such as "llama_transformer_decoder_3/self_attention/query".
-            layer_kind: "kernel" for a Dense or EinsumDense, decided by `rules` and `scheme`, or
-                "embedding", decided by `embeddings`.
+            layer_kind: "kernel" for a Dense or EinsumDense layer.
         """
         if layer_kind == "embedding":
             return self.embeddings
@@ -171,10 +168,7 @@ class Recipe(BaseModel):
 
     def rule_for(self, layer_path: str) -> Rule | None:
         """The first rule that matches a kernel's path; None if the default scheme applies."""
-        for rule in self.rules:
-            if re.search(rule.pattern, layer_path):
-                return rule
-        return None
+        return next((rule for rule in self.rules if re.search(rule.pattern, layer_path)), None)
 
     @property
     def needs_calibration(self) -> bool:
@@ -182,10 +176,9 @@ class Recipe(BaseModel):
         return any(statistics_of(scheme) for scheme in self._kernel_schemes())
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain JSON values, to be stored or digested.
+        """The recipe as plain JSON values, with every default.
 
-        Every default is written out. A calibration that no scheme needs is omitted, since it does
-        not affect the result.
+        A calibration that no scheme needs is omitted, since it does not affect the result.
         """
         values = self.model_dump(mode="json")
         return values if self.needs_calibration else values | {"calibration": None}
@@ -200,8 +193,7 @@ _SHOWN = 5
 def check_recipe(recipe: Recipe, layers: Sequence[tuple[str, LayerKind, int]]) -> None:
     """Reject groups larger than a layer, and a recipe that would quantize nothing.
 
-    group_size need not divide in_features: the last group may be shorter. int4's block_size may
-    exceed in_features, as in Keras, and then means one block.
+    The last group may be shorter. int4's block_size may exceed in_features, as in Keras.
 
     Args:
         layers: (path, layer kind, in_features) of every layer that could be quantized.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from functools import cache
 
 from pydantic import ValidationError
@@ -27,8 +28,8 @@ def load_recipe(name_or_file: str) -> Recipe:
     """A built-in recipe by its name, or one read from a YAML file.
 
     Args:
-        name_or_file: a built-in recipe's name; or a path or fsspec URL, which contains a "/" or
-            ends in .yaml or .yml. Write `./name` for a file named like a built-in recipe.
+        name_or_file: a file's path or URL contains a "/" or ends in .yaml or .yml. Write `./name`
+            for a file named like a built-in recipe.
 
     Raises:
         RecipeError: an unknown name, an unreadable file, or an invalid recipe.
@@ -74,10 +75,6 @@ def parse_recipe(text: str, *, where: str) -> Recipe:
 def recipe_from_dict(values: object, *, where: str = "recipe") -> Recipe:
     """The inverse of `Recipe.to_dict`; absent fields take their defaults.
 
-    Args:
-        values: plain JSON values.
-        where: their origin, for messages.
-
     Raises:
         RecipeError: unknown keys, bad values, or a scheme without the calibration it needs.
     """
@@ -112,8 +109,12 @@ CALIBRATION = Calibration(texts=("hf:allenai/c4/en?split=train",))
 
 
 @cache
-def _all() -> tuple[Recipe, ...]:
-    return (
+def builtin_recipes() -> Mapping[str, Recipe]:
+    """Every built-in recipe by its name, in alphabetical order.
+
+    All of them quantize the embeddings too: int8 and int4 to their own scheme, the others to int8.
+    """
+    recipes = (
         # Keras' own model.quantize takes the embeddings along, in the same scheme.
         _recipe("int8", Int8Scheme(), embeddings=Int8Scheme()),
         _recipe("int4", Int4Scheme(), embeddings=Int4Scheme()),
@@ -128,14 +129,7 @@ def _all() -> tuple[Recipe, ...]:
         _recipe("gptq-w8", _gptq(8, 128)),
         *(_recipe(f"awq-w4-g{size}", AWQScheme(group_size=size)) for size in (128, 64, 32)),
     )
-
-
-def builtin_recipes() -> dict[str, Recipe]:
-    """Every built-in recipe by its name, in alphabetical order.
-
-    All of them quantize the embeddings too: int8 and int4 to their own scheme, the others to int8.
-    """
-    return {recipe.name: recipe for recipe in sorted(_all(), key=lambda recipe: recipe.name)}
+    return {recipe.name: recipe for recipe in sorted(recipes, key=lambda recipe: recipe.name)}
 
 
 def _gptq(weight_bits: int, group_size: int) -> Scheme:

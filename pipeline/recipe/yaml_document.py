@@ -29,7 +29,6 @@ class MarkedYaml:
 
     values: Any
     where: str
-    """The file, for messages."""
     node: yaml.Node
 
     def line_of(self, path: YamlPath) -> int:
@@ -45,11 +44,6 @@ class MarkedYaml:
 
 def read_yaml(text: str, *, where: str, error_type: type[PipelineError]) -> MarkedYaml:
     """Read one document of plain values.
-
-    Args:
-        text: the YAML text.
-        where: its file, for messages.
-        error_type: the error to raise.
 
     Raises:
         PipelineError: an `error_type`: invalid YAML, no document or several, a duplicate key, tags
@@ -142,54 +136,46 @@ def describe_mistake(error: ErrorDetails, model: type[BaseModel]) -> str:
 
     Args:
         error: one of `ValidationError.errors()`.
-        model: the model that was validated; its fields are the known keys.
+        model: the model that was validated.
     """
     loc = error["loc"]
     path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc)
     path = path.removeprefix(".")
-    given = f"got {_shortened(repr(error['input']))}"
-    allowed = error.get("ctx", {})
-    match error["type"]:
-        case "extra_forbidden":
-            known = ", ".join(_keys(model, loc[:-1]))
-            return f"unknown key {path}; the keys here are {known}"
-        case "missing":
-            return f"{path} is missing; add it"
-        case "model_type" | "model_attributes_type":
-            return f"{path or 'this'} must be a mapping of keys to values, {given}"
-        case "tuple_type" | "list_type":
-            return f"{path} must be a list, {given}; write - before each entry"
-        case "int_type":
-            return f"{path} must be a whole number, {given}; write it without quotes or a point"
-        case "bool_type":
-            return f"{path} must be true or false, {given}; write it without quotes"
-        case "string_type":
-            return f"{path} must be text, {given}; put it in quotes"
-        case "too_short" | "string_too_short":
-            return f"{path} is empty; give at least {allowed['min_length']}"
-        case "too_long" | "string_too_long":
-            return f"{path} is too long; at most {allowed['max_length']} are allowed"
-        case "greater_than_equal":
-            return f"{path} must be at least {allowed['ge']}, {given}; raise it"
-        case "less_than_equal":
-            return f"{path} must be at most {allowed['le']}, {given}; lower it"
-        case "less_than":
-            return f"{path} must be less than {allowed['lt']}, {given}; lower it"
-        case "string_pattern_mismatch":
-            return f"{path} must match {allowed['pattern']}, {given}; rename it"
-        case "literal_error":
-            return f"{path} must be {allowed['expected']}, {given}; choose one of them"
-        case "value_error":
-            # The messages of our own validators are complete.
-            return f"{path}: {allowed['error']}".removeprefix(": ")
-    return f"{path}: {error['msg']}, {given}; correct it"
+    given = repr(error["input"])
+    given = f"got {given}" if len(given) <= 80 else f"got {given[:77]}..."
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {path}; the keys here are {', '.join(_keys(model, loc[:-1]))}"
+    if error["type"] == "value_error":
+        # The messages of our own validators are complete.
+        return f"{path}: {error['ctx']['error']}".removeprefix(": ")
+    template = _MISTAKES.get(error["type"], "{path}: {msg}, {given}; correct it")
+    facts = {"path": path or "this", "given": given, "msg": error["msg"], **error.get("ctx", {})}
+    return template.format_map(facts)
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."
+_MISTAKES = {
+    "missing": "{path} is missing; add it",
+    "model_type": "{path} must be a mapping of keys to values, {given}",
+    "model_attributes_type": "{path} must be a mapping of keys to values, {given}",
+    "tuple_type": "{path} must be a list, {given}; write - before each entry",
+    "list_type": "{path} must be a list, {given}; write - before each entry",
+    "int_type": "{path} must be a whole number, {given}; write it without quotes or a point",
+    "bool_type": "{path} must be true or false, {given}; write it without quotes",
+    "string_type": "{path} must be text, {given}; put it in quotes",
+    "too_short": "{path} is empty; give at least {min_length}",
+    "string_too_short": "{path} is empty; give at least {min_length}",
+    "too_long": "{path} is too long; at most {max_length} are allowed",
+    "string_too_long": "{path} is too long; at most {max_length} are allowed",
+    "greater_than_equal": "{path} must be at least {ge}, {given}; raise it",
+    "less_than_equal": "{path} must be at most {le}, {given}; lower it",
+    "less_than": "{path} must be less than {lt}, {given}; lower it",
+    "string_pattern_mismatch": "{path} must match {pattern}, {given}; rename it",
+    "literal_error": "{path} must be {expected}, {given}; choose one of them",
+}
+"""What to say for each of pydantic's types of error."""
 
 
-def _keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+def _keys(model: type[BaseModel], loc: YamlPath) -> list[str]:
     """The known keys of the mapping at `loc`, found by following the annotations."""
     for step in loc:
         if isinstance(step, str) and step in model.model_fields:
