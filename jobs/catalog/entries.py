@@ -65,8 +65,8 @@ class CalibrationChanges(BaseModel):
     sequence_length: Annotated[StrictInt, Field(ge=2, le=1_000_000)] | None = None
 
 
-class GateLimits(BaseModel):
-    """The limits that a result must meet to be published."""
+class Gate(BaseModel):
+    """The limits that a result must meet to be published; None means no limit."""
 
     model_config = _CONFIG
 
@@ -116,7 +116,7 @@ class Settings(BaseModel):
     """Texts to evaluate the result on, other than the calibration texts."""
     windows: Annotated[StrictInt, Field(ge=1, le=1_000_000)] = 8
     """Token windows to evaluate on."""
-    gate: GateLimits | None = None
+    gate: Gate | None = None
     resources: Resources = Resources()
     retention: Retention = Retention()
 

@@ -5,34 +5,19 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
-from pydantic import ConfigDict
-
+from jobs.catalog.entries import Gate
 from pipeline.canonical import digest_of
 from pipeline.errors import MissingObjectError, PipelineError
 from pipeline.executor.protocol import ComputeSpec
 from pipeline.storage.object_store import ObjectStore, open_store
-from pipeline.storage.record import STRICT, StoredRecord
+from pipeline.storage.record import StoredRecord
 
 REQUESTS_PREFIX = "requests/"
 RUNS_PREFIX = "runs/"
 
 _ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,199}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gate:
-    """The limits that a result must meet to be published; None means no limit.
-
-    See `jobs.catalog.entries.GateLimits`.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    max_perplexity_increase: float | None = None
-    max_divergence: float | None = None
-    min_cosine: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +27,9 @@ class Request(StoredRecord):
     Attributes:
         model, recipe_name: the names under which the result is published.
         aliases: other models' names under which it is published too.
-        source_url: the preset.
         recipe: as `Recipe.to_dict` returns it.
         evaluation_texts, evaluation_windows: what the result is evaluated on; it is not evaluated
             without texts.
-        gate: the limits that it must meet.
         needs: what its run takes of a cluster.
         keep: how many of the newest releases keep their artifacts.
         source, texts, evaluation: fingerprints, by file, of the source, the calibration texts and

@@ -339,7 +339,7 @@ def _judge(request: Request, artifact: _Artifact, fidelity: Fidelity | None) -> 
         source_bytes=sum(part.source_bytes for part in artifact.plan.parts),
         stored_bytes=sum(weights),
         quality=quality_figures(fidelity),
-        gate=None if request.gate is None else dataclasses.asdict(request.gate),
+        gate=None if request.gate is None else request.gate.model_dump(),
         failures=failures(request.gate, fidelity),
     )
 

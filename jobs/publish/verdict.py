@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.catalog.request import Gate, checked_id
+from jobs.catalog.entries import Gate
+from jobs.catalog.request import checked_id
 from pipeline.errors import DamagedObjectError, MissingObjectError
 from pipeline.fidelity import Fidelity
 from pipeline.storage.object_store import ObjectStore

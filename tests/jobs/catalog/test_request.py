@@ -8,19 +8,13 @@ from typing import Any
 
 import pytest
 
-from jobs.catalog.fingerprints import (
+from jobs.catalog.entries import Gate
+from jobs.catalog.request import Request, checked_id, load_request, request_key, save_request
+from jobs.catalog.requests import (
     PACKAGES,
     package_versions,
     source_fingerprint,
     texts_fingerprint,
-)
-from jobs.catalog.request import (
-    Gate,
-    Request,
-    checked_id,
-    load_request,
-    request_key,
-    save_request,
 )
 from jobs.fleet.staleness import changes
 from pipeline.errors import DamagedObjectError, PipelineError, SourceError
@@ -102,13 +96,13 @@ def test_a_source_fingerprint_covers_the_model_files_and_hashes_json(tmp_path: P
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
-    before = source_fingerprint(str(tmp_path))
-    assert sorted(before.tokens) == sorted(files)
-    assert before.bytes_read == 3
+    before, bytes_read = source_fingerprint(str(tmp_path))
+    assert sorted(before) == sorted(files)
+    assert bytes_read == 3
     for name, content in {**files, "README.md": "prose", "pytorch_model.bin": "x"}.items():
         (tmp_path / name).write_text(content)  # the same again, and what decides nothing
-    after = source_fingerprint(str(tmp_path))
-    assert [n for n in before.tokens if before.tokens[n] != after.tokens[n]] == ["model.weights.h5"]
+    after, _ = source_fingerprint(str(tmp_path))
+    assert [n for n in before if before[n] != after[n]] == ["model.weights.h5"]
     with pytest.raises(SourceError, match=r"no config\.json"):
         source_fingerprint(str(tmp_path / "assets"))
 
@@ -116,14 +110,14 @@ def test_a_source_fingerprint_covers_the_model_files_and_hashes_json(tmp_path: P
 def test_texts_are_fingerprinted_file_by_file(tmp_path: Path) -> None:
     for name in ("a b.txt", "c.txt"):
         (tmp_path / name).write_text("text")
-    state = texts_fingerprint([f"{tmp_path}/*.txt", "hf:owner/name"]).tokens
+    state = texts_fingerprint([f"{tmp_path}/*.txt", "hf:owner/name"])
     assert list(state) == [
         f"file://{tmp_path}/a b.txt",
         f"file://{tmp_path}/c.txt",
         "hf:owner/name",
     ]
     (tmp_path / "c.txt").write_text("tent")
-    again = texts_fingerprint([f"{tmp_path}/*.txt", "hf:owner/name"]).tokens
+    again = texts_fingerprint([f"{tmp_path}/*.txt", "hf:owner/name"])
     assert [n for n in state if state[n] != again[n]] == [f"file://{tmp_path}/c.txt"]
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from jobs.catalog.request import Gate
+from jobs.catalog.entries import Gate
 from jobs.publish.verdict import failures, quality_figures
 from pipeline.fidelity import Fidelity
 
