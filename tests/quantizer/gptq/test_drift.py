@@ -7,6 +7,7 @@ from quantizer import CalibrationError, DriftSum, GPTQScheme, HessianSum, solve,
 from quantizer.gptq.drift import correct_target
 from tests import reference
 from tests.quantizer.problems import make
+from tests.selection import by_default
 
 PROBLEM = make(48, 96, 1024)
 EXACT = PROBLEM.inputs_NC
@@ -58,7 +59,7 @@ def test_strength_goes_from_the_weight_to_the_target():
     assert errors == sorted(errors, reverse=True)
 
 
-@pytest.mark.parametrize("weight_bits", [3, 4, 8])
+@pytest.mark.parametrize("weight_bits", by_default([3, 4, 8], [3]))
 def test_the_solved_layer_answers_better_with_correction(weight_bits):
     def error(strength):
         scheme = GPTQScheme(weight_bits=weight_bits, group_size=32, drift_correction=strength)
