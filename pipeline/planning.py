@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,22 +18,16 @@ import numpy as np
 from pipeline.calibration.texts import read_texts
 from pipeline.calibration.windows import TokenWindows, make_windows, shard_bounds
 from pipeline.errors import RecipeError
-from pipeline.model.blocks import Block, BlockGraph, find_blocks
+from pipeline.model.blocks import BlockGraph, find_blocks
 from pipeline.model.converted_files import converted_files
 from pipeline.model.preset import PresetFiles
 from pipeline.model.quantized_config import layer_policy, policy_map, quantized_json
 from pipeline.model.skeleton import Skeleton, build_skeleton
 from pipeline.model.stateless import call_with
-from pipeline.model.targets import Target, Unsupported
+from pipeline.model.targets import Target
 from pipeline.model.tokenizer import model_inputs, preset_tokenizer
 from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan, TokensPlan, micro_batches
-from pipeline.recipe.recipe import (
-    Calibration,
-    Recipe,
-    StatisticsKind,
-    check_recipe,
-    statistics_of,
-)
+from pipeline.recipe.recipe import Calibration, Recipe, check_recipe, statistics_of
 from pipeline.weights.source import Source, open_source, values_digest
 from pipeline.worker.block_program import BlockProgram
 from quantizer import kernel_layout, row_slices
@@ -55,8 +49,6 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
     """Decide everything about a run.
 
     Args:
-        preset: the source.
-        recipe: the schemes and the calibration.
         threads: of each worker's matrix products, which decide their rounding.
 
     Raises:
@@ -65,8 +57,8 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
     skeleton = build_skeleton(preset)
     graph = find_blocks(skeleton)
     source = open_source(preset, skeleton)
-    decisions = _decide(skeleton, graph, recipe)
-    schemes = {path: scheme for path, (scheme, _) in decisions.items() if scheme is not None}
+    layers = _plan_layers(skeleton, graph, recipe)
+    schemes = {x.path: x.scheme for of_part in layers for x in of_part if x.scheme is not None}
     policies = {path: layer_policy(scheme) for path, scheme in schemes.items()}
     # Refuses layers for which Keras has no policy.
     policy_map(str(skeleton.backbone.dtype_policy.name), policies)
@@ -85,7 +77,7 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
         task=_task_name(skeleton, preset, policies),
         recipe=Recipe.model_validate(recipe.to_dict()),
         tokens=tokens,
-        parts=_parts(skeleton, graph, digests, decisions, tokens),
+        parts=_parts(skeleton, graph, layers, digests, tokens),
         machine=machine(threads),
         versions=versions(),
         policies=policies,
@@ -108,52 +100,82 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
-class _Decision(NamedTuple):
-    """A layer's scheme; None leaves it in float, and the note says why if the recipe does not."""
-
-    scheme: Scheme | None
-    note: str = ""
-
-
-_Decisions: TypeAlias = Mapping[str, _Decision]
-"""By layer path."""
-
-
-def _decide(skeleton: Skeleton, graph: BlockGraph, recipe: Recipe) -> _Decisions:
+def _plan_layers(
+    skeleton: Skeleton, graph: BlockGraph, recipe: Recipe
+) -> list[tuple[LayerPlan, ...]]:
+    """The layers of every part: those that Keras can quantize, then other layers with matrices."""
     backbone_layers = {id(layer) for layer in skeleton.backbone_layers}
-    in_blocks = [target for block in graph.blocks for target in block.targets]
-    decisions = {}
-    for target in graph.rest_targets:
-        if id(target.layer) in backbone_layers:
-            decisions[target.path] = _decide_layer(target, recipe, in_block=False)
-        else:
-            note = "part of the task, not of the backbone; left in float"
-            decisions[target.path] = _Decision(None, note)
-    for target in in_blocks:
-        decisions[target.path] = _decide_layer(target, recipe, in_block=True)
-    targets = [*graph.rest_targets, *in_blocks]
-    check_recipe(recipe, [(t.path, t.layer_kind, t.in_features) for t in targets])
-    return decisions
+    parts = [(graph.rest_targets, graph.rest_unsupported)]
+    parts += [(block.targets, block.unsupported) for block in graph.blocks]
+    planned = []
+    for part, (targets, unsupported) in enumerate(parts):
+        layers = []
+        for target in targets:
+            in_backbone = part > 0 or id(target.layer) in backbone_layers
+            scheme, note = _choose_scheme(target, recipe, in_backbone, in_block=part > 0)
+            layers.append(
+                LayerPlan(
+                    path=target.path,
+                    name=target.name,
+                    kind=target.layer_kind,
+                    in_features=target.in_features,
+                    out_features=target.out_features,
+                    scheme=scheme,
+                    note=note,
+                    slices=_num_slices(target, scheme),
+                )
+            )
+        layers += [
+            LayerPlan(
+                path=layer.path,
+                name=layer.path,
+                kind="kernel",
+                in_features=0,
+                out_features=0,
+                scheme=None,
+                note=layer.reason,
+            )
+            for layer in unsupported
+        ]
+        planned.append(tuple(layers))
+    check_recipe(
+        recipe, [(t.path, t.layer_kind, t.in_features) for targets, _ in parts for t in targets]
+    )
+    return planned
 
 
-def _decide_layer(target: Target, recipe: Recipe, *, in_block: bool) -> _Decision:
+def _choose_scheme(
+    target: Target, recipe: Recipe, in_backbone: bool, in_block: bool
+) -> tuple[Scheme | None, str]:
+    """A layer's scheme; None leaves it in float, and the note says why if the recipe does not."""
+    if not in_backbone:
+        return None, "part of the task, not of the backbone; left in float"
     scheme = recipe.scheme_for(target.path, target.layer_kind)
     if scheme is None or target.layer_kind == "embedding":
-        return _Decision(scheme)
+        return scheme, ""
     if isinstance(scheme, GPTQScheme) and scheme.drift_correction:
         raise RecipeError(
             f"recipe {recipe.name}: drift_correction needs the float model's activations beside "
             "the quantized one's, which a run does not carry; set it to 0"
         )
     if statistics_of(scheme) and not in_block:
-        return _Decision(None, f"{scheme.mode} is calibrated inside blocks only; left in float")
+        return None, f"{scheme.mode} is calibrated inside blocks only; left in float"
     layout = kernel_layout(target.layer)
     if isinstance(scheme, GPTQScheme | AWQScheme) and (
         layout.batched or len(layout.shape) not in (2, 3)
     ):
-        note = f"stock Keras cannot store this kernel in {scheme.mode}; left in float"
-        return _Decision(None, note)
-    return _Decision(scheme)
+        return None, f"stock Keras cannot store this kernel in {scheme.mode}; left in float"
+    return scheme, ""
+
+
+def _num_slices(target: Target, scheme: Scheme | None) -> int:
+    if not isinstance(scheme, GPTQScheme) or target.layer_kind == "embedding":
+        return 1
+    layout = kernel_layout(target.layer)
+    if not layout.keras_rows_are_inputs:
+        # Keras groups these inputs otherwise, so that one grid spans all rows.
+        return 1
+    return len(row_slices(layout.out_features, layout.in_features))
 
 
 def _read(
@@ -168,18 +190,14 @@ def _read(
     # One thread, to leave a core to the tokenizer.
     pool = ThreadPoolExecutor(1, thread_name_prefix="digests")
     try:
-        digests = [pool.submit(_digest, source, of_part) for of_part in paths]
+        digests = pool.map(lambda of_part: values_digest(source.read(of_part)), paths)
         windows = None
         if calibration is not None:
             windows = token_windows(preset, skeleton, calibration)
-        return windows, [digest.result() for digest in digests]
+        return windows, list(digests)
     finally:
         # If the texts are too short, say so before all of a large model is read.
         pool.shutdown(cancel_futures=True)
-
-
-def _digest(source: Source, paths: Sequence[str]) -> str:
-    return values_digest(source.read(paths))
 
 
 def token_windows(
@@ -239,95 +257,50 @@ def _tokens_plan(windows: TokenWindows) -> TokensPlan:
 def _parts(
     skeleton: Skeleton,
     graph: BlockGraph,
+    layers: Sequence[tuple[LayerPlan, ...]],
     digests: Sequence[str],
-    decisions: _Decisions,
     tokens: TokensPlan | None,
 ) -> tuple[PartPlan, ...]:
     in_blocks = {id(v) for block in graph.blocks for v in block.layer.weights}
-    rest = [v for v in skeleton.backbone.weights if id(v) not in in_blocks]
-    parts = [
+    names = ["rest", *(block.name for block in graph.blocks)]
+    variables = [[v for v in skeleton.backbone.weights if id(v) not in in_blocks]]
+    variables += [block.layer.weights for block in graph.blocks]
+    groups = [(), *_input_groups(graph, layers[1:], tokens)]
+    return tuple(
         PartPlan(
-            part=0,
-            name="rest",
-            source_bytes=_num_bytes(rest),
-            source_sha256=digests[0],
-            layers=_layer_plans(graph.rest_targets, graph.rest_unsupported, decisions),
+            part=part,
+            name=name,
+            source_bytes=sum(int(np.prod(v.shape)) * np.dtype(v.dtype).itemsize for v in held),
+            source_sha256=digests[part],
+            layers=layers[part],
+            groups=groups[part],
         )
-    ]
-    # Blocks of one signature and the same schemes have the same groups.
-    groups: dict[tuple[Any, ...], tuple[InputGroup, ...]] = {}
-    for block in graph.blocks:
-        statistics = {t.name: statistics_of(decisions[t.path].scheme) for t in block.targets}
-        key = (block.signature, tuple(statistics.items()))
-        if tokens is not None and key not in groups:
-            groups[key] = _input_groups(graph, block, statistics, tokens)
-        parts.append(
-            PartPlan(
-                part=block.index + 1,
-                name=block.name,
-                source_bytes=_num_bytes(block.layer.weights),
-                source_sha256=digests[block.index + 1],
-                layers=_layer_plans(block.targets, block.unsupported, decisions),
-                groups=groups.get(key, ()),
-            )
-        )
-    return tuple(parts)
-
-
-def _layer_plans(
-    targets: Sequence[Target], unsupported: Sequence[Unsupported], decisions: _Decisions
-) -> tuple[LayerPlan, ...]:
-    quantizable = [
-        LayerPlan(
-            path=target.path,
-            name=target.name,
-            kind=target.layer_kind,
-            in_features=target.in_features,
-            out_features=target.out_features,
-            scheme=decisions[target.path].scheme,
-            note=decisions[target.path].note,
-            slices=_num_slices(target, decisions[target.path].scheme),
-        )
-        for target in targets
-    ]
-    left_in_float = [
-        LayerPlan(
-            path=layer.path,
-            name=layer.path,
-            kind="kernel",
-            in_features=0,
-            out_features=0,
-            scheme=None,
-            note=layer.reason,
-        )
-        for layer in unsupported
-    ]
-    return (*quantizable, *left_in_float)
-
-
-def _num_slices(target: Target, scheme: Scheme | None) -> int:
-    if not isinstance(scheme, GPTQScheme) or target.layer_kind == "embedding":
-        return 1
-    layout = kernel_layout(target.layer)
-    if not layout.keras_rows_are_inputs:
-        # Keras groups these inputs otherwise, so that one grid spans all rows.
-        return 1
-    return len(row_slices(layout.out_features, layout.in_features))
+        for part, (name, held) in enumerate(zip(names, variables, strict=True))
+    )
 
 
 def _input_groups(
-    graph: BlockGraph,
-    block: Block,
-    statistics: Mapping[str, StatisticsKind | None],
-    tokens: TokensPlan,
-) -> tuple[InputGroup, ...]:
+    graph: BlockGraph, layers: Sequence[Sequence[LayerPlan]], tokens: TokensPlan | None
+) -> list[tuple[InputGroup, ...]]:
+    """The input groups of every block, given its layers; none without calibration."""
+    if tokens is None:
+        return [()] * len(layers)
     shape = (tokens.micro_batch, tokens.sequence_length)
     inputs = model_inputs(graph.embed, np.zeros(shape, np.int32), np.ones(shape, bool))
     weights = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in graph.embed.weights]
     hidden_states, *side_inputs = jax.eval_shape(
         lambda values: call_with(graph.embed, values, inputs), weights
     )
-    return BlockProgram(block, statistics, hidden_states, side_inputs).groups
+    # Blocks of one signature and the same schemes have the same groups.
+    groups: dict[tuple[Any, ...], tuple[InputGroup, ...]] = {}
+    found = []
+    for block, planned in zip(graph.blocks, layers, strict=True):
+        statistics = {layer.name: statistics_of(layer.scheme) for layer in planned}
+        key = (block.signature, tuple(statistics.items()))
+        if key not in groups:
+            groups[key] = BlockProgram(block, statistics, hidden_states, side_inputs).groups
+        found.append(groups[key])
+    return found
 
 
 def _task_name(skeleton: Skeleton, preset: PresetFiles, policies: Mapping[str, str]) -> str:
@@ -336,7 +309,3 @@ def _task_name(skeleton: Skeleton, preset: PresetFiles, policies: Mapping[str, s
         return type(skeleton.task).__name__
     written = quantized_json(preset.json_files, policies)["task.json"]
     return str(json.loads(written)["class_name"])
-
-
-def _num_bytes(variables: Sequence[Any]) -> int:
-    return sum(int(np.prod(v.shape)) * np.dtype(v.dtype).itemsize for v in variables)

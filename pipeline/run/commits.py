@@ -15,14 +15,9 @@ from pipeline.errors import (
     DivergenceError,
     MissingObjectError,
     PlanMismatchError,
+    StorageError,
 )
-from pipeline.run.records import (
-    MANIFEST_KEY,
-    RECORDS_PREFIX,
-    Manifest,
-    PartRecord,
-    record_key,
-)
+from pipeline.run.records import MANIFEST_KEY, RECORDS_PREFIX, Manifest, PartRecord, record_key
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.record import MAX_RECORD_BYTES, RecordError
 
@@ -46,12 +41,7 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Committed:
-    """What a run can resume from.
-
-    Attributes:
-        parts: usable records by part, ascending.
-        findings: what cannot be used, and why.
-    """
+    """What a run can resume from: usable records by part, and what cannot be used."""
 
     parts: dict[int, PartRecord]
     findings: tuple[Finding, ...]
@@ -62,7 +52,7 @@ def commit_part(store: ObjectStore, record: PartRecord, data: bytes) -> None:
 
     Args:
         store: opened at the run's root.
-        data: the file's bytes.
+        data: the weights file.
 
     Raises:
         RecordError: `record` does not describe `data`.
@@ -71,7 +61,14 @@ def commit_part(store: ObjectStore, record: PartRecord, data: bytes) -> None:
     if (len(data), sha256(data)) != (record.size_bytes, record.sha256):
         raise RecordError(f"{record.key} does not describe the {len(data)} bytes to be committed")
     for key, content in ((record.file, data), (record.key, record.to_json())):
-        _create(store, key, content)
+        try:
+            store.create(key, content)
+        except FileExistsError as error:
+            raise DivergenceError(
+                f"{store.url(key)} holds other bytes than this execution made from the same plan; "
+                "nothing was overwritten. Run all workers on one type of machine and check its "
+                "memory, or start again in an empty run directory"
+            ) from error
 
 
 def committed_parts(
@@ -89,24 +86,19 @@ def committed_parts(
     parts: dict[int, PartRecord] = {}
     findings: list[Finding] = []
     present = set(store.list(RECORDS_PREFIX))
+    # Digest of the record of the block before; None if that block cannot be used.
     previous: str | None = ""
     for part in range(num_blocks + 1):
-        key = record_key(part)
         in_chain = chained and part > 0
-        if key not in present:
-            previous = None if in_chain else previous
-            continue
-        if in_chain and previous is None:
-            problem = f"{store.url(key)} follows a block that is not committed"
-            findings.append(Finding(key=key, problem=problem, is_damaged=False))
-            continue
-        record, finding = _examine(store, part, plan_digest, previous or "", verify)
-        if record is not None:
-            parts[part] = record
-        if finding is not None:
-            findings.append(finding)
+        found = None
+        if record_key(part) in present:
+            found = _examine(store, part, plan_digest, previous if in_chain else "", verify)
+        if isinstance(found, PartRecord):
+            parts[part] = found
+        elif found is not None:
+            findings.append(found)
         if in_chain:
-            previous = None if record is None else record.record_sha256
+            previous = found.record_sha256 if isinstance(found, PartRecord) else None
     return Committed(parts=parts, findings=tuple(findings))
 
 
@@ -142,12 +134,12 @@ def damaged_files(store: ObjectStore, manifest: Manifest) -> tuple[Finding, ...]
         try:
             store.verify(key, sha256=file.sha256, size=file.size_bytes)
         except (DamagedObjectError, MissingObjectError) as error:
-            damaged.append(Finding(key=key, problem=str(error), is_damaged=True))
+            damaged.append(_finding(key, error))
     for key, digest in sorted(manifest.records.items()):
         try:
             store.get(key, sha256=digest, at_most=MAX_RECORD_BYTES)
         except (DamagedObjectError, MissingObjectError) as error:
-            damaged.append(Finding(key=key, problem=str(error), is_damaged=True))
+            damaged.append(_finding(key, error))
     return tuple(damaged)
 
 
@@ -190,51 +182,36 @@ def read_manifest(store: ObjectStore) -> Manifest:
     return Manifest.read(store, MANIFEST_KEY)
 
 
-def _create(store: ObjectStore, key: str, data: bytes) -> None:
-    try:
-        store.create(key, data)
-    except FileExistsError as error:
-        raise DivergenceError(
-            f"{store.url(key)} holds other bytes than this execution made from the same plan; "
-            "nothing was overwritten. Run all workers on one type of machine and check its "
-            "memory, or start again in an empty run directory"
-        ) from error
-
-
 def _examine(
-    store: ObjectStore, part: int, plan_digest: str, previous: str, verify: bool
-) -> tuple[PartRecord | None, Finding | None]:
-    """The record if it and its file are good; otherwise which of them is not, and why."""
+    store: ObjectStore, part: int, plan_digest: str, previous: str | None, verify: bool
+) -> PartRecord | Finding:
+    """A part's record, or why it or its file cannot be used."""
     key = record_key(part)
     url = store.url(key)
-
-    def refuse(problem: str) -> tuple[None, Finding]:
-        return None, Finding(key=key, problem=f"{url} {problem}", is_damaged=True)
-
+    if previous is None:
+        problem = f"{url} follows a block that is not committed"
+        return Finding(key=key, problem=problem, is_damaged=False)
     try:
         record = PartRecord.read(store, key)
-    except DamagedObjectError as error:
-        return None, Finding(key=key, problem=str(error), is_damaged=True)
-    except MissingObjectError as error:  # deleted since the listing
-        return None, Finding(key=key, problem=str(error), is_damaged=False)
-    if record.part != part:
-        return refuse(f"is the record of part {record.part}")
-    if record.plan_digest != plan_digest:
-        return refuse(f"belongs to plan {record.plan_digest}, not to {plan_digest}")
-    if record.previous != previous:
-        return refuse("follows another record than the one before it")
-    try:
-        if verify:
-            store.verify(record.file, sha256=record.sha256, size=record.size_bytes)
-        elif (size := store.size(record.file)) != record.size_bytes:
+        if record.part != part:
+            raise DamagedObjectError(f"{url} is the record of part {record.part}")
+        if record.plan_digest != plan_digest:
             raise DamagedObjectError(
-                f"{store.url(record.file)} is damaged: it has {size} bytes instead of "
-                f"{record.size_bytes}"
+                f"{url} belongs to plan {record.plan_digest}, not to {plan_digest}"
+            )
+        if record.previous != previous:
+            raise DamagedObjectError(f"{url} follows another record than the one before it")
+        key = record.file
+        if verify:
+            store.verify(key, sha256=record.sha256, size=record.size_bytes)
+        elif (size := store.size(key)) != record.size_bytes:
+            raise DamagedObjectError(
+                f"{store.url(key)} is damaged: it has {size} bytes instead of {record.size_bytes}"
             )
     except (DamagedObjectError, MissingObjectError) as error:
-        return None, Finding(
-            key=record.file,
-            problem=str(error),
-            is_damaged=isinstance(error, DamagedObjectError),
-        )
-    return record, None
+        return _finding(key, error)
+    return record
+
+
+def _finding(key: str, error: StorageError) -> Finding:
+    return Finding(key=key, problem=str(error), is_damaged=isinstance(error, DamagedObjectError))
