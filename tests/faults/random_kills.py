@@ -92,7 +92,7 @@ def _actors() -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if entry.name.isdecimal() and (entry / "cmdline").read_bytes().startswith(b"ray::_Act"):
+            if entry.name.isdecimal() and (entry / "cmdline").read_bytes().startswith(b"ray::_WorkerAct"):
                 found.append(int(entry.name))
     return found
 

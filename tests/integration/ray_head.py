@@ -66,7 +66,7 @@ class Head:
         return [
             names[actor["node_id"]]
             for actor in self._state_of("actors")
-            if (actor["job_id"], actor["state"], actor["class_name"]) == (job, "ALIVE", "_Actor")
+            if (actor["job_id"], actor["state"], actor["class_name"]) == (job, "ALIVE", "_WorkerActor")
         ]
 
 
