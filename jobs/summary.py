@@ -22,7 +22,7 @@ from pipeline.plan import Plan
 from pipeline.recipe.recipe import unmatched_patterns
 from pipeline.run.records import LayerRecord, Manifest, PartRecord
 from pipeline.storage.object_store import ObjectStore
-from pipeline.weights.weight_files import Meter, RangedFile
+from pipeline.weights.weight_files import RangedFile
 from quantizer.schemes import GPTQScheme
 
 
@@ -150,7 +150,7 @@ def _embedding_bytes(store: ObjectStore, record: PartRecord) -> int:
         if isinstance(item, h5py.Dataset) and "embedding" in path:
             found.append(item.id.get_storage_size())
 
-    source = RangedFile(files, record.file, Meter())
+    source = RangedFile(files, record.file)
     try:
         with h5py.File(source, "r") as file:
             file.visititems(add)

@@ -28,7 +28,7 @@ def canonical_json(value: Any) -> bytes:
     return text.encode("utf-8") + b"\n"
 
 
-def sha256(data: bytes) -> str:
+def sha256(data: bytes | memoryview) -> str:
     """SHA-256 of `data` as 64 lower-case hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -17,13 +17,7 @@ from pipeline.errors import PipelineError, SourceError
 from pipeline.model.preset import INDEX_FILE, TASK_WEIGHTS_FILE, PresetFiles
 from pipeline.model.skeleton import Skeleton
 from pipeline.model.weight_layout import StoredVariable
-from pipeline.weights.weight_files import (
-    Meter,
-    RangedFile,
-    SourceVariable,
-    check_stored,
-    numpy_dtype,
-)
+from pipeline.weights.weight_files import RangedFile, SourceVariable, check_stored
 
 _T = TypeVar("_T")
 
@@ -33,25 +27,15 @@ _MAX_CHUNK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class _Location:
-    """A variable and the files that may hold it (Keras may split a group over two files)."""
-
-    stored: StoredVariable
-    files: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Hdf5Weights:
     """Implements `WeightFiles`."""
 
     preset: PresetFiles
     skeleton: Skeleton
-    meter: Meter = field(default_factory=Meter)
 
     @property
     def file_names(self) -> tuple[str, ...]:
-        names = {name for location in self._locations.values() for name in location.files}
-        return tuple(sorted(names))
+        return tuple(sorted({name for _, files in self._locations.values() for name in files}))
 
     def locate(self, paths: tuple[str, ...]) -> dict[str, SourceVariable]:
         return self._visit(paths, lambda variable, _: variable)
@@ -63,36 +47,37 @@ class Hdf5Weights:
         self, paths: tuple[str, ...], take: Callable[[SourceVariable, h5py.Dataset], _T]
     ) -> dict[str, _T]:
         """The result of `take` for each variable and its checked dataset, file by file."""
-        missing = {path: self._location(path) for path in paths}
+        missing = {path: self._locations[path] for path in paths}
+        for path, (_, files) in missing.items():
+            for name in files:
+                if name not in self.preset.sizes:
+                    raise SourceError(f"{self.preset.url}: {name} is missing, which holds {path}")
         taken: dict[str, _T] = {}
-        for name in sorted({name for location in missing.values() for name in location.files}):
-            with _open(self.preset, name, self.meter) as file:
-                for path, location in list(missing.items()):
-                    if name not in location.files:
+        for name in sorted({name for _, files in missing.values() for name in files}):
+            url = f"{self.preset.url}/{name}"
+            source = RangedFile(self.preset, name)
+            with _naming_errors(url, source):
+                file = h5py.File(source, "r")
+            with file:
+                for path, (stored, files) in list(missing.items()):
+                    if name not in files:
                         continue
-                    where = f"{self.preset.url}/{name}: {location.stored.key}"
-                    with _naming_errors(where, file.source):
-                        dataset = _find(file.hdf5, location.stored.key, where)
+                    where = f"{url}: {stored.key}"
+                    with _naming_errors(where, source):
+                        dataset = _find(file, stored.key, where)
                         if dataset is not None:
                             del missing[path]
-                            variable = _checked(dataset, location.stored, name, where)
-                            taken[path] = take(variable, dataset)
-        for path, location in missing.items():
+                            taken[path] = take(_checked(dataset, stored, name, where), dataset)
+        for path, (stored, files) in missing.items():
             raise SourceError(
-                f"{self.preset.url}/{' or '.join(location.files)}: {location.stored.key}, which "
-                f"holds {path}, is missing; the weights are incomplete, or of another model"
+                f"{self.preset.url}/{' or '.join(files)}: {stored.key}, which holds {path}, is "
+                "missing; the weights are incomplete, or of another model"
             )
         return {path: taken[path] for path in paths}
 
-    def _location(self, path: str) -> _Location:
-        location = self._locations[path]
-        for name in location.files:
-            if name not in self.preset.sizes:
-                raise SourceError(f"{self.preset.url}: {name} is missing, which holds {path}")
-        return location
-
     @cached_property
-    def _locations(self) -> dict[str, _Location]:
+    def _locations(self) -> dict[str, tuple[StoredVariable, tuple[str, ...]]]:
+        """Each variable by path, and the files that may hold it: Keras may split a group."""
         # KerasHub prefers a single file where there are both.
         single = _SINGLE in self.preset.sizes or INDEX_FILE not in self.preset.json_files
         shards = {} if single else self.preset.weight_map(INDEX_FILE)
@@ -103,25 +88,10 @@ class Hdf5Weights:
                 raise SourceError(
                     f"{self.preset.url}/{INDEX_FILE}: its weight_map lacks /{stored.h5_group}"
                 )
-            locations[str(stored.variable.path)] = _Location(stored, files)
+            locations[str(stored.variable.path)] = stored, files
         for stored in self.skeleton.stored_by_task:
-            locations.setdefault(str(stored.variable.path), _Location(stored, (TASK_WEIGHTS_FILE,)))
+            locations.setdefault(str(stored.variable.path), (stored, (TASK_WEIGHTS_FILE,)))
         return locations
-
-
-@dataclass(frozen=True)
-class _OpenFile:
-    hdf5: h5py.File
-    source: RangedFile
-
-
-@contextmanager
-def _open(preset: PresetFiles, name: str, meter: Meter) -> Iterator[_OpenFile]:
-    source = RangedFile(preset, name, meter)
-    with _naming_errors(f"{preset.url}/{name}", source):
-        file = h5py.File(source, "r")
-    with file:
-        yield _OpenFile(file, source)
 
 
 @contextmanager
@@ -178,24 +148,13 @@ def _checked(
     # Keras stores bfloat16 as two opaque bytes, and the type in an attribute.
     if dataset.dtype == np.dtype("V2") and dataset.attrs.get("dtype") == "bfloat16":
         dtype = "bfloat16"
-    check_stored(
-        where,
-        shape=tuple(dataset.shape),
-        dtype=dtype,
-        expected_shape=stored.shape,
-        expected_dtype=stored.dtype,
-    )
-    return SourceVariable(
-        path=str(stored.variable.path),
-        file=name,
-        key=stored.key,
-        shape=stored.shape,
-        dtype=dtype,
-    )
+    check_stored(where, tuple(dataset.shape), dtype, stored.variable)
+    path = str(stored.variable.path)
+    return SourceVariable(path=path, file=name, key=stored.key, shape=stored.shape, dtype=dtype)
 
 
 def _value(variable: SourceVariable, dataset: h5py.Dataset) -> NDArray[Any]:
     value = np.empty(dataset.shape, dataset.dtype)
     if value.size:
         dataset.read_direct(value)
-    return value.view(numpy_dtype(variable.dtype))
+    return value.view(np.dtype(variable.dtype))

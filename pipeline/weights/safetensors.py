@@ -17,7 +17,7 @@ from pipeline.errors import SourceError
 from pipeline.model.huggingface import Conversion, record_conversion
 from pipeline.model.preset import PresetFiles
 from pipeline.model.skeleton import build_skeleton
-from pipeline.weights.weight_files import Meter, SourceVariable, check_stored
+from pipeline.weights.weight_files import SourceVariable, check_stored
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -45,7 +45,6 @@ class SafetensorsWeights:
     """Implements `WeightFiles`."""
 
     preset: PresetFiles
-    meter: Meter = field(default_factory=Meter)
     _headers: dict[str, dict[str, _Tensor]] = field(default_factory=dict, repr=False)
 
     @property
@@ -70,13 +69,8 @@ class SafetensorsWeights:
         # Hooks transpose, reshape, or take a part of a tensor, so only too small a tensor is
         # certainly wrong here; what a hook returns is checked when it is read.
         if conversion.hook is None or math.prod(tensor.shape) < math.prod(shape):
-            check_stored(
-                f"{self.preset.url}/{file}: {conversion.tensor}",
-                shape=tensor.shape,
-                dtype=str(tensor.dtype),
-                expected_shape=shape,
-                expected_dtype=str(variable.dtype),
-            )
+            where = f"{self.preset.url}/{file}: {conversion.tensor}"
+            check_stored(where, tensor.shape, str(tensor.dtype), variable)
         return SourceVariable(
             path=path, file=file, key=conversion.tensor, shape=shape, dtype=str(tensor.dtype)
         )
@@ -87,17 +81,12 @@ class SafetensorsWeights:
             assert conversion.constant is not None
             return conversion.constant
         tensor = self._tensor(conversion.tensor)
-        data = self.meter.read(self.preset, located.file, tensor.start, tensor.stop)
+        data = self.preset.read(located.file, tensor.start, tensor.stop)
         value: NDArray[Any] = np.frombuffer(data, tensor.dtype).reshape(tensor.shape)
         if conversion.hook is not None:
             value = np.asarray(conversion.hook(value, list(located.shape)))
-        check_stored(
-            f"{self.preset.url}/{located.file}: {conversion.tensor}, as converted for {path}",
-            shape=value.shape,
-            dtype=str(value.dtype),
-            expected_shape=located.shape,
-            expected_dtype=str(self._variables[path].dtype),
-        )
+        where = f"{self.preset.url}/{located.file}: {conversion.tensor}, as converted for {path}"
+        check_stored(where, value.shape, str(value.dtype), self._variables[path])
         return value
 
     def _conversion(self, path: str) -> Conversion:
@@ -140,22 +129,22 @@ class SafetensorsWeights:
 
     def _header(self, file: str) -> dict[str, _Tensor]:
         if file not in self._headers:
-            self._headers[file] = _read_header(self.preset, file, self.meter)
+            self._headers[file] = _read_header(self.preset, file)
         return self._headers[file]
 
 
-def _read_header(preset: PresetFiles, file: str, meter: Meter) -> dict[str, _Tensor]:
+def _read_header(preset: PresetFiles, file: str) -> dict[str, _Tensor]:
     """The header of a safetensors file, each entry checked against the file's size."""
     where = f"{preset.url}/{file}"
-    size = preset.sizes.get(file, 0)
     if file not in preset.sizes:
         raise SourceError(f"{preset.url}: {file} is missing; the model is incomplete")
-    length = int.from_bytes(meter.read(preset, file, 0, min(8, size)), "little")
+    size = preset.sizes[file]
+    length = int.from_bytes(preset.read(file, 0, min(8, size)), "little")
     if length > min(_MAX_HEADER_BYTES, size - 8):
         raise SourceError(f"{where}: not a safetensors file, or truncated; copy it again")
     data_start = 8 + length
     try:
-        table = json.loads(meter.read(preset, file, 8, data_start))
+        table = json.loads(preset.read(file, 8, data_start))
         return {
             name: _entry(table[name], data_start, size) for name in table if name != "__metadata__"
         }

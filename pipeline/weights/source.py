@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,37 +12,25 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.canonical import sha256
 from pipeline.errors import SourceError
 from pipeline.model.blocks import BlockGraph
 from pipeline.model.preset import PresetFiles
 from pipeline.model.skeleton import Skeleton, build_skeleton
 from pipeline.weights.hdf5 import Hdf5Weights
 from pipeline.weights.safetensors import SafetensorsWeights
-from pipeline.weights.weight_files import Meter, SourceVariable, WeightFiles
+from pipeline.weights.weight_files import SourceVariable, WeightFiles
 
 _DOCUMENTATION = (".md", ".rst", "LICENSE")
 
 
 @dataclass(frozen=True)
 class Source:
-    """One preset's weights.
-
-    Attributes:
-        preset: its files.
-        skeleton: the weightless model.
-        weights: the reader for the preset's format.
-        meter: counts the bytes read from storage.
-    """
+    """One preset's weights."""
 
     preset: PresetFiles
     skeleton: Skeleton
     weights: WeightFiles
-    meter: Meter
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of weights files read from storage so far, metadata included."""
-        return self.meter.bytes_read
 
     @cached_property
     def paths(self) -> tuple[str, ...]:
@@ -95,20 +82,16 @@ class Source:
         return tuple(path for path in self.paths if path not in inside)
 
     def files_digest(self) -> str:
-        """SHA-256 of everything that defines the model, except the values of its weights.
-
-        That is the contents of JSON and vocabularies, and the names and sizes of weights files.
-        Documentation does not count.
-        """
+        """SHA-256 of JSON and vocabularies, and of the names and sizes of weights files."""
         entries = {}
         names = {*self.weights.file_names, *self.preset.json_files, *self.preset.assets}
         for name in sorted(name for name in names if not name.endswith(_DOCUMENTATION)):
             content = self.preset.json_files.get(name)
             if content is None and name not in self.weights.file_names:
                 content = self.preset.read(name)
-            known = None if content is None else hashlib.sha256(content).hexdigest()
+            known = None if content is None else sha256(content)
             entries[name] = [self.preset.sizes[name], known]
-        return _sha256(entries)
+        return sha256(json.dumps(entries, sort_keys=True).encode())
 
 
 def values_digest(values: Mapping[str, NDArray[Any]]) -> str:
@@ -117,11 +100,11 @@ def values_digest(values: Mapping[str, NDArray[Any]]) -> str:
         path: [
             str(value.dtype),
             list(value.shape),
-            hashlib.sha256(np.ascontiguousarray(value).view(np.uint8).data).hexdigest(),
+            sha256(np.ascontiguousarray(value).view(np.uint8).data),
         ]
         for path, value in values.items()
     }
-    return _sha256(entries)
+    return sha256(json.dumps(entries, sort_keys=True).encode())
 
 
 def open_source(preset: PresetFiles, skeleton: Skeleton | None = None) -> Source:
@@ -131,14 +114,6 @@ def open_source(preset: PresetFiles, skeleton: Skeleton | None = None) -> Source
         skeleton: the float model built from the preset, if there is one already.
     """
     skeleton = skeleton or build_skeleton(preset)
-    meter = Meter()
-    weights: WeightFiles
     if preset.format == "huggingface":
-        weights = SafetensorsWeights(preset, meter)
-    else:
-        weights = Hdf5Weights(preset, skeleton, meter)
-    return Source(preset, skeleton, weights, meter)
-
-
-def _sha256(entries: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+        return Source(preset, skeleton, SafetensorsWeights(preset))
+    return Source(preset, skeleton, Hdf5Weights(preset, skeleton))

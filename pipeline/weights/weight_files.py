@@ -8,7 +8,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401  # teaches NumPy the name bfloat16
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,25 +20,21 @@ _FLOATS = ("float16", "float32", "float64", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True)
 class SourceVariable:
-    """Where and how a variable's value is stored.
-
-    Attributes:
-        path: the Keras variable's path.
-        file: name of the file within the preset; "" for a constant of KerasHub's converter.
-        key: name of the dataset or tensor in it.
-        shape: of the model's variable.
-        dtype: of the stored value.
-    """
+    """Where and how a variable's value is stored."""
 
     path: str
     file: str
+    """Name within the preset; "" for a constant of KerasHub's converter."""
     key: str
+    """Name of the dataset or tensor in the file."""
     shape: tuple[int, ...]
+    """Of the model's variable."""
     dtype: str
+    """Of the stored value."""
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(numpy_dtype(self.dtype)).itemsize
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 class WeightFiles(Protocol):
@@ -55,29 +51,13 @@ class WeightFiles(Protocol):
         """Names of the weights files within the preset."""
 
 
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """NumPy's dtype for a Keras dtype name, including bfloat16."""
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
-
-
-def check_stored(
-    where: str,
-    *,
-    shape: tuple[int, ...],
-    dtype: str,
-    expected_shape: tuple[int, ...],
-    expected_dtype: str,
-) -> None:
-    """Check that a stored value fits its variable; one float dtype may stand for another.
-
-    Args:
-        where: file and dataset, for the message.
-        shape, dtype: of the stored value; dtype by NumPy's name or "bfloat16".
-        expected_shape, expected_dtype: of the variable.
+def check_stored(where: str, shape: tuple[int, ...], dtype: str, variable: Any) -> None:
+    """Check that a stored value fits its Keras variable; one float dtype may stand for another.
 
     Raises:
         SourceError: it does not fit.
     """
+    expected_shape, expected_dtype = tuple(variable.shape), str(variable.dtype)
     if shape != expected_shape:
         raise SourceError(
             f"{where}: shape {shape}, where config.json implies {expected_shape}; weights and "
@@ -95,26 +75,13 @@ _BLOCK_BYTES = 64 << 10
 _NUM_BLOCKS = 64
 
 
-@dataclass
-class Meter:
-    """Counts the bytes read from storage."""
-
-    bytes_read: int = 0
-
-    def read(self, preset: PresetFiles, name: str, start: int, stop: int) -> bytes:
-        data = preset.read(name, start, stop)
-        self.bytes_read += len(data)
-        return data
-
-
 class RangedFile(io.RawIOBase):
     """A stored file for h5py: large reads go straight to storage, small ones to cached blocks."""
 
-    def __init__(self, preset: PresetFiles, name: str, meter: Meter) -> None:
+    def __init__(self, preset: PresetFiles, name: str) -> None:
         super().__init__()
         self._preset = preset
         self._name = name
-        self._meter = meter
         self._size = preset.sizes[name]
         self._position = 0
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
@@ -149,7 +116,7 @@ class RangedFile(io.RawIOBase):
 
     def _read(self, start: int, stop: int) -> bytes:
         if stop - start >= _BLOCK_BYTES:
-            return self._meter.read(self._preset, self._name, start, stop)
+            return self._preset.read(self._name, start, stop)
         first = start // _BLOCK_BYTES
         blocks = range(first, -(-stop // _BLOCK_BYTES))
         data = b"".join(self._block(index) for index in blocks)
@@ -159,7 +126,7 @@ class RangedFile(io.RawIOBase):
         if index not in self._blocks:
             start = index * _BLOCK_BYTES
             stop = min(start + _BLOCK_BYTES, self._size)
-            self._blocks[index] = self._meter.read(self._preset, self._name, start, stop)
+            self._blocks[index] = self._preset.read(self._name, start, stop)
             if len(self._blocks) > _NUM_BLOCKS:
                 self._blocks.popitem(last=False)
         self._blocks.move_to_end(index)
