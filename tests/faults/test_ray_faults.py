@@ -116,7 +116,7 @@ def test_lost_messages_change_nothing(
     steps: list[Step] = []
     with serve_ray({"RAY_testing_rpc_failure": failing}) as cluster, connect(cluster.address):
         assert run(tmp_path / "run", steps.append) == expected
-    # Lost calls are asked again; no block is given up for them, or hardly ever.
+    # Lost calls are repeated; hardly any block is started again for them.
     assert [step.event for step in steps].count("lost") <= 2
 
 

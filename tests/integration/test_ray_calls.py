@@ -46,7 +46,7 @@ class Counter:
         raise KeyError("mine")
 
     def hold(self) -> tuple[None, None]:
-        """Keep what was asked later from beginning, until released."""
+        """Keep later calls from starting, until released."""
         assert self._released.wait(60.0)
         self._released.clear()
         return None, None
