@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
@@ -22,12 +22,10 @@ from pipeline.storage.object_store import ObjectStore, open_store
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnreferencedRun:
+class _UnreferencedRun:
     """A whole run below a catalog's root that may be deleted.
 
     Attributes:
-        run_id: its name below `runs/`.
-        reason: why it is not needed.
         published_as: models and recipes under which it was published, and may be promoted again.
     """
 
@@ -41,10 +39,8 @@ class SweptRun:
     """What was found in one run.
 
     Attributes:
-        url: the run.
         garbage: what is not needed.
-        deleted: whether it was deleted.
-        skipped: why it was not, although it should have been.
+        skipped: why it was not deleted, although it should have been.
     """
 
     url: str
@@ -54,12 +50,7 @@ class SweptRun:
 
 
 def collect(
-    url: str,
-    *,
-    delete: bool,
-    lease_seconds: float,
-    as_json: bool,
-    unpublished: bool = False,
+    url: str, *, delete: bool, lease_seconds: float, as_json: bool, unpublished: bool = False
 ) -> None:
     """Find, and delete if asked, the garbage of the runs at and below a URL.
 
@@ -67,9 +58,7 @@ def collect(
 
     Args:
         url: a run, or a folder of runs, or a catalog's root.
-        delete: delete it; list it otherwise.
         lease_seconds: silence after which another driver of a run counts as dead.
-        as_json: print JSON instead of a table.
         unpublished: include whole runs that were never published.
 
     Raises:
@@ -77,7 +66,7 @@ def collect(
     """
     root = open_store(url)
     is_catalog_root = bool(root.list(MODELS_PREFIX) or root.list(REQUESTS_PREFIX))
-    unreferenced = unreferenced_runs(root, unpublished=unpublished) if is_catalog_root else {}
+    unreferenced = _unreferenced_runs(root, unpublished=unpublished) if is_catalog_root else {}
     runs = {run.rstrip("/") for run in find_runs(root)}
     runs |= {f"{RUNS_PREFIX}{run_id}" for run_id in unreferenced}
     if not runs:
@@ -91,21 +80,19 @@ def collect(
                 swept.append(_sweep(root, open_store(run_url), whole, delete, lease_seconds))
             except PipelineError as error:
                 swept.append(SweptRun(url=run_url, skipped=str(error)))
-    found = [dataclasses.asdict(one) for one in swept]
     if as_json:
-        print_json(found)
+        print_json(swept)
         return
-    log_event("swept", "", {"runs": found}, table=_table(swept))
+    log_event("swept", "", {"runs": list(map(dataclasses.asdict, swept))}, table=_table(swept))
     if not delete and any(one.garbage for one in swept):
         log_event("listed", "nothing was deleted; add --delete to delete it")
 
 
-def unreferenced_runs(root: ObjectStore, *, unpublished: bool) -> Mapping[str, UnreferencedRun]:
+def _unreferenced_runs(root: ObjectStore, *, unpublished: bool) -> dict[str, _UnreferencedRun]:
     """Runs that neither the current nor one of the newest releases refers to, by id.
 
     A run that was never published may still be in progress, or kept to see why it failed its gate:
-    it is included only if `unpublished`. Before deleting a run, take its lease and then look
-    again: a person may have promoted it meanwhile.
+    it is included only if `unpublished`.
 
     Raises:
         DamagedObjectError: a release cannot be read, so what it refers to is unknown.
@@ -131,7 +118,7 @@ def unreferenced_runs(root: ObjectStore, *, unpublished: bool) -> Mapping[str, U
         elif unpublished:
             reasons[run_id] = "never published"
     return {
-        run_id: UnreferencedRun(
+        run_id: _UnreferencedRun(
             run_id=run_id, reason=reasons[run_id], published_as=tuple(published_as[run_id])
         )
         for run_id in (files.keys() & reasons.keys()) - needed
@@ -150,7 +137,7 @@ def _needed(root: ObjectStore, names: tuple[str, str]) -> set[str]:
 def _sweep(
     root: ObjectStore,
     store: ObjectStore,
-    whole: UnreferencedRun | None,
+    whole: _UnreferencedRun | None,
     delete: bool,
     lease_seconds: float,
 ) -> SweptRun:
@@ -161,6 +148,7 @@ def _sweep(
     if not delete:
         return SweptRun(url=url, garbage=garbage())
     with lease.acquire(store, seconds=lease_seconds, wait=False) as held:
+        # A person may have promoted it since it was found.
         if whole and any(whole.run_id in _needed(root, names) for names in whole.published_as):
             return SweptRun(url=url, skipped="a release of it was made current meanwhile")
         # Listed under the lease: a running driver may still need what it has just written.

@@ -8,6 +8,7 @@ whatever else the event is about, such as a block, a layer or seconds by stage.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import logging
@@ -109,8 +110,8 @@ def status(message: str) -> Iterator[None]:
 
 
 def print_json(value: object) -> None:
-    """Write a result to stdout."""
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    """Write a result, of plain JSON values and dataclasses, to stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, default=dataclasses.asdict) + "\n")
 
 
 def route_to_root(library: str) -> None:

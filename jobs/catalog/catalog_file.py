@@ -34,14 +34,12 @@ class CatalogError(PipelineError):
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One model of a catalog, with its defaults filled in.
+    """One model of a catalog, with its defaults filled in; local paths are absolute.
 
     Attributes:
-        name: the model's name.
-        preset: its URL; local paths are absolute.
         aliases: other names under which its results are published, sorted.
         recipes: with the catalog's calibration settings applied.
-        settings: all other settings.
+        settings: all others.
     """
 
     name: str
@@ -56,12 +54,10 @@ class Catalog:
     """The models and recipes that a team wants.
 
     Attributes:
-        where: the file, for messages.
         root_url: where runs, requests and releases are stored.
         entries: in execution order: by priority, then as written.
     """
 
-    where: str
     root_url: str
     entries: tuple[Entry, ...]
 
@@ -93,7 +89,6 @@ def parse_catalog(text: str, *, where: str, folder: Path | None) -> Catalog:
     """Check a catalog's text.
 
     Args:
-        text: YAML.
         where: the file, for messages.
         folder: what relative paths are relative to; None rejects them.
 
@@ -110,19 +105,18 @@ def parse_catalog(text: str, *, where: str, folder: Path | None) -> Catalog:
         )
         more = f" ({len(errors) - 1} more after it)" if len(errors) > 1 else ""
         mistake = describe_mistake(errors[0], CatalogFile)
-        line = document.line_of(errors[0]["loc"])
-        raise CatalogError(f"{where}:{line}: {mistake}{more}") from None
+        raise _error(document, errors[0]["loc"], f"{mistake}{more}") from None
     return _Resolver(document, folder).catalog(written)
+
+
+def _error(document: MarkedYaml, path: YamlPath, text: str) -> CatalogError:
+    return CatalogError(f"{document.where}:{document.line_of(path)}: {text}")
 
 
 def _independent(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
     """Drop "the list is too short" where it is so only because its bad entries do not count."""
-    locations = [error["loc"] for error in errors]
-
-    def has_bad_entries(loc: tuple[int | str, ...]) -> bool:
-        return any(len(other) > len(loc) and other[: len(loc)] == loc for other in locations)
-
-    return [e for e in errors if e["type"] != "too_short" or not has_bad_entries(e["loc"])]
+    parents = {error["loc"][:depth] for error in errors for depth in range(len(error["loc"]))}
+    return [e for e in errors if e["type"] != "too_short" or e["loc"] not in parents]
 
 
 def _with_defaults(values: Any) -> Any:
@@ -180,7 +174,7 @@ class _Resolver:
             if model.alias_of is None
         ]
         entries.sort(key=lambda entry: -entry.settings.priority)
-        return Catalog(where=self._document.where, root_url=root_url, entries=tuple(entries))
+        return Catalog(root_url=root_url, entries=tuple(entries))
 
     def _aliases(self, written: CatalogFile, indices: Mapping[str, int]) -> dict[str, list[str]]:
         """The aliases of each real model; an alias may name another alias."""
@@ -238,24 +232,21 @@ class _Resolver:
             )
         recipes: dict[str, Recipe] = {}
         for index, given in enumerate(model.recipes):
-            at = (*path, "recipes", index)
+            at: YamlPath = (*path, "recipes", index)
             recipe = self._recipe(given, model, at)
             if recipe.name in recipes:
                 raise self._error(
                     at, f"{model.name} has two recipes named {recipe.name}; rename or remove one"
                 )
             recipes[recipe.name] = recipe
-        settings: Settings = model
-        if model.evaluate_on is not None:
-            at = (*path, "evaluate_on")
-            texts = tuple(self._absolute(text, at) for text in model.evaluate_on)
-            settings = model.model_copy(update={"evaluate_on": texts})
+        at = (*path, "evaluate_on")
+        texts = tuple(self._absolute(text, at) for text in model.evaluate_on or ())
         return Entry(
             name=model.name,
             preset=self._absolute(model.preset, (*path, "preset")),
             aliases=aliases,
             recipes=tuple(recipes.values()),
-            settings=settings,
+            settings=model.model_copy(update={"evaluate_on": texts or None}),
         )
 
     def _recipe(self, given: str | dict[str, Any], model: Model, at: YamlPath) -> Recipe:
@@ -293,4 +284,4 @@ class _Resolver:
         return os.path.normpath(self._folder / local)  # storage URLs must not contain ".."
 
     def _error(self, path: YamlPath, text: str) -> CatalogError:
-        return CatalogError(f"{self._document.where}:{self._document.line_of(path)}: {text}")
+        return _error(self._document, path, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated
@@ -18,17 +19,14 @@ if TYPE_CHECKING:
     from jobs.fleet.staleness import Decision
     from pipeline.storage.object_store import ObjectStore
 
-catalog_app = typer.Typer()
+app = typer.Typer()
+catalog_app = typer.Typer(help="Catalogs: lists of models and recipes to keep up to date.")
+app.add_typer(catalog_app, name="catalog")
 
 
-def add_commands(app: typer.Typer) -> None:
-    """Register them."""
-    app.add_typer(catalog_app, name="catalog")
-    app.command()(run)
-    app.command()(nightly)
-    app.command()(submit)
-    app.command()(cancel)
-    app.command()(fulfil)
+@catalog_app.callback()
+def _catalog() -> None:
+    """Keeps `check` a command of its own, though it is the only one."""
 
 
 @catalog_app.command()
@@ -44,11 +42,7 @@ def check(file: options.CatalogFile, as_json: options.Json = False) -> None:
         Console().print(catalog_table(catalog))
 
 
-@catalog_app.callback()
-def _catalog() -> None:
-    """Catalogs: lists of models and recipes to keep up to date."""
-
-
+@app.command()
 def run(
     file: options.CatalogFile,
     address: options.Address = None,
@@ -58,9 +52,10 @@ def run(
     as_json: options.Json = False,
 ) -> None:
     """Make everything in a catalog that is not up to date, one run after another."""
-    _run_stale(file, address, only, keep_every, lease_seconds, dry_run=False, as_json=as_json)
+    nightly(file, address, only, keep_every, lease_seconds, dry_run=False, as_json=as_json)
 
 
+@app.command()
 def nightly(
     file: options.CatalogFile,
     address: options.Address = None,
@@ -74,9 +69,43 @@ def nightly(
     as_json: options.Json = False,
 ) -> None:
     """Make what is stale, say why it was, and publish what passes its gate."""
-    _run_stale(file, address, only, keep_every, lease_seconds, dry_run=dry_run, as_json=as_json)
+    from jobs import execute
+    from jobs.fleet.fulfil import Fulfilled
+    from jobs.fleet.fulfil import fulfil as fulfil_request
+    from jobs.fleet.nightly import exit_code_of, log_outcome, outcomes_table, preview, run_stale
+    from jobs.fleet.staleness import decide
+    from jobs.metrics import nightly_ended
+    from pipeline.executor.ray_cluster import connect
+
+    catalog, root = _opened(file, only)
+    with status("looking for stale runs"):
+        decisions = decide(root, catalog, save_verified=not dry_run)
+
+    def fulfil_one(decision: Decision) -> Fulfilled:
+        return fulfil_request(
+            root,
+            decision.request,
+            partial(execute.open_compute, address=address),
+            execute.DriverOptions(keep_every=keep_every, wait=False, lease_seconds=lease_seconds),
+        )
+
+    if dry_run:
+        outcomes = preview(decisions)
+        for outcome in outcomes:
+            log_outcome(outcome)
+    else:
+        outcomes = tuple(run_stale(root, decisions, fulfil_one))
+        if address is not None and not exit_code_of(outcomes):
+            with connect(address):  # a cluster of our own ends with its run, and so do its metrics
+                nightly_ended(PurePath(file).stem)
+    if as_json:
+        print_json([outcome.to_dict() for outcome in outcomes])
+    elif not is_json():  # each was logged when it was known
+        STDERR.print(outcomes_table(outcomes))
+    raise typer.Exit(exit_code_of(outcomes))
 
 
+@app.command()
 def submit(
     file: options.CatalogFile,
     address: options.Dashboard,
@@ -136,6 +165,7 @@ def submit(
     raise typer.Exit(exit_code_of_tasks(submission.tasks) or exit_code_of(others))
 
 
+@app.command()
 def cancel(
     name: Annotated[str, typer.Argument(help="A request's id, or a job's.")],
     address: options.Dashboard,
@@ -149,11 +179,12 @@ def cancel(
     if not stopped:
         raise PipelineError(f"{name}: no such job is running at {address}; nothing was stopped")
     if as_json:
-        print_json(list(stopped))
+        print_json(stopped)
     for submission_id in stopped:
         log_event("stopping", f"stopping {submission_id}", {"job": submission_id})
 
 
+@app.command()
 def fulfil(
     request: Annotated[str, typer.Argument(help="URL of a request, below a catalog's root.")],
     address: options.Address = None,
@@ -189,56 +220,8 @@ def fulfil(
         )
 
 
-def _run_stale(
-    file: str,
-    address: str | None,
-    only: list[str] | None,
-    keep_every: int,
-    lease_seconds: float,
-    *,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
-    from jobs import execute
-    from jobs.fleet.fulfil import Fulfilled
-    from jobs.fleet.fulfil import fulfil as fulfil_request
-    from jobs.fleet.nightly import exit_code_of, log_outcome, outcomes_table, preview, run_stale
-    from jobs.fleet.staleness import decide
-    from jobs.metrics import nightly_ended
-    from pipeline.executor.ray_cluster import connect
-
-    catalog, root = _opened(file, only)
-    with status("looking for stale runs"):
-        decisions = decide(root, catalog, save_verified=not dry_run)
-
-    def fulfil_one(decision: Decision) -> Fulfilled:
-        return fulfil_request(
-            root,
-            decision.request,
-            partial(execute.open_compute, address=address),
-            execute.DriverOptions(keep_every=keep_every, wait=False, lease_seconds=lease_seconds),
-        )
-
-    if dry_run:
-        outcomes = preview(decisions)
-        for outcome in outcomes:
-            log_outcome(outcome)
-    else:
-        outcomes = tuple(run_stale(root, decisions, fulfil_one))
-        if address is not None and not exit_code_of(outcomes):
-            with connect(address):  # a cluster of our own ends with its run, and so do its metrics
-                nightly_ended(PurePath(file).stem)
-    if as_json:
-        print_json([outcome.to_dict() for outcome in outcomes])
-    elif not is_json():  # each was logged when it was known
-        STDERR.print(outcomes_table(outcomes))
-    raise typer.Exit(exit_code_of(outcomes))
-
-
 def _opened(file: str, only: list[str] | None) -> tuple[Catalog, ObjectStore]:
     """A checked catalog, and its root, which was reached."""
-    import dataclasses
-
     from jobs.catalog.catalog_file import read_catalog
     from jobs.catalog.request import REQUESTS_PREFIX
     from jobs.reachable import reachable

@@ -4,40 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from jobs.catalog.catalog_file import Catalog
-from pipeline.recipe.recipe_file import builtin_recipes
+from pipeline.recipe.recipe import Recipe
 
 
 def describe_scheme(scheme: type) -> dict[str, Any]:
     """A scheme's summary and fields, taken from its dataclass, as plain JSON values."""
     return {
         "summary": _first_line(scheme.__doc__),
-        "fields": [
-            {
-                "name": field.name,
-                "default": None if _is_required(field) else _default(field),
-                "required": _is_required(field),
-                "doc": _first_line(field.metadata.get("doc")),
-            }
-            for field in dataclasses.fields(scheme)
-            if field.init
-        ],
+        "fields": [_describe(field) for field in dataclasses.fields(scheme) if field.init],
     }
 
 
-def _is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
+def _describe(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    default = field.default
     if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
+        default = field.default_factory()
+    required = default is dataclasses.MISSING
+    return {
+        "name": field.name,
+        "default": None if required else default,
+        "required": required,
+        "doc": _first_line(field.metadata.get("doc")),
+    }
 
 
 def _first_line(text: str | None) -> str:
@@ -57,15 +52,10 @@ def schemes_table(described: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def recipes_json() -> dict[str, Any]:
-    """Every built-in recipe, with all defaults written out."""
-    return {name: recipe.to_dict() for name, recipe in builtin_recipes().items()}
-
-
-def recipes_table() -> Table:
-    """One line per built-in recipe."""
+def recipes_table(recipes: Mapping[str, Recipe]) -> Table:
+    """One line per recipe."""
     table = Table("recipe", "scheme", "embeddings", "calibration", caption="all settings: --json")
-    for name, recipe in builtin_recipes().items():
+    for name, recipe in recipes.items():
         assert recipe.scheme is not None
         embeddings = "float" if recipe.embeddings is None else recipe.embeddings.policy
         calibration = recipe.calibration

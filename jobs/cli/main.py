@@ -27,7 +27,7 @@ from jobs.logging import (
 )
 from jobs.termination import Terminated
 from pipeline.errors import PipelineError
-from pipeline.storage.backend import PATIENCE_VARIABLE
+from pipeline.executor.protocol import ComputeSpec
 from quantizer.errors import QuantizationError
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def quantize(
     keep_every: options.KeepEvery = 8,
     wait: options.Wait = True,
     lease_seconds: options.LeaseSeconds = 60.0,
-    storage_patience: options.StoragePatience = None,
+    _patience: options.StoragePatience = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and its cost; run nothing.")
     ] = False,
@@ -108,9 +108,7 @@ def quantize(
     """Quantize one model by one recipe, or continue where an earlier attempt stopped."""
     from jobs.execute import DriverOptions
     from jobs.quantize import Job, run_job
-    from pipeline.executor.protocol import ComputeSpec
 
-    _set_patience(storage_patience)
     job = Job(
         source_url=preset,
         output_url=output,
@@ -118,14 +116,9 @@ def quantize(
         evaluation_windows=windows,
         options=DriverOptions(keep_every=keep_every, wait=wait, lease_seconds=lease_seconds),
     )
-    run_job(
-        job,
-        _recipe(recipe, texts, num_samples, sequence_length),
-        ComputeSpec(workers=workers, threads=threads, device=device),
-        address,
-        as_json=as_json,
-        dry_run=dry_run,
-    )
+    spec = ComputeSpec(workers=workers, threads=threads, device=device)
+    changed = _recipe(recipe, texts, num_samples, sequence_length)
+    run_job(job, changed, spec, address, as_json=as_json, dry_run=dry_run)
 
 
 @app.command()
@@ -139,15 +132,13 @@ def resume(
     keep_every: options.KeepEvery = 8,
     wait: options.Wait = True,
     lease_seconds: options.LeaseSeconds = 60.0,
-    storage_patience: options.StoragePatience = None,
+    _patience: options.StoragePatience = None,
     as_json: options.Json = False,
 ) -> None:
     """Continue a run from its last committed block."""
     from jobs.execute import DriverOptions
     from jobs.quantize import Job, resume_job
-    from pipeline.executor.protocol import ComputeSpec
 
-    _set_patience(storage_patience)
     job = Job(
         source_url=source or "",
         output_url=output,
@@ -170,7 +161,6 @@ def evaluate(
 ) -> None:
     """Compare a finished result with its source, on texts."""
     from jobs.quantize import Job, resume_job
-    from pipeline.executor.protocol import ComputeSpec
 
     if not evaluate_on:
         raise PipelineError("nothing to evaluate on; give --evaluate-on texts.jsonl")
@@ -198,8 +188,8 @@ def verify(
     verify_run(output, stock=stock, as_json=as_json)
 
 
-fleet.add_commands(app)
-status.add_commands(app)
+app.add_typer(fleet.app)
+app.add_typer(status.app)
 
 
 @app.command()
@@ -223,11 +213,7 @@ def gc(
     from jobs.gc import collect
 
     collect(
-        url,
-        delete=delete,
-        lease_seconds=lease_seconds,
-        as_json=as_json,
-        unpublished=unpublished,
+        url, delete=delete, lease_seconds=lease_seconds, as_json=as_json, unpublished=unpublished
     )
 
 
@@ -247,18 +233,14 @@ def schemes(as_json: options.Json = False) -> None:
 @app.command()
 def recipes(as_json: options.Json = False) -> None:
     """List the built-in recipes."""
-    from jobs.cli.listings import recipes_json, recipes_table
+    from jobs.cli.listings import recipes_table
+    from pipeline.recipe.recipe_file import builtin_recipes
 
+    found = builtin_recipes()
     if as_json:
-        print_json(recipes_json())
+        print_json({name: recipe.to_dict() for name, recipe in found.items()})
     else:
-        Console().print(recipes_table())
-
-
-def _set_patience(seconds: float | None) -> None:
-    """Set how long storage may be away, here and in all processes of the run."""
-    if seconds is not None:
-        os.environ[PATIENCE_VARIABLE] = str(seconds)
+        Console().print(recipes_table(found))
 
 
 def _recipe(
@@ -267,8 +249,8 @@ def _recipe(
     from pipeline.recipe.recipe_file import load_recipe, recipe_from_dict
 
     recipe = load_recipe(name)
-    given = {"texts": texts or None, "num_samples": num_samples, "sequence_length": sequence_length}
-    changes = {field: value for field, value in given.items() if value is not None}
+    given = {"texts": texts, "num_samples": num_samples, "sequence_length": sequence_length}
+    changes = {field: value for field, value in given.items() if value}
     if not changes or not recipe.needs_calibration:
         return recipe
     values = recipe.to_dict()
@@ -277,12 +259,7 @@ def _recipe(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a user's mistake costs one line and an exit code, no traceback.
-
-    Exit codes: 0 done, 1 internal error, 2 bad input, 3 storage or cluster unavailable or run held
-    by another driver, 4 damaged or incomplete result, 5 gate not passed, 130 interrupted,
-    143 terminated.
-    """
+    """Run the command line; a user's mistake costs one line and an exit code, no traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     configure("json" if is_json() else "text")  # for mistakes in the command line itself
     try:

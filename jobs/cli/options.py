@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
 
 from pipeline.executor import protocol
+from pipeline.storage.backend import PATIENCE_VARIABLE
+
+
+def _set_patience(seconds: float | None) -> None:
+    """For this process and all that it starts."""
+    if seconds is not None:
+        os.environ[PATIENCE_VARIABLE] = str(seconds)
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Address = Annotated[
@@ -42,7 +51,10 @@ LeaseSeconds = Annotated[
 StoragePatience = Annotated[
     float | None,
     typer.Option(
-        min=0.0, help="Seconds that storage may be unavailable before the run ends; default: 300."
+        "--storage-patience",
+        callback=_set_patience,
+        min=0.0,
+        help="Seconds that storage may be unavailable before the run ends; default: 300.",
     ),
 ]
 FinishedRun = Annotated[str, typer.Argument(help="Folder or URL of a finished run.")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,14 +15,10 @@ if TYPE_CHECKING:
     from jobs.publish.releases import Current
 
 
-def add_commands(app: typer.Typer) -> None:
-    """Register them."""
-    app.command()(status)
-    app.command()(logs)
-    app.command()(promote)
-    app.command()(rollback)
+app = typer.Typer()
 
 
+@app.command()
 def status(
     what: Annotated[
         str, typer.Argument(help="A catalog's file, or the URL of its root or of a run.")
@@ -50,11 +45,12 @@ def status(
             if not rows:
                 raise PipelineError(f"{what}: no run, release or request is there")
     if as_json:
-        print_json([row.to_dict() for row in rows])
+        print_json(rows)
     else:
         Console().print(status_table(rows))
 
 
+@app.command()
 def logs(
     run: Annotated[str, typer.Argument(help="Folder or URL of a run.")],
     as_json: options.Json = False,
@@ -75,6 +71,7 @@ def logs(
         typer.echo(event.line())
 
 
+@app.command()
 def promote(
     root: options.CatalogRoot,
     model: options.ModelName,
@@ -89,6 +86,7 @@ def promote(
     _print_current(releases.promote(open_store(root), model, recipe, run_id), as_json=as_json)
 
 
+@app.command()
 def rollback(
     root: options.CatalogRoot,
     model: options.ModelName,
@@ -105,7 +103,7 @@ def rollback(
 def _print_current(current: Current, *, as_json: bool) -> None:
     release = current.release
     if as_json:
-        print_json(dataclasses.asdict(current))
+        print_json(current)
     else:
         log_event(
             "current",

@@ -36,12 +36,9 @@ class Release(StoredRecord):
 
     Attributes:
         number: from 1, in the order of publication under this name.
-        request_id: the request that it fulfils, stored at requests/<request_id>.json.
-        run_id: the run that made it.
         artifact: key, below the catalog's root, of the folder with its files.
         manifest_sha256: of the manifest that names all of them with their digests.
-        source_bytes, stored_bytes: size of the weights, before and after.
-        quality, gate: what was measured, and the limits that it met.
+        source_bytes, stored_bytes, quality, gate: as in its verdict.
         keep: how many of the newest releases keep their artifacts.
     """
 
@@ -65,7 +62,6 @@ class Current(StoredRecord):
     """Which release readers get.
 
     Attributes:
-        release: the current one.
         moves: how often it was changed, so that no two versions have the same bytes.
         set_aside: runs that a person has replaced; they are not published again automatically.
     """
@@ -203,17 +199,15 @@ def promote(root: ObjectStore, model: str, recipe_name: str, run_id: str) -> Cur
         PipelineError: the run was never published under this name.
         DamagedObjectError: its artifact is damaged or deleted.
     """
-    past = history(root, model, recipe_name)
-    if not past:
+    newest = {release.run_id: release for release in history(root, model, recipe_name)}
+    if not newest:
         raise _never_published(root, model, recipe_name)
-    chosen = next((release for release in reversed(past) if release.run_id == run_id), None)
-    if chosen is None:
-        runs = list(dict.fromkeys(release.run_id for release in past))
+    if run_id not in newest:
         raise PipelineError(
             f"{root.root_url}: {run_id} was never published as {model} in {recipe_name}, so it "
-            f"never passed that gate; choose one of {', '.join(runs)}"
+            f"never passed that gate; choose one of {', '.join(newest)}"
         )
-    return _promote_verified(root, chosen)
+    return _promote_verified(root, newest[run_id])
 
 
 def rollback(root: ObjectStore, model: str, recipe_name: str) -> Current:
@@ -240,19 +234,19 @@ def rollback(root: ObjectStore, model: str, recipe_name: str) -> Current:
 
 
 def _promote_verified(root: ObjectStore, release: Release) -> Current:
-    # `quantfleet gc` needs the run's lease to delete it.
-    with lease.acquire(run_store(root, release.run_id), wait=False):
-        _verify(root, release)
-        return set_current(root, release, by_person=True)
-
-
-def _verify(root: ObjectStore, release: Release) -> None:
-    """Read and hash a release's manifest and everything that it names.
+    """Read and hash all that a release consists of, and make it current.
 
     Raises:
         DamagedObjectError: something is not as it was published.
     """
     store = run_store(root, release.run_id)
+    # `quantfleet gc` needs the run's lease to delete it.
+    with lease.acquire(store, wait=False):
+        _verify(store, release)
+        return set_current(root, release, by_person=True)
+
+
+def _verify(store: ObjectStore, release: Release) -> None:
     try:
         manifest = read_manifest(store)
     except MissingObjectError:

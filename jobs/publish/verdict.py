@@ -23,13 +23,10 @@ class Verdict(StoredRecord):
     Its bytes do not depend on when or where it was reached.
 
     Attributes:
-        request_id, model, recipe_name: what was requested.
-        run_id, plan_digest: the run whose artifact was judged, and its plan.
-        manifest_sha256: of that artifact's manifest.
+        run_id, plan_digest, manifest_sha256: of the artifact that was judged.
         source_bytes, stored_bytes: size of the weights, before and after.
-        quality: what `quality_figures` returns; None if nothing was measured.
-        gate: the limits; None if there are none.
-        failures: the limits that the result exceeds; it may be published if there are none.
+        quality: what `quality_figures` returns.
+        gate, failures: the limits, and those that the result exceeds, in words.
     """
 
     request_id: str

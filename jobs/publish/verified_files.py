@@ -5,6 +5,7 @@ A file that has another version in the store since then is read and hashed again
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -101,8 +102,6 @@ def check_artifact(
     """Check that a published artifact is intact, reading only what was written since last time.
 
     Args:
-        root: the catalog's root.
-        run_id: the run that made the artifact.
         manifest_sha256: of the manifest that was published.
         versions: of the run's files, if they are listed already.
     """
@@ -110,7 +109,9 @@ def check_artifact(
     versions = store.versions() if versions is None else versions
     if MANIFEST_KEY not in versions:
         return ArtifactCheck(missing=(MANIFEST_KEY,))
-    last = _find_verified(root, run_id)
+    last: VerifiedFiles | None = None
+    with contextlib.suppress(MissingObjectError, DamagedObjectError):
+        last = VerifiedFiles.read(root, verified_files_key(run_id))
     if last is None or last.manifest_sha256 != manifest_sha256:
         try:
             manifest = read_manifest(store)
@@ -140,13 +141,6 @@ def check_artifact(
         bytes_read=sum(versions[key].size_bytes for key in changed),
         verified=verified if changed and not damaged else None,
     )
-
-
-def _find_verified(root: ObjectStore, run_id: str) -> VerifiedFiles | None:
-    try:
-        return VerifiedFiles.read(root, verified_files_key(run_id))
-    except (MissingObjectError, DamagedObjectError):
-        return None
 
 
 def verified_files_key(run_id: str) -> str:
