@@ -92,7 +92,8 @@ def _actors() -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if entry.name.isdecimal() and (entry / "cmdline").read_bytes().startswith(b"ray::_WorkerAct"):
+            command = (entry / "cmdline").read_bytes() if entry.name.isdecimal() else b""
+            if command.startswith(b"ray::_WorkerAct"):
                 found.append(int(entry.name))
     return found
 

@@ -66,7 +66,8 @@ class Head:
         return [
             names[actor["node_id"]]
             for actor in self._state_of("actors")
-            if (actor["job_id"], actor["state"], actor["class_name"]) == (job, "ALIVE", "_WorkerActor")
+            if (actor["job_id"], actor["state"]) == (job, "ALIVE")
+            and actor["class_name"] == "_WorkerActor"
         ]
 
 
