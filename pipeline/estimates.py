@@ -56,24 +56,15 @@ def estimate(plan: Plan, workers: int) -> Estimate:
     blocks = plan.parts[1:]
     tokens = plan.tokens
     num_tokens = 0 if tokens is None else tokens.num_samples * tokens.sequence_length
-    hidden = _hidden(plan)
-    activation_bytes = num_tokens * hidden * _FLOAT_BYTES
     return Estimate(
         source_bytes=sum(part.source_bytes for part in plan.parts),
-        result_bytes=sum(part.source_bytes - _saved_bytes(part) for part in plan.parts),
-        activation_bytes=activation_bytes,
+        result_bytes=_result_bytes(plan),
+        activation_bytes=num_tokens * _hidden(plan) * _FLOAT_BYTES,
         worker_bytes=_worker_bytes(plan, workers),
         # Every layer runs once, on the output of the quantized ones before it.
         forward_flops=float(sum(2 * part.num_weights * num_tokens for part in blocks)),
         # Above the diagonal in four bands: 10/16 of the whole product.
-        gram_flops=float(
-            sum(
-                2 * g.in_features**2 * num_tokens * 10 / 16
-                for part in blocks
-                for g in part.groups
-                if g.statistics == "hessian"
-            )
-        ),
+        gram_flops=float(sum(2 * C**2 * num_tokens * 10 / 16 for C in _gram_sizes(plan))),
         solve_flops=float(sum(_solve_flops(part) for part in blocks)),
     )
 
@@ -82,14 +73,16 @@ def _worker_bytes(plan: Plan, workers: int) -> int:
     """The peak of a worker: programs, blocks, statistics or a solve, activations."""
     rest, *blocks = (part.num_weights * _FLOAT_BYTES for part in plan.parts)
     weights = max(_REST_COPIES * rest, _BLOCK_COPIES * max(blocks))
-    solve = max(_solve_bytes(part) for part in plan.parts)
+    solve = _SOLVE_COPIES * _FLOAT_BYTES * max(map(_solve_size, plan.parts))
     tokens = plan.tokens
     if tokens is None:
         return _PROCESS_BYTES + weights + solve
     num_shards = len(tokens.shards)
-    held = max(sum(len(tree.leaves) for tree in share) for share in split(num_shards, workers))
+    held = max(sum(map(len, share)) for share in split(num_shards, workers))
     windows = held * max(stop - start for start, stop in tokens.shards)
     hidden = _hidden(plan)
+    gram = max((C**2 for C in _gram_sizes(plan)), default=0) * _FLOAT_BYTES
+    grams = (_GRAM_COPIES + num_shards.bit_length()) * gram
     widest = max(g.in_features for part in plan.parts for g in part.groups)
     # Between two stages of a block: hidden states, residuals, and the input of the layers.
     activations = windows * tokens.sequence_length * (3 * hidden + widest)
@@ -100,35 +93,27 @@ def _worker_bytes(plan: Plan, workers: int) -> int:
         _PROCESS_BYTES
         + _PROGRAMS_BYTES
         + weights
-        + max(solve, _gram_bytes(plan, num_shards))
+        + max(solve, grams)
         + (activations + max(layer, scores)) * _FLOAT_BYTES
     )
 
 
-def _gram_bytes(plan: Plan, num_shards: int) -> int:
-    sizes = [
-        g.in_features**2 for part in plan.parts for g in part.groups if g.statistics == "hessian"
-    ]
-    return (_GRAM_COPIES + num_shards.bit_length()) * max(sizes, default=0) * _FLOAT_BYTES
+def _gram_sizes(plan: Plan) -> list[int]:
+    """The number of inputs of every Gram."""
+    groups = [group for part in plan.parts for group in part.groups]
+    return [group.in_features for group in groups if group.statistics == "hessian"]
 
 
 def _hidden(plan: Plan) -> int:
-    """Features of the hidden states between blocks."""
-    sizes = [min((k.in_features for k in _kernels(part)), default=0) for part in plan.parts[1:]]
-    return max(sizes, default=0)
+    """Features of the hidden states between blocks: the fewest that any kernel in a block takes."""
+    kernels = [[x for x in part.layers if x.kind == "kernel"] for part in plan.parts[1:]]
+    return max(min((x.in_features for x in block if x.in_features), default=0) for block in kernels)
 
 
-def _kernels(part: PartPlan) -> list[LayerPlan]:
-    return [layer for layer in part.layers if layer.kind == "kernel" and layer.in_features]
-
-
-def _solve_bytes(part: PartPlan) -> int:
-    sizes = [
-        layer.in_features * layer.out_features + layer.in_features**2
-        for layer in part.layers
-        if layer.scheme is not None and layer.kind == "kernel"
-    ]
-    return _SOLVE_COPIES * _FLOAT_BYTES * max(sizes, default=0)
+def _solve_size(part: PartPlan) -> int:
+    """The largest weight and Hessian of one solve, in numbers."""
+    kernels = [layer for layer in part.layers if layer.scheme and layer.kind == "kernel"]
+    return max((x.in_features * (x.out_features + x.in_features) for x in kernels), default=0)
 
 
 def _solve_flops(part: PartPlan) -> float:
@@ -140,22 +125,27 @@ def _solve_flops(part: PartPlan) -> float:
     )
 
 
-def _saved_bytes(part: PartPlan) -> int:
-    weights = sum(layer.in_features * layer.out_features for layer in part.layers)
-    if not weights:
-        return 0
-    width = part.source_bytes / weights
-    return int(
-        sum(
-            layer.in_features * layer.out_features * (min(width, 4) - bits_per_weight(layer) / 8)
-            for layer in part.layers
-            if layer.scheme is not None
-        )
-    )
+def _result_bytes(plan: Plan) -> int:
+    ratios = [8 * part.source_bytes / part.num_weights for part in plan.parts if part.num_weights]
+    # Parts hold more than their layers' matrices, so that the lowest ratio is closest.
+    source_bits = 16 if min(ratios, default=32) < 24 else 32
+    saved_bits = 0.0
+    for part in plan.parts:
+        others = 8 * part.source_bytes / source_bits - part.num_weights
+        for layer in part.layers:
+            weights = layer.in_features * layer.out_features
+            if layer.kind == "embedding" and others >= weights:
+                weights *= 2  # the reverse table of an untied head
+            saved_bits += weights * (source_bits - bits_per_weight(layer, plan, source_bits))
+    return sum(part.source_bytes for part in plan.parts) - int(saved_bits / 8)
 
 
-def bits_per_weight(layer: LayerPlan) -> float:
-    """Stored bits of one weight, including its share of scales and zero points."""
+def bits_per_weight(layer: LayerPlan, plan: Plan, source_bits: int) -> float:
+    """Stored bits of one weight, including its share of scales and zero points.
+
+    Args:
+        source_bits: of a weight in the source, 16 or 32.
+    """
     match layer.scheme:
         case (
             GPTQScheme(weight_bits=bits, group_size=size)
@@ -163,8 +153,11 @@ def bits_per_weight(layer: LayerPlan) -> float:
         ):
             return bits + 40 / (layer.in_features if size == -1 else size)
         case Int8Scheme():
-            return 8.0
+            return 8 + 32 / layer.in_features
         case Int4Scheme(block_size=size):
             return 4 + 40 / (layer.in_features if size == -1 else size)
+        case Float8Scheme(power_of_two=power_of_two) if plan.weights_format == 2:
+            # A float kernel, compressed (see `pipeline.artifact.weights_file`).
+            return 8.2 if power_of_two or source_bits == 16 else 11.2
         case Float8Scheme() | None:
-            return 32.0
+            return source_bits

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class WindowFidelity:
-    """Sums over one window.
+    """Sums over one window: for a causal model all but the cosine, for an encoder that alone.
 
     Attributes:
         count: predicted tokens; for an encoder, compared vectors.
-        source_loss, result_loss: Σ -log p(next token), natural; 0 for an encoder.
-        divergence: Σ KL(source ‖ result), in nats; 0 for an encoder.
-        cosine: Σ of cosines; 0 for a causal model.
+        source_loss, result_loss: Σ -log p(next token), natural.
+        divergence: Σ KL(source ‖ result), in nats.
         agreement: tokens for which both models rank the same next token first.
     """
 
@@ -34,14 +33,12 @@ class WindowFidelity:
 
 @dataclass(frozen=True, kw_only=True)
 class Fidelity:
-    """Means over all windows.
+    """Means over all windows: of a causal model all but the cosine, of an encoder that alone.
 
     Attributes:
         count: predicted tokens; for an encoder, compared vectors.
-        source_perplexity, result_perplexity: of a causal model.
-        divergence: of a causal model, in nats per token.
-        agreement: of a causal model, between 0 and 1.
-        cosine: of an encoder.
+        divergence: nats per token.
+        agreement: between 0 and 1.
     """
 
     num_windows: int
@@ -56,14 +53,14 @@ class Fidelity:
 def average(windows: Sequence[WindowFidelity]) -> Fidelity:
     """Means over windows, summed in their order."""
     count = sum(window.count for window in windows)
-    if any(window.source_loss for window in windows):
-        return Fidelity(
-            num_windows=len(windows),
-            count=count,
-            source_perplexity=math.exp(math.fsum(w.source_loss for w in windows) / count),
-            result_perplexity=math.exp(math.fsum(w.result_loss for w in windows) / count),
-            divergence=math.fsum(w.divergence for w in windows) / count,
-            agreement=sum(w.agreement for w in windows) / count,
-        )
-    cosine = math.fsum(w.cosine for w in windows) / count
-    return Fidelity(num_windows=len(windows), count=count, cosine=cosine)
+    if not any(window.source_loss for window in windows):
+        cosine = math.fsum(w.cosine for w in windows) / count
+        return Fidelity(num_windows=len(windows), count=count, cosine=cosine)
+    return Fidelity(
+        num_windows=len(windows),
+        count=count,
+        source_perplexity=math.exp(math.fsum(w.source_loss for w in windows) / count),
+        result_perplexity=math.exp(math.fsum(w.result_loss for w in windows) / count),
+        divergence=math.fsum(w.divergence for w in windows) / count,
+        agreement=sum(w.agreement for w in windows) / count,
+    )

@@ -19,7 +19,7 @@ from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.record import STRICT, StoredRecord
 
 PLAN_KEY = "plan.json"
-_MICRO_BATCH_TOKENS = {"cpu": 512}
+_CPU_MICRO_BATCH_TOKENS = 512
 _SHARD_TOKENS = 2048
 _MAX_SHARDS = 32
 
@@ -29,7 +29,6 @@ class LayerPlan:
     """One layer that holds matrices.
 
     Attributes:
-        path: Keras' path of the layer.
         name: the path within its block; outside the blocks, the path.
         in_features, out_features: of the matrix; of an embedding, length and number of vectors.
         scheme: how it is quantized; None leaves it in float.
@@ -55,8 +54,6 @@ class InputGroup:
 
     Attributes:
         targets: the layers' names within the block, in the order of their calls.
-        in_features: C.
-        statistics: what the layers' schemes need to know of the input.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -71,7 +68,6 @@ class PartPlan:
     """One weights file of the artifact: 0 is everything outside the blocks, i + 1 is block i.
 
     Attributes:
-        part: the file's number.
         name: the block's name; "rest" for part 0.
         source_bytes: size of its variables in the source.
         source_sha256: of their values (see `pipeline.weights.source.values_digest`).
@@ -96,8 +92,7 @@ class TokensPlan:
     """The calibration windows, and how they are divided.
 
     Attributes:
-        key: storage key of the token windows, named by their digest.
-        digest: SHA-256 of that object.
+        key: storage key of the token windows; digest is the SHA-256 of that object.
         fingerprint: SHA-256 of the texts.
         num_samples, sequence_length: number of windows, and of tokens in each.
         micro_batch: windows that pass a block together.
@@ -125,7 +120,6 @@ class Plan(StoredRecord):
         model, task: the classes of the backbone, and of what stock KerasHub loads.
         recipe: without a calibration that no scheme needs.
         tokens: the calibration; None if no layer needs any.
-        parts: part 0, then the blocks in order.
         machine: platform, device and threads of each worker; others may round differently.
         versions: of the packages that compute the result.
         policies: dtype policy by layer path, as the artifact's JSON names them.
@@ -194,7 +188,7 @@ def micro_batches(num_samples: int, sequence_length: int, platform: str) -> tupl
     A CPU's caches hold the attention scores of about 512 tokens; an accelerator needs more. A shard
     has 2,048 tokens, or more where there would be more than 32 shards.
     """
-    tokens = _MICRO_BATCH_TOKENS.get(platform, _SHARD_TOKENS)
+    tokens = _CPU_MICRO_BATCH_TOKENS if platform == "cpu" else _SHARD_TOKENS
     micro_batch = min(num_samples, max(1, tokens // sequence_length))
     shard = min(num_samples, max(1, _SHARD_TOKENS // sequence_length))
     shard = micro_batch * max(1, shard // micro_batch)

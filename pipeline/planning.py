@@ -19,12 +19,10 @@ from pipeline.calibration.texts import read_texts
 from pipeline.calibration.windows import TokenWindows, make_windows, shard_bounds
 from pipeline.errors import RecipeError
 from pipeline.model.blocks import BlockGraph, find_blocks
-from pipeline.model.converted_files import converted_files
 from pipeline.model.preset import PresetFiles
-from pipeline.model.quantized_config import layer_policy, policy_map, quantized_json
+from pipeline.model.preset_json import converted_files, layer_policy, policy_map, quantized_json
 from pipeline.model.skeleton import Skeleton, build_skeleton
-from pipeline.model.stateless import call_with
-from pipeline.model.targets import Target
+from pipeline.model.targets import Target, call_with
 from pipeline.model.tokenizer import model_inputs, preset_tokenizer
 from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan, TokensPlan, micro_batches
 from pipeline.recipe.recipe import Calibration, Recipe, check_recipe, statistics_of

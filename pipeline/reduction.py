@@ -8,37 +8,22 @@ their sums.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 _Sum = TypeVar("_Sum")
 
 
-@dataclass(frozen=True, slots=True)
-class Subtree:
-    """The leaves [start, stop) below one node."""
-
-    start: int
-    stop: int
-
-    @property
-    def leaves(self) -> range:
-        return range(self.start, self.stop)
-
-
-def split(num_leaves: int, num_workers: int) -> list[list[Subtree]]:
+def split(num_leaves: int, num_workers: int) -> list[list[range]]:
     """Split the tree over `num_leaves` leaves into subtrees for each worker, in leaf order.
 
-    All subtrees but the last have one size: the largest with which every worker gets a subtree, if
-    there are enough leaves.
+    A subtree is given by its leaves. All but the last have one size: the largest with which every
+    worker gets a subtree, if there are enough leaves.
     """
     size = 1
-    while -(-num_leaves // (2 * size)) >= min(num_workers, num_leaves):
+    while size < num_leaves and -(-num_leaves // (2 * size)) >= num_workers:
         size *= 2
-        if size >= num_leaves:
-            break
-    subtrees = [Subtree(a, min(a + size, num_leaves)) for a in range(0, num_leaves, size)]
-    shares: list[list[Subtree]] = []
+    subtrees = [range(a, min(a + size, num_leaves)) for a in range(0, num_leaves, size)]
+    shares: list[list[range]] = []
     taken = 0
     for worker in range(num_workers):
         count = -(-(len(subtrees) - taken) // (num_workers - worker))
@@ -48,12 +33,12 @@ def split(num_leaves: int, num_workers: int) -> list[list[Subtree]]:
 
 
 def reduce_subtree(
-    subtree: Subtree, leaf: Callable[[int], _Sum], merge: Callable[[_Sum, _Sum], _Sum]
+    subtree: range, leaf: Callable[[int], _Sum], merge: Callable[[_Sum, _Sum], _Sum]
 ) -> _Sum:
     """The sum of one subtree, holding at most one unmerged sum for each of its levels."""
     # Like carrying in binary: two finished sums of one level make one of the next.
     pending: list[tuple[int, _Sum]] = []
-    for index in subtree.leaves:
+    for index in subtree:
         level, total = 0, leaf(index)
         while pending and pending[-1][0] == level:
             total = merge(pending.pop()[1], total)

@@ -22,7 +22,7 @@ from jobs.quantities import duration, size
 from pipeline.errors import DamagedObjectError, PipelineError
 from pipeline.plan import PLAN_KEY, read_plan
 from pipeline.run import lease
-from pipeline.run.events import EVENTS_PREFIX, pace, read_events
+from pipeline.run.events import EVENTS_PREFIX, read_events, seconds_per_part
 from pipeline.run.records import ARTIFACT_PREFIX, MANIFEST_KEY, RECORDS_PREFIX
 from pipeline.storage.backend import Version
 from pipeline.storage.object_store import ObjectStore
@@ -63,7 +63,6 @@ def run_status(store: ObjectStore, *, term_seconds: float = lease.TERM_SECONDS) 
     """Examine the run at the store's root; no cluster needs to be alive.
 
     Args:
-        store: the run's.
         term_seconds: silence after which a driver counts as dead.
 
     Raises:
@@ -97,20 +96,22 @@ def run_status(store: ObjectStore, *, term_seconds: float = lease.TERM_SECONDS) 
     except DamagedObjectError as error:
         return RunStatus(state="stopped", parts_done=done, text=str(error))
     logs = sorted(key for key in known if key.startswith(EVENTS_PREFIX))
-    found = pace(read_events(store, logs[-1:]))
+    events = read_events(store, logs[-1:])
+    texts = [str(event.values["text"]) for event in events if event.values.get("text")]
+    pace = seconds_per_part(events)
     left = None
-    if found.seconds_per_part is not None and driven == "running":
-        left = found.seconds_per_part * (len(plan.parts) - done)
+    if pace is not None and driven == "running":
+        left = pace * (len(plan.parts) - done)
     return RunStatus(
         state=driven,
         parts_done=done,
         parts=len(plan.parts),
-        seconds_a_part=found.seconds_per_part,
+        seconds_a_part=pace,
         seconds_left=left,
         heartbeat_seconds=heartbeat,
         source_bytes=sum(part.source_bytes for part in plan.parts),
         stored_bytes=stored,
-        text=found.text,
+        text=texts[-1] if texts else "",
     )
 
 
@@ -119,7 +120,7 @@ class Row:
     """One release, or one run that was requested and is not published.
 
     Attributes:
-        release: number of the current release.
+        release: its number.
         run: None if only the release is known.
         quality: what `jobs.publish.verdict.quality_figures` returns.
         text: why the gate failed, or what is wrong.
@@ -137,56 +138,41 @@ class Row:
     quality: dict[str, Any] | None = None
     text: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return dataclasses.asdict(self)
-
 
 def status(root: ObjectStore, catalog: Catalog | None = None) -> tuple[Row, ...]:
-    """Every current release below a root, and every run that was requested after it.
+    """Every current release below a catalog's root, and every run that was requested after it.
 
     Args:
-        root: a catalog's root.
         catalog: its models only, with a row for those that have nothing yet.
     """
-    names = None if catalog is None else _names(catalog)
+    names: dict[tuple[str, str], None] | None = None
+    if catalog is not None:
+        names = {
+            (name, recipe.name): None
+            for entry in catalog.entries
+            for name in (entry.name, *entry.aliases)
+            for recipe in entry.recipes
+        }
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         published = [one for one in published_names(root) if names is None or one in names]
         found = pool.map(lambda one: _current_or_problem(root, *one), published)
         currents = dict(zip(published, found, strict=True))
         rows = [_released(*one, current) for one, current in currents.items()]
         keys = _unpublished_requests(root.versions(REQUESTS_PREFIX), currents)
-        requests = [
-            request
-            for request in pool.map(lambda key: _find_request(root, key), keys)
-            if request is not None
-            and (names is None or (request.model, request.recipe_name) in names)
+        unreleased = pool.map(lambda key: _unreleased(root, key), keys)
+        rows += [
+            row for row in unreleased if row and (names is None or (row.model, row.recipe) in names)
         ]
-        rows += pool.map(lambda request: _unreleased(root, request), requests)
-    present = {(row.model, row.recipe) for row in rows}
-    rows += [
-        Row(model=model, recipe=recipe, state="not started")
-        for model, recipe in names or ()
-        if (model, recipe) not in present
-    ]
+    missing = dict.fromkeys(names or ()).keys() - {(row.model, row.recipe) for row in rows}
+    rows += [Row(model=model, recipe=recipe, state="not started") for model, recipe in missing]
     return tuple(sorted(rows, key=lambda row: (row.model, row.recipe, row.state != "published")))
-
-
-def _names(catalog: Catalog) -> dict[tuple[str, str], None]:
-    return {
-        (name, recipe.name): None
-        for entry in catalog.entries
-        for name in (entry.name, *entry.aliases)
-        for recipe in entry.recipes
-    }
 
 
 def _current_or_problem(root: ObjectStore, model: str, recipe: str) -> Current | str:
     try:
-        found = find_current(root, model, recipe)
+        return find_current(root, model, recipe) or "deleted a moment ago"
     except PipelineError as problem:
         return str(problem)
-    return "deleted a moment ago" if found is None else found
 
 
 def _released(model: str, recipe: str, current: Current | str) -> Row:
@@ -210,7 +196,7 @@ def _released(model: str, recipe: str, current: Current | str) -> Row:
 def _unpublished_requests(
     versions: Mapping[str, Version], currents: Mapping[tuple[str, str], Current | str]
 ) -> Sequence[str]:
-    """Each model's and recipe's latest request, unless it is older than the published one.
+    """Keys of each model's and recipe's latest request, unless a later one is published.
 
     "Latest" is by the store's clock, which is good enough to show; nothing is decided by it.
     """
@@ -224,20 +210,17 @@ def _unpublished_requests(
     for key, version in versions.items():
         match = _REQUEST_ID.fullmatch(key.removeprefix(REQUESTS_PREFIX).removesuffix(".json"))
         if match and version.modified > published.get(match["name"], 0.0):
-            latest[match["name"]] = max(
-                latest.get(match["name"], (0.0, "")), (version.modified, key)
-            )
+            found = (version.modified, key)
+            latest[match["name"]] = max(latest.get(match["name"], found), found)
     return [key for _, key in sorted(latest.values(), key=lambda found: found[1])]
 
 
-def _find_request(root: ObjectStore, key: str) -> Request | None:
+def _unreleased(root: ObjectStore, key: str) -> Row | None:
+    """The row of a request; None where it cannot be read."""
     try:
-        return Request.read(root, key)
+        request = Request.read(root, key)
     except PipelineError:
         return None
-
-
-def _unreleased(root: ObjectStore, request: Request) -> Row:
     row = Row(
         model=request.model,
         recipe=request.recipe_name,
@@ -268,14 +251,14 @@ def run_row(store: ObjectStore) -> Row:
 
 
 def _with_run_status(row: Row, store: ObjectStore) -> Row:
-    found = run_status(store)
+    run = run_status(store)
     return dataclasses.replace(
         row,
-        state=found.state,
-        run=found,
-        source_bytes=found.source_bytes,
-        stored_bytes=found.stored_bytes,
-        text=found.text,
+        state=run.state,
+        run=run,
+        source_bytes=run.source_bytes,
+        stored_bytes=run.stored_bytes,
+        text=run.text,
     )
 
 
@@ -302,21 +285,8 @@ def _line(row: Row) -> tuple[str, ...]:
     if run is not None and run.heartbeat_seconds is not None:
         heartbeat = f"{duration(run.heartbeat_seconds)} ago"
     state = row.state if row.release is None else f"{row.state}, release {row.release}"
-    return (
-        row.model,
-        row.recipe,
-        state,
-        parts,
-        left,
-        heartbeat,
-        _weights(row),
-        quality_text(row.quality),
-        row.text,
-    )
-
-
-def _weights(row: Row) -> str:
-    if row.stored_bytes is None:
-        return "–"
-    before = "" if row.source_bytes is None else f"{size(row.source_bytes)} → "
-    return f"{before}{size(row.stored_bytes)}"
+    weights = "–" if row.stored_bytes is None else size(row.stored_bytes)
+    if row.stored_bytes is not None and row.source_bytes is not None:
+        weights = f"{size(row.source_bytes)} → {weights}"
+    quality = quality_text(row.quality)
+    return row.model, row.recipe, state, parts, left, heartbeat, weights, quality, row.text

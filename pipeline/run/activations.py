@@ -60,10 +60,8 @@ def finish(store: ObjectStore, block: int, shards: Mapping[int, SavedShard]) -> 
 
 def latest(store: ObjectStore, block: int, num_shards: int) -> int:
     """The last block up to `block` that has a complete, undamaged set; 0 if none has."""
-    for candidate in sorted(_sets(store), reverse=True):
-        if candidate <= block and _is_whole(store, candidate, num_shards):
-            return candidate
-    return 0
+    candidates = [candidate for candidate in sorted(_sets(store)) if candidate <= block]
+    return next((c for c in reversed(candidates) if _is_whole(store, c, num_shards)), 0)
 
 
 def discard(store: ObjectStore, keep: int) -> None:

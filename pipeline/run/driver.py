@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pipeline.errors import DamagedObjectError, PipelineError, PlanMismatchError
 from pipeline.executor.protocol import Executor, ExecutorError, Handle, WorkerLostError, argument
 from pipeline.plan import PLAN_KEY, LayerPlan, PartPlan, Plan, read_plan
-from pipeline.reduction import Subtree, join, split
+from pipeline.reduction import join, split
 from pipeline.run import activations
 from pipeline.run.commits import committed_parts, quarantine
 from pipeline.run.events import Report, Step
@@ -204,7 +204,7 @@ class _Drive:
         num_shards = len(plan.tokens.shards)
         subtrees = split(num_shards, executor.num_workers)
         shards = {
-            worker: [leaf for subtree in share for leaf in subtree.leaves]
+            worker: [leaf for subtree in share for leaf in subtree]
             for worker, share in enumerate(subtrees)
             if share
         }
@@ -269,7 +269,7 @@ def solve_block(
     part: PartPlan,
     block: int,
     executor: Executor,
-    subtrees: Sequence[Sequence[Subtree]],
+    subtrees: Sequence[Sequence[range]],
     values: Handle[Values],
 ) -> list[Handle[list[SolvedLayer]]]:
     """Submit the solves of a block: layers that need no calibration, then group after group.
@@ -350,7 +350,7 @@ def _capture(
     block: int,
     stage: int,
     executor: Executor,
-    subtrees: Sequence[Sequence[Subtree]],
+    subtrees: Sequence[Sequence[range]],
     values: Handle[Values],
     solved: Sequence[Handle[list[SolvedLayer]]],
 ) -> Handle[CalibrationStatistics]:

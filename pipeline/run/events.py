@@ -12,7 +12,7 @@ import os
 import platform
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -37,12 +37,8 @@ class Step:
     """What a driver reports.
 
     Attributes:
-        event: what happened.
-        part: the part that it concerns.
         parts: those that a resumed run found committed.
-        record: of a committed part.
         seconds: of work by stage since the last report, all workers together.
-        text: more, in words.
     """
 
     event: StepEvent
@@ -86,13 +82,8 @@ class EventLog:
         def both(step: Step) -> None:
             self.seconds.update(step.seconds)
             size_bytes = None if step.record is None else step.record.size_bytes
-            self._add(
-                step.event,
-                seconds=step.seconds,
-                part=step.part,
-                text=step.text,
-                size_bytes=size_bytes,
-            )
+            given = {"seconds": step.seconds, "part": step.part, "text": step.text}
+            self._add(step.event, **given, size_bytes=size_bytes)
             if step.event != "resumed":
                 self._write()
             report(step)
@@ -119,19 +110,13 @@ def _now() -> datetime.datetime:
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """One line of a log.
-
-    Attributes:
-        time: by the driver's clock.
-        values: everything else.
-    """
+    """One line of a log; its time is by the driver's clock."""
 
     time: datetime.datetime
     name: EventName
     values: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
         return {"time": self.time.isoformat(), "event": self.name, **self.values}
 
     def line(self) -> str:
@@ -160,41 +145,22 @@ def read_events(store: ObjectStore, keys: Sequence[str] | None = None) -> tuple[
             content = store.get(key, at_most=_MAX_BYTES)
         except (MissingObjectError, DamagedObjectError):
             continue
-        events += _parse(content)
+        for line in content.decode("utf-8", "replace").splitlines():
+            try:
+                values = json.loads(line)
+                time = datetime.datetime.fromisoformat(values.pop("time"))
+                name = values.pop("event")
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                continue
+            if time.tzinfo and name in _NAMES and isinstance(values.get("seconds", {}), dict):
+                events.append(Event(time=time, name=name, values=values))
     return tuple(sorted(events, key=lambda event: event.time))
 
 
-def _parse(content: bytes) -> Iterator[Event]:
-    for line in content.decode("utf-8", "replace").splitlines():
-        try:
-            values = json.loads(line)
-            time = datetime.datetime.fromisoformat(values.pop("time"))
-            name = values.pop("event")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue
-        if time.tzinfo and name in _NAMES and isinstance(values.get("seconds", {}), dict):
-            yield Event(time=time, name=name, values=values)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pace:
-    """How fast the latest driver of a run is, or was.
-
-    Attributes:
-        seconds_per_part: between its start and its latest part, on average.
-        text: its latest message.
-    """
-
-    seconds_per_part: float | None = None
-    text: str = ""
-
-
-def pace(events: Sequence[Event]) -> Pace:
-    """The pace of one driver, from its events."""
+def seconds_per_part(events: Sequence[Event]) -> float | None:
+    """A driver's average between its start and its latest part; None before its first."""
     committed = [event for event in events if event.name == "committed"]
-    texts = [str(event.values["text"]) for event in events if event.values.get("text")]
-    seconds = None
-    if committed:
-        elapsed = (committed[-1].time - events[0].time).total_seconds()
-        seconds = max(elapsed, 0.0) / len(committed)
-    return Pace(seconds_per_part=seconds, text=texts[-1] if texts else "")
+    if not committed:
+        return None
+    elapsed = (committed[-1].time - events[0].time).total_seconds()
+    return max(elapsed, 0.0) / len(committed)

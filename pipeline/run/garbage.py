@@ -23,8 +23,6 @@ class Garbage:
     """Something to delete.
 
     Attributes:
-        key: below the run's root.
-        reason: why it is not needed.
         is_leftover: it is not an object, but the remains of an interrupted write (see
             `ObjectStore.sweep`).
     """
@@ -50,13 +48,9 @@ def find_garbage(store: ObjectStore) -> tuple[Garbage, ...]:
     Raises:
         DamagedObjectError: plan or manifest cannot be read.
     """
-    plan = read_plan(store)
-    keys = store.list()
-    unneeded = dict(_unneeded(store, plan, keys))
     found = [
-        Garbage(key=key, reason=unneeded[key], size_bytes=store.size(key))
-        for key in keys
-        if key in unneeded
+        Garbage(key=key, reason=reason, size_bytes=store.size(key))
+        for key, reason in _unneeded(store, read_plan(store))
     ]
     found += [
         Garbage(key=name, reason="left by an interrupted write", size_bytes=0, is_leftover=True)
@@ -91,7 +85,9 @@ def remove(store: ObjectStore, garbage: Garbage) -> None:
         store.delete(garbage.key)
 
 
-def _unneeded(store: ObjectStore, plan: Plan, keys: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+def _unneeded(store: ObjectStore, plan: Plan) -> Iterator[tuple[str, str]]:
+    """The keys of unneeded objects, each with the reason."""
+    keys = store.list()
     finished = MANIFEST_KEY in keys
     named: set[str] = set()
     if finished:

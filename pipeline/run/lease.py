@@ -56,7 +56,6 @@ class LatestLease:
         epoch: its number; 0 if there is none.
         holder: the process that created it; None if that cannot be read.
         beat: the bytes of its last heartbeat, which change while the holder lives.
-        released: the holder has released it.
     """
 
     epoch: int
@@ -68,6 +67,9 @@ class LatestLease:
     def is_over(self) -> bool:
         """Whether the next driver may follow at once: released, or its local process is gone."""
         return self.released or (self.holder is not None and self.holder.is_gone())
+
+    def __str__(self) -> str:
+        return str(self.holder or "another driver")
 
 
 def find_latest(store: ObjectStore) -> LatestLease:
@@ -112,7 +114,7 @@ class Lease:
             self._ended.set()
             raise LeaseLostError(
                 f"{self.store.root_url}: this driver was silent for {self.seconds:g} s or more, "
-                f"and {_holder(find_latest(self.store))} has taken the run over; this one stops, "
+                f"and {find_latest(self.store)} has taken the run over; this one stops, "
                 "and nothing is lost"
             )
 
@@ -162,40 +164,27 @@ def acquire(
         LeaseHeldError: another driver is alive, and `wait` is False.
         StorageError: the store cannot be used.
     """
-    latest, since = find_latest(store), time.monotonic()
-    told = False
+    latest, since, told = find_latest(store), time.monotonic(), False
     while True:
         if latest.is_over or time.monotonic() - since >= seconds:
-            lease = _follow(store, latest.epoch, seconds)
-            if lease is not None:
-                return lease
+            # By the nonce, claims of two drivers differ, and a lost acknowledgement is recognized.
+            claim = _Claim(holder=this_process(), nonce=secrets.token_hex(16))
+            epoch = latest.epoch + 1
+            with contextlib.suppress(FileExistsError):  # another driver was faster
+                store.create(_key(epoch), canonical_json(dataclasses.asdict(claim)))
+                return Lease(store=store, epoch=epoch, seconds=seconds).start()
         elif not told:
             told = True
-            tell(f"waiting for {_holder(latest)}, which drives this run or did until recently")
+            tell(f"waiting for {latest}, which drives this run or did until recently")
         time.sleep(seconds / _POLLS_PER_TERM)
         now = find_latest(store)
         if (now.epoch, now.beat) != (latest.epoch, latest.beat):
             latest, since = now, time.monotonic()
             if not (wait or latest.is_over):
                 raise LeaseHeldError(
-                    f"{store.root_url}: {_holder(latest)} is at work on this run; start again when "
+                    f"{store.root_url}: {latest} is at work on this run; start again when "
                     "it has ended"
                 )
-
-
-def _holder(latest: LatestLease) -> str:
-    return str(latest.holder or "another driver")
-
-
-def _follow(store: ObjectStore, epoch: int, seconds: float) -> Lease | None:
-    """The lease after `epoch`; None if another driver was faster."""
-    # Two drivers' claims differ by the nonce, so that a lost acknowledgement is recognized as ours.
-    claim = _Claim(holder=this_process(), nonce=secrets.token_hex(16))
-    try:
-        store.create(_key(epoch + 1), canonical_json(dataclasses.asdict(claim)))
-    except FileExistsError:
-        return None
-    return Lease(store=store, epoch=epoch + 1, seconds=seconds).start()
 
 
 def epoch_of(key: str) -> int:
@@ -210,13 +199,11 @@ def _latest_epoch(store: ObjectStore) -> int:
 
 def _read(store: ObjectStore, key: str, kind: type[_Stored]) -> tuple[bytes, _Stored | None]:
     """An object's bytes and content; a lease that is missing or damaged counts as a silent one."""
+    data = b""
     try:
         data = store.get(key, at_most=_MAX_BYTES)
-    except (MissingObjectError, DamagedObjectError):
-        return b"", None
-    try:
         return data, TypeAdapter(kind).validate_json(data)
-    except ValidationError:
+    except (MissingObjectError, DamagedObjectError, ValidationError):
         return data, None
 
 
@@ -271,10 +258,8 @@ class ProcessIdentity:
 
     def is_gone(self) -> bool:
         """Whether it ran on this machine and has ended; always False for other machines."""
-        here = this_process()
-        if not self.kernel or self.kernel != here.kernel:
-            return False
-        return _start_ticks(self.process) != self.started
+        is_local = self.kernel != "" and self.kernel == _kernel()
+        return is_local and _start_ticks(self.process) != self.started
 
 
 def this_process() -> ProcessIdentity:

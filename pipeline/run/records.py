@@ -26,12 +26,10 @@ NumBytes = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerRecord:
-    """The result for one layer.
+    """The result for one layer; without scheme and account, it was left in float.
 
     Attributes:
-        path: Keras' path of the layer.
-        scheme: how it was quantized; None for a layer left in float.
-        account: the solver's report as plain JSON values; None for a layer left in float.
+        account: the solver's report as plain JSON values.
         note: why the layer was left in float, or anything else a reader must know.
     """
 
@@ -48,8 +46,7 @@ class PartRecord(StoredRecord):
     """One committed file of weights.
 
     Attributes:
-        file: storage key of the weights, below the run's root.
-        sha256, size_bytes: of that file.
+        file: storage key of the weights, below the run's root; sha256 and size_bytes are its own.
         loaded_bytes: memory that its variables take once loaded.
         previous: SHA-256 of the previous block's record if the result depends on it; else "".
         layers: in the model's order.
@@ -121,24 +118,16 @@ def manifest_of(
     other_files: dict[str, bytes],
     provenance: dict[str, Any],
 ) -> Manifest:
-    """A run's manifest.
-
-    Args:
-        parts: every part's record.
-        other_files: the artifact's files other than weights, by storage key.
-        provenance: see `Manifest`.
-    """
-    weights = {
+    """A run's manifest, from every part's record and the artifact's other files by storage key."""
+    files = {
         record.file: FileDigest(sha256=record.sha256, size_bytes=record.size_bytes)
         for record in parts.values()
     }
-    others = {
-        key: FileDigest(sha256=sha256(data), size_bytes=len(data))
-        for key, data in other_files.items()
-    }
+    for key, data in other_files.items():
+        files[key] = FileDigest(sha256=sha256(data), size_bytes=len(data))
     return Manifest(
         plan_digest=plan_digest,
-        files={**weights, **others},
+        files=files,
         records={record.key: record.record_sha256 for record in parts.values()},
         provenance=provenance,
     )

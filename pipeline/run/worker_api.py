@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from pipeline.executor.protocol import concurrent
 from pipeline.fidelity import WindowFidelity
-from pipeline.reduction import Subtree
 from pipeline.run.activations import SavedShard
 from pipeline.run.records import Manifest, PartRecord
 
@@ -84,7 +83,7 @@ class WorkerApi(Protocol):
         self,
         block: int,
         stage: int,
-        subtree: Subtree,
+        subtree: range,
         values: Values,
         *solved: Sequence[SolvedLayer],
     ) -> CalibrationStatistics:

@@ -8,7 +8,9 @@ is calibrated on the input that it will have in the quantized model.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,8 +19,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 from pipeline.errors import SourceError
 from pipeline.model.blocks import Block
-from pipeline.model.stateless import call_with, recorded_inputs
-from pipeline.model.targets import Target
+from pipeline.model.targets import Target, call_with, recorded_inputs
 from pipeline.plan import InputGroup
 from pipeline.recipe.recipe import StatisticsKind
 from quantizer import kernel_layout
@@ -46,7 +47,6 @@ class BlockProgram:
         """Trace the block, without computing anything.
 
         Args:
-            block: any block of the signature.
             statistics: what a target's scheme needs to know of its input, by the target's name.
             hidden_states, side_inputs: shapes and dtypes of one micro-batch.
 
@@ -57,7 +57,7 @@ class BlockProgram:
         self._statistics = {name: kind for name, kind in statistics.items() if kind is not None}
         weights = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in block.layer.weights]
         traced = jax.make_jaxpr(self._trace)(weights, hidden_states, list(side_inputs))
-        self._stages = cut(traced, num_values=len(weights))
+        self._stages = _cut(traced, num_values=len(weights))
 
     def run_stage(
         self, stage: int, weights: Sequence[Any], live: tuple[Any, ...]
@@ -72,7 +72,9 @@ class BlockProgram:
         Returns:
             the group's input or the block's output, and `live` for the next stage.
         """
-        return self._stages[stage](weights, live)
+        program = self._stages[stage]
+        result, *left = program.run(*(weights[i] for i in program.reads), *live)
+        return result, tuple(left)
 
     def _trace(
         self, weights: Sequence[Array], hidden_states: Array, side_inputs: Sequence[Array]
@@ -82,7 +84,13 @@ class BlockProgram:
         calibrated = [t for t in self._block.targets if t.name in self._statistics]
         with recorded_inputs(calibrated) as recorded:
             output = call_with(self._block.layer, weights, *args, **kwargs)
-        self._check_called_once([target.name for target, _ in recorded])
+        for name, calls in Counter(target.name for target, _ in recorded).items():
+            if calls > 1:
+                raise SourceError(
+                    f"{self._block.name}/{name}: called more than once in its block, so it has no "
+                    "single input to calibrate on; give it a scheme that needs no calibration, or "
+                    "null"
+                )
         # Layers that share an input, but not its axes or what they need to know, form two groups.
         members: dict[tuple[Any, ...], list[Target]] = {}
         tensors: dict[tuple[Any, ...], Array] = {}
@@ -102,44 +110,21 @@ class BlockProgram:
         self.input_axes = tuple(axes for _, axes, _ in members)
         return (*tensors.values(), output)
 
-    def _check_called_once(self, names: Sequence[str]) -> None:
-        for name in names:
-            if names.count(name) > 1:
-                raise SourceError(
-                    f"{self._block.name}/{name}: called more than once in its block, so it has no "
-                    "single input to calibrate on; give it a scheme that needs no calibration, or "
-                    "null"
-                )
+
+@dataclass(frozen=True)
+class _Stage:
+    """A range of a traced program's equations, compiled on its own.
+
+    Attributes:
+        run: (the values that it reads, live) → (result, *live).
+        reads: indices of these values among all of the program.
+    """
+
+    run: Any
+    reads: list[int]
 
 
-class Stage:
-    """A range of a traced program's equations, compiled on its own."""
-
-    def __init__(self, program: Jaxpr, constants: Sequence[Any], *, reads: Sequence[int]) -> None:
-        """Nothing is compiled yet.
-
-        Args:
-            program: (constants, the values that it reads, live) → (result, *live).
-            constants: arrays, in the order of `program.constvars`.
-            reads: indices of the values that it reads.
-        """
-        self._reads = tuple(reads)
-        self._run = jax.jit(jaxpr_as_fun(ClosedJaxpr(program, list(constants))))
-
-    def __call__(
-        self, values: Sequence[Any], live: Sequence[Any]
-    ) -> tuple[Array, tuple[Array, ...]]:
-        """The stage's result, and `live` for the next stage.
-
-        Args:
-            values: all values of the whole program.
-            live: the program's inputs, or what the stage before left.
-        """
-        result, *left = self._run(*(values[i] for i in self._reads), *live)
-        return result, tuple(left)
-
-
-def cut(traced: ClosedJaxpr, *, num_values: int) -> tuple[Stage, ...]:
+def _cut(traced: ClosedJaxpr, *, num_values: int) -> tuple[_Stage, ...]:
     """Cut a traced program into one stage for each of its results, in their order.
 
     Args:
@@ -172,7 +157,8 @@ def cut(traced: ClosedJaxpr, *, num_values: int) -> tuple[Stage, ...]:
             effects=whole.effects,
             debug_info=whole.debug_info.with_unknown_names(),
         )
-        stages.append(Stage(program, [constant for _, constant in constants], reads=reads))
+        closed = ClosedJaxpr(program, [constant for _, constant in constants])
+        stages.append(_Stage(jax.jit(jaxpr_as_fun(closed)), reads))
         live, start = left, end
     return tuple(stages)
 

@@ -30,8 +30,7 @@ class MicroBatch:
         hidden_states: [micro_batch, sequence, hidden], float32: what enters the block.
         side_inputs: the blocks' other inputs.
         mask: [micro_batch, sequence], bool: where there is text.
-        block: the block that it is in.
-        stage: the next stage of that block.
+        block, stage: the block that it is in, and the next stage of that block.
         live: what that stage begins with.
     """
 
@@ -56,11 +55,10 @@ class MicroBatch:
             self.rewind()
         if self.stage == 0:
             self.live = (self.hidden_states, *self.side_inputs)
-        while True:
+        while self.stage <= stage:
             result, self.live = program.run_stage(self.stage, weights, self.live)
             self.stage += 1
-            if self.stage > stage:
-                return result
+        return result
 
     def finish_block(self, program: BlockProgram, weights: Sequence[Any]) -> None:
         """Run the rest of the block, and enter the next one."""

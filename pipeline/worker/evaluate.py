@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -56,9 +57,18 @@ def evaluate(
             for head, hidden_states in zip(heads, last_hidden_states, strict=True)
         )
         if predicts_tokens:
-            fidelities.append(_compare_logits(before, after, tokens[window], mask[window]))
+            sums = _logit_sums(before, after, tokens[window], mask[window])
+            source_loss, result_loss, divergence, agreement, count = map(float, sums)
+            fidelity = WindowFidelity(
+                count=int(count),
+                source_loss=source_loss,
+                result_loss=result_loss,
+                divergence=divergence,
+                agreement=int(agreement),
+            )
         else:
-            fidelities.append(_compare_vectors(before, after, mask[window]))
+            fidelity = _compare_vectors(before, after, mask[window])
+        fidelities.append(fidelity)
     return fidelities
 
 
@@ -70,20 +80,6 @@ def _last_hidden_states(
     for block in range(model.num_blocks):
         model.advance(block, states)
     return np.concatenate([np.asarray(state[0]) for state in states])
-
-
-def _compare_logits(
-    source: Array, artifact: Array, tokens: NDArray[np.int32], mask: NDArray[np.bool_]
-) -> WindowFidelity:
-    sums = _logit_sums(source, artifact, jnp.asarray(tokens), jnp.asarray(mask))
-    source_loss, result_loss, divergence, agreement, count = (float(value) for value in sums)
-    return WindowFidelity(
-        count=int(count),
-        source_loss=source_loss,
-        result_loss=result_loss,
-        divergence=divergence,
-        agreement=int(agreement),
-    )
 
 
 @jax.jit
@@ -102,8 +98,8 @@ def _logit_sums(source: Array, artifact: Array, tokens: Array, mask: Array) -> t
 
 def _compare_vectors(source: Any, artifact: Any, mask: NDArray[np.bool_]) -> WindowFidelity:
     cosines = []
-    for p, q in zip(tree.flatten(source), tree.flatten(artifact), strict=True):
-        left, right = (np.asarray(value, np.float64) for value in (p, q))
+    for pair in zip(tree.flatten(source), tree.flatten(artifact), strict=True):
+        left, right = (np.asarray(value, np.float64) for value in pair)
         if left.ndim == 3:  # one vector per token: leave out padding
             left, right = left[mask], right[mask]
         left, right = (value.reshape(-1, value.shape[-1]) for value in (left, right))
@@ -121,12 +117,7 @@ class StreamedModel:
     """A model that runs part by part: embed → blocks → head, reading each part when it is due."""
 
     def __init__(self, graph: BlockGraph, read: Callable[[int], Pairs]) -> None:
-        """Nothing is read yet.
-
-        Args:
-            graph: of the model, without weights.
-            read: gives the values of a part: 0 is everything outside the blocks, i + 1 block i.
-        """
+        """Args: read: gives the values of a part: 0 outside the blocks, i + 1 for block i."""
         self.graph = graph
         self._read = read
         self._programs: dict[tuple[str, int], Any] = {}
@@ -138,36 +129,28 @@ class StreamedModel:
     def embed(self, batches: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_]]]) -> list[Any]:
         """[hidden_states, *side_inputs] of each batch of (tokens, mask)."""
         embed = self.graph.embed
-        pairs = self._read(0)
-        program = self._program("embed", embed, pairs)
-        values = [value for _, value in pairs]
-        return [program(values, [model_inputs(embed, *batch)], {}) for batch in batches]
+        run = self._load(0, "embed", embed)
+        return [run([model_inputs(embed, *batch)], {}) for batch in batches]
 
     def advance(self, block: int, states: list[Any]) -> None:
         """Send every batch through one block, in place."""
-        pairs = self._read(block + 1)
-        values = [value for _, value in pairs]
         found = self.graph.blocks[block]
         # Blocks of one signature list their variables in the same order, and share a program.
-        program = self._program(found.signature, found.layer, pairs)
+        run = self._load(block + 1, found.signature, found.layer)
         for state in states:
             args, kwargs = found.bind(state[0], state[1:])
-            state[0] = np.asarray(program(values, list(args), kwargs))
+            state[0] = np.asarray(run(list(args), kwargs))
 
     def head(self) -> Callable[[Any, Any, Any], Array]:
         """The function (hidden_states, tokens, mask) → the model's output."""
-        head = self.graph.head
-        pairs = self._read(0)
-        program = self._program("head", head, pairs)
-        values = [value for _, value in pairs]
+        run = self._load(0, "head", self.graph.head)
+        return lambda hidden_states, tokens, mask: run(
+            [self.graph.bind_head(hidden_states, text_inputs(tokens, mask))], {}
+        )
 
-        def run(hidden_states: Any, tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> Array:
-            inputs = self.graph.bind_head(hidden_states, text_inputs(tokens, mask))
-            return program(values, [inputs], {})  # type: ignore[no-any-return]
-
-        return run
-
-    def _program(self, name: str, layer: Any, pairs: Pairs) -> Any:
+    def _load(self, part: int, name: str, layer: Any) -> Callable[[list[Any], dict[str, Any]], Any]:
+        """Read a part; returns the function (args, kwargs) → a layer's output with its values."""
+        pairs = self._read(part)
         key = (name, len(pairs))
         if key not in self._programs:
             variables = [variable for variable, _ in pairs]
@@ -178,23 +161,25 @@ class StreamedModel:
                     return layer(*args, **kwargs)
 
             self._programs[key] = jax.jit(call)
-        return self._programs[key]
+        # In the dtypes of their variables, which for float16 may be float32 (see `ModelState`).
+        values = [np.asarray(value, np.dtype(variable.dtype)) for variable, value in pairs]
+        return partial(self._programs[key], values)
 
 
 def source_model(model: ModelState) -> StreamedModel:
     """The source, in its own dtype if this machine can run it."""
-    skeleton, _ = model.evaluation_skeletons
+    (skeleton, graph), _ = model.evaluation_models
     variables = {str(v.path): v for v in skeleton.model.variables}
 
     def read(part: int) -> Pairs:
         return [(variables[path], value) for path, value in model.read(part).items()]
 
-    return StreamedModel(model.evaluation_graphs[0], _cast(read))
+    return StreamedModel(graph, read)
 
 
 def artifact_model(model: ModelState, store: ObjectStore) -> StreamedModel:
     """The artifact, from its committed files."""
-    _, skeleton = model.evaluation_skeletons
+    _, (skeleton, graph) = model.evaluation_models
     skeleton.mark_calibrated()
     variables = {stored.name_path: stored.variable for stored in skeleton.stored}
     of_backbone = {id(variable) for variable in skeleton.backbone.variables}
@@ -208,9 +193,4 @@ def artifact_model(model: ModelState, store: ObjectStore) -> StreamedModel:
             pairs += [(v, source[path]) for path, v in of_task.items() if path in source]
         return pairs
 
-    return StreamedModel(model.evaluation_graphs[1], _cast(read))
-
-
-def _cast(read: Callable[[int], Pairs]) -> Callable[[int], Pairs]:
-    """`read`, with values in their variables' dtypes."""
-    return lambda part: [(v, np.asarray(value, np.dtype(v.dtype))) for v, value in read(part)]
+    return StreamedModel(graph, read)

@@ -29,20 +29,15 @@ class FreedMemory:
         how large the process is.
         """
         resident = _resident_bytes()
-        if resident is None or self._smallest is None:
+        smallest = self._smallest
+        if resident is None or smallest is None or resident > smallest + _MAX_GROWTH_BYTES:
             hand_back()
-            self._smallest = resident
-            return
-        if resident > self._smallest + _MAX_GROWTH_BYTES:
-            hand_back()
-        self._smallest = min(self._smallest, resident)
+        if resident is not None:
+            self._smallest = min(resident, smallest or resident)
 
 
 def hand_back() -> None:
-    """Make glibc's malloc return its free memory, in all threads' arenas.
-
-    C libraries without `malloc_trim` do so by themselves.
-    """
+    """Make glibc's malloc return the free memory of all threads; other C libraries do so anyway."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -52,9 +47,6 @@ def make_room(num_bytes: int) -> None:
     """Return memory before work on a large array, whose copies would not fit into the gaps.
 
     For small arrays the time to map pages again costs more than the memory is worth.
-
-    Args:
-        num_bytes: of the array.
     """
     if num_bytes >= _LARGE_BYTES:
         hand_back()

@@ -15,12 +15,10 @@ from numpy.typing import NDArray
 from pipeline.artifact.parts import Part, cut_parts, decode_part
 from pipeline.errors import SourceError
 from pipeline.model.blocks import Block, BlockGraph, find_blocks
-from pipeline.model.converted_files import converted_files
 from pipeline.model.preset import INDEX_FILE, TASK_WEIGHTS_FILE, read_preset
-from pipeline.model.quantized_config import base_policy, policy_map
+from pipeline.model.preset_json import base_policy, converted_files, policy_map
 from pipeline.model.skeleton import Skeleton, build_skeleton
-from pipeline.model.stateless import call_with
-from pipeline.model.targets import Target
+from pipeline.model.targets import Target, call_with
 from pipeline.model.tokenizer import model_inputs
 from pipeline.plan import Plan
 from pipeline.recipe.recipe import statistics_of
@@ -72,20 +70,16 @@ class ModelState:
         return build_skeleton(self._preset, policy_map(base, self.plan.policies))
 
     @cached_property
-    def evaluation_skeletons(self) -> tuple[Skeleton, Skeleton]:
+    def evaluation_models(self) -> tuple[tuple[Skeleton, BlockGraph], tuple[Skeleton, BlockGraph]]:
         """Source and artifact in their own dtypes, if JAX can run those on this machine."""
-        if self._base_policy != "float16" or jax.default_backend() != "cpu":
-            return self.skeleton, self._quantized_skeleton(self._base_policy)
-        # JAX has no float16 attention on a CPU. Float32 holds every float16 value, so the models
-        # are the same, only computed more precisely.
-        return self._float32_skeleton, self._quantized_skeleton("float32")
-
-    @cached_property
-    def evaluation_graphs(self) -> tuple[BlockGraph, BlockGraph]:
-        """The graphs of `evaluation_skeletons`."""
-        source, artifact = self.evaluation_skeletons
-        graph = self.graph if source is self._float32_skeleton else find_blocks(source)
-        return graph, find_blocks(artifact)
+        base, source = self._base_policy, self.skeleton
+        if base == "float16" and jax.default_backend() == "cpu":
+            # JAX has no float16 attention on a CPU. Float32 holds every float16 value, so the
+            # models are the same, only computed more precisely.
+            base, source = "float32", self._float32_skeleton
+        graph = self.graph if base == "float32" else find_blocks(source)
+        artifact = self._quantized_skeleton(base)
+        return (source, graph), (artifact, find_blocks(artifact))
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
@@ -153,11 +147,7 @@ class ModelState:
     def embed(
         self, values: Values, tokens: NDArray[np.int32], mask: NDArray[np.bool_]
     ) -> tuple[NDArray[Any], list[NDArray[Any]]]:
-        """The hidden states that enter block 0, and the side inputs of all blocks.
-
-        Args:
-            values: part 0 of the source.
-        """
+        """The hidden states that enter block 0, and the side inputs; `values` are of part 0."""
         weights = in_order(self.graph.embed.weights, values, {})
         inputs = model_inputs(self.graph.embed, tokens, mask)
         hidden_states, *side_inputs = self._embed(weights, inputs)
@@ -172,10 +162,10 @@ class ModelState:
         """The block's compiled program for micro-batches of this shape."""
         layers = self.plan.parts[block.index + 1].layers
         statistics = {layer.name: statistics_of(layer.scheme) for layer in layers}
-        shapes = tuple((tuple(a.shape), str(a.dtype)) for a in (hidden_states, *side_inputs))
-        key = (block.signature, tuple(statistics.items()), shapes)
+        arrays = (hidden_states, *side_inputs)
+        inputs = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays)
+        key = (block.signature, tuple(statistics.items()), inputs)
         if key not in self._programs:
-            inputs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (hidden_states, *side_inputs)]
             self._programs[key] = BlockProgram(block, statistics, inputs[0], inputs[1:])
         return self._programs[key]
 
@@ -183,12 +173,7 @@ class ModelState:
 def in_order(
     variables: Sequence[Any], values: Values, replaced: Mapping[str, NDArray[np.float32]]
 ) -> list[NDArray[Any]]:
-    """Values of variables, in their order and dtype.
-
-    Args:
-        values: the source's arrays, by variable path.
-        replaced: arrays that take precedence over the source's.
-    """
+    """Values of variables, in their order and dtype: those replaced, otherwise the source's."""
     return [
         np.asarray(replaced.get(variable.path, values[variable.path]), dtype=variable.dtype)
         for variable in variables

@@ -54,10 +54,8 @@ def add(
         input_axes: the axes of `inputs` that are contracted with the kernel, from its end.
     """
     # A program of its own for no padding saves a pass over the rows.
-    padded = None if mask.all() else jnp.asarray(mask)
-    added: Carry = _add(
-        carry, inputs, padded, mask.size, statistics=statistics, input_axes=input_axes
-    )
+    padded = None if mask.all() else mask
+    added: Carry = _add(carry, inputs, padded, mask.size, statistics, input_axes)
     return added
 
 
@@ -67,7 +65,6 @@ def _add(
     inputs: Array,
     mask: Array | None,
     num_all: Array,
-    *,
     statistics: StatisticsKind,
     input_axes: tuple[int, ...],
 ) -> Carry:

@@ -1,8 +1,7 @@
 """One worker: it holds calibration shards, and captures, merges, solves, commits and propagates.
 
-The activations it holds can be made again by `restore` at any time, so that a worker that dies
-costs its current block and no more. Nothing here knows of Ray, which turns workers into actors in
-`pipeline.executor.ray_executor`.
+`restore` can make its activations again at any time, so that a worker that dies costs its current
+block and no more. Ray turns workers into actors in `pipeline.executor.ray_executor`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pipeline.calibration.windows import TokenWindows
 from pipeline.errors import DamagedObjectError, MissingObjectError
 from pipeline.fidelity import WindowFidelity
 from pipeline.plan import LayerPlan, Plan
-from pipeline.reduction import Subtree, reduce_subtree
+from pipeline.reduction import reduce_subtree
 from pipeline.run import activations
 from pipeline.run.commits import commit_part, committed_file
 from pipeline.run.records import Manifest, PartRecord
@@ -59,10 +58,7 @@ class Worker(WorkerApi):
             return
         rest = self._model.read(0)
         for index in missing:
-            batches = self._embed(rest, index)
-            if start:
-                self._load_activations(batches, start, index)
-            self._shards.put(index, batches)
+            self._shards.put(index, self._enter(rest, index, start))
         for done in range(start, block):
             kernels = self._model.dequantized_kernels(
                 done + 1, committed_file(self._store, done + 1)
@@ -74,7 +70,7 @@ class Worker(WorkerApi):
         self,
         block: int,
         stage: int,
-        subtree: Subtree,
+        subtree: range,
         values: Values,
         *solved: Sequence[SolvedLayer],
     ) -> CalibrationStatistics:
@@ -124,25 +120,19 @@ class Worker(WorkerApi):
         targets = self._model.targets(part)
         self._compiled.await_for(layers)
         return {
-            layer.path: solve_slices(
-                targets[layer.path], layer, values, statistics, slices[layer.path]
-            )
-            for layer in layers
+            x.path: solve_slices(targets[x.path], x, values, statistics, slices[x.path])
+            for x in layers
         }
 
     def join(
         self, part: int, paths: Sequence[str], values: Values, *solved: Mapping[str, SolvedSlices]
     ) -> list[SolvedLayer]:
         targets = self._model.targets(part)
-        return [
-            join_layer(
-                targets[layer.path],
-                layer,
-                values,
-                [slices[layer.path] for slices in solved if layer.path in slices],
-            )
-            for layer in self._layers(part, paths)
-        ]
+        joined = []
+        for layer in self._layers(part, paths):
+            slices = [one[layer.path] for one in solved if layer.path in one]
+            joined.append(join_layer(targets[layer.path], layer, values, slices))
+        return joined
 
     def commit(
         self, part: int, previous: str, values: Values, *solved: Sequence[SolvedLayer]
@@ -166,15 +156,11 @@ class Worker(WorkerApi):
         return self.commit(part, "", values, self.solve(part, paths, values, None))
 
     def keep(self, block: int, shards: Sequence[int]) -> dict[int, activations.SavedShard]:
-        return {
-            index: activations.save(
-                self._store,
-                block,
-                index,
-                [batch.hidden_states for batch in self._shards.get(index, block)],
-            )
-            for index in shards
-        }
+        saved = {}
+        for index in shards:
+            hidden_states = [batch.hidden_states for batch in self._shards.get(index, block)]
+            saved[index] = activations.save(self._store, block, index, hidden_states)
+        return saved
 
     def finalize(self, records: Mapping[int, PartRecord]) -> Manifest:
         return finalize(
@@ -226,8 +212,12 @@ class Worker(WorkerApi):
             self._model.graph.blocks[block], batch.hidden_states, batch.side_inputs
         )
 
-    def _embed(self, rest: Values, shard: int) -> list[MicroBatch]:
-        """A shard's micro-batches, where they enter block 0."""
+    def _enter(self, rest: Values, shard: int, block: int) -> list[MicroBatch]:
+        """A shard's micro-batches where they enter a block: 0, or one whose activations are saved.
+
+        Args:
+            rest: the source's arrays outside the blocks.
+        """
         plan = self._plan.tokens
         assert plan is not None
         windows = TokenWindows.from_bytes(self._store.get(plan.key, sha256=plan.digest))
@@ -243,14 +233,12 @@ class Worker(WorkerApi):
             batches.append(
                 MicroBatch(hidden_states=hidden_states, side_inputs=side_inputs, mask=mask[chosen])
             )
+        if block:
+            try:
+                saved = activations.load(self._store, block, shard)
+            except (DamagedObjectError, MissingObjectError) as error:
+                # They were complete when the driver chose them: have it choose again.
+                raise LostShardError(str(error)) from error
+            for batch, hidden_states in zip(batches, saved, strict=True):
+                batch.hidden_states, batch.block = hidden_states, block
         return batches
-
-    def _load_activations(self, batches: Sequence[MicroBatch], block: int, shard: int) -> None:
-        """Move a shard's micro-batches to where they enter `block`, from storage."""
-        try:
-            saved = activations.load(self._store, block, shard)
-        except (DamagedObjectError, MissingObjectError) as error:
-            # They were complete when the driver chose them: have it choose again.
-            raise LostShardError(str(error)) from error
-        for batch, hidden_states in zip(batches, saved, strict=True):
-            batch.hidden_states, batch.block = hidden_states, block

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from pipeline.estimates import bits_per_weight, estimate
 from pipeline.executor.allocation import worker_environment
 from pipeline.executor.protocol import Allocation
+from pipeline.model.preset import read_preset
 from pipeline.plan import Plan
+from pipeline.planning import make_plan
+from pipeline.recipe.recipe import Recipe
 from pipeline.storage.object_store import open_store
+from quantizer.schemes import Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
 from tests.models.tiny import tiny_preset
-from tests.pipeline.tiny_runs import execute, planned, recipe
+from tests.pipeline.tiny_runs import execute, planned, recipe, source
 
 ROOT = Path(__file__).parents[2]
 # A worker process like Ray's that does a whole run.
@@ -52,16 +58,13 @@ def run_and_weigh(
     Args:
         limit_bytes: of memory that the kernel lets the process have (`ulimit -d`).
     """
-    from pipeline.model.preset import read_preset
-    from pipeline.planning import make_plan
-
-    source = tiny_preset("Llama3", folder / "source", **size)
+    preset = tiny_preset("Llama3", folder / "source", **size)
     wanted = recipe(scheme, num_samples=32, sequence_length=128)
-    given = make_plan(read_preset(str(source)), wanted, threads=2)
+    given = make_plan(read_preset(str(preset)), wanted, threads=2)
     (folder / "plan.json").write_bytes(given.plan.to_json())
     windows = given.windows
     (folder / "windows").write_bytes(b"" if windows is None else windows.to_bytes())
-    arguments = [folder / "plan.json", folder / "windows", source, folder / "run"]
+    arguments = [folder / "plan.json", folder / "windows", preset, folder / "run"]
     one = Allocation(workers=1, threads=2)
     environment = os.environ | worker_environment(one)
     finished = subprocess.run(
@@ -136,16 +139,20 @@ def test_source_bytes_are_those_of_the_source() -> None:
     assert estimate(plan, 1).source_bytes == sum(part.source_bytes for part in plan.parts)
 
 
-@pytest.mark.parametrize("scheme", ["gptq", "awq", "int8"])
+@pytest.mark.parametrize("scheme", ["gptq", "awq", "float8", "int8"])
 def test_result_bytes_are_close_to_what_is_written(scheme: str) -> None:
     store = open_store(f"memory://test-estimates/{scheme}")
     execute(planned(scheme), store)
     stored = sum(
         len(store.get(key)) for key in store.list("artifact/model_") if key.endswith(".h5")
     )
+    plan = planned(scheme).plan
+    if scheme == "float8":  # three histories of 1,024 maxima in each layer
+        layers = [x for part in plan.parts for x in part.layers if x.scheme]
+        stored -= 3 * 4 * 1024 * len(layers)
     # Tiny files are half HDF5's own.
-    overhead = 12_000 * len(planned(scheme).plan.parts)
-    estimated = estimate(planned(scheme).plan, 1).result_bytes
+    overhead = 12_000 * len(plan.parts)
+    estimated = estimate(plan, 1).result_bytes
     assert 0.9 * estimated < stored < 1.1 * estimated + overhead
 
 
@@ -168,6 +175,36 @@ def test_flops_are_those_of_the_formulas() -> None:
     assert estimate(planned("int8").plan, 1).flops == 0
 
 
-def test_bits_of_a_weight_count_its_share_of_scales() -> None:
-    layer = next(x for part in planned("gptq").plan.parts for x in part.layers if x.scheme)
-    assert bits_per_weight(layer) == 4 + 40 / 32
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("scheme", [Int8Scheme(), Int4Scheme(block_size=32)])
+def test_quantized_embeddings_count(scheme: Int8Scheme | Int4Scheme, tied: bool) -> None:
+    wanted = Recipe(name="embeddings", scheme=None, embeddings=scheme)
+    preset = read_preset(str(source(tied=tied)))
+    plan = make_plan(preset, wanted, threads=1).plan
+    [table] = [x for x in plan.parts[0].layers if x.kind == "embedding"]
+    weights = table.in_features * table.out_features * (1 if tied else 2)
+    saved_bits = weights * (32 - bits_per_weight(table, plan, 32))
+    costs = estimate(plan, 1)
+    assert costs.source_bytes - costs.result_bytes == int(saved_bits / 8)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "weights_format", "source_bits", "wanted"),
+    [
+        (GPTQScheme(group_size=32), 1, 32, 4 + 40 / 32),
+        (Int8Scheme(), 1, 16, 8 + 32 / 64),
+        (Float8Scheme(), 1, 32, 32),
+        (Float8Scheme(), 1, 16, 16),
+        (Float8Scheme(), 2, 32, 11.2),
+        (Float8Scheme(), 2, 16, 8.2),
+        (Float8Scheme(power_of_two=True), 2, 32, 8.2),
+        (None, 2, 16, 16),
+    ],
+)
+def test_bits_of_a_weight_count_its_share_of_scales(
+    scheme: Scheme | None, weights_format: Literal[1, 2], source_bits: int, wanted: float
+) -> None:
+    plan = dataclasses.replace(planned("gptq").plan, weights_format=weights_format)
+    layer = next(x for x in plan.parts[1].layers if x.in_features == 64)
+    layer = dataclasses.replace(layer, scheme=scheme)
+    assert bits_per_weight(layer, plan, source_bits) == wanted

@@ -18,7 +18,7 @@ from jobs.publish.verdict import Verdict, save_verdict
 from jobs.quantities import duration
 from pipeline.executor.protocol import Allocation
 from pipeline.run import lease
-from pipeline.run.events import EventLog, pace, read_events
+from pipeline.run.events import EventLog, read_events, seconds_per_part
 from pipeline.storage.object_store import ObjectStore, open_store
 from tests.jobs.fleet.large_catalog import catalog_text, done_catalog, finish, write_sources
 from tests.pipeline.tiny_runs import NUM_BLOCKS, CrashError, crash_at, execute, planned
@@ -76,8 +76,8 @@ def test_events_are_listed_by_time(url: str) -> None:
     lines = [event.line() for event in events]
     assert "part=1" in lines[2]
     assert lines[-1] == "2999-01-01T00:00:00+00:00 sealed"
-    assert pace(events[:3]).seconds_per_part is not None
-    assert pace(()).seconds_per_part is None
+    assert seconds_per_part(events[:3]) is not None
+    assert seconds_per_part(()) is None
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from pipeline.model.preset import read_preset
 from pipeline.planning import Planned, make_plan
-from pipeline.reduction import Subtree
 from pipeline.storage.object_store import open_store
 from pipeline.worker.model_state import ModelState
 from pipeline.worker.worker import Worker
@@ -106,7 +105,7 @@ def test_captured_grams_are_those_of_the_inputs_in_stock_keras(
             layer.name for layer in part.layers if layer.scheme
         }
         for stage, group in enumerate(part.groups):
-            found = worker.capture(block, stage, Subtree(0, 1), values)
+            found = worker.capture(block, stage, range(1), values)
             assert isinstance(found, HessianSum)
             assert found.num_rows == mask.sum()
             for name in group.targets:
@@ -128,7 +127,7 @@ def test_magnitudes_leave_padding_out(tmp_path: Path) -> None:
     with recording({"query": query}) as seen:
         backbone({"token_ids": given.windows.tokens, "padding_mask": mask.astype(np.int32)})
     worker.restore(0, [0], 0)
-    found = worker.capture(0, 0, Subtree(0, 1), worker.read(1))
+    found = worker.capture(0, 0, range(1), worker.read(1))
     assert isinstance(found, MagnitudeSum)
     assert found.num_rows == mask.sum()
     rows = np.abs(seen["query"][mask])
@@ -154,4 +153,4 @@ def test_blocks_of_one_signature_are_compiled_once() -> None:
     execute(given, open_store("memory://test-forward/twice"), workers=1)
     assert len({block.signature for block in state.graph.blocks}) == 1
     [program] = state._programs.values()
-    assert [stage._run._cache_size() for stage in program._stages] == [1] * 5
+    assert [stage.run._cache_size() for stage in program._stages] == [1] * 5

@@ -9,7 +9,6 @@ import pytest
 
 from pipeline.canonical import sha256
 from pipeline.errors import DivergenceError, MissingObjectError
-from pipeline.reduction import Subtree
 from pipeline.run import activations
 from pipeline.run.driver import claim
 from pipeline.run.records import PartRecord, file_key, record_key
@@ -60,7 +59,7 @@ def test_every_token_of_the_windows_is_counted_and_no_other() -> None:
         claim(store, plan, given.windows.to_bytes())
         worker = QuickWorker(plan, str(source()), store.root_url)
         worker.restore(0, [0, 1], 0)
-        sums.append(worker.capture(0, 0, Subtree(0, 2), worker.read(1)))
+        sums.append(worker.capture(0, 0, range(2), worker.read(1)))
     filled, plain = sums
     assert filled.num_rows == plain.num_rows == 18 * 128
     assert (filled.gram_CC == filled.gram_CC.T).all()
@@ -73,10 +72,10 @@ def test_a_subtree_is_the_merge_of_its_shards(store: ObjectStore) -> None:
     for shard in (0, 1):
         one = worker_of(store)
         one.restore(0, [shard], 0)
-        parts.append(one.capture(0, 0, Subtree(shard, shard + 1), values))
+        parts.append(one.capture(0, 0, range(shard, shard + 1), values))
     whole = worker_of(store)
     whole.restore(0, [0, 1], 0)
-    expected = whole.capture(0, 0, Subtree(0, 2), values)
+    expected = whole.capture(0, 0, range(2), values)
     merged = whole.merge(*parts)
     assert (merged.gram_CC == expected.gram_CC).all()
     assert merged.num_rows == expected.num_rows
@@ -116,10 +115,10 @@ def test_the_error_names_the_shard_that_a_worker_lacks(store: ObjectStore) -> No
     worker = worker_of(store)
     values = worker.read(1)
     with pytest.raises(LostShardError, match="shard 1"):
-        worker.capture(0, 0, Subtree(1, 2), values)
+        worker.capture(0, 0, range(1, 2), values)
     worker.restore(0, [1], 0)
     with pytest.raises(LostShardError, match="shard 1 is needed in block 1"):
-        worker.capture(1, 0, Subtree(1, 2), worker.read(2))
+        worker.capture(1, 0, range(1, 2), worker.read(2))
     with pytest.raises(LostShardError, match="shard 1"):
         worker.propagate(1, [1], worker.read(2))
     with pytest.raises(LostShardError, match="shard 1"):
@@ -142,9 +141,9 @@ def test_stages_can_be_repeated_in_any_order(store: ObjectStore) -> None:
     solved: list[list[SolvedLayer]] = []
     totals = []
     for stage, group in enumerate(groups):
-        totals.append(steady.capture(0, stage, Subtree(0, 1), values, *solved))
+        totals.append(steady.capture(0, stage, range(1), values, *solved))
         for again in [*range(stage, -1, -1), stage]:
-            found = shaken.capture(0, again, Subtree(0, 1), values, *solved[:again])
+            found = shaken.capture(0, again, range(1), values, *solved[:again])
             assert same(found, totals[again])
         chosen = [paths[name] for name in group.targets]
         solved.append(steady.solve(1, chosen, values, totals[stage]))
@@ -161,12 +160,12 @@ def test_a_shard_inside_its_block_is_restored_without_reading(store: ObjectStore
     worker = worker_of(store)
     worker.restore(0, [0], 0)
     values = worker.read(1)
-    first = worker.capture(0, 0, Subtree(0, 1), values)
+    first = worker.capture(0, 0, range(1), values)
     tokens = planned("gptq").plan.tokens
     assert tokens is not None
     store.delete(tokens.key)
     worker.restore(0, [0], 0)
-    assert same(worker.capture(0, 0, Subtree(0, 1), values), first)
+    assert same(worker.capture(0, 0, range(1), values), first)
     with pytest.raises(MissingObjectError):
         worker.restore(0, [0, 1], 0)
 
