@@ -114,6 +114,14 @@ def print_json(value: object) -> None:
     sys.stdout.write(json.dumps(value, indent=2, default=dataclasses.asdict) + "\n")
 
 
+def print_result(value: object, table: RenderableType, *, as_json: bool) -> None:
+    """Write a result to stdout: for machines, or for people."""
+    if as_json:
+        print_json(value)
+    else:
+        Console().print(table)
+
+
 def route_to_root(library: str) -> None:
     """With JSON, take from a library the handlers with which it prints its own logs."""
     if is_json():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from jobs.quantities import count, size
@@ -31,8 +31,6 @@ class SchemeSummary:
     """All layers of one scheme.
 
     Attributes:
-        scheme: its mode, bits and group size.
-        layers: how many.
         weight_error: mean ‖W - Ŵ‖ / ‖W‖.
         error_against_rtn: mean ratio of the output error to that of rounding to nearest; None
             without calibration.
@@ -99,6 +97,10 @@ class Summary:
             for key, digest in sorted(manifest.records.items())
         ]
         layers = [layer for record in records for layer in record.layers]
+        by_scheme: dict[str, list[LayerRecord]] = {}
+        for layer in layers:
+            if layer.scheme is not None:
+                by_scheme.setdefault(layer.scheme.policy, []).append(layer)
         block_bytes = sum(record.size_bytes for record in records if record.part)
         outside = next(record for record in records if not record.part)
         embedding_bytes = _embedding_bytes(store, outside)
@@ -114,7 +116,7 @@ class Summary:
             embedding_bytes=embedding_bytes,
             rest_bytes=outside.size_bytes - embedding_bytes,
             block_weights=sum(part.num_weights for part in plan.parts[1:]),
-            schemes=_by_scheme(layers),
+            schemes=tuple(_summarized(name, members) for name, members in by_scheme.items()),
             left_in_float={layer.path: layer.note for layer in layers if layer.note},
             wall_seconds=wall_seconds,
             seconds=dict(seconds),
@@ -161,14 +163,6 @@ def _embedding_bytes(store: ObjectStore, record: PartRecord) -> int:
     return sum(found)
 
 
-def _by_scheme(layers: list[LayerRecord]) -> tuple[SchemeSummary, ...]:
-    groups: dict[str, list[LayerRecord]] = {}
-    for layer in layers:
-        if layer.scheme is not None:
-            groups.setdefault(layer.scheme.policy, []).append(layer)
-    return tuple(_summarized(name, members) for name, members in groups.items())
-
-
 def _summarized(name: str, layers: list[LayerRecord]) -> SchemeSummary:
     accounts = [layer.account for layer in layers if layer.account is not None]
     ratios = [
@@ -195,10 +189,12 @@ def _summarized(name: str, layers: list[LayerRecord]) -> SchemeSummary:
 
 def summary_table(summary: Summary) -> RenderableType:
     """The summary as tables."""
-    schemes = Table(title=f"{summary.model}, plan {summary.plan_digest[:12]}")
-    schemes.add_column("scheme")
-    for name in ("layers", "weight error", "output error / rounding's", "rounded", "damped more"):
-        schemes.add_column(name, justify="right")
+    figures = ("layers", "weight error", "output error / rounding's", "rounded", "damped more")
+    schemes = Table(
+        "scheme",
+        *(Column(name, justify="right") for name in figures),
+        title=f"{summary.model}, plan {summary.plan_digest[:12]}",
+    )
     for row in summary.schemes:
         schemes.add_row(
             row.scheme,
@@ -264,9 +260,11 @@ def _left_in_float(reasons: Mapping[str, str]) -> list[Text]:
 
 def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> RenderableType:
     """A plan before it runs: layers by scheme, calibration, costs, what stays in float and why."""
-    layers = Table(title=f"{plan.model}: {plan.num_blocks} blocks, plan {plan.digest[:12]}")
-    for name in ("layer", "scheme", "in × out", "row slices", "layers"):
-        layers.add_column(name, justify="left" if name in ("layer", "scheme") else "right")
+    layers = Table(
+        *("layer", "scheme"),
+        *(Column(name, justify="right") for name in ("in × out", "row slices", "layers")),
+        title=f"{plan.model}: {plan.num_blocks} blocks, plan {plan.digest[:12]}",
+    )
     rows: Counter[tuple[str, str, str, int]] = Counter()
     for part in plan.parts:
         for layer in part.layers:
@@ -276,8 +274,7 @@ def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> Renderabl
     for (name, scheme, shape, slices), number in rows.items():
         layers.add_row(Text(name), Text(scheme), shape, str(slices), str(number))
     facts = Table(show_header=False, box=None)
-    tokens = plan.tokens
-    if tokens is not None:
+    if (tokens := plan.tokens) is not None:
         facts.add_row(
             "calibration",
             f"{tokens.num_samples} windows of {tokens.sequence_length} tokens in "
@@ -294,13 +291,11 @@ def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> Renderabl
         f"{count(costs.gram_flops)}, solving {count(costs.solve_flops)})",
     )
     facts.add_row("workers", f"{allocation.workers} × {allocation.threads} threads")
-    notes = {layer.path: layer.note for part in plan.parts for layer in part.layers if layer.note}
-    lines = _left_in_float(notes)
-    every = [(o.path, o.kind, o.in_features) for part in plan.parts for o in part.layers]
-    lines += [
-        Text(
-            f"rule without a layer: {pattern!r} matches none; is it mistyped, or for other models?"
-        )
-        for pattern in unmatched_patterns(plan.recipe, every)
-    ]
-    return Group(layers, facts, *lines)
+    every = [layer for part in plan.parts for layer in part.layers]
+    unmatched = unmatched_patterns(plan.recipe, [(o.path, o.kind, o.in_features) for o in every])
+    rules = (
+        Text(f"rule without a layer: {name!r} matches none; is it mistyped, or for other models?")
+        for name in unmatched
+    )
+    notes = _left_in_float({layer.path: layer.note for layer in every if layer.note})
+    return Group(layers, facts, *notes, *rules)

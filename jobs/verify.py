@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from jobs.logging import log_event, print_json, status
-from pipeline.artifact.verification import ask_stock
 from pipeline.errors import ArtifactError, DamagedObjectError
 from pipeline.run.commits import damaged_files, read_manifest
 from pipeline.run.records import ARTIFACT_PREFIX, MANIFEST_KEY, Manifest
@@ -43,27 +42,28 @@ def verify_run(output_url: str, *, stock: bool, as_json: bool) -> None:
             f"{len(damaged)} of {len(manifest.files) + len(manifest.records)} objects are damaged; "
             "quantize again into an empty folder"
         )
+    num_bytes = sum(entry.size_bytes for entry in manifest.files.values())
+    loaded = _load(store, manifest) if stock else None
     found = {
         "files": len(manifest.files),
-        "bytes": sum(entry.size_bytes for entry in manifest.files.values()),
+        "bytes": num_bytes,
         "plan_digest": manifest.plan_digest,
-        "stock": _load(store, manifest) if stock else None,
+        "stock": loaded,
     }
+    text = (
+        f"{store.url(MANIFEST_KEY)}: {len(manifest.files)} files, {num_bytes:,} bytes, all match "
+        "the manifest"
+    )
     if as_json:
         print_json(found)
-        return
-    log_event(
-        "verified",
-        f"{store.url(MANIFEST_KEY)}: {found['files']} files, {found['bytes']:,} bytes, all match "
-        f"the manifest{'; ' + str(found['stock']) if stock else ''}",
-        found,
-    )
+    else:
+        log_event("verified", "; ".join(filter(None, (text, loaded))), found)
 
 
 def _load(store: ObjectStore, manifest: Manifest) -> str:
     # Imported here: JAX and Keras are slow to load. Without a choice Keras takes TensorFlow.
     os.environ.setdefault("KERAS_BACKEND", "jax")
-    from pipeline.artifact.verification import inspect_artifact
+    from pipeline.artifact.verification import ask_stock, inspect_artifact
 
     with tempfile.TemporaryDirectory(prefix="quantfleet-verify-") as folder:
         with status("downloading the artifact"):

@@ -20,7 +20,6 @@ from pipeline.executor.protocol import Device
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
-_CONFIG = ConfigDict(frozen=True, extra="forbid")
 Name = Annotated[StrictStr, Field(pattern=NAME_PATTERN)]
 _Texts = Annotated[tuple[Annotated[StrictStr, Field(min_length=1)], ...], Field(min_length=1)]
 
@@ -55,20 +54,20 @@ def _without_password(url: str) -> str:
 _Url = Annotated[StrictStr, Field(min_length=1), AfterValidator(_without_password)]
 
 
-class CalibrationChanges(BaseModel):
-    """Calibration settings that replace a recipe's own, for recipes that calibrate."""
+class _Mapping(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model_config = _CONFIG
+
+class CalibrationChanges(_Mapping):
+    """Calibration settings that replace a recipe's own, for recipes that calibrate."""
 
     texts: _Texts | None = None
     num_samples: Annotated[StrictInt, Field(ge=1, le=1_000_000)] | None = None
     sequence_length: Annotated[StrictInt, Field(ge=2, le=1_000_000)] | None = None
 
 
-class Gate(BaseModel):
+class Gate(_Mapping):
     """The limits that a result must meet to be published; None means no limit."""
-
-    model_config = _CONFIG
 
     max_perplexity_increase: Annotated[_Number, Field(ge=0)] | None = None
     """Relative to the source's: 0.05 lets 20 become 21. For causal language models."""
@@ -78,10 +77,8 @@ class Gate(BaseModel):
     """Mean cosine similarity of the source's and the result's outputs. For all other models."""
 
 
-class Resources(BaseModel):
+class Resources(_Mapping):
     """What each run of a model takes of the cluster; None leaves it to the cluster."""
-
-    model_config = _CONFIG
 
     workers: Annotated[StrictInt, Field(ge=1, le=100_000)] | None = None
     threads: Annotated[StrictInt, Field(ge=1, le=10_000)] | None = None
@@ -91,19 +88,15 @@ class Resources(BaseModel):
     """Per worker, such as 8GiB. A run whose plan needs more is rejected."""
 
 
-class Retention(BaseModel):
+class Retention(_Mapping):
     """How many old releases are kept."""
-
-    model_config = _CONFIG
 
     keep: Annotated[StrictInt, Field(ge=1, le=1_000_000)] = 3
     """How many of the newest releases, including the current one, `quantfleet gc` leaves alone."""
 
 
-class Settings(BaseModel):
+class Settings(_Mapping):
     """Settings of one model, or in `defaults` of all."""
-
-    model_config = _CONFIG
 
     recipes: Annotated[tuple[StrictStr | dict[str, Any], ...], Field(min_length=1)] | None = None
     """Names of built-in recipes, paths of recipe files, or recipes as mappings."""
@@ -131,10 +124,8 @@ class Model(Settings):
     """Another model's name; its results are published under this name too."""
 
 
-class CatalogFile(BaseModel):
+class CatalogFile(_Mapping):
     """The whole file."""
-
-    model_config = _CONFIG
 
     root: _Url
     """Where runs, requests and releases are stored."""

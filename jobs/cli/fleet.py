@@ -8,15 +8,13 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from jobs.cli import options
-from jobs.logging import STDERR, is_json, log_event, print_json, status
+from jobs.logging import STDERR, is_json, log_event, print_json, print_result, status
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
     from jobs.catalog.catalog_file import Catalog
-    from jobs.fleet.staleness import Decision
     from pipeline.storage.object_store import ObjectStore
 
 app = typer.Typer()
@@ -36,10 +34,7 @@ def check(file: options.CatalogFile, as_json: options.Json = False) -> None:
     from jobs.cli.listings import catalog_json, catalog_table
 
     catalog = read_catalog(file)
-    if as_json:
-        print_json(catalog_json(catalog))
-    else:
-        Console().print(catalog_table(catalog))
+    print_result(catalog_json(catalog), catalog_table(catalog), as_json=as_json)
 
 
 @app.command()
@@ -70,8 +65,7 @@ def nightly(
 ) -> None:
     """Make what is stale, say why it was, and publish what passes its gate."""
     from jobs import execute
-    from jobs.fleet.fulfil import Fulfilled
-    from jobs.fleet.fulfil import fulfil as fulfil_request
+    from jobs.fleet import fulfil as fulfilling
     from jobs.fleet.nightly import exit_code_of, log_outcome, outcomes_table, preview, run_stale
     from jobs.fleet.staleness import decide
     from jobs.metrics import nightly_ended
@@ -81,20 +75,20 @@ def nightly(
     with status("looking for stale runs"):
         decisions = decide(root, catalog, save_verified=not dry_run)
 
-    def fulfil_one(decision: Decision) -> Fulfilled:
-        return fulfil_request(
-            root,
-            decision.request,
-            partial(execute.open_compute, address=address),
-            execute.DriverOptions(keep_every=keep_every, wait=False, lease_seconds=lease_seconds),
-        )
-
     if dry_run:
-        outcomes = preview(decisions)
+        outcomes = [preview(decision) for decision in decisions]
         for outcome in outcomes:
             log_outcome(outcome)
     else:
-        outcomes = tuple(run_stale(root, decisions, fulfil_one))
+        fulfil_one = partial(
+            fulfilling.fulfil,
+            root,
+            open_compute=partial(execute.open_compute, address=address),
+            options=execute.DriverOptions(
+                keep_every=keep_every, wait=False, lease_seconds=lease_seconds
+            ),
+        )
+        outcomes = list(run_stale(root, decisions, fulfil_one))
         if address is not None and not exit_code_of(outcomes):
             with connect(address):  # a cluster of our own ends with its run, and so do its metrics
                 nightly_ended(PurePath(file).stem)
@@ -130,22 +124,23 @@ def submit(
     """Make a catalog's stale runs as Ray Jobs, and resume those that failed."""
     from jobs.fleet.nightly import exit_code_of, outcomes_table, preview
     from jobs.fleet.staleness import decide
-    from jobs.fleet.submission import (
-        Limits,
-        Submission,
-        exit_code_of_tasks,
-        tasks_table,
-        watch_tasks,
-    )
+    from jobs.fleet.submission import Submission, exit_code_of_tasks, tasks_table, watch_tasks
     from pipeline.executor.ray_jobs import RayJobs
 
     catalog, root = _opened(file, only)
     jobs = RayJobs(address, working_dir=working_dir)
     with status("looking for stale runs"):
         decisions = decide(root, catalog, save_verified=True)
-    others = [outcome for outcome in preview(decisions) if outcome.result != "to do"]
-    limits = Limits(at_once=at_once, attempts=attempts, poll_seconds=poll_seconds)
-    submission = Submission(root, jobs, decisions, limits, entrypoint)
+    others = [preview(decision) for decision in decisions if decision.state != "stale"]
+    submission = Submission(
+        root,
+        jobs,
+        decisions,
+        at_once=at_once,
+        attempts=attempts,
+        poll_seconds=poll_seconds,
+        entrypoint=entrypoint,
+    )
     if wait:
         with watch_tasks() as show:
             submission.finish(show)

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Never
 
 import typer
-from rich.console import Console
 
 from jobs.cli import fleet, options, status
 from jobs.logging import (
@@ -22,7 +21,7 @@ from jobs.logging import (
     configure,
     is_json,
     log_event,
-    print_json,
+    print_result,
     set_run,
 )
 from jobs.termination import Terminated
@@ -224,10 +223,7 @@ def schemes(as_json: options.Json = False) -> None:
     from quantizer.schemes import SCHEMES
 
     described = {mode: describe_scheme(scheme) for mode, scheme in SCHEMES.items()}
-    if as_json:
-        print_json(described)
-    else:
-        Console().print(schemes_table(described))
+    print_result(described, schemes_table(described), as_json=as_json)
 
 
 @app.command()
@@ -237,10 +233,8 @@ def recipes(as_json: options.Json = False) -> None:
     from pipeline.recipe.recipe_file import builtin_recipes
 
     found = builtin_recipes()
-    if as_json:
-        print_json({name: recipe.to_dict() for name, recipe in found.items()})
-    else:
-        Console().print(recipes_table(found))
+    values = {name: recipe.to_dict() for name, recipe in found.items()}
+    print_result(values, recipes_table(found), as_json=as_json)
 
 
 def _recipe(

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from jobs.cli import options
-from jobs.logging import log_event, print_json
+from jobs.logging import log_event, print_json, print_result
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -44,10 +43,7 @@ def status(
             rows = find_status(store)
             if not rows:
                 raise PipelineError(f"{what}: no run, release or request is there")
-    if as_json:
-        print_json(rows)
-    else:
-        Console().print(status_table(rows))
+    print_result(rows, status_table(rows), as_json=as_json)
 
 
 @app.command()
@@ -66,9 +62,8 @@ def logs(
         )
     if as_json:
         print_json([event.to_dict() for event in events])
-        return
-    for event in events:
-        typer.echo(event.line())
+    else:
+        typer.echo("\n".join(event.line() for event in events))
 
 
 @app.command()

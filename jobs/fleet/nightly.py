@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rich.table import Table
 from rich.text import Text
 
-from jobs.catalog.request import save_request
+from jobs.catalog.request import Request, save_request
 from jobs.fleet.fulfil import Fulfilled, GateFailedError
 from jobs.fleet.staleness import Decision
 from jobs.logging import is_json, log_event, set_run
@@ -61,73 +61,12 @@ class Outcome:
         }
 
 
-def preview(decisions: Sequence[Decision]) -> tuple[Outcome, ...]:
-    """What `run_stale` would do."""
-    return tuple(
-        Outcome(decision=decision, result="to do")
-        if decision.state == "stale"
-        else _outcome_of_decision(decision)
-        for decision in decisions
-    )
-
-
-def run_stale(
-    root: ObjectStore, decisions: Sequence[Decision], fulfil: Callable[[Decision], Fulfilled]
-) -> Iterator[Outcome]:
-    """Make what is stale, one run after another; a failure does not stop the others.
-
-    Args:
-        root: the catalog's root.
-        decisions: for all runs of the catalog.
-        fulfil: fulfils one decision's request.
-    """
-    for decision in decisions:
-        if decision.state == "stale":
-            request = decision.request
-            set_run(run=request.run_id, model=request.model, recipe=request.recipe_name)
-            reasons = list(decision.reasons)
-            log_event("stale", f"{decision.run.name}: {'; '.join(reasons)}", {"reasons": reasons})
-            save_request(root, request)
-            outcome = _outcome_of_run(decision, fulfil)
-        else:
-            outcome = _outcome_of_decision(decision)
-        log_outcome(outcome)
-        set_run()
-        yield outcome
-
-
-def log_outcome(outcome: Outcome) -> None:
-    """Log an outcome for machines as soon as it is known; people get a table at the end."""
-    if is_json():
-        level = logging.INFO
-        if outcome.exit_code:
-            level = logging.WARNING if outcome.result == "gate failed" else logging.ERROR
-        values = outcome.to_dict()
-        log_event(outcome.result, values.pop("text"), values, level=level)
-
-
-def _outcome_of_run(decision: Decision, fulfil: Callable[[Decision], Fulfilled]) -> Outcome:
-    try:
-        fulfilled = fulfil(decision)
-    except LeaseHeldError as held:
-        return Outcome(decision=decision, result="elsewhere", text=str(held))
-    except (PipelineError, QuantizationError) as error:
-        code = error.exit_code if isinstance(error, PipelineError) else PipelineError.exit_code
-        return Outcome(decision=decision, result="failed", text=str(error), exit_code=code)
-    verdict = fulfilled.verdict
-    return Outcome(
-        decision=decision,
-        result="published" if verdict.passed else "gate failed",
-        text="; ".join(verdict.failures),
-        exit_code=0 if verdict.passed else GateFailedError.exit_code,
-        quality=verdict.quality,
-        solved=fulfilled.solved,
-    )
-
-
-def _outcome_of_decision(decision: Decision) -> Outcome:
+def preview(decision: Decision) -> Outcome:
+    """What is known of a run before anything is made."""
     text = "; ".join(decision.reasons)
     match decision.state:
+        case "stale":
+            return Outcome(decision=decision, result="to do")
         case "fresh":
             assert decision.current is not None
             quality = decision.current.release.quality
@@ -145,6 +84,52 @@ def _outcome_of_decision(decision: Decision) -> Outcome:
     problem = decision.run.problem
     code = 3 if problem is None else problem.exit_code
     return Outcome(decision=decision, result="failed", text=text, exit_code=code)
+
+
+def run_stale(
+    root: ObjectStore, decisions: Sequence[Decision], fulfil: Callable[[Request], Fulfilled]
+) -> Iterator[Outcome]:
+    """Make what is stale, one run after another; a failure does not stop the others."""
+    for decision in decisions:
+        outcome = preview(decision)
+        if outcome.result == "to do":
+            request, reasons = decision.request, list(decision.reasons)
+            set_run(run=request.run_id, model=request.model, recipe=request.recipe_name)
+            log_event("stale", f"{decision.run.name}: {'; '.join(reasons)}", {"reasons": reasons})
+            save_request(root, request)
+            outcome = _outcome_of_run(decision, fulfil)
+        log_outcome(outcome)
+        set_run()
+        yield outcome
+
+
+def _outcome_of_run(decision: Decision, fulfil: Callable[[Request], Fulfilled]) -> Outcome:
+    try:
+        fulfilled = fulfil(decision.request)
+    except LeaseHeldError as held:
+        return Outcome(decision=decision, result="elsewhere", text=str(held))
+    except (PipelineError, QuantizationError) as error:
+        code = error.exit_code if isinstance(error, PipelineError) else PipelineError.exit_code
+        return Outcome(decision=decision, result="failed", text=str(error), exit_code=code)
+    verdict = fulfilled.verdict
+    return Outcome(
+        decision=decision,
+        result="published" if verdict.passed else "gate failed",
+        text="; ".join(verdict.failures),
+        exit_code=0 if verdict.passed else GateFailedError.exit_code,
+        quality=verdict.quality,
+        solved=fulfilled.solved,
+    )
+
+
+def log_outcome(outcome: Outcome) -> None:
+    """Log an outcome for machines as soon as it is known; people get a table at the end."""
+    if is_json():
+        level = logging.INFO
+        if outcome.exit_code:
+            level = logging.WARNING if outcome.result == "gate failed" else logging.ERROR
+        values = outcome.to_dict()
+        log_event(outcome.result, values.pop("text"), values, level=level)
 
 
 def exit_code_of(outcomes: Sequence[Outcome]) -> int:

@@ -32,7 +32,6 @@ class Decision:
     """Whether one run must be made.
 
     Attributes:
-        run: what the catalog asks for.
         reasons: why it is not fresh.
         bytes_read: of sources and artifacts, to decide.
         current: what is published; None before the first release.
@@ -52,15 +51,10 @@ class Decision:
         return self.run.request
 
 
-_FilesByRun = Mapping[str, Mapping[str, Version]]
-
-
 def decide(root: ObjectStore, catalog: Catalog, *, save_verified: bool) -> tuple[Decision, ...]:
     """Decide for every run of a catalog, in its order.
 
     Args:
-        root: the catalog's root.
-        catalog: the runs.
         save_verified: record which artifacts were read again and found intact, so that the next
             time they need not be.
     """
@@ -83,13 +77,15 @@ def decide(root: ObjectStore, catalog: Catalog, *, save_verified: bool) -> tuple
 
 
 def decide_run(
-    root: ObjectStore, run: CatalogRun, *, save_verified: bool, listed: _FilesByRun | None = None
+    root: ObjectStore,
+    run: CatalogRun,
+    *,
+    save_verified: bool,
+    listed: Mapping[str, Mapping[str, Version]] | None = None,
 ) -> Decision:
     """Decide for one run.
 
     Args:
-        root: the catalog's root.
-        run: what the catalog asks for.
         save_verified: as for `decide`.
         listed: the files of all runs, if they are listed already.
 
@@ -175,31 +171,27 @@ def changes(before: Request, now: Request) -> Iterator[str]:
         yield "calibration changed: its settings"
     elif found := _differing(before.texts, now.texts):
         yield f"calibration changed: {found}"
-    names = sorted({*before.versions, *now.versions})
     newer = [
         f"{name} {before.versions.get(name)} → {now.versions.get(name)}"
-        for name in names
+        for name in sorted({*before.versions, *now.versions})
         if before.versions.get(name) != now.versions.get(name)
     ]
     if newer:
         yield f"versions changed: {', '.join(newer)}"
-    if (before.evaluation_texts, before.evaluation_windows) != (
-        now.evaluation_texts,
-        now.evaluation_windows,
-    ):
+    evaluations = [(one.evaluation_texts, one.evaluation_windows) for one in (before, now)]
+    if evaluations[0] != evaluations[1]:
         yield "evaluation changed: its settings"
     elif found := _differing(before.evaluation, now.evaluation):
         yield f"evaluation changed: {found}"
-    if before.gate != now.gate:
-        yield "gate changed"
-    if before.needs != now.needs:
-        yield "resources changed"
-    if before.source_url != now.source_url:
-        yield "source moved"
-    if before.aliases != now.aliases:
-        yield "aliases changed"
-    if before.keep != now.keep:
-        yield "retention changed"
+    for name, change in (
+        ("gate", "gate changed"),
+        ("needs", "resources changed"),
+        ("source_url", "source moved"),
+        ("aliases", "aliases changed"),
+        ("keep", "retention changed"),
+    ):
+        if getattr(before, name) != getattr(now, name):
+            yield change
 
 
 def _differing(before: Mapping[str, str], now: Mapping[str, str]) -> str:

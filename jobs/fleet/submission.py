@@ -33,30 +33,13 @@ _ATTEMPT = re.compile(r"(?P<request>.+)-attempt(?P<number>\d{1,9})")
 _BAD_INPUT = PipelineError.exit_code
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How many jobs are started.
-
-    Attributes:
-        at_once: jobs alive at the same time.
-        attempts: jobs started for one request in this submission.
-        poll_seconds: between two polls of the cluster.
-    """
-
-    at_once: int = 4
-    attempts: int = 3
-    poll_seconds: float = 5.0
-
-
 @dataclass
 class Task:
     """One stale run.
 
     Attributes:
-        decision: why it must be made.
         job: the latest submission id; "" before the first.
         started: how many jobs this submission started for it.
-        text: why it failed.
         failed: each failed job, in words.
     """
 
@@ -74,6 +57,15 @@ class Task:
     @property
     def name(self) -> str:
         return self.decision.run.name
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return {
+            "model": self.request.model,
+            "recipe": self.request.recipe_name,
+            "request": self.request.request_id,
+            "run": self.request.run_id,
+        }
 
     @property
     def is_over(self) -> bool:
@@ -105,22 +97,27 @@ class Submission:
         root: ObjectStore,
         jobs: Jobs,
         decisions: Sequence[Decision],
-        limits: Limits,
+        *,
+        at_once: int = 4,
+        attempts: int = 3,
+        poll_seconds: float = 5.0,
         entrypoint: str = "quantfleet",
     ) -> None:
         """Prepare; the cluster is not contacted yet.
 
         Args:
-            root: the catalog's root.
-            jobs: the cluster's jobs.
             decisions: the stale ones are submitted, in this order.
-            limits: how many jobs are started.
+            at_once: jobs alive at the same time.
+            attempts: jobs started for one request in this submission.
+            poll_seconds: between two polls of the cluster.
             entrypoint: the command on the nodes' PATH, and what precedes it.
         """
         self.tasks = [Task(decision=one) for one in decisions if one.state == "stale"]
         self._root = root
         self._jobs = jobs
-        self._limits = limits
+        self._at_once = at_once
+        self._max_attempts = attempts
+        self._poll_seconds = poll_seconds
         self._entrypoint = entrypoint
 
     def step(self) -> None:
@@ -137,7 +134,7 @@ class Submission:
                 self._update(task, attempts.get(task.request.request_id, {}))
         alive = sum(1 for task in self.tasks if task.phase == "running")
         for task in self.tasks:
-            if task.phase == "waiting" and alive < self._limits.at_once:
+            if task.phase == "waiting" and alive < self._at_once:
                 numbers = attempts.get(task.request.request_id, {})
                 self._start(task, max(numbers, default=0) + 1)
                 alive += 1
@@ -149,7 +146,7 @@ class Submission:
             show(self.tasks)
             if all(task.is_over for task in self.tasks):
                 return
-            time.sleep(self._limits.poll_seconds)
+            time.sleep(self._poll_seconds)
 
     def _update(self, task: Task, attempts: Mapping[int, RayJob]) -> None:
         living = [job for job in attempts.values() if job.is_alive]
@@ -178,7 +175,7 @@ class Submission:
             end = f"ended with exit code {ended.exit_code}"
         task.failed.append(f"{task.job} {end}")
         is_bad_input = ended is not None and ended.exit_code == _BAD_INPUT
-        if is_bad_input or task.started >= self._limits.attempts:
+        if is_bad_input or task.started >= self._max_attempts:
             task.phase = "failed"
             task.text = f"{task.failed[-1]}, after {task.started} attempt(s); see ray job logs"
 
@@ -189,12 +186,7 @@ class Submission:
         self._jobs.submit(
             task.job,
             f"{self._entrypoint} fulfil {shlex.quote(url)} --address auto",
-            {
-                "model": task.request.model,
-                "recipe": task.request.recipe_name,
-                "request": task.request.request_id,
-                "run": task.request.run_id,
-            },
+            task.labels,
         )
         task.phase = "running"
 
@@ -216,16 +208,11 @@ def _attempts(known: Mapping[str, RayJob]) -> dict[str, dict[int, RayJob]]:
 
 
 def stop_jobs(jobs: Jobs, name: str) -> tuple[str, ...]:
-    """Stop the living jobs of a request, or one job; returns their submission ids.
-
-    Args:
-        jobs: the cluster's jobs.
-        name: a request's or a submission's id.
-    """
+    """Stop the living jobs of a request, or one job by its submission id; returns their ids."""
     stopped = []
     for submission_id, job in sorted(jobs.list().items()):
         match = _ATTEMPT.fullmatch(submission_id)
-        if job.is_alive and (submission_id == name or (match and match["request"] == name)):
+        if job.is_alive and name in (submission_id, match and match["request"]):
             jobs.stop(submission_id)
             stopped.append(submission_id)
     return tuple(stopped)
@@ -252,12 +239,7 @@ def watch_tasks() -> Iterator[ShowTasks]:
                 log_event(
                     task.phase,
                     f"{task.name}: {task.phase} {task.job}{more}",
-                    {
-                        "run": task.request.run_id,
-                        "model": task.request.model,
-                        "recipe": task.request.recipe_name,
-                        "job": task.job,
-                    },
+                    task.labels | {"job": task.job},
                     level=_LEVELS.get(task.phase, logging.INFO),
                 )
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from jobs.catalog.entries import NAME_PATTERN
 from jobs.catalog.request import Request, run_prefix, run_store
-from jobs.publish.verdict import Verdict
+from jobs.publish.verdict import JudgedRun, Verdict
 from pipeline.errors import (
     DamagedObjectError,
     MissingObjectError,
@@ -31,29 +30,17 @@ _MAX_ATTEMPTS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
-class Release(StoredRecord):
+class Release(JudgedRun):
     """One result under one name.
 
     Attributes:
         number: from 1, in the order of publication under this name.
         artifact: key, below the catalog's root, of the folder with its files.
-        manifest_sha256: of the manifest that names all of them with their digests.
-        source_bytes, stored_bytes, quality, gate: as in its verdict.
         keep: how many of the newest releases keep their artifacts.
     """
 
     number: int
-    model: str
-    recipe_name: str
-    request_id: str
-    run_id: str
     artifact: str
-    plan_digest: str
-    manifest_sha256: str
-    source_bytes: int
-    stored_bytes: int
-    quality: dict[str, Any] | None
-    gate: dict[str, Any] | None
     keep: int
 
 

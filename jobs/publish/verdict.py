@@ -17,16 +17,14 @@ from pipeline.storage.record import StoredRecord
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict(StoredRecord):
-    """The verdict on one request's result; it is kept whether or not the result is published.
-
-    Its bytes do not depend on when or where it was reached.
+class JudgedRun(StoredRecord):
+    """What was made for a request, and how good it is.
 
     Attributes:
-        run_id, plan_digest, manifest_sha256: of the artifact that was judged.
+        manifest_sha256: of the manifest that names the artifact's files with their digests.
         source_bytes, stored_bytes: size of the weights, before and after.
         quality: what `quality_figures` returns.
-        gate, failures: the limits, and those that the result exceeds, in words.
+        gate: its limits.
     """
 
     request_id: str
@@ -39,6 +37,18 @@ class Verdict(StoredRecord):
     stored_bytes: int
     quality: dict[str, Any] | None
     gate: dict[str, Any] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict(JudgedRun):
+    """The verdict on one request's result; it is kept whether or not the result is published.
+
+    Its bytes do not depend on when or where it was reached.
+
+    Attributes:
+        failures: the limits that the result exceeds, in words.
+    """
+
     failures: tuple[str, ...] = ()
 
     @property

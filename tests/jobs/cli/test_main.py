@@ -86,6 +86,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert printed.err.count("\n") == 1
 
 
+def test_verify_imports_keras_only_once_its_backend_is_chosen() -> None:
+    program = "import jobs.verify, sys; print('keras' in sys.modules)"
+    finished = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert finished.stdout == "False\n"
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["schemes"]])
 def test_starting_imports_no_array_library(arguments: list[str]) -> None:
     """In a fresh interpreter, since this one has long imported everything."""
