@@ -10,66 +10,44 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from quantizer.errors import (
+    CalibrationError,
+    LayerError,
+    QuantizationError,
+    SchemeError,
+    UnusableStatisticsError,
+    WeightError,
+)
+from quantizer.schemes import (
+    SCHEMES,
+    AWQScheme,
+    Float8Scheme,
+    GPTQScheme,
+    Int4Scheme,
+    Int8Scheme,
+    Scheme,
+    scheme_from_dict,
+    scheme_to_dict,
+)
+
 if TYPE_CHECKING:
-    from quantizer.errors import (
-        CalibrationError,
-        LayerError,
-        QuantizationError,
-        SchemeError,
-        UnusableStatisticsError,
-        WeightError,
-    )
     from quantizer.gptq.drift import DriftSum
     from quantizer.gptq.solve import row_slices
     from quantizer.hessian import CalibrationStatistics, HessianSum, MagnitudeSum, tree_merge
     from quantizer.keras_format.layers import kernel_layout, quantize_layer, save_model
     from quantizer.result import QuantizedWeight, SolveReport, SolveResult
-    from quantizer.schemes import (
-        SCHEMES,
-        AWQScheme,
-        Float8Scheme,
-        GPTQScheme,
-        Int4Scheme,
-        Int8Scheme,
-        Scheme,
-        scheme_from_dict,
-        scheme_to_dict,
-    )
     from quantizer.solver import solve, solve_stack
 
+# Imported on first use: naming a scheme must not cost the import of NumPy, JAX and Keras.
 _MODULES = {
-    "quantizer.gptq.drift": ("DriftSum",),
-    "quantizer.errors": (
-        "CalibrationError",
-        "LayerError",
-        "QuantizationError",
-        "SchemeError",
-        "UnusableStatisticsError",
-        "WeightError",
-    ),
-    "quantizer.hessian": (
-        "CalibrationStatistics",
-        "HessianSum",
-        "MagnitudeSum",
-        "tree_merge",
-    ),
-    "quantizer.keras_format.layers": ("kernel_layout", "quantize_layer", "save_model"),
-    "quantizer.schemes": (
-        "SCHEMES",
-        "AWQScheme",
-        "Float8Scheme",
-        "GPTQScheme",
-        "Int4Scheme",
-        "Int8Scheme",
-        "Scheme",
-        "scheme_from_dict",
-        "scheme_to_dict",
-    ),
-    "quantizer.result": ("QuantizedWeight", "SolveReport", "SolveResult"),
-    "quantizer.gptq.solve": ("row_slices",),
-    "quantizer.solver": ("solve", "solve_stack"),
+    "gptq.drift": "DriftSum",
+    "gptq.solve": "row_slices",
+    "hessian": "CalibrationStatistics HessianSum MagnitudeSum tree_merge",
+    "keras_format.layers": "kernel_layout quantize_layer save_model",
+    "result": "QuantizedWeight SolveReport SolveResult",
+    "solver": "solve solve_stack",
 }
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = [
     "SCHEMES",
@@ -105,7 +83,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: naming a scheme must not cost the import of JAX and Keras.
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'quantizer' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(f"quantizer.{_MODULE_OF[name]}"), name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import NoneType
 
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (teaches NumPy the name "bfloat16")
@@ -16,9 +17,9 @@ from quantizer.gptq.drift import DriftSum, correct_target
 from quantizer.gptq.solve import (
     RowSlice,
     SolvedRows,
-    factorize_hessian,
     join_slices,
     row_slices,
+    share_input,
     solve_in_row_groups,
     solve_slices,
 )
@@ -131,15 +132,17 @@ def solve_problems(
     if not layers:
         return []
     scheme = layers[0].scheme
+    _check_statistics(layers, statistics)
     match scheme:
         case GPTQScheme():
-            return _solve_gptq(layers, _hessian(layers, statistics), scheme, drift)
+            assert isinstance(statistics, HessianSum)
+            return _solve_gptq(layers, statistics, scheme, drift)
         case AWQScheme():
-            known = _known(layers, statistics, "a HessianSum or a MagnitudeSum")
+            assert statistics is not None
             return [
                 solve_awq(
                     layer.weight_RC,
-                    known,
+                    statistics,
                     scheme,
                     scale_dtype=layer.scale_dtype,
                     row_groups=layer.row_groups,
@@ -147,21 +150,9 @@ def solve_problems(
                 for layer in layers
             ]
         case Float8Scheme():
-            known = _known(layers, statistics, "a MagnitudeSum")
-            if not isinstance(known, MagnitudeSum):
-                raise CalibrationError(
-                    f"{layers[0].name}: float8 needs the largest input, which a Hessian does not "
-                    "hold; give MagnitudeSum.of(inputs)"
-                )
-            return [solve_float8(layer.weight_RC, known, scheme) for layer in layers]
+            assert isinstance(statistics, MagnitudeSum)
+            return [solve_float8(layer.weight_RC, statistics, scheme) for layer in layers]
         case Int8Scheme() | Int4Scheme():
-            if statistics is not None:
-                if not isinstance(statistics, CalibrationStatistics):
-                    raise CalibrationError(
-                        f"{layers[0].name}: statistics must be a HessianSum, a MagnitudeSum or "
-                        f"None, got {type(statistics).__name__}"
-                    )
-                _check_statistics(layers, statistics)
             return [
                 solve_int(
                     layer.weight_RC,
@@ -177,60 +168,42 @@ def solve_problems(
 def solve_rows(
     layer: LayerProblem, statistics: CalibrationStatistics | None, slices: Sequence[int]
 ) -> list[SolvedRows]:
-    """Solve some row slices of a gptq layer without `row_groups`, for `join_rows`.
+    """Solve some row slices of a gptq layer without `row_groups` or drift, for `join_slices`.
 
     Args:
         slices: their numbers in `row_slices`.
 
     Raises:
-        CalibrationError: as `solve_problems`; row slices take no drift.
+        CalibrationError: as `solve_problems`.
     """
     scheme = layer.scheme
     assert isinstance(scheme, GPTQScheme)
     assert layer.row_groups is None
-    hessian = _hessian([layer], statistics)
-    target_RC = _target(layer, hessian, None, scheme)
+    _check_statistics([layer], statistics)
+    assert isinstance(statistics, HessianSum)
+    target_RC = _target(layer, statistics, None, scheme)
     bounds = row_slices(*target_RC.shape)
     chosen = [RowSlice(target_RC[slice(*bounds[number])], layer.scale_dtype) for number in slices]
-    return solve_slices(chosen, factorize_hessian(hessian, scheme), hessian, scheme)
-
-
-def join_rows(weight: ArrayLike, rows: Sequence[SolvedRows], scheme: GPTQScheme) -> SolveResult:
-    """What `solve` gives, bit for bit, from all row slices of a weight, in order."""
-    return join_slices(np.asarray(weight, dtype=np.float32), rows, scheme)
+    return solve_slices(chosen, share_input(statistics, scheme))
 
 
 def _solve_gptq(
-    layers: Sequence[LayerProblem],
-    hessian: HessianSum,
-    scheme: GPTQScheme,
-    drift: DriftSum | None,
+    layers: Sequence[LayerProblem], hessian: HessianSum, scheme: GPTQScheme, drift: DriftSum | None
 ) -> list[SolveResult]:
     targets = [_target(layer, hessian, drift, scheme) for layer in layers]
-    factor = factorize_hessian(hessian, scheme)
-    solved = iter(
-        solve_slices(
-            [
-                RowSlice(target_RC[a:b], layer.scale_dtype)
-                for layer, target_RC in zip(layers, targets, strict=True)
-                if layer.row_groups is None
-                for a, b in row_slices(*target_RC.shape)
-            ],
-            factor,
-            hessian,
-            scheme,
-        )
-    )
+    shared = share_input(hessian, scheme)
+    slices = [
+        RowSlice(target_RC[a:b], layer.scale_dtype)
+        for layer, target_RC in zip(layers, targets, strict=True)
+        if layer.row_groups is None
+        for a, b in row_slices(*target_RC.shape)
+    ]
+    solved = iter(solve_slices(slices, shared))
     return [
         join_slices(target_RC, [next(solved) for _ in row_slices(*target_RC.shape)], scheme)
         if layer.row_groups is None
         else solve_in_row_groups(
-            target_RC,
-            factor,
-            hessian,
-            scheme,
-            scale_dtype=layer.scale_dtype,
-            row_groups=layer.row_groups,
+            target_RC, shared, scale_dtype=layer.scale_dtype, row_groups=layer.row_groups
         )
         for layer, target_RC in zip(layers, targets, strict=True)
     ]
@@ -319,38 +292,33 @@ def _checked_weight(weight: ArrayLike, name: str) -> tuple[Float32, float]:
     return weight_RC, largest
 
 
-def _check_statistics(layers: Sequence[LayerProblem], statistics: CalibrationStatistics) -> None:
-    """Check the statistics once for each width among the layers, in the first one's name."""
-    names: dict[int, str] = {}
-    for layer in layers:
-        names.setdefault(layer.weight_RC.shape[1], layer.name)
-    for in_features, name in names.items():
-        statistics.check(in_features, name)
+_STATISTICS: dict[str, tuple[tuple[type, ...], str]] = {
+    "gptq": ((HessianSum,), "a HessianSum"),
+    "awq": ((HessianSum, MagnitudeSum), "a HessianSum or a MagnitudeSum"),
+    "float8": ((MagnitudeSum,), "a MagnitudeSum (a HessianSum lacks the largest input)"),
+    "int8": ((HessianSum, MagnitudeSum, NoneType), "a HessianSum, a MagnitudeSum or None"),
+    "int4": ((HessianSum, MagnitudeSum, NoneType), "a HessianSum, a MagnitudeSum or None"),
+}
+"""The types of statistics that each scheme takes, and how a message names them."""
 
 
-def _known(
-    layers: Sequence[LayerProblem], statistics: CalibrationStatistics | None, wanted: str
-) -> CalibrationStatistics:
-    if not isinstance(statistics, CalibrationStatistics):
-        raise _missing(layers[0], wanted)
-    _check_statistics(layers, statistics)
-    return statistics
-
-
-def _hessian(
+def _check_statistics(
     layers: Sequence[LayerProblem], statistics: CalibrationStatistics | None
-) -> HessianSum:
-    if not isinstance(statistics, HessianSum):
-        raise _missing(layers[0], "a HessianSum")
-    _check_statistics(layers, statistics)
-    return statistics
-
-
-def _missing(layer: LayerProblem, wanted: str) -> CalibrationError:
-    return CalibrationError(
-        f"{layer.name}: {layer.scheme.mode} needs calibration; give {wanted} of the layer's "
-        "inputs, or a scheme that needs none, such as int8"
-    )
+) -> None:
+    """Check the statistics once for each width among the layers, in the first one's name."""
+    first = layers[0]
+    accepted, wanted = _STATISTICS[first.scheme.mode]
+    if not isinstance(statistics, accepted):
+        raise CalibrationError(
+            f"{first.name}: {first.scheme.mode} takes {wanted} of the layer's inputs, got "
+            f"{type(statistics).__name__}; a scheme such as int8 needs no calibration"
+        )
+    if statistics is not None:
+        names: dict[int, str] = {}
+        for layer in layers:
+            names.setdefault(layer.weight_RC.shape[1], layer.name)
+        for in_features, name in names.items():
+            statistics.check(in_features, name)
 
 
 def _target(

@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import keras
@@ -19,8 +18,7 @@ import numpy as np
 from keras.src.backend.common import global_state
 from keras.src.saving import saving_lib
 
-_PRIVATE = frozenset({"kernel", "embeddings"})
-"""Names whose public attribute is a property that dequantizes; the variable is `_<name>`."""
+from quantizer.keras_format.layers import complete_state
 
 _SKIPLIST_NAMES = ("Operation", "Layer", "Functional", "Sequential")
 """Keras's names for the types of object that it walks in a model."""
@@ -82,7 +80,14 @@ def weight_layout(
     """
     store = _Recorder()
     skipped = {id(layer) for layer in skip}
-    with _serialization_spec(model), _skipped_attributes_kept():
+    quantized = [
+        layer
+        for layer in model._flatten_layers()
+        if layer.built
+        and hasattr(layer, "variable_serialization_spec")
+        and getattr(layer, "quantization_mode", None) is not None
+    ]
+    with complete_state(quantized, lambda *named: named), _skipped_attributes_kept():
         saving_lib._save_state(
             model,
             weights_store=store,
@@ -134,40 +139,3 @@ def _skipped_attributes_kept() -> Iterator[None]:
     finally:
         for name, value in kept.items():
             global_state.set_global_attribute(name, value)
-
-
-@contextmanager
-def _serialization_spec(model: keras.Model) -> Iterator[None]:
-    """Make quantized layers save what Keras's loader reads, in its order.
-
-    Keras 3.15.1's saver omits kernel_zero of gptq and awq, which its loader requires.
-    """
-
-    def save_own_variables(layer: keras.layers.Layer, store: Any) -> None:
-        for index, named in enumerate(_spec_variables(layer)):
-            store[str(index)] = named
-
-    quantized = [
-        layer
-        for layer in model._flatten_layers()
-        if layer.built
-        and hasattr(layer, "variable_serialization_spec")
-        and getattr(layer, "quantization_mode", None) is not None
-    ]
-    for layer in quantized:
-        # Set on the instance, past Keras's tracking of attributes, and removed again below.
-        object.__setattr__(layer, "save_own_variables", partial(save_own_variables, layer))
-    try:
-        yield
-    finally:
-        for layer in quantized:
-            object.__delattr__(layer, "save_own_variables")
-
-
-def _spec_variables(layer: keras.layers.Layer) -> list[tuple[str, Any]]:
-    names = layer.variable_serialization_spec[layer.quantization_mode]
-    values = [
-        (name, getattr(layer, f"_{name}" if name in _PRIVATE else name, None)) for name in names
-    ]
-    # The loader, too, skips what a layer lacks: a bias, the zero points of channel-wise int4.
-    return [(name, variable) for name, variable in values if variable is not None]

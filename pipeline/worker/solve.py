@@ -19,7 +19,7 @@ from pipeline.run.worker_api import SolvedLayer, SolvedSlices, Values
 from pipeline.worker.memory import make_room
 from quantizer import kernel_layout
 from quantizer.errors import UnusableStatisticsError
-from quantizer.gptq.solve import compile_solver
+from quantizer.gptq.solve import compile_solver, join_slices
 from quantizer.hessian import CalibrationStatistics, HessianSum, MagnitudeSum
 from quantizer.keras_format.kernel_layout import KernelLayout, row_groups
 from quantizer.keras_format.variables import (
@@ -33,7 +33,6 @@ from quantizer.schemes import Float8Scheme, GPTQScheme, Scheme
 from quantizer.solver import (
     LayerProblem,
     check_layer,
-    join_rows,
     solve,
     solve_problems,
     solve_rows,
@@ -102,9 +101,10 @@ def join_layer(
 ) -> SolvedLayer:
     """What `solve_layers` gives for a layer, bit for bit, from all its slices."""
     scheme = _gptq(layer)
-    matrix = kernel_layout(target.layer).to_matrix(values[target.kernel_path])
+    weight = kernel_layout(target.layer).to_matrix(values[target.kernel_path])
     rows = {number: solved for part in parts for number, solved in part.rows.items()}
-    result = join_rows(matrix, [rows[number] for number in range(layer.slices)], scheme)
+    in_order = [rows[number] for number in range(layer.slices)]
+    result = join_slices(weight.astype(np.float32, copy=False), in_order, scheme)
     return _encoded(target, result, scheme, parts[0].problem)
 
 

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from quantizer.gptq.factor import PANEL, TILE, block_size
+from quantizer.gptq.factor import PANEL, TILE, Factor, block_size
 from quantizer.jit import product, program
 from quantizer.qparams import decode, encode
 
@@ -182,55 +182,41 @@ def _solve_panel(
     return solved
 
 
-def solve_slice(
-    weight_CR: Array,
-    scale_GR: Array,
-    zero_GR: Array,
-    group_C: Array,
-    live_C: Array,
-    order_C: Array,
-    panels: tuple[tuple[Array, ...], ...],
-    pivot_C: Array,
-    shift: Array,
-    *,
-    weight_bits: int,
-) -> SolvedSlice:
-    """Solve the output channels of one slice; see `quantizer.gptq.factor.Factor` for the factor.
+def solve_slice(columns: Columns, factor: Factor, *, weight_bits: int) -> SolvedSlice:
+    """Solve the output channels of one slice; the weights of dead inputs become zero.
 
     One program solves a panel, so that what is compiled does not grow with in_features.
 
     Args:
-        weight_CR: [in_features, slice], float32, original input order.
-        scale_GR, zero_GR: the grid, [groups, slice].
-        group_C: group of each input, [in_features], int32.
-        live_C: False where calibration never saw the input: its weights become zero.
+        columns: all of the slice's, in the original input order.
+        factor: of the Hessian.
     """
-    num_inputs, num_outputs = weight_CR.shape
+    num_inputs, num_outputs = columns.weight_PR.shape
     done: list[Array] = []
     codes: list[Array] = []
     loss_2R = error_2R = zeros((2, num_outputs))
-    for index, (*above, corner_PP) in enumerate(panels):
+    for index, (*above, corner_PP) in enumerate(factor.panels):
         first, size = index * PANEL, corner_PP.shape[0]
-        chosen = columns_of(weight_CR, group_C, live_C, order_C, first, size=size)
+        live = live_columns(columns, factor.live_C, factor.order_C, first, size)
         correction_P2R = zeros((size, 2, num_outputs))
         # One product per finished panel: concatenating them first would copy all of them.
         for block_PA, errors_A2R in zip(above, done, strict=True):
             correction_P2R = add_product(block_PA, errors_A2R, correction_P2R)
         num_tiles = -(-min(num_inputs - first, size) // TILE)
         errors_P2R, codes_P2R, loss_2R, error_2R = _solve_panel(
-            Columns(*chosen, scale_GR, zero_GR),
-            panel_part(pivot_C, first, size=size),
+            live,
+            panel_part(factor.pivot_C, first, size=size),
             correction_P2R,
             corner_PP,
             num_tiles,
-            shift,
+            factor.shift,
             loss_2R,
             error_2R,
             max_code=2.0**weight_bits - 1,
         )
         done.append(errors_P2R)
         codes.append(codes_P2R)
-    return _better(tuple(codes), order_C, loss_2R, error_2R, num_inputs=num_inputs)
+    return _better(tuple(codes), factor.order_C, loss_2R, error_2R, num_inputs=num_inputs)
 
 
 @program(static_argnames="num_inputs")
@@ -253,21 +239,15 @@ def _better(
 
 
 @program(static_argnames="weight_bits")
-def round_slice(
-    weight_CR: Array,
-    scale_GR: Array,
-    zero_GR: Array,
-    group_C: Array,
-    hessian_CC: Array,
-    *,
-    weight_bits: int,
-) -> SolvedSlice:
+def round_slice(columns: Columns, hessian_CC: Array, *, weight_bits: int) -> SolvedSlice:
     """Round a slice to nearest, for a Hessian that could not be factored.
 
-    Arguments as in `solve_slice`; hessian_CC is undamped, in the original order.
+    Args:
+        columns: all of the slice's, in the original input order.
+        hessian_CC: undamped, in that order.
     """
-    scale_CR = jnp.take(scale_GR, group_C, axis=0)
-    zero_CR = jnp.take(zero_GR, group_C, axis=0)
+    scale_CR, zero_CR = columns.grid()
+    weight_CR = columns.weight_PR
     codes_CR = encode(weight_CR, scale_CR, zero_CR, 2.0**weight_bits - 1)
     error_CR = weight_CR - decode(codes_CR, scale_CR, zero_CR)
     loss_R = jnp.maximum(jnp.sum(error_CR * product(hessian_CC, error_CR), axis=0), 0.0)
@@ -290,11 +270,11 @@ panel_part = program(static_argnames="size")(rows_of)
 
 
 class Columns(NamedTuple):
-    """The weights and the grid of one panel's columns.
+    """Weights and grid of a slice of output channels, for one panel's columns or for all.
 
     Attributes:
-        weight_PR: live weights, [panel, slice].
-        group_P: group of each column.
+        weight_PR: [columns, slice], float32.
+        group_P: group of each column, int32.
         scale_GR, zero_GR: the slice's grid, [groups, slice].
     """
 
@@ -321,13 +301,7 @@ class Columns(NamedTuple):
 
 @program(static_argnames="size")
 def columns_of(
-    weight_CR: Array,
-    group_C: Array,
-    live_C: Array,
-    order_C: Array,
-    first: int,
-    *,
-    size: int,
+    weight_CR: Array, group_C: Array, live_C: Array, order_C: Array, first: int, *, size: int
 ) -> tuple[Array, Array]:
     """Live weights and groups of the panel of `size` columns from step `first` on."""
     # A padded input counts as dead.
@@ -335,6 +309,13 @@ def columns_of(
     live_P = jnp.take(live_C, source_P, mode="fill", fill_value=False)
     weight_PR = jnp.take(weight_CR, source_P, axis=0, mode="clip")
     return jnp.where(live_P[:, None], weight_PR, 0.0), jnp.take(group_C, source_P, mode="clip")
+
+
+def live_columns(columns: Columns, live_C: Array, order_C: Array, first: int, size: int) -> Columns:
+    """The panel of `size` columns from step `first` on, with weights of zero at dead inputs."""
+    weight_CR, group_C, scale_GR, zero_GR = columns
+    chosen = columns_of(weight_CR, group_C, live_C, order_C, first, size=size)
+    return Columns(*chosen, scale_GR, zero_GR)
 
 
 @program(static_argnums=0)

@@ -73,17 +73,22 @@ class Factor:
             each panel up to itself: transposed, since XLA multiplies those a third faster.
         pivot_C: D, [C'], with C' the padded in_features.
         order_C: the input solved at each step, [C']; entries from in_features on are padding.
-        dead_C: inputs that were zero in every calibration row, [in_features].
-        shift: what was added to the diagonal.
+        live_C: False for inputs that were zero in every calibration row, [in_features].
+        shift: what was added to the diagonal, a float32 scalar.
         damping: the same as a share of the mean diagonal; the scheme's, or more if that failed.
     """
 
     panels: tuple[tuple[Array, ...], ...]
     pivot_C: Array
     order_C: Array
-    dead_C: NDArray[np.bool_]
-    shift: float
+    live_C: Array
+    shift: Array
     damping: float
+
+    @property
+    def dead_C(self) -> NDArray[np.bool_]:  # noqa: N802
+        """The inputs that are not live."""
+        return ~np.asarray(self.live_C)
 
 
 def dampings(hessian_damping: float) -> list[float]:
@@ -198,18 +203,12 @@ def factorize(
     hessian_CC, order_C, dead_C, mean = arrange(gram_CC, jnp.float32(num_rows), activation_order)
     del gram_CC  # as large as each copy that follows; the caller keeps no reference either
     for damping in dampings(hessian_damping):
-        shift = damping * float(mean)
-        panels, pivot_C = factorize_shifted(hessian_CC, jnp.float32(shift))
+        shift = jnp.float32(damping * float(mean))
+        panels, pivot_C = factorize_shifted(hessian_CC, shift)
         smallest = float(jnp.min(pivot_C))  # NaN fails the comparison below, too
         if smallest >= SMALLEST_PIVOT * float(mean):
-            return Factor(
-                panels,
-                pivot_C,
-                order_C,
-                np.asarray(dead_C),
-                shift,
-                damping,
-            )
+            live_C = jnp.asarray(~np.asarray(dead_C))
+            return Factor(panels, pivot_C, order_C, live_C, shift, damping)
     return None
 
 

@@ -16,11 +16,11 @@ from quantizer.gptq.column_loop import (
     Columns,
     SolvedSlice,
     add_product,
-    columns_of,
+    live_columns,
     rows_of,
     zeros,
 )
-from quantizer.gptq.factor import TILE, block_size, panel_bounds
+from quantizer.gptq.factor import TILE, Factor, block_size, panel_bounds
 from quantizer.jit import product, program
 from quantizer.qparams import decode, encode
 
@@ -125,13 +125,9 @@ def _sweep_panel(
 
 def refine_slice(
     solved: SolvedSlice,
-    weight_CR: Array,
-    scale_GR: Array,
-    zero_GR: Array,
-    group_C: Array,
-    live_C: Array,
+    columns: Columns,
+    factor: Factor,
     hessian: tuple[tuple[Array, ...], ...],
-    shift: Array,
     *,
     weight_bits: int,
     sweeps: int,
@@ -139,22 +135,17 @@ def refine_slice(
     """Lower the damped loss of a solved slice; channels whose undamped loss rises stay as given.
 
     Args:
-        solved: what the column loop found.
-        weight_CR, scale_GR, zero_GR, group_C, live_C: as in `column_loop.solve_slice`.
-        hessian, shift: from `damped_hessian`, original input order.
+        solved: what `column_loop.solve_slice` found for these columns with this factor.
+        hessian: from `damped_hessian`, with the factor's shift.
         sweeps: times that every column is revisited.
     """
-    num_inputs, num_outputs = weight_CR.shape
+    num_inputs, num_outputs = columns.weight_PR.shape
     max_code = 2.0**weight_bits - 1
     bounds = panel_bounds(num_inputs)
     order_C = _in_order(bounds[-1][1])
-    panels = [
-        Columns(*columns_of(weight_CR, group_C, live_C, order_C, a, size=b - a), scale_GR, zero_GR)
-        for a, b in bounds
-    ]
+    panels = [live_columns(columns, factor.live_C, order_C, a, b - a) for a, b in bounds]
     solved_missing = [
-        _missing(columns, solved.codes_CR, a)
-        for columns, (a, _) in zip(panels, bounds, strict=True)
+        _missing(panel, solved.codes_CR, a) for panel, (a, _) in zip(panels, bounds, strict=True)
     ]
     missing = list(solved_missing)
     change_R = zeros((num_outputs,))
@@ -174,7 +165,13 @@ def refine_slice(
                 max_code=max_code,
             )
     return _settled(
-        solved, tuple(panels), tuple(solved_missing), tuple(missing), change_R, shift, max_code
+        solved,
+        tuple(panels),
+        tuple(solved_missing),
+        tuple(missing),
+        change_R,
+        factor.shift,
+        max_code,
     )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
-from quantizer.gptq.column_loop import SolvedSlice, round_slice, solve_slice
+from quantizer.gptq.column_loop import Columns, SolvedSlice, round_slice, solve_slice
 from quantizer.gptq.factor import Factor, arrange, factorize, factorize_shifted
 from quantizer.gptq.refine import damped_hessian, refine_slice
 from quantizer.hessian import HessianSum
@@ -68,34 +68,59 @@ def row_slices(out_features: int, in_features: int) -> list[tuple[int, int]]:
     return [(a, min(a + size, out_features)) for a in range(0, out_features, size)]
 
 
-def factorize_hessian(hessian: HessianSum, scheme: GPTQScheme) -> Factor | None:
-    """The factor that all layers of one input share; None if no damping made H definite."""
-    return factorize(
+_Blocks = tuple[tuple[Array, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SharedInput:
+    """What solving needs of one input, for all layers that share it.
+
+    Attributes:
+        hessian: sum over the input's rows.
+        scheme: of all these layers.
+        factor: of the Hessian; None if no damping made it definite: rows are rounded to nearest.
+        damped: the damped Hessian's blocks that refinement reads; empty if nothing is refined.
+        energy_C: what a squared rounding error costs at each input, float32. GPTQ corrects later
+            columns for an error at column k, which then costs its pivot D_k and not the diagonal
+            H_kk. Without a factor nothing is corrected.
+    """
+
+    hessian: HessianSum
+    scheme: GPTQScheme
+    factor: Factor | None
+    damped: _Blocks
+    energy_C: Float32
+
+    def live(self, weight_RC: Float32) -> Float32:
+        """The weights that span the grid: dead ones become zero and must not widen a range."""
+        if self.factor is None or not self.factor.dead_C.any():
+            return weight_RC
+        return np.where(self.factor.dead_C, np.float32(0), weight_RC)
+
+
+def share_input(hessian: HessianSum, scheme: GPTQScheme) -> SharedInput:
+    """Factor the Hessian of an input, once for all of its layers."""
+    factor = factorize(
         jnp.asarray(hessian.gram_CC),
         hessian.num_rows,
         hessian_damping=scheme.hessian_damping,
         activation_order=scheme.activation_order,
     )
-
-
-def refinement_blocks(
-    factor: Factor | None, hessian: HessianSum, scheme: GPTQScheme
-) -> tuple[tuple[Array, ...], ...]:
-    """The damped Hessian's blocks that refinement reads; empty when nothing will be refined."""
-    if factor is None or not scheme.refinement_sweeps:
-        return ()
-    blocks: tuple[tuple[Array, ...], ...] = damped_hessian(
-        jnp.asarray(hessian.gram_CC), jnp.float32(hessian.num_rows), jnp.float32(factor.shift)
+    damped: _Blocks = ()
+    energy_C: Float32 = hessian.gram_CC.diagonal() * np.float32(2 / hessian.num_rows)
+    if factor is not None:
+        pivot_C = np.empty(factor.order_C.shape[0], np.float32)
+        pivot_C[np.asarray(factor.order_C)] = np.asarray(factor.pivot_C)
+        energy_C = np.where(factor.dead_C, np.float32(0), pivot_C[: energy_C.shape[0]])
+        if scheme.refinement_sweeps:
+            rows = jnp.float32(hessian.num_rows)
+            damped = damped_hessian(jnp.asarray(hessian.gram_CC), rows, factor.shift)
+    return SharedInput(
+        hessian=hessian, scheme=scheme, factor=factor, damped=damped, energy_C=energy_C
     )
-    return blocks
 
 
-def grid_of(
-    weight_RC: Float32,
-    energy_RC: Float32,
-    scheme: GPTQScheme,
-    scale_dtype: str,
-) -> Grid:
+def grid_of(weight_RC: Float32, energy_RC: Float32, scheme: GPTQScheme, scale_dtype: str) -> Grid:
     """The scheme's grid over contiguous groups.
 
     Args:
@@ -103,14 +128,11 @@ def grid_of(
         energy_RC: weight of each squared error, [1 or out_features, in_features].
     """
     parts = [
-        find_grid(
+        _find_grid(
             jnp.asarray(weight_RC[a:b].T),
             jnp.asarray(energy_RC[a:b].T if len(energy_RC) > 1 else energy_RC.T),
-            weight_bits=scheme.weight_bits,
-            group_size=scheme.group_size,
-            symmetric=scheme.symmetric,
-            search=scheme.scale_search,
-            scale_dtype=scale_dtype,
+            scheme,
+            scale_dtype,
         )
         for a, b in row_slices(*weight_RC.shape)
     ]
@@ -118,6 +140,20 @@ def grid_of(
         np.concatenate([np.asarray(scale_GR).T for scale_GR, _ in parts]),
         np.concatenate([np.asarray(zero_GR).T for _, zero_GR in parts]),
         contiguous_groups(weight_RC.shape[1], scheme.group_size),
+    )
+
+
+def _find_grid(
+    weight_CR: Array, energy_CR: Array, scheme: GPTQScheme, scale_dtype: str
+) -> tuple[Array, Array]:
+    return find_grid(
+        weight_CR,
+        energy_CR,
+        weight_bits=scheme.weight_bits,
+        group_size=scheme.group_size,
+        symmetric=scheme.symmetric,
+        search=scheme.scale_search,
+        scale_dtype=scale_dtype,
     )
 
 
@@ -140,50 +176,20 @@ class SolvedRows:
     num_rows: int
 
 
-def solve_on_grid(
-    weight_RC: Float32,
-    factor: Factor | None,
-    hessian: HessianSum,
-    damped: tuple[tuple[Array, ...], ...],
-    grid: Grid,
-    scheme: GPTQScheme,
-) -> SolvedRows:
-    """Solve one slice of output channels on a given grid.
-
-    Args:
-        damped: from `refinement_blocks`, for all slices of one input.
-    """
-    operands = (
+def solve_on_grid(weight_RC: Float32, shared: SharedInput, grid: Grid) -> SolvedRows:
+    """Solve one slice of output channels on a given grid."""
+    hessian, factor = shared.hessian, shared.factor
+    columns = Columns(
         jnp.asarray(weight_RC.T),
+        jnp.asarray(grid.group_C),
         jnp.asarray(grid.scale_RG.T),
         jnp.asarray(grid.zero_RG.T),
-        jnp.asarray(grid.group_C),
     )
     if factor is None:
         hessian_CC = jnp.asarray(hessian.gram_CC) * (2.0 / hessian.num_rows)
-        solved = round_slice(*operands, hessian_CC, weight_bits=scheme.weight_bits)
+        solved = round_slice(columns, hessian_CC, weight_bits=shared.scheme.weight_bits)
     else:
-        live_C = jnp.asarray(~factor.dead_C)
-        shift = jnp.float32(factor.shift)
-        solved = solve_slice(
-            *operands,
-            live_C,
-            factor.order_C,
-            factor.panels,
-            factor.pivot_C,
-            shift,
-            weight_bits=scheme.weight_bits,
-        )
-        if damped:
-            solved = refine_slice(
-                solved,
-                *operands,
-                live_C,
-                damped,
-                shift,
-                weight_bits=scheme.weight_bits,
-                sweeps=scheme.refinement_sweeps,
-            )
+        solved = _solve_columns(columns, factor, shared.damped, shared.scheme)
     return SolvedRows(
         solved=jax.device_get(solved),
         grid=grid,
@@ -191,6 +197,16 @@ def solve_on_grid(
         dead_C=hessian.gram_CC.diagonal() == 0,
         num_rows=hessian.num_rows,
     )
+
+
+def _solve_columns(
+    columns: Columns, factor: Factor, damped: _Blocks, scheme: GPTQScheme
+) -> SolvedSlice:
+    bits, sweeps = scheme.weight_bits, scheme.refinement_sweeps
+    solved = solve_slice(columns, factor, weight_bits=bits)
+    if not sweeps:
+        return solved
+    return refine_slice(solved, columns, factor, damped, weight_bits=bits, sweeps=sweeps)
 
 
 class RowSlice(NamedTuple):
@@ -205,20 +221,13 @@ class RowSlice(NamedTuple):
     scale_dtype: str
 
 
-def solve_slices(
-    slices: Sequence[RowSlice], factor: Factor | None, hessian: HessianSum, scheme: GPTQScheme
-) -> list[SolvedRows]:
-    """Solve row slices, of one weight or of several, that share an input.
-
-    Args:
-        factor: of the Hessian; None rounds to nearest.
-    """
-    energy_1C = search_energy(factor, hessian)[None]
-    damped = refinement_blocks(factor, hessian, scheme)
+def solve_slices(slices: Sequence[RowSlice], shared: SharedInput) -> list[SolvedRows]:
+    """Solve row slices, of one weight or of several, that share an input."""
 
     def solve_rows(rows: RowSlice) -> SolvedRows:
-        grid = grid_of(_live(rows.weight_RC, factor), energy_1C, scheme, rows.scale_dtype)
-        return solve_on_grid(rows.weight_RC, factor, hessian, damped, grid, scheme)
+        live_RC = shared.live(rows.weight_RC)
+        grid = grid_of(live_RC, shared.energy_C[None], shared.scheme, rows.scale_dtype)
+        return solve_on_grid(rows.weight_RC, shared, grid)
 
     with ThreadPoolExecutor(_CONCURRENT_SLICES) as pool:
         return list(pool.map(solve_rows, slices))
@@ -236,28 +245,21 @@ def join_slices(weight_RC: Float32, parts: Sequence[SolvedRows], scheme: GPTQSch
 
 
 def solve_in_row_groups(
-    weight_RC: Float32,
-    factor: Factor | None,
-    hessian: HessianSum,
-    scheme: GPTQScheme,
-    *,
-    scale_dtype: str,
-    row_groups: RowGroups,
+    weight_RC: Float32, shared: SharedInput, *, scale_dtype: str, row_groups: RowGroups
 ) -> SolveResult:
     """Solve the matrix with grids that lie along the rows of its stored matrix.
 
     Grids are static, so that output channels need only be solved apart where they map inputs to
-    groups in different ways. Arguments as in `solve_slices`.
+    groups in different ways.
 
     Returns:
         The stored matrix, with groups by row; and the report of the weight matrix.
     """
-    damped = refinement_blocks(factor, hessian, scheme)
-    energy_RC = np.broadcast_to(search_energy(factor, hessian), weight_RC.shape)
+    energy_RC = np.broadcast_to(shared.energy_C, weight_RC.shape)
     stored = grid_of(
-        np.ascontiguousarray(row_groups.to_stored(_live(weight_RC, factor))),
+        np.ascontiguousarray(row_groups.to_stored(shared.live(weight_RC))),
         np.ascontiguousarray(row_groups.to_stored(energy_RC)),
-        scheme,
+        shared.scheme,
         scale_dtype,
     )
     scale, zero = stored.scale_RG.ravel(), stored.zero_RG.ravel()
@@ -266,8 +268,7 @@ def solve_in_row_groups(
     for channels, group_C, cells in row_groups.patterns(stored.group_C):
         for a, b in row_slices(len(channels), weight_RC.shape[1]):
             grid = Grid(scale[cells[a:b]], zero[cells[a:b]], group_C)
-            rows_RC = weight_RC[channels[a:b]]
-            part = solve_on_grid(rows_RC, factor, hessian, damped, grid, scheme)
+            part = solve_on_grid(weight_RC[channels[a:b]], shared, grid)
             codes_RC[channels[a:b]] = part.solved.codes_CR.T
             parts.append(part)
     grouped = GroupedWeight(
@@ -276,29 +277,7 @@ def solve_in_row_groups(
         stored.zero_RG.astype(np.uint8),
         stored.group_C,
     )
-    return SolveResult(grouped, _report(weight_RC, parts, scheme))
-
-
-def _live(weight_RC: Float32, factor: Factor | None) -> Float32:
-    """The weights that span the grid: dead ones become zero and must not widen a range."""
-    if factor is None or not factor.dead_C.any():
-        return weight_RC
-    return np.where(factor.dead_C, np.float32(0), weight_RC)
-
-
-def search_energy(factor: Factor | None, hessian: HessianSum) -> Float32:
-    """What a squared rounding error costs at each input, [in_features], float32.
-
-    GPTQ corrects later columns for an error at column k, which then costs its pivot D_k and not
-    the diagonal H_kk. Without a factor nothing is corrected.
-    """
-    energy_C: Float32 = hessian.gram_CC.diagonal() * np.float32(2 / hessian.num_rows)
-    if factor is None:
-        return energy_C
-    pivot_C = np.empty(factor.order_C.shape[0], np.float32)
-    pivot_C[np.asarray(factor.order_C)] = np.asarray(factor.pivot_C)
-    cost_C: Float32 = np.where(factor.dead_C, np.float32(0), pivot_C[: energy_C.shape[0]])
-    return cost_C
+    return SolveResult(grouped, _report(weight_RC, parts, shared.scheme))
 
 
 def _transposed(codes: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
@@ -360,30 +339,15 @@ def compile_solver(
     Args:
         scale_dtype: dtype in which their scales will be stored.
     """
-    size = in_features
-    number = _shape()
-    gram_CC = _shape(size, size)
+    number, gram_CC = _shape(), _shape(in_features, in_features)
     hessian_CC, order_C, dead_C, mean = arrange(gram_CC, number, scheme.activation_order)
-    panels, pivot_C = factorize_shifted(hessian_CC, mean)
-    if scheme.refinement_sweeps:
-        damped = damped_hessian(gram_CC, number, number)
-    for height in sorted({b - a for a, b in row_slices(out_features, size)}):
-        weight_CR = _shape(size, height)
-        scale_GR, zero_GR = find_grid(
-            weight_CR,
-            _shape(size, 1),
-            weight_bits=scheme.weight_bits,
-            group_size=scheme.group_size,
-            symmetric=scheme.symmetric,
-            search=scheme.scale_search,
-            scale_dtype=scale_dtype,
-        )
-        grid = (weight_CR, scale_GR, zero_GR, _shape(size, dtype=jnp.int32))
-        bits = scheme.weight_bits
-        solved = solve_slice(*grid, dead_C, order_C, panels, pivot_C, number, weight_bits=bits)
-        if scheme.refinement_sweeps:
-            sweeps = scheme.refinement_sweeps
-            refine_slice(solved, *grid, dead_C, damped, number, weight_bits=bits, sweeps=sweeps)
+    factor = Factor(*factorize_shifted(hessian_CC, mean), order_C, dead_C, number, 0.0)
+    damped = damped_hessian(gram_CC, number, number) if scheme.refinement_sweeps else ()
+    for height in sorted({b - a for a, b in row_slices(out_features, in_features)}):
+        weight_CR, energy_C1 = _shape(in_features, height), _shape(in_features, 1)
+        grid = _find_grid(weight_CR, energy_C1, scheme, scale_dtype)
+        columns = Columns(weight_CR, _shape(in_features, dtype=jnp.int32), *grid)
+        _solve_columns(columns, factor, damped, scheme)
 
 
 def _shape(*shape: int, dtype: Any = jnp.float32) -> Any:

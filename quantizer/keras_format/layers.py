@@ -6,7 +6,7 @@ Keras makes the variables and sets the dtype policy (`layer.quantize`); the valu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -123,45 +123,55 @@ def quantize_layer(
 def save_model(model: keras.Model, path: str | Path) -> None:
     """Save a model with quantized layers as a `.keras` file that stock Keras loads.
 
-    Keras 3.15.1 does not save the zero points of gptq and awq layers, and then cannot load the
-    file; here they are saved where its loader expects them.
+    `model.save` alone leaves out the zero points of gptq and awq layers (see `complete_state`).
     """
-    with _complete_state(model):
+    layers = model._flatten_layers()
+    incomplete = ("gptq", "awq")
+    with complete_state(
+        [layer for layer in layers if getattr(layer, "quantization_mode", None) in incomplete]
+    ):
         model.save(path)
 
 
-def own_variables(layer: keras.layers.Layer) -> list[NDArray[Any]]:
-    """A quantized layer's variables in the order in which stock Keras loads them."""
-    names = layer.variable_serialization_spec[layer.quantization_mode]
-    values = [getattr(layer, _attribute(name), None) for name in names]
-    return [
-        keras.ops.convert_to_numpy(variable.value) for variable in values if variable is not None
-    ]
-
-
-def _attribute(variable: str) -> str:
-    return f"_{variable}" if variable in ("kernel", "embeddings") else variable
-
-
 @contextmanager
-def _complete_state(model: keras.Model) -> Iterator[None]:
-    def save_own_variables(layer: keras.layers.Layer, store: Any) -> None:
-        for index, value in enumerate(own_variables(layer)):
-            store[str(index)] = value
+def complete_state(
+    layers: Sequence[keras.layers.Layer],
+    stored: Callable[[str, keras.Variable], Any] = lambda _, variable: variable,
+) -> Iterator[None]:
+    """Make quantized layers save what Keras' loader reads, in its order.
 
-    incomplete = [
-        layer
-        for layer in model._flatten_layers()
-        if getattr(layer, "quantization_mode", None) in ("gptq", "awq")
-    ]
-    for layer in incomplete:
-        # On the instance, and only while the model is saved.
+    Keras 3.15.1's saver omits kernel_zero of gptq and awq, which its loader requires.
+
+    Args:
+        layers: built and quantized.
+        stored: what goes into the store, from the layer's name for a variable and the variable.
+    """
+
+    def save_own_variables(layer: keras.layers.Layer, store: Any) -> None:
+        for index, (name, variable) in enumerate(own_variables(layer).items()):
+            store[str(index)] = stored(name, variable)
+
+    for layer in layers:
+        # Set on the instance, past Keras' tracking of attributes, and removed again below.
         object.__setattr__(layer, "save_own_variables", partial(save_own_variables, layer))
     try:
         yield
     finally:
-        for layer in incomplete:
+        for layer in layers:
             object.__delattr__(layer, "save_own_variables")
+
+
+def own_variables(layer: keras.layers.Layer) -> dict[str, keras.Variable]:
+    """A quantized layer's variables by name, in the order in which stock Keras loads them."""
+    names = layer.variable_serialization_spec[layer.quantization_mode]
+    found = {name: getattr(layer, _attribute(name), None) for name in names}
+    # The loader, too, skips what a layer lacks: a bias, the zero points of channel-wise int4.
+    return {name: variable for name, variable in found.items() if variable is not None}
+
+
+def _attribute(variable: str) -> str:
+    # The public attribute of these is a property that dequantizes.
+    return f"_{variable}" if variable in ("kernel", "embeddings") else variable
 
 
 def _name(layer: keras.layers.Layer) -> str:

@@ -8,13 +8,7 @@ import time
 import numpy as np
 
 from quantizer import GPTQScheme, HessianSum, row_slices
-from quantizer.gptq.solve import (
-    factorize_hessian,
-    grid_of,
-    refinement_blocks,
-    search_energy,
-    solve_on_grid,
-)
+from quantizer.gptq.solve import grid_of, share_input, solve_on_grid
 from quantizer.solver import check_layer
 
 
@@ -39,13 +33,11 @@ def _one_round(weight_RC: np.ndarray, hessian: HessianSum, scheme: GPTQScheme) -
     check_layer(weight_RC, scheme)
     hessian.check(weight_RC.shape[1], "layer")
     lap("checks")
-    factor = factorize_hessian(hessian, scheme)  # reads the pivots, so it has finished
+    shared = share_input(hessian, scheme)  # reads the pivots, so it has finished
     lap("factor")
-    damped = refinement_blocks(factor, hessian, scheme)
-    energy_1C = search_energy(factor, hessian)[None]
     for a, b in row_slices(*weight_RC.shape):
-        grid = grid_of(weight_RC[a:b], energy_1C, scheme, "float32")
+        grid = grid_of(weight_RC[a:b], shared.energy_C[None], scheme, "float32")
         lap("grid")
-        solve_on_grid(weight_RC[a:b], factor, hessian, damped, grid, scheme)
+        solve_on_grid(weight_RC[a:b], shared, grid)
         lap("loop")
     return seconds

@@ -103,7 +103,7 @@ def test_a_stack_names_the_layer_at_fault():
         solve_stack(
             [WEIGHT], HESSIAN, GPTQScheme(group_size=16, drift_correction=1), names=["query"]
         )
-    with pytest.raises(CalibrationError, match=r"^query: .*MagnitudeSum\.of"):
+    with pytest.raises(CalibrationError, match=r"^query: .*a MagnitudeSum"):
         solve_stack([WEIGHT], HESSIAN, Float8Scheme(), names=["query"])
 
 
@@ -114,9 +114,12 @@ def hessian_with(value, place=(0, 0)):
 
 
 BAD_HESSIANS = {
-    "missing": (None, "gptq needs calibration; give a HessianSum"),
-    "magnitudes": (MAGNITUDES, "give a HessianSum"),
-    "an array": (HESSIAN.gram_CC, "give a HessianSum"),
+    "missing": (
+        None,
+        "gptq takes a HessianSum of the layer's inputs, got NoneType.*int8 needs no calibration",
+    ),
+    "magnitudes": (MAGNITUDES, "takes a HessianSum.*got MagnitudeSum"),
+    "an array": (HESSIAN.gram_CC, "takes a HessianSum.*got ndarray"),
     "NaN": (hessian_with(np.nan, (2, 3)), "Hessian contains NaN.*wider dtype"),
     "infinity": (hessian_with(np.inf), "Hessian contains NaN or infinity"),
     "negative diagonal": (hessian_with(-1.0), r"negative diagonal.*HessianSum\.of"),
@@ -141,9 +144,9 @@ def magnitudes_with(**fields):
 
 
 BAD_MAGNITUDES = {
-    "missing": (None, "needs calibration; give a"),
-    "an array": (MAGNITUDES.max_abs_C, "needs calibration; give a"),
-    "a drift": (DriftSum.of(INPUTS, INPUTS), "needs calibration; give a"),
+    "missing": (None, "takes a .*MagnitudeSum.*got NoneType.*int8 needs no calibration"),
+    "an array": (MAGNITUDES.max_abs_C, "takes a .*MagnitudeSum.*got ndarray"),
+    "a drift": (DriftSum.of(INPUTS, INPUTS), "takes a .*MagnitudeSum.*got DriftSum"),
     "NaN": (magnitudes_with(sum_abs_C=with_value(MAGNITUDES.sum_abs_C, np.nan)), "contain NaN"),
     "infinity": (
         magnitudes_with(max_abs_C=with_value(MAGNITUDES.max_abs_C, np.inf)),
@@ -174,12 +177,12 @@ def test_float8_refuses_them_too(kind):
 def test_even_unneeded_statistics_must_be_sound(scheme):
     statistics, message = BAD_MAGNITUDES["NaN"]
     assert_refused(CalibrationError, message, WEIGHT, statistics, SCHEMES[scheme][0])
-    message = "HessianSum, a MagnitudeSum or None, got ndarray"
+    message = "HessianSum, a MagnitudeSum or None of the layer's inputs, got ndarray"
     assert_refused(CalibrationError, message, WEIGHT, HESSIAN.gram_CC, SCHEMES[scheme][0])
 
 
 def test_float8_says_what_a_hessian_lacks():
-    message = r"largest input, which a Hessian does not hold; give MagnitudeSum\.of"
+    message = r"takes a MagnitudeSum \(a HessianSum lacks the largest input\).*got HessianSum"
     assert_refused(CalibrationError, message, WEIGHT, HESSIAN, Float8Scheme())
 
 

@@ -52,7 +52,7 @@ def calls(monkeypatch):
         monkeypatch.setattr(owner, name, counting)
 
     count(solver, "_checked_weight")
-    count(solver, "factorize_hessian")
+    count(solver, "share_input")
     count(KernelLayout, "to_matrix")
     count(HessianSum, "check")
     count(MagnitudeSum, "check")
@@ -70,7 +70,7 @@ def test_a_layer_is_validated_and_transposed_once(mode, form, calls):
     layer, inputs = kernel_layer(form)
     statistics = statistics_of(SCHEMES[mode], layer, inputs)
     quantize_layer(layer, SCHEMES[mode], statistics)
-    factorized = {"factorize_hessian": 1} if mode == "gptq" else {}
+    factorized = {"share_input": 1} if mode == "gptq" else {}
     assert calls == {"_checked_weight": 1, "check": 1, "to_matrix": 1} | factorized
 
 
@@ -78,7 +78,7 @@ def test_a_stack_shares_one_check_and_one_factor(calls):
     weights = np.random.default_rng(0).normal(size=(3, 8, 32)).astype(np.float32)
     hessian = HessianSum.of(np.random.default_rng(1).normal(size=(64, 32)))
     solve_stack(list(weights), hessian, SCHEMES["gptq"])
-    assert calls == {"_checked_weight": 3, "check": 1, "factorize_hessian": 1}
+    assert calls == {"_checked_weight": 3, "check": 1, "share_input": 1}
 
 
 @pytest.mark.parametrize("mode", SCHEMES)
@@ -103,7 +103,7 @@ def test_row_slices_join_to_the_whole(monkeypatch):
     layer = solver.check_layer(weight, scheme)
     last, first = solver.solve_rows(layer, hessian, [2]), solver.solve_rows(layer, hessian, [0, 1])
     joined, whole = (
-        solver.join_rows(weight, [*first, *last], scheme),
+        gptq.join_slices(weight, [*first, *last], scheme),
         solve(weight, hessian, scheme),
     )
     assert joined.report == whole.report

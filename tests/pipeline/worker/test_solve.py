@@ -73,7 +73,7 @@ def test_each_layer_is_validated_and_made_a_matrix_once(monkeypatch: pytest.Monk
         monkeypatch.setattr(owner, name, counting)
 
     count(solver, "_checked_weight")
-    count(solver, "factorize_hessian")
+    count(solver, "share_input")
     count(KernelLayout, "to_matrix")
     count(HessianSum, "check")
     solve("gptq", layers_of("gptq"), HessianSum.of(inputs()))
@@ -81,7 +81,7 @@ def test_each_layer_is_validated_and_made_a_matrix_once(monkeypatch: pytest.Monk
         "_checked_weight": 3,
         "to_matrix": 3,
         "check": 1,
-        "factorize_hessian": 1,
+        "share_input": 1,
     }
 
 

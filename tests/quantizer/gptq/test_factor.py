@@ -53,7 +53,7 @@ def test_it_multiplies_out_to_the_damped_hessian(size, activation_order):
     wanted = reference.damped(problem.true_hessian, 0.01)[np.ix_(order, order)]
     product = (unit * pivots @ unit.T)[:size, :size]
     assert np.abs(product - wanted).max() <= 1e-5 * np.abs(wanted).max()
-    assert factor.shift == pytest.approx(0.01 * energy.mean(), rel=1e-5)
+    assert float(factor.shift) == pytest.approx(0.01 * energy.mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
@@ -98,7 +98,7 @@ def test_dead_inputs_are_found_and_coupled_to_nothing():
     np.testing.assert_array_equal(unit[:, dead], np.eye(200)[:, dead])
     # Their share of the damping's mean is none.
     live = np.diagonal(problem.true_hessian)[~dead]
-    assert factor.shift == pytest.approx(0.01 * live.mean(), rel=1e-5)
+    assert float(factor.shift) == pytest.approx(0.01 * live.mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize("hessian_damping", [0.0, 1e-6, 0.01, 0.3, 1.0])

@@ -257,5 +257,5 @@ def test_own_variables_load_into_a_stock_layer():
     fresh = keras.layers.EinsumDense.from_config(layer.get_config())
     fresh.build(inputs.shape)
     stored = quantizer.keras_format.layers.own_variables(layer)
-    fresh.load_own_variables({str(i): value for i, value in enumerate(stored)})
+    fresh.load_own_variables({str(i): value.value for i, value in enumerate(stored.values())})
     np.testing.assert_array_equal(convert_to_numpy(fresh(inputs)), convert_to_numpy(layer(inputs)))

@@ -52,7 +52,9 @@ def test_a_decoded_kernel_is_what_stock_keras_reads(form, policy):
         for name in names
         if getattr(layer, f"_{name}" if name == "kernel" else name, None) is not None
     ]
-    variables = dict(zip(present, own_variables(layer), strict=True))
+    stored = own_variables(layer)
+    assert list(stored) == present
+    variables = {name: keras.ops.convert_to_numpy(value) for name, value in stored.items()}
     decoded = decode_kernel(variables, layout, scheme)
     assert decoded.dtype == np.float32
     expected = read_kernel(layer, layout.shape)
