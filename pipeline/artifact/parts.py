@@ -1,4 +1,4 @@
-"""The artifact as stock Keras reads it: one weights file per block, and an index of them.
+"""The artifact as stock Keras reads it: one weights file per block, an index and small files.
 
 A part is the content of one file: part 0 holds everything outside the blocks (embeddings, final
 norm), part i + 1 all of block i. Parts are cut from the layout of the *quantized* skeleton, so
@@ -7,7 +7,8 @@ each is known, down to its size in memory, before anything is solved.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.artifact.weights_file import read_weights_file, weights_file_bytes
-from pipeline.canonical import canonical_json
-from pipeline.errors import ArtifactError, WeightsFileError
+from pipeline.canonical import canonical_json, sha256
+from pipeline.errors import ArtifactError, DamagedObjectError, WeightsFileError
+from pipeline.model.preset import INDEX_FILE
+from pipeline.model.preset_json import quantized_json
 from pipeline.model.weight_layout import StoredVariable
+from pipeline.plan import Plan
+from pipeline.run.commits import commit_manifest, damaged_files
+from pipeline.run.records import (
+    ARTIFACT_PREFIX,
+    LayerRecord,
+    Manifest,
+    PartRecord,
+    file_key,
+    manifest_of,
+)
+from pipeline.run.worker_api import SolvedLayer, Values
+from pipeline.storage.object_store import ObjectStore
+from quantizer.schemes import Float8Scheme
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +66,7 @@ class Part:
             variables: by the layer's own names, as `quantizer.keras_format` returns them.
 
         Raises:
-            ArtifactError: no such layer in this part, or none of its variables has that name.
+            ArtifactError: the layer in this part has no variable of that name.
         """
         own = {stored.name: stored for stored in self.variables if stored.layer_path == layer_path}
         unknown = sorted(set(variables) - set(own))
@@ -68,11 +84,7 @@ class Part:
 def cut_parts(
     layout: Sequence[StoredVariable], blocks: Sequence[keras.layers.Layer]
 ) -> tuple[Part, ...]:
-    """Sort a layout's variables into the files of the artifact.
-
-    Args:
-        layout: `weight_layout` of a backbone.
-        blocks: the backbone's transformer blocks, in order: layers of that same model.
+    """Sort the variables of a backbone's layout into the files of the artifact.
 
     Returns:
         len(blocks) + 1 parts; a variable shared by several blocks is in the first one's.
@@ -88,22 +100,16 @@ def cut_parts(
     part_of_group: dict[str, int] = {}
     for stored in layout:
         part_of_group.setdefault(stored.h5_group, part_of_variable.get(id(stored.variable), 0))
-    parts = tuple(
-        Part(
-            number=number,
-            variables=tuple(
-                stored for stored in layout if part_of_group[stored.h5_group] == number
-            ),
-        )
-        for number in range(len(blocks) + 1)
-    )
-    for part in parts[1:]:
-        if not part.variables:
+    variables: list[list[StoredVariable]] = [[] for _ in range(len(blocks) + 1)]
+    for stored in layout:
+        variables[part_of_group[stored.h5_group]].append(stored)
+    for block, own in zip(blocks, variables[1:], strict=True):
+        if not own:
             raise ArtifactError(
-                f"{blocks[part.number - 1].name}: no variable of this block is in the layout; take "
-                "layout and blocks from the same model"
+                f"{block.name}: no variable of this block is in the layout; take layout and blocks "
+                "from the same model"
             )
-    return parts
+    return tuple(Part(number=i, variables=tuple(own)) for i, own in enumerate(variables))
 
 
 def encode_part(
@@ -115,10 +121,8 @@ def encode_part(
     """The file of a part: the same bytes for the same arguments.
 
     Args:
-        part: from `cut_parts`.
         values: an array for each of the part's variables, by `StoredVariable.name_path`, with the
-            variable's own shape and dtype. Quantized layers' come from `quantizer.keras_format`,
-            all others from the source.
+            variable's own shape and dtype.
         compressed_layers: paths of layers whose kernels have few distinct values (float8).
 
     Raises:
@@ -129,7 +133,16 @@ def encode_part(
     repeated = sorted({path for path in paths if paths.count(path) > 1})
     if repeated:
         raise ArtifactError(f"{part.file}: more than one variable at {repeated}")
-    _check_complete(part.file, paths, values)
+    missing, unknown = sorted(set(paths) - set(values)), sorted(set(values) - set(paths))
+    if missing:
+        raise ArtifactError(
+            f"{part.file}: no value for {missing[0]} ({len(missing)} missing in all)"
+        )
+    if unknown:
+        raise ArtifactError(
+            f"{part.file}: {unknown[0]} is no variable of this file ({len(unknown)} such values "
+            "in all)"
+        )
     groups: dict[str, list[NDArray[Any]]] = {}
     compressed = set()
     for variable in part.variables:
@@ -149,36 +162,31 @@ def decode_part(part: Part, data: bytes) -> dict[str, NDArray[Any]]:
         WeightsFileError: a file that is damaged, hostile, or does not hold exactly this part.
     """
     groups = read_weights_file(data, max_bytes=part.num_bytes)
-    expected: dict[str, list[StoredVariable]] = {}
-    for variable in part.variables:
-        expected.setdefault(variable.h5_group, []).append(variable)
-    found = {name: len(arrays) for name, arrays in groups.items()}
-    wanted = {name: len(variables) for name, variables in expected.items()}
-    odd = sorted(name for name in found | wanted if found.get(name) != wanted.get(name))
-    if odd:
-        raise WeightsFileError(
-            f"{part.file}: {odd[0]} holds {found.get(odd[0], 0)} arrays where the model has "
-            f"{wanted.get(odd[0], 0)}; it is not of this model"
-        )
+    found = Counter({name: len(arrays) for name, arrays in groups.items()})
+    expected = Counter(variable.h5_group for variable in part.variables)
+    for name in sorted(found | expected):
+        if found[name] != expected[name]:
+            raise WeightsFileError(
+                f"{part.file}: {name} holds {found[name]} arrays where the model has "
+                f"{expected[name]}; it is not of this model"
+            )
     values = {}
-    for name, variables in expected.items():
-        for variable, value in zip(variables, groups[name], strict=True):
-            try:
-                _check_value(part.file, variable, value)
-            except ArtifactError as error:
-                raise WeightsFileError(f"{error}; the file is not of this model") from None
-            values[variable.name_path] = value
+    unread = {name: iter(arrays) for name, arrays in groups.items()}
+    for variable in part.variables:
+        value = next(unread[variable.h5_group])
+        try:
+            _check_value(part.file, variable, value)
+        except ArtifactError as error:
+            raise WeightsFileError(f"{error}; the file is not of this model") from None
+        values[variable.name_path] = value
     return values
 
 
-def weights_index(parts: Iterable[Part]) -> bytes:
+def weights_index(parts: Sequence[Part]) -> bytes:
     """The content of model.weights.json, where stock Keras finds each layer's file."""
-    total_bytes = 0
-    weight_map: dict[str, str] = {}
-    for part in parts:
-        total_bytes += part.num_bytes
-        # Keras looks a layer up by the absolute path of its group.
-        weight_map |= {f"/{variable.h5_group}": part.file for variable in part.variables}
+    total_bytes = sum(part.num_bytes for part in parts)
+    # Keras looks a layer up by the absolute path of its group.
+    weight_map = {f"/{stored.h5_group}": part.file for part in parts for stored in part.variables}
     return canonical_json({"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 
@@ -187,20 +195,113 @@ def _in_dtype(value: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     return value if dtype.kind in "iu" else value.astype(dtype)
 
 
-def _check_complete(file: str, paths: Sequence[str], values: Mapping[str, NDArray[Any]]) -> None:
-    missing = sorted(set(paths) - set(values))
-    if missing:
-        raise ArtifactError(f"{file}: no value for {missing[0]} ({len(missing)} missing in all)")
-    unknown = sorted(set(values) - set(paths))
-    if unknown:
-        raise ArtifactError(
-            f"{file}: {unknown[0]} is no variable of this file ({len(unknown)} such values in all)"
-        )
-
-
 def _check_value(file: str, variable: StoredVariable, value: NDArray[Any]) -> None:
     if value.shape != variable.shape or value.dtype != np.dtype(variable.dtype):
         raise ArtifactError(
             f"{file}: {variable.name_path} is {value.dtype}{list(value.shape)} where Keras reads "
             f"{variable.dtype}{list(variable.shape)}"
         )
+
+
+def encode_solved_part(
+    plan: Plan,
+    part: Part,
+    previous: str,
+    values: Values,
+    solved: Mapping[str, SolvedLayer],
+) -> tuple[PartRecord, bytes]:
+    """A part's record, and the bytes of its file.
+
+    Args:
+        previous: digest of the record of the block before; "" where there is none.
+        values: the source's arrays, by variable path.
+        solved: the quantized layers, by path. All other variables keep the source's values.
+    """
+    arrays: dict[str, NDArray[Any]] = {}
+    for path, layer in solved.items():
+        arrays |= part.layer_values(path, layer.variables)
+    for stored in part.variables:
+        if stored.name_path not in arrays:
+            arrays[stored.name_path] = values[str(stored.variable.path)]
+    data = encode_part(part, arrays, compressed_layers=_compressed_layers(plan))
+    record = PartRecord(
+        part=part.number,
+        plan_digest=plan.digest,
+        file=file_key(part.number),
+        sha256=sha256(data),
+        size_bytes=len(data),
+        loaded_bytes=part.num_bytes,
+        previous=previous,
+        layers=tuple(
+            LayerRecord(
+                path=layer.path,
+                scheme=layer.scheme,
+                account=solved[layer.path].report if layer.path in solved else None,
+                note=layer.note,
+            )
+            for layer in plan.parts[part.number].layers
+        ),
+    )
+    return record, data
+
+
+def finalize(
+    plan: Plan,
+    store: ObjectStore,
+    preset_files: Mapping[str, bytes],
+    parts: Sequence[Part],
+    records: Mapping[int, PartRecord],
+) -> Manifest:
+    """Write the artifact's small files, verify every stored file, and commit the manifest.
+
+    Args:
+        store: opened at the run's root.
+        preset_files: the source's files other than weights, as KerasHub saves them, by name.
+            They are copied byte for byte, except for the dtype in config.json and task.json.
+        records: of every part, by number.
+
+    Raises:
+        DamagedObjectError: a stored file differs from what was committed; resume repairs it.
+    """
+    json_files = {name: data for name, data in preset_files.items() if name.endswith(".json")}
+    names = {**preset_files, **quantized_json(json_files, plan.policies)}
+    names[INDEX_FILE] = weights_index(parts)
+    files = {f"{ARTIFACT_PREFIX}{name}": data for name, data in names.items()}
+    for key in sorted(files):
+        store.create(key, files[key])
+    manifest = manifest_of(plan.digest, dict(records), files, _provenance(plan))
+    damaged = damaged_files(store, manifest)
+    if damaged:
+        raise DamagedObjectError(
+            f"{len(damaged)} committed objects are damaged, the first: {damaged[0].problem}; "
+            "resume the run to make them again"
+        )
+    return commit_manifest(store, manifest)
+
+
+def _compressed_layers(plan: Plan) -> frozenset[str]:
+    """Paths of the layers whose kernels are compressed at rest: float8's, from format 2 on."""
+    if plan.weights_format == 1:
+        return frozenset()
+    layers = [layer for part in plan.parts for layer in part.layers]
+    return frozenset(layer.path for layer in layers if isinstance(layer.scheme, Float8Scheme))
+
+
+def _provenance(plan: Plan) -> dict[str, Any]:
+    """Where the result comes from; nothing that differs between two executions of the plan."""
+    tokens = plan.tokens
+    return {
+        "source_digest": plan.source_digest,
+        "model": plan.model,
+        "recipe": plan.recipe.to_dict(),
+        "machine": plan.machine,
+        "versions": plan.versions,
+        "calibration": None
+        if tokens is None
+        else {
+            "texts_sha256": tokens.fingerprint,
+            "tokens_sha256": tokens.digest,
+            "num_samples": tokens.num_samples,
+            "sequence_length": tokens.sequence_length,
+        },
+    }

@@ -2,9 +2,8 @@
 
     KERAS_BACKEND=… python -I stock_reader.py
 
-Standard input is a JSON list of {"preset", "inputs", "outputs"}. For each, the task that task.json
-names is loaded from the folder `preset`, is run on the token ids in the file `inputs`, and its
-output is saved to the file `outputs`. Standard output is JSON: the backend and versions used.
+Standard input is a JSON list of {"preset", "inputs", "outputs"}: a folder, a file of token ids, and
+where to save the output of the task for them. Standard output is JSON: backend and versions.
 """
 
 import json

@@ -90,7 +90,6 @@ def ask_stock(
     """Load presets with stock KerasHub in a new process, and run each on token ids.
 
     Args:
-        presets: local folders with config.json, task.json, model.weights.json and its files.
         token_ids: [batch, sequence], by preset.
         backend: of Keras: jax, torch or tensorflow.
         timeout_seconds: for all presets together.
@@ -101,15 +100,9 @@ def ask_stock(
     with tempfile.TemporaryDirectory(prefix="quantfleet-stock-") as scratch:
         jobs = []
         for index, (preset, tokens) in enumerate(zip(presets, token_ids, strict=True)):
-            inputs, outputs = Path(scratch, f"in{index}.npy"), Path(scratch, f"out{index}.npy")
-            np.save(inputs, np.ascontiguousarray(tokens, dtype=np.int32))
-            jobs.append(
-                {
-                    "preset": str(Path(preset).resolve()),
-                    "inputs": str(inputs),
-                    "outputs": str(outputs),
-                }
-            )
+            files = {"inputs": f"{scratch}/in{index}.npy", "outputs": f"{scratch}/out{index}.npy"}
+            np.save(files["inputs"], np.ascontiguousarray(tokens, dtype=np.int32))
+            jobs.append({"preset": str(Path(preset).resolve()), **files})
         versions = _run(jobs, backend, scratch, timeout_seconds)
         answers = tuple(np.load(job["outputs"], allow_pickle=False) for job in jobs)
     return StockAnswer(outputs=answers, **versions)

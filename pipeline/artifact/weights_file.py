@@ -1,9 +1,9 @@
 """Read and write one HDF5 file of Keras weights; equal arrays give equal bytes.
 
-Keras wants 2- and 3-bit codes in a byte each. HDF5's scale-offset filter stores only their low
-bits, without loss, and writes random codes several times faster than gzip, which needs up to 1.3
-times the space. Float8 kernels are float arrays with at most 255 distinct values: gzip stores them
-in about 8 bits each. Every HDF5 library reads both filters without being told.
+Keras wants 2- and 3-bit codes in a byte each. HDF5's scale-offset filter stores their low bits
+alone, several times faster than gzip, which takes up to 1.3 times the space. Float8 kernels are
+float arrays of at most 255 distinct values, which gzip stores in about 8 bits each. Every HDF5
+library reads both filters without being told.
 """
 
 from __future__ import annotations
@@ -64,8 +64,7 @@ def read_weights_file(data: bytes, *, max_bytes: int) -> dict[str, list[NDArray[
     """Read a weights file without trusting anything in it.
 
     Args:
-        data: the file.
-        max_bytes: memory that all arrays together may take, such as the sum over the layout.
+        max_bytes: memory that all arrays together may take.
 
     Returns:
         Arrays by group, groups in sorted order.
@@ -77,9 +76,7 @@ def read_weights_file(data: bytes, *, max_bytes: int) -> dict[str, list[NDArray[
     try:
         with h5py.File(io.BytesIO(data), "r") as file:
             found = dict(_walk(file))
-            total = sum(
-                math.prod(dataset.shape) * dataset.dtype.itemsize for dataset in found.values()
-            )
+            total = sum(math.prod(item.shape) * item.dtype.itemsize for item in found.values())
             if total > max_bytes:
                 raise WeightsFileError(
                     f"weights file declares {total} bytes of arrays where {max_bytes} are "
@@ -153,15 +150,11 @@ def _walk(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
             child_path = f"{path}/{name}" if path else name
             link = group.get(name, getlink=True)
             if not isinstance(link, h5py.HardLink):
-                raise WeightsFileError(
-                    f"weights file: {child_path} is a {type(link).__name__}; refused"
-                )
+                raise _refused(child_path, f"is a {type(link).__name__}")
             child = group[name]
             address = h5py.h5o.get_info(child.id).addr
             if address in seen:
-                raise WeightsFileError(
-                    f"weights file: {child_path} has another name as well; refused"
-                )
+                raise _refused(child_path, "has another name as well")
             seen.add(address)
             if isinstance(child, h5py.Group):
                 pending.append((child_path, child))
@@ -169,42 +162,44 @@ def _walk(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
                 _check_dataset(child_path, child)
                 yield child_path, child
             else:
-                raise WeightsFileError(f"weights file: {child_path} is not an array; refused")
+                raise _refused(child_path, "is not an array")
 
 
 def _check_dataset(path: str, dataset: h5py.Dataset) -> None:
     bfloat16 = dataset.attrs.get("dtype") == "bfloat16" and dataset.dtype.itemsize == 2
     if dataset.is_virtual or dataset.external:
-        raise WeightsFileError(f"weights file: {path} keeps its values elsewhere; refused")
+        raise _refused(path, "keeps its values elsewhere")
     if dataset.shape is None or not (dataset.dtype.kind in _STORED_KINDS or bfloat16):
-        raise WeightsFileError(f"weights file: {path} has dtype {dataset.dtype}; refused")
+        raise _refused(path, f"has dtype {dataset.dtype}")
     # A chunk is unpacked whole, however little of it belongs to the array.
     if dataset.chunks and math.prod(dataset.chunks) > max(dataset.size, 1):
-        raise WeightsFileError(f"weights file: {path} has chunks larger than itself; refused")
+        raise _refused(path, "has chunks larger than itself")
+
+
+def _refused(path: str, problem: str) -> WeightsFileError:
+    return WeightsFileError(f"weights file: {path} {problem}; refused")
 
 
 def _arrays(datasets: Mapping[str, h5py.Dataset]) -> dict[str, list[NDArray[Any]]]:
-    keys: dict[str, set[str]] = {}
-    for path in datasets:
+    groups: dict[str, dict[str, h5py.Dataset]] = {}
+    for path, dataset in datasets.items():
         group, _, key = path.rpartition("/")
-        keys.setdefault(group, set()).add(key)
-    for group, found in sorted(keys.items()):
-        if found != {str(index) for index in range(len(found))}:
+        groups.setdefault(group, {})[key] = dataset
+    for group, found in sorted(groups.items()):
+        if set(found) != {str(index) for index in range(len(found))}:
             raise WeightsFileError(
                 f"weights file: arrays of {group} are not numbered from 0 ({sorted(found)[:9]})"
             )
     return {
-        group: [_read(f"{group}/{index}", datasets) for index in range(len(keys[group]))]
-        for group in sorted(keys)
+        group: [_read(f"{group}/{index}", found[str(index)]) for index in range(len(found))]
+        for group, found in sorted(groups.items())
     }
 
 
-def _read(path: str, datasets: Mapping[str, h5py.Dataset]) -> NDArray[Any]:
-    dataset = datasets[path]
+def _read(path: str, dataset: h5py.Dataset) -> NDArray[Any]:
     if dataset.chunks and not _unpacks_to_its_size(dataset):
-        raise WeightsFileError(
-            f"weights file: {path} has a filter that is unknown, or unpacks to more than the array "
-            "holds; refused"
+        raise _refused(
+            path, "has a filter that is unknown, or unpacks to more than the array holds"
         )
     value = np.asarray(dataset[()])
     return value.view(_BFLOAT16) if dataset.attrs.get("dtype") == "bfloat16" else value
@@ -215,8 +210,7 @@ def _unpacks_to_its_size(dataset: h5py.Dataset) -> bool:
     properties = dataset.id.get_create_plist()
     filters = [properties.get_filter(i) for i in range(properties.get_nfilters())]
     codes = tuple(code for code, *_ in filters)
-    num_values = math.prod(dataset.chunks)
-    num_bytes = num_values * dataset.dtype.itemsize
+    num_bytes = math.prod(dataset.chunks) * dataset.dtype.itemsize
     if codes in _GZIP:
         skipped = 1 << codes.index(h5py.h5z.FILTER_DEFLATE)
         return all(

@@ -1,14 +1,9 @@
 """Calibration texts as a stream of documents, from files and Hugging Face data sets.
 
-A source is one of
-
-    hf:<owner>/<name>[/<config>][?split=…&config=…&revision=…]   a data set on the hub
-    hf:/path/of/a/data set[?split=…]                             a data set in a local directory
-    any fsspec path, URL or glob of .jsonl, .parquet or .txt     files, read in sorted order
-
-A document is a line of .jsonl, a row of .parquet or a whole .txt; .jsonl and .txt may be
-compressed (.gz). Sources are interleaved, one document each in turn, until all are exhausted. Hub
-data sets are streamed, so only what is read is fetched; code that comes with one is never run.
+A source is hf:<owner>/<name>[/<config>][?split=…&config=…&revision=…], hf: with a local folder, or
+a path, URL or glob of .jsonl, .parquet or .txt files. A document is a line of .jsonl, a row of
+.parquet or a whole .txt; .jsonl and .txt may be compressed (.gz). Sources are interleaved, one
+document each in turn. Hub data sets are streamed; code that comes with one is never run.
 """
 
 from __future__ import annotations

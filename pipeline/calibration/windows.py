@@ -43,7 +43,7 @@ def make_windows(
 
     Args:
         texts: documents; those without any token are skipped.
-        tokenize: gives a document's tokens, integers [num_tokens], without special tokens.
+        tokenize: gives a document's tokens [num_tokens], without special tokens.
         start_token: first token of every window.
         end_token: put after every document, even a truncated one.
         pad_token: fills up a window without packing.

@@ -1,8 +1,8 @@
 """Cut a model's functional graph into embed → transformer blocks → head.
 
-The graph itself shows how each block is called; KerasHub's own list of blocks is incomplete (it
-misses Gemma3's scaling, BLOOM's norm, OPT's positions). Hidden states pass through the chain of
-blocks; everything else that blocks take (masks) is a side input, computed once.
+The graph shows how each block is called; KerasHub's own list of blocks is incomplete (it misses
+Gemma3's scaling, BLOOM's norm, OPT's positions). Hidden states pass through the chain of blocks;
+all else that blocks take (masks) is a side input, computed once.
 """
 
 from __future__ import annotations
@@ -44,24 +44,17 @@ class _HiddenStates:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One transformer block.
-
-    Attributes:
-        index: position in the chain, from 0.
-        layer: the Keras layer.
-        signature: equal for blocks that compute the same function of their variables, and so can
-            share one compiled program.
-        targets: its Dense and EinsumDense layers, depth first.
-        unsupported: layers with matrices that cannot be quantized, with the reason.
-        arguments: positional and keyword arguments of its call, with stand-ins for tensors.
-    """
+    """One transformer block."""
 
     index: int
     layer: keras.layers.Layer
     signature: str
+    """Equal for blocks that compute the same function, and so can share a compiled program."""
     targets: tuple[Target, ...]
+    """Its Dense and EinsumDense layers, depth first."""
     unsupported: tuple[Unsupported, ...]
     arguments: tuple[Sequence[Any], Mapping[str, Any]]
+    """Positional and keyword arguments of its call, with stand-ins for tensors."""
 
     @property
     def name(self) -> str:
@@ -73,7 +66,7 @@ class Block:
         """Positional and keyword arguments to call `layer` with.
 
         Args:
-            hidden_states: [batch, sequence, hidden], from `embed` or the previous block.
+            hidden_states: [batch, sequence, hidden].
             side_inputs: all of `embed`'s outputs after the first.
         """
 
@@ -91,23 +84,17 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockGraph:
-    """A model as embed → blocks → head.
-
-    Attributes:
-        blocks: in order; each takes the hidden states that the one before returns.
-        embed: model from the backbone's inputs to [hidden_states, *side_inputs].
-        head: model from [hidden_states, *head_inputs] to the task's output (logits, say), or to the
-            backbone's output if there is no task.
-        head_inputs: names of the backbone's inputs that the head needs.
-        rest_targets: quantizable layers outside the blocks (embeddings, poolers, heads).
-        rest_unsupported: other layers with matrices outside the blocks.
-    """
+    """A model as embed → blocks → head."""
 
     blocks: tuple[Block, ...]
     embed: keras.Model
+    """From the backbone's inputs to [hidden_states, *side_inputs]."""
     head: keras.Model
+    """From [hidden_states, *head_inputs] to the output of the task, or else of the backbone."""
     head_inputs: tuple[str, ...]
+    """Names of the backbone's inputs that the head needs."""
     rest_targets: tuple[Target, ...]
+    """Quantizable layers outside the blocks: embeddings, poolers, heads."""
     rest_unsupported: tuple[Unsupported, ...]
 
     def bind_head(self, hidden_states: Any, inputs: Mapping[str, Any]) -> list[Any]:
@@ -145,7 +132,8 @@ def find_blocks(skeleton: Skeleton) -> BlockGraph:
     _refuse_shortcuts(backbone, layers, side_inputs, hidden_states)
     embed = keras.Model(backbone.input, [entry, *side_inputs.values()], name="embed")
     head, head_inputs = _head(skeleton, hidden_states)
-    rest = [layer for layer in _operations(skeleton) if layer not in layers]
+    of_task = [] if skeleton.task is None else skeleton.task.layers
+    rest = [one for one in (*backbone.layers, *of_task) if one not in (*layers, backbone)]
     return BlockGraph(
         blocks=tuple(blocks),
         embed=embed,
@@ -234,17 +222,16 @@ def _refuse_shortcuts(
     backbone: Any, blocks: list[keras.layers.Layer], side_inputs: dict[int, Any], last: Any
 ) -> None:
     """Check that only the next block uses a block's output, and only the head the last one's."""
-    for tensor in side_inputs.values():
-        for node in behind([tensor]):
+    for nodes, reason in (
+        (_behind(side_inputs.values()), "a later block uses more than its hidden states"),
+        (
+            _behind(tree.flatten(backbone.output), {id(last)}),
+            "the model's output uses it past later blocks",
+        ),
+    ):
+        for node in nodes:
             if node.operation in blocks:
-                raise _no_chain(
-                    backbone, node.operation, "a later block uses more than its hidden states"
-                )
-    for node in behind(tree.flatten(backbone.output), {id(last)}):
-        if node.operation in blocks:
-            raise _no_chain(
-                backbone, node.operation, "the model's output uses it past later blocks"
-            )
+                raise _no_chain(backbone, node.operation, reason)
 
 
 def _head(skeleton: Skeleton, last: Any) -> tuple[keras.Model, tuple[str, ...]]:
@@ -252,33 +239,19 @@ def _head(skeleton: Skeleton, last: Any) -> tuple[keras.Model, tuple[str, ...]]:
     backbone, task = skeleton.backbone, skeleton.task
     hidden_states = keras.Input(batch_shape=last.shape, dtype=last.dtype, name="hidden_states")
     inputs: dict[str, Any] = {}
-    output = replay(backbone.output, {id(last): hidden_states}, inputs)
+    output = _replay(backbone.output, {id(last): hidden_states}, inputs)
     if task is not None:
-        node = _backbone_call(backbone, task)
-        given = dict(zip(map(id, node.output_tensors), tree.flatten(output), strict=True))
-        output = replay(task.output, given, inputs)
+        nodes = _behind(tree.flatten(task.output))
+        calls = {id(node): node for node in nodes if node.operation is backbone}
+        if len(calls) != 1:
+            raise SourceError(
+                f"{task.name}: calls its backbone {len(calls)} times where once is expected; this "
+                f"{type(task).__name__} cannot be quantized block by block"
+            )
+        [call] = calls.values()
+        given = dict(zip(map(id, call.output_tensors), tree.flatten(output), strict=True))
+        output = _replay(task.output, given, inputs)
     return keras.Model([hidden_states, *inputs.values()], output, name="head"), tuple(inputs)
-
-
-def _backbone_call(backbone: Any, task: Any) -> Any:
-    """The node by which a task calls its backbone."""
-    calls = {
-        id(node): node for node in behind(tree.flatten(task.output)) if node.operation is backbone
-    }
-    if len(calls) != 1:
-        raise SourceError(
-            f"{task.name}: calls its backbone {len(calls)} times where once is expected; this "
-            f"{type(task).__name__} cannot be quantized block by block"
-        )
-    return next(iter(calls.values()))
-
-
-def _operations(skeleton: Skeleton) -> list[keras.layers.Layer]:
-    """All top-level layers: the backbone's, then those that the task adds."""
-    layers = list(skeleton.backbone.layers)
-    if skeleton.task is not None:
-        layers += [layer for layer in skeleton.task.layers if layer is not skeleton.backbone]
-    return layers
 
 
 def _no_chain(backbone: Any, layer: keras.layers.Layer, reason: str) -> SourceError:
@@ -288,7 +261,7 @@ def _no_chain(backbone: Any, layer: keras.layers.Layer, reason: str) -> SourceEr
     )
 
 
-def behind(tensors: Iterable[Any], ends: Set[int] = frozenset()) -> Iterator[Any]:
+def _behind(tensors: Iterable[Any], ends: Set[int] = frozenset()) -> Iterator[Any]:
     """Every call (graph node) that tensors depend on, back to the inputs or to `ends` (ids)."""
     seen: set[int] = set(ends)
     pending = list(tensors)
@@ -303,7 +276,7 @@ def behind(tensors: Iterable[Any], ends: Set[int] = frozenset()) -> Iterator[Any
         pending.extend(node.input_tensors)
 
 
-def replay(output: Any, given: dict[int, Any], inputs: dict[str, Any]) -> Any:
+def _replay(output: Any, given: dict[int, Any], inputs: dict[str, Any]) -> Any:
     """Rebuild a graph's output from other tensors.
 
     `keras.Model(last, output)` will not do: Keras 3.15 fails if an output is itself an input, as
@@ -345,10 +318,6 @@ def block_signature(layer: keras.layers.Layer, call: str) -> str:
 
     Settings are read from the layers' attributes: KerasHub's `get_config()` raises for some blocks
     and omits arguments of others.
-
-    Args:
-        layer: a built block.
-        call: how it is called.
     """
     described = [call, *_describe_layer(layer, "")]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]

@@ -1,9 +1,8 @@
 """Hugging Face models through KerasHub's own converters: their JSON, and each variable's tensor.
 
-To learn what a converter would load into each variable without loading anything, it runs on a
-skeleton, with a loader that only records which tensor it requests and how it would reshape it. So
-every architecture that KerasHub converts with `port_weight` is read exactly as KerasHub reads it,
-and each variable can be read on its own.
+A converter runs on a skeleton, with a loader that only records which tensor it requests for each
+variable and how it would reshape it. So every architecture that KerasHub converts with
+`port_weight` is read exactly as KerasHub reads it, one variable at a time.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,18 +27,13 @@ from keras_hub.src.utils.transformers.safetensor_utils import SafetensorLoader
 from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
-from pipeline.model.preset import CONFIG_FILE, PresetFiles
-from pipeline.model.quantized_config import serialized_object
+from pipeline.model.preset import CONFIG_FILE, PresetFiles, keras_errors
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
-def find_converter(preset: PresetFiles) -> ModuleType:
-    """KerasHub's converter for this architecture.
-
-    Raises:
-        SourceError: KerasHub has none.
-    """
+def _find_converter(preset: PresetFiles) -> ModuleType:
+    """KerasHub's converter for this architecture."""
     try:
         loader = TransformersPresetLoader(preset.url, preset.parse(CONFIG_FILE))
     except (ValueError, KeyError) as error:
@@ -58,19 +53,17 @@ def convert_config(preset: PresetFiles) -> tuple[dict[str, Any], dict[str, Any] 
         SourceError: no converter, a config that it does not understand, or components other than
             the text model (a vision encoder).
     """
-    converter = find_converter(preset)
+    converter = _find_converter(preset)
     config = preset.parse(CONFIG_FILE)
     backbone_class = converter.backbone_cls
     options = [config]
     if len(inspect.signature(converter.convert_backbone_config).parameters) != 1:
         options.append(backbone_class)
-    try:
+    with keras_errors(
+        f"{preset.url}/{CONFIG_FILE}: KerasHub's converter for {backbone_class.__name__} failed",
+        "a value is missing or has a newer format",
+    ):
         arguments = converter.convert_backbone_config(*options)
-    except (KeyError, ValueError, TypeError) as error:
-        raise SourceError(
-            f"{preset.url}/{CONFIG_FILE}: KerasHub's converter for {backbone_class.__name__} "
-            f"failed ({type(error).__name__}: {error}); a value is missing or has a newer format"
-        ) from error
     dtype = config.get("torch_dtype", config.get("dtype"))
     policy = keras.DTypePolicy(dtype if dtype in _DTYPES else "float32")
     arguments = {**arguments, "dtype": keras.dtype_policies.serialize(policy)}
@@ -83,6 +76,18 @@ def convert_config(preset: PresetFiles) -> tuple[dict[str, Any], dict[str, Any] 
         ) from None
     backbone_json = serialized_object(backbone_class, arguments)
     return backbone_json, _task_json(preset, converter, backbone_json)
+
+
+def serialized_object(keras_class: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    """An object of a Keras class, in the form in which Keras serializes it."""
+    # Keras would number the default name by the objects of the process.
+    name = re.sub("([a-z0-9])([A-Z])", r"\1_\2", keras_class.__name__).lower()
+    return {
+        "module": keras_class.__module__,
+        "class_name": keras_class.__name__,
+        "config": {"name": name, **config},
+        "registered_name": keras.saving.get_registered_name(keras_class),
+    }
 
 
 def _task_json(
@@ -112,16 +117,12 @@ Hook = Callable[[NDArray[Any], list[int]], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """How KerasHub's converter fills one variable: from a tensor, or with a constant.
-
-    Attributes:
-        tensor: full name of the tensor in the safetensors files; None for a constant.
-        hook: turns the tensor into the variable's value, given the variable's shape.
-        constant: a value that the converter assigns directly.
-    """
+    """How KerasHub's converter fills one variable: from a tensor, or with a constant."""
 
     tensor: str | None = None
+    """Full name of the tensor in the safetensors files; None for a constant."""
     hook: Hook | None = None
+    """Turns the tensor into the variable's value, given the variable's shape."""
     constant: NDArray[Any] | None = None
 
 
@@ -131,7 +132,6 @@ def record_conversion(
     """Run KerasHub's converter on a weightless backbone, and record how it fills each variable.
 
     Args:
-        preset: a Hugging Face model.
         backbone: of a skeleton used for nothing else, since the converter may assign to it.
         tensors: file of each tensor.
 
@@ -143,15 +143,11 @@ def record_conversion(
     """
     loader = _RecordingLoader(preset, tensors)
     before = {id(variable) for variable in backbone.variables if variable._value is not None}
-    try:
-        find_converter(preset).convert_weights(backbone, loader, preset.parse(CONFIG_FILE))
-    except (KeyError, ValueError, AttributeError, TypeError) as error:
-        if isinstance(error, SourceError):
-            raise
-        raise SourceError(
-            f"{preset.url}: KerasHub's converter for {type(backbone).__name__} failed "
-            f"({type(error).__name__}: {error}); config.json and weights are of different models"
-        ) from error
+    with keras_errors(
+        f"{preset.url}: KerasHub's converter for {type(backbone).__name__} failed",
+        "config.json and weights are of different models",
+    ):
+        _find_converter(preset).convert_weights(backbone, loader, preset.parse(CONFIG_FILE))
     for variable in backbone.variables:
         path = str(variable.path)
         if variable._value is not None and id(variable) not in before:

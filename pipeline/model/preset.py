@@ -7,12 +7,13 @@ needed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.errors import DamagedObjectError, MissingObjectError, SourceError
+from pipeline.errors import DamagedObjectError, MissingObjectError, PipelineError, SourceError
 from pipeline.storage.object_store import ObjectStore, open_store
 
 CONFIG_FILE = "config.json"
@@ -31,20 +32,15 @@ _FOREIGN = (".bin", ".pt", ".pth", ".msgpack", ".onnx", ".onnx_data", ".gguf", "
 
 @dataclass(frozen=True, kw_only=True)
 class PresetFiles:
-    """The content of a preset's folder: plain data, small enough to send to workers.
-
-    Attributes:
-        url: of the folder.
-        format: "keras" as KerasHub saves presets, or "huggingface" with safetensors.
-        json_files: content of each JSON file outside assets/, by name within the folder.
-        sizes: bytes of each file, by name within the folder.
-        store: opened at the folder.
-    """
+    """The content of a preset's folder: plain data, small enough to send to workers."""
 
     url: str
     format: Literal["keras", "huggingface"]
+    """As KerasHub saves presets, or with safetensors."""
     json_files: Mapping[str, bytes]
+    """Content of each JSON file outside assets/, by name within the folder."""
     sizes: Mapping[str, int]
+    """Bytes of each file, by name within the folder."""
     store: ObjectStore = field(repr=False)
 
     @property
@@ -114,6 +110,26 @@ class PresetFiles:
             target.write_bytes(self.json_files.get(name) or self.read(name))
 
 
+@contextmanager
+def keras_errors(
+    problem: str, remedy: str, folders: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """Turn what Keras and KerasHub raise for bad input into a SourceError of one line.
+
+    Args:
+        folders: what to call each temporary folder that their message may name.
+    """
+    try:
+        yield
+    except PipelineError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        for folder, name in (folders or {}).items():
+            reason = reason.replace(folder, name)
+        raise SourceError(f"{problem} ({type(error).__name__}: {reason}); {remedy}") from error
+
+
 def check_preset(store: ObjectStore) -> None:
     """Check that a store's root looks like a preset.
 
@@ -129,9 +145,6 @@ def check_preset(store: ObjectStore) -> None:
 
 def read_preset(url: str) -> PresetFiles:
     """List a preset's folder and read its JSON.
-
-    Args:
-        url: any URL that `open_store` takes, such as s3://bucket/models/llama, or a local path.
 
     Raises:
         SourceError: there is no preset, or its format is unknown.

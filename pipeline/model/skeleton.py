@@ -1,9 +1,8 @@
 """A preset's model without weights: every variable has a path, shape and dtype, but no value.
 
-It is built from the preset's own JSON, never from `get_config()`, which forgets arguments. An 8B
-model takes half a second and a few MB; `variable.assign(array)` later fills any variable. Before
-anything is built, the classes that the JSON names are checked, more strictly than by Keras's safe
-mode.
+An 8B model takes half a second and a few MB; `variable.assign(array)` later fills any variable.
+Before anything is built, the classes that the JSON names are checked, more strictly than by Keras's
+safe mode.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from keras.src.backend.common import global_state
 
 from pipeline.errors import SourceError
 from pipeline.model.huggingface import convert_config
-from pipeline.model.preset import CONFIG_FILE, TASK_FILE, PresetFiles
+from pipeline.model.preset import CONFIG_FILE, TASK_FILE, PresetFiles, keras_errors
 from pipeline.model.weight_layout import StoredVariable, weight_layout
 
 _GLOBALS: dict[str, Callable[[], Any]] = {
@@ -33,19 +32,14 @@ _GLOBALS: dict[str, Callable[[], Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Skeleton:
-    """A weightless model.
-
-    Attributes:
-        backbone: the `keras_hub.models.Backbone`.
-        task: the `keras_hub.models.Task` around it, which adds a head for logits, say; None if
-            the preset names none. It is built without its preprocessor.
-        backbone_json: what the backbone was built from, as in config.json.
-        task_json: what the task was built from, as in task.json, or None.
-    """
+    """A weightless model."""
 
     backbone: Any
+    """The `keras_hub.models.Backbone`."""
     task: Any | None
+    """The `keras_hub.models.Task` around it, without its preprocessor, if the preset has one."""
     backbone_json: Mapping[str, Any]
+    """What the backbone was built from, as in config.json."""
     task_json: Mapping[str, Any] | None
 
     @property
@@ -94,9 +88,8 @@ def build_skeleton(
     Layer names and variable paths are the same in every process, whatever was built before.
 
     Args:
-        dtype_policy_map: replaces the dtype in the preset's JSON: a policy's name, or a
-            `DTypePolicyMap` as Keras serializes it, which makes quantized layers with all their
-            variables.
+        dtype_policy_map: replaces the dtype in the preset's JSON: a policy's name, or a serialized
+            `DTypePolicyMap`, which makes quantized layers with all their variables.
 
     Raises:
         SourceError: JSON that is damaged, names a class from outside Keras and KerasHub, or
@@ -105,19 +98,18 @@ def build_skeleton(
     backbone_json, task_json = _configs(preset)
     if dtype_policy_map is not None:
         backbone_json["config"]["dtype"] = _copy(dtype_policy_map)
-    check_trusted(backbone_json, f"{preset.url}/{CONFIG_FILE}")
-    backbone_class = registered_class(
-        backbone_json, keras_hub.models.Backbone, f"{preset.url}/{CONFIG_FILE}"
-    )
+    where = f"{preset.url}/{CONFIG_FILE}"
+    check_trusted(backbone_json, where)
+    backbone_class = _registered_class(backbone_json, keras_hub.models.Backbone, where)
     with apart(), keras.StatelessScope(initialize_variables=False):
-        backbone = _build(backbone_class, backbone_json["config"], f"{preset.url}/{CONFIG_FILE}")
+        backbone = _build(backbone_class, backbone_json["config"], where)
         task = None
         if task_json is not None:
             task_json["config"]["backbone"] = backbone_json
             rest = {**task_json["config"], "backbone": None, "preprocessor": None}
             where = f"{preset.url}/{TASK_FILE}"
             check_trusted(rest, where)
-            task_class = registered_class(task_json, keras_hub.models.Task, where)
+            task_class = _registered_class(task_json, keras_hub.models.Task, where)
             rest.update(backbone=backbone, compile=False)
             task = _build(task_class, rest, where)
     _fill_seeds(backbone if task is None else task)
@@ -144,16 +136,11 @@ def _configs(preset: PresetFiles) -> tuple[dict[str, Any], dict[str, Any] | None
     return backbone_json, task_json
 
 
-def _build(model_class: type, config: Mapping[str, Any], where: str) -> Any:
-    try:
+def _build(model_class: type[Any], config: Mapping[str, Any], where: str) -> Any:
+    problem = f"{where}: {model_class.__name__} cannot be built from it"
+    with keras_errors(problem, "was it written by a newer KerasHub?"):
         # from_config may modify its argument.
-        return model_class.from_config(_copy(config))  # type: ignore[attr-defined]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise SourceError(
-            f"{where}: {model_class.__name__} cannot be built from it ({type(error).__name__}: "
-            f"{reason}); was it written by a newer KerasHub?"
-        ) from error
+        return model_class.from_config(_copy(config))
 
 
 def _copy(config: Any) -> Any:
@@ -201,49 +188,34 @@ _RUN_CODE = frozenset(
 def check_trusted(content: Any, where: str) -> None:
     """Reject objects of other packages, and those of Keras that execute code from their config.
 
-    Args:
-        content: parsed JSON.
-        where: the file, for the message.
-
     Raises:
         SourceError: such an object, at any depth.
     """
     pending = [content]
     while pending:
         item = pending.pop()
-        if isinstance(item, dict):
-            if "class_name" in item:
-                _check_class(item, where)
-            pending.extend(item.values())
-        elif isinstance(item, list):
+        if isinstance(item, list):
             pending.extend(item)
+        if not isinstance(item, dict):
+            continue
+        pending.extend(item.values())
+        if "class_name" not in item:
+            continue
+        # Keras joins module and name, so a name may itself contain dots.
+        name, module = str(item["class_name"]), str(item.get("module") or "keras")
+        if name == "function":
+            trusted = module in _FUNCTIONS and isinstance(item.get("config"), str)
+        else:
+            trusted = module.partition(".")[0] in _TRUSTED
+        if not trusted or name.rpartition(".")[2] in _RUN_CODE:
+            raise SourceError(
+                f"{where}: refuses {name!r} of module {module!r}; a source may use only classes of "
+                "keras and keras_hub that execute no code from their config"
+            )
 
 
-def _check_class(item: Mapping[str, Any], where: str) -> None:
-    # Keras joins module and name, so a name may itself contain dots.
-    name, module = str(item["class_name"]), str(item.get("module") or "keras")
-    if name == "function":
-        trusted = module in _FUNCTIONS and isinstance(item.get("config"), str)
-    else:
-        trusted = module.partition(".")[0] in _TRUSTED
-    if not trusted or name.rpartition(".")[2] in _RUN_CODE:
-        raise SourceError(
-            f"{where}: refuses {name!r} of module {module!r}; a source may use only classes of "
-            "keras and keras_hub that execute no code from their config"
-        )
-
-
-def registered_class(config: Mapping[str, Any], parent: type, where: str) -> type[Any]:
-    """The KerasHub class that a serialized object names.
-
-    Args:
-        config: the object, as Keras serializes it.
-        parent: its required base class.
-        where: the file, for the message.
-
-    Raises:
-        SourceError: not a subclass of `parent`, or unknown to KerasHub.
-    """
+def _registered_class(config: Mapping[str, Any], parent: type, where: str) -> type[Any]:
+    """The KerasHub class that a serialized object names, which must be a subclass of `parent`."""
     registered_name = str(config.get("registered_name"))
     found = keras.saving.get_registered_object(registered_name)
     if (

@@ -1,9 +1,11 @@
-"""The layers of a model that stock Keras can load quantized, and why it cannot load others."""
+"""The layers that stock Keras can load quantized: why not others, and what reaches them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import keras
@@ -19,16 +21,11 @@ _TABLES = (keras.layers.Embedding, keras.layers.ReversibleEmbedding)
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A layer that can be quantized.
-
-    Attributes:
-        path: the Keras layer's path, as a `DTypePolicyMap` names it.
-        name: the path within its block; outside the blocks, the path.
-        layer: the Keras layer.
-    """
+    """A layer that can be quantized."""
 
     path: str
     name: str
+    """The path within its block; outside the blocks, the path."""
     layer: keras.layers.Layer
 
     @property
@@ -51,7 +48,7 @@ class Target:
 
     @property
     def kernel_path(self) -> str:
-        """Path of the kernel's variable; the layer must not be an embedding."""
+        """Path of the kernel's variable, unless the layer is an embedding."""
         return str(self.layer._kernel.path)
 
     @property
@@ -80,7 +77,6 @@ def find_targets(
     """The quantizable layers among these and inside them, depth first, each once.
 
     Args:
-        layers: to search.
         prefix: removed from a path to get the target's name.
         embeddings: whether to include embeddings.
     """
@@ -135,3 +131,34 @@ def _walk(
         seen.add(id(layer))
         yield layer, parent
         pending.extend((inner, layer) for inner in reversed(layer._layers))
+
+
+def call_with(layer: Any, values: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+    """`layer(*args, **kwargs)` with values for its weights, in the order of `layer.weights`."""
+    mapping = list(zip(layer.weights, values, strict=True))
+    with keras.StatelessScope(state_mapping=mapping):
+        return layer(*args, **kwargs)
+
+
+@contextmanager
+def recorded_inputs(targets: Iterable[Target]) -> Iterator[list[tuple[Target, Any]]]:
+    """Record the first argument of every call of these layers.
+
+    Yields:
+        a list that grows with each call by the target and that tensor.
+    """
+    inputs: list[tuple[Target, Any]] = []
+
+    def record(target: Target, call: Callable[..., Any], tensor: Any, **kwargs: Any) -> Any:
+        inputs.append((target, tensor))
+        return call(tensor, **kwargs)
+
+    watched = list(targets)
+    for target in watched:
+        # Set on the instance, past Keras' tracking of attributes, and removed again below.
+        object.__setattr__(target.layer, "call", partial(record, target, target.layer.call))
+    try:
+        yield inputs
+    finally:
+        for target in watched:
+            object.__delattr__(target.layer, "call")

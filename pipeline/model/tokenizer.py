@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
-from pipeline.model.preset import PresetFiles
+from pipeline.model.preset import PresetFiles, keras_errors
 from pipeline.model.skeleton import check_trusted
 
 _SPECIAL = ("start", "end", "pad", "unk", "cls", "sep", "mask")
@@ -22,17 +22,14 @@ _SPECIAL = ("start", "end", "pad", "unk", "cls", "sep", "mask")
 
 @dataclass(frozen=True, kw_only=True)
 class PresetTokenizer:
-    """Text to token ids: `tokenizer("some text")`.
-
-    Attributes:
-        tokenizer: the `keras_hub.tokenizers.Tokenizer`.
-        vocabulary_size: exclusive upper bound of the ids.
-        special_ids: those that the tokenizer has of start, end, pad, unk, cls, sep and mask.
-    """
+    """Text to token ids: `tokenizer("some text")`."""
 
     tokenizer: Any
+    """The `keras_hub.tokenizers.Tokenizer`."""
     vocabulary_size: int
+    """Exclusive upper bound of the ids."""
     special_ids: Mapping[str, int]
+    """Those that the tokenizer has of start, end, pad, unk, cls, sep and mask."""
 
     def __call__(self, text: str) -> list[int]:
         return [int(token) for token in self.tokenizer(text)]
@@ -49,14 +46,12 @@ def preset_tokenizer(preset: PresetFiles) -> PresetTokenizer:
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
         # KerasHub reads vocabularies from local files only.
         preset.copy_small_files(Path(folder))
-        try:
+        with keras_errors(
+            f"{preset.url}: its tokenizer cannot be built",
+            "check that all of its files are there",
+            {folder: preset.url},
+        ):
             tokenizer = keras_hub.tokenizers.Tokenizer.from_preset(folder)
-        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-            reason = str(error).strip().partition("\n")[0].replace(folder, preset.url)
-            raise SourceError(
-                f"{preset.url}: its tokenizer cannot be built ({type(error).__name__}: {reason}); "
-                "check that all of its files are there"
-            ) from error
     return PresetTokenizer(
         tokenizer=tokenizer,
         vocabulary_size=int(tokenizer.vocabulary_size()),
@@ -72,7 +67,7 @@ def text_inputs(tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> dict[str,
     """Every input that text alone determines, by KerasHub's names, each [batch, sequence].
 
     Args:
-        tokens: [batch, sequence], int32.
+        tokens: [batch, sequence].
         mask: [batch, sequence]: True where a token is text.
     """
     positions = np.arange(tokens.shape[1], dtype=np.int32)
@@ -86,11 +81,7 @@ def text_inputs(tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> dict[str,
 
 
 def model_inputs(model: keras.Model, tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> Any:
-    """A model's inputs for a batch of tokens, in the structure that the model takes.
-
-    Args:
-        tokens: [batch, sequence], int32.
-        mask: [batch, sequence]: True where a token is text.
+    """A model's inputs for tokens as in `text_inputs`, in the structure that the model takes.
 
     Raises:
         SourceError: the model has an input that text alone does not determine.

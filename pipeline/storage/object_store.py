@@ -32,9 +32,8 @@ _PIECE_BYTES = 64 * 2**20
 class ObjectStore:
     """Objects below `root_url`. Threads may share a store; other processes open the URL again.
 
-    Keys are relative paths of letters, digits, `._-` and `/`; no segment begins with a dot.
-    Every method raises StorageError if the store cannot be used: a bad key, rejected
-    credentials, a missing bucket, a full disk, or no answer within the deadline.
+    Keys are relative paths of letters, digits, `._-` and `/`; no segment begins with a dot. Every
+    method raises StorageError for a bad key or a store that cannot be used.
     """
 
     root_url: str
@@ -199,9 +198,9 @@ class ObjectStore:
         return dict(sorted(found))
 
     def list(self, prefix: str = "") -> tuple[str, ...]:
-        """All keys that begin with `prefix`, sorted. Files whose names are not keys are omitted.
+        """All keys that begin with `prefix`, such as "records/block-", sorted.
 
-        A prefix may end within a segment, such as "records/block-"; a directory's ends in "/".
+        Files whose names are not keys are omitted.
         """
         if not _PREFIX.fullmatch(prefix):
             raise StorageError(f"{self.root_url}: {prefix!r} is not a prefix of a key")
@@ -244,7 +243,7 @@ def open_store(url: str, patience: Patience | None = None) -> ObjectStore:
     Args:
         url: a local path, file://…, memory://… (this process only), s3://bucket/…, or a URL of
             another fsspec filesystem with create-once writes. Credentials and endpoint come from
-            the environment, such as AWS_ENDPOINT_URL, never from the URL.
+            the environment.
         patience: how long to wait for a remote store; None takes it from the environment.
 
     Raises:

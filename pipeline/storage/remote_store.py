@@ -1,9 +1,8 @@
 """A store behind a network: S3 and compatible servers, through fsspec.
 
-Settings differ from s3fs's defaults where those can lose or invent bytes: no listing cache (reads
-came back truncated), no multipart writes (completing one may ignore that the object exists, and a
-lost acknowledgement leaves it open), no file handles for writing (closing one after an error
-publishes a partial object), and a single retry loop instead of three nested ones.
+s3fs's defaults can lose or invent bytes. So: no listing cache (reads came back truncated), no
+multipart writes (completing one may ignore that the object exists), no file handles for writing
+(closing one after an error publishes a partial object), one retry loop instead of three.
 """
 
 from __future__ import annotations

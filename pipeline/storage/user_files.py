@@ -19,22 +19,21 @@ def find_given_files(url: str, *, error_type: type[PipelineError]) -> tuple[str,
     """The files that a path, URL or glob names, sorted.
 
     Raises:
-        PipelineError: an `error_type`: no such file, a directory, or storage that cannot be
-            listed.
+        PipelineError: an `error_type`: no such file, a directory, or unreadable storage.
     """
     if "::" in url:
         raise error_type(f"{url}: chained URLs are not supported; name the file itself")
     with driver_errors(url, error_type):
         filesystem, path = fsspec.core.url_to_fs(url)
-        if not any(mark in path for mark in "*?["):
-            # A file may be readable although its directory must not be listed.
-            is_directory = filesystem.isdir(path)
-            found = [path] if not is_directory and filesystem.exists(path) else []
-        else:
-            is_directory = False
+        is_glob = any(mark in path for mark in "*?[")
+        is_directory = not is_glob and filesystem.isdir(path)
+        if is_glob:
             # Storage lists in any order.
             entries = filesystem.glob(path, detail=True)
             found = sorted(name for name, entry in entries.items() if entry["type"] == "file")
+        else:
+            # A file may be readable although its directory must not be listed.
+            found = [path] if filesystem.exists(path) else []
     if is_directory:
         raise error_type(f"{url}: a directory; name its files, such as {url.rstrip('/')}/*.jsonl")
     if not found:
@@ -46,7 +45,6 @@ def open_given_file(url: str, *, decompress: bool = False) -> BinaryIO:
     """Open one file for reading. Storage drivers raise anything: wrap in `driver_errors`.
 
     Args:
-        url: a path or fsspec URL.
         decompress: decompress a name that ends in .gz, .bz2 or .xz.
     """
     opened = fsspec.open(url, "rb", compression="infer" if decompress else None)

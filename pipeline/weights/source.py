@@ -60,10 +60,8 @@ class Source:
             SourceError: as for `variables`, or a path of no stored variable.
         """
         wanted = tuple(paths)
-        known = set(self.paths)
-        for path in wanted:
-            if path not in known:
-                raise SourceError(f"{self.preset.url}: no weights file holds a variable {path}")
+        for path in set(wanted) - set(self.paths):
+            raise SourceError(f"{self.preset.url}: no weights file holds a variable {path}")
         return self.weights.read(wanted)
 
     def read_layer(self, layer: keras.layers.Layer) -> dict[str, NDArray[Any]]:
@@ -108,11 +106,7 @@ def values_digest(values: Mapping[str, NDArray[Any]]) -> str:
 
 
 def open_source(preset: PresetFiles, skeleton: Skeleton | None = None) -> Source:
-    """Open a preset's weights; nothing is read yet.
-
-    Args:
-        skeleton: the float model built from the preset, if there is one already.
-    """
+    """Open a preset's weights; nothing is read yet."""
     skeleton = skeleton or build_skeleton(preset)
     if preset.format == "huggingface":
         return Source(preset, skeleton, SafetensorsWeights(preset))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.artifact.finalize import encode_solved_part, finalize
+from pipeline.artifact.parts import encode_solved_part, finalize
 from pipeline.calibration.windows import TokenWindows
 from pipeline.errors import DamagedObjectError, MissingObjectError
 from pipeline.fidelity import WindowFidelity

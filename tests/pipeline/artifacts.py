@@ -19,7 +19,7 @@ from pipeline.artifact.parts import Part, cut_parts, encode_part, weights_index
 from pipeline.artifact.stock_reader import run_model
 from pipeline.artifact.weights_file import read_weights_file
 from pipeline.model.preset import INDEX_FILE, read_preset
-from pipeline.model.quantized_config import base_policy, layer_policy, policy_map, quantized_json
+from pipeline.model.preset_json import base_policy, layer_policy, policy_map, quantized_json
 from pipeline.model.skeleton import build_skeleton
 from pipeline.model.weight_layout import weight_layout
 from quantizer import HessianSum, MagnitudeSum, Scheme, kernel_layout, quantize_layer, solve

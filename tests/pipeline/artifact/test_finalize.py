@@ -7,8 +7,7 @@ import h5py
 import numpy as np
 import pytest
 
-from pipeline.artifact.finalize import encode_solved_part
-from pipeline.artifact.parts import decode_part
+from pipeline.artifact.parts import decode_part, encode_solved_part
 from pipeline.plan import Plan
 from tests.pipeline.tiny_runs import model_state, planned, source
 

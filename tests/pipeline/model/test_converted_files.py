@@ -14,9 +14,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from pipeline.errors import SourceError
-from pipeline.model.converted_files import converted_files
 from pipeline.model.preset import read_preset
-from pipeline.model.quantized_config import quantized_json
+from pipeline.model.preset_json import converted_files, quantized_json
 from pipeline.model.skeleton import build_skeleton
 from tests.benchmarks.minilm import preset_folder
 

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.errors import ArtifactError
 from pipeline.model.preset import read_preset
-from pipeline.model.quantized_config import base_policy, layer_policy, policy_map, quantized_json
+from pipeline.model.preset_json import base_policy, layer_policy, policy_map, quantized_json
 from quantizer import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme
 from tests.models.tiny import tiny_preset
 

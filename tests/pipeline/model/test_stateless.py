@@ -4,8 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from pipeline.model.stateless import call_with, recorded_inputs
-from pipeline.model.targets import find_targets
+from pipeline.model.targets import call_with, find_targets, recorded_inputs
 
 
 @pytest.fixture
