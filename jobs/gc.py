@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rich.table import Table
 from rich.text import Text
@@ -21,17 +22,13 @@ from pipeline.run.garbage import Garbage, find_garbage, find_runs, remove, whole
 from pipeline.storage.object_store import ObjectStore, open_store
 
 
-@dataclass(frozen=True, kw_only=True)
-class _UnreferencedRun:
-    """A whole run below a catalog's root that may be deleted.
-
-    Attributes:
-        published_as: models and recipes under which it was published, and may be promoted again.
-    """
+class _UnreferencedRun(NamedTuple):
+    """A whole run below a catalog's root that may be deleted."""
 
     run_id: str
     reason: str
-    published_as: tuple[tuple[str, str], ...] = ()
+    published_as: frozenset[tuple[str, str]]
+    """Models and recipes under which it may be promoted again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +95,12 @@ def _unreferenced_runs(root: ObjectStore, *, unpublished: bool) -> dict[str, _Un
         DamagedObjectError: a release cannot be read, so what it refers to is unknown.
     """
     needed: set[str] = set()
-    published_as: defaultdict[str, dict[tuple[str, str], None]] = defaultdict(dict)
+    published_as: defaultdict[str, set[tuple[str, str]]] = defaultdict(set)
     reasons: dict[str, str] = {}
     for names in published_names(root):
         needed |= _needed(root, names)
         for release in history(root, *names):
-            published_as[release.run_id][names] = None
+            published_as[release.run_id].add(names)
             reasons[release.run_id] = (
                 f"release {release.number} of {release.model} in {release.recipe_name}, older "
                 f"than the {release.keep} that are kept"
@@ -118,9 +115,7 @@ def _unreferenced_runs(root: ObjectStore, *, unpublished: bool) -> dict[str, _Un
         elif unpublished:
             reasons[run_id] = "never published"
     return {
-        run_id: _UnreferencedRun(
-            run_id=run_id, reason=reasons[run_id], published_as=tuple(published_as[run_id])
-        )
+        run_id: _UnreferencedRun(run_id, reasons[run_id], frozenset(published_as[run_id]))
         for run_id in (files.keys() & reasons.keys()) - needed
     }
 

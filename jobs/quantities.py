@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-_BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
-_DECIMAL = ("", "k", "M", "G", "T", "P", "E")
-
 
 def size(num_bytes: float) -> str:
     """Bytes, as 12.3 MiB."""
-    return _scaled(num_bytes, 1024.0, _BINARY)
+    return _scaled(num_bytes, 1024.0, ("B", "KiB", "MiB", "GiB", "TiB"))
 
 
 def count(number: float) -> str:
     """A large count, as 12.3 T."""
-    return _scaled(number, 1000.0, _DECIMAL).rstrip()
+    return _scaled(number, 1000.0, ("", "k", "M", "G", "T", "P", "E")).rstrip()
 
 
 def duration(seconds: float) -> str:

@@ -25,7 +25,7 @@ from pipeline.recipe.yaml_document import (
     read_yaml,
 )
 from pipeline.storage.object_store import open_store
-from pipeline.storage.user_files import read_given_file
+from pipeline.storage.user_files import read_given_text
 
 
 class CatalogError(PipelineError):
@@ -75,12 +75,7 @@ def read_catalog(path: str) -> Catalog:
     Raises:
         CatalogError: `file:line: what is wrong; what to do`.
     """
-    content = read_given_file(path, max_bytes=MAX_BYTES, error_type=CatalogError)
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise CatalogError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from None
+    text = read_given_text(path, max_bytes=MAX_BYTES, error_type=CatalogError)
     folder = None if "://" in path else Path(path).expanduser().absolute().parent
     return parse_catalog(text, where=path, folder=folder)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Never
 
 import typer
 
-from jobs.cli import fleet, options, status
+from jobs.cli import fleet, options
 from jobs.logging import (
     FORMAT_VARIABLE,
     LogFormat,
@@ -188,7 +188,6 @@ def verify(
 
 
 app.add_typer(fleet.app)
-app.add_typer(status.app)
 
 
 @app.command()

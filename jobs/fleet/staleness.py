@@ -8,8 +8,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jobs.catalog.catalog_file import Catalog
-from jobs.catalog.request import RUNS_PREFIX, Request, request_key, run_store
-from jobs.catalog.requests import CatalogRun, catalog_runs
+from jobs.catalog.request import (
+    RUNS_PREFIX,
+    CatalogRun,
+    Request,
+    catalog_runs,
+    request_key,
+    run_store,
+)
 from jobs.publish.releases import Current, find_current
 from jobs.publish.verdict import Verdict, find_verdict
 from jobs.publish.verified_files import ArtifactCheck, check_artifact

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from jobs.catalog.catalog_file import Catalog
 from jobs.catalog.request import REQUESTS_PREFIX, Request, request_key, run_store
 from jobs.logging import url_name
 from jobs.publish.releases import Current, find_current, published_names
-from jobs.publish.verdict import find_verdict, quality_text
+from jobs.publish.verdict import JudgedRun, find_verdict, quality_text
 from jobs.quantities import duration, size
 from pipeline.errors import DamagedObjectError, PipelineError
 from pipeline.plan import PLAN_KEY, read_plan
@@ -159,10 +159,7 @@ def status(root: ObjectStore, catalog: Catalog | None = None) -> tuple[Row, ...]
         currents = dict(zip(published, found, strict=True))
         rows = [_released(*one, current) for one, current in currents.items()]
         keys = _unpublished_requests(root.versions(REQUESTS_PREFIX), currents)
-        unreleased = pool.map(lambda key: _unreleased(root, key), keys)
-        rows += [
-            row for row in unreleased if row and (names is None or (row.model, row.recipe) in names)
-        ]
+        rows += filter(None, pool.map(lambda key: _unreleased(root, key, names), keys))
     missing = dict.fromkeys(names or ()).keys() - {(row.model, row.recipe) for row in rows}
     rows += [Row(model=model, recipe=recipe, state="not started") for model, recipe in missing]
     return tuple(sorted(rows, key=lambda row: (row.model, row.recipe, row.state != "published")))
@@ -178,18 +175,22 @@ def _current_or_problem(root: ObjectStore, model: str, recipe: str) -> Current |
 def _released(model: str, recipe: str, current: Current | str) -> Row:
     if isinstance(current, str):
         return Row(model=model, recipe=recipe, state="damaged", text=current)
-    release = current.release
+    text = f"set aside: {', '.join(current.set_aside)}" if current.set_aside else ""
+    row = _judged(current.release, "published", text)
+    return dataclasses.replace(row, release=current.release.number)
+
+
+def _judged(run: JudgedRun, state: Literal["published", "gate failed"], text: str) -> Row:
     return Row(
-        model=model,
-        recipe=recipe,
-        state="published",
-        request_id=release.request_id,
-        run_id=release.run_id,
-        release=release.number,
-        source_bytes=release.source_bytes,
-        stored_bytes=release.stored_bytes,
-        quality=release.quality,
-        text=f"set aside: {', '.join(current.set_aside)}" if current.set_aside else "",
+        model=run.model,
+        recipe=run.recipe_name,
+        state=state,
+        request_id=run.request_id,
+        run_id=run.run_id,
+        source_bytes=run.source_bytes,
+        stored_bytes=run.stored_bytes,
+        quality=run.quality,
+        text=text,
     )
 
 
@@ -215,12 +216,19 @@ def _unpublished_requests(
     return [key for _, key in sorted(latest.values(), key=lambda found: found[1])]
 
 
-def _unreleased(root: ObjectStore, key: str) -> Row | None:
-    """The row of a request; None where it cannot be read."""
+def _unreleased(
+    root: ObjectStore, key: str, names: Container[tuple[str, str]] | None
+) -> Row | None:
+    """The row of a request; None where it cannot be read, or is for none of the names."""
     try:
         request = Request.read(root, key)
     except PipelineError:
         return None
+    if names is not None and (request.model, request.recipe_name) not in names:
+        return None
+    verdict = find_verdict(root, request.request_id)
+    if verdict is not None and not verdict.passed:
+        return _judged(verdict, "gate failed", "; ".join(verdict.failures))
     row = Row(
         model=request.model,
         recipe=request.recipe_name,
@@ -228,16 +236,6 @@ def _unreleased(root: ObjectStore, key: str) -> Row | None:
         request_id=request.request_id,
         run_id=request.run_id,
     )
-    verdict = find_verdict(root, request.request_id)
-    if verdict is not None and not verdict.passed:
-        return dataclasses.replace(
-            row,
-            state="gate failed",
-            source_bytes=verdict.source_bytes,
-            stored_bytes=verdict.stored_bytes,
-            quality=verdict.quality,
-            text="; ".join(verdict.failures),
-        )
     try:
         return _with_run_status(row, run_store(root, request.run_id))
     except PipelineError as problem:

@@ -12,7 +12,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, Literal
 
 from rich.live import Live
@@ -89,36 +89,29 @@ class Task:
 ShowTasks = Callable[[Sequence[Task]], None]
 
 
+@dataclass(kw_only=True)
 class Submission:
-    """Requests by priority, and the jobs that fulfil them."""
+    """Requests by priority, and the jobs that fulfil them.
 
-    def __init__(
-        self,
-        root: ObjectStore,
-        jobs: Jobs,
-        decisions: Sequence[Decision],
-        *,
-        at_once: int = 4,
-        attempts: int = 3,
-        poll_seconds: float = 5.0,
-        entrypoint: str = "quantfleet",
-    ) -> None:
-        """Prepare; the cluster is not contacted yet.
+    Attributes:
+        decisions: the stale ones are submitted, in this order.
+        at_once: jobs alive at the same time.
+        attempts: jobs started for one request in this submission.
+        poll_seconds: between two polls of the cluster.
+        entrypoint: the command on the nodes' PATH, and what precedes it.
+    """
 
-        Args:
-            decisions: the stale ones are submitted, in this order.
-            at_once: jobs alive at the same time.
-            attempts: jobs started for one request in this submission.
-            poll_seconds: between two polls of the cluster.
-            entrypoint: the command on the nodes' PATH, and what precedes it.
-        """
+    root: ObjectStore
+    jobs: Jobs
+    decisions: InitVar[Sequence[Decision]]
+    at_once: int = 4
+    attempts: int = 3
+    poll_seconds: float = 5.0
+    entrypoint: str = "quantfleet"
+    tasks: list[Task] = field(init=False)
+
+    def __post_init__(self, decisions: Sequence[Decision]) -> None:
         self.tasks = [Task(decision=one) for one in decisions if one.state == "stale"]
-        self._root = root
-        self._jobs = jobs
-        self._at_once = at_once
-        self._max_attempts = attempts
-        self._poll_seconds = poll_seconds
-        self._entrypoint = entrypoint
 
     def step(self) -> None:
         """Poll once: attach to living jobs, settle ended ones, start new ones within the limits.
@@ -127,14 +120,14 @@ class Submission:
             ExecutorError: the cluster does not answer.
             StorageError: the store cannot be used.
         """
-        known = self._jobs.list()
+        known = self.jobs.list()
         attempts = _attempts(known)
         for task in self.tasks:
             if not task.is_over:
                 self._update(task, attempts.get(task.request.request_id, {}))
         alive = sum(1 for task in self.tasks if task.phase == "running")
         for task in self.tasks:
-            if task.phase == "waiting" and alive < self._at_once:
+            if task.phase == "waiting" and alive < self.at_once:
                 numbers = attempts.get(task.request.request_id, {})
                 self._start(task, max(numbers, default=0) + 1)
                 alive += 1
@@ -146,7 +139,7 @@ class Submission:
             show(self.tasks)
             if all(task.is_over for task in self.tasks):
                 return
-            time.sleep(self._poll_seconds)
+            time.sleep(self.poll_seconds)
 
     def _update(self, task: Task, attempts: Mapping[int, RayJob]) -> None:
         living = [job for job in attempts.values() if job.is_alive]
@@ -159,7 +152,7 @@ class Submission:
 
     def _settle(self, task: Task, attempts: Mapping[int, RayJob]) -> None:
         """Decide from storage what became of a request whose job has ended."""
-        now = decide_run(self._root, task.decision.run, save_verified=True)
+        now = decide_run(self.root, task.decision.run, save_verified=True)
         if now.state == "fresh" and now.current is not None:
             task.phase, task.text = "published", f"release {now.current.release.number}"
             return
@@ -175,18 +168,16 @@ class Submission:
             end = f"ended with exit code {ended.exit_code}"
         task.failed.append(f"{task.job} {end}")
         is_bad_input = ended is not None and ended.exit_code == _BAD_INPUT
-        if is_bad_input or task.started >= self._max_attempts:
+        if is_bad_input or task.started >= self.attempts:
             task.phase = "failed"
             task.text = f"{task.failed[-1]}, after {task.started} attempt(s); see ray job logs"
 
     def _start(self, task: Task, number: int) -> None:
-        url = save_request(self._root, task.request)
+        url = save_request(self.root, task.request)
         task.job = f"{task.request.request_id}-attempt{number}"
         task.started += 1
-        self._jobs.submit(
-            task.job,
-            f"{self._entrypoint} fulfil {shlex.quote(url)} --address auto",
-            task.labels,
+        self.jobs.submit(
+            task.job, f"{self.entrypoint} fulfil {shlex.quote(url)} --address auto", task.labels
         )
         task.phase = "running"
 

@@ -13,12 +13,7 @@ from dataclasses import dataclass
 from jobs.catalog.entries import NAME_PATTERN
 from jobs.catalog.request import Request, run_prefix, run_store
 from jobs.publish.verdict import JudgedRun, Verdict
-from pipeline.errors import (
-    DamagedObjectError,
-    MissingObjectError,
-    ObjectExistsError,
-    PipelineError,
-)
+from pipeline.errors import DamagedObjectError, MissingObjectError, ObjectExistsError, PipelineError
 from pipeline.run import lease
 from pipeline.run.commits import damaged_files, read_manifest
 from pipeline.storage.object_store import ObjectStore
@@ -227,31 +222,25 @@ def _promote_verified(root: ObjectStore, release: Release) -> Current:
         DamagedObjectError: something is not as it was published.
     """
     store = run_store(root, release.run_id)
-    # `quantfleet gc` needs the run's lease to delete it.
-    with lease.acquire(store, wait=False):
-        _verify(store, release)
+    with lease.acquire(store, wait=False):  # `quantfleet gc` needs it to delete the run
+        try:
+            manifest = read_manifest(store)
+        except MissingObjectError:
+            raise DamagedObjectError(
+                f"{store.root_url}: the artifact of release {release.number} is gone; quantfleet "
+                "gc or a person deleted it"
+            ) from None
+        if manifest.record_sha256 != release.manifest_sha256:
+            raise DamagedObjectError(
+                f"{store.url(manifest.key)} is not the manifest that was published as release "
+                f"{release.number}"
+            )
+        if damaged := damaged_files(store, manifest):
+            raise DamagedObjectError(
+                f"{len(damaged)} objects of release {release.number} are damaged, the first: "
+                f"{damaged[0].problem}"
+            )
         return set_current(root, release, by_person=True)
-
-
-def _verify(store: ObjectStore, release: Release) -> None:
-    try:
-        manifest = read_manifest(store)
-    except MissingObjectError:
-        raise DamagedObjectError(
-            f"{store.root_url}: the artifact of release {release.number} is gone; quantfleet gc or "
-            "a person deleted it"
-        ) from None
-    if manifest.record_sha256 != release.manifest_sha256:
-        raise DamagedObjectError(
-            f"{store.url(manifest.key)} is not the manifest that was published as release "
-            f"{release.number}"
-        )
-    damaged = damaged_files(store, manifest)
-    if damaged:
-        raise DamagedObjectError(
-            f"{len(damaged)} objects of release {release.number} are damaged, the first: "
-            f"{damaged[0].problem}"
-        )
 
 
 def _never_published(root: ObjectStore, model: str, recipe_name: str) -> PipelineError:

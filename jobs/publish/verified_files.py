@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -73,24 +73,14 @@ class ArtifactCheck:
     """The result of checking an artifact.
 
     Attributes:
-        missing, damaged: keys below the run's root.
+        problem: in words; "" for an intact artifact.
         bytes_read: of the files that were read again.
         verified: to be saved; None unless files were read again and all are intact.
     """
 
-    missing: tuple[str, ...] = ()
-    damaged: tuple[str, ...] = ()
+    problem: str = ""
     bytes_read: int = 0
     verified: VerifiedFiles | None = field(default=None, repr=False)
-
-    @property
-    def problem(self) -> str:
-        """In words; "" for an intact artifact."""
-        for word, keys in (("missing", self.missing), ("damaged", self.damaged)):
-            if keys:
-                more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-                return f"artifact {word}: {keys[0]}{more}"
-        return ""
 
 
 def check_artifact(
@@ -108,7 +98,7 @@ def check_artifact(
     store = run_store(root, run_id)
     versions = store.versions() if versions is None else versions
     if MANIFEST_KEY not in versions:
-        return ArtifactCheck(missing=(MANIFEST_KEY,))
+        return ArtifactCheck(problem=_problem("missing", [MANIFEST_KEY]))
     last: VerifiedFiles | None = None
     with contextlib.suppress(MissingObjectError, DamagedObjectError):
         last = VerifiedFiles.read(root, verified_files_key(run_id))
@@ -116,13 +106,13 @@ def check_artifact(
         try:
             manifest = read_manifest(store)
         except (DamagedObjectError, MissingObjectError):
-            return ArtifactCheck(damaged=(MANIFEST_KEY,))
+            return ArtifactCheck(problem=_problem("damaged", [MANIFEST_KEY]))
         last = VerifiedFiles.of(run_id, manifest, {})
         if last.manifest_sha256 != manifest_sha256:
-            return ArtifactCheck(damaged=(MANIFEST_KEY,))
-    missing = tuple(key for key in last.files if key not in versions)
+            return ArtifactCheck(problem=_problem("damaged", [MANIFEST_KEY]))
+    missing = [key for key in last.files if key not in versions]
     if missing:
-        return ArtifactCheck(missing=missing)
+        return ArtifactCheck(problem=_problem("missing", missing))
     changed = [key for key, file in last.files.items() if versions[key].token != file.token]
     damaged = []
     for key in changed:
@@ -137,10 +127,15 @@ def check_artifact(
     }
     verified = dataclasses.replace(last, files=now)
     return ArtifactCheck(
-        damaged=tuple(damaged),
+        problem=_problem("damaged", damaged),
         bytes_read=sum(versions[key].size_bytes for key in changed),
         verified=verified if changed and not damaged else None,
     )
+
+
+def _problem(word: str, keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+    return f"artifact {word}: {keys[0]}{more}" if keys else ""
 
 
 def verified_files_key(run_id: str) -> str:

@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 
 from jobs.catalog.entries import Gate
-from jobs.catalog.request import Request, checked_id, load_request, request_key, save_request
-from jobs.catalog.requests import (
+from jobs.catalog.request import (
     PACKAGES,
+    Request,
+    checked_id,
+    load_request,
     package_versions,
+    request_key,
+    save_request,
     source_fingerprint,
     texts_fingerprint,
 )

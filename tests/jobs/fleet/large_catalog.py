@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from jobs.catalog.catalog_file import Catalog, parse_catalog
-from jobs.catalog.request import Request, run_store, save_request
-from jobs.catalog.requests import catalog_runs
+from jobs.catalog.request import Request, catalog_runs, run_store, save_request
 from jobs.publish.releases import publish
 from jobs.publish.verdict import Verdict, save_verdict
 from jobs.publish.verified_files import VerifiedFiles

@@ -120,11 +120,11 @@ def test_changed_evaluation_texts_are_evaluated_without_quantizing(made: TinyCat
 def test_changed_package_versions_are_reported(
     made: TinyCatalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import jobs.catalog.requests
+    import jobs.catalog.request
 
-    versions = dict(jobs.catalog.requests.package_versions())
+    versions = dict(jobs.catalog.request.package_versions())
     monkeypatch.setattr(
-        jobs.catalog.requests, "package_versions", lambda: versions | {"keras": "9.9"}
+        jobs.catalog.request, "package_versions", lambda: versions | {"keras": "9.9"}
     )
     _, found = made.nightly("--dry-run")
     reasons = [f"versions changed: keras {versions['keras']} → 9.9"]

@@ -107,7 +107,7 @@ def test_urgent_runs_start_first_and_within_the_limit(
     root: ObjectStore, decisions: list[Decision]
 ) -> None:
     jobs = FakeJobs()
-    submission = Submission(root, jobs, decisions, at_once=2)
+    submission = Submission(root=root, jobs=jobs, decisions=decisions, at_once=2)
     urgent, a, b, _ = decisions
     submission.step()
     assert list(jobs.jobs) == [job(urgent, 1), job(a, 1)]
@@ -129,9 +129,9 @@ def test_urgent_runs_start_first_and_within_the_limit(
 
 def test_running_jobs_are_attached_to(root: ObjectStore, decisions: list[Decision]) -> None:
     jobs = FakeJobs()
-    Submission(root, jobs, decisions, at_once=9).step()
+    Submission(root=root, jobs=jobs, decisions=decisions, at_once=9).step()
     before = dict(jobs.jobs)
-    again = Submission(root, jobs, decisions, at_once=9)
+    again = Submission(root=root, jobs=jobs, decisions=decisions, at_once=9)
     again.step()
     assert jobs.jobs == before
     assert set(phases(again).values()) == {"running"}
@@ -150,7 +150,7 @@ def test_failed_jobs_are_resumed_up_to_a_limit(
     """Even where Ray says that it ended well: storage knows of nothing."""
     jobs = FakeJobs()
     [first, *_] = decisions
-    submission = Submission(root, jobs, decisions[:1], attempts=2)
+    submission = Submission(root=root, jobs=jobs, decisions=decisions[:1], attempts=2)
     submission.step()
     jobs.end(job(first, 1), exit_code)
     submission.step()
@@ -161,14 +161,14 @@ def test_failed_jobs_are_resumed_up_to_a_limit(
     assert (task.phase, task.started, len(task.failed)) == ("failed", 2, 2)
     assert exit_code_of_tasks(submission.tasks) == 3
     # Another day, another submission: numbers go on, and it is tried anew.
-    later = Submission(root, jobs, decisions[:1], attempts=2)
+    later = Submission(root=root, jobs=jobs, decisions=decisions[:1], attempts=2)
     later.step()
     assert list(jobs.jobs)[2:] == [job(first, 3)]
 
 
 def test_bad_input_is_not_retried(root: ObjectStore, decisions: list[Decision]) -> None:
     jobs = FakeJobs()
-    submission = Submission(root, jobs, decisions[:1], attempts=9)
+    submission = Submission(root=root, jobs=jobs, decisions=decisions[:1], attempts=9)
     submission.step()
     jobs.end(job(decisions[0], 1), 2)
     submission.step()
@@ -178,7 +178,7 @@ def test_bad_input_is_not_retried(root: ObjectStore, decisions: list[Decision]) 
 
 def test_a_failed_gate_is_not_retried(root: ObjectStore, decisions: list[Decision]) -> None:
     jobs = FakeJobs()
-    submission = Submission(root, jobs, decisions[:1])
+    submission = Submission(root=root, jobs=jobs, decisions=decisions[:1])
     submission.step()
     carried_out(root, decisions[0], failures=("divergence 9 nats, more than 1",))
     jobs.end(job(decisions[0], 1), 5)
@@ -192,7 +192,7 @@ def test_a_job_lost_after_it_published_counts_as_published(
     root: ObjectStore, decisions: list[Decision]
 ) -> None:
     jobs = FakeJobs()
-    submission = Submission(root, jobs, decisions[:1])
+    submission = Submission(root=root, jobs=jobs, decisions=decisions[:1])
     submission.step()
     carried_out(root, decisions[0])
     jobs.jobs.clear()  # the head was lost, and all it knew
@@ -204,7 +204,7 @@ def test_cancel_stops_the_living_jobs_of_one_request_only(
     root: ObjectStore, decisions: list[Decision]
 ) -> None:
     jobs = FakeJobs()
-    Submission(root, jobs, decisions, at_once=9).step()
+    Submission(root=root, jobs=jobs, decisions=decisions, at_once=9).step()
     jobs.set("urgent-int8", "RUNNING")
     request_id: Any = decisions[0].request.request_id
     assert stop_jobs(jobs, request_id) == (job(decisions[0], 1),)
