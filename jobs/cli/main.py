@@ -285,3 +285,7 @@ def _end(message: str, exit_code: int) -> Never:
         message = f"quantfleet: {message}"
     log_event(event, message, {"exit_code": exit_code}, level=logging.ERROR)
     sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -163,7 +163,7 @@ def start(work: Path, output: str, address: str) -> subprocess.Popen[bytes]:
     with (work / "drivers.log").open("ab") as log:
         return subprocess.Popen(
             [
-                *(sys.executable, "-m", "jobs", "quantize", str(source())),
+                *(sys.executable, "-m", "jobs.cli.main", "quantize", str(source())),
                 *("--recipe", str(work / "recipe.yaml"), "--output", output),
                 *("--address", address, "--workers", "2", "--threads", "1"),
                 *("--keep-every", "1", "--lease-seconds", "6"),

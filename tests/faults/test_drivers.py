@@ -32,7 +32,7 @@ def start(
     recipe_file.write_text(yaml.safe_dump(recipe("gptq").to_dict()))
     return subprocess.Popen(
         [
-            *(sys.executable, "-m", "jobs", "quantize", str(source())),
+            *(sys.executable, "-m", "jobs.cli.main", "quantize", str(source())),
             *("--recipe", str(recipe_file), "--output", str(output)),
             *("--address", cluster.address, "--workers", "1", "--threads", "1"),
             *("--keep-every", "1", "--lease-seconds", str(TERM_SECONDS), *options),

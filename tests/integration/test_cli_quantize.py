@@ -427,7 +427,7 @@ def test_a_signal_while_planning_ends_the_command_and_its_child(
 ) -> None:
     given = ["--recipe", str(recipe_file(tmp_path)), "--output", str(tmp_path / "out")]
     command = subprocess.Popen(
-        [sys.executable, "-m", "jobs", "quantize", str(source()), *given, "--dry-run"],
+        [sys.executable, "-m", "jobs.cli.main", "quantize", str(source()), *given, "--dry-run"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -139,7 +139,7 @@ def catalog(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(head: Head, *arguments: object, **environment: str) -> list[str]:
-    return [sys.executable, "-m", "jobs", *map(str, arguments)]
+    return [sys.executable, "-m", "jobs.cli.main", *map(str, arguments)]
 
 
 def call(head: Head, *arguments: object, **environment: str) -> Outcome:

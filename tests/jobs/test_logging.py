@@ -58,7 +58,7 @@ def json_lines() -> Iterator[list[dict[str, Any]]]:
 
 
 def command(*arguments: object, code: str = "", **environment: str) -> tuple[int, str, str]:
-    started = ["-c", code] if code else ["-m", "jobs", *map(str, arguments)]
+    started = ["-c", code] if code else ["-m", "jobs.cli.main", *map(str, arguments)]
     done = subprocess.run(
         [sys.executable, *started],
         capture_output=True,
