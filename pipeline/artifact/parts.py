@@ -214,8 +214,8 @@ def encode_solved_part(
 
     Args:
         previous: digest of the record of the block before; "" where there is none.
-        values: the source's arrays, by variable path.
-        solved: the quantized layers, by path. All other variables keep the source's values.
+        values: the source's arrays, by variable path, for all but the solved layers.
+        solved: the quantized layers, by path.
     """
     arrays: dict[str, NDArray[Any]] = {}
     for path, layer in solved.items():
@@ -223,7 +223,11 @@ def encode_solved_part(
     for stored in part.variables:
         if stored.name_path not in arrays:
             arrays[stored.name_path] = values[str(stored.variable.path)]
-    data = encode_part(part, arrays, compressed_layers=_compressed_layers(plan))
+    layers = plan.parts[part.number].layers
+    # Format 1 did not compress the kernels of float8.
+    float8 = {layer.path for layer in layers if isinstance(layer.scheme, Float8Scheme)}
+    compressed = set() if plan.weights_format == 1 else float8
+    data = encode_part(part, arrays, compressed_layers=compressed)
     record = PartRecord(
         part=part.number,
         plan_digest=plan.digest,
@@ -239,7 +243,7 @@ def encode_solved_part(
                 account=solved[layer.path].report if layer.path in solved else None,
                 note=layer.note,
             )
-            for layer in plan.parts[part.number].layers
+            for layer in layers
         ),
     )
     return record, data
@@ -277,14 +281,6 @@ def finalize(
             "resume the run to make them again"
         )
     return commit_manifest(store, manifest)
-
-
-def _compressed_layers(plan: Plan) -> frozenset[str]:
-    """Paths of the layers whose kernels are compressed at rest: float8's, from format 2 on."""
-    if plan.weights_format == 1:
-        return frozenset()
-    layers = [layer for part in plan.parts for layer in part.layers]
-    return frozenset(layer.path for layer in layers if isinstance(layer.scheme, Float8Scheme))
 
 
 def _provenance(plan: Plan) -> dict[str, Any]:

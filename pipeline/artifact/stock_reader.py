@@ -3,7 +3,7 @@
     KERAS_BACKEND=… python -I stock_reader.py
 
 Standard input is a JSON list of {"preset", "inputs", "outputs"}: a folder, a file of token ids, and
-where to save the output of the task for them. Standard output is JSON: backend and versions.
+where to save the output of the task for them. Standard output is JSON: backend and version.
 """
 
 import json
@@ -45,8 +45,8 @@ def main() -> None:
         task = getattr(keras_hub.models, name).from_preset(str(preset))
         token_ids = np.load(job["inputs"], allow_pickle=False)
         np.save(job["outputs"], run_model(task, token_ids))
-    versions = {"keras": keras.__version__, "keras_hub": keras_hub.__version__}
-    sys.stdout.write(json.dumps({"backend": keras.backend.backend(), **versions}) + "\n")
+    used = {"backend": keras.backend.backend(), "keras_hub": keras_hub.__version__}
+    sys.stdout.write(json.dumps(used) + "\n")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,6 @@ def inspect_artifact(folder: Path) -> None:
 
 
 _READER = Path(__file__).with_name("stock_reader.py")
-_TAIL_LINES = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +75,6 @@ class StockAnswer:
     """By preset: logits [batch, sequence, vocabulary], or embeddings [batch, vector] of a text
     embedder."""
     backend: str
-    keras: str
     keras_hub: str
 
 
@@ -103,36 +101,28 @@ def ask_stock(
             files = {"inputs": f"{scratch}/in{index}.npy", "outputs": f"{scratch}/out{index}.npy"}
             np.save(files["inputs"], np.ascontiguousarray(tokens, dtype=np.int32))
             jobs.append({"preset": str(Path(preset).resolve()), **files})
-        versions = _run(jobs, backend, scratch, timeout_seconds)
-        answers = tuple(np.load(job["outputs"], allow_pickle=False) for job in jobs)
-    return StockAnswer(outputs=answers, **versions)
-
-
-def _run(
-    jobs: list[dict[str, str]], backend: str, scratch: str, timeout_seconds: float
-) -> dict[str, str]:
-    names = ", ".join(job["preset"] for job in jobs)
-    try:
-        # -I: neither the current folder nor PYTHONPATH makes our packages importable.
-        done = subprocess.run(
-            [sys.executable, "-I", str(_READER)],
-            input=json.dumps(jobs),
-            env={**os.environ, "KERAS_BACKEND": backend},
-            cwd=scratch,
-            capture_output=True,
-            text=True,
-            timeout=timeout_seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise ArtifactError(
-            f"{names}: stock KerasHub did not finish in {timeout_seconds:.0f} s; raise the "
-            "timeout, or load the preset by hand to see where it hangs"
-        ) from None
-    if done.returncode != 0:
-        tail = " | ".join(line.strip() for line in done.stderr.strip().splitlines()[-_TAIL_LINES:])
-        raise ArtifactError(
-            f"{names}: stock KerasHub on {backend} failed (exit {done.returncode}): {tail}"
-        )
-    versions: dict[str, str] = json.loads(done.stdout.strip().splitlines()[-1])
-    return versions
+        names = ", ".join(job["preset"] for job in jobs)
+        try:
+            # -I: neither the current folder nor PYTHONPATH makes our packages importable.
+            done = subprocess.run(
+                [sys.executable, "-I", str(_READER)],
+                input=json.dumps(jobs),
+                env={**os.environ, "KERAS_BACKEND": backend},
+                cwd=scratch,
+                capture_output=True,
+                text=True,
+                timeout=timeout_seconds,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise ArtifactError(
+                f"{names}: stock KerasHub did not finish in {timeout_seconds:.0f} s; raise the "
+                "timeout, or load the preset by hand to see where it hangs"
+            ) from None
+        if done.returncode != 0:
+            tail = " | ".join(line.strip() for line in done.stderr.strip().splitlines()[-12:])
+            raise ArtifactError(
+                f"{names}: stock KerasHub on {backend} failed (exit {done.returncode}): {tail}"
+            )
+        outputs = tuple(np.load(job["outputs"], allow_pickle=False) for job in jobs)
+    return StockAnswer(outputs=outputs, **json.loads(done.stdout.strip().splitlines()[-1]))

@@ -211,11 +211,9 @@ def _describe(node: Any, hidden_states: Any) -> str:
             return f"{role}{argument.shape}{argument.dtype}"
         return repr(argument)
 
-    arguments = node.arguments
-    named = {
-        name: tree.map_structure(describe, arguments.kwargs[name]) for name in arguments.kwargs
-    }
-    return f"{tree.map_structure(describe, list(arguments.args))} {sorted(named.items())}"
+    args, kwargs = list(node.arguments.args), sorted(node.arguments.kwargs.items())
+    named = [(name, tree.map_structure(describe, value)) for name, value in kwargs]
+    return f"{tree.map_structure(describe, args)} {named}"
 
 
 def _refuse_shortcuts(
@@ -277,10 +275,7 @@ def _behind(tensors: Iterable[Any], ends: Set[int] = frozenset()) -> Iterator[An
 
 
 def _replay(output: Any, given: dict[int, Any], inputs: dict[str, Any]) -> Any:
-    """Rebuild a graph's output from other tensors.
-
-    `keras.Model(last, output)` will not do: Keras 3.15 fails if an output is itself an input, as
-    in BERT.
+    """Rebuild a graph's output; `keras.Model` of Keras 3.15 fails if it is an input, as in BERT.
 
     Args:
         given: replacements, by the id of the tensor that they replace.

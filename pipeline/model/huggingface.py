@@ -119,8 +119,8 @@ Hook = Callable[[NDArray[Any], list[int]], Any]
 class Conversion:
     """How KerasHub's converter fills one variable: from a tensor, or with a constant."""
 
-    tensor: str | None = None
-    """Full name of the tensor in the safetensors files; None for a constant."""
+    tensor: str = ""
+    """Full name of the tensor in the safetensors files; "" for a constant."""
     hook: Hook | None = None
     """Turns the tensor into the variable's value, given the variable's shape."""
     constant: NDArray[Any] | None = None

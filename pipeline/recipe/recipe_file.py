@@ -20,7 +20,7 @@ from pipeline.recipe.yaml_document import (
     mistake_order,
     read_yaml,
 )
-from pipeline.storage.user_files import read_given_file
+from pipeline.storage.user_files import read_given_text
 from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
 
 
@@ -44,14 +44,7 @@ def load_recipe(name_or_file: str) -> Recipe:
             f"unknown recipe {name_or_file!r}; {hint}choose one of {', '.join(known)}, or give "
             "the path of a .yaml file"
         )
-    content = read_given_file(name_or_file, max_bytes=MAX_BYTES, error_type=RecipeError)
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise RecipeError(
-            f"{name_or_file}:{line}: not UTF-8 text; save the file as UTF-8"
-        ) from None
+    text = read_given_text(name_or_file, max_bytes=MAX_BYTES, error_type=RecipeError)
     return parse_recipe(text, where=name_or_file)
 
 

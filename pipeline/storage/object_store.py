@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,11 +126,10 @@ class ObjectStore:
 
     def exists(self, key: str) -> bool:
         """Whether there is such an object."""
-        try:
+        with suppress(MissingObjectError):
             self._version(key)
-        except MissingObjectError:
-            return False
-        return True
+            return True
+        return False
 
     def put(self, key: str, data: bytes) -> None:
         """Write or overwrite an object atomically: readers see either the old bytes or the new."""

@@ -67,7 +67,6 @@ _TRANSIENT_TYPES = (
     TimeoutError,
     boto.ConnectionError,
     boto.HTTPClientError,
-    boto.ReadTimeoutError,
     boto.IncompleteReadError,
     boto.ChecksumError,
     boto.FlexibleChecksumError,

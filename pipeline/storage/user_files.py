@@ -52,8 +52,8 @@ def open_given_file(url: str, *, decompress: bool = False) -> BinaryIO:
     return io.BufferedReader(opened.open())
 
 
-def read_given_file(url: str, *, max_bytes: int, error_type: type[PipelineError]) -> bytes:
-    """Read one whole file.
+def read_given_text(url: str, *, max_bytes: int, error_type: type[PipelineError]) -> str:
+    """Read one whole file of UTF-8 text.
 
     Raises:
         PipelineError: an `error_type`: no such file, unreadable, or larger than `max_bytes`.
@@ -63,7 +63,11 @@ def read_given_file(url: str, *, max_bytes: int, error_type: type[PipelineError]
         content = stream.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise error_type(f"{url}: more than {max_bytes} bytes; is it the right file?")
-    return content
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise error_type(f"{url}:{line}: not UTF-8 text; save the file as UTF-8") from None
 
 
 @contextmanager

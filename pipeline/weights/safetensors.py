@@ -60,8 +60,7 @@ class SafetensorsWeights:
     def _locate(self, path: str) -> SourceVariable:
         conversion, variable = self._conversion(path), self._variables[path]
         shape = tuple(variable.shape)
-        if conversion.tensor is None:
-            assert conversion.constant is not None
+        if conversion.constant is not None:
             dtype = str(conversion.constant.dtype)
             return SourceVariable(path=path, file="", key="", shape=shape, dtype=dtype)
         file = self._tensors[conversion.tensor]
@@ -77,8 +76,7 @@ class SafetensorsWeights:
 
     def _read(self, path: str) -> NDArray[Any]:
         located, conversion = self._locate(path), self._conversion(path)
-        if conversion.tensor is None:
-            assert conversion.constant is not None
+        if conversion.constant is not None:
             return conversion.constant
         tensor = self._tensor(conversion.tensor)
         data = self.preset.read(located.file, tensor.start, tensor.stop)

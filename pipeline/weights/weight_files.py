@@ -80,8 +80,7 @@ class RangedFile(io.RawIOBase):
 
     def __init__(self, preset: PresetFiles, name: str) -> None:
         super().__init__()
-        self._preset = preset
-        self._name = name
+        self._preset, self._name = preset, name
         self._size = preset.sizes[name]
         self._position = 0
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
