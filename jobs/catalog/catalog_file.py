@@ -99,21 +99,13 @@ def parse_catalog(text: str, *, where: str, folder: Path | None) -> Catalog:
             key=lambda error: mistake_order(error, document.line_of(error["loc"])),
         )
         more = f" ({len(errors) - 1} more after it)" if len(errors) > 1 else ""
-        said = describe_mistake(errors[0], CatalogFile)
-        line = document.line_of(errors[0]["loc"])
-        raise CatalogError(f"{where}:{line}: {said}{more}") from None
-    try:
-        return _Resolver(document, folder).catalog(written)
-    except _MistakeError as mistake:
-        raise CatalogError(f"{where}:{document.line_of(mistake.path)}: {mistake}") from None
+        mistake = describe_mistake(errors[0], CatalogFile)
+        raise _error(document, errors[0]["loc"], f"{mistake}{more}") from None
+    return _Resolver(document, folder).catalog(written)
 
 
-class _MistakeError(Exception):
-    """What is wrong with the value at a path."""
-
-    def __init__(self, path: YamlPath, text: str) -> None:
-        super().__init__(text)
-        self.path = path
+def _error(document: MarkedYaml, path: YamlPath, text: str) -> CatalogError:
+    return CatalogError(f"{document.where}:{document.line_of(path)}: {text}")
 
 
 def _independent(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
@@ -160,7 +152,7 @@ class _Resolver:
         for index, model in enumerate(written.models):
             if model.name in indices:
                 first = self._document.line_of(("models", indices[model.name], "name"))
-                raise _MistakeError(
+                raise self._error(
                     ("models", index, "name"),
                     f"the name {model.name} is taken by line {first}; rename one of them",
                 )
@@ -169,7 +161,7 @@ class _Resolver:
         try:
             open_store(root_url)
         except StorageError as error:
-            raise _MistakeError(("root",), str(error)) from None
+            raise self._error(("root",), str(error)) from None
         aliases = self._aliases(written, indices)
         entries = [
             self._entry(model, ("models", index), tuple(sorted(aliases.get(model.name, ()))))
@@ -188,7 +180,7 @@ class _Resolver:
             path = ("models", index, "alias_of")
             given = sorted(model.model_fields_set - {"name", "alias_of", "owner", "tags"})
             if given:
-                raise _MistakeError(
+                raise self._error(
                     ("models", index, given[0]),
                     f"{model.name} is an alias, so {given[0]} is that of {model.alias_of}; "
                     "remove it here",
@@ -198,7 +190,7 @@ class _Resolver:
                 if current.alias_of not in indices:
                     near = difflib.get_close_matches(current.alias_of, indices, n=1)
                     hint = f"did you mean {near[0]}? " if near else ""
-                    raise _MistakeError(
+                    raise self._error(
                         path,
                         f"alias_of names no model of this file: {current.alias_of}; {hint}add it, "
                         "or correct the name",
@@ -206,7 +198,7 @@ class _Resolver:
                 current = written.models[indices[current.alias_of]]
                 if current.name in chain:
                     circle = " → ".join((*chain, current.name))
-                    raise _MistakeError(
+                    raise self._error(
                         path, f"aliases form a circle ({circle}); give one of them a preset"
                     )
                 chain.append(current.name)
@@ -215,20 +207,20 @@ class _Resolver:
 
     def _entry(self, model: Model, path: YamlPath, aliases: tuple[str, ...]) -> Entry:
         if model.preset is None:
-            raise _MistakeError(
+            raise self._error(
                 path, f"{model.name} has no preset; add preset: URL, or alias_of: another model"
             )
         if model.recipes is None:
-            raise _MistakeError(
+            raise self._error(
                 path, f"{model.name} has no recipes; add recipes: [...], here or to defaults"
             )
         if model.gate is not None and model.evaluate_on is None:
-            raise _MistakeError(
+            raise self._error(
                 (*path, "gate"),
                 f"{model.name} has a gate but no evaluate_on; add evaluate_on: [texts]",
             )
         if model.gate is not None and not model.gate.model_dump(exclude_none=True):
-            raise _MistakeError(
+            raise self._error(
                 (*path, "gate"),
                 "the gate sets no limit; give max_perplexity_increase, max_divergence or "
                 "min_cosine",
@@ -238,7 +230,7 @@ class _Resolver:
             at: YamlPath = (*path, "recipes", index)
             recipe = self._recipe(given, model, at)
             if recipe.name in recipes:
-                raise _MistakeError(
+                raise self._error(
                     at, f"{model.name} has two recipes named {recipe.name}; rename or remove one"
                 )
             recipes[recipe.name] = recipe
@@ -270,7 +262,7 @@ class _Resolver:
             calibration["texts"] = [self._absolute(text, at) for text in calibration["texts"]]
             return recipe_from_dict(values, where=recipe.name)
         except RecipeError as error:
-            raise _MistakeError(at, str(error)) from None
+            raise self._error(at, str(error)) from None
 
     def _absolute(self, url: str, path: YamlPath) -> str:
         """Make a local path absolute; URLs stay as they are."""
@@ -280,8 +272,11 @@ class _Resolver:
         if local.is_absolute():
             return str(local)
         if self._folder is None:
-            raise _MistakeError(
+            raise self._error(
                 path,
                 f"{url} is relative, but this catalog was not read from a folder; write a full URL",
             )
         return os.path.normpath(self._folder / local)  # storage URLs must not contain ".."
+
+    def _error(self, path: YamlPath, text: str) -> CatalogError:
+        return _error(self._document, path, text)

@@ -237,9 +237,7 @@ def _request(entry: Entry, recipe: Recipe, **fingerprints: dict[str, str]) -> Re
         evaluation_windows=settings.windows,
         gate=settings.gate,
         needs=ComputeSpec(
-            workers=resources.workers,
-            threads=resources.threads,
-            device=resources.device,
+            **resources.model_dump(exclude={"memory"}),
             memory_bytes=None if memory is None else int(memory),
         ),
         keep=settings.retention.keep,

@@ -77,14 +77,11 @@ def run_status(store: ObjectStore, *, term_seconds: float = lease.TERM_SECONDS) 
     )
     beats = [version.modified for key, version in known.items() if key.startswith(lease.PREFIX)]
     heartbeat = max(0.0, time.time() - max(beats)) if beats else None
+    found = RunStatus(
+        state="stopped", parts_done=done, heartbeat_seconds=heartbeat, stored_bytes=stored
+    )
     if MANIFEST_KEY in known:
-        return RunStatus(
-            state="finished",
-            parts_done=done,
-            parts=done,
-            heartbeat_seconds=heartbeat,
-            stored_bytes=stored,
-        )
+        return dataclasses.replace(found, state="finished", parts=done)
     driven: RunPhase = "stopped"
     if not lease.find_latest(store).is_over:
         driven = "silent" if heartbeat is None or heartbeat > term_seconds else "running"
@@ -94,23 +91,18 @@ def run_status(store: ObjectStore, *, term_seconds: float = lease.TERM_SECONDS) 
     try:
         plan = read_plan(store)
     except DamagedObjectError as error:
-        return RunStatus(state="stopped", parts_done=done, text=str(error))
-    logs = sorted(key for key in known if key.startswith(EVENTS_PREFIX))
-    events = read_events(store, logs[-1:])
+        return dataclasses.replace(found, text=str(error))
+    events = read_events(store, sorted(key for key in known if key.startswith(EVENTS_PREFIX))[-1:])
     texts = [str(event.values["text"]) for event in events if event.values.get("text")]
     pace = seconds_per_part(events)
-    left = None
-    if pace is not None and driven == "running":
-        left = pace * (len(plan.parts) - done)
-    return RunStatus(
+    left = pace * (len(plan.parts) - done) if pace is not None and driven == "running" else None
+    return dataclasses.replace(
+        found,
         state=driven,
-        parts_done=done,
         parts=len(plan.parts),
         seconds_a_part=pace,
         seconds_left=left,
-        heartbeat_seconds=heartbeat,
         source_bytes=sum(part.source_bytes for part in plan.parts),
-        stored_bytes=stored,
         text=texts[-1] if texts else "",
     )
 
@@ -275,9 +267,8 @@ def _line(row: Row) -> tuple[str, ...]:
     run = row.run
     parts = left = heartbeat = "–"
     if run is not None and run.parts is not None:
-        parts = f"{run.parts_done}/{run.parts}"
-        if run.seconds_a_part is not None:
-            parts += f", {duration(run.seconds_a_part)} each"
+        each = "" if run.seconds_a_part is None else f", {duration(run.seconds_a_part)} each"
+        parts = f"{run.parts_done}/{run.parts}{each}"
     if run is not None and run.seconds_left is not None:
         left = duration(run.seconds_left)
     if run is not None and run.heartbeat_seconds is not None:

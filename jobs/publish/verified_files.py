@@ -50,18 +50,11 @@ class VerifiedFiles(StoredRecord):
         """
         known = {key: (entry.sha256, entry.size_bytes) for key, entry in manifest.files.items()}
         known[MANIFEST_KEY] = (manifest.record_sha256, len(manifest.to_json()))
-        return cls(
-            run_id=run_id,
-            manifest_sha256=manifest.record_sha256,
-            files={
-                key: VerifiedFile(
-                    token=versions[key].token if key in versions else "",
-                    sha256=digest,
-                    size_bytes=size_bytes,
-                )
-                for key, (digest, size_bytes) in sorted(known.items())
-            },
-        )
+        files = {}
+        for key, (digest, size_bytes) in sorted(known.items()):
+            token = versions[key].token if key in versions else ""
+            files[key] = VerifiedFile(token=token, sha256=digest, size_bytes=size_bytes)
+        return cls(run_id=run_id, manifest_sha256=manifest.record_sha256, files=files)
 
     def save(self, root: ObjectStore) -> None:
         """Write the record, over an older one."""
