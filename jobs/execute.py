@@ -20,12 +20,7 @@ from jobs.summary import Summary
 from jobs.termination import terminable
 from pipeline.errors import CalibrationTextError, PipelineError
 from pipeline.estimates import Estimate
-from pipeline.executor.allocation import (
-    allocate,
-    may_have_gpu,
-    this_machine,
-    worker_environment,
-)
+from pipeline.executor.allocation import allocate, may_have_gpu, this_machine, worker_environment
 from pipeline.executor.local_process import LocalProcess, local_process
 from pipeline.executor.protocol import (
     Allocation,
@@ -34,18 +29,21 @@ from pipeline.executor.protocol import (
     ExecutorError,
     FunctionRunner,
     NodeRoom,
+    WorkerLostError,
 )
-from pipeline.fidelity import Fidelity
+from pipeline.fidelity import Fidelity, average
 from pipeline.plan import Plan
-from pipeline.remote_planning import Identity, evaluation_windows, measure, start_worker
+from pipeline.remote_planning import Identity, evaluation_windows, start_worker
+from pipeline.run import lease
 from pipeline.run.commits import Finding, quarantine, read_manifest
 from pipeline.run.driver import KEEP_EVERY, quantize
 from pipeline.run.events import EventLog
-from pipeline.run.lease import TERM_SECONDS, Lease
 from pipeline.run.records import Manifest
+from pipeline.run.worker_api import WorkerApi
 from pipeline.storage.object_store import ObjectStore
 
 _T = TypeVar("_T")
+_MOST_LOSSES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +58,20 @@ class DriverOptions:
 
     keep_every: int = KEEP_EVERY
     wait: bool = True
-    lease_seconds: float = TERM_SECONDS
+    lease_seconds: float = lease.TERM_SECONDS
+
+    def acquire_lease(self, store: ObjectStore) -> lease.Lease:
+        """Become the driver of the run at a store's root, as soon as no other is at work on it.
+
+        Raises:
+            LeaseHeldError: another driver is, and it is not to be waited for.
+        """
+        return lease.acquire(
+            store,
+            seconds=self.lease_seconds,
+            wait=self.wait,
+            tell=partial(log_event, "waiting"),
+        )
 
 
 class Compute:
@@ -143,8 +154,8 @@ def open_compute(
 
             stack.enter_context(connect(address, machine))
             allocation = allocate_on_cluster(spec)
-            hired = dataclasses.replace(allocation, workers=1) if plan_only else allocation
-            yield Compute(allocation, lambda: RayExecutor(hired, start))
+            started = dataclasses.replace(allocation, workers=1) if plan_only else allocation
+            yield Compute(allocation, lambda: RayExecutor(started, start))
             return
         allocation = allocate(spec, [machine])
 
@@ -209,12 +220,12 @@ def read_windows(
     runner: FunctionRunner,
     source_url: str,
     plan: Plan,
-    texts: Sequence[str],
+    texts: tuple[str, ...],
     num_windows: int,
     *,
     named: str,
 ) -> bytes:
-    """Token windows of the texts that a result is to be judged by, serialized.
+    """Token windows, as long as calibration's, to judge a result by; serialized.
 
     Args:
         named: how the user named texts and windows, for messages.
@@ -222,16 +233,39 @@ def read_windows(
     Raises:
         CalibrationTextError: texts that are missing, unreadable or too few.
     """
+    length = None if plan.tokens is None else plan.tokens.sequence_length
     try:
-        return evaluation_windows(runner, source_url, plan, texts, num_windows)
+        return runner.run(evaluation_windows, source_url, texts, num_windows, length)
     except CalibrationTextError as error:
         raise CalibrationTextError(f"{named}: {error}") from None
 
 
 def evaluate(executor: Executor, windows: bytes, num_windows: int) -> Fidelity:
-    """Compare a finished result with its source."""
-    with status("comparing the result with its source"):
-        return measure(executor, windows, num_windows)
+    """Compare a finished result with its source, with the windows spread over the workers.
+
+    Raises:
+        ExecutorError: workers are lost again and again.
+    """
+    for _ in range(_MOST_LOSSES):
+        workers = min(executor.num_workers, num_windows)
+        try:
+            with status("comparing the result with its source"):
+                measured = executor.fetch(
+                    [
+                        executor.submit(
+                            w, WorkerApi.evaluate, windows, range(w, num_windows, workers)
+                        )
+                        for w in range(workers)
+                    ]
+                )
+        except WorkerLostError:
+            executor.recover()
+        else:
+            return average([measured[i % workers][i // workers] for i in range(num_windows)])
+    raise ExecutorError(
+        f"workers were lost {_MOST_LOSSES} times while they evaluated; check the memory and logs "
+        "of the cluster's nodes, then run quantfleet evaluate"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,28 +301,28 @@ def execute(
     plan: Plan,
     store: ObjectStore,
     compute: Compute,
-    lease: Lease | None,
+    held: lease.Lease | None,
     metrics: RunMetrics,
+    options: DriverOptions,
     *,
-    keep_every: int,
     damaged: Sequence[Finding] = (),
 ) -> Execution:
     """Make what is missing or damaged of a claimed run.
 
     Args:
-        lease: this driver's; None if the run is finished, and there is nothing to do.
+        held: this driver's lease; None if the run is finished, and there is nothing to do.
         damaged: found in a finished run; it is moved aside and made again.
 
     Raises:
         PipelineError: with what to do about it.
     """
     start = time.monotonic()
-    log = EventLog(store, plan, compute.allocation, epoch=None if lease is None else lease.epoch)
-    if lease is None:
+    log = EventLog(store, plan, compute.allocation, epoch=None if held is None else held.epoch)
+    if held is None:
         manifest = read_manifest(store)
     else:
         if damaged:
-            lease.check()
+            held.check()
             quarantine(store, damaged)
         with watch(plan) as report:
             manifest = quantize(
@@ -296,25 +330,8 @@ def execute(
                 store,
                 compute.executor,
                 metrics.also(log.also(report)),
-                keep_every=keep_every,
-                check_lease=lease.check,
+                keep_every=options.keep_every,
+                check_lease=held.check,
             )
-    return Execution(
-        plan=plan,
-        store=store,
-        manifest=manifest,
-        log=log,
-        wall_seconds=time.monotonic() - start,
-    )
-
-
-def log_allocation(compute: Compute, spec: ComputeSpec, where: str) -> None:
-    """Say what workers a run gets."""
-    allocation = compute.allocation
-    on = "one GPU each" if allocation.gpus else "CPU"
-    why = "" if allocation.gpus or spec.device == "cpu" else " (no GPU found)"
-    log_event(
-        "joined",
-        f"{allocation.workers} worker(s) × {allocation.threads} thread(s) on {on}{why}, {where}",
-        allocation.to_dict(),
-    )
+    seconds = time.monotonic() - start
+    return Execution(plan=plan, store=store, manifest=manifest, log=log, wall_seconds=seconds)

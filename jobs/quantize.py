@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from jobs.execute import (
     check_memory,
     evaluate,
     execute,
-    log_allocation,
     open_compute,
     read_windows,
 )
@@ -33,7 +31,6 @@ from pipeline.model.preset import CONFIG_FILE, check_preset
 from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.remote_planning import identity, plan_run
-from pipeline.run import lease
 from pipeline.run.commits import read_manifest
 from pipeline.run.driver import claim
 from pipeline.run.records import MANIFEST_KEY
@@ -42,11 +39,7 @@ from pipeline.storage.object_store import ObjectStore
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to quantize, where to put it, and what to judge it by.
-
-    Attributes:
-        options: how the run is driven.
-    """
+    """What to quantize, where to put it, and what to judge it by."""
 
     source_url: str
     output_url: str
@@ -79,11 +72,14 @@ def run_job(
     finished = store.exists(MANIFEST_KEY)
 
     def plan_all(runner: FunctionRunner) -> tuple[Plan, bytes | None, bytes | None]:
-        plan, windows = plan_run(runner, job.source_url, recipe, compute.allocation.threads)
+        plan, windows = runner.run(plan_run, job.source_url, recipe, compute.allocation.threads)
         # Before anything is claimed: a mistyped file must not cost a run.
         return plan, windows, None if dry_run else _evaluation_windows(job, plan, runner)
 
-    with _open(job, spec, address, plan_only=dry_run) as compute:
+    with open_compute(
+        spec, job.source_url, job.output_url, address=address, plan_only=dry_run
+    ) as compute:
+        _log_allocation(compute.allocation, spec, address, plan_only=dry_run)
         with status("planning: reading the preset, checking every layer, cutting texts"):
             has_work = not finished or bool(job.evaluation_texts)
             plan, windows, judged_on = compute.plan(plan_all, with_workers=has_work and not dry_run)
@@ -133,27 +129,21 @@ def resume_job(
     set_run(run=url_name(output_url), model=url_name(source_url), recipe=plan.recipe.name)
     if finished and not job.evaluation_texts:
         _log_finished_before(output_url)
-        summary = Summary.of(
-            plan,
-            store,
-            read_manifest(store),
-            estimate(plan, 1),
-            {},
-            wall_seconds=0.0,
-            fidelity=None,
-        )
+        found, costs = read_manifest(store), estimate(plan, 1)
+        summary = Summary.of(plan, store, found, costs, {}, wall_seconds=0.0, fidelity=None)
         _print_summary(summary, store, as_json=as_json)
         return
     job = dataclasses.replace(job, source_url=source_url, output_url=output_url)
     check_preset(reachable(source_url, CONFIG_FILE))
 
     def check_source(runner: FunctionRunner) -> bytes | None:
-        found = identity(runner, source_url, compute.allocation.threads)
+        found = runner.run(identity, source_url, compute.allocation.threads)
         check_identity(plan, found, source_url, finished=finished)
         return _evaluation_windows(job, plan, runner)
 
     spec = dataclasses.replace(spec, threads=spec.threads or int(plan.machine["threads"]))
-    with _open(job, spec, address) as compute:
+    with open_compute(spec, source_url, output_url, address=address) as compute:
+        _log_allocation(compute.allocation, spec, address)
         with status("checking that source and machine are what they were"):
             judged_on = compute.plan(check_source)
         costs = estimate(plan, compute.allocation.workers)
@@ -161,16 +151,17 @@ def resume_job(
         _finish(plan, job, store, compute, costs, judged_on, as_json=as_json)
 
 
-@contextlib.contextmanager
-def _open(
-    job: Job, spec: ComputeSpec, address: str | None, *, plan_only: bool = False
-) -> Iterator[Compute]:
-    with open_compute(
-        spec, job.source_url, job.output_url, address=address, plan_only=plan_only
-    ) as compute:
-        here = "this machine" if plan_only else "a Ray cluster started on this machine"
-        log_allocation(compute, spec, address or here)
-        yield compute
+def _log_allocation(
+    allocation: Allocation, spec: ComputeSpec, address: str | None, *, plan_only: bool = False
+) -> None:
+    where = address or ("" if plan_only else "a Ray cluster started on ") + "this machine"
+    on = "one GPU each" if allocation.gpus else "CPU"
+    why = "" if allocation.gpus or spec.device == "cpu" else " (no GPU found)"
+    log_event(
+        "joined",
+        f"{allocation.workers} worker(s) × {allocation.threads} thread(s) on {on}{why}, {where}",
+        allocation.to_dict(),
+    )
 
 
 def _finish(
@@ -187,12 +178,15 @@ def _finish(
     metrics = RunMetrics(model=url_name(job.source_url), recipe=plan.recipe.name)
     fidelity = None
     try:
-        with _hold_lease(job, store) as held:
+        with contextlib.ExitStack() as stack:
+            held = None
+            if not store.exists(MANIFEST_KEY):
+                held = stack.enter_context(job.options.acquire_lease(store))
+                # The driver that was waited for may have finished.
+                held = None if store.exists(MANIFEST_KEY) else held
             if held is None:
                 _log_finished_before(job.output_url)
-            execution = execute(
-                plan, store, compute, held, metrics, keep_every=job.options.keep_every
-            )
+            execution = execute(plan, store, compute, held, metrics, job.options)
         if judged_on is not None:
             fidelity = evaluate(compute.executor, judged_on, job.evaluation_windows)
             metrics.judged(fidelity)
@@ -204,22 +198,6 @@ def _finish(
         log_event("resumable", f"to go on from the last committed block: {resume_command(job)}")
         raise
     _print_summary(execution.summarize(costs, fidelity), store, as_json=as_json)
-
-
-@contextlib.contextmanager
-def _hold_lease(job: Job, store: ObjectStore) -> Iterator[lease.Lease | None]:
-    """The right to drive the run for the block; None if it is finished."""
-    if store.exists(MANIFEST_KEY):
-        yield None
-        return
-    with lease.acquire(
-        store,
-        seconds=job.options.lease_seconds,
-        wait=job.options.wait,
-        tell=lambda text: log_event("waiting", text),
-    ) as held:
-        # The driver that was waited for may have finished.
-        yield None if store.exists(MANIFEST_KEY) else held
 
 
 def _log_finished_before(output_url: str) -> None:
@@ -269,20 +247,11 @@ def _absolute(url: str) -> str:
 
 
 def _print_plan(plan: Plan, costs: Estimate, allocation: Allocation, *, as_json: bool) -> None:
-    costs_json = dataclasses.asdict(costs) | {"flops": costs.flops}
+    values = {
+        "plan_digest": plan.digest,
+        "estimate": dataclasses.asdict(costs) | {"flops": costs.flops},
+    }
     if as_json:
-        print_json(
-            {
-                "plan_digest": plan.digest,
-                "plan": plan.content(),
-                "estimate": costs_json,
-                "resources": allocation.to_dict(),
-            }
-        )
+        print_json(values | {"plan": plan.content(), "resources": allocation.to_dict()})
     else:
-        log_event(
-            "planned",
-            "",
-            {"plan_digest": plan.digest, "estimate": costs_json},
-            table=plan_table(plan, costs, allocation),
-        )
+        log_event("planned", "", values, table=plan_table(plan, costs, allocation))

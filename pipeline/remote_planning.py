@@ -1,20 +1,18 @@
-"""What a driver has done by processes that have JAX and Keras: planning, and starting workers."""
+"""Functions that a driver has run by a process with JAX and Keras (see `FunctionRunner`).
+
+The driver imports this module, so JAX, Keras and all that needs them are imported where it runs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipeline.executor.protocol import Executor, ExecutorError, FunctionRunner, WorkerLostError
-from pipeline.fidelity import Fidelity, average
+from pipeline.executor.protocol import ExecutorError
 from pipeline.plan import Plan, read_plan
 from pipeline.recipe.recipe import Calibration, Recipe
 from pipeline.run.worker_api import WorkerApi
 from pipeline.storage.object_store import open_store
-
-_WINDOW = 512
-"""Tokens in an evaluation window where no calibration says otherwise."""
-_MOST_LOSSES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,84 +22,6 @@ class Identity:
     source_files_sha256: str
     machine: dict[str, str]
     versions: dict[str, str]
-
-
-def plan_run(
-    runner: FunctionRunner, source_url: str, recipe: Recipe, threads: int
-) -> tuple[Plan, bytes | None]:
-    """The plan, and the token windows that it names, serialized.
-
-    Raises:
-        PipelineError: a source, recipe or calibration that cannot be carried out.
-    """
-    plan_json, windows = runner.run(_plan, source_url, recipe, threads)
-    return Plan.from_json(plan_json), windows
-
-
-def identity(runner: FunctionRunner, source_url: str, threads: int) -> Identity:
-    """What a plan made now would say of source, machine and versions.
-
-    Weights are not read: each part's are checked against the plan when they are.
-
-    Raises:
-        PipelineError: the source cannot be read.
-    """
-    return runner.run(_identity, source_url, threads)
-
-
-def evaluation_windows(
-    runner: FunctionRunner, source_url: str, plan: Plan, texts: Sequence[str], num_windows: int
-) -> bytes:
-    """Token windows of texts to judge a result by, serialized.
-
-    They are as long as calibration's; without one, 512 tokens, or what the model takes.
-
-    Raises:
-        PipelineError: texts that are missing, unreadable or too few.
-    """
-    length = _WINDOW if plan.tokens is None else plan.tokens.sequence_length
-    calibration = Calibration(
-        texts=tuple(texts), num_samples=num_windows, sequence_length=length, sampling="sequential"
-    )
-    return runner.run(_windows, source_url, calibration, plan.tokens is None)
-
-
-def measure(executor: Executor, windows: bytes, num_windows: int) -> Fidelity:
-    """Compare source and finished artifact over windows, spread over the workers.
-
-    Raises:
-        ExecutorError: workers are lost again and again.
-    """
-    shares = [
-        list(range(w, num_windows, executor.num_workers)) for w in range(executor.num_workers)
-    ]
-    for _ in range(_MOST_LOSSES):
-        try:
-            measured = executor.fetch(
-                [
-                    executor.submit(worker, WorkerApi.evaluate, windows, share)
-                    for worker, share in enumerate(shares)
-                    if share
-                ]
-            )
-            break
-        except WorkerLostError:
-            executor.recover()
-    else:
-        raise ExecutorError(
-            f"workers were lost {_MOST_LOSSES} times while they evaluated; check the memory and "
-            "logs of the cluster's nodes, then run quantfleet evaluate"
-        )
-    by_window = {
-        index: fidelity
-        for share, several in zip(filter(None, shares), measured, strict=True)
-        for index, fidelity in zip(share, several, strict=True)
-    }
-    return average([by_window[index] for index in sorted(by_window)])
-
-
-# The functions below run where JAX and Keras are; the driver, which imports this module, imports
-# neither.
 
 
 def start_worker(source_url: str, run_url: str) -> Callable[[], WorkerApi]:
@@ -120,16 +40,27 @@ def start_worker(source_url: str, run_url: str) -> Callable[[], WorkerApi]:
     return lambda: Worker(read_plan(open_store(run_url)), source_url, run_url)
 
 
-def _plan(source_url: str, recipe: Recipe, threads: int) -> tuple[bytes, bytes | None]:
+def plan_run(source_url: str, recipe: Recipe, threads: int) -> tuple[Plan, bytes | None]:
+    """The plan, and the token windows that it names, serialized.
+
+    Raises:
+        PipelineError: a source, recipe or calibration that cannot be carried out.
+    """
     from pipeline.model.preset import read_preset
     from pipeline.planning import make_plan
 
     planned = make_plan(read_preset(source_url), recipe, threads=threads)
-    windows = planned.windows
-    return planned.plan.to_json(), None if windows is None else windows.to_bytes()
+    return planned.plan, None if planned.windows is None else planned.windows.to_bytes()
 
 
-def _identity(source_url: str, threads: int) -> Identity:
+def identity(source_url: str, threads: int) -> Identity:
+    """What a plan made now would say of source, machine and versions.
+
+    Weights are not read: each part's are checked against the plan when they are.
+
+    Raises:
+        PipelineError: the source cannot be read.
+    """
     from pipeline.model.preset import read_preset
     from pipeline.planning import machine, versions
     from pipeline.weights.source import open_source
@@ -141,15 +72,25 @@ def _identity(source_url: str, threads: int) -> Identity:
     )
 
 
-def _windows(source_url: str, calibration: Calibration, fit: bool) -> bytes:
-    """Args: fit: shorten windows to what the model takes."""
+def evaluation_windows(
+    source_url: str, texts: tuple[str, ...], num_windows: int, length: int | None
+) -> bytes:
+    """Token windows of texts to judge a result by, serialized.
+
+    Args:
+        length: of a window in tokens; None for 512, or what the model takes if that is less.
+
+    Raises:
+        PipelineError: texts that are missing, unreadable or too few.
+    """
     from pipeline.model.preset import read_preset
     from pipeline.model.skeleton import build_skeleton
     from pipeline.planning import most_tokens, token_windows
 
     preset = read_preset(source_url)
     skeleton = build_skeleton(preset)
-    most = most_tokens(skeleton)
-    if fit and most is not None and most < calibration.sequence_length:
-        calibration = calibration.model_copy(update={"sequence_length": most})
+    length = length or min(512, most_tokens(skeleton) or 512)
+    calibration = Calibration(
+        texts=texts, num_samples=num_windows, sequence_length=length, sampling="sequential"
+    )
     return token_windows(preset, skeleton, calibration).to_bytes()

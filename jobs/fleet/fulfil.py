@@ -7,8 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
+from functools import partial
 
 from jobs.catalog.request import Request, request_key, run_store
 from jobs.execute import (
@@ -26,21 +25,16 @@ from jobs.metrics import RunMetrics
 from jobs.publish.releases import Release, find_current, publish
 from jobs.publish.verdict import Verdict, failures, find_verdict, quality_figures, save_verdict
 from jobs.publish.verified_files import VerifiedFiles
-from pipeline.errors import (
-    DamagedObjectError,
-    LeaseHeldError,
-    MissingObjectError,
-    PipelineError,
-)
+from pipeline.errors import DamagedObjectError, MissingObjectError, PipelineError
 from pipeline.estimates import estimate
 from pipeline.executor.protocol import FunctionRunner
 from pipeline.fidelity import Fidelity
 from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.recipe.recipe_file import recipe_from_dict
 from pipeline.remote_planning import identity, plan_run
-from pipeline.run import lease
 from pipeline.run.commits import Finding, damaged_files, read_manifest
 from pipeline.run.driver import claim
+from pipeline.run.lease import Lease
 from pipeline.run.records import ARTIFACT_PREFIX, MANIFEST_KEY, Manifest
 from pipeline.storage.object_store import ObjectStore
 
@@ -93,20 +87,19 @@ def fulfil(
         PipelineError: with what to do about it.
     """
     set_run(run=request.run_id, model=request.model, recipe=request.recipe_name)
-    held = lease.acquire(
-        run_store(root, request.run_id),
-        seconds=options.lease_seconds,
-        wait=options.wait,
-        tell=lambda text: log_event("waiting", text),
-    )
-    with held, _RequestCompute(request, open_compute) as compute:
+    with (
+        options.acquire_lease(run_store(root, request.run_id)) as held,
+        _request_compute(request, open_compute) as compute,
+    ):
         artifact = _find_intact(root, request)
         if artifact is None:
             artifact = _quantize(root, request, compute, held, options)
-        is_known, fidelity = _known_quality(root, request, artifact)
-        if not is_known:
-            run_compute = compute.for_run(run_store(root, artifact.run_id))
-            fidelity = _evaluate(request, artifact.plan, run_compute)
+        fidelity = None
+        if request.evaluation_texts:
+            fidelity = _known_fidelity(root, request, artifact)
+            if fidelity is None:
+                run_compute = compute.for_run(run_store(root, artifact.run_id))
+                fidelity = _evaluate(request, artifact.plan, run_compute)
         verdict = _judge(request, artifact, fidelity)
         # Everything is read once more, just before readers are sent there.
         _verify(root, artifact)
@@ -127,26 +120,15 @@ class _RequestCompute:
         metrics: of the request's run, which need workers: a request that is found done has none.
     """
 
-    def __init__(self, request: Request, open_compute: OpenCompute) -> None:
+    def __init__(
+        self, request: Request, open_compute: OpenCompute, stack: contextlib.ExitStack
+    ) -> None:
+        """Args: stack: keeps the workers until it is closed."""
         self.metrics = RunMetrics(model=request.model, recipe=request.recipe_name)
         self._request = request
         self._open_compute = open_compute
-        self._stack = contextlib.ExitStack()
+        self._stack = stack
         self._opened: tuple[str, Compute] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        is_failure = isinstance(error, PipelineError) and not isinstance(error, LeaseHeldError)
-        if is_failure and self.has_workers:
-            self.metrics.ended("failed")
-        self._stack.__exit__(error_type, error, trace)
 
     @property
     def has_workers(self) -> bool:
@@ -167,6 +149,18 @@ class _RequestCompute:
         return self._opened[1]
 
 
+@contextlib.contextmanager
+def _request_compute(request: Request, open_compute: OpenCompute) -> Iterator[_RequestCompute]:
+    with contextlib.ExitStack() as stack:
+        compute = _RequestCompute(request, open_compute, stack)
+        try:
+            yield compute
+        except PipelineError:
+            if compute.has_workers:
+                compute.metrics.ended("failed")
+            raise
+
+
 def _read_intact(store: ObjectStore) -> tuple[Manifest | None, tuple[Finding, ...]]:
     """A run's manifest, once all files that it names were read and are intact; else what is not."""
     try:
@@ -179,14 +173,18 @@ def _read_intact(store: ObjectStore) -> tuple[Manifest | None, tuple[Finding, ..
     return (None, damaged) if damaged else (manifest, ())
 
 
+def _intact(root: ObjectStore, run_id: str, plan: Plan | None = None) -> _Artifact | None:
+    store = run_store(root, run_id)
+    manifest, _ = _read_intact(store)
+    if manifest is None:
+        return None
+    return _Artifact(run_id=run_id, plan=plan or read_plan(store), manifest=manifest)
+
+
 def _find_intact(root: ObjectStore, request: Request) -> _Artifact | None:
     """The finished and intact artifact of the request's own run, or of one with the same bytes."""
-    for run_id in dict.fromkeys(_candidates(root, request)):
-        store = run_store(root, run_id)
-        manifest, _ = _read_intact(store)
-        if manifest is not None:
-            return _Artifact(run_id=run_id, plan=read_plan(store), manifest=manifest)
-    return None
+    found = map(partial(_intact, root), dict.fromkeys(_candidates(root, request)))
+    return next(filter(None, found), None)
 
 
 def _candidates(root: ObjectStore, request: Request) -> Iterator[str]:
@@ -214,7 +212,7 @@ def _quantize(
     root: ObjectStore,
     request: Request,
     compute: _RequestCompute,
-    held: lease.Lease,
+    held: Lease,
     options: DriverOptions,
 ) -> _Artifact:
     """Finish the request's run; or find the artifact of a run with the very same plan."""
@@ -238,15 +236,7 @@ def _quantize(
     check_memory(costs, run_compute.allocation.nodes)
     for finding in damaged:
         log_event("damaged", f"made again: {finding.problem}", level=logging.WARNING)
-    execution = execute(
-        plan,
-        store,
-        run_compute,
-        held,
-        compute.metrics,
-        keep_every=options.keep_every,
-        damaged=damaged,
-    )
+    execution = execute(plan, store, run_compute, held, compute.metrics, options, damaged=damaged)
     execution.summarize(costs, None)
     return _Artifact(run_id=request.run_id, plan=plan, manifest=execution.manifest, solved=True)
 
@@ -257,25 +247,18 @@ def _plan(
     """The plan that the run was started with, or else a new one and its token windows.
 
     Only a new one reads the whole source; parts are checked against either when they are read.
-
-    Raises:
-        PipelineError: it cannot be carried out here.
     """
     if store.exists(PLAN_KEY):
         plan = read_plan(store)
-        found = identity(runner, request.source_url, threads)
+        found = runner.run(identity, request.source_url, threads)
         check_identity(plan, found, request.source_url, finished=False)
         return plan, None
     recipe = recipe_from_dict(request.recipe, where=request.request_id)
-    return plan_run(runner, request.source_url, recipe, threads)
+    return runner.run(plan_run, request.source_url, recipe, threads)
 
 
 def _evaluate(request: Request, plan: Plan, compute: Compute) -> Fidelity:
-    """Compare a finished result with its source, on the texts that the request names.
-
-    Raises:
-        CalibrationTextError: texts that are missing, unreadable or too few.
-    """
+    """Compare a finished result with its source, on the texts that the request names."""
     num_windows = request.evaluation_windows
     windows = compute.plan(
         lambda runner: read_windows(
@@ -295,32 +278,25 @@ def _published_twin(root: ObjectStore, request: Request, plan: Plan) -> _Artifac
     current = find_current(root, request.model, request.recipe_name)
     if current is None or current.release.plan_digest != plan.digest:
         return None
-    manifest, _ = _read_intact(run_store(root, current.release.run_id))
-    if manifest is None:
-        return None
-    return _Artifact(run_id=current.release.run_id, plan=plan, manifest=manifest)
+    return _intact(root, current.release.run_id, plan)
 
 
-def _known_quality(
-    root: ObjectStore, request: Request, artifact: _Artifact
-) -> tuple[bool, Fidelity | None]:
-    """Whether the artifact's quality, on the texts that the request names, is known; and it."""
-    if not request.evaluation_texts:
-        return True, None
+def _known_fidelity(root: ObjectStore, request: Request, artifact: _Artifact) -> Fidelity | None:
+    """The artifact's quality on the texts that the request names; None if it is not known."""
     manifest_sha256 = artifact.manifest.record_sha256
     verdict = find_verdict(root, request.request_id)
     if verdict is not None and verdict.manifest_sha256 == manifest_sha256 and verdict.quality:
-        return True, Fidelity(**verdict.quality)
+        return Fidelity(**verdict.quality)
     current = find_current(root, request.model, request.recipe_name)
     if current is None or current.release.manifest_sha256 != manifest_sha256:
-        return False, None
+        return None
     before = _fulfilled_request(root, current.release)
     same = before is not None and all(
         getattr(before, name) == getattr(request, name)
         for name in ("evaluation_texts", "evaluation_windows", "evaluation")
     )
     quality = current.release.quality
-    return (True, Fidelity(**quality)) if same and quality else (False, None)
+    return Fidelity(**quality) if same and quality else None
 
 
 def _judge(request: Request, artifact: _Artifact, fidelity: Fidelity | None) -> Verdict:

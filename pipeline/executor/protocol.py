@@ -104,7 +104,6 @@ class FunctionRunner(Protocol):
             ExecutorError: the process is lost again and again.
             Exception: what the function raised.
         """
-        ...
 
 
 class Executor(FunctionRunner, Protocol):
@@ -127,7 +126,6 @@ class Executor(FunctionRunner, Protocol):
         A worker runs one call at a time, and beside it one of a `concurrent` method. Handles among
         the arguments (see `argument`) are replaced by their results.
         """
-        ...
 
     def fetch(self, handles: Sequence[Handle[T]]) -> list[T]:
         """Wait for results.
@@ -136,15 +134,12 @@ class Executor(FunctionRunner, Protocol):
             WorkerLostError: a worker died on the way.
             Exception: what the worker raised.
         """
-        ...
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds of work by method since the last call, all workers together."""
-        ...
 
     def recover(self) -> Sequence[str]:
         """Wait until workers answer again; returns what changed about them, in words."""
-        ...
 
 
 class TimedWorker:

@@ -54,15 +54,12 @@ class Jobs(Protocol):
 
     def list(self) -> Mapping[str, RayJob]:
         """All jobs by submission id."""
-        ...
 
     def submit(self, submission_id: str, entrypoint: str, metadata: Mapping[str, str]) -> None:
         """Start a job, unless there is one of that id already."""
-        ...
 
     def stop(self, submission_id: str) -> None:
         """Stop a job: SIGTERM, and a few seconds later SIGKILL."""
-        ...
 
 
 class RayJobs:

@@ -1,17 +1,17 @@
 """The driver of one run: a plan carried out block by block, each committed as soon as it is solved.
 
-It holds no arrays and no Keras: keys and handles go out, small records come back. What is in
-storage decides where it starts, so resuming is the same as running.
+It holds no arrays and no Keras. Storage decides where it starts, so resuming is running.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Concatenate, TypeAlias
 
 from pipeline.errors import DamagedObjectError, PipelineError, PlanMismatchError
-from pipeline.executor.protocol import Executor, ExecutorError, Handle, WorkerLostError, argument
-from pipeline.plan import PLAN_KEY, LayerPlan, PartPlan, Plan, read_plan
+from pipeline.executor.protocol import Executor, ExecutorError, P, T, WorkerLostError, argument
+from pipeline.plan import PLAN_KEY, LayerPlan, Plan, read_plan
 from pipeline.reduction import join, split
 from pipeline.run import activations
 from pipeline.run.commits import committed_parts, quarantine
@@ -31,8 +31,7 @@ def claim(store: ObjectStore, plan: Plan, windows: bytes | None = None) -> Plan:
     """Write the plan into an empty run directory, or make sure that it is the one there.
 
     Args:
-        windows: the token windows that the plan names; written before it, so that a plan can
-            always be carried out.
+        windows: that the plan names; written first, so that a plan can always be carried out.
 
     Raises:
         PlanMismatchError: the directory belongs to another plan, or holds other things.
@@ -81,13 +80,10 @@ def quantize(
     keep_every: int = KEEP_EVERY,
     check_lease: Callable[[], None] = lambda: None,
 ) -> Manifest:
-    """Carry a plan out, from wherever storage says it stands, to its manifest.
+    """Carry out a claimed plan, from wherever storage says it stands, to its manifest.
 
     Args:
-        plan: the one at the run's root (see `claim`).
         store: opened at the run's root.
-        executor: workers for this plan.
-        report: called with what happens.
         keep_every: blocks between activations kept in storage.
         check_lease: raises if another driver has taken over; called before anything is moved or
             deleted, and before every block.
@@ -105,9 +101,9 @@ def quantize(
         except (WorkerLostError, DamagedObjectError) as error:
             losses = losses + 1 if len(drive.records) <= committed else 1
             committed = max(committed, len(drive.records))
-            if losses > _MOST_LOSSES:
-                raise _given_up(error) from error
             verify = isinstance(error, DamagedObjectError)
+            if losses > _MOST_LOSSES:
+                raise _give_up(error) from error
             if isinstance(error, WorkerLostError):
                 text = f"a worker was lost ({error}); its work is repeated"
                 report(Step(event="lost", text=text))
@@ -117,7 +113,7 @@ def quantize(
                 report(Step(event="damaged", text=f"{error}; it is recomputed"))
 
 
-def _given_up(error: Exception) -> PipelineError:
+def _give_up(error: Exception) -> PipelineError:
     if isinstance(error, DamagedObjectError):
         return DamagedObjectError(
             f"objects are damaged again and again, {_MOST_LOSSES} times in a row, the last: "
@@ -131,10 +127,11 @@ def _given_up(error: Exception) -> PipelineError:
 
 @dataclass
 class _Drive:
-    """See `quantize` for what it is given.
+    """See `quantize` for the fields that it is given.
 
     Attributes:
         records: of the parts committed, as far as the current attempt has come.
+        subtrees: of the reduction over calibration shards, by the worker that holds these.
     """
 
     plan: Plan
@@ -144,6 +141,7 @@ class _Drive:
     keep_every: int
     check_lease: Callable[[], None]
     records: dict[int, PartRecord] = field(default_factory=dict, init=False)
+    subtrees: list[list[range]] = field(default_factory=list, init=False)
 
     def attempt(self, *, verify: bool) -> Manifest:
         """Go from where storage stands to the manifest."""
@@ -202,39 +200,29 @@ class _Drive:
             return
         assert plan.tokens is not None
         num_shards = len(plan.tokens.shards)
-        subtrees = split(num_shards, executor.num_workers)
+        self.subtrees = split(num_shards, executor.num_workers)
         shards = {
             worker: [leaf for subtree in share for leaf in subtree]
-            for worker, share in enumerate(subtrees)
+            for worker, share in enumerate(self.subtrees)
             if share
         }
         start = activations.latest(self.store, first, num_shards)
         values = self._read(first)
         executor.fetch(
-            [
-                executor.submit(worker, WorkerApi.restore, first, held, start)
-                for worker, held in shards.items()
-            ]
+            [executor.submit(w, WorkerApi.restore, first, shards[w], start) for w in shards]
         )
         for block in range(first, plan.num_blocks):
             self.check_lease()
             last = block + 1 == plan.num_blocks
             following = values if last else self._read(block + 1)
-            solved = solve_block(plan.parts[block + 1], block, executor, subtrees, values)
-            results = [argument(handle) for handle in solved]
+            solved = self._solve(block, values)
+            previous = self.records[block].record_sha256 if block else ""
             record = executor.submit(
-                block % executor.num_workers,
-                WorkerApi.commit,
-                block + 1,
-                self.records[block].record_sha256 if block else "",
-                argument(values),
-                *results,
+                block % executor.num_workers, WorkerApi.commit, block + 1, previous, values, *solved
             )
             moved = [
-                executor.submit(
-                    worker, WorkerApi.propagate, block, held, argument(values), *results
-                )
-                for worker, held in shards.items()
+                executor.submit(w, WorkerApi.propagate, block, shards[w], values, *solved)
+                for w in shards
                 if not last
             ]
             self._committed(executor.fetch([record])[0])
@@ -243,20 +231,27 @@ class _Drive:
                 self._keep(block + 1, shards)
             values = following
 
-    def _read(self, block: int) -> Handle[Values]:
+    def _submit(
+        self,
+        worker: int,
+        method: Callable[Concatenate[WorkerApi, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Submit a call whose result is only passed on to others (see `argument`)."""
+        return argument(self.executor.submit(worker, method, *args, **kwargs))
+
+    def _read(self, block: int) -> Values:
         """Have a block's arrays read, while the workers do other things."""
         # By the worker that commits the block before, whose other work is short.
         worker = (block - 1 if block else 0) % self.executor.num_workers
-        return self.executor.submit(worker, WorkerApi.read, block + 1)
+        return self._submit(worker, WorkerApi.read, block + 1)
 
     def _keep(self, block: int, shards: dict[int, list[int]]) -> None:
         """Store the activations that enter a block, and delete those stored before."""
         kept: dict[int, activations.SavedShard] = {}
         for stored in self.executor.fetch(
-            [
-                self.executor.submit(worker, WorkerApi.keep, block, held)
-                for worker, held in shards.items()
-            ]
+            [self.executor.submit(w, WorkerApi.keep, block, shards[w]) for w in shards]
         ):
             kept |= stored
         activations.finish(self.store, block, kept)
@@ -264,59 +259,55 @@ class _Drive:
         activations.discard(self.store, block)
         self.report(Step(event="kept", part=block))
 
+    def _solve(self, block: int, values: Values) -> list[list[SolvedLayer]]:
+        """Submit the solves of a block: layers that need no calibration, then group after group.
 
-def solve_block(
-    part: PartPlan,
-    block: int,
-    executor: Executor,
-    subtrees: Sequence[Sequence[range]],
-    values: Handle[Values],
-) -> list[Handle[list[SolvedLayer]]]:
-    """Submit the solves of a block: layers that need no calibration, then group after group.
+        Each group is calibrated on the output of the quantized ones before it. Its layers, or
+        slices of their rows, are solved side by side.
+        """
+        number, part = block + 1, self.plan.parts[block + 1]
+        schemed = {layer.name: layer for layer in part.layers if layer.scheme is not None}
+        calibrated = {name for group in part.groups for name in group.targets}
+        alone = [layer.path for name, layer in schemed.items() if name not in calibrated]
+        solved = [self._submit(0, WorkerApi.solve, number, alone, values, None)] if alone else []
+        for stage, group in enumerate(part.groups):
+            total = self._capture(block, stage, values, solved)
+            whole, cut = share_out([schemed[n] for n in group.targets], self.executor.num_workers)
+            solved += [
+                self._submit(worker, WorkerApi.solve, number, paths, values, total)
+                for worker, paths in enumerate(whole)
+                if paths
+            ]
+            slices = [
+                self._submit(worker, WorkerApi.solve_slices, number, numbers, values, total)
+                for worker, numbers in enumerate(cut)
+                if numbers
+            ]
+            if slices:
+                paths = sorted({path for numbers in cut for path in numbers})
+                solved.append(self._submit(0, WorkerApi.join, number, paths, values, *slices))
+        return solved
 
-    Each group is calibrated on the output of the quantized ones before it. Its layers, or slices
-    of their rows, are solved side by side.
-
-    Args:
-        subtrees: of the reduction, by the worker that holds their shards.
-    """
-    schemed = {layer.name: layer for layer in part.layers if layer.scheme is not None}
-    calibrated = {name for group in part.groups for name in group.targets}
-    alone = [layer.path for name, layer in schemed.items() if name not in calibrated]
-    solved: list[Handle[list[SolvedLayer]]] = []
-    if alone:
-        solved.append(executor.submit(0, WorkerApi.solve, part.part, alone, argument(values), None))
-    for stage, group in enumerate(part.groups):
-        total = _capture(block, stage, executor, subtrees, values, solved)
-        layers = [schemed[name] for name in group.targets]
-        whole, cut = share_out(layers, executor.num_workers)
-        solved += [
-            executor.submit(
-                worker, WorkerApi.solve, part.part, paths, argument(values), argument(total)
-            )
-            for worker, paths in enumerate(whole)
-            if paths
+    def _capture(
+        self, block: int, stage: int, values: Values, solved: list[list[SolvedLayer]]
+    ) -> CalibrationStatistics:
+        """Submit the sum of one group's input over all shards."""
+        by_subtree = [
+            (worker, self._submit(worker, WorkerApi.capture, block, stage, tree, values, *solved))
+            for worker, share in enumerate(self.subtrees)
+            for tree in share
         ]
-        slices = [
-            executor.submit(
-                worker,
-                WorkerApi.solve_slices,
-                part.part,
-                numbers,
-                argument(values),
-                argument(total),
-            )
-            for worker, numbers in enumerate(cut)
-            if numbers
-        ]
-        if slices:
-            paths = sorted({path for numbers in cut for path in numbers})
-            solved.append(
-                executor.submit(
-                    0, WorkerApi.join, part.part, paths, argument(values), *map(argument, slices)
-                )
-            )
-    return solved
+
+        def merge(left: _Summed, right: _Summed) -> _Summed:
+            # On the left one's worker: its sum need not travel.
+            worker, statistics = left
+            return worker, self._submit(worker, WorkerApi.merge, statistics, right[1])
+
+        return join(by_subtree, merge)[1]
+
+
+_Summed: TypeAlias = tuple[int, CalibrationStatistics]
+"""The worker that holds a sum, and the sum."""
 
 
 def share_out(
@@ -344,37 +335,3 @@ def share_out(
     alone = [[path for path in one if len(one[path]) == slices[path]] for one in taken]
     cut = [{path: one[path] for path in one if len(one[path]) < slices[path]} for one in taken]
     return alone, cut
-
-
-def _capture(
-    block: int,
-    stage: int,
-    executor: Executor,
-    subtrees: Sequence[Sequence[range]],
-    values: Handle[Values],
-    solved: Sequence[Handle[list[SolvedLayer]]],
-) -> Handle[CalibrationStatistics]:
-    """Submit the sum of one group's input over all shards."""
-    results = [argument(handle) for handle in solved]
-    by_subtree = [
-        (
-            worker,
-            executor.submit(
-                worker, WorkerApi.capture, block, stage, subtree, argument(values), *results
-            ),
-        )
-        for worker, share in enumerate(subtrees)
-        for subtree in share
-    ]
-
-    def merge(
-        left: tuple[int, Handle[CalibrationStatistics]],
-        right: tuple[int, Handle[CalibrationStatistics]],
-    ) -> tuple[int, Handle[CalibrationStatistics]]:
-        # On the left one's worker: its sum need not travel.
-        worker, statistics = left
-        return worker, executor.submit(
-            worker, WorkerApi.merge, argument(statistics), argument(right[1])
-        )
-
-    return join(by_subtree, merge)[1]

@@ -1,8 +1,7 @@
 """What a driver may ask of a worker, and what travels between them.
 
-The driver names these methods to an executor (see `Executor.submit`), and passes the results of
-some on to others without ever holding them. `pipeline.worker.worker.Worker` implements the
-protocol; the driver's process imports neither it nor JAX.
+`pipeline.worker.worker.Worker` implements the protocol; the driver's process imports neither it nor
+JAX.
 """
 
 from __future__ import annotations
@@ -69,7 +68,6 @@ class WorkerApi(Protocol):
     @concurrent
     def read(self, part: int) -> Values:
         """Read the source's arrays of one part."""
-        ...
 
     def restore(self, block: int, shards: Sequence[int], start: int) -> None:
         """Bring shards to where they enter `block`; one that is inside it only goes back.
@@ -77,7 +75,6 @@ class WorkerApi(Protocol):
         Args:
             start: the block before which stored activations are to be used; 0 for none.
         """
-        ...
 
     def capture(
         self,
@@ -92,13 +89,11 @@ class WorkerApi(Protocol):
         Args:
             solved: the results for all groups before, and for layers that need no calibration.
         """
-        ...
 
     def merge(
         self, left: CalibrationStatistics, right: CalibrationStatistics
     ) -> CalibrationStatistics:
         """Add two sums: one node of the reduction."""
-        ...
 
     def solve(
         self,
@@ -108,7 +103,6 @@ class WorkerApi(Protocol):
         statistics: CalibrationStatistics | None,
     ) -> list[SolvedLayer]:
         """Quantize some of a part's layers: those of one input, or those that need none."""
-        ...
 
     def solve_slices(
         self,
@@ -118,13 +112,11 @@ class WorkerApi(Protocol):
         statistics: CalibrationStatistics,
     ) -> dict[str, SolvedSlices]:
         """Quantize some row slices, by number, of layers of one input; both by layer path."""
-        ...
 
     def join(
         self, part: int, paths: Sequence[str], values: Values, *solved: Mapping[str, SolvedSlices]
     ) -> list[SolvedLayer]:
         """Put layers together whose slices several workers solved."""
-        ...
 
     def commit(
         self, part: int, previous: str, values: Values, *solved: Sequence[SolvedLayer]
@@ -135,26 +127,20 @@ class WorkerApi(Protocol):
             previous: digest of the record of the block before; "" where there is none.
             solved: the results for all of the part's layers with a scheme.
         """
-        ...
 
     def propagate(
         self, block: int, shards: Sequence[int], values: Values, *solved: Sequence[SolvedLayer]
     ) -> None:
         """Send shards through the rest of the quantized block; no-op for those that have left."""
-        ...
 
     def quantize_alone(self, part: int) -> PartRecord:
         """Read, solve and commit a part whose layers need no calibration."""
-        ...
 
     def keep(self, block: int, shards: Sequence[int]) -> dict[int, SavedShard]:
         """Store the activations that enter `block`, to resume from."""
-        ...
 
     def finalize(self, records: Mapping[int, PartRecord]) -> Manifest:
         """Write the artifact's small files and the manifest; all parts must be committed."""
-        ...
 
     def evaluate(self, windows: bytes, indices: Sequence[int]) -> list[WindowFidelity]:
         """Compare source and finished artifact on some of the serialized token windows."""
-        ...

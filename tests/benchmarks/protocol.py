@@ -80,7 +80,7 @@ def main() -> None:
     preset = str(Path(arguments.preset).resolve())
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(folder)
-        plan, windows = plan_run(LocalExecutor([]), preset, load_recipe(arguments.recipe), 2)
+        plan, windows = LocalExecutor([]).run(plan_run, preset, load_recipe(arguments.recipe), 2)
         claim(store, plan, windows)
         start = time.perf_counter()
         held = lease.acquire(store)

@@ -52,7 +52,7 @@ def executor_of(workers: int, output: Path) -> Iterator[tuple[RayExecutor, objec
         Allocation(workers=workers, threads=1), partial(start_worker, str(source()), str(output))
     )
     try:
-        plan, windows = plan_run(executor, str(source()), recipe("gptq"), 1)
+        plan, windows = executor.run(plan_run, str(source()), recipe("gptq"), 1)
         claim(open_store(str(output)), plan, windows)
         yield executor, plan
     finally:
@@ -115,7 +115,7 @@ def test_an_error_of_planning_arrives_as_it_was_raised(tmp_path: Path) -> None:
     )
     try:
         with pytest.raises(SourceError, match=r"/nowhere: no config\.json there"):
-            plan_run(executor, "/nowhere", recipe("int8"), 1)
+            executor.run(plan_run, "/nowhere", recipe("int8"), 1)
     finally:
         ray.kill(executor._actors[0])
 
@@ -152,7 +152,7 @@ def test_a_worker_that_cannot_start_says_why_at_once(
     with pytest.raises(
         ExecutorError, match=r"cannot start \(.*import backend : no\); check .* all nodes"
     ):
-        plan_run(executor, str(source()), recipe("int8"), 1)
+        executor.run(plan_run, str(source()), recipe("int8"), 1)
 
 
 @pytest.mark.usefixtures("driver")
