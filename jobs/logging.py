@@ -63,11 +63,7 @@ def configure(log_format: LogFormat) -> None:
 
 
 def set_run(**fields: str) -> None:
-    """Name the run that all following lines are about, instead of the one before; none without.
-
-    Args:
-        fields: "run", "model" and "recipe", as far as they are known.
-    """
+    """Name the run, model and recipe, as far as known, that all following lines are about."""
     global _process_run
     _process_run = fields
     _RUN.set(fields)

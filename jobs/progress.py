@@ -6,14 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich import progress
 
 from jobs.logging import STDERR, is_json, log_event
 from pipeline.plan import Plan
@@ -33,15 +26,15 @@ def watch(plan: Plan) -> Iterator[Report]:
         yield lambda step: log_event(step.event, _message(plan, step))
         return
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
     )
-    with Progress(*columns, console=STDERR, transient=True) as progress:
-        bar = progress.add_task(plan.model, total=len(plan.parts))
+    with progress.Progress(*columns, console=STDERR, transient=True) as shown:
+        bar = shown.add_task(plan.model, total=len(plan.parts))
         done: set[int] = set()
 
         def report(step: Step) -> None:
@@ -49,8 +42,8 @@ def watch(plan: Plan) -> Iterator[Report]:
                 done.update(step.parts)
             if step.event == "committed" and step.part is not None:
                 done.add(step.part)
-                progress.update(bar, description=plan.parts[step.part].name)
-            progress.update(bar, completed=len(done))
+                shown.update(bar, description=plan.parts[step.part].name)
+            shown.update(bar, completed=len(done))
             if step.text:
                 log_event(step.event, f"{step.event}: {step.text}")
 

@@ -134,7 +134,6 @@ def _embedding_bytes(store: ObjectStore, record: PartRecord) -> int:
 
     Raises:
         DamagedObjectError: the file is not HDF5.
-        StorageError: the store cannot be used.
     """
     import h5py  # slow to import, and needed only when a run is finished
 
@@ -249,11 +248,8 @@ def _number(value: float | None) -> str:
 
 
 def _left_in_float(reasons: Mapping[str, str]) -> list[Text]:
-    """Each reason once, with a layer that it applies to.
-
-    Args:
-        reasons: by layer path; some repeat what these lines begin with.
-    """
+    """Each reason once, with a layer that it applies to."""
+    # Some reasons repeat what these lines begin with.
     examples = {reason.removesuffix("; left in float"): path for path, reason in reasons.items()}
     return [Text(f"left in float: {path}: {reason}") for reason, path in examples.items()]
 

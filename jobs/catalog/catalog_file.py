@@ -81,14 +81,11 @@ def read_catalog(path: str) -> Catalog:
 
 
 def parse_catalog(text: str, *, where: str, folder: Path | None) -> Catalog:
-    """Check a catalog's text.
+    """Check a catalog's text, as `read_catalog` does.
 
     Args:
         where: the file, for messages.
         folder: what relative paths are relative to; None rejects them.
-
-    Raises:
-        CatalogError: `where:line: what is wrong; what to do`.
     """
     document = read_yaml(text, where=where, error_type=CatalogError)
     try:

@@ -58,13 +58,10 @@ def recipes_table(recipes: Mapping[str, Recipe]) -> Table:
     for name, recipe in recipes.items():
         assert recipe.scheme is not None
         embeddings = "float" if recipe.embeddings is None else recipe.embeddings.policy
-        calibration = recipe.calibration
-        texts = (
-            "none"
-            if calibration is None
-            else f"{calibration.num_samples} × {calibration.sequence_length} tokens of "
-            f"{', '.join(calibration.texts)}"
-        )
+        texts = "none"
+        if (given := recipe.calibration) is not None:
+            names = ", ".join(given.texts)
+            texts = f"{given.num_samples} × {given.sequence_length} tokens of {names}"
         table.add_row(Text(name, style="bold"), recipe.scheme.policy, embeddings, Text(texts))
     return table
 

@@ -92,7 +92,6 @@ def decide_run(
     """Decide for one run.
 
     Args:
-        save_verified: as for `decide`.
         listed: the files of all runs, if they are listed already.
 
     Raises:

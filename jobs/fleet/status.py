@@ -41,8 +41,7 @@ class RunStatus:
 
     Attributes:
         parts_done, parts: files of weights that are committed, and how many there will be.
-        seconds_a_part: average of the latest driver.
-        seconds_left: at that pace.
+        seconds_a_part, seconds_left: average of the latest driver, and what it needs at that pace.
         heartbeat_seconds: since a driver last reported, by the clocks of store and reader.
         source_bytes, stored_bytes: size of the source's weights, and of those that are committed.
         text: the latest driver's last message, or what is wrong.
@@ -60,14 +59,7 @@ class RunStatus:
 
 
 def run_status(store: ObjectStore, *, term_seconds: float = lease.TERM_SECONDS) -> RunStatus:
-    """Examine the run at the store's root; no cluster needs to be alive.
-
-    Args:
-        term_seconds: silence after which a driver counts as dead.
-
-    Raises:
-        StorageError: the store cannot be used.
-    """
+    """Examine the run at the store's root; no cluster needs to be alive."""
     known = store.versions()
     done = sum(1 for key in known if key.startswith(RECORDS_PREFIX))
     stored = sum(
@@ -112,7 +104,6 @@ class Row:
     """One release, or one run that was requested and is not published.
 
     Attributes:
-        release: its number.
         run: None if only the release is known.
         quality: what `jobs.publish.verdict.quality_figures` returns.
         text: why the gate failed, or what is wrong.

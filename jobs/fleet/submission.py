@@ -114,12 +114,7 @@ class Submission:
         self.tasks = [Task(decision=one) for one in decisions if one.state == "stale"]
 
     def step(self) -> None:
-        """Poll once: attach to living jobs, settle ended ones, start new ones within the limits.
-
-        Raises:
-            ExecutorError: the cluster does not answer.
-            StorageError: the store cannot be used.
-        """
+        """Poll once: attach to living jobs, settle ended ones, start new ones within the limits."""
         known = self.jobs.list()
         attempts = _attempts(known)
         for task in self.tasks:
@@ -241,7 +236,6 @@ def tasks_table(tasks: Sequence[Task]) -> Table:
     """One line per request."""
     table = Table("run", "state", "job", "attempts", "")
     for task in tasks:
-        table.add_row(
-            Text(task.name), task.phase, Text(task.job), str(task.started), Text(task.text)
-        )
+        cells = (task.name, task.phase, task.job, str(task.started), task.text)
+        table.add_row(*map(Text, cells))
     return table

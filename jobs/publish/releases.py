@@ -54,11 +54,7 @@ class Current(StoredRecord):
 
 
 def release_prefix(model: str, recipe_name: str) -> str:
-    """Where a model's releases in one recipe lie, below a catalog's root.
-
-    Raises:
-        PipelineError: an invalid name.
-    """
+    """Where a model's releases in one recipe lie; raises PipelineError for invalid names."""
     for what, name in (("model", model), ("recipe", recipe_name)):
         if not re.fullmatch(NAME_PATTERN, name):
             raise PipelineError(
@@ -216,11 +212,7 @@ def rollback(root: ObjectStore, model: str, recipe_name: str) -> Current:
 
 
 def _promote_verified(root: ObjectStore, release: Release) -> Current:
-    """Read and hash all that a release consists of, and make it current.
-
-    Raises:
-        DamagedObjectError: something is not as it was published.
-    """
+    """Read and hash all that a release consists of, and make it current."""
     store = run_store(root, release.run_id)
     with lease.acquire(store, wait=False):  # `quantfleet gc` needs it to delete the run
         try:

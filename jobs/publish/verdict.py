@@ -44,9 +44,6 @@ class Verdict(JudgedRun):
     """The verdict on one request's result; it is kept whether or not the result is published.
 
     Its bytes do not depend on when or where it was reached.
-
-    Attributes:
-        failures: the limits that the result exceeds, in words.
     """
 
     failures: tuple[str, ...] = ()
