@@ -170,10 +170,9 @@ def _num_slices(target: Target, scheme: Scheme | None) -> int:
     if not isinstance(scheme, GPTQScheme) or target.layer_kind == "embedding":
         return 1
     layout = kernel_layout(target.layer)
-    if not layout.keras_rows_are_inputs:
-        # Keras groups these inputs otherwise, so that one grid spans all rows.
-        return 1
-    return len(row_slices(layout.out_features, layout.in_features))
+    # Otherwise Keras groups the inputs so that one grid spans all rows.
+    in_slices = layout.keras_rows_are_inputs
+    return len(row_slices(layout.out_features, layout.in_features)) if in_slices else 1
 
 
 def _read(

@@ -26,10 +26,9 @@ QUARANTINE_PREFIX = "quarantine/"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """An object in storage that cannot be used.
+    """An object in storage that cannot be used; the problem names its full URL.
 
     Attributes:
-        problem: what is wrong, with the full URL.
         is_damaged: the object itself is bad, and must go before its part can be committed again;
             otherwise it is missing, or something that it depends on is.
     """

@@ -123,10 +123,9 @@ class Event:
         """One line for people."""
         values = dict(self.values)
         text = values.pop("text", "")
-        seconds = values.pop("seconds", {})
-        values |= {f"{stage}_seconds": round(spent, 2) for stage, spent in seconds.items()}
-        summary = values.pop("summary", None)
-        if isinstance(summary, dict):
+        for stage, spent in values.pop("seconds", {}).items():
+            values[f"{stage}_seconds"] = round(spent, 2)
+        if isinstance(summary := values.pop("summary", None), dict):
             values |= {name: summary.get(name) for name in ("stored_bytes", "wall_seconds")}
         rest = " ".join(f"{name}={json.dumps(value)}" for name, value in values.items())
         stamp = self.time.isoformat(timespec="seconds")

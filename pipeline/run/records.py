@@ -63,7 +63,6 @@ class PartRecord(StoredRecord):
 
     @property
     def key(self) -> str:
-        """Storage key below the run's root."""
         return record_key(self.part)
 
     @classmethod

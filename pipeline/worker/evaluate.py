@@ -77,7 +77,7 @@ def _last_hidden_states(
 ) -> NDArray[Any]:
     """What leaves the last block, [windows, sequence, hidden]."""
     states = [list(state) for state in model.embed(batches)]
-    for block in range(model.num_blocks):
+    for block in range(len(model.graph.blocks)):
         model.advance(block, states)
     return np.concatenate([np.asarray(state[0]) for state in states])
 
@@ -121,10 +121,6 @@ class StreamedModel:
         self.graph = graph
         self._read = read
         self._programs: dict[tuple[str, int], Any] = {}
-
-    @property
-    def num_blocks(self) -> int:
-        return len(self.graph.blocks)
 
     def embed(self, batches: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_]]]) -> list[Any]:
         """[hidden_states, *side_inputs] of each batch of (tokens, mask)."""

@@ -97,10 +97,10 @@ class ModelState:
         """The source's files other than the backbone's weights, as KerasHub saves them, by name."""
         if self._preset.format == "huggingface":
             return converted_files(self._preset, self.skeleton)
-        names = {*self._preset.json_files, *self._preset.assets} - {INDEX_FILE}
+        json_files = self._preset.json_files
+        names = {*json_files, *self._preset.assets} - {INDEX_FILE}
         if TASK_WEIGHTS_FILE in self._preset.sizes:
             names.add(TASK_WEIGHTS_FILE)
-        json_files = self._preset.json_files
         return {name: json_files.get(name) or self._preset.read(name) for name in sorted(names)}
 
     def targets(self, part: int) -> dict[str, Target]:

@@ -1,4 +1,4 @@
-"""Calibration statistics of a layer's input, summed on the device: empty → add … → finish.
+"""Calibration statistics of a layer's input, summed on the device.
 
 These programs are compiled apart from those that compute the input, so that summing changes no bit
 of the activations: a block that runs again without it, to resume, gives the same ones.
@@ -6,6 +6,7 @@ of the activations: a block that runs again without it, to resume, gives the sam
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from itertools import pairwise
 
@@ -15,6 +16,7 @@ import numpy as np
 from jax import Array, lax
 from numpy.typing import NDArray
 
+from pipeline.plan import InputGroup
 from pipeline.recipe.recipe import StatisticsKind
 from pipeline.worker.memory import make_room
 from quantizer import CalibrationStatistics, HessianSum, MagnitudeSum
@@ -29,34 +31,33 @@ Carry = tuple[Array, ...]
 of squares and maximum per channel; last the number of rows."""
 
 
-def empty(statistics: StatisticsKind, in_features: int) -> Carry:
-    """Statistics over no rows."""
-    if statistics == "hessian":
-        make_room(4 * in_features**2)
-        bands = (jnp.zeros((b - a, in_features - a)) for a, b in _bands(in_features))
-        return *bands, jnp.int32(0)
-    return jnp.zeros(in_features), jnp.zeros(in_features), jnp.zeros(in_features), jnp.int32(0)
-
-
-def add(
-    carry: Carry,
-    inputs: Array,
-    mask: NDArray[np.bool_],
-    *,
-    statistics: StatisticsKind,
+def sum_inputs(
+    inputs: Iterable[tuple[Array, NDArray[np.bool_]]],
+    group: InputGroup,
     input_axes: tuple[int, ...],
-) -> Carry:
-    """Statistics with one more micro-batch; `carry` must not be used again.
+) -> CalibrationStatistics:
+    """Statistics over the micro-batches of a group's input.
 
     Args:
-        inputs: a layer's input, as Keras gives it, [batch, sequence, …].
-        mask: [batch, sequence]; rows where it is false are left out.
-        input_axes: the axes of `inputs` that are contracted with the kernel, from its end.
+        inputs: each as Keras gives it, [batch, sequence, …], and its mask, [batch, sequence]; rows
+            where that is false are left out.
+        input_axes: the axes that are contracted with the kernel, counted from the end.
     """
-    # A program of its own for no padding saves a pass over the rows.
-    padded = None if mask.all() else mask
-    added: Carry = _add(carry, inputs, padded, mask.size, statistics, input_axes)
-    return added
+    is_hessian, size = group.statistics == "hessian", group.in_features
+    if is_hessian:
+        make_room(4 * size**2)
+        sums = [jnp.zeros((b - a, size - a)) for a, b in _bands(size)]
+    else:
+        sums = [jnp.zeros(size) for _ in range(3)]
+    carry: Carry = (*sums, jnp.int32(0))
+    for array, mask in inputs:
+        # A program of its own for no padding saves a pass over the rows.
+        padded = None if mask.all() else mask
+        carry = _add(carry, array, padded, mask.size, group.statistics, input_axes)
+    if is_hessian:
+        return HessianSum(np.asarray(_whole(carry[:-1])), int(carry[-1]))
+    total, square, largest, num_rows = map(np.asarray, carry)
+    return MagnitudeSum(total, square, largest, int(num_rows))
 
 
 @partial(jax.jit, static_argnames=("statistics", "input_axes"), donate_argnums=(0,))
@@ -91,14 +92,6 @@ def _add(
         jnp.maximum(carry[2], jnp.max(size_NC, axis=0)),
         num_rows,
     )
-
-
-def finish(statistics: StatisticsKind, carry: Carry) -> CalibrationStatistics:
-    """Statistics in the form that the solvers take."""
-    if statistics == "hessian":
-        return HessianSum(np.asarray(_whole(carry[:-1])), int(carry[-1]))
-    total, square, largest, num_rows = (np.asarray(array) for array in carry)
-    return MagnitudeSum(total, square, largest, int(num_rows))
 
 
 @jax.jit

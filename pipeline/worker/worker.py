@@ -6,7 +6,8 @@ block and no more. Ray turns workers into actors in `pipeline.executor.ray_execu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from pipeline.artifact.parts import encode_solved_part, finalize
 from pipeline.calibration.windows import TokenWindows
 from pipeline.errors import DamagedObjectError, MissingObjectError
+from pipeline.executor.protocol import WorkerLostError
 from pipeline.fidelity import WindowFidelity
 from pipeline.plan import LayerPlan, Plan
 from pipeline.reduction import reduce_subtree
@@ -24,14 +26,108 @@ from pipeline.run.commits import commit_part, committed_file
 from pipeline.run.records import Manifest, PartRecord
 from pipeline.run.worker_api import SolvedLayer, SolvedSlices, Values, WorkerApi
 from pipeline.storage.object_store import open_store
-from pipeline.worker import statistics as calibration
 from pipeline.worker.block_program import BlockProgram
-from pipeline.worker.calibration_shards import CalibrationShards, LostShardError, MicroBatch
 from pipeline.worker.evaluate import artifact_model, evaluate, source_model
 from pipeline.worker.memory import FreedMemory
 from pipeline.worker.model_state import ModelState, in_order
 from pipeline.worker.solve import CompiledAhead, join_layer, solve_layers, solve_slices
+from pipeline.worker.statistics import sum_inputs
 from quantizer.hessian import CalibrationStatistics
+
+
+class LostShardError(WorkerLostError):
+    """A restarted worker was asked for a shard that it has not restored."""
+
+
+@dataclass
+class MicroBatch:
+    """Windows that pass the blocks together.
+
+    What entered a block is kept until the windows have passed it, so that they can go back within
+    it at any time. A call that is repeated, or comes late, therefore does no harm: a stage that
+    runs again, with the weights that later stages are given, has the same bits.
+
+    Attributes:
+        hidden_states: [micro_batch, sequence, hidden], float32: what enters the block.
+        side_inputs: the blocks' other inputs.
+        mask: [micro_batch, sequence], bool: where there is text.
+        block, stage: the block that it is in, and the next stage of that block.
+        live: what that stage begins with.
+    """
+
+    hidden_states: NDArray[np.float32]
+    side_inputs: list[NDArray[Any]]
+    mask: NDArray[np.bool_]
+    block: int = 0
+    stage: int = 0
+    live: tuple[Any, ...] = ()
+
+    def rewind(self) -> None:
+        """Go back to where it entered its block."""
+        self.stage, self.live = 0, ()
+
+    def run_stage(self, program: BlockProgram, stage: int, weights: Sequence[Any]) -> Any:
+        """Run the block up to this stage, and return the stage's result.
+
+        Args:
+            weights: of the whole block, quantized up to this stage.
+        """
+        if self.stage > stage:
+            self.rewind()
+        if self.stage == 0:
+            self.live = (self.hidden_states, *self.side_inputs)
+        while self.stage <= stage:
+            result, self.live = program.run_stage(self.stage, weights, self.live)
+            self.stage += 1
+        return result
+
+    def finish_block(self, program: BlockProgram, weights: Sequence[Any]) -> None:
+        """Run the rest of the block, and enter the next one."""
+        output = self.run_stage(program, len(program.groups), weights)
+        self.hidden_states = np.asarray(output)
+        self.block += 1
+        self.rewind()
+
+
+class CalibrationShards:
+    """The shards that a worker holds, by index."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, list[MicroBatch]] = {}
+
+    def put(self, index: int, batches: list[MicroBatch]) -> None:
+        self._held[index] = batches
+
+    def has(self, index: int, block: int) -> bool:
+        """Whether all of a shard is in `block`."""
+        held = self._held.get(index)
+        return held is not None and all(batch.block == block for batch in held)
+
+    def get(self, index: int, block: int) -> list[MicroBatch]:
+        """A shard, all of which is in `block`.
+
+        Raises:
+            LostShardError: it is elsewhere, or not held at all.
+        """
+        return list(self._between(index, block, block))
+
+    def unfinished(self, index: int, block: int) -> Iterator[MicroBatch]:
+        """The micro-batches of a shard that have not finished `block`; the others just have.
+
+        Raises:
+            LostShardError: any is elsewhere.
+        """
+        held = self._between(index, block, block + 1)
+        return (batch for batch in held if batch.block == block)
+
+    def _between(self, index: int, first: int, last: int) -> list[MicroBatch]:
+        held = self._held.get(index)
+        if held is None:
+            raise LostShardError(f"shard {index} is needed in block {first}, but not held here")
+        blocks = sorted({batch.block for batch in held})
+        if not first <= blocks[0] <= blocks[-1] <= last:
+            raise LostShardError(f"shard {index} is needed in block {first}, but is in {blocks}")
+        return held
 
 
 class Worker(WorkerApi):
@@ -67,29 +163,15 @@ class Worker(WorkerApi):
             self._finish_block(done, missing, weights)
 
     def capture(
-        self,
-        block: int,
-        stage: int,
-        subtree: range,
-        values: Values,
-        *solved: Sequence[SolvedLayer],
+        self, block: int, stage: int, subtree: range, values: Values, *solved: Sequence[SolvedLayer]
     ) -> CalibrationStatistics:
         weights = self._weights(block, values, solved)
 
         def leaf(index: int) -> CalibrationStatistics:
             batches = self._shards.get(index, block)
             program = self._program(block, batches[0])
-            group = program.groups[stage]
-            carry = calibration.empty(group.statistics, group.in_features)
-            for batch in batches:
-                carry = calibration.add(
-                    carry,
-                    batch.run_stage(program, stage, weights),
-                    batch.mask,
-                    statistics=group.statistics,
-                    input_axes=program.input_axes[stage],
-                )
-            return calibration.finish(group.statistics, carry)
+            inputs = ((batch.run_stage(program, stage, weights), batch.mask) for batch in batches)
+            return sum_inputs(inputs, program.groups[stage], program.input_axes[stage])
 
         return reduce_subtree(subtree, leaf, self.merge)
 
@@ -168,15 +250,11 @@ class Worker(WorkerApi):
         )
 
     def evaluate(self, windows: bytes, indices: Sequence[int]) -> list[WindowFidelity]:
-        given = TokenWindows.from_bytes(windows)
-        chosen = list(indices)
-        return evaluate(
-            source_model(self._model),
-            artifact_model(self._model, self._store),
-            given.tokens[chosen],
-            given.mask[chosen],
-            predicts_tokens=self._model.skeleton.predicts_tokens,
-        )
+        given, chosen = TokenWindows.from_bytes(windows), list(indices)
+        source, artifact = source_model(self._model), artifact_model(self._model, self._store)
+        predicts_tokens = self._model.skeleton.predicts_tokens
+        tokens, mask = given.tokens[chosen], given.mask[chosen]
+        return evaluate(source, artifact, tokens, mask, predicts_tokens=predicts_tokens)
 
     def _layers(self, part: int, paths: Iterable[str]) -> list[LayerPlan]:
         layers = {layer.path: layer for layer in self._plan.parts[part].layers}

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.executor.protocol import LocalExecutor
 from pipeline.model.preset import read_preset
 from pipeline.plan import Plan
 from pipeline.planning import make_plan
@@ -26,6 +25,7 @@ from pipeline.worker.evaluate import StreamedModel
 from pipeline.worker.model_state import ModelState
 from pipeline.worker.worker import Worker
 from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
+from tests.pipeline.local_executor import LocalExecutor
 
 GROUP_SIZE = 16
 """A head's width in the tiny presets, so that no group spans two of Gemma's heads."""
@@ -111,7 +111,7 @@ def answer(
     """A streamed model's output for tokens [batch, sequence], by default without padding."""
     mask = np.ones(tokens.shape, bool) if mask is None else mask
     states = [list(state) for state in model.embed([(tokens, mask)])]
-    for block in range(model.num_blocks):
+    for block in range(len(model.graph.blocks)):
         model.advance(block, states)
     return model.head()(states[0][0], tokens, mask)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.worker.calibration_shards import CalibrationShards, LostShardError, MicroBatch
+from pipeline.worker.worker import CalibrationShards, LostShardError, MicroBatch
 
 
 class Counting:
