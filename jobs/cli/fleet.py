@@ -12,11 +12,11 @@ import typer
 from jobs.cli import options
 from jobs.logging import STDERR, is_json, log_event, print_json, print_result, status
 from pipeline.errors import PipelineError
+from pipeline.storage.object_store import ObjectStore, open_store
 
 if TYPE_CHECKING:
     from jobs.catalog.catalog_file import Catalog
     from jobs.publish.releases import Current
-    from pipeline.storage.object_store import ObjectStore
 
 app = typer.Typer()
 catalog_app = typer.Typer(help="Catalogs: lists of models and recipes to keep up to date.")
@@ -81,14 +81,11 @@ def nightly(
         for outcome in outcomes:
             log_outcome(outcome)
     else:
-        fulfil_one = partial(
-            fulfilling.fulfil,
-            root,
-            open_compute=partial(execute.open_compute, address=address),
-            options=execute.DriverOptions(
-                keep_every=keep_every, wait=False, lease_seconds=lease_seconds
-            ),
+        driven = execute.DriverOptions(
+            keep_every=keep_every, wait=False, lease_seconds=lease_seconds
         )
+        compute = partial(execute.open_compute, address=address)
+        fulfil_one = partial(fulfilling.fulfil, root, open_compute=compute, options=driven)
         outcomes = list(run_stale(root, decisions, fulfil_one))
         if address is not None and not exit_code_of(outcomes):
             with connect(address):  # a cluster of our own ends with its run, and so do its metrics
@@ -229,7 +226,6 @@ def show_status(
     from jobs.fleet.status import status as find_status
     from pipeline.plan import PLAN_KEY
     from pipeline.run import lease
-    from pipeline.storage.object_store import open_store
 
     if what.endswith((".yaml", ".yml")):
         catalog = read_catalog(what)
@@ -252,7 +248,6 @@ def logs(
 ) -> None:
     """Print the events that a run's drivers logged, oldest first."""
     from pipeline.run.events import read_events
-    from pipeline.storage.object_store import open_store
 
     events = read_events(open_store(run))
     if not events:
@@ -275,7 +270,6 @@ def promote(
 ) -> None:
     """Make a run's newest release the current one; nothing is deleted."""
     from jobs.publish import releases
-    from pipeline.storage.object_store import open_store
 
     _print_current(releases.promote(open_store(root), model, recipe, run_id), as_json=as_json)
 
@@ -289,7 +283,6 @@ def rollback(
 ) -> None:
     """Make the previous release the current one; nothing is deleted."""
     from jobs.publish import releases
-    from pipeline.storage.object_store import open_store
 
     _print_current(releases.rollback(open_store(root), model, recipe), as_json=as_json)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from rich.table import Table
@@ -63,27 +64,21 @@ class Outcome:
 
 def preview(decision: Decision) -> Outcome:
     """What is known of a run before anything is made."""
-    text = "; ".join(decision.reasons)
+    known = partial(Outcome, decision=decision, text="; ".join(decision.reasons))
     match decision.state:
         case "stale":
             return Outcome(decision=decision, result="to do")
         case "fresh":
             assert decision.current is not None
-            quality = decision.current.release.quality
-            return Outcome(decision=decision, result="up to date", quality=quality)
+            return known(result="up to date", quality=decision.current.release.quality)
         case "gate failed":
-            return Outcome(
-                decision=decision,
-                result="gate failed",
-                text=text,
-                exit_code=GateFailedError.exit_code,
-                quality=None if decision.verdict is None else decision.verdict.quality,
-            )
+            quality = None if decision.verdict is None else decision.verdict.quality
+            return known(result="gate failed", exit_code=GateFailedError.exit_code, quality=quality)
         case "set aside":
-            return Outcome(decision=decision, result="set aside", text=text)
-    problem = decision.run.problem
-    code = 3 if problem is None else problem.exit_code
-    return Outcome(decision=decision, result="failed", text=text, exit_code=code)
+            return known(result="set aside")
+        case "unreachable":
+            problem = decision.run.problem
+            return known(result="failed", exit_code=3 if problem is None else problem.exit_code)
 
 
 def run_stale(
@@ -104,16 +99,16 @@ def run_stale(
 
 
 def _outcome_of_run(decision: Decision, fulfil: Callable[[Request], Fulfilled]) -> Outcome:
+    became = partial(Outcome, decision=decision)
     try:
         fulfilled = fulfil(decision.request)
     except LeaseHeldError as held:
-        return Outcome(decision=decision, result="elsewhere", text=str(held))
+        return became(result="elsewhere", text=str(held))
     except (PipelineError, QuantizationError) as error:
         code = error.exit_code if isinstance(error, PipelineError) else PipelineError.exit_code
-        return Outcome(decision=decision, result="failed", text=str(error), exit_code=code)
+        return became(result="failed", text=str(error), exit_code=code)
     verdict = fulfilled.verdict
-    return Outcome(
-        decision=decision,
+    return became(
         result="published" if verdict.passed else "gate failed",
         text="; ".join(verdict.failures),
         exit_code=0 if verdict.passed else GateFailedError.exit_code,
