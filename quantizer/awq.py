@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from quantizer.hessian import CalibrationStatistics, HessianSum, MagnitudeSum
 from quantizer.jit import product
+from quantizer.problem import LayerProblem
 from quantizer.qparams import contiguous_groups, decode, encode, find_grid
 from quantizer.result import Float32, GroupedWeight, SolveReport, SolveResult, weight_error
-from quantizer.row_groups import RowGroups
 from quantizer.schemes import AWQScheme
 
 _MAX_CODE = 15.0
@@ -73,21 +73,10 @@ def _input_scales(magnitude_C: Float32, ratio: float) -> Float32:
 
 
 def solve_awq(
-    weight_RC: Float32,
-    statistics: CalibrationStatistics,
-    scheme: AWQScheme,
-    *,
-    scale_dtype: str,
-    row_groups: RowGroups | None,
+    layer: LayerProblem, statistics: CalibrationStatistics, scheme: AWQScheme
 ) -> SolveResult:
-    """Search the input scales and quantize; with `row_groups` the stored matrix.
-
-    Args:
-        weight_RC: [out_features, in_features], float32.
-        statistics: of the layer's inputs; a HessianSum judges by the true output error.
-        scale_dtype: dtype in which scales will be stored; they are rounded to it first.
-        row_groups: of a kernel that Keras groups otherwise than the matrix.
-    """
+    """Search the input scales and quantize; a HessianSum judges by the true output error."""
+    weight_RC, row_groups = layer.weight_RC, layer.row_groups
     if row_groups is not None:
         # Keras repeats the inputs along its rows (Gemma: once a head), each row with an input
         # scale of its own. The Hessian of that matrix would be one block a head; magnitudes hold
@@ -106,7 +95,7 @@ def solve_awq(
 
     def attempt(ratio: float, search: bool) -> tuple[tuple[Array, ...], Float32, float]:
         scale_C = _input_scales(magnitude_C, ratio)
-        scale_C = scale_C.astype(scale_dtype).astype(np.float32)
+        scale_C = scale_C.astype(layer.scale_dtype).astype(np.float32)
         *found, loss = _attempt(
             weight_CR,
             jnp.asarray(scale_C),
@@ -114,7 +103,7 @@ def solve_awq(
             gram_CC,
             group_size=scheme.group_size,
             search=search,
-            scale_dtype=scale_dtype,
+            scale_dtype=layer.scale_dtype,
         )
         return tuple(found), scale_C, max(float(loss), 0.0)
 

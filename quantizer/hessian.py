@@ -47,14 +47,17 @@ def _rows(inputs: ArrayLike, mask: ArrayLike | None) -> Float32:
     return rows
 
 
+def check_mergeable(sum_C: Float32, other_C: Float32) -> None:
+    """Refuse sums over different numbers of input features, [in_features, ...] each."""
+    if sum_C.shape != other_C.shape:
+        raise CalibrationError(
+            f"cannot merge sums over {sum_C.shape[0]} and {other_C.shape[0]} input features"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class HessianSum:
-    """Sum of xᵀx over calibration rows.
-
-    Attributes:
-        gram_CC: Σ xᵀx, [in_features, in_features], float32.
-        num_rows: calibration rows (tokens) in the sum.
-    """
+    """Σ xᵀx over calibration rows (tokens), [in_features, in_features], float32."""
 
     gram_CC: Float32
     num_rows: int
@@ -71,11 +74,7 @@ class HessianSum:
 
     def merge(self, other: HessianSum) -> HessianSum:
         """The sum over both; uneven shards weigh by their rows."""
-        if self.gram_CC.shape != other.gram_CC.shape:
-            raise CalibrationError(
-                f"cannot merge sums over {self.gram_CC.shape[0]} and "
-                f"{other.gram_CC.shape[0]} input features"
-            )
+        check_mergeable(self.gram_CC, other.gram_CC)
         return HessianSum(self.gram_CC + other.gram_CC, self.num_rows + other.num_rows)
 
     def check(self, in_features: int, name: str) -> None:
@@ -100,19 +99,14 @@ class HessianSum:
                 f"{name}: the Hessian has a negative diagonal, so it is no sum of xᵀx; rebuild "
                 "it with HessianSum.of(inputs)"
             )
-        if not diagonal_C.any():
-            raise _all_zero(name)
-        _check_energy(float(diagonal_C.max()) / self.num_rows, name)
+        _check_energy(diagonal_C, diagonal_C, self.num_rows, name)
 
 
 @dataclass(frozen=True, slots=True)
 class MagnitudeSum:
-    """Sums of input magnitudes by channel: all that AWQ and float8 need.
+    """Σ|x|, Σx² and max|x| by input feature over calibration rows (tokens), float32.
 
-    Attributes:
-        sum_abs_C, sum_square_C: Σ|x| and Σx² by input feature, float32.
-        max_abs_C: max|x| by input feature, float32.
-        num_rows: calibration rows (tokens) in the sums.
+    They are all that AWQ and float8 need.
     """
 
     sum_abs_C: Float32
@@ -128,11 +122,7 @@ class MagnitudeSum:
 
     def merge(self, other: MagnitudeSum) -> MagnitudeSum:
         """The sums over both."""
-        if self.sum_abs_C.shape != other.sum_abs_C.shape:
-            raise CalibrationError(
-                f"cannot merge sums over {self.sum_abs_C.shape[0]} and "
-                f"{other.sum_abs_C.shape[0]} input features"
-            )
+        check_mergeable(self.sum_abs_C, other.sum_abs_C)
         return MagnitudeSum(
             self.sum_abs_C + other.sum_abs_C,
             self.sum_square_C + other.sum_square_C,
@@ -159,9 +149,7 @@ class MagnitudeSum:
             raise UnusableStatisticsError(
                 f"{name}: an input magnitude is negative; rebuild it with MagnitudeSum.of(inputs)"
             )
-        if not self.max_abs_C.any():
-            raise _all_zero(name)
-        _check_energy(float(self.sum_square_C.max()) / self.num_rows, name)
+        _check_energy(self.max_abs_C, self.sum_square_C, self.num_rows, name)
 
 
 CalibrationStatistics: TypeAlias = HessianSum | MagnitudeSum
@@ -196,17 +184,17 @@ def _check_sum(shape: tuple[int, ...], expected: tuple[int, ...], num_rows: int,
         )
 
 
-def _check_energy(largest: float, name: str) -> None:
+def _check_energy(size_C: Float32, sum_square_C: Float32, num_rows: int, name: str) -> None:
+    # By sizes: the squares of tiny inputs are zero in float32.
+    if not size_C.any():
+        raise UnusableStatisticsError(
+            f"{name}: every calibration input of this layer is zero, so nothing tells which "
+            "weights matter. Check the padding mask and the calibration text, or use a scheme "
+            "that needs no calibration, such as int8."
+        )
+    largest = float(sum_square_C.max()) / num_rows
     if largest > _LARGEST_ENERGY:
         raise UnusableStatisticsError(
             f"{name}: the largest mean square of an input is {largest:g}, too large to solve in "
             f"float32 (at most {_LARGEST_ENERGY:g}); look for exploding activations in the model"
         )
-
-
-def _all_zero(name: str) -> UnusableStatisticsError:
-    return UnusableStatisticsError(
-        f"{name}: every calibration input of this layer is zero, so nothing tells which weights "
-        "matter. Check the padding mask and the calibration text, or use a scheme that needs no "
-        "calibration, such as int8."
-    )

@@ -8,6 +8,8 @@ which is how Keras keeps a kernel and how groups become contiguous runs of rows.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -65,34 +67,23 @@ def find_grid(
     padding = ((0, groups * size - num_inputs), (0, 0))
     weight_GSR = jnp.pad(weight_CR, padding).reshape(groups, size, num_outputs)
     energy_GSR = jnp.pad(energy_CR, padding).reshape(groups, size, energy_CR.shape[1])
-    max_code = 2.0**weight_bits - 1
-
-    def of_group(group: tuple[Array, Array]) -> tuple[Array, Array]:
-        weight_SR, energy_SR = group
-        return _group_grid(
-            weight_SR,
-            energy_SR,
-            max_code=max_code,
-            symmetric=symmetric,
-            search=search,
-            scale_dtype=scale_dtype,
-        )
-
+    of_group = partial(
+        _group_grid,
+        max_code=2.0**weight_bits - 1,
+        symmetric=symmetric,
+        search=search,
+        scale_dtype=scale_dtype,
+    )
     # One group at a time: all its shrunk ranges are tried while it is in cache.
     grid: tuple[Array, Array] = lax.map(of_group, (weight_GSR, energy_GSR))
     return grid
 
 
 def _group_grid(
-    weight_SR: Array,
-    energy_SR: Array,
-    *,
-    max_code: float,
-    symmetric: bool,
-    search: bool,
-    scale_dtype: str,
+    group: tuple[Array, Array], *, max_code: float, symmetric: bool, search: bool, scale_dtype: str
 ) -> tuple[Array, Array]:
-    """Scale and zero point of one group, [out_features] each; arguments as `find_grid`'s."""
+    """Scale and zero point of one group's weights and energies, [out_features] each."""
+    weight_SR, energy_SR = group
     low_R = jnp.minimum(weight_SR.min(0), 0)
     high_R = jnp.maximum(weight_SR.max(0), 0)
     if symmetric:

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from quantizer.hessian import CalibrationStatistics, MagnitudeSum
+from quantizer.problem import LayerProblem
 from quantizer.qparams import contiguous_groups, num_groups
 from quantizer.result import (
     ChannelWeight,
@@ -28,7 +29,6 @@ from quantizer.result import (
     output_error,
     weight_error,
 )
-from quantizer.row_groups import RowGroups
 from quantizer.schemes import Float8Scheme, Int4Scheme, Int8Scheme
 
 # Keras' own guard against a division by zero (keras.config.epsilon's default).
@@ -40,7 +40,6 @@ def round_channels(weight_RC: Float32, *, low: int, high: int, scale_dtype: str)
     """One symmetric scale per output channel: code = round(w · scale), scale = high / max|w|.
 
     Args:
-        weight_RC: [out_features, in_features], float32.
         low, high: the code range, (-127, 127) for int8 and (-8, 7) for int4.
         scale_dtype: dtype in which the scale will be stored; it is rounded to it first.
     """
@@ -53,12 +52,9 @@ def round_channels(weight_RC: Float32, *, low: int, high: int, scale_dtype: str)
 
 
 def round_groups(weight_RC: Float32, *, block_size: int, scale_dtype: str) -> GroupedWeight:
-    """int4 with a scale and a zero point for each `block_size` inputs.
+    """int4 with a scale and a zero point for each `block_size` inputs; the last may have fewer.
 
-    Args:
-        weight_RC: [out_features, in_features], float32.
-        block_size: inputs in a group; the last group may be short.
-        scale_dtype: dtype in which the scale will be stored; it is rounded to it first.
+    Arguments as in `round_channels`.
     """
     num_outputs, num_inputs = weight_RC.shape
     block_size = min(block_size, num_inputs)
@@ -83,21 +79,12 @@ def round_groups(weight_RC: Float32, *, block_size: int, scale_dtype: str) -> Gr
 
 
 def solve_int(
-    weight_RC: Float32,
+    layer: LayerProblem,
     statistics: CalibrationStatistics | None,
     scheme: Int8Scheme | Int4Scheme,
-    *,
-    scale_dtype: str,
-    row_groups: RowGroups | None,
 ) -> SolveResult:
-    """Round a matrix to int8 or int4; with `row_groups` its stored matrix, which is returned.
-
-    Args:
-        weight_RC: [out_features, in_features], float32.
-        statistics: of the layer's inputs, to report the output error; None leaves it out.
-        scale_dtype: dtype in which scales will be stored; they are rounded to it first.
-        row_groups: of an int4 kernel that Keras groups otherwise than the matrix.
-    """
+    """Round a layer to int8 or int4; the statistics serve to report its output error."""
+    weight_RC, row_groups, scale_dtype = layer.weight_RC, layer.row_groups, layer.scale_dtype
     weight: ChannelWeight | GroupedWeight
     if isinstance(scheme, Int8Scheme):
         weight = round_channels(weight_RC, low=-127, high=127, scale_dtype=scale_dtype)
@@ -156,12 +143,7 @@ def round_to_float8(value: Float32, scale: np.float32) -> Float32:
 
 
 def solve_float8(weight_RC: Float32, inputs: MagnitudeSum, scheme: Float8Scheme) -> SolveResult:
-    """Find both scales and round the weights.
-
-    Args:
-        weight_RC: [out_features, in_features], float32.
-        inputs: magnitudes of the layer's inputs over calibration rows.
-    """
+    """Find both scales, from the weights and from the inputs' magnitudes; round the weights."""
     weight_amax = float(np.abs(weight_RC).max(initial=0.0))
     input_amax = float(inputs.max_abs_C.max(initial=0.0))
     weight_scale = float8_scale(weight_amax, power_of_two=scheme.power_of_two)
@@ -172,11 +154,7 @@ def solve_float8(weight_RC: Float32, inputs: MagnitudeSum, scheme: Float8Scheme)
     loss = float(np.sum(np.square(weight_RC - value_RC, dtype=np.float64) @ energy_C))
     return SolveResult(
         Float8Weight(
-            value_RC,
-            weight_scale,
-            input_scale,
-            np.float32(weight_amax),
-            np.float32(input_amax),
+            value_RC, weight_scale, input_scale, np.float32(weight_amax), np.float32(input_amax)
         ),
         SolveReport(
             weight_error=weight_error(weight_RC, value_RC),

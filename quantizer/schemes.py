@@ -16,6 +16,7 @@ from quantizer.errors import SchemeError
 
 _T = TypeVar("_T")
 
+# What a field allows, in words and as a check.
 _GROUP_SIZE = "-1 (one scale per output channel) or positive", lambda size: size == -1 or size > 0
 _SHARE = "between 0 and 1", lambda share: 0 <= share <= 1
 
@@ -23,12 +24,7 @@ _SHARE = "between 0 and 1", lambda share: 0 <= share <= 1
 def _option(
     default: _T, doc: str, allowed: tuple[str, Callable[[_T], bool]] = ("", lambda _: True)
 ) -> _T:
-    """A dataclass field of the default's type.
-
-    Args:
-        doc: what it means, in one line (shown by `quantfleet schemes`).
-        allowed: its values, in words and as a check.
-    """
+    """A dataclass field of the default's type; `doc` is shown by `quantfleet schemes`."""
     return dataclasses.field(default=default, metadata={"doc": doc, "allowed": allowed})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from types import NoneType
 
 import jax.numpy as jnp
@@ -15,50 +15,21 @@ from quantizer.awq import solve_awq
 from quantizer.errors import CalibrationError, SchemeError, WeightError
 from quantizer.gptq.drift import DriftSum, correct_target
 from quantizer.gptq.solve import (
-    RowSlice,
     SolvedRows,
+    cut_rows,
     join_slices,
-    row_slices,
     share_input,
     solve_in_row_groups,
     solve_slices,
 )
 from quantizer.hessian import CalibrationStatistics, HessianSum, MagnitudeSum
+from quantizer.problem import LayerProblem, RowGroups
 from quantizer.result import Float32, SolveResult
-from quantizer.row_groups import RowGroups
 from quantizer.rtn import solve_float8, solve_int
-from quantizer.schemes import (
-    AWQScheme,
-    Float8Scheme,
-    GPTQScheme,
-    Int4Scheme,
-    Int8Scheme,
-    Scheme,
-)
-
-_SCALE_DTYPES = ("float32", "bfloat16", "float16")
+from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
 
 # Squares of larger weights, times the largest input energy, overflow float32.
 _LARGEST_WEIGHT = 1e8
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LayerProblem:
-    """A validated layer to quantize; `check_layer` makes it.
-
-    Attributes:
-        weight_RC: [out_features, in_features], finite float32.
-        scheme: how to quantize it.
-        scale_dtype: dtype in which scales will be stored ("float32", "bfloat16", "float16").
-        row_groups: where the stored format groups weights otherwise than the matrix.
-        name: the layer, for messages.
-    """
-
-    weight_RC: Float32
-    scheme: Scheme
-    scale_dtype: str
-    row_groups: RowGroups | None
-    name: str
 
 
 def solve(
@@ -77,12 +48,8 @@ def solve(
         weight: [out_features, in_features], any float dtype.
         statistics: of the layer's inputs. gptq needs a HessianSum, float8 a MagnitudeSum, awq
             either; int8 and int4 take None or either.
-        scheme: the wanted format.
         drift: for `GPTQScheme.drift_correction` above 0.
-        scale_dtype: dtype in which scales will be stored ("float32", "bfloat16", "float16").
-        row_groups: where the stored format groups weights otherwise than the matrix; the
-            result's weight is then the stored matrix.
-        name: the layer, for messages.
+        scale_dtype, row_groups, name: as in `LayerProblem`.
 
     Returns:
         The quantized weight and its report. With gptq, int8 and int4, solving `weight[a:b]`
@@ -139,30 +106,12 @@ def solve_problems(
             return _solve_gptq(layers, statistics, scheme, drift)
         case AWQScheme():
             assert statistics is not None
-            return [
-                solve_awq(
-                    layer.weight_RC,
-                    statistics,
-                    scheme,
-                    scale_dtype=layer.scale_dtype,
-                    row_groups=layer.row_groups,
-                )
-                for layer in layers
-            ]
+            return [solve_awq(layer, statistics, scheme) for layer in layers]
         case Float8Scheme():
             assert isinstance(statistics, MagnitudeSum)
             return [solve_float8(layer.weight_RC, statistics, scheme) for layer in layers]
         case Int8Scheme() | Int4Scheme():
-            return [
-                solve_int(
-                    layer.weight_RC,
-                    statistics,
-                    scheme,
-                    scale_dtype=layer.scale_dtype,
-                    row_groups=layer.row_groups,
-                )
-                for layer in layers
-            ]
+            return [solve_int(layer, statistics, scheme) for layer in layers]
 
 
 def solve_rows(
@@ -181,31 +130,22 @@ def solve_rows(
     assert layer.row_groups is None
     _check_statistics([layer], statistics)
     assert isinstance(statistics, HessianSum)
-    target_RC = _target(layer, statistics, None, scheme)
-    bounds = row_slices(*target_RC.shape)
-    chosen = [RowSlice(target_RC[slice(*bounds[number])], layer.scale_dtype) for number in slices]
-    return solve_slices(chosen, share_input(statistics, scheme))
+    rows = cut_rows(_corrected(layer, statistics, None, scheme))
+    return solve_slices([rows[number] for number in slices], share_input(statistics, scheme))
 
 
 def _solve_gptq(
     layers: Sequence[LayerProblem], hessian: HessianSum, scheme: GPTQScheme, drift: DriftSum | None
 ) -> list[SolveResult]:
-    targets = [_target(layer, hessian, drift, scheme) for layer in layers]
+    layers = [_corrected(layer, hessian, drift, scheme) for layer in layers]
     shared = share_input(hessian, scheme)
-    slices = [
-        RowSlice(target_RC[a:b], layer.scale_dtype)
-        for layer, target_RC in zip(layers, targets, strict=True)
-        if layer.row_groups is None
-        for a, b in row_slices(*target_RC.shape)
-    ]
-    solved = iter(solve_slices(slices, shared))
+    cut = [cut_rows(layer) if layer.row_groups is None else [] for layer in layers]
+    solved = iter(solve_slices([rows for slices in cut for rows in slices], shared))
     return [
-        join_slices(target_RC, [next(solved) for _ in row_slices(*target_RC.shape)], scheme)
+        join_slices(layer.weight_RC, [next(solved) for _ in slices], scheme)
         if layer.row_groups is None
-        else solve_in_row_groups(
-            target_RC, shared, scale_dtype=layer.scale_dtype, row_groups=layer.row_groups
-        )
-        for layer, target_RC in zip(layers, targets, strict=True)
+        else solve_in_row_groups(layer, layer.row_groups, shared)
+        for layer, slices in zip(layers, cut, strict=True)
     ]
 
 
@@ -235,7 +175,7 @@ def check_layer(
             f"{name}: group_size {scheme.group_size} is larger than the layer's {in_features} "
             f"input features; use at most {in_features}, or -1 for one group"
         )
-    if scale_dtype not in _SCALE_DTYPES:
+    if scale_dtype not in ("float32", "bfloat16", "float16"):
         raise SchemeError(
             f"{name}: scales are stored in float32, bfloat16 or float16, not {scale_dtype!r}"
         )
@@ -249,13 +189,7 @@ def check_layer(
             f"{name}: the largest weight is {largest:g}, beyond float16; store the scales "
             "in bfloat16 or float32"
         )
-    return LayerProblem(
-        weight_RC=weight_RC,
-        scheme=scheme,
-        scale_dtype=scale_dtype,
-        row_groups=row_groups,
-        name=name,
-    )
+    return LayerProblem(weight_RC, scheme, scale_dtype, row_groups, name)
 
 
 def _checked_weight(weight: ArrayLike, name: str) -> tuple[Float32, float]:
@@ -321,18 +255,18 @@ def _check_statistics(
             statistics.check(in_features, name)
 
 
-def _target(
+def _corrected(
     layer: LayerProblem, hessian: HessianSum, drift: DriftSum | None, scheme: GPTQScheme
-) -> Float32:
-    """The weights to approximate: those given, unless the scheme corrects drift."""
+) -> LayerProblem:
+    """The layer with the weights to approximate: those given, unless the scheme corrects drift."""
     if scheme.drift_correction == 0:
-        return layer.weight_RC
+        return layer
     if drift is None:
         raise CalibrationError(
             f"{layer.name}: drift_correction is {scheme.drift_correction:g}, but no DriftSum was "
             "given; give DriftSum.of(inputs, quantized_inputs), or set it to 0"
         )
-    return correct_target(
+    target_RC = correct_target(
         layer.weight_RC,
         hessian,
         drift,
@@ -340,3 +274,4 @@ def _target(
         hessian_damping=scheme.hessian_damping,
         name=layer.name,
     )
+    return replace(layer, weight_RC=target_RC)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,26 +17,16 @@ from pipeline.model.targets import Target
 from pipeline.plan import LayerPlan, Plan
 from pipeline.run.worker_api import SolvedLayer, SolvedSlices, Values
 from pipeline.worker.memory import make_room
-from quantizer import kernel_layout
 from quantizer.errors import UnusableStatisticsError
 from quantizer.gptq.solve import compile_solver, join_slices
 from quantizer.hessian import CalibrationStatistics, HessianSum, MagnitudeSum
-from quantizer.keras_format.kernel_layout import KernelLayout, row_groups
-from quantizer.keras_format.variables import (
-    decode_kernel,
-    embedding_scheme,
-    encode_embedding,
-    encode_kernel,
-)
+from quantizer.keras_format.kernel_layout import row_groups
+from quantizer.keras_format.layers import kernel_layout, solve_embedding
+from quantizer.keras_format.variables import decode_kernel, encode_kernel
+from quantizer.problem import LayerProblem
 from quantizer.result import SolveResult
 from quantizer.schemes import Float8Scheme, GPTQScheme, Scheme
-from quantizer.solver import (
-    LayerProblem,
-    check_layer,
-    solve,
-    solve_problems,
-    solve_rows,
-)
+from quantizer.solver import check_layer, solve_problems, solve_rows
 
 _Solved = TypeVar("_Solved")
 
@@ -53,15 +43,13 @@ def solve_layers(
     cost these layers their calibration: they are rounded to nearest, and their reports say why.
 
     Args:
-        targets: the part's layers by path.
         layers: those to solve; all have a scheme.
-        values: the source's arrays.
-        statistics: of the shared input.
 
     Raises:
         QuantizationError: with the layer's path.
     """
-    _make_room(statistics)
+    if isinstance(statistics, HessianSum):
+        make_room(statistics.gram_CC.nbytes)
     by_scheme: dict[Scheme, list[LayerPlan]] = {}
     solved: dict[str, SolvedLayer] = {}
     for layer in layers:
@@ -69,7 +57,7 @@ def solve_layers(
         if layer.kind == "kernel":
             by_scheme.setdefault(layer.scheme, []).append(layer)
         else:
-            solved[layer.path] = _solve_embedding(targets[layer.path], layer, values, layer.scheme)
+            solved[layer.path] = _solve_embedding(targets[layer.path], values, layer.scheme)
     for scheme, alike in by_scheme.items():
         problems = [_problem(targets[layer.path], scheme, values) for layer in alike]
         results, obstacle = _calibrated(partial(solve_problems, problems), statistics, problems[0])
@@ -86,7 +74,8 @@ def solve_slices(
     slices: Sequence[int],
 ) -> SolvedSlices:
     """Quantize some row slices of a layer that may be cut (see `LayerPlan.slices`)."""
-    _make_room(statistics)
+    if isinstance(statistics, HessianSum):
+        make_room(statistics.gram_CC.nbytes)
     problem = _problem(target, _gptq(layer), values)
     rows, obstacle = _calibrated(
         lambda usable: solve_rows(problem, usable, slices), statistics, problem
@@ -150,57 +139,39 @@ def _encoded(target: Target, result: SolveResult, scheme: Scheme, obstacle: str)
     """
     layout = kernel_layout(target.layer)
     variables = encode_kernel(result.weight, layout, scheme)
+    report = result.report.to_dict()
+    if obstacle:
+        report |= {
+            "output_error": None,
+            "rtn_output_error": None,
+            "kept": "rtn",
+            "rtn_rows": layout.out_features,
+            "num_rows": 0,
+            "reason": f"not calibrated, rounded to nearest: {obstacle}",
+        }
     return SolvedLayer(
         path=target.path,
         variables=variables,
-        report=result.report.to_dict() | (_uncalibrated(layout, obstacle) if obstacle else {}),
+        report=report,
         kernel=decode_kernel(variables, layout, scheme),
     )
 
 
-def _uncalibrated(layout: KernelLayout, obstacle: str) -> dict[str, Any]:
-    """What a report says of a layer that could not be calibrated."""
-    return {
-        "output_error": None,
-        "rtn_output_error": None,
-        "kept": "rtn",
-        "rtn_rows": layout.out_features,
-        "num_rows": 0,
-        "reason": f"not calibrated, rounded to nearest: {obstacle}",
-    }
-
-
-def _solve_embedding(
-    target: Target, layer: LayerPlan, values: Values, scheme: Scheme
-) -> SolvedLayer:
-    in_table = embedding_scheme(scheme, layer.path)
-    table = values[target.table_path]
-    dtype = str(table.dtype)
-    result = solve(table, None, scheme, scale_dtype=dtype, name=layer.path)
-    reverse = None
-    if target.reverse_table_path is not None:
-        back = values[target.reverse_table_path].T
-        reverse = solve(back, None, scheme, scale_dtype=dtype, name=layer.path).weight
-    return SolvedLayer(
-        path=layer.path,
-        variables=encode_embedding(result.weight, reverse, in_table),
-        report=result.report.to_dict(),
-        kernel=None,
+def _solve_embedding(target: Target, values: Values, scheme: Scheme) -> SolvedLayer:
+    table, reverse = values[target.table_path], target.reverse_table_path
+    variables, report = solve_embedding(
+        table,
+        None if reverse is None else values[reverse],
+        scheme,
+        scale_dtype=str(table.dtype),
+        name=target.path,
     )
-
-
-def _make_room(statistics: CalibrationStatistics | None) -> None:
-    if isinstance(statistics, HessianSum):
-        make_room(statistics.gram_CC.nbytes)
+    return SolvedLayer(path=target.path, variables=variables, report=report.to_dict(), kernel=None)
 
 
 def _gptq(layer: LayerPlan) -> GPTQScheme:
     assert isinstance(layer.scheme, GPTQScheme)
     return layer.scheme
-
-
-_Program = tuple[Scheme | None, int, int]
-"""What makes a program of its own: scheme, out_features and in_features."""
 
 
 class CompiledAhead:
@@ -217,27 +188,32 @@ class CompiledAhead:
                 compiled when needed.
         """
         self._plan, self._targets, self._scale_dtype = plan, targets, scale_dtype
-        self._compiling: dict[_Program, Future[None]] = {}
+        self._compiling: dict[tuple[Scheme | None, int, int], Future[None]] = {}
 
     def begin(self) -> None:
         """Start compiling, once blocks are to be solved; evaluation needs none of it."""
         if self._compiling:
             return
         pool = ThreadPoolExecutor(1, thread_name_prefix="compiling")
-        for part, layer in _in_order(self._plan):
-            program = _program(layer)
-            if not isinstance(layer.scheme, GPTQScheme) or program in self._compiling:
-                continue
-            # Otherwise the slices, and so the programs, depend on the kernel's layout.
-            if kernel_layout(self._targets(part)[layer.path].layer).keras_rows_are_inputs:
-                self._compiling[program] = pool.submit(
-                    compile_solver,
-                    layer.out_features,
-                    layer.in_features,
-                    layer.scheme,
-                    scale_dtype=self._scale_dtype,
-                )
+        for part in self._plan.parts[1:]:
+            layers = {layer.name: layer for layer in part.layers}
+            for name in (name for group in part.groups for name in group.targets):
+                self._compile(part.part, layers[name], pool)
         pool.shutdown(wait=False)
+
+    def _compile(self, part: int, layer: LayerPlan, pool: ThreadPoolExecutor) -> None:
+        program = _program(layer)
+        if not isinstance(layer.scheme, GPTQScheme) or program in self._compiling:
+            return
+        # Otherwise the slices, and so the programs, depend on the kernel's layout.
+        if kernel_layout(self._targets(part)[layer.path].layer).keras_rows_are_inputs:
+            self._compiling[program] = pool.submit(
+                compile_solver,
+                layer.out_features,
+                layer.in_features,
+                layer.scheme,
+                scale_dtype=self._scale_dtype,
+            )
 
     def await_for(self, layers: Sequence[LayerPlan]) -> None:
         """Wait for the programs of these layers; compiling them a second time would cost more."""
@@ -247,14 +223,6 @@ class CompiledAhead:
                 compiling.result()
 
 
-def _in_order(plan: Plan) -> list[tuple[int, LayerPlan]]:
-    """The blocks' calibrated layers in the order of their groups, each with its part."""
-    found = []
-    for part in plan.parts[1:]:
-        layers = {layer.name: layer for layer in part.layers}
-        found += [(part.part, layers[name]) for group in part.groups for name in group.targets]
-    return found
-
-
-def _program(layer: LayerPlan) -> _Program:
+def _program(layer: LayerPlan) -> tuple[Scheme | None, int, int]:
+    """What makes a program of its own."""
     return layer.scheme, layer.out_features, layer.in_features

@@ -18,17 +18,12 @@ from numpy.typing import ArrayLike
 
 from quantizer.errors import CalibrationError
 from quantizer.gptq.factor import dampings
-from quantizer.hessian import Float32, HessianSum
+from quantizer.hessian import Float32, HessianSum, check_mergeable
 
 
 @dataclass(frozen=True, slots=True)
 class DriftSum:
-    """Σ (x - x̃)ᵀ x̃ over calibration rows.
-
-    Attributes:
-        cross_CC: [in_features, in_features], float32.
-        num_rows: calibration rows (tokens) in the sum.
-    """
+    """Σ (x - x̃)ᵀ x̃ over calibration rows (tokens), [in_features, in_features], float32."""
 
     cross_CC: Float32
     num_rows: int
@@ -58,11 +53,7 @@ class DriftSum:
 
     def merge(self, other: DriftSum) -> DriftSum:
         """The sum over both."""
-        if self.cross_CC.shape != other.cross_CC.shape:
-            raise CalibrationError(
-                f"cannot merge sums over {self.cross_CC.shape[0]} and "
-                f"{other.cross_CC.shape[0]} input features"
-            )
+        check_mergeable(self.cross_CC, other.cross_CC)
         return DriftSum(self.cross_CC + other.cross_CC, self.num_rows + other.num_rows)
 
 

@@ -143,11 +143,11 @@ def refine_slice(
     max_code = 2.0**weight_bits - 1
     bounds = panel_bounds(num_inputs)
     order_C = _in_order(bounds[-1][1])
-    panels = [live_columns(columns, factor.live_C, order_C, a, b - a) for a, b in bounds]
-    solved_missing = [
+    panels = tuple(live_columns(columns, factor.live_C, order_C, a, b - a) for a, b in bounds)
+    before = tuple(
         _missing(panel, solved.codes_CR, a) for panel, (a, _) in zip(panels, bounds, strict=True)
-    ]
-    missing = list(solved_missing)
+    )
+    missing = list(before)
     change_R = zeros((num_outputs,))
     for _ in range(sweeps):
         for p, (a, b) in enumerate(bounds):
@@ -164,15 +164,8 @@ def refine_slice(
                 change_R,
                 max_code=max_code,
             )
-    return _settled(
-        solved,
-        tuple(panels),
-        tuple(solved_missing),
-        tuple(missing),
-        change_R,
-        factor.shift,
-        max_code,
-    )
+    after, shift = tuple(missing), factor.shift
+    return _settled(solved, panels, before, after, change_R, shift, max_code)
 
 
 @program(static_argnums=0)
@@ -184,24 +177,24 @@ def _in_order(size: int) -> Array:
 def _settled(
     solved: SolvedSlice,
     panels: tuple[Columns, ...],
-    solved_missing: tuple[Array, ...],
-    missing: tuple[Array, ...],
+    before: tuple[Array, ...],
+    after: tuple[Array, ...],
     change_R: Array,
     shift: Array,
     max_code: float,
 ) -> SolvedSlice:
-    """The better of the refined and the given codes, channel by channel."""
+    """The better of the refined and the given codes, by w - ŵ of either, channel by channel."""
     num_inputs = solved.codes_CR.shape[0]
 
     def whole(parts: Iterable[Array]) -> Array:
         return jnp.concatenate(list(parts))[:num_inputs]
 
-    solved_CR, after_CR = whole(solved_missing), whole(missing)
+    before_CR, after_CR = whole(before), whole(after)
     # The sweeps lower the damped loss; what counts is the undamped one.
-    grown_R = jnp.sum(after_CR**2 - solved_CR**2, axis=0)
+    grown_R = jnp.sum(after_CR**2 - before_CR**2, axis=0)
     loss_R = solved.loss_R + change_R - shift * grown_R
     better_R = loss_R < solved.loss_R
-    kept_CR = jnp.where(better_R, after_CR, solved_CR)
+    kept_CR = jnp.where(better_R, after_CR, before_CR)
     # Encoding a decoded weight gives its code back exactly.
     weight_CR = whole(columns.weight_PR for columns in panels)
     group_C = whole(columns.group_P for columns in panels)

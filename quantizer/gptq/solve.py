@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,9 @@ from quantizer.gptq.column_loop import Columns, SolvedSlice, round_slice, solve_
 from quantizer.gptq.factor import Factor, arrange, factorize, factorize_shifted
 from quantizer.gptq.refine import damped_hessian, refine_slice
 from quantizer.hessian import HessianSum
+from quantizer.problem import LayerProblem, RowGroups
 from quantizer.qparams import contiguous_groups, find_grid
 from quantizer.result import Float32, GroupedWeight, SolveReport, SolveResult, relative_error
-from quantizer.row_groups import RowGroups
 from quantizer.schemes import GPTQScheme
 
 _BAND = 32
@@ -39,12 +39,7 @@ _CONCURRENT_SLICES = 2
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Scales and zero points of groups of inputs.
-
-    Attributes:
-        scale_RG, zero_RG: [out_features, groups], float32; zero points are whole.
-        group_C: group of each input, int32.
-    """
+    """Scales and zero points (whole), [out_features, groups], and the group of each input."""
 
     scale_RG: Float32
     zero_RG: Float32
@@ -71,13 +66,11 @@ def row_slices(out_features: int, in_features: int) -> list[tuple[int, int]]:
 _Blocks = tuple[tuple[Array, ...], ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class SharedInput:
     """What solving needs of one input, for all layers that share it.
 
     Attributes:
-        hessian: sum over the input's rows.
-        scheme: of all these layers.
         factor: of the Hessian; None if no damping made it definite: rows are rounded to nearest.
         damped: the damped Hessian's blocks that refinement reads; empty if nothing is refined.
         energy_C: what a squared rounding error costs at each input, float32. GPTQ corrects later
@@ -115,16 +108,13 @@ def share_input(hessian: HessianSum, scheme: GPTQScheme) -> SharedInput:
         if scheme.refinement_sweeps:
             rows = jnp.float32(hessian.num_rows)
             damped = damped_hessian(jnp.asarray(hessian.gram_CC), rows, factor.shift)
-    return SharedInput(
-        hessian=hessian, scheme=scheme, factor=factor, damped=damped, energy_C=energy_C
-    )
+    return SharedInput(hessian, scheme, factor, damped, energy_C)
 
 
 def grid_of(weight_RC: Float32, energy_RC: Float32, scheme: GPTQScheme, scale_dtype: str) -> Grid:
     """The scheme's grid over contiguous groups.
 
     Args:
-        weight_RC: [out_features, in_features], float32.
         energy_RC: weight of each squared error, [1 or out_features, in_features].
     """
     parts = [
@@ -162,8 +152,6 @@ class SolvedRows:
     """One solved row slice, in plain arrays that may be sent to another process.
 
     Attributes:
-        solved: codes and errors.
-        grid: of these rows.
         damping: that was needed; None if none made H definite.
         dead_C: inputs that were zero in all of calibration.
         num_rows: calibration rows (tokens).
@@ -209,22 +197,16 @@ def _solve_columns(
     return refine_slice(solved, columns, factor, damped, weight_bits=bits, sweeps=sweeps)
 
 
-class RowSlice(NamedTuple):
-    """`weight[a:b]` for one (a, b) of `row_slices`.
-
-    Attributes:
-        weight_RC: [slice, in_features], float32.
-        scale_dtype: dtype in which its scales will be stored; they are rounded to it first.
-    """
-
-    weight_RC: Float32
-    scale_dtype: str
+def cut_rows(layer: LayerProblem) -> list[LayerProblem]:
+    """The layer's row slices, in order."""
+    bounds = row_slices(*layer.weight_RC.shape)
+    return [replace(layer, weight_RC=layer.weight_RC[a:b]) for a, b in bounds]
 
 
-def solve_slices(slices: Sequence[RowSlice], shared: SharedInput) -> list[SolvedRows]:
-    """Solve row slices, of one weight or of several, that share an input."""
+def solve_slices(slices: Sequence[LayerProblem], shared: SharedInput) -> list[SolvedRows]:
+    """Solve row slices, of one layer or of several, that share an input."""
 
-    def solve_rows(rows: RowSlice) -> SolvedRows:
+    def solve_rows(rows: LayerProblem) -> SolvedRows:
         live_RC = shared.live(rows.weight_RC)
         grid = grid_of(live_RC, shared.energy_C[None], shared.scheme, rows.scale_dtype)
         return solve_on_grid(rows.weight_RC, shared, grid)
@@ -245,7 +227,7 @@ def join_slices(weight_RC: Float32, parts: Sequence[SolvedRows], scheme: GPTQSch
 
 
 def solve_in_row_groups(
-    weight_RC: Float32, shared: SharedInput, *, scale_dtype: str, row_groups: RowGroups
+    layer: LayerProblem, row_groups: RowGroups, shared: SharedInput
 ) -> SolveResult:
     """Solve the matrix with grids that lie along the rows of its stored matrix.
 
@@ -255,12 +237,13 @@ def solve_in_row_groups(
     Returns:
         The stored matrix, with groups by row; and the report of the weight matrix.
     """
+    weight_RC = layer.weight_RC
     energy_RC = np.broadcast_to(shared.energy_C, weight_RC.shape)
     stored = grid_of(
         np.ascontiguousarray(row_groups.to_stored(shared.live(weight_RC))),
         np.ascontiguousarray(row_groups.to_stored(energy_RC)),
         shared.scheme,
-        scale_dtype,
+        layer.scale_dtype,
     )
     scale, zero = stored.scale_RG.ravel(), stored.zero_RG.ravel()
     codes_RC = np.empty(weight_RC.shape, np.uint8)
@@ -334,11 +317,7 @@ def _report(weight_RC: Float32, parts: Sequence[SolvedRows], scheme: GPTQScheme)
 def compile_solver(
     out_features: int, in_features: int, scheme: GPTQScheme, *, scale_dtype: str
 ) -> None:
-    """Compile ahead what solving weights of this shape runs; nothing is computed.
-
-    Args:
-        scale_dtype: dtype in which their scales will be stored.
-    """
+    """Compile ahead what solving weights of this shape runs; nothing is computed."""
     number, gram_CC = _shape(), _shape(in_features, in_features)
     hessian_CC, order_C, dead_C, mean = arrange(gram_CC, number, scheme.activation_order)
     factor = Factor(*factorize_shifted(hessian_CC, mean), order_C, dead_C, number, 0.0)

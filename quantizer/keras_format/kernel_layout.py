@@ -18,18 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantizer.errors import CalibrationError, LayerError
-from quantizer.row_groups import RowGroups
+from quantizer.problem import KernelAxes, RowGroups
 from quantizer.schemes import AWQScheme, GPTQScheme, Int4Scheme, Scheme
 
 
 @dataclass(frozen=True, slots=True)
-class KernelLayout:
-    """Where a kernel's in_features and out_features are.
+class KernelLayout(KernelAxes):
+    """Where a kernel's in_features and out_features are; its shape is as Keras builds it.
 
     Attributes:
-        shape: the kernel's shape, as Keras builds it.
-        in_axes: kernel axes summed with the input, in kernel order.
-        out_axes: the other kernel axes, in kernel order.
         input_axes: the input's axes that meet in_axes, counted from its end.
         scale_shape: a per-output-channel scale that broadcasts over the layer's output.
         scale_axes: the order of out_axes in it.
@@ -37,23 +34,10 @@ class KernelLayout:
             a separate matrix and separate inputs (out_axes holds it).
     """
 
-    shape: tuple[int, ...]
-    in_axes: tuple[int, ...]
-    out_axes: tuple[int, ...]
     input_axes: tuple[int, ...]
     scale_shape: tuple[int, ...]
     scale_axes: tuple[int, ...]
     batched: bool = False
-
-    @property
-    def in_features(self) -> int:
-        """C: inputs summed into each output."""
-        return math.prod(self.shape[axis] for axis in self.in_axes)
-
-    @property
-    def out_features(self) -> int:
-        """R: outputs, each with its own weights."""
-        return math.prod(self.shape[axis] for axis in self.out_axes)
 
     @property
     def keras_rows(self) -> int:
@@ -71,15 +55,6 @@ class KernelLayout:
         if len(self.shape) == 2:
             return 1
         return 1 if self.shape.index(max(self.shape)) == 0 else 2
-
-    def to_matrix(self, kernel: NDArray[Any]) -> NDArray[Any]:
-        """Kernel → [out_features, in_features]."""
-        return kernel.transpose(self.out_axes + self.in_axes).reshape(self.out_features, -1)
-
-    def from_matrix(self, matrix_RC: NDArray[Any]) -> NDArray[Any]:
-        """The inverse of `to_matrix`."""
-        axes = self.out_axes + self.in_axes
-        return matrix_RC.reshape([self.shape[axis] for axis in axes]).transpose(np.argsort(axes))
 
     def to_output(self, channel_R: NDArray[Any]) -> NDArray[Any]:
         """One value per output channel, [out_features] → broadcastable over the output."""
@@ -136,12 +111,7 @@ def row_groups(layout: KernelLayout, scheme: Scheme, name: str) -> RowGroups | N
             num_rows = layout.in_features
         case _:
             return None
-    return RowGroups(
-        shape=layout.shape,
-        out_axes=layout.out_axes,
-        in_axes=layout.in_axes,
-        num_rows=num_rows,
-    )
+    return RowGroups(KernelAxes(layout.shape, layout.in_axes, layout.out_axes), num_rows)
 
 
 def dense_layout(shape: tuple[int, ...]) -> KernelLayout:
@@ -150,11 +120,7 @@ def dense_layout(shape: tuple[int, ...]) -> KernelLayout:
 
 
 def einsum_layout(equation: str, shape: tuple[int, ...]) -> KernelLayout:
-    """The layout of an EinsumDense kernel.
-
-    Args:
-        equation: "input,kernel->output".
-        shape: the kernel's shape.
+    """The layout of an EinsumDense kernel, from its equation "input,kernel->output".
 
     Raises:
         LayerError: an equation with an ellipsis (stock Keras 3.15 fails to build such a layer

@@ -14,7 +14,7 @@ from typing import Any
 
 import keras
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from quantizer.errors import LayerError
 from quantizer.gptq.drift import DriftSum
@@ -25,16 +25,14 @@ from quantizer.keras_format.kernel_layout import (
     einsum_layout,
     row_groups,
 )
-from quantizer.keras_format.variables import embedding_scheme, encode_embedding, encode_kernel
-from quantizer.result import SolveReport
-from quantizer.schemes import (
-    AWQScheme,
-    Float8Scheme,
-    GPTQScheme,
-    Int4Scheme,
-    Int8Scheme,
-    Scheme,
+from quantizer.keras_format.variables import (
+    Variables,
+    embedding_scheme,
+    encode_embedding,
+    encode_kernel,
 )
+from quantizer.result import SolveReport
+from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
 from quantizer.solver import solve
 
 _WITH_KERNEL = (keras.layers.Dense, keras.layers.EinsumDense)
@@ -48,9 +46,7 @@ def kernel_layout(layer: keras.layers.Layer) -> KernelLayout:
         LayerError: another type of layer, one not built, or an equation that stock Keras cannot
             quantize.
     """
-    if type(layer) not in _WITH_KERNEL:
-        raise _unsupported(layer)
-    _check_fresh(layer)
+    _check_layer(layer, _WITH_KERNEL)
     shape = tuple(layer._kernel.shape)
     if type(layer) is keras.layers.Dense:
         return dense_layout(shape)
@@ -71,7 +67,6 @@ def quantize_layer(
 
     Args:
         layer: a built Dense, EinsumDense, Embedding or ReversibleEmbedding, in floating point.
-        scheme: the wanted format.
         statistics: of the layer's inputs, flattened by `kernel_layout(layer).flatten_inputs`; see
             `quantizer.solve`.
         drift: for `GPTQScheme.drift_correction` above 0.
@@ -83,20 +78,18 @@ def quantize_layer(
         LayerError: a layer that stock Keras cannot hold in this scheme.
         QuantizationError: bad weights, statistics or scheme; the message names the layer.
     """
-    # Keras refuses subclasses: they may use their weights in other ways.
-    if type(layer) not in _WITH_KERNEL + _WITH_TABLE:
-        raise _unsupported(layer)
-    _check_fresh(layer)
+    _check_layer(layer, _WITH_KERNEL + _WITH_TABLE)
     policy = _quantized_policy(layer, scheme)
     name, dtype = _name(layer), layer.variable_dtype
     if type(layer) in _WITH_TABLE:
-        in_table = embedding_scheme(scheme, name)
-        result = solve(_float32(layer._embeddings), None, scheme, scale_dtype=dtype, name=name)
-        table = getattr(layer, "reverse_embeddings", None)
-        reverse = None
-        if table is not None:
-            reverse = solve(_float32(table).T, None, scheme, scale_dtype=dtype, name=name).weight
-        variables = encode_embedding(result.weight, reverse, in_table)
+        table, reverse = layer._embeddings, getattr(layer, "reverse_embeddings", None)
+        variables, report = solve_embedding(
+            _float32(table),
+            None if reverse is None else _float32(reverse),
+            scheme,
+            scale_dtype=dtype,
+            name=name,
+        )
     else:
         layout = kernel_layout(layer)
         result = solve(
@@ -108,7 +101,7 @@ def quantize_layer(
             row_groups=row_groups(layout, scheme, name),
             name=name,
         )
-        variables = encode_kernel(result.weight, layout, scheme)
+        variables, report = encode_kernel(result.weight, layout, scheme), result.report
     layer.quantize(scheme.mode, config=_keras_config(scheme))
     if scheme.mode in ("gptq", "awq"):
         # As Keras' own calibration does last.
@@ -117,7 +110,27 @@ def quantize_layer(
     for variable, value in variables.items():
         getattr(layer, _attribute(variable)).assign(value)
     assert layer.dtype_policy == policy
-    return result.report
+    return report
+
+
+def solve_embedding(
+    table: ArrayLike, reverse: ArrayLike | None, scheme: Scheme, *, scale_dtype: str, name: str
+) -> tuple[Variables, SolveReport]:
+    """The variables of an Embedding or ReversibleEmbedding, and the report of its first table.
+
+    Args:
+        table: [tokens, vector].
+        reverse: [vector, tokens], of an untied ReversibleEmbedding.
+
+    Raises:
+        QuantizationError: a bad table, or a scheme that Keras has no embeddings in.
+    """
+    in_table = embedding_scheme(scheme, name)
+    result = solve(table, None, scheme, scale_dtype=scale_dtype, name=name)
+    back = None
+    if reverse is not None:
+        back = solve(np.asarray(reverse).T, None, scheme, scale_dtype=scale_dtype, name=name).weight
+    return encode_embedding(result.weight, back, in_table), result.report
 
 
 def save_model(model: keras.Model, path: str | Path) -> None:
@@ -179,14 +192,13 @@ def _name(layer: keras.layers.Layer) -> str:
     return str(layer.path or layer.name)
 
 
-def _unsupported(layer: keras.layers.Layer) -> LayerError:
-    return LayerError(
-        f"{_name(layer)}: stock Keras cannot load a {type(layer).__name__} quantized; it can "
-        "Dense, EinsumDense, Embedding and ReversibleEmbedding themselves. Exclude the layer"
-    )
-
-
-def _check_fresh(layer: keras.layers.Layer) -> None:
+def _check_layer(layer: keras.layers.Layer, types: Sequence[type]) -> None:
+    # Keras refuses subclasses: they may use their weights in other ways.
+    if type(layer) not in types:
+        raise LayerError(
+            f"{_name(layer)}: stock Keras cannot load a {type(layer).__name__} quantized; it can "
+            "Dense, EinsumDense, Embedding and ReversibleEmbedding themselves. Exclude the layer"
+        )
     if not layer.built:
         raise LayerError(f"{_name(layer)}: the layer has no weights yet; call it once, or build it")
     if layer.quantization_mode is not None:

@@ -28,8 +28,6 @@ def encode_kernel(weight: QuantizedWeight, layout: KernelLayout, scheme: Scheme)
 
     Args:
         weight: from `quantizer.solve`, with `row_groups(layout, scheme, name)`.
-        layout: of the kernel.
-        scheme: what it was quantized with.
     """
     match scheme, weight:
         case GPTQScheme() | AWQScheme(), GroupedWeight():
@@ -89,8 +87,6 @@ def decode_kernel(
 
     Args:
         variables: by name, from `encode_kernel` or a file.
-        layout: of the kernel.
-        scheme: what it was quantized with.
     """
     match scheme:
         case GPTQScheme() | AWQScheme():
@@ -164,7 +160,6 @@ def encode_embedding(
         table: of [tokens, vector]: each token's vector is an output channel.
         reverse: of the second table, [tokens, vector], by which an untied ReversibleEmbedding
             computes logits; None when tied or absent. Keras stores it transposed.
-        scheme: what they were quantized with.
     """
     variables = _encode_table("embeddings", table, scheme, transposed=False)
     if reverse is not None:
