@@ -36,7 +36,7 @@ from pipeline.plan import Plan
 from pipeline.remote_planning import Identity, evaluation_windows, start_worker
 from pipeline.run import lease
 from pipeline.run.commits import Finding, quarantine, read_manifest
-from pipeline.run.driver import KEEP_EVERY, quantize
+from pipeline.run.driver import KEEP_EVERY, differences, quantize
 from pipeline.run.events import EventLog
 from pipeline.run.records import Manifest
 from pipeline.run.worker_api import WorkerApi
@@ -61,25 +61,14 @@ class DriverOptions:
     lease_seconds: float = lease.TERM_SECONDS
 
     def acquire_lease(self, store: ObjectStore) -> lease.Lease:
-        """Become the driver of the run at a store's root, as soon as no other is at work on it.
-
-        Raises:
-            LeaseHeldError: another driver is, and it is not to be waited for.
-        """
+        """Become the driver of the run at a store's root (see `lease.acquire`)."""
         return lease.acquire(
-            store,
-            seconds=self.lease_seconds,
-            wait=self.wait,
-            tell=partial(log_event, "waiting"),
+            store, seconds=self.lease_seconds, wait=self.wait, tell=partial(log_event, "waiting")
         )
 
 
 class Compute:
-    """What one run computes with (see `open_compute`).
-
-    Attributes:
-        allocation: the workers that it gets.
-    """
+    """What one run computes with (see `open_compute`): the allocated workers, once needed."""
 
     def __init__(
         self,
@@ -94,7 +83,6 @@ class Compute:
 
     @cached_property
     def executor(self) -> Executor:
-        """The workers, started when they are first asked for."""
         return self._start_workers()
 
     @property
@@ -144,39 +132,34 @@ def open_compute(
         ExecutorError: there is no cluster, or more is asked than it has.
     """
     route_to_root("ray")
-    start = partial(start_worker, source_url, run_url)
     with terminable(), contextlib.ExitStack() as stack:
         machine = this_machine(spec)
+        planner = None
         # What kind of GPU this machine has decides bytes too: then a worker plans.
         if address is not None or (spec.device != "cpu" and may_have_gpu()):
             from pipeline.executor.ray_cluster import allocate_on_cluster, connect
-            from pipeline.executor.ray_executor import RayExecutor
 
             stack.enter_context(connect(address, machine))
             allocation = allocate_on_cluster(spec)
-            started = dataclasses.replace(allocation, workers=1) if plan_only else allocation
-            yield Compute(allocation, lambda: RayExecutor(started, start))
-            return
-        allocation = allocate(spec, [machine])
+        else:
+            allocation = allocate(spec, [machine])
+            planner = stack.enter_context(local_process(worker_environment(allocation)))
 
-        def start_cluster() -> Executor:
+        def start_workers() -> Executor:
             # Here, so that planning begins before Ray is even imported.
             from pipeline.executor.ray_cluster import connect
             from pipeline.executor.ray_executor import RayExecutor
 
-            stack.enter_context(connect(None, machine))
-            return RayExecutor(allocation, start)
+            if planner is not None:
+                stack.enter_context(connect(None, machine))
+            started = dataclasses.replace(allocation, workers=1) if plan_only else allocation
+            return RayExecutor(started, partial(start_worker, source_url, run_url))
 
-        planner = stack.enter_context(local_process(worker_environment(allocation)))
-        yield Compute(allocation, start_cluster, planner)
+        yield Compute(allocation, start_workers, planner)
 
 
 def check_memory(costs: Estimate, nodes: Sequence[NodeRoom]) -> None:
-    """Refuse a run whose workers would not fit into the memory of their nodes.
-
-    Raises:
-        ExecutorError: with what is needed, what there is, and what to do.
-    """
+    """Refuse a run whose workers would not fit into the memory of their nodes."""
     for node in nodes:
         if node.workers * costs.worker_bytes > node.memory_bytes:
             fitting = node.memory_bytes // costs.worker_bytes
@@ -193,22 +176,14 @@ def check_identity(plan: Plan, found: Identity, source_url: str, *, finished: bo
 
     Args:
         finished: no byte is still to be made, so only the source matters.
-
-    Raises:
-        PipelineError: with what changed, and what to do.
     """
     if found.source_files_sha256 != plan.source_files_sha256:
         raise PipelineError(
             f"{source_url}: the source changed since the run was planned: its JSON, vocabulary or "
             "the sizes of its weights files are others; put it back, or start a new run elsewhere"
         )
-    now = {**found.machine, **found.versions}
-    then = {**plan.machine, **plan.versions}
-    other = [
-        f"{name} {now.get(name)}, planned {then.get(name)}"
-        for name in sorted({*now, *then})
-        if now.get(name) != then.get(name)
-    ]
+    then, now = plan.machine | plan.versions, found.machine | found.versions
+    other = differences(then, now, "{0} {2}, planned {1}")
     if other and not finished:
         raise PipelineError(
             f"the run was planned for other machines or packages ({'; '.join(other)}), which "
@@ -241,11 +216,7 @@ def read_windows(
 
 
 def evaluate(executor: Executor, windows: bytes, num_windows: int) -> Fidelity:
-    """Compare a finished result with its source, with the windows spread over the workers.
-
-    Raises:
-        ExecutorError: workers are lost again and again.
-    """
+    """Compare a finished result with its source, with the windows spread over the workers."""
     for _ in range(_MOST_LOSSES):
         workers = min(executor.num_workers, num_windows)
         try:
@@ -312,9 +283,6 @@ def execute(
     Args:
         held: this driver's lease; None if the run is finished, and there is nothing to do.
         damaged: found in a finished run; it is moved aside and made again.
-
-    Raises:
-        PipelineError: with what to do about it.
     """
     start = time.monotonic()
     log = EventLog(store, plan, compute.allocation, epoch=None if held is None else held.epoch)

@@ -13,26 +13,14 @@ from pipeline.run.events import Report, Step
 COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "quantfleet_runs_total": ("Runs that ended, by outcome.", ("model", "recipe", "outcome")),
     "quantfleet_blocks_total": ("Files of weights committed.", ("model",)),
-    "quantfleet_stage_seconds_total": (
-        "Seconds of work by stage, all workers together.",
-        ("model", "stage"),
-    ),
+    "quantfleet_stage_seconds_total": ("Worker seconds by stage.", ("model", "stage")),
     "quantfleet_written_bytes_total": ("Bytes of weights committed.", ("model",)),
     "quantfleet_lost_workers_total": ("Workers that died at work.", ("model",)),
 }
 GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "quantfleet_perplexity_ratio": (
-        "Perplexity of the result over that of its source.",
-        ("model", "recipe"),
-    ),
-    "quantfleet_last_block_timestamp_seconds": (
-        "When a file of weights was last committed, seconds since 1970.",
-        ("model",),
-    ),
-    "quantfleet_nightly_timestamp_seconds": (
-        "When a nightly pass last ended well, seconds since 1970.",
-        ("catalog",),
-    ),
+    "quantfleet_perplexity_ratio": ("Result's perplexity over its source's.", ("model", "recipe")),
+    "quantfleet_last_block_timestamp_seconds": ("Unix time of the last commit.", ("model",)),
+    "quantfleet_nightly_timestamp_seconds": ("Unix time of the last good pass.", ("catalog",)),
 }
 
 Outcome = Literal["finished", "gate_failed", "failed", "interrupted"]
@@ -40,12 +28,7 @@ Outcome = Literal["finished", "gate_failed", "failed", "interrupted"]
 
 @dataclass(frozen=True, kw_only=True)
 class RunMetrics:
-    """The metrics of one run. Ray must be running in this process.
-
-    Attributes:
-        model: the model's name, as people call it.
-        recipe: the recipe's name.
-    """
+    """The metrics of one run of a model and a recipe. Ray must be running in this process."""
 
     model: str
     recipe: str
@@ -55,44 +38,39 @@ class RunMetrics:
 
         def both(step: Step) -> None:
             for stage, seconds in step.seconds.items():
-                _count("quantfleet_stage_seconds_total", seconds, model=self.model, stage=stage)
+                _record("quantfleet_stage_seconds_total", seconds, model=self.model, stage=stage)
             if step.event == "lost":
-                _count("quantfleet_lost_workers_total", 1, model=self.model)
+                _record("quantfleet_lost_workers_total", 1, model=self.model)
             if step.record is not None:
                 size_bytes = step.record.size_bytes
-                _count("quantfleet_blocks_total", 1, model=self.model)
-                _count("quantfleet_written_bytes_total", size_bytes, model=self.model)
-                _set("quantfleet_last_block_timestamp_seconds", time.time(), model=self.model)
+                _record("quantfleet_blocks_total", 1, model=self.model)
+                _record("quantfleet_written_bytes_total", size_bytes, model=self.model)
+                _record("quantfleet_last_block_timestamp_seconds", time.time(), model=self.model)
             report(step)
 
         return both
 
     def ended(self, outcome: Outcome) -> None:
         """Count the run."""
-        _count("quantfleet_runs_total", 1, model=self.model, recipe=self.recipe, outcome=outcome)
+        _record("quantfleet_runs_total", 1, model=self.model, recipe=self.recipe, outcome=outcome)
 
     def judged(self, fidelity: Fidelity) -> None:
         """Set the quality of the result."""
         if fidelity.result_perplexity is not None and fidelity.source_perplexity:
             ratio = fidelity.result_perplexity / fidelity.source_perplexity
-            _set("quantfleet_perplexity_ratio", ratio, model=self.model, recipe=self.recipe)
+            _record("quantfleet_perplexity_ratio", ratio, model=self.model, recipe=self.recipe)
 
 
 def nightly_ended(catalog: str) -> None:
     """Note when a nightly pass of a catalog ended well."""
-    _set("quantfleet_nightly_timestamp_seconds", time.time(), catalog=catalog)
+    _record("quantfleet_nightly_timestamp_seconds", time.time(), catalog=catalog)
 
 
-# Both import Ray, which nothing may do before a run needs it.
+def _record(name: str, value: float, **tags: str) -> None:
+    # Nothing may import Ray before a run needs it.
+    from pipeline.executor import ray_cluster
 
-
-def _count(name: str, amount: float, **tags: str) -> None:
-    from pipeline.executor.ray_cluster import increase_counter
-
-    increase_counter(name, COUNTERS[name][0], amount, tags)
-
-
-def _set(name: str, value: float, **tags: str) -> None:
-    from pipeline.executor.ray_cluster import set_gauge
-
-    set_gauge(name, GAUGES[name][0], value, tags)
+    if name in COUNTERS:
+        ray_cluster.increase_counter(name, COUNTERS[name][0], value, tags)
+    else:
+        ray_cluster.set_gauge(name, GAUGES[name][0], value, tags)

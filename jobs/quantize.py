@@ -57,11 +57,7 @@ def run_job(
     as_json: bool,
     dry_run: bool,
 ) -> None:
-    """Plan, claim, quantize, evaluate and report.
-
-    Raises:
-        PipelineError: with what to do about it.
-    """
+    """Plan, claim, quantize, evaluate and report."""
     job = dataclasses.replace(
         job, source_url=_absolute(job.source_url), output_url=_absolute(job.output_url)
     )
@@ -195,7 +191,8 @@ def _finish(
     except (PipelineError, KeyboardInterrupt, Terminated) as end:
         if compute.has_workers:
             metrics.ended("failed" if isinstance(end, PipelineError) else "interrupted")
-        log_event("resumable", f"to go on from the last committed block: {resume_command(job)}")
+        command = f"quantfleet resume {shlex.quote(job.output_url)}"
+        log_event("resumable", f"to go on from the last committed block: {command}")
         raise
     _print_summary(execution.summarize(costs, fidelity), store, as_json=as_json)
 
@@ -207,14 +204,9 @@ def _log_finished_before(output_url: str) -> None:
 def _evaluation_windows(job: Job, plan: Plan, runner: FunctionRunner) -> bytes | None:
     if not job.evaluation_texts:
         return None
-    return read_windows(
-        runner,
-        job.source_url,
-        plan,
-        job.evaluation_texts,
-        job.evaluation_windows,
-        named=f"--evaluate-on, with --windows {job.evaluation_windows}",
-    )
+    texts, num_windows = job.evaluation_texts, job.evaluation_windows
+    named = f"--evaluate-on, with --windows {num_windows}"
+    return read_windows(runner, job.source_url, plan, texts, num_windows, named=named)
 
 
 def _print_summary(summary: Summary, store: ObjectStore, *, as_json: bool) -> None:
@@ -232,11 +224,6 @@ def load_hint(task: str, store: ObjectStore) -> str:
     if "://" not in local:
         return f"keras_hub.models.{task}.from_preset({local!r})"
     return f"copy {url} to a local folder, then keras_hub.models.{task}.from_preset(folder)"
-
-
-def resume_command(job: Job) -> str:
-    """The command that goes on with a run."""
-    return f"quantfleet resume {shlex.quote(job.output_url)}"
 
 
 def _absolute(url: str) -> str:

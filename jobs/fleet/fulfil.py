@@ -50,7 +50,6 @@ class Fulfilled:
     """What became of a request.
 
     Attributes:
-        verdict: on the result.
         releases: under each of its names; none where the gate was not passed.
         solved: whether anything had to be quantized.
     """
@@ -84,7 +83,6 @@ def fulfil(
 
     Raises:
         LeaseHeldError: another driver is at work on the run, and it is not to be waited for.
-        PipelineError: with what to do about it.
     """
     set_run(run=request.run_id, model=request.model, recipe=request.recipe_name)
     with (
@@ -113,46 +111,45 @@ def fulfil(
     return Fulfilled(request=request, verdict=verdict, releases=releases, solved=artifact.solved)
 
 
+@dataclass
 class _RequestCompute:
     """What a request is computed with, opened when it is first needed, for one run at a time.
 
     Attributes:
+        stack: keeps the workers until it is closed.
         metrics: of the request's run, which need workers: a request that is found done has none.
     """
 
-    def __init__(
-        self, request: Request, open_compute: OpenCompute, stack: contextlib.ExitStack
-    ) -> None:
-        """Args: stack: keeps the workers until it is closed."""
-        self.metrics = RunMetrics(model=request.model, recipe=request.recipe_name)
-        self._request = request
-        self._open_compute = open_compute
-        self._stack = stack
-        self._opened: tuple[str, Compute] | None = None
+    request: Request
+    open_compute: OpenCompute
+    stack: contextlib.ExitStack
+    metrics: RunMetrics
+    opened: tuple[str, Compute] | None = None
 
     @property
     def has_workers(self) -> bool:
-        return self._opened is not None and self._opened[1].has_workers
+        return self.opened is not None and self.opened[1].has_workers
 
     def for_run(self, store: ObjectStore) -> Compute:
         """What works on the run at a store's root."""
-        if self._opened is None or self._opened[0] != store.root_url:
+        if self.opened is None or self.opened[0] != store.root_url:
             # Workers on another run would keep what this one needs.
-            self._stack.close()
-            spec = self._request.needs
+            self.stack.close()
+            spec = self.request.needs
             if spec.threads is None and store.exists(PLAN_KEY):
                 # As the run was started: their number decides rounding.
                 threads = int(read_plan(store).machine["threads"])
                 spec = dataclasses.replace(spec, threads=threads)
-            opened = self._open_compute(spec, self._request.source_url, store.root_url)
-            self._opened = store.root_url, self._stack.enter_context(opened)
-        return self._opened[1]
+            opened = self.open_compute(spec, self.request.source_url, store.root_url)
+            self.opened = store.root_url, self.stack.enter_context(opened)
+        return self.opened[1]
 
 
 @contextlib.contextmanager
 def _request_compute(request: Request, open_compute: OpenCompute) -> Iterator[_RequestCompute]:
     with contextlib.ExitStack() as stack:
-        compute = _RequestCompute(request, open_compute, stack)
+        metrics = RunMetrics(model=request.model, recipe=request.recipe_name)
+        compute = _RequestCompute(request, open_compute, stack, metrics)
         try:
             yield compute
         except PipelineError:
@@ -223,7 +220,9 @@ def _quantize(
     with status("planning: reading the preset, checking every layer, cutting texts"):
         plan, windows = run_compute.plan(lambda runner: _plan(request, store, runner, threads))
     if not store.exists(PLAN_KEY):
-        twin = _published_twin(root, request, plan)
+        current = find_current(root, request.model, request.recipe_name)
+        same_plan = current is not None and current.release.plan_digest == plan.digest
+        twin = _intact(root, current.release.run_id, plan) if current and same_plan else None
         if twin is not None:
             log_event(
                 "same content",
@@ -259,26 +258,14 @@ def _plan(
 
 def _evaluate(request: Request, plan: Plan, compute: Compute) -> Fidelity:
     """Compare a finished result with its source, on the texts that the request names."""
-    num_windows = request.evaluation_windows
+    texts, num_windows = request.evaluation_texts, request.evaluation_windows
+    named = f"evaluate_on, with {num_windows} windows"
     windows = compute.plan(
         lambda runner: read_windows(
-            runner,
-            request.source_url,
-            plan,
-            request.evaluation_texts,
-            num_windows,
-            named=f"evaluate_on, with {num_windows} windows",
+            runner, request.source_url, plan, texts, num_windows, named=named
         )
     )
     return evaluate(compute.executor, windows, num_windows)
-
-
-def _published_twin(root: ObjectStore, request: Request, plan: Plan) -> _Artifact | None:
-    """What is published now, if the very same plan made it, and it is whole."""
-    current = find_current(root, request.model, request.recipe_name)
-    if current is None or current.release.plan_digest != plan.digest:
-        return None
-    return _intact(root, current.release.run_id, plan)
 
 
 def _known_fidelity(root: ObjectStore, request: Request, artifact: _Artifact) -> Fidelity | None:

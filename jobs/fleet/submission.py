@@ -23,7 +23,7 @@ from jobs.catalog.request import Request, save_request
 from jobs.fleet.staleness import Decision, decide_run
 from jobs.logging import STDERR, is_json, log_event
 from pipeline.errors import PipelineError
-from pipeline.executor.ray_jobs import Jobs, RayJob
+from pipeline.executor.ray_jobs import RayJob, RayJobs
 from pipeline.storage.object_store import ObjectStore
 
 TaskPhase = Literal["waiting", "running", "published", "gate failed", "failed"]
@@ -102,7 +102,7 @@ class Submission:
     """
 
     root: ObjectStore
-    jobs: Jobs
+    jobs: RayJobs
     decisions: InitVar[Sequence[Decision]]
     at_once: int = 4
     attempts: int = 3
@@ -193,7 +193,7 @@ def _attempts(known: Mapping[str, RayJob]) -> dict[str, dict[int, RayJob]]:
     return {request: dict(sorted(numbers.items())) for request, numbers in found.items()}
 
 
-def stop_jobs(jobs: Jobs, name: str) -> tuple[str, ...]:
+def stop_jobs(jobs: RayJobs, name: str) -> tuple[str, ...]:
     """Stop the living jobs of a request, or one job by its submission id; returns their ids."""
     stopped = []
     for submission_id, job in sorted(jobs.list().items()):

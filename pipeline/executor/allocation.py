@@ -59,17 +59,17 @@ def allocate(spec: ComputeSpec, nodes: Sequence[NodeResources]) -> Allocation:
         threads=threads,
         gpus=1 if gpus and spec.device != "cpu" else 0,
         nodes=tuple(
-            _node_room(min(count, workers), node.memory_bytes, spec.memory_bytes)
+            NodeRoom(
+                workers=min(count, workers),
+                memory_bytes=min(
+                    node.memory_bytes,
+                    min(count, workers) * (spec.memory_bytes or node.memory_bytes),
+                ),
+            )
             for count, node in zip(room, nodes, strict=True)
             if count
         ),
     )
-
-
-def _node_room(workers: int, memory_bytes: int, limit: int | None) -> NodeRoom:
-    if limit is not None:
-        memory_bytes = min(memory_bytes, workers * limit)
-    return NodeRoom(workers=workers, memory_bytes=memory_bytes)
 
 
 def _most_threads(cpus: Sequence[int], workers: int) -> int:

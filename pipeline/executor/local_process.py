@@ -37,12 +37,7 @@ class LocalProcess:
         self._stderr = stderr
 
     def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a module's function in the child.
-
-        Raises:
-            ExecutorError: the child is gone.
-            Exception: what the function raised.
-        """
+        """Call a module's function in the child; ExecutorError if that is gone."""
         try:
             self._connection.send((function, args, kwargs))
             succeeded, outcome = self._connection.recv()

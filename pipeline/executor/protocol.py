@@ -1,8 +1,4 @@
-"""Where a run's work is done, as its driver sees it: workers by number, handles to their results.
-
-`RayExecutor` is the real one; `LocalExecutor` does the same in this process, for tests of
-everything that is not Ray.
-"""
+"""Where a run's work is done, as its driver sees it: numbered workers, handles to results."""
 
 from __future__ import annotations
 
@@ -63,8 +59,7 @@ class Allocation:
     """What a run gets.
 
     Attributes:
-        workers: how many.
-        threads: of each one's matrix products; their number decides rounding.
+        threads: of each worker's matrix products; their number decides rounding.
         gpus: of each worker: 0 or 1.
         nodes: those with room for workers.
     """
@@ -159,41 +154,3 @@ class TimedWorker:
     def take_seconds(self) -> dict[str, float]:
         taken, self._seconds = self._seconds, Counter()
         return dict(taken)
-
-
-@dataclass(frozen=True)
-class _Done(Handle[T]):
-    result: T
-
-
-class LocalExecutor:
-    """Workers in this process; a call is done as soon as it is submitted."""
-
-    def __init__(self, workers: Sequence[object]) -> None:
-        self.num_workers = len(workers)
-        self._workers = [TimedWorker(worker) for worker in workers]
-
-    def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        return function(*args, **kwargs)
-
-    def submit(
-        self,
-        worker: int,
-        method: Callable[Concatenate[Any, P], T],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> Handle[T]:
-        results = [arg.result if isinstance(arg, _Done) else arg for arg in args]
-        return _Done(self._workers[worker].call(method.__name__, *results, **kwargs))
-
-    def fetch(self, handles: Sequence[Handle[T]]) -> list[T]:
-        return [cast(_Done[T], handle).result for handle in handles]
-
-    def take_seconds(self) -> dict[str, float]:
-        total: Counter[str] = Counter()
-        for worker in self._workers:
-            total.update(worker.take_seconds())
-        return dict(total)
-
-    def recover(self) -> Sequence[str]:
-        return ()

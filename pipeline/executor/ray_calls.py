@@ -9,7 +9,7 @@ lost call is simply repeated, and with it what depends on it; nothing else runs 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -75,17 +75,6 @@ class Call(Handle[T]):
         if self.state == "submitted":
             ray.cancel(self.receipt)
 
-    def record_outcome(self) -> None:
-        """Note how a call that has ended did so."""
-        _, error = _outcome(self.receipt)
-        if isinstance(error, LostCallError):
-            self.state = "lost"
-        else:
-            self.state, self.args, self.kwargs = "answered", (), {}
-
-    def depends_on(self, others: Iterable[Call[Any]]) -> bool:
-        return any(arg in others for arg in self.args if isinstance(arg, Call))
-
 
 class PendingCalls:
     """Calls not answered yet, in an order in which none depends on a later one."""
@@ -113,7 +102,11 @@ class PendingCalls:
                 list(submitted), num_returns=len(submitted), timeout=0, fetch_local=False
             )
             for receipt in ended:
-                submitted[receipt].record_outcome()
+                call = submitted[receipt]
+                if isinstance(_outcome(receipt)[1], LostCallError):
+                    call.state = "lost"
+                else:
+                    call.state, call.args, call.kwargs = "answered", (), {}
         before = len(self._pending)
         self._pending = [call for call in self._pending if call.state != "answered"]
         return len(self._pending) < before
@@ -125,7 +118,8 @@ class PendingCalls:
         """Submit calls again, and those that depend on them."""
         repeated: set[Call[Any]] = set()
         for call in self._pending:
-            if call in calls or call.depends_on(repeated):
+            depends = any(arg in repeated for arg in call.args if isinstance(arg, Call))
+            if call in calls or depends:
                 call.submit()
                 repeated.add(call)
 
@@ -186,19 +180,15 @@ def _outcome(object_ref: Any) -> tuple[Any, Exception | None]:
             cause = cause.cause
         return None, LostCallError(type(cause).__name__) if isinstance(cause, _LOST) else cause
     except _LOST as error:
-        if isinstance(error, exceptions.RayActorError) and error.actor_init_failed:
-            return None, _not_started(error)
-        return None, LostCallError(type(error).__name__)
+        if not (isinstance(error, exceptions.RayActorError) and error.actor_init_failed):
+            return None, LostCallError(type(error).__name__)
+        # Ray does not restart an actor whose constructor failed.
+        reason = str(error).strip().splitlines()[-1].strip()[:300]
+        return None, ExecutorError(
+            f"a worker cannot start ({reason}); check that quantfleet is installed alike on all "
+            "nodes of the cluster, then resume"
+        )
     except exceptions.RayError as error:
         reason = " ".join(str(error).split())[:300]
         text = f"the Ray cluster failed ({type(error).__name__}: {reason}); check it, then resume"
         return None, ExecutorError(text)
-
-
-def _not_started(error: exceptions.RayActorError) -> ExecutorError:
-    """An actor's constructor failed: Ray does not restart such an actor."""
-    reason = str(error).strip().splitlines()[-1].strip()[:300]
-    return ExecutorError(
-        f"a worker cannot start ({reason}); check that quantfleet is installed alike on all nodes "
-        "of the cluster, then resume"
-    )

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray.autoscaler.sdk import request_resources
@@ -45,19 +45,14 @@ def connect(address: str | None, machine: NodeResources | None = None) -> Iterat
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Of calls that are cancelled; errors that matter are fetched.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    options: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": "ERROR",
-        "configure_logging": True,
-    }
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
-        # A cluster of this process alone: nobody else knows its ports, and Ray would otherwise
-        # leave a token file in the home directory.
+        # Nobody else knows the ports, and Ray would leave a token file in the home directory.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         options |= {
             "address": "local",
             "include_dashboard": False,
-            # Workers start with an environment of their own: those that wait for any would idle.
+            # Workers start with an environment of their own; those started before would idle.
             "_system_config": {
                 "enable_worker_prestart": False,
                 "prestart_worker_first_driver": False,
@@ -66,34 +61,27 @@ def connect(address: str | None, machine: NodeResources | None = None) -> Iterat
         if machine is not None:
             options |= {"num_cpus": machine.cpus, "_memory": machine.memory_bytes or None}
     else:
-        _check_port(address)
+        if address.rpartition(":")[2].isdigit():
+            try:
+                # Ray itself would wait for minutes, and fill the terminal meanwhile.
+                _connect_once(address, timeout=10)
+            except OSError as error:
+                raise _no_cluster(address, str(error)) from None
         options |= {"address": address}
-    # Ray installs a handler of its own, which would end the process out of order.
+    # Ray installs a handler that would end the process out of order.
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        # Ray puts this folder before all others that workers import from. Were it the caller's, a
-        # folder of theirs named "pipeline" would be taken for this package.
+        # Workers import from this folder first; in the caller's a "pipeline" of theirs may lie.
         with contextlib.chdir(_CODE):
             ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-        reason = " ".join(str(error).split())
-        raise _no_cluster(address, reason) from None
+        raise _no_cluster(address, " ".join(str(error).split())) from None
     try:
         if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)
         yield
     finally:
         ray.shutdown()
-
-
-def _check_port(address: str) -> None:
-    """Connect once: Ray itself would wait for minutes, and fill the terminal meanwhile."""
-    if not address.rpartition(":")[2].isdigit():
-        return
-    try:
-        _connect_once(address, timeout=10)
-    except OSError as error:
-        raise _no_cluster(address, str(error)) from None
 
 
 def _no_cluster(address: str | None, reason: str) -> ExecutorError:
@@ -117,11 +105,7 @@ class GcsMonitor:
         self._away_since: float | None = None
 
     def check(self) -> None:
-        """Connect to it, every few seconds.
-
-        Raises:
-            ExecutorError: it has been away for half a minute.
-        """
+        """Connect every few seconds; ExecutorError once it has been away for half a minute."""
         now = time.monotonic()
         if now - self._checked < _CHECK_SECONDS:
             return
@@ -141,65 +125,52 @@ class GcsMonitor:
             self._away_since = None
 
 
-def allocate_on_cluster(spec: ComputeSpec) -> Allocation:
-    """Choose workers on the nodes of the connected cluster.
-
-    Raises:
-        ExecutorError: the cluster has less than is asked for, or does not get it in time (see
-            `await_nodes`).
-    """
-    await_nodes(spec.workers, spec.threads, gpu=spec.device == "gpu")
-    return allocate(
-        spec,
-        [
-            NodeResources(
-                cpus=int(resources.get("CPU", 0)),
-                gpus=int(resources.get("GPU", 0)),
-                memory_bytes=int(resources.get("memory", 0)),
-            )
-            for resources in _live_nodes()
-        ],
-    )
-
-
-def _live_nodes() -> list[dict[str, float]]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
 NODE_PATIENCE_VARIABLE = "QUANTFLEET_NODE_PATIENCE"
 """Environment variable: seconds to wait for nodes that a run needs; 0, or unset, for none."""
 _POLL_SECONDS = 2.0
 
 
-def await_nodes(workers: int | None, threads: int | None, *, gpu: bool) -> None:
-    """Ask the autoscaler for room for so many workers, if the environment says to wait for nodes.
+def allocate_on_cluster(spec: ComputeSpec) -> Allocation:
+    """Choose workers on the nodes of the connected cluster.
 
-    Args:
-        workers, threads: as the user said; None asks for one.
-        gpu: one for each worker.
+    If the environment says to wait for nodes, the autoscaler is first asked for room for the
+    workers, or for one where the user names no number.
 
     Raises:
-        ExecutorError: they did not come in time, or the patience is no number of seconds.
+        ExecutorError: the cluster has less than is asked for, or does not get it in time; or the
+            patience is no number of seconds.
     """
     patience = _patience_seconds()
-    bundle = {"CPU": float(threads or 1)} | ({"GPU": 1.0} if gpu else {})
-    wanted = workers or 1
-    if not patience or _room(bundle) >= wanted:
-        return
-    request_resources(bundles=[bundle] * wanted)
-    try:
-        deadline = time.monotonic() + patience
-        while _room(bundle) < wanted:
-            if time.monotonic() > deadline:
-                raise ExecutorError(
-                    f"{wanted} workers need {bundle} each, and the cluster did not get nodes for "
-                    f"them within {patience:g} s; raise {NODE_PATIENCE_VARIABLE}, or look at the "
-                    "autoscaler's limits with ray status"
-                )
-            time.sleep(_POLL_SECONDS)
-    finally:
-        # From now on the workers themselves say what is needed.
-        request_resources(bundles=[])
+    bundle = {"CPU": float(spec.threads or 1)} | ({"GPU": 1.0} if spec.device == "gpu" else {})
+    wanted = spec.workers or 1
+    if patience and _room(bundle) < wanted:
+        request_resources(bundles=[bundle] * wanted)
+        try:
+            deadline = time.monotonic() + patience
+            while _room(bundle) < wanted:
+                if time.monotonic() > deadline:
+                    raise ExecutorError(
+                        f"{wanted} workers need {bundle} each, and the cluster did not get nodes "
+                        f"for them within {patience:g} s; raise {NODE_PATIENCE_VARIABLE}, or look "
+                        "at the autoscaler's limits with ray status"
+                    )
+                time.sleep(_POLL_SECONDS)
+        finally:
+            # From now on the workers themselves say what is needed.
+            request_resources(bundles=[])
+    nodes = [
+        NodeResources(
+            cpus=int(resources.get("CPU", 0)),
+            gpus=int(resources.get("GPU", 0)),
+            memory_bytes=int(resources.get("memory", 0)),
+        )
+        for resources in _live_nodes()
+    ]
+    return allocate(spec, nodes)
+
+
+def _live_nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _room(bundle: dict[str, float]) -> int:
@@ -221,21 +192,14 @@ def _patience_seconds() -> float:
     return seconds
 
 
+_counter, _gauge = cache(metrics.Counter), cache(metrics.Gauge)
+
+
 def increase_counter(name: str, description: str, amount: float, tags: dict[str, str]) -> None:
     """Add to a Prometheus counter, which Ray exports as `ray_<name>`."""
-    _metric(metrics.Counter, name, description, tuple(tags)).inc(amount, tags)
+    _counter(name, description, tuple(tags)).inc(amount, tags)
 
 
 def set_gauge(name: str, description: str, value: float, tags: dict[str, str]) -> None:
     """Set a Prometheus gauge, which Ray exports as `ray_<name>`."""
-    _metric(metrics.Gauge, name, description, tuple(tags)).set(value, tags)
-
-
-_Metric = TypeVar("_Metric", metrics.Counter, metrics.Gauge)
-
-
-@cache
-def _metric(
-    metric: type[_Metric], name: str, description: str, tag_keys: tuple[str, ...]
-) -> _Metric:
-    return metric(name, description=description, tag_keys=tag_keys)
+    _gauge(name, description, tuple(tags)).set(value, tags)

@@ -84,12 +84,7 @@ class RayExecutor:
         self._incarnations: dict[int, str] = {}
 
     def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a module's function in the first worker's process.
-
-        Raises:
-            ExecutorError: the process is lost again and again.
-            Exception: what the function raised.
-        """
+        """Call a module's function in the first worker's process."""
         for _ in range(_MOST_RUNS):
             method = self._actors[0].run.options(num_returns=2)
             call: Call[T] = Call(worker=0, method=method, args=(function, *args), kwargs=kwargs)
@@ -162,11 +157,7 @@ class RayExecutor:
                     last_sign_of_work = last_ping
 
     def _check_incarnations(self, workers: Iterable[int]) -> None:
-        """Make sure that workers have not restarted since their last check.
-
-        Raises:
-            WorkerLostError: one has restarted, or does not answer.
-        """
+        """Raise WorkerLostError if one has restarted since its last check, or does not answer."""
         workers = sorted(workers)
         answers = _ping([self._actors[worker] for worker in workers])
         for i, worker in enumerate(workers):
@@ -218,11 +209,6 @@ class RayExecutor:
             return ()
         return (f"goes on with {self.num_workers} of {len(self._all)} workers",)
 
-    def process_ids(self) -> list[int]:
-        """Of the workers, on their nodes."""
-        answers = ask_all(self._actors, "process_id", copies=_PING_COPIES)
-        return [answers[worker] for worker in sorted(answers)]
-
 
 def _ping(actors: Sequence[Any]) -> dict[int, tuple[str, bool]]:
     """Of each actor that answers: its incarnation, and whether it is busy."""
@@ -238,8 +224,8 @@ class _WorkerActor:
         os.chdir(folder if Path(folder).is_dir() else "/")
         self._open_worker = start_worker()
         self._timed: TimedWorker | None = None
-        self._opening = threading.Lock()
-        self._counting = threading.Lock()
+        # Of a call and a concurrent one beside it.
+        self._lock = threading.Lock()
         self._num_calls = 0
         self._incarnation = secrets.token_hex(8)
 
@@ -257,12 +243,12 @@ class _WorkerActor:
 
     @contextlib.contextmanager
     def _busy(self) -> Iterator[None]:
-        with self._counting:
+        with self._lock:
             self._num_calls += 1
         try:
             yield
         finally:
-            with self._counting:
+            with self._lock:
                 self._num_calls -= 1
 
     def take_seconds(self) -> tuple[str, Mapping[str, float]]:
@@ -270,11 +256,7 @@ class _WorkerActor:
         return self._incarnation, {} if self._timed is None else self._timed.take_seconds()
 
     def _worker(self) -> TimedWorker:
-        # A concurrent call may come beside another.
-        with self._opening:
+        with self._lock:
             if self._timed is None:
                 self._timed = TimedWorker(self._open_worker())
             return self._timed
-
-    def process_id(self) -> int:
-        return os.getpid()

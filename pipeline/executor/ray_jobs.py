@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import requests
@@ -35,7 +35,6 @@ class RayJob:
     """A job as Ray reports it, which may be wrong after the head was lost: storage decides.
 
     Attributes:
-        submission_id: its name.
         status: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED.
         exit_code: of its entrypoint; None if it has not ended, or was killed.
     """
@@ -49,27 +48,13 @@ class RayJob:
         return self.status in _ALIVE
 
 
-class Jobs(Protocol):
-    """The jobs of a cluster."""
-
-    def list(self) -> Mapping[str, RayJob]:
-        """All jobs by submission id."""
-
-    def submit(self, submission_id: str, entrypoint: str, metadata: Mapping[str, str]) -> None:
-        """Start a job, unless there is one of that id already."""
-
-    def stop(self, submission_id: str) -> None:
-        """Stop a job: SIGTERM, and a few seconds later SIGKILL."""
-
-
 class RayJobs:
     """The jobs of one cluster, by its dashboard's address."""
 
     def __init__(self, address: str, *, working_dir: str | None = None) -> None:
-        """Connect.
+        """Connect to an address such as http://head:8265.
 
         Args:
-            address: such as http://head:8265.
             working_dir: a folder, or the URI of a .zip, to ship as the jobs' working folder; None
                 if the nodes have the code.
 
@@ -77,13 +62,11 @@ class RayJobs:
             ExecutorError: no cluster answers there, or it refuses the token.
         """
         self._address = _checked(address)
-        self._environment: dict[str, Any] = {}
-        if working_dir is not None:
-            self._environment["working_dir"] = working_dir
-        _check_port(self._address)
+        self._environment = {} if working_dir is None else {"working_dir": working_dir}
         self._client = self._call(lambda: _Client(self._address, headers=_headers()))
 
     def list(self) -> Mapping[str, RayJob]:
+        """All jobs by submission id."""
         found = self._call(self._client.list_jobs)
         return {
             job.submission_id: RayJob(
@@ -96,17 +79,17 @@ class RayJobs:
         }
 
     def submit(self, submission_id: str, entrypoint: str, metadata: Mapping[str, str]) -> None:
-        def submit() -> None:
-            self._client.submit_job(
-                entrypoint=entrypoint,
-                submission_id=submission_id,
-                # Never a secret: Ray shows and logs it. Nodes have credentials of their own.
-                runtime_env=dict(self._environment),
-                metadata=dict(metadata),
-                # A driver only waits for its workers, which take CPUs of their own.
-                entrypoint_num_cpus=0,
-            )
-
+        """Start a job, unless there is one of that id already."""
+        submit = partial(
+            self._client.submit_job,
+            entrypoint=entrypoint,
+            submission_id=submission_id,
+            # Never a secret: Ray shows and logs it. Nodes have credentials of their own.
+            runtime_env=dict(self._environment),
+            metadata=dict(metadata),
+            # A driver only waits for its workers, which take CPUs of their own.
+            entrypoint_num_cpus=0,
+        )
         deadline = time.monotonic() + _AGENT_SECONDS
         while True:
             try:
@@ -121,6 +104,7 @@ class RayJobs:
             time.sleep(_POLL_SECONDS)
 
     def stop(self, submission_id: str) -> None:
+        """Stop a job: SIGTERM, and a few seconds later SIGKILL."""
         self._call(lambda: self._client.stop_job(submission_id))
 
     def _call(self, request: Callable[[], _T]) -> _T:
@@ -133,9 +117,13 @@ class RayJobs:
                 "RAY_AUTH_TOKEN_PATH, to the cluster's own"
             ) from None
         except (requests.exceptions.RequestException, ConnectionError) as error:
+            cause: BaseException = error
+            while cause.__context__ is not None:
+                cause = cause.__context__
+            reason = " ".join(str(cause).split())[:300] or type(cause).__name__
             raise ExecutorError(
-                f"no Ray cluster answers at {self._address} ({type(error).__name__}); check "
-                "--address, the dashboard's port, and that this machine can reach it"
+                f"no Ray cluster answers at {self._address} ({reason}); check --address, the "
+                "dashboard's port, and that this machine can reach it"
             ) from None
         except (RuntimeError, ValueError) as error:
             raise ExecutorError(
@@ -153,11 +141,7 @@ class _Client(JobSubmissionClient):
 
 
 def _headers() -> dict[str, str]:
-    """The token from the environment, whatever RAY_AUTH_MODE says here.
-
-    Raises:
-        ExecutorError: its file cannot be read.
-    """
+    """The token from the environment, whatever RAY_AUTH_MODE says here."""
     token, path = os.environ.get("RAY_AUTH_TOKEN"), os.environ.get("RAY_AUTH_TOKEN_PATH")
     if not token and path:
         try:
@@ -184,19 +168,6 @@ def _checked(address: str) -> str:
             f"not {address.rpartition('@')[2]}"
         )
     return address.rstrip("/")
-
-
-def _check_port(address: str) -> None:
-    parts = urlsplit(address)
-    assert parts.hostname is not None
-    try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        socket.create_connection((parts.hostname, port), timeout=_CONNECT_SECONDS).close()
-    except (OSError, ValueError) as error:
-        raise ExecutorError(
-            f"no Ray cluster answers at {address} ({' '.join(str(error).split())}); check "
-            "--address, the dashboard's port, and that this machine can reach it"
-        ) from None
 
 
 def _first_line(error: Exception) -> str:

@@ -5,7 +5,7 @@ It holds no arrays and no Keras. Storage decides where it starts, so resuming is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Concatenate, TypeAlias
 
@@ -63,12 +63,13 @@ def _difference(found: Plan, wanted: Plan) -> str:
         fields.append("parts")  # they name the weights too
     other = [f"other {name}" for name in fields if getattr(found, name) != getattr(wanted, name)]
     theirs, ours = found.machine | found.versions, wanted.machine | wanted.versions
-    other += [
-        f"{name} {theirs.get(name)} there, {ours.get(name)} here"
-        for name in sorted(theirs | ours)
-        if theirs.get(name) != ours.get(name)
-    ]
-    return "; ".join(other)
+    return "; ".join([*other, *differences(theirs, ours, "{0} {1} there, {2} here")])
+
+
+def differences(planned: Mapping[str, str], now: Mapping[str, str], form: str) -> list[str]:
+    """What differs between two machines and their packages; `form` takes name and both values."""
+    names = [name for name in sorted({*planned, *now}) if planned.get(name) != now.get(name)]
+    return [form.format(name, planned.get(name), now.get(name)) for name in names]
 
 
 def quantize(
@@ -249,12 +250,11 @@ class _Drive:
 
     def _keep(self, block: int, shards: dict[int, list[int]]) -> None:
         """Store the activations that enter a block, and delete those stored before."""
-        kept: dict[int, activations.SavedShard] = {}
-        for stored in self.executor.fetch(
+        kept = self.executor.fetch(
             [self.executor.submit(w, WorkerApi.keep, block, shards[w]) for w in shards]
-        ):
-            kept |= stored
-        activations.finish(self.store, block, kept)
+        )
+        saved = {shard: one for stored in kept for shard, one in stored.items()}
+        activations.finish(self.store, block, saved)
         self.check_lease()
         activations.discard(self.store, block)
         self.report(Step(event="kept", part=block))

@@ -19,7 +19,7 @@ from pipeline.run.records import Manifest, PartRecord
 
 if TYPE_CHECKING:
     from quantizer.gptq.solve import SolvedRows
-    from quantizer.hessian import CalibrationStatistics
+    from quantizer.hessian import CalibrationStatistics as Statistics
     from quantizer.result import Float32
 
 Values: TypeAlias = Mapping[str, NDArray[Any]]
@@ -28,10 +28,9 @@ Values: TypeAlias = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class SolvedLayer:
-    """One quantized layer.
+    """One quantized layer, by Keras' path.
 
     Attributes:
-        path: Keras' path of the layer.
         variables: what stock Keras stores for it, by the layer's own names.
         report: the solver's, as plain JSON values.
         kernel: the dequantized kernel, as later layers meet it; None of an embedding.
@@ -45,11 +44,10 @@ class SolvedLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class SolvedSlices:
-    """Some of one layer's row slices, by their numbers.
+    """Some of the row slices of a layer, by Keras' path.
 
     Attributes:
-        path: Keras' path of the layer.
-        rows: each slice's result.
+        rows: each slice's result, by its number.
         problem: why they could not be calibrated; "" if they were.
     """
 
@@ -77,39 +75,24 @@ class WorkerApi(Protocol):
         """
 
     def capture(
-        self,
-        block: int,
-        stage: int,
-        subtree: range,
-        values: Values,
-        *solved: Sequence[SolvedLayer],
-    ) -> CalibrationStatistics:
+        self, block: int, stage: int, subtree: range, values: Values, *solved: Sequence[SolvedLayer]
+    ) -> Statistics:
         """Move shards to the input of the block's group `stage`, and sum it over a subtree of them.
 
         Args:
             solved: the results for all groups before, and for layers that need no calibration.
         """
 
-    def merge(
-        self, left: CalibrationStatistics, right: CalibrationStatistics
-    ) -> CalibrationStatistics:
+    def merge(self, left: Statistics, right: Statistics) -> Statistics:
         """Add two sums: one node of the reduction."""
 
     def solve(
-        self,
-        part: int,
-        paths: Sequence[str],
-        values: Values,
-        statistics: CalibrationStatistics | None,
+        self, part: int, paths: Sequence[str], values: Values, statistics: Statistics | None
     ) -> list[SolvedLayer]:
         """Quantize some of a part's layers: those of one input, or those that need none."""
 
     def solve_slices(
-        self,
-        part: int,
-        slices: Mapping[str, Sequence[int]],
-        values: Values,
-        statistics: CalibrationStatistics,
+        self, part: int, slices: Mapping[str, Sequence[int]], values: Values, statistics: Statistics
     ) -> dict[str, SolvedSlices]:
         """Quantize some row slices, by number, of layers of one input; both by layer path."""
 

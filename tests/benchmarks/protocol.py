@@ -21,13 +21,13 @@ from typing import Any
 import pipeline.run.commits
 import pipeline.run.driver
 import pipeline.worker.model_state
-from pipeline.executor.protocol import LocalExecutor
 from pipeline.recipe.recipe_file import load_recipe
 from pipeline.remote_planning import plan_run
 from pipeline.run import activations, lease
 from pipeline.run.driver import claim, quantize
 from pipeline.storage.object_store import open_store
 from pipeline.worker.worker import Worker
+from tests.pipeline.local_executor import LocalExecutor
 
 # Of the beats' thread nothing is counted: it mostly waits.
 _PROTOCOL: tuple[tuple[Any, str, str], ...] = (

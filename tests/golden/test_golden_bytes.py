@@ -21,7 +21,6 @@ from jobs.publish.verdict import Verdict
 from jobs.publish.verified_files import VerifiedFiles
 from pipeline.artifact.weights_file import read_weights_file, weights_file_bytes
 from pipeline.canonical import sha256
-from pipeline.executor.protocol import LocalExecutor
 from pipeline.model.preset import read_preset
 from pipeline.plan import Plan
 from pipeline.planning import make_plan
@@ -32,6 +31,7 @@ from pipeline.storage.object_store import open_store
 from pipeline.storage.record import StoredRecord
 from pipeline.worker.worker import Worker
 from tests.models.tiny import tiny_preset
+from tests.pipeline.local_executor import LocalExecutor
 
 DATA = Path(__file__).with_name("data")
 DIGESTS: dict[str, dict[str, str]] = json.loads((DATA / "digests.json").read_text())
@@ -107,8 +107,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "english.txt").write_text(TEXT)
     tiny_preset("Llama3", path / "preset", num_blocks=2)
     return path
-
-
 
 
 def made(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:

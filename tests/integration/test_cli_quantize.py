@@ -28,7 +28,6 @@ from pipeline.executor.protocol import (
     Allocation,
     ComputeSpec,
     Handle,
-    LocalExecutor,
     NodeRoom,
 )
 from pipeline.model.preset import read_preset
@@ -38,6 +37,7 @@ from pipeline.run.records import file_key
 from pipeline.storage.object_store import open_store
 from pipeline.storage.record import with_digest
 from tests.models.tiny import tiny_preset
+from tests.pipeline.local_executor import LocalExecutor
 from tests.pipeline.tiny_runs import QuickWorker, lasting, recipe, source, text_file
 from tests.s3 import S3Server
 

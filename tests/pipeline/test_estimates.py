@@ -32,7 +32,7 @@ limit = int(sys.argv.pop(1))
 if limit:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 from pathlib import Path
-from pipeline.executor.protocol import LocalExecutor
+from tests.pipeline.local_executor import LocalExecutor
 from pipeline.run.driver import claim
 from pipeline.plan import Plan
 from pipeline.run.driver import quantize

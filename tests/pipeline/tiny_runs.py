@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pipeline.worker.worker
-from pipeline.executor.protocol import Handle, LocalExecutor, TimedWorker, WorkerLostError
+from pipeline.executor.protocol import Handle, TimedWorker, WorkerLostError
 from pipeline.model.preset import read_preset
 from pipeline.plan import Plan
 from pipeline.planning import Planned, make_plan
@@ -24,6 +24,7 @@ from pipeline.run.records import Manifest
 from pipeline.storage.object_store import ObjectStore
 from pipeline.worker.model_state import ModelState
 from pipeline.worker.worker import Worker
+from tests.pipeline.local_executor import LocalExecutor
 from tests.pipeline.presets import shared_preset
 
 TEXT = "The quick brown fox jumps over the lazy dog, again and again and again. " * 300

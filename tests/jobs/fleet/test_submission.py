@@ -13,12 +13,12 @@ from jobs.fleet.staleness import Decision, decide
 from jobs.fleet.submission import Submission, exit_code_of_tasks, stop_jobs
 from jobs.publish.releases import publish
 from jobs.publish.verdict import Verdict, save_verdict
-from pipeline.executor.ray_jobs import RayJob
+from pipeline.executor.ray_jobs import RayJob, RayJobs
 from pipeline.run.records import MANIFEST_KEY, Manifest
 from pipeline.storage.object_store import ObjectStore, open_store
 
 
-class FakeJobs:
+class FakeJobs(RayJobs):
     """A cluster that does only what it is told.
 
     Attributes:

@@ -21,11 +21,11 @@ from pipeline.executor.protocol import (
     Allocation,
     ComputeSpec,
     Handle,
-    LocalExecutor,
     NodeRoom,
 )
 from pipeline.plan import read_plan
 from pipeline.storage.object_store import ObjectStore, open_store
+from tests.pipeline.local_executor import LocalExecutor
 from tests.pipeline.tiny_runs import TEXT, QuickWorker, source
 
 WORK = ("solve", "quantize_alone")

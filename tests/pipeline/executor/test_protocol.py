@@ -2,7 +2,8 @@ import time
 
 import pytest
 
-from pipeline.executor.protocol import LocalExecutor, TimedWorker, argument
+from pipeline.executor.protocol import TimedWorker, argument
+from tests.pipeline.local_executor import LocalExecutor
 
 
 class Adder:

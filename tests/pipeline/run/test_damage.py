@@ -11,7 +11,6 @@ import pytest
 from jobs.gc import collect
 from jobs.verify import verify_run
 from pipeline.errors import DamagedObjectError, SourceError
-from pipeline.executor.protocol import LocalExecutor
 from pipeline.model.preset import read_preset
 from pipeline.plan import PLAN_KEY, read_plan
 from pipeline.planning import make_plan
@@ -21,6 +20,7 @@ from pipeline.run.events import Step
 from pipeline.run.records import MANIFEST_KEY, file_key, record_key
 from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.worker.worker import Worker
+from tests.pipeline.local_executor import LocalExecutor
 from tests.pipeline.tiny_runs import execute, lasting, planned, recipe, source
 from tests.selection import by_default
 

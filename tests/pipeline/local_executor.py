@@ -1,0 +1,48 @@
+"""An executor without Ray, for tests of everything that is not Ray."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Concatenate, cast
+
+from pipeline.executor.protocol import Handle, P, T, TimedWorker
+
+
+@dataclass(frozen=True)
+class _Done(Handle[T]):
+    result: T
+
+
+class LocalExecutor:
+    """Workers in this process; a call is done as soon as it is submitted."""
+
+    def __init__(self, workers: Sequence[object]) -> None:
+        self.num_workers = len(workers)
+        self._workers = [TimedWorker(worker) for worker in workers]
+
+    def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return function(*args, **kwargs)
+
+    def submit(
+        self,
+        worker: int,
+        method: Callable[Concatenate[Any, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> Handle[T]:
+        results = [arg.result if isinstance(arg, _Done) else arg for arg in args]
+        return _Done(self._workers[worker].call(method.__name__, *results, **kwargs))
+
+    def fetch(self, handles: Sequence[Handle[T]]) -> list[T]:
+        return [cast(_Done[T], handle).result for handle in handles]
+
+    def take_seconds(self) -> dict[str, float]:
+        total: Counter[str] = Counter()
+        for worker in self._workers:
+            total.update(worker.take_seconds())
+        return dict(total)
+
+    def recover(self) -> Sequence[str]:
+        return ()
