@@ -63,7 +63,7 @@ def run_recipe(name: str, scheme: dict[str, Any], work: Path, arguments: Any) ->
         "sequence_length": arguments.length,
     }
     recipe.write_text(yaml.safe_dump({"name": slug, "scheme": scheme, "calibration": calibration}))
-    command = [sys.executable, "-m", "jobs", "quantize", str(work / "preset")]
+    command = [sys.executable, "-m", "jobs.cli.main", "quantize", str(work / "preset")]
     command += ["--recipe", str(recipe), "--output", str(work / slug), "--json"]
     command += ["--evaluate-on", str(work / "texts/evaluation.jsonl")]
     command += ["--windows", str(arguments.windows)]
@@ -113,9 +113,7 @@ def rounding(plan: Plan, preset: Path, windows: TokenWindows, bits: int, group: 
     model = ModelState(plan, str(preset))
     result = rounded_model(model, bits, group)
     source = source_model(model)
-    return average(
-        evaluate(source, result, windows.tokens, windows.mask, predicts_tokens=True)
-    )
+    return average(evaluate(source, result, windows.tokens, windows.mask, predicts_tokens=True))
 
 
 def main() -> None:
