@@ -133,7 +133,7 @@ def test_a_consistent_but_hostile_artifact_is_refused_before_keras_reads_it(
     def never(*args: object, **options: object) -> None:
         raise AssertionError("Keras was asked")
 
-    monkeypatch.setattr("jobs.verify.ask_stock", never)
+    monkeypatch.setattr("pipeline.artifact.verification.ask_stock", never)
     ATTACKS[attack](store)
     verify(store, stock=False)
     with pytest.raises(PipelineError) as caught:

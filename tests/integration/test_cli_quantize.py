@@ -431,6 +431,8 @@ def test_a_signal_while_planning_ends_the_command_and_its_child(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # What runs in a shell's background inherits that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not (children := children_of(command.pid)):
         assert command.poll() is None
