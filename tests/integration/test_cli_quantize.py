@@ -426,13 +426,16 @@ def test_a_signal_while_planning_ends_the_command_and_its_child(
     number: signal.Signals, status: int, tmp_path: Path
 ) -> None:
     given = ["--recipe", str(recipe_file(tmp_path)), "--output", str(tmp_path / "out")]
+    # A process started in a shell's background inherits that Ctrl-C is ignored.
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from jobs.cli.main import main; main()"
+    )
     command = subprocess.Popen(
-        [sys.executable, "-m", "jobs.cli.main", "quantize", str(source()), *given, "--dry-run"],
+        [sys.executable, "-c", program, "quantize", str(source()), *given, "--dry-run"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # What runs in a shell's background inherits that Ctrl-C is ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not (children := children_of(command.pid)):
         assert command.poll() is None
