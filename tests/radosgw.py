@@ -42,6 +42,10 @@ osd pool default pg num = 4
 osd pool default pgp num = 4
 osd pool default pg autoscale mode = off
 osd crush chooseleaf type = 0
+# The starting storage daemon would ask the monitor for its place, at times before it knows the
+# cluster's id, and then ends ("wrong fsid").
+osd crush update on start = false
+osd class update on start = false
 mon allow pool size one = true
 mon data avail warn = 1
 mon data avail crit = 1
@@ -85,7 +89,7 @@ def serve_radosgw() -> Iterator[S3Server]:
             try:
                 port = _start(folder)
             except RuntimeError:
-                # Sometimes the monitor refuses the new storage daemon ("wrong fsid").
+                # Another process may have taken one of the ports meanwhile.
                 if attempt + 1 == _MAX_STARTS:
                     raise
                 continue
@@ -126,6 +130,7 @@ def _start(folder: Path) -> int:
     call("ceph-mon", *given, "-i", "a")
     call("ceph-osd", *given, "-i", "0", "--mkfs", "--osd-uuid", osd)
     call("ceph", *given, "osd", "new", osd)
+    call("ceph", *given, "osd", "crush", "add", "osd.0", 1.0, "root=default", "host=a")
     call("ceph-osd", *given, "-i", "0")
     call("radosgw", *given, "-n", "client.rgw.a")
     call(
