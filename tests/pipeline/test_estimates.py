@@ -102,10 +102,13 @@ def test_a_model_larger_than_a_worker_s_memory_is_quantized_within_it(
 @pytest.mark.parametrize(
     "size",
     [
-        {"hidden_dim": 512, "intermediate_dim": 2048, "num_blocks": 4},
-        {"hidden_dim": 1024, "intermediate_dim": 4096, "num_blocks": 2},
+        pytest.param({"hidden_dim": 512, "intermediate_dim": 2048, "num_blocks": 4}, id="512"),
+        pytest.param(
+            {"hidden_dim": 1024, "intermediate_dim": 4096, "num_blocks": 2},
+            id="1024",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=lambda size: str(size["hidden_dim"]),
 )
 @pytest.mark.parametrize("scheme", ["gptq", "awq", "int8"])
 def test_a_worker_takes_no_more_memory_than_estimated(

@@ -120,7 +120,10 @@ def test_every_family_holds_every_weight_only_scheme(family, tmp_path):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("table", [Int8Scheme(), Int4Scheme(block_size=16)])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=() if name == "GPT2" else pytest.mark.slow) for name in FAMILIES],
+)
 def test_every_family_rounds_activations_and_tables_as_layers_quantized_in_place(
     family, table, tmp_path
 ):
