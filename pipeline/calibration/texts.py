@@ -132,6 +132,7 @@ def _hub_rows(hub: HubSource, text_field: str) -> Iterator[str]:
 
 
 MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
+_SHOWN = 12
 
 
 def _reader_of(file: str) -> Callable[[str, str], Iterator[str]]:
@@ -210,9 +211,9 @@ def _parquet_rows(file: str, text_field: str) -> Iterator[str]:
         with driver_errors(file, CalibrationTextError):
             table = pyarrow.parquet.ParquetFile(stream)
         _check_column(table.schema_arrow.names, text_field, file)
-        batches = _read_on(table.iter_batches(batch_size=64, columns=[text_field]), file)
+        batches = table.iter_batches(batch_size=64, columns=[text_field])
         rows = (text for batch in batches for text in batch.column(0).to_pylist())
-        for number, text in enumerate(rows, 1):
+        for number, text in enumerate(_read_on(rows, file), 1):
             yield _document_in({text_field: text}, text_field, f"{file}: row {number}")
 
 
@@ -224,6 +225,14 @@ def _document_in(row: Mapping[str, Any], text_field: str, where: str) -> str:
             f"{where}: {text_field!r} holds {type(text).__name__}, not text; choose another "
             "text_field, or correct the row"
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CalibrationTextError(
+            f"{where}: {text_field!r} is not Unicode text: its character {error.start + 1} is "
+            f"{text[error.start]!a}, half of a surrogate pair; remove it, or write the whole "
+            "character"
+        ) from None
     return text
 
 
@@ -231,8 +240,14 @@ def _check_column(columns: Sequence[str], text_field: str, where: str) -> None:
     if text_field not in columns:
         raise CalibrationTextError(
             f"{where}: no column {text_field!r}; set calibration.text_field to one of "
-            f"{', '.join(map(str, columns)) or '(there is none)'}"
+            f"{_named(columns) or '(there is none)'}"
         )
+
+
+def _named(columns: Sequence[str]) -> str:
+    # In a line of JSON a key may be anything, even a whole document.
+    names = [name if len(name) <= 40 else f"{name[:40]}…" for name in map(str, columns[:_SHOWN])]
+    return ", ".join(names) + (" …" if len(columns) > _SHOWN else "")
 
 
 def _check_size(content: bytes, where: str) -> None:

@@ -6,11 +6,14 @@ Whatever a storage driver raises becomes one line that names the file and what t
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
+from fsspec import AbstractFileSystem
 
 from pipeline.errors import PipelineError
 
@@ -18,27 +21,42 @@ from pipeline.errors import PipelineError
 def find_given_files(url: str, *, error_type: type[PipelineError]) -> tuple[str, ...]:
     """The files that a path, URL or glob names, sorted.
 
+    A file whose name looks like a glob is that file. Brackets are a glob's set of characters,
+    unless files are found only where they are taken as they stand.
+
     Raises:
         PipelineError: an `error_type`: no such file, a directory, or unreadable storage.
     """
-    if "::" in url:
-        raise error_type(f"{url}: chained URLs are not supported; name the file itself")
     with driver_errors(url, error_type):
-        filesystem, path = fsspec.core.url_to_fs(url)
-        is_glob = any(mark in path for mark in "*?[")
-        is_directory = not is_glob and filesystem.isdir(path)
-        if is_glob:
-            # Storage lists in any order.
-            entries = filesystem.glob(path, detail=True)
-            found = sorted(name for name, entry in entries.items() if entry["type"] == "file")
-        else:
-            # A file may be readable although its directory must not be listed.
-            found = [path] if filesystem.exists(path) else []
+        if "::" in url and not Path(url).exists():
+            raise error_type(f"{url}: chained URLs are not supported; name the file itself")
+        filesystem, path = _located(url)
+        is_directory = filesystem.isdir(path)
+        # A file may be readable although its directory must not be listed.
+        found = [path] if filesystem.exists(path) else []
+        if not found and any(mark in path for mark in "*?["):
+            found = _globbed(filesystem, path) or _globbed(filesystem, path.replace("[", "[[]"))
     if is_directory:
         raise error_type(f"{url}: a directory; name its files, such as {url.rstrip('/')}/*.jsonl")
     if not found:
         raise error_type(f"{url}: no such file; check the path, and that this machine can see it")
     return tuple(filesystem.unstrip_protocol(name) for name in found)
+
+
+def _located(url: str) -> tuple[AbstractFileSystem, str]:
+    """The filesystem of a path or URL, and the path within it."""
+    if url.startswith("file://") or "://" not in url:
+        # fsspec's own reading of a URL would take a "::" in a file's name for a chain.
+        local = Path(url.removeprefix("file://")).expanduser().absolute()
+        return fsspec.filesystem("file"), os.path.normpath(local)
+    filesystem, path = fsspec.core.url_to_fs(url)
+    return filesystem, str(path)
+
+
+def _globbed(filesystem: AbstractFileSystem, pattern: str) -> list[str]:
+    entries = filesystem.glob(pattern, detail=True)
+    # Storage lists in any order.
+    return sorted(name for name, entry in entries.items() if entry["type"] == "file")
 
 
 def open_given_file(url: str, *, decompress: bool = False) -> BinaryIO:
@@ -47,7 +65,9 @@ def open_given_file(url: str, *, decompress: bool = False) -> BinaryIO:
     Args:
         decompress: decompress a name that ends in .gz, .bz2 or .xz.
     """
-    opened = fsspec.open(url, "rb", compression="infer" if decompress else None)
+    filesystem, path = _located(url)
+    compression = "infer" if decompress else None
+    opened = fsspec.core.OpenFile(filesystem, path, compression=compression)
     # Not every driver's file object honours the size limit of readline; a buffered reader does.
     return io.BufferedReader(opened.open())
 
@@ -58,7 +78,9 @@ def read_given_text(url: str, *, max_bytes: int, error_type: type[PipelineError]
     Raises:
         PipelineError: an `error_type`: no such file, unreadable, or larger than `max_bytes`.
     """
-    [file] = find_given_files(url, error_type=error_type)
+    file, *others = find_given_files(url, error_type=error_type)
+    if others:
+        raise error_type(f"{url}: names {1 + len(others)} files; name one of them")
     with driver_errors(url, error_type), open_given_file(file) as stream:
         content = stream.read(max_bytes + 1)
     if len(content) > max_bytes:

@@ -244,9 +244,62 @@ def test_chained_urls_are_refused():
         read("simplecache::memory://a.txt")
 
 
-def test_a_file_whose_name_looks_like_a_glob_is_found_by_one(tmp_path):
-    (tmp_path / "a[1].txt").write_text("one")
-    assert list(read(f"{tmp_path}/a*.txt")) == ["one"]
+def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path, monkeypatch):
+    folder = tmp_path / "[v1] data"
+    folder.mkdir()
+    for name in ("cal.jsonl", "what?.jsonl", "a::b.jsonl", "a*.jsonl", "ab.jsonl"):
+        write_lines(folder / name, name)
+    assert list(read(f"{tmp_path}/[v1] data/cal.jsonl")) == ["cal.jsonl"]
+    assert list(read(f"file://{tmp_path}/[v1] data/what?.jsonl")) == ["what?.jsonl"]
+    assert list(read(f"{tmp_path}/[v1] data/a*.jsonl")) == ["a*.jsonl"]
+    monkeypatch.chdir(folder)
+    assert list(read("a::b.jsonl", "../[v1] data/cal.jsonl")) == ["a::b.jsonl", "cal.jsonl"]
+
+
+def test_brackets_of_a_glob_may_be_part_of_a_name(tmp_path):
+    (tmp_path / "[v1] data").mkdir()
+    for name in ("a1.txt", "a2.txt", "a3.txt"):
+        (tmp_path / "[v1] data" / name).write_text(name)
+        (tmp_path / name).write_text(f"outer {name}")
+    assert list(read(f"{tmp_path}/[v1] data/*.txt")) == ["a1.txt", "a2.txt", "a3.txt"]
+    assert list(read(f"{tmp_path}/a[12].txt")) == ["outer a1.txt", "outer a2.txt"]
+
+
+def test_half_a_surrogate_pair_is_named_without_its_document(tmp_path):
+    # As other programs write JSON that cut a text between the halves.
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "a secret \\ud83d\\n"}\n')
+    texts = read(f"{tmp_path}/a.jsonl")
+    assert next(texts) == "fine"
+    with pytest.raises(
+        CalibrationTextError, match=r"a\.jsonl:2: .*'\\ud83d'.*; remove it"
+    ) as caught:
+        next(texts)
+    assert "secret" not in str(caught.value)
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "\\ud83d\\ude00"}\n')
+    assert list(read(f"{tmp_path}/b.jsonl")) == ["\N{GRINNING FACE}"]
+
+
+def test_no_error_shows_a_document(tmp_path):
+    document = "a secret " * 1000
+    table = pyarrow.table({"text": pyarrow.array([document.encode() + b"\xff"])})
+    table = table.set_column(0, "text", pyarrow.array([b"\xff" + document.encode()]).view("string"))
+    pyarrow.parquet.write_table(table, tmp_path / "broken.parquet")
+    broken = {
+        "as a key.jsonl": json.dumps({document: 1}).encode(),
+        "in a list.jsonl": json.dumps({"text": [document]}).encode(),
+        "as a str.jsonl": json.dumps(document).encode(),
+        "cut.jsonl": json.dumps({"text": document}).encode()[:-1],
+        "other encoding.jsonl": b'{"text": "' + document.encode() + b'\xff"}',
+        "surrogate.jsonl": json.dumps({"text": f"{document}\ud800"}).encode(),
+        "encoding.txt": document.encode() + b"\xff",
+    }
+    for name, content in broken.items():
+        (tmp_path / name).write_bytes(content)
+    for name in (*broken, "broken.parquet"):
+        with pytest.raises(CalibrationTextError, match=name) as caught:
+            read(f"{tmp_path}/{name}")
+        assert str(caught.value).count("secret") < 10, name
+        assert "\n" not in str(caught.value)
 
 
 def test_unknown_storage_is_refused():
