@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import keras
 
 from pipeline.recipe.recipe import LayerKind
-from quantizer.errors import LayerError
-from quantizer.keras_format.kernel_layout import einsum_layout
 from quantizer.keras_format.layers import kernel_layout
-
-_KERNELS = (keras.layers.Dense, keras.layers.EinsumDense)
-_TABLES = (keras.layers.Embedding, keras.layers.ReversibleEmbedding)
+from quantizer.keras_format.model_layers import (
+    WITH_KERNEL,
+    WITH_TABLE,
+    obstacle,
+    walk,
+    watched_calls,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class Target:
 
     @property
     def layer_kind(self) -> LayerKind:
-        return "embedding" if isinstance(self.layer, _TABLES) else "kernel"
+        return "embedding" if isinstance(self.layer, WITH_TABLE) else "kernel"
 
     @property
     def in_features(self) -> int:
@@ -80,12 +81,11 @@ def find_targets(
         prefix: removed from a path to get the target's name.
         embeddings: whether to include embeddings.
     """
-    kinds = _KERNELS + _TABLES if embeddings else _KERNELS
+    kinds = WITH_KERNEL + WITH_TABLE if embeddings else WITH_KERNEL
     return tuple(
         Target(path=layer.path, name=layer.path.removeprefix(prefix).lstrip("/"), layer=layer)
-        for layer, parent in _walk(layers)
-        # Not subclasses: Keras refuses them, since they may use their weights differently.
-        if type(layer) in kinds and _obstacle(layer, parent) is None
+        for layer, parents in walk(layers)
+        if type(layer) in kinds and obstacle(layer, parents) is None
     )
 
 
@@ -93,44 +93,14 @@ def find_unsupported(layers: Iterable[keras.layers.Layer]) -> tuple[Unsupported,
     """The layers with matrices among these and inside them that cannot be quantized."""
     return tuple(
         Unsupported(path=layer.path, reason=reason)
-        for layer, parent in _walk(layers)
-        if (reason := _obstacle(layer, parent)) is not None
+        for layer, parents in walk(layers)
+        if (reason := obstacle(layer, parents)) is not None
     )
 
 
 def holds_kernels(layer: keras.layers.Layer) -> bool:
     """Whether there is a Dense or EinsumDense layer inside, however deep."""
-    return any(isinstance(inner, _KERNELS) for inner, _ in _walk(layer._layers))
-
-
-def _obstacle(layer: keras.layers.Layer, parent: keras.layers.Layer | None) -> str | None:
-    if not any(len(variable.shape) >= 2 for variable in layer._trainable_variables):
-        return None
-    if type(layer) not in _KERNELS + _TABLES:
-        return f"stock Keras cannot load a {type(layer).__name__} quantized"
-    if type(layer) is keras.layers.EinsumDense and layer.quantization_mode is None:
-        try:
-            einsum_layout(layer.equation, tuple(layer._kernel.shape))
-        except LayerError as error:
-            return str(error)
-    if type(layer) is keras.layers.Dense and layer.units == getattr(parent, "num_experts", None):
-        return "it routes tokens to experts, and rounding would change the choice"
-    return None
-
-
-def _walk(
-    layers: Iterable[keras.layers.Layer],
-) -> Iterator[tuple[keras.layers.Layer, keras.layers.Layer | None]]:
-    """Every layer with its parent, in order of creation; shared layers once."""
-    seen: set[int] = set()
-    pending: list[tuple[Any, Any]] = [(layer, None) for layer in reversed(list(layers))]
-    while pending:
-        layer, parent = pending.pop()
-        if id(layer) in seen:
-            continue
-        seen.add(id(layer))
-        yield layer, parent
-        pending.extend((inner, layer) for inner in reversed(layer._layers))
+    return any(isinstance(inner, WITH_KERNEL) for inner, _ in walk(layer._layers))
 
 
 def call_with(layer: Any, values: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
@@ -148,17 +118,10 @@ def recorded_inputs(targets: Iterable[Target]) -> Iterator[list[tuple[Target, An
         a list that grows with each call by the target and that tensor.
     """
     inputs: list[tuple[Target, Any]] = []
+    by_layer = {id(target.layer): target for target in targets}
 
-    def record(target: Target, call: Callable[..., Any], tensor: Any, **kwargs: Any) -> Any:
-        inputs.append((target, tensor))
-        return call(tensor, **kwargs)
+    def record(layer: keras.layers.Layer, tensor: Any) -> None:
+        inputs.append((by_layer[id(layer)], tensor))
 
-    watched = list(targets)
-    for target in watched:
-        # Set on the instance, past Keras' tracking of attributes, and removed again below.
-        object.__setattr__(target.layer, "call", partial(record, target, target.layer.call))
-    try:
+    with watched_calls([target.layer for target in by_layer.values()], record):
         yield inputs
-    finally:
-        for target in watched:
-            object.__delattr__(target.layer, "call")
