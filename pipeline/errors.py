@@ -24,6 +24,10 @@ class CalibrationTextError(PipelineError):
     """Calibration texts that are missing, unreadable, or too few."""
 
 
+class CalibrationInputError(PipelineError):
+    """Arrays for a model's inputs that are missing, unreadable, or not what the model takes."""
+
+
 class StorageError(PipelineError):
     """Object storage that cannot be used; the message names the URL and the remedy."""
 

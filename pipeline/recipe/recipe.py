@@ -17,9 +17,11 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    SerializerFunctionWrapHandler,
     StrictBool,
     StrictInt,
     StrictStr,
+    model_serializer,
     model_validator,
 )
 
@@ -106,8 +108,11 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    texts: tuple[Annotated[StrictStr, Field(min_length=1)], ...] = Field(min_length=1)
+    texts: tuple[Annotated[StrictStr, Field(min_length=1)], ...] = ()
     """Sources (see `pipeline.calibration.texts`), interleaved document by document."""
+    inputs: dict[StrictStr, Annotated[StrictStr, Field(min_length=1)]] = Field(default_factory=dict)
+    """For inputs of the model that text does not determine, such as "images": a .npy file with a
+    sample per window (see `pipeline.calibration.arrays`)."""
     text_field: Annotated[StrictStr, Field(min_length=1)] = "text"
     """The column of a data set, or the key of a .jsonl line, that holds a document."""
     num_samples: Annotated[StrictInt, Field(ge=1, le=1_000_000)] = 128
@@ -119,6 +124,23 @@ class Calibration(BaseModel):
     """Size of that pool, as a multiple of num_samples, if the texts are long enough."""
     packing: StrictBool = True
     """Join documents and cut them into full windows; false puts one document in each window."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.texts and not self.inputs:
+            raise ValueError(
+                "name what to calibrate on: texts: [...], or inputs: {images: images.npy} for a "
+                "model that takes no text"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Plans of recipes without it do not mention it, since older versions did not know it.
+        values: dict[str, Any] = serialize(self)
+        if not self.inputs:
+            del values["inputs"]
+        return values
 
 
 class Recipe(BaseModel):

@@ -257,7 +257,11 @@ MISTAKES = {
     ),
     "nothing to do": ("name: a\nscheme: null\n", 1, "nothing would be quantized; give scheme"),
     "no calibration": ("name: a\nscheme: {mode: awq}\n", 1, "awq must see texts; add calibration"),
-    "no texts": (CALIBRATED.replace("[a.txt]", "[]"), 4, "calibration.texts is empty"),
+    "no texts": (
+        CALIBRATED.replace("[a.txt]", "[]"),
+        4,
+        "calibration: name what to calibrate on: texts",
+    ),
     "texts that are text": (CALIBRATED.replace("[a.txt]", "a.txt"), 4, "texts must be a list"),
     "number in quotes": (CALIBRATED + "  num_samples: '8'\n", 5, "must be a whole number, got '8'"),
     "number that is truth": (CALIBRATED + "  num_samples: true\n", 5, "must be a whole number"),
@@ -414,3 +418,15 @@ def test_patterns_that_decide_nothing_are_told():
     ]
     recipe = Recipe(name="a", scheme=Int8Scheme(), rules=tuple(rules))
     assert unmatched_patterns(recipe, LAYERS) == ("block_0/qu", "router")
+
+
+def test_inputs_are_kept_and_not_mentioned_where_there_are_none():
+    given = {"images": "s3://bucket/images.npy"}
+    scheme = {"mode": "gptq"}
+    recipe = recipe_from_dict(
+        {"name": "a", "scheme": scheme, "calibration": {"inputs": given, "num_samples": 4}}
+    )
+    assert recipe.to_dict()["calibration"]["inputs"] == given
+    assert recipe_from_dict(recipe.to_dict()) == recipe
+    texts = recipe_from_dict({"name": "a", "scheme": scheme, "calibration": {"texts": ["a.txt"]}})
+    assert "inputs" not in texts.to_dict()["calibration"]
