@@ -129,7 +129,7 @@ class Calibration(BaseModel):
     def _check(self) -> Self:
         if not self.texts and not self.inputs:
             raise ValueError(
-                "name what to calibrate on: texts: [...], or inputs: {images: images.npy} for a "
+                "nothing to calibrate on; name texts: [...], or inputs: {images: images.npy} for a "
                 "model that takes no text"
             )
         return self

@@ -260,7 +260,7 @@ MISTAKES = {
     "no texts": (
         CALIBRATED.replace("[a.txt]", "[]"),
         4,
-        "calibration: name what to calibrate on: texts",
+        "calibration: nothing to calibrate on; name texts",
     ),
     "texts that are text": (CALIBRATED.replace("[a.txt]", "a.txt"), 4, "texts must be a list"),
     "number in quotes": (CALIBRATED + "  num_samples: '8'\n", 5, "must be a whole number, got '8'"),
