@@ -259,7 +259,7 @@ MISTAKES = {
     "no calibration": ("name: a\nscheme: {mode: awq}\n", 1, "awq must see texts; add calibration"),
     "no texts": (
         CALIBRATED.replace("[a.txt]", "[]"),
-        4,
+        3,
         "calibration: nothing to calibrate on; name texts",
     ),
     "texts that are text": (CALIBRATED.replace("[a.txt]", "a.txt"), 4, "texts must be a list"),
