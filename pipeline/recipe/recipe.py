@@ -110,9 +110,6 @@ class Calibration(BaseModel):
 
     texts: tuple[Annotated[StrictStr, Field(min_length=1)], ...] = ()
     """Sources (see `pipeline.calibration.texts`), interleaved document by document."""
-    inputs: dict[StrictStr, Annotated[StrictStr, Field(min_length=1)]] = Field(default_factory=dict)
-    """For inputs of the model that text does not determine, such as "images": a .npy file with a
-    sample per window (see `pipeline.calibration.arrays`)."""
     text_field: Annotated[StrictStr, Field(min_length=1)] = "text"
     """The column of a data set, or the key of a .jsonl line, that holds a document."""
     num_samples: Annotated[StrictInt, Field(ge=1, le=1_000_000)] = 128
@@ -124,6 +121,9 @@ class Calibration(BaseModel):
     """Size of that pool, as a multiple of num_samples, if the texts are long enough."""
     packing: StrictBool = True
     """Join documents and cut them into full windows; false puts one document in each window."""
+    inputs: dict[StrictStr, Annotated[StrictStr, Field(min_length=1)]] = Field(default_factory=dict)
+    """For inputs of the model that text does not determine, such as "images": a .npy file with a
+    sample per window (see `pipeline.calibration.arrays`)."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
