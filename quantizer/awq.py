@@ -3,7 +3,8 @@
 The scale of an input is its magnitude raised to an exponent, which is searched. With a Hessian
 each exponent is judged by the layer's true output error tr(Δ H Δᵀ), as the paper does on
 calibration data; with magnitudes alone by H's diagonal, as Keras does. An exponent of 0 is
-round-to-nearest, so AWQ never loses to it.
+round-to-nearest, so AWQ never loses to it. An input that calibration never saw is taken for an
+average one: other text may use it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
-from quantizer.hessian import CalibrationStatistics, HessianSum, MagnitudeSum
+from quantizer.hessian import (
+    CalibrationStatistics,
+    HessianSum,
+    MagnitudeSum,
+    energy_with_unseen,
+)
 from quantizer.jit import product
 from quantizer.problem import LayerProblem
 from quantizer.qparams import contiguous_groups, decode, encode, find_grid
@@ -26,6 +32,8 @@ from quantizer.schemes import AWQScheme
 
 _MAX_CODE = 15.0
 _SMALLEST_SCALE = 1e-4
+_SMALLEST_MAGNITUDE = 1e-8
+"""A smaller input counts as never seen."""
 
 
 @partial(jax.jit, static_argnames=("group_size", "search", "scale_dtype"))
@@ -33,6 +41,7 @@ def _attempt(
     weight_CR: Array,
     input_scale_C: Array,
     energy_C: Array,
+    searched_energy_C: Array,
     gram_CC: Array | None,
     *,
     group_size: int,
@@ -44,7 +53,7 @@ def _attempt(
     scale_GR, zero_GR = find_grid(
         scaled_CR,
         # The energy of an error once it is scaled back.
-        (energy_C / input_scale_C**2)[:, None],
+        (searched_energy_C / input_scale_C**2)[:, None],
         weight_bits=4,
         group_size=group_size,
         symmetric=False,
@@ -64,8 +73,16 @@ def _attempt(
 
 
 def _input_scales(magnitude_C: Float32, ratio: float) -> Float32:
-    """magnitude^ratio, centred so that the largest and smallest are reciprocal (as Keras)."""
-    magnitude_C = np.where(magnitude_C < 1e-8, np.float32(1), magnitude_C)
+    """magnitude^ratio, centred so that the largest and smallest are reciprocal (as Keras).
+
+    Inputs never seen get the scale of the others' geometric mean.
+    """
+    unseen_C = magnitude_C < _SMALLEST_MAGNITUDE
+    if unseen_C.any():
+        # Any constant would be far from inputs that are all large, or all small.
+        logs = np.log(magnitude_C[~unseen_C], dtype=np.float64)
+        typical = np.exp(np.mean(logs)) if logs.size else 1.0
+        magnitude_C = np.where(unseen_C, np.float32(typical), magnitude_C)
     scale_C = np.maximum(np.power(magnitude_C, np.float32(ratio)), np.float32(_SMALLEST_SCALE))
     centre = np.sqrt(scale_C.max() * scale_C.min())
     centred_C: Float32 = (scale_C / np.maximum(centre, np.float32(1e-8))).astype(np.float32)
@@ -91,6 +108,7 @@ def solve_awq(
         energy_C = np.float32(2 / statistics.num_rows) * statistics.sum_square_C
         magnitude_C = statistics.sum_abs_C / np.float32(statistics.num_rows)
         gram_CC = None
+    searched_energy_C = energy_with_unseen(energy_C, energy_C == 0)
     weight_CR = jnp.asarray(weight_RC.T)
 
     def attempt(ratio: float, search: bool) -> tuple[tuple[Array, ...], Float32, float]:
@@ -100,6 +118,7 @@ def solve_awq(
             weight_CR,
             jnp.asarray(scale_C),
             jnp.asarray(energy_C),
+            jnp.asarray(searched_energy_C),
             gram_CC,
             group_size=scheme.group_size,
             search=search,

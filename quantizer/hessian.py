@@ -152,6 +152,14 @@ class MagnitudeSum:
         _check_energy(self.max_abs_C, self.sum_square_C, self.num_rows, name)
 
 
+def energy_with_unseen(energy_C: Float32, dead_C: NDArray[np.bool_]) -> Float32:
+    """What errors cost by input, where inputs that calibration never saw cost the others' mean."""
+    if not dead_C.any():
+        return energy_C
+    mean = np.mean(energy_C[~dead_C], dtype=np.float64)
+    return np.where(dead_C, np.float32(mean), energy_C)
+
+
 CalibrationStatistics: TypeAlias = HessianSum | MagnitudeSum
 """What calibration knows of a layer's inputs."""
 

@@ -93,7 +93,8 @@ class SolveReport:
         reason: why, in words.
         rtn_rows: output channels for which round-to-nearest was kept.
         damping: share of the Hessian's mean diagonal that was added (gptq).
-        dead_inputs: inputs that were zero in all of calibration; gptq sets their weights to zero.
+        dead_inputs: inputs that were zero in all of calibration; their weights are rounded to
+            nearest.
         num_rows: calibration rows (tokens).
         ratio: AWQ's exponent of the input scales.
     """

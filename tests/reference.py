@@ -174,20 +174,25 @@ def gptq(
 ) -> Answer:
     """Algorithm 1 with static groups, then round-to-nearest wherever that had the lower loss.
 
+    The columns of dead inputs, which the paper's program sets to zero, are rounded to nearest:
+    nothing in the algorithm couples them to others.
+
     Refinement is QuantEase's coordinate descent on the damped loss, kept where the undamped fell.
     """
     weight = np.asarray(weight_RC, np.float64)
     energy = np.diagonal(hessian_CC).copy()
     top = 2**weight_bits - 1
-    live = np.where(energy == 0, 0.0, weight)
+    dead = energy == 0
     order = np.argsort(-energy, kind="stable") if activation_order else np.arange(len(energy))
     factor = inverse_factor(damped(hessian_CC, hessian_damping)[np.ix_(order, order)])
     # Algorithm 1 pays 1 / factor_jj² for a squared error at column j.
     cost = np.empty_like(energy)
     cost[order] = 1 / np.diagonal(factor) ** 2
+    # A dead input is taken for an average one.
+    cost[dead] = cost[~dead].mean()
     scale, zero = grid(
-        live,
-        np.where(energy == 0, 0.0, cost),
+        weight,
+        cost,
         weight_bits=weight_bits,
         group_size=group_size,
         symmetric=symmetric,
@@ -195,7 +200,7 @@ def gptq(
         scale_dtype=scale_dtype,
     )
 
-    moved = live[:, order].copy()
+    moved = weight[:, order].copy()
     codes = np.empty_like(moved)
     for j, source in enumerate(order):
         codes[:, j] = nearest(moved[:, j], scale[:, source], zero[:, source], top)
@@ -205,9 +210,10 @@ def gptq(
     solved = np.empty_like(codes)
     solved[:, order] = codes
 
-    rounded = nearest(live, scale, zero, top)
+    rounded = nearest(weight, scale, zero, top)
     restored_RC, rtn_RC = (solved - zero) * scale, (rounded - zero) * scale
-    rtn_better = row_losses(live - rtn_RC, hessian_CC) < row_losses(live - restored_RC, hessian_CC)
+    rtn_loss = row_losses(weight - rtn_RC, hessian_CC)
+    rtn_better = rtn_loss < row_losses(weight - restored_RC, hessian_CC)
     solved[rtn_better] = rounded[rtn_better]
     if refinement_sweeps:
         ridge = damped(hessian_CC, hessian_damping)
@@ -215,10 +221,10 @@ def gptq(
         for _ in range(refinement_sweeps):
             for j in range(len(energy)):
                 values = (refined - zero) * scale
-                correction = (live - values) @ ridge[:, j] / ridge[j, j]
+                correction = (weight - values) @ ridge[:, j] / ridge[j, j]
                 refined[:, j] = nearest(values[:, j] + correction, scale[:, j], zero[:, j], top)
-        before = row_losses(live - (solved - zero) * scale, hessian_CC)
-        after = row_losses(live - (refined - zero) * scale, hessian_CC)
+        before = row_losses(weight - (solved - zero) * scale, hessian_CC)
+        after = row_losses(weight - (refined - zero) * scale, hessian_CC)
         solved = np.where((after < before)[:, None], refined, solved)
         rtn_better &= after >= before
     return Answer(solved, (solved - zero) * scale, rtn_RC, int(rtn_better.sum()))
@@ -240,7 +246,10 @@ def awq(
     """
     weight = np.asarray(weight_RC, np.float64)
     energy = np.diagonal(hessian_CC).copy()
-    magnitude_C = np.where(magnitude_C < 1e-8, 1.0, magnitude_C)
+    # Inputs never seen are taken for average ones.
+    unseen = magnitude_C < 1e-8
+    magnitude_C = np.where(unseen, np.exp(np.log(magnitude_C[~unseen]).mean()), magnitude_C)
+    searched = np.where(energy == 0, energy[energy > 0].mean(), energy)
 
     def attempt(ratio: float, search: bool) -> tuple[float, Float64, Float64]:
         scales_C = np.maximum(magnitude_C**ratio, 1e-4)
@@ -248,7 +257,7 @@ def awq(
         scaled = weight * scales_C
         scale, zero = grid(
             scaled,
-            energy / scales_C**2,
+            searched / scales_C**2,
             weight_bits=4,
             group_size=group_size,
             symmetric=False,

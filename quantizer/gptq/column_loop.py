@@ -42,7 +42,7 @@ class SolvedSlice(NamedTuple):
         loss_R, rtn_loss_R: output error under the undamped Hessian of what was kept and of
             round-to-nearest, per output channel.
         rtn_kept_R: where round-to-nearest was the better one.
-        weight_error_R: Σ(w - ŵ)² per output channel, dead inputs left out.
+        weight_error_R: Σ(w - ŵ)² per output channel.
     """
 
     codes_CR: Array
@@ -183,7 +183,10 @@ def _solve_panel(
 
 
 def solve_slice(columns: Columns, factor: Factor, *, weight_bits: int) -> SolvedSlice:
-    """Solve the output channels of one slice; the weights of dead inputs become zero.
+    """Solve the output channels of one slice.
+
+    Inputs that calibration never saw are alone in the factor: no error reaches their columns and
+    none leaves them, so that their weights are rounded to nearest.
 
     One program solves a panel, so that what is compiled does not grow with in_features.
 
@@ -197,14 +200,14 @@ def solve_slice(columns: Columns, factor: Factor, *, weight_bits: int) -> Solved
     loss_2R = error_2R = zeros((2, num_outputs))
     for index, (*above, corner_PP) in enumerate(factor.panels):
         first, size = index * PANEL, corner_PP.shape[0]
-        live = live_columns(columns, factor.live_C, factor.order_C, first, size)
+        panel = panel_columns(columns, factor.order_C, first, size)
         correction_P2R = zeros((size, 2, num_outputs))
         # One product per finished panel: concatenating them first would copy all of them.
         for block_PA, errors_A2R in zip(above, done, strict=True):
             correction_P2R = add_product(block_PA, errors_A2R, correction_P2R)
         num_tiles = -(-min(num_inputs - first, size) // TILE)
         errors_P2R, codes_P2R, loss_2R, error_2R = _solve_panel(
-            live,
+            panel,
             panel_part(factor.pivot_C, first, size=size),
             correction_P2R,
             corner_PP,
@@ -301,20 +304,19 @@ class Columns(NamedTuple):
 
 @program(static_argnames="size")
 def columns_of(
-    weight_CR: Array, group_C: Array, live_C: Array, order_C: Array, first: int, *, size: int
+    weight_CR: Array, group_C: Array, order_C: Array, first: int, *, size: int
 ) -> tuple[Array, Array]:
-    """Live weights and groups of the panel of `size` columns from step `first` on."""
-    # A padded input counts as dead.
+    """Weights and groups of the panel of `size` columns from step `first` on."""
     source_P = lax.dynamic_slice_in_dim(order_C, first, size)
-    live_P = jnp.take(live_C, source_P, mode="fill", fill_value=False)
+    given_P = source_P < weight_CR.shape[0]
     weight_PR = jnp.take(weight_CR, source_P, axis=0, mode="clip")
-    return jnp.where(live_P[:, None], weight_PR, 0.0), jnp.take(group_C, source_P, mode="clip")
+    return jnp.where(given_P[:, None], weight_PR, 0.0), jnp.take(group_C, source_P, mode="clip")
 
 
-def live_columns(columns: Columns, live_C: Array, order_C: Array, first: int, size: int) -> Columns:
-    """The panel of `size` columns from step `first` on, with weights of zero at dead inputs."""
+def panel_columns(columns: Columns, order_C: Array, first: int, size: int) -> Columns:
+    """The panel of `size` columns from step `first` on; padded ones have weights of zero."""
     weight_CR, group_C, scale_GR, zero_GR = columns
-    chosen = columns_of(weight_CR, group_C, live_C, order_C, first, size=size)
+    chosen = columns_of(weight_CR, group_C, order_C, first, size=size)
     return Columns(*chosen, scale_GR, zero_GR)
 
 

@@ -71,9 +71,10 @@ class Factor:
     Attributes:
         panels: for each panel of columns [a:b), its blocks of Aᵀ, [b - a, panel's width], one for
             each panel up to itself: transposed, since XLA multiplies those a third faster.
-        pivot_C: D, [C'], with C' the padded in_features.
+        pivot_C: D, [C'], with C' the padded in_features; at dead inputs the shift, so that their
+            errors cost nothing once the shift is taken off again.
         order_C: the input solved at each step, [C']; entries from in_features on are padding.
-        live_C: False for inputs that were zero in every calibration row, [in_features].
+        dead_C: inputs that were zero in every calibration row, [in_features].
         shift: what was added to the diagonal, a float32 scalar.
         damping: the same as a share of the mean diagonal; the scheme's, or more if that failed.
     """
@@ -81,14 +82,9 @@ class Factor:
     panels: tuple[tuple[Array, ...], ...]
     pivot_C: Array
     order_C: Array
-    live_C: Array
+    dead_C: NDArray[np.bool_]
     shift: Array
     damping: float
-
-    @property
-    def dead_C(self) -> NDArray[np.bool_]:  # noqa: N802
-        """The inputs that are not live."""
-        return ~np.asarray(self.live_C)
 
 
 def dampings(hessian_damping: float) -> list[float]:
@@ -207,9 +203,20 @@ def factorize(
         panels, pivot_C = factorize_shifted(hessian_CC, shift)
         smallest = float(jnp.min(pivot_C))  # NaN fails the comparison below, too
         if smallest >= SMALLEST_PIVOT * float(mean):
-            live_C = jnp.asarray(~np.asarray(dead_C))
-            return Factor(panels, pivot_C, order_C, live_C, shift, damping)
+            dead = np.asarray(dead_C)
+            return Factor(
+                panels, _without(dead, order_C, pivot_C, shift), order_C, dead, shift, damping
+            )
     return None
+
+
+def _without(dead_C: NDArray[np.bool_], order_C: Array, pivot_C: Array, shift: Array) -> Array:
+    """The pivots, with the shift in place of those of dead inputs."""
+    if not dead_C.any():
+        return pivot_C
+    known_C = np.array(pivot_C)
+    known_C[: len(dead_C)][dead_C[np.asarray(order_C)[: len(dead_C)]]] = shift
+    return jnp.asarray(known_C)
 
 
 _LARGEST_LEAF = 160

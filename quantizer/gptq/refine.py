@@ -16,7 +16,7 @@ from quantizer.gptq.column_loop import (
     Columns,
     SolvedSlice,
     add_product,
-    live_columns,
+    panel_columns,
     rows_of,
     zeros,
 )
@@ -143,7 +143,7 @@ def refine_slice(
     max_code = 2.0**weight_bits - 1
     bounds = panel_bounds(num_inputs)
     order_C = _in_order(bounds[-1][1])
-    panels = tuple(live_columns(columns, factor.live_C, order_C, a, b - a) for a, b in bounds)
+    panels = tuple(panel_columns(columns, order_C, a, b - a) for a, b in bounds)
     before = tuple(
         _missing(panel, solved.codes_CR, a) for panel, (a, _) in zip(panels, bounds, strict=True)
     )

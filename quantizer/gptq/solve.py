@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from quantizer.gptq.column_loop import Columns, SolvedSlice, round_slice, solve_slice
 from quantizer.gptq.factor import Factor, arrange, factorize, factorize_shifted
 from quantizer.gptq.refine import damped_hessian, refine_slice
-from quantizer.hessian import HessianSum
+from quantizer.hessian import HessianSum, energy_with_unseen
 from quantizer.problem import LayerProblem, RowGroups
 from quantizer.qparams import contiguous_groups, find_grid
 from quantizer.result import Float32, GroupedWeight, SolveReport, SolveResult, relative_error
@@ -75,7 +75,8 @@ class SharedInput:
         damped: the damped Hessian's blocks that refinement reads; empty if nothing is refined.
         energy_C: what a squared rounding error costs at each input, float32. GPTQ corrects later
             columns for an error at column k, which then costs its pivot D_k and not the diagonal
-            H_kk. Without a factor nothing is corrected.
+            H_kk. Without a factor nothing is corrected. An input that calibration never saw costs
+            what the others do on average: it may well be used by other text.
     """
 
     hessian: HessianSum
@@ -83,12 +84,6 @@ class SharedInput:
     factor: Factor | None
     damped: _Blocks
     energy_C: Float32
-
-    def live(self, weight_RC: Float32) -> Float32:
-        """The weights that span the grid: dead ones become zero and must not widen a range."""
-        if self.factor is None or not self.factor.dead_C.any():
-            return weight_RC
-        return np.where(self.factor.dead_C, np.float32(0), weight_RC)
 
 
 def share_input(hessian: HessianSum, scheme: GPTQScheme) -> SharedInput:
@@ -101,14 +96,15 @@ def share_input(hessian: HessianSum, scheme: GPTQScheme) -> SharedInput:
     )
     damped: _Blocks = ()
     energy_C: Float32 = hessian.gram_CC.diagonal() * np.float32(2 / hessian.num_rows)
+    dead_C = energy_C == 0
     if factor is not None:
         pivot_C = np.empty(factor.order_C.shape[0], np.float32)
         pivot_C[np.asarray(factor.order_C)] = np.asarray(factor.pivot_C)
-        energy_C = np.where(factor.dead_C, np.float32(0), pivot_C[: energy_C.shape[0]])
+        energy_C, dead_C = pivot_C[: energy_C.shape[0]], factor.dead_C
         if scheme.refinement_sweeps:
             rows = jnp.float32(hessian.num_rows)
             damped = damped_hessian(jnp.asarray(hessian.gram_CC), rows, factor.shift)
-    return SharedInput(hessian, scheme, factor, damped, energy_C)
+    return SharedInput(hessian, scheme, factor, damped, energy_with_unseen(energy_C, dead_C))
 
 
 def grid_of(weight_RC: Float32, energy_RC: Float32, scheme: GPTQScheme, scale_dtype: str) -> Grid:
@@ -153,14 +149,14 @@ class SolvedRows:
 
     Attributes:
         damping: that was needed; None if none made H definite.
-        dead_C: inputs that were zero in all of calibration.
+        dead_inputs: how many inputs were zero in all of calibration.
         num_rows: calibration rows (tokens).
     """
 
     solved: SolvedSlice
     grid: Grid
     damping: float | None
-    dead_C: NDArray[np.bool_]
+    dead_inputs: int
     num_rows: int
 
 
@@ -182,7 +178,7 @@ def solve_on_grid(weight_RC: Float32, shared: SharedInput, grid: Grid) -> Solved
         solved=jax.device_get(solved),
         grid=grid,
         damping=None if factor is None else factor.damping,
-        dead_C=hessian.gram_CC.diagonal() == 0,
+        dead_inputs=int(np.sum(hessian.gram_CC.diagonal() == 0)),
         num_rows=hessian.num_rows,
     )
 
@@ -207,8 +203,7 @@ def solve_slices(slices: Sequence[LayerProblem], shared: SharedInput) -> list[So
     """Solve row slices, of one layer or of several, that share an input."""
 
     def solve_rows(rows: LayerProblem) -> SolvedRows:
-        live_RC = shared.live(rows.weight_RC)
-        grid = grid_of(live_RC, shared.energy_C[None], shared.scheme, rows.scale_dtype)
+        grid = grid_of(rows.weight_RC, shared.energy_C[None], shared.scheme, rows.scale_dtype)
         return solve_on_grid(rows.weight_RC, shared, grid)
 
     with ThreadPoolExecutor(_CONCURRENT_SLICES) as pool:
@@ -240,7 +235,7 @@ def solve_in_row_groups(
     weight_RC = layer.weight_RC
     energy_RC = np.broadcast_to(shared.energy_C, weight_RC.shape)
     stored = grid_of(
-        np.ascontiguousarray(row_groups.to_stored(shared.live(weight_RC))),
+        np.ascontiguousarray(row_groups.to_stored(weight_RC)),
         np.ascontiguousarray(row_groups.to_stored(energy_RC)),
         shared.scheme,
         layer.scale_dtype,
@@ -278,14 +273,11 @@ def _transposed(codes: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
 
 def _report(weight_RC: Float32, parts: Sequence[SolvedRows], scheme: GPTQScheme) -> SolveReport:
     """The report of one weight, from all its slices."""
-    damping, dead_C = parts[0].damping, parts[0].dead_C
+    damping = parts[0].damping
 
     def total(field: str) -> float:
         return float(sum(np.sum(getattr(part.solved, field), dtype=np.float64) for part in parts))
 
-    weight_error = total("weight_error_R")
-    if damping is not None and dead_C.any():  # rounding to nearest keeps dead weights
-        weight_error += float(np.sum(np.square(weight_RC[:, dead_C], dtype=np.float64)))
     weight_energy_R = np.einsum("rc,rc->r", weight_RC, weight_RC)
     rows = sum(part.solved.loss_R.shape[0] for part in parts)
     rtn_rows = int(total("rtn_kept_R"))
@@ -302,14 +294,16 @@ def _report(weight_RC: Float32, parts: Sequence[SolvedRows], scheme: GPTQScheme)
                 "where the Hessian could be factored"
             )
     return SolveReport(
-        weight_error=relative_error(weight_error, float(np.sum(weight_energy_R, dtype=np.float64))),
+        weight_error=relative_error(
+            total("weight_error_R"), float(np.sum(weight_energy_R, dtype=np.float64))
+        ),
         output_error=total("loss_R"),
         rtn_output_error=total("rtn_loss_R"),
         kept="gptq" if rtn_rows == 0 else "rtn" if rtn_rows == rows else "gptq+rtn",
         reason=reason,
         rtn_rows=rtn_rows,
         damping=damping,
-        dead_inputs=int(dead_C.sum()),
+        dead_inputs=parts[0].dead_inputs,
         num_rows=parts[0].num_rows,
     )
 
@@ -319,8 +313,9 @@ def compile_solver(
 ) -> None:
     """Compile ahead what solving weights of this shape runs; nothing is computed."""
     number, gram_CC = _shape(), _shape(in_features, in_features)
-    hessian_CC, order_C, dead_C, mean = arrange(gram_CC, number, scheme.activation_order)
-    factor = Factor(*factorize_shifted(hessian_CC, mean), order_C, dead_C, number, 0.0)
+    hessian_CC, order_C, _, mean = arrange(gram_CC, number, scheme.activation_order)
+    alive_C = np.zeros(in_features, bool)
+    factor = Factor(*factorize_shifted(hessian_CC, mean), order_C, alive_C, number, 0.0)
     damped = damped_hessian(gram_CC, number, number) if scheme.refinement_sweeps else ()
     for height in sorted({b - a for a, b in row_slices(out_features, in_features)}):
         weight_CR, energy_C1 = _shape(in_features, height), _shape(in_features, 1)

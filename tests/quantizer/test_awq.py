@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from quantizer import AWQScheme, solve
+from quantizer import AWQScheme, Int4Scheme, solve
 from tests import reference
-from tests.quantizer.problems import PROBLEMS
+from tests.quantizer.problems import PROBLEMS, Problem, make
 
 CASES = [
     ("square", AWQScheme(group_size=64, num_grid_points=10)),
@@ -85,6 +85,23 @@ def test_scales_are_stored_values(scale_dtype):
         np.testing.assert_array_equal(scale, reference.stored(scale, scale_dtype))
     error = reference.loss(problem.weight_RC, solution.weight.dequantize(), problem.true_hessian)
     assert solution.report.output_error == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [2.0**-12, 1.0, 2.0**12])
+@pytest.mark.parametrize("known", ["hessian", "magnitudes"])
+def test_inputs_never_seen_are_scaled_as_average_ones(size, known):
+    problem = make(48, 64, 512, dead=16)
+    # What these inputs would have been, had calibration not left sixteen of them at zero.
+    other = make(48, 64, 512).inputs_NC
+    seen = Problem(problem.weight_RC, problem.inputs_NC * np.float32(size))
+    solution = solve(problem.weight_RC, getattr(seen, known), AWQScheme(group_size=32))
+    rounded = solve(problem.weight_RC, None, Int4Scheme(block_size=32))
+    assert solution.report.ratio > 0
+    awq, nearest = (
+        np.linalg.norm(other @ (problem.weight_RC - result.weight.dequantize()).T)
+        for result in (solution, rounded)
+    )
+    assert awq < 1.2 * nearest
 
 
 def test_a_second_run_gives_the_same_bits():
