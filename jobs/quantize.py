@@ -35,6 +35,7 @@ from pipeline.run.commits import read_manifest
 from pipeline.run.driver import claim
 from pipeline.run.records import MANIFEST_KEY
 from pipeline.storage.object_store import ObjectStore
+from pipeline.storage.overlap import check_apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,7 @@ def run_job(
         job, source_url=_absolute(job.source_url), output_url=_absolute(job.output_url)
     )
     set_run(run=url_name(job.output_url), model=url_name(job.source_url), recipe=recipe.name)
+    check_apart(job.source_url, job.output_url)
     # Before anything else: an output that cannot be read cannot be written either.
     store = reachable(job.output_url, PLAN_KEY)
     check_preset(reachable(job.source_url, CONFIG_FILE))

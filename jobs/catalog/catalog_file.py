@@ -25,7 +25,11 @@ from pipeline.recipe.yaml_document import (
     read_yaml,
 )
 from pipeline.storage.object_store import open_store
+from pipeline.storage.overlap import check_apart
 from pipeline.storage.user_files import read_given_text
+
+_WRITTEN = ("models", "requests", "runs")
+"""The folders below a catalog's root."""
 
 
 class CatalogError(PipelineError):
@@ -143,6 +147,7 @@ class _Resolver:
         self._document = document
         self._folder = folder
         self._recipes: dict[str, Recipe] = {}
+        self._root_url = ""
 
     def catalog(self, written: CatalogFile) -> Catalog:
         indices: dict[str, int] = {}
@@ -154,9 +159,9 @@ class _Resolver:
                     f"the name {model.name} is taken by line {first}; rename one of them",
                 )
             indices[model.name] = index
-        root_url = self._absolute(written.root, ("root",))
+        self._root_url = self._absolute(written.root, ("root",))
         try:
-            open_store(root_url)
+            open_store(self._root_url)
         except StorageError as error:
             raise self._error(("root",), str(error)) from None
         aliases = self._aliases(written, indices)
@@ -166,7 +171,7 @@ class _Resolver:
             if model.alias_of is None
         ]
         entries.sort(key=lambda entry: -entry.settings.priority)
-        return Catalog(root_url=root_url, entries=tuple(entries))
+        return Catalog(root_url=self._root_url, entries=tuple(entries))
 
     def _aliases(self, written: CatalogFile, indices: Mapping[str, int]) -> dict[str, list[str]]:
         """The aliases of each real model; an alias may name another alias."""
@@ -231,11 +236,17 @@ class _Resolver:
                     at, f"{model.name} has two recipes named {recipe.name}; rename or remove one"
                 )
             recipes[recipe.name] = recipe
+        preset = self._absolute(model.preset, (*path, "preset"))
+        try:
+            for written in _WRITTEN:
+                check_apart(preset, f"{self._root_url.rstrip('/')}/{written}")
+        except PipelineError as error:
+            raise self._error((*path, "preset"), str(error)) from None
         at = (*path, "evaluate_on")
         texts = tuple(self._absolute(text, at) for text in model.evaluate_on or ())
         return Entry(
             name=model.name,
-            preset=self._absolute(model.preset, (*path, "preset")),
+            preset=preset,
             aliases=aliases,
             recipes=tuple(recipes.values()),
             settings=model.model_copy(update={"evaluate_on": texts or None}),

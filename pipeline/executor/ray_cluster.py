@@ -6,12 +6,14 @@ import contextlib
 import os
 import signal
 import socket
+import string
 import threading
 import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import ray
 from ray.autoscaler.sdk import request_resources
@@ -197,9 +199,18 @@ _counter, _gauge = cache(metrics.Counter), cache(metrics.Gauge)
 
 def increase_counter(name: str, description: str, amount: float, tags: dict[str, str]) -> None:
     """Add to a Prometheus counter, which Ray exports as `ray_<name>`."""
-    _counter(name, description, tuple(tags)).inc(amount, tags)
+    _counter(name, description, tuple(tags)).inc(amount, _ascii(tags))
 
 
 def set_gauge(name: str, description: str, value: float, tags: dict[str, str]) -> None:
     """Set a Prometheus gauge, which Ray exports as `ray_<name>`."""
-    _gauge(name, description, tuple(tags)).set(value, tags)
+    _gauge(name, description, tuple(tags)).set(value, _ascii(tags))
+
+
+def _ascii(tags: dict[str, str]) -> dict[str, str]:
+    """Tags as Ray can record them: other characters as in a URL, %E3%81%82."""
+    return {
+        # File names may hold bytes that are not UTF-8, which Python keeps as surrogates.
+        name: quote(value, safe=string.printable, errors="surrogateescape")
+        for name, value in tags.items()
+    }

@@ -215,6 +215,21 @@ def test_a_mistake_costs_one_line_and_nothing_is_written(
 
 
 @pytest.mark.usefixtures("here")
+def test_an_output_in_the_preset_is_refused_and_nothing_is_written(
+    command: Command, tmp_path: Path
+) -> None:
+    preset = damaged_copy(tmp_path, lambda folder: None)
+    (tmp_path / "link").symlink_to(preset)
+    before = sorted(preset.rglob("*"))
+    for output in (preset / "quantized", tmp_path / "link" / "q", preset, tmp_path):
+        assert command("quantize", preset, "--recipe", "int8", "--output", output) == 2
+        assert f"{output}: the output" in command.complaint
+        assert "beside the preset" in command.complaint
+    assert sorted(preset.rglob("*")) == before
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "link", preset]
+
+
+@pytest.mark.usefixtures("here")
 def test_a_wrong_column_is_refused_with_those_that_are_there(
     command: Command, tmp_path: Path
 ) -> None:

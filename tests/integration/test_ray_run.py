@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +18,15 @@ import pytest
 import yaml
 
 import pipeline.executor.ray_executor
+from jobs.metrics import RunMetrics
 from pipeline.errors import SourceError
 from pipeline.executor.protocol import Allocation, ComputeSpec, ExecutorError
 from pipeline.executor.ray_cluster import allocate_on_cluster
 from pipeline.executor.ray_executor import RayExecutor
+from pipeline.fidelity import Fidelity
+from pipeline.plan import read_plan
 from pipeline.remote_planning import plan_run, start_worker
+from pipeline.run.commits import read_manifest
 from pipeline.run.driver import claim, quantize
 from pipeline.run.events import Step
 from pipeline.storage.object_store import open_store
@@ -174,6 +179,15 @@ def test_allocations_are_those_of_the_cluster() -> None:
         allocate_on_cluster(ComputeSpec(device="gpu"))
 
 
+@pytest.mark.usefixtures("driver")
+@pytest.mark.parametrize("name", ["llama", "modèle-日本", "cut\udce9", "a %41 \\ b"])
+def test_models_and_recipes_of_any_name_are_counted(name: str) -> None:
+    RunMetrics(model=name, recipe=name).ended("finished")
+    RunMetrics(model=name, recipe="w4").judged(
+        Fidelity(num_windows=1, count=1, source_perplexity=20.0, result_perplexity=22.0)
+    )
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a process that called the command left behind."""
@@ -283,6 +297,23 @@ def test_a_mistake_is_one_line_from_a_cluster_too(cluster: RunningCluster, tmp_p
     assert outcome.err.splitlines()[-1].startswith("quantfleet: /nowhere: no config.json")
     assert "Traceback" not in outcome.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.exhaustive
+def test_names_of_any_alphabet_reach_everything_that_is_written(tmp_path: Path) -> None:
+    preset = tmp_path / "modèle-日本"
+    shutil.copytree(source(), preset)
+    output = tmp_path / "sortie-été" / "run"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe("int8").to_dict()))
+    given = ("--recipe", tmp_path / "recipe.yaml", "--output", output, "--threads", 1)
+    environment = {"QUANTFLEET_LOG": "json"}
+    outcome = call(tmp_path, "quantize", preset, *given, "--json", **environment)
+    assert outcome.status == 0, outcome.err
+    store = open_store(str(output))
+    assert read_plan(store).source_url == str(preset)
+    assert read_manifest(store).plan_digest == json.loads(outcome.out)["plan_digest"]
+    events = [json.loads(line) for line in outcome.err.splitlines()]
+    assert {event["model"] for event in events if event["event"] == "committed"} == {preset.name}
 
 
 @pytest.mark.exhaustive

@@ -150,6 +150,16 @@ MISTAKES = {
         6, "must be finite",
     ),
     "no preset": ("models:\n  - {name: a, recipes: [int8]}\n", 3, "a has no preset"),
+    "a preset among the results": (
+        "root: s3://b/r\nmodels:\n  - {name: a, preset: s3://b/r/runs/p, recipes: [int8]}\n",
+        3,
+        "s3://b/r/runs: the output holds the preset",
+    ),
+    "results in a preset": (
+        "root: s3://b/p/q\nmodels:\n  - name: a\n    recipes: [int8]\n    preset: s3://b/p/\n",
+        5,
+        "inside the preset's own folder",
+    ),
     "no recipes": ("models:\n  - {name: a, preset: s3://b/p}\n", 3, "a has no recipes"),
     "no models": ("models: []\n", 2, "models is empty"),
     "a password": (
