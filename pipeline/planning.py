@@ -18,11 +18,11 @@ import numpy as np
 from pipeline.calibration.texts import read_texts
 from pipeline.calibration.windows import TokenWindows, make_windows, shard_bounds
 from pipeline.errors import RecipeError
-from pipeline.model.blocks import BlockGraph, find_blocks
+from pipeline.model.blocks import BlockGraph, Glue, find_blocks
 from pipeline.model.preset import PresetFiles
 from pipeline.model.preset_json import converted_files, layer_policy, policy_map, quantized_json
 from pipeline.model.skeleton import Skeleton, build_skeleton
-from pipeline.model.targets import Target, call_with
+from pipeline.model.targets import Target, outputs_with
 from pipeline.model.tokenizer import model_inputs, preset_tokenizer
 from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan, TokensPlan, micro_batches
 from pipeline.recipe.recipe import Calibration, Recipe, check_recipe, statistics_of
@@ -285,19 +285,30 @@ def _input_groups(
     shape = (tokens.micro_batch, tokens.sequence_length)
     inputs = model_inputs(graph.embed, np.zeros(shape, np.int32), np.ones(shape, bool))
     weights = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in graph.embed.weights]
-    hidden_states, *side_inputs = jax.eval_shape(
-        lambda values: call_with(graph.embed, values, inputs), weights
-    )
-    # Blocks of one signature and the same schemes have the same groups.
-    groups: dict[tuple[Any, ...], tuple[InputGroup, ...]] = {}
+    embedded = jax.eval_shape(lambda values: outputs_with(graph.embed, values, inputs), weights)
+    values = dict(zip(graph.embedded, embedded, strict=True))
+    # Blocks of one signature, schemes and inputs have the same groups.
+    programs: dict[tuple[Any, ...], BlockProgram] = {}
     found = []
-    for block, planned in zip(graph.blocks, layers, strict=True):
+    for call, planned in zip(graph.calls, layers, strict=True):
+        if call.glue is not None:
+            values |= _glue_shapes(call.glue, values)
         statistics = {layer.name: statistics_of(layer.scheme) for layer in planned}
-        key = (block.signature, tuple(statistics.items()))
-        if key not in groups:
-            groups[key] = BlockProgram(block, statistics, hidden_states, side_inputs).groups
-        found.append(groups[key])
+        taken = [jax.ShapeDtypeStruct(values[n].shape, values[n].dtype) for n in call.takes]
+        key = (call.signature, tuple(statistics.items()), tuple(taken))
+        if key not in programs:
+            programs[key] = BlockProgram(graph.blocks[call.block], statistics, taken)
+        found.append(programs[key].groups)
+        values |= zip(call.gives, programs[key].outputs, strict=True)
     return found
+
+
+def _glue_shapes(glue: Glue, values: Mapping[int, Any]) -> dict[int, Any]:
+    """The shapes and dtypes of what glue gives, by the number of the value."""
+    weights = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in glue.model.weights]
+    taken = [values[number] for number in glue.takes]
+    given = jax.eval_shape(lambda *args: outputs_with(glue.model, *args), weights, taken)
+    return dict(zip(glue.gives, given, strict=True))
 
 
 def _task_name(skeleton: Skeleton, preset: PresetFiles, policies: Mapping[str, str]) -> str:

@@ -1,25 +1,28 @@
 """Cut a model's functional graph into embed → transformer blocks → head.
 
 The graph shows how each block is called; KerasHub's own list of blocks is incomplete (it misses
-Gemma3's scaling, BLOOM's norm, OPT's positions). Hidden states pass through the chain of blocks;
-all else that blocks take (masks) is a side input, computed once.
+Gemma3's scaling, BLOOM's norm, OPT's positions). What passes between the blocks are numbered
+*values*. Most models have a chain of blocks that hand on their hidden states; the decoder of an
+encoder–decoder also takes the encoder's output, T5's blocks the position bias that the first one
+makes, and some of Gemma4's blocks the keys and values of others. All else that blocks take (masks,
+the embedded tokens of a decoder) depends on no block, and is computed once, by `embed`. What lies
+between blocks, such as an encoder's last norm, is *glue*, which runs right before the first block
+that needs it.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count
 from typing import Any
 
 import keras
-import numpy as np
 from keras import tree
 
 from pipeline.errors import SourceError
+from pipeline.model.block_signature import block_signature
+from pipeline.model.graph import dependents, is_input, nodes_behind, replay, taken_tensors
 from pipeline.model.skeleton import Skeleton
 from pipeline.model.targets import (
     Target,
@@ -31,15 +34,59 @@ from pipeline.model.targets import (
 
 
 @dataclass(frozen=True)
-class _SideInput:
-    """Stands for a side input among a block's arguments."""
+class _Taken:
+    """Stands for one of a call's values among its arguments."""
 
     index: int
 
 
-@dataclass(frozen=True)
-class _HiddenStates:
-    """Stands for the hidden states among a block's arguments."""
+@dataclass(frozen=True, kw_only=True)
+class Glue:
+    """Operations between blocks."""
+
+    model: keras.Model
+    """From a list of values to a list of values."""
+    takes: tuple[int, ...]
+    gives: tuple[int, ...]
+    """Numbers of these values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call of a block, with the glue that runs before it."""
+
+    block: int
+    layer: keras.layers.Layer
+    signature: str
+    """Equal for calls that compute the same function, and so can share a compiled program."""
+    arguments: tuple[Sequence[Any], Mapping[str, Any]]
+    """Positional and keyword arguments, with stand-ins for values."""
+    takes: tuple[int, ...]
+    """Numbers of the values among its arguments, in their order."""
+    gives: tuple[int, ...]
+    """Numbers of those of its outputs that anything uses; a cache that nothing reads is none."""
+    outputs: tuple[int, ...]
+    """Positions of these among its outputs."""
+    glue: Glue | None
+    live: tuple[int, ...]
+    """Numbers of the values that this call or anything after it uses, ascending."""
+
+    def bind(self, values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments to call `layer` with, given what it takes."""
+
+        def fill(argument: Any) -> Any:
+            return values[argument.index] if isinstance(argument, _Taken) else argument
+
+        args, kwargs = self.arguments
+        return (
+            tuple(tree.map_structure(fill, argument) for argument in args),
+            {name: tree.map_structure(fill, kwargs[name]) for name in sorted(kwargs)},
+        )
+
+    def given(self, output: Any) -> tuple[Any, ...]:
+        """What the call gives, of the layer's output."""
+        flat = tree.flatten(output)
+        return tuple(flat[position] for position in self.outputs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,38 +95,19 @@ class Block:
 
     index: int
     layer: keras.layers.Layer
-    signature: str
-    """Equal for blocks that compute the same function, and so can share a compiled program."""
+    calls: tuple[Call, ...]
+    """One, but for blocks that share their weights."""
     targets: tuple[Target, ...]
     """Its Dense and EinsumDense layers, depth first."""
     unsupported: tuple[Unsupported, ...]
-    arguments: tuple[Sequence[Any], Mapping[str, Any]]
-    """Positional and keyword arguments of its call, with stand-ins for tensors."""
 
     @property
     def name(self) -> str:
         return str(self.layer.name)
 
-    def bind(
-        self, hidden_states: Any, side_inputs: Sequence[Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments to call `layer` with.
-
-        Args:
-            hidden_states: [batch, sequence, hidden].
-            side_inputs: all of `embed`'s outputs after the first.
-        """
-
-        def fill(argument: Any) -> Any:
-            if isinstance(argument, _SideInput):
-                return side_inputs[argument.index]
-            return hidden_states if isinstance(argument, _HiddenStates) else argument
-
-        args, kwargs = self.arguments
-        return (
-            tuple(tree.map_structure(fill, argument) for argument in args),
-            {name: tree.map_structure(fill, kwargs[name]) for name in sorted(kwargs)},
-        )
+    @property
+    def signature(self) -> str:
+        return self.calls[0].signature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,20 +115,38 @@ class BlockGraph:
     """A model as embed → blocks → head."""
 
     blocks: tuple[Block, ...]
+    calls: tuple[Call, ...]
+    """Of all blocks, in the order in which they run."""
     embed: keras.Model
-    """From the backbone's inputs to [hidden_states, *side_inputs]."""
+    """From the backbone's inputs to a list of values, which depend on no block."""
+    embedded: tuple[int, ...]
+    """Numbers of these values."""
     head: keras.Model
-    """From [hidden_states, *head_inputs] to the output of the task, or else of the backbone."""
+    """From [*values, *head_inputs] to the output of the task, or else of the backbone."""
+    head_takes: tuple[int, ...]
+    """Numbers of these values."""
     head_inputs: tuple[str, ...]
     """Names of the backbone's inputs that the head needs."""
     rest_targets: tuple[Target, ...]
     """Quantizable layers outside the blocks: embeddings, poolers, heads."""
     rest_unsupported: tuple[Unsupported, ...]
+    encoders: tuple[keras.layers.Layer, ...]
+    """Models within the backbone that only feed the blocks, such as a vision encoder."""
 
-    def bind_head(self, hidden_states: Any, inputs: Mapping[str, Any]) -> list[Any]:
-        """The input of `head`, from the last block's output and the backbone's inputs."""
+    @property
+    def shared_blocks(self) -> tuple[Block, ...]:
+        """Blocks that run more than once, so that none of their layers has a single input."""
+        return tuple(block for block in self.blocks if len(block.calls) > 1)
+
+    def carried(self, call: Call) -> tuple[int, ...]:
+        """Of the values live at a call, those that blocks before it made."""
+        return tuple(number for number in call.live if number not in self.embedded)
+
+    def bind_head(self, values: Mapping[int, Any], inputs: Mapping[str, Any]) -> list[Any]:
+        """The input of `head`, from the values that it takes and the backbone's inputs."""
         # Keras accepts a list of tensors or of arrays, but not a mixture.
-        given = [hidden_states, *(inputs[name] for name in self.head_inputs)]
+        given = [values[number] for number in self.head_takes]
+        given += [inputs[name] for name in self.head_inputs]
         return [keras.ops.convert_to_tensor(value) for value in given]
 
 
@@ -108,92 +154,172 @@ def find_blocks(skeleton: Skeleton) -> BlockGraph:
     """Cut a model at its blocks: top-level layers with Dense or EinsumDense layers inside.
 
     Raises:
-        SourceError: the blocks do not form a chain, or there are none.
+        SourceError: there are none, or the model is no graph.
     """
     backbone = skeleton.backbone
-    layers = _chain(backbone)
-    side_inputs: dict[int, Any] = {}
-    hidden_states = _first_hidden_states(layers)
-    entry = hidden_states
-    blocks = []
-    for index, layer in enumerate(layers):
-        node = layer._inbound_nodes[0]
-        blocks.append(
-            Block(
-                index=index,
-                layer=layer,
-                signature=block_signature(layer, _describe(node, hidden_states)),
-                targets=find_targets([layer], prefix=layer.path),
-                unsupported=find_unsupported([layer]),
-                arguments=_stand_ins(node, hidden_states, side_inputs),
-            )
-        )
-        hidden_states = node.output_tensors[0]
-    _refuse_shortcuts(backbone, layers, side_inputs, hidden_states)
-    embed = keras.Model(backbone.input, [entry, *side_inputs.values()], name="embed")
-    head, head_inputs = _head(skeleton, hidden_states)
+    layers, encoders = _candidates(backbone)
+    cut = _Cut(backbone, layers)
+    calls = cut.calls()
+    head, head_takes, head_inputs = _head(skeleton, cut)
+    finished = cut.finished(calls, head_takes)
+    # In the order of their first calls.
+    order = list(dict.fromkeys(call.block for call in finished))
+    assert order == list(range(len(order)))
     of_task = [] if skeleton.task is None else skeleton.task.layers
     rest = [one for one in (*backbone.layers, *of_task) if one not in (*layers, backbone)]
     return BlockGraph(
-        blocks=tuple(blocks),
-        embed=embed,
+        blocks=tuple(
+            Block(
+                index=index,
+                layer=layer,
+                calls=tuple(call for call in finished if call.block == index),
+                targets=find_targets([layer], prefix=layer.path),
+                unsupported=find_unsupported([layer]),
+            )
+            for index, layer in enumerate(cut.layers)
+        ),
+        calls=finished,
+        embed=keras.Model(backbone.input, list(cut.embedded.values()), name="embed"),
+        embedded=tuple(cut.embedded),
         head=head,
+        head_takes=head_takes,
         head_inputs=head_inputs,
         rest_targets=find_targets(rest, embeddings=True),
         rest_unsupported=find_unsupported(rest),
+        encoders=encoders,
     )
 
 
-def _chain(backbone: Any) -> list[keras.layers.Layer]:
-    """The backbone's blocks, each fed by the one before."""
+def _candidates(
+    backbone: Any,
+) -> tuple[list[keras.layers.Layer], tuple[keras.layers.Layer, ...]]:
+    """The layers that can be blocks, and models beside them, such as a vision encoder."""
     if not getattr(backbone, "inputs", None):
         raise SourceError(f"{backbone.name}: not a functional model, so its blocks cannot be found")
-    candidates = [layer for layer in backbone.layers if layer._layers and holds_kernels(layer)]
-    if not candidates:
+    found = [layer for layer in backbone.layers if layer._layers and holds_kernels(layer)]
+    if not found:
         raise SourceError(
             f"{backbone.name}: no transformer blocks with Dense or EinsumDense layers in it"
         )
-    for layer in candidates:
-        node = layer._inbound_nodes[0]
-        if len(node.output_tensors) != 1:
-            raise _no_chain(backbone, layer, f"it has {len(node.output_tensors)} outputs")
-    for before, layer in pairwise(candidates):
-        output = before._inbound_nodes[0].output_tensors[0]
-        if not any(tensor is output for tensor in layer._inbound_nodes[0].input_tensors):
-            raise _no_chain(backbone, layer, f"it is not fed by {before.name} directly")
-    return candidates
+    blocks = [layer for layer in found if not isinstance(layer, keras.Model)]
+    if not blocks:
+        return found, ()
+    return blocks, tuple(layer for layer in found if layer not in blocks)
 
 
-def _first_hidden_states(blocks: list[keras.layers.Layer]) -> Any:
-    """The tensor that enters block 0: the argument that in block 1 is block 0's output."""
-    node = blocks[0]._inbound_nodes[0]
-    output = node.output_tensors[0]
-    if len(blocks) > 1:
-        following = _slots(blocks[1]._inbound_nodes[0])
-        [slot] = [slot for slot, tensor in following.items() if tensor is output]
-        return _slots(node)[slot]
-    return next(
-        tensor
-        for tensor in node.input_tensors
-        if tensor.shape == output.shape and tensor.dtype == output.dtype
-    )
+@dataclass(kw_only=True)
+class _OpenCall:
+    """A call before it is known which of its outputs are used."""
+
+    node: Any
+    takes: tuple[int, ...]
+    gives: tuple[int, ...]
+    glue: Glue | None
 
 
-def _slots(node: Any) -> dict[int | str, Any]:
-    """A call's arguments by position or keyword."""
-    return {**dict(enumerate(node.arguments.args)), **node.arguments.kwargs}
+class _Cut:
+    """The cut of a backbone at its blocks' calls, in the order in which they run.
+
+    Attributes:
+        layers: the blocks, in the order of their first calls.
+        embedded: tensors that depend on no block, by the number of their value.
+    """
+
+    def __init__(self, backbone: Any, layers: Sequence[keras.layers.Layer]) -> None:
+        nodes = nodes_behind(tree.flatten(backbone.output))
+        self._nodes = [node for node in nodes if node.operation in layers]
+        self.layers: list[Any] = list(dict.fromkeys(node.operation for node in self._nodes))
+        self.embedded: dict[int, Any] = {}
+        self._dependents = dependents(nodes, layers)
+        self._free = count()
+        # Of every value made so far, by the id of its tensor.
+        self._numbers: dict[int, int] = {}
+
+    def calls(self) -> list[_OpenCall]:
+        """Every call of a block, numbering the values as they are made."""
+        found = []
+        for node in self._nodes:
+            glue = self._glue(taken_tensors(node))
+            takes = tuple(self._number(tensor) for tensor in taken_tensors(node))
+            gives = tuple(self._make(tensor) for tensor in node.output_tensors)
+            found.append(_OpenCall(node=node, takes=takes, gives=gives, glue=glue))
+        return found
+
+    def finished(self, calls: Sequence[_OpenCall], head_takes: Sequence[int]) -> tuple[Call, ...]:
+        """The calls, each with what is live before it, and the outputs that anything uses."""
+        live = set(head_takes)
+        found = []
+        for call in reversed(calls):
+            outputs = tuple(i for i, number in enumerate(call.gives) if number in live)
+            gives = tuple(call.gives[i] for i in outputs)
+            live = (live - set(gives)) | set(call.takes)
+            layer = call.node.operation
+            found.append(
+                Call(
+                    block=self.layers.index(layer),
+                    layer=layer,
+                    signature=block_signature(layer, f"{_describe(call)} {outputs}"),
+                    arguments=_stand_ins(call.node),
+                    takes=call.takes,
+                    gives=gives,
+                    outputs=outputs,
+                    glue=call.glue,
+                    live=tuple(sorted(live)),
+                )
+            )
+            if call.glue is not None:
+                live = (live - set(call.glue.gives)) | set(call.glue.takes)
+        return tuple(reversed(found))
+
+    def made(self, tensor: Any) -> int | None:
+        """The number of a value that blocks or glue have made; None of any other tensor."""
+        return self._numbers.get(id(tensor)) if id(tensor) in self._dependents else None
+
+    def _make(self, tensor: Any) -> int:
+        number = self._numbers[id(tensor)] = next(self._free)
+        return number
+
+    def _number(self, tensor: Any) -> int:
+        """The number of a value that is made, or that `embed` is to make."""
+        if id(tensor) not in self._numbers:
+            self.embedded[self._make(tensor)] = tensor
+        return self._numbers[id(tensor)]
+
+    def _glue(self, tensors: Sequence[Any]) -> Glue | None:
+        """What computes those of the tensors that depend on blocks, but are not made yet."""
+        missing = [
+            tensor
+            for tensor in tensors
+            if id(tensor) in self._dependents and id(tensor) not in self._numbers
+        ]
+        if not missing:
+            return None
+        inputs: dict[int, Any] = {}
+
+        def enter(tensor: Any) -> Any | None:
+            if id(tensor) in self._dependents and id(tensor) not in self._numbers:
+                return None
+            number = self._number(tensor)
+            return inputs.setdefault(number, _input_like(tensor, f"value_{number}"))
+
+        outputs = replay(missing, {}, enter)
+        return Glue(
+            model=keras.Model(list(inputs.values()), outputs, name="glue"),
+            takes=tuple(inputs),
+            gives=tuple(self._make(tensor) for tensor in missing),
+        )
 
 
-def _stand_ins(
-    node: Any, hidden_states: Any, side_inputs: dict[int, Any]
-) -> tuple[Sequence[Any], Mapping[str, Any]]:
+def _input_like(tensor: Any, name: str) -> Any:
+    return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=name)
+
+
+def _stand_ins(node: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """A call's arguments, with stand-ins for tensors."""
+    indices = {id(tensor): index for index, tensor in enumerate(taken_tensors(node))}
+
     def stand_in(argument: Any) -> Any:
-        if argument is hidden_states:
-            return _HiddenStates()
-        if isinstance(argument, keras.KerasTensor):
-            side_inputs.setdefault(id(argument), argument)
-            return _SideInput(list(side_inputs).index(id(argument)))
-        return argument
+        return _Taken(indices[id(argument)]) if id(argument) in indices else argument
 
     arguments = node.arguments
     return (
@@ -202,154 +328,60 @@ def _stand_ins(
     )
 
 
-def _describe(node: Any, hidden_states: Any) -> str:
+def _describe(call: _OpenCall) -> str:
     """How a block is called, as text that is the same in every process."""
+    indices = {id(tensor): index for index, tensor in enumerate(taken_tensors(call.node))}
 
     def describe(argument: Any) -> str:
         if isinstance(argument, keras.KerasTensor):
-            role = "hidden_states" if argument is hidden_states else "side_input"
-            return f"{role}{argument.shape}{argument.dtype}"
+            return f"{indices[id(argument)]}{argument.shape}{argument.dtype}"
         return repr(argument)
 
-    args, kwargs = list(node.arguments.args), sorted(node.arguments.kwargs.items())
+    args, kwargs = call.node.arguments.args, sorted(call.node.arguments.kwargs.items())
     named = [(name, tree.map_structure(describe, value)) for name, value in kwargs]
-    return f"{tree.map_structure(describe, args)} {named}"
+    return f"{tree.map_structure(describe, list(args))} {named}"
 
 
-def _refuse_shortcuts(
-    backbone: Any, blocks: list[keras.layers.Layer], side_inputs: dict[int, Any], last: Any
-) -> None:
-    """Check that only the next block uses a block's output, and only the head the last one's."""
-    for nodes, reason in (
-        (_behind(side_inputs.values()), "a later block uses more than its hidden states"),
-        (
-            _behind(tree.flatten(backbone.output), {id(last)}),
-            "the model's output uses it past later blocks",
-        ),
-    ):
-        for node in nodes:
-            if node.operation in blocks:
-                raise _no_chain(backbone, node.operation, reason)
+def _head(skeleton: Skeleton, cut: _Cut) -> tuple[keras.Model, tuple[int, ...], tuple[str, ...]]:
+    """The model from what the blocks give to the end of the backbone, then of the task.
 
-
-def _head(skeleton: Skeleton, last: Any) -> tuple[keras.Model, tuple[str, ...]]:
-    """The model from the last block's output to the end of the backbone, then of the task."""
+    Returns:
+        the model, numbers of the values and names of the backbone's inputs that it takes.
+    """
     backbone, task = skeleton.backbone, skeleton.task
-    hidden_states = keras.Input(batch_shape=last.shape, dtype=last.dtype, name="hidden_states")
+    values: dict[int, Any] = {}
     inputs: dict[str, Any] = {}
-    output = _replay(backbone.output, {id(last): hidden_states}, inputs)
-    if task is not None:
-        nodes = _behind(tree.flatten(task.output))
-        calls = {id(node): node for node in nodes if node.operation is backbone}
+
+    def enter(tensor: Any) -> Any | None:
+        number = cut.made(tensor)
+        if number is not None:
+            return values.setdefault(number, _input_like(tensor, f"value_{number}"))
+        if is_input(tensor):
+            name = str(tensor._keras_history.operation.name)
+            return inputs.setdefault(name, _input_like(tensor, name))
+        return None
+
+    if task is None:
+        output = replay(backbone.output, {}, enter)
+    else:
+        nodes = nodes_behind(tree.flatten(task.output))
+        calls = [node for node in nodes if node.operation is backbone]
         if len(calls) != 1:
             raise SourceError(
                 f"{task.name}: calls its backbone {len(calls)} times where once is expected; this "
                 f"{type(task).__name__} cannot be quantized block by block"
             )
-        [call] = calls.values()
-        given = dict(zip(map(id, call.output_tensors), tree.flatten(output), strict=True))
-        output = _replay(task.output, given, inputs)
-    return keras.Model([hidden_states, *inputs.values()], output, name="head"), tuple(inputs)
+        outputs = dict(
+            zip(map(id, calls[0].output_tensors), tree.flatten(backbone.output), strict=True)
+        )
+        given: dict[int, Any] = {}
 
+        def enter_task(tensor: Any) -> Any | None:
+            # Only those of the backbone's outputs that the task uses.
+            if id(tensor) in outputs:
+                return replay(outputs[id(tensor)], given, enter)
+            return enter(tensor)
 
-def _no_chain(backbone: Any, layer: keras.layers.Layer, reason: str) -> SourceError:
-    return SourceError(
-        f"{backbone.name}: {layer.name} is not one of a chain of blocks ({reason}); a "
-        f"{type(backbone).__name__} cannot be quantized block by block"
-    )
-
-
-def _behind(tensors: Iterable[Any], ends: Set[int] = frozenset()) -> Iterator[Any]:
-    """Every call (graph node) that tensors depend on, back to the inputs or to `ends` (ids)."""
-    seen: set[int] = set(ends)
-    pending = list(tensors)
-    while pending:
-        tensor = pending.pop()
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        operation, node_index, _ = tensor._keras_history
-        node = operation._inbound_nodes[node_index]
-        yield node
-        pending.extend(node.input_tensors)
-
-
-def _replay(output: Any, given: dict[int, Any], inputs: dict[str, Any]) -> Any:
-    """Rebuild a graph's output; `keras.Model` of Keras 3.15 fails if it is an input, as in BERT.
-
-    Args:
-        given: replacements, by the id of the tensor that they replace.
-        inputs: receives the model inputs that are needed, by name.
-    """
-
-    def compute(tensor: Any) -> Any:
-        if not isinstance(tensor, keras.KerasTensor):
-            return tensor
-        if id(tensor) not in given:
-            operation, node_index, _ = tensor._keras_history
-            if isinstance(operation, keras.layers.InputLayer):
-                again = keras.Input(
-                    batch_shape=tensor.shape, dtype=tensor.dtype, name=operation.name
-                )
-                given[id(tensor)] = inputs.setdefault(str(operation.name), again)
-            else:
-                node = operation._inbound_nodes[node_index]
-                args, kwargs = tree.map_structure(
-                    compute, (node.arguments.args, node.arguments.kwargs)
-                )
-                results = tree.flatten(operation(*args, **kwargs))
-                given.update(zip(map(id, node.output_tensors), results, strict=True))
-        return given[id(tensor)]
-
-    return tree.map_structure(compute, output)
-
-
-# Attributes that do not affect what a layer computes.
-_IGNORED = frozenset({"name", "path", "parent_path", "built", "trainable", "dtype_policy"})
-
-
-def block_signature(layer: keras.layers.Layer, call: str) -> str:
-    """A digest of a block's classes, settings, shapes and dtypes of variables, and its call.
-
-    Settings are read from the layers' attributes: KerasHub's `get_config()` raises for some blocks
-    and omits arguments of others.
-    """
-    described = [call, *_describe_layer(layer, "")]
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
-
-
-def _describe_layer(layer: keras.layers.Layer, position: str) -> Iterator[str]:
-    layer_class = type(layer)
-    settings = {
-        name: text
-        for name, value in sorted(vars(layer).items())
-        if name.lstrip("_") not in _IGNORED and (text := _plain(value)) is not None
-    }
-    variables = [
-        (str(variable.name), list(variable.shape), str(variable.dtype))
-        for variable in [*layer._trainable_variables, *layer._non_trainable_variables]
-    ]
-    dtypes = (str(layer.dtype_policy.name), str(layer.compute_dtype))
-    names = (layer_class.__module__, layer_class.__qualname__)
-    yield json.dumps([position, *names, settings, variables, dtypes])
-    for index, inner in enumerate(layer._layers):
-        yield from _describe_layer(inner, f"{position}/{index}")
-
-
-def _plain(value: Any) -> str | None:
-    """A setting as text that is the same in every process; None if the value is not a setting."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return repr(value)
-    if isinstance(value, functools.partial):
-        return _plain([value.func, value.args, value.keywords])
-    if isinstance(value, Mapping):
-        return _plain([[str(key), value[key]] for key in value])
-    if isinstance(value, list | tuple):
-        parts = [_plain(part) for part in value]
-        return None if None in parts else f"[{', '.join(map(str, parts))}]"
-    if isinstance(value, np.ndarray) or keras.ops.is_tensor(value):
-        array = np.ascontiguousarray(value)
-        return f"{array.shape} {array.dtype} {hashlib.sha256(array.tobytes()).hexdigest()}"
-    if hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
-    return None
+        output = replay(task.output, {}, enter_task)
+    model = keras.Model([*values.values(), *inputs.values()], output, name="head")
+    return model, tuple(values), tuple(inputs)

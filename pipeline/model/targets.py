@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
+from keras import tree
 
 from pipeline.recipe.recipe import LayerKind
 from quantizer.keras_format.layers import kernel_layout
@@ -108,6 +109,12 @@ def call_with(layer: Any, values: Sequence[Any], *args: Any, **kwargs: Any) -> A
     mapping = list(zip(layer.weights, values, strict=True))
     with keras.StatelessScope(state_mapping=mapping):
         return layer(*args, **kwargs)
+
+
+def outputs_with(model: keras.Model, values: Sequence[Any], inputs: Any) -> list[Any]:
+    """The outputs of a model that has a list of them, as `call_with`."""
+    # Keras unpacks a list of one.
+    return list(tree.flatten(call_with(model, values, inputs)))
 
 
 @contextmanager

@@ -75,6 +75,7 @@ def text_inputs(tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> dict[str,
         "token_ids": tokens,
         "padding_mask": mask.astype(np.int32),
         "segment_ids": np.zeros_like(tokens),
+        "position_ids": np.broadcast_to(positions, tokens.shape),
         # A masked language model predicts at these positions: everywhere.
         "mask_positions": np.broadcast_to(positions, tokens.shape),
     }

@@ -7,9 +7,8 @@ block, for all calibration shards. Its index is written last, and makes it usabl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
@@ -33,15 +32,26 @@ _INDEX: TypeAdapter[dict[int, SavedShard]] = TypeAdapter(dict[int, SavedShard])
 
 
 def save(
-    store: ObjectStore, block: int, shard: int, hidden_states: Sequence[NDArray[np.float32]]
+    store: ObjectStore, block: int, shard: int, batches: Sequence[Sequence[NDArray[Any]]]
 ) -> SavedShard:
-    """Write one shard of what enters `block`, [micro_batch, sequence, hidden] each."""
-    data = safetensors.numpy.save({f"{i:05d}": array for i, array in enumerate(hidden_states)})
+    """Write one shard of what enters `block`.
+
+    Args:
+        batches: of each micro-batch, the values that earlier blocks made, which are the hidden
+            states [micro_batch, sequence, hidden] and rarely more.
+    """
+    named = {_name(i, j): array for i, batch in enumerate(batches) for j, array in enumerate(batch)}
+    data = safetensors.numpy.save(named)
     store.put(_shard_key(block, shard), data)
     return SavedShard(sha256(data), len(data))
 
 
-def load(store: ObjectStore, block: int, shard: int) -> list[NDArray[np.float32]]:
+def _name(batch: int, index: int) -> str:
+    # The first has the name that it had when there was no second.
+    return f"{batch:05d}/{index:03d}" if index else f"{batch:05d}"
+
+
+def load(store: ObjectStore, block: int, shard: int) -> list[list[NDArray[Any]]]:
     """Read what `save` wrote.
 
     Raises:
@@ -50,7 +60,10 @@ def load(store: ObjectStore, block: int, shard: int) -> list[NDArray[np.float32]
     saved = _index(store, block)[shard]
     data = store.get(_shard_key(block, shard), sha256=saved.sha256, size=saved.size_bytes)
     arrays = safetensors.numpy.load(data)
-    return [arrays[name] for name in sorted(arrays)]
+    batches: dict[str, list[NDArray[Any]]] = {}
+    for name in sorted(arrays):
+        batches.setdefault(name.partition("/")[0], []).append(arrays[name])
+    return list(batches.values())
 
 
 def finish(store: ObjectStore, block: int, shards: Mapping[int, SavedShard]) -> None:

@@ -47,14 +47,14 @@ def evaluate(
     size = max(1, _TOKENS_PER_BATCH // tokens.shape[1])
     starts = range(0, len(tokens), size)
     batches = [(tokens[a : a + size], mask[a : a + size]) for a in starts]
-    last_hidden_states = [_last_hidden_states(model, batches) for model in (source, artifact)]
+    last_values = [_last_values(model, batches) for model in (source, artifact)]
     heads = [source.head(), artifact.head()]
     fidelities = []
     for i in range(len(tokens)):
         window = slice(i, i + 1)
         before, after = (
-            head(hidden_states[window], tokens[window], mask[window])
-            for head, hidden_states in zip(heads, last_hidden_states, strict=True)
+            head({n: v[window] for n, v in values.items()}, tokens[window], mask[window])
+            for head, values in zip(heads, last_values, strict=True)
         )
         if predicts_tokens:
             sums = _logit_sums(before, after, tokens[window], mask[window])
@@ -72,14 +72,17 @@ def evaluate(
     return fidelities
 
 
-def _last_hidden_states(
+def _last_values(
     model: StreamedModel, batches: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_]]]
-) -> NDArray[Any]:
-    """What leaves the last block, [windows, sequence, hidden]."""
-    states = [list(state) for state in model.embed(batches)]
-    for block in range(len(model.graph.blocks)):
-        model.advance(block, states)
-    return np.concatenate([np.asarray(state[0]) for state in states])
+) -> dict[int, NDArray[Any]]:
+    """What the blocks leave to the head, [windows, …] each, by number."""
+    states = model.embed(batches)
+    for call in range(len(model.graph.calls)):
+        model.advance(call, states)
+    return {
+        number: np.concatenate([state[number] for state in states])
+        for number in model.graph.head_takes
+    }
 
 
 @jax.jit
@@ -112,6 +115,9 @@ def _compare_vectors(source: Any, artifact: Any, mask: NDArray[np.bool_]) -> Win
 Pairs = list[tuple[Any, NDArray[Any]]]
 """A model's variables, each with its value."""
 
+BatchValues = dict[int, NDArray[Any]]
+"""What passes between the blocks for one batch, by number (see `pipeline.model.blocks`)."""
+
 
 class StreamedModel:
     """A model that runs part by part: embed → blocks → head, reading each part when it is due."""
@@ -122,26 +128,39 @@ class StreamedModel:
         self._read = read
         self._programs: dict[tuple[str, int], Any] = {}
 
-    def embed(self, batches: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_]]]) -> list[Any]:
-        """[hidden_states, *side_inputs] of each batch of (tokens, mask)."""
-        embed = self.graph.embed
+    def embed(
+        self, batches: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_]]]
+    ) -> list[BatchValues]:
+        """What depends on no block, for each batch of (tokens, mask)."""
+        embed, numbers = self.graph.embed, self.graph.embedded
         run = self._load(0, "embed", embed)
-        return [run([model_inputs(embed, *batch)], {}) for batch in batches]
+        found = [run([model_inputs(embed, *batch)], {}) for batch in batches]
+        return [_numbered(numbers, one) for one in found]
 
-    def advance(self, block: int, states: list[Any]) -> None:
-        """Send every batch through one block, in place."""
-        found = self.graph.blocks[block]
-        # Blocks of one signature list their variables in the same order, and share a program.
-        run = self._load(block + 1, found.signature, found.layer)
+    def advance(self, call: int, states: Sequence[BatchValues]) -> None:
+        """Send every batch through one call of a block and the glue before it, in place."""
+        found = self.graph.calls[call]
+        if found.glue is not None:
+            run = self._load(0, f"glue {call}", found.glue.model)
+            for state in states:
+                results = run([[jnp.asarray(state[n]) for n in found.glue.takes]], {})
+                state.update(_numbered(found.glue.gives, results))
+        # Calls of one signature list their variables in the same order, and share a program.
+        run = self._load(found.block + 1, found.signature, found.layer)
+        still_used = {*self.graph.head_takes, *found.gives}
+        for later in self.graph.calls[call + 1 : call + 2]:
+            still_used.update(later.live, later.glue.takes if later.glue else ())
         for state in states:
-            args, kwargs = found.bind(state[0], state[1:])
-            state[0] = np.asarray(run(list(args), kwargs))
+            args, kwargs = found.bind([state[number] for number in found.takes])
+            state.update(_numbered(found.gives, found.given(run(list(args), kwargs))))
+            for number in set(state) - still_used:
+                del state[number]
 
-    def head(self) -> Callable[[Any, Any, Any], Array]:
-        """The function (hidden_states, tokens, mask) → the model's output."""
+    def head(self) -> Callable[[BatchValues, Any, Any], Array]:
+        """The function (values, tokens, mask) → the model's output."""
         run = self._load(0, "head", self.graph.head)
-        return lambda hidden_states, tokens, mask: run(
-            [self.graph.bind_head(hidden_states, text_inputs(tokens, mask))], {}
+        return lambda values, tokens, mask: run(
+            [self.graph.bind_head(values, text_inputs(tokens, mask))], {}
         )
 
     def _load(self, part: int, name: str, layer: Any) -> Callable[[list[Any], dict[str, Any]], Any]:
@@ -160,6 +179,11 @@ class StreamedModel:
         # In the dtypes of their variables, which for float16 may be float32 (see `ModelState`).
         values = [np.asarray(value, np.dtype(variable.dtype)) for variable, value in pairs]
         return partial(self._programs[key], values)
+
+
+def _numbered(numbers: Sequence[int], outputs: Any) -> BatchValues:
+    # Keras unpacks a list of one.
+    return dict(zip(numbers, map(np.asarray, tree.flatten(outputs)), strict=True))
 
 
 def source_model(model: ModelState) -> StreamedModel:

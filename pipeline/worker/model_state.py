@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from pipeline.artifact.parts import Part, cut_parts, decode_part
 from pipeline.errors import SourceError
-from pipeline.model.blocks import Block, BlockGraph, find_blocks
+from pipeline.model.blocks import Block, BlockGraph, Call, find_blocks
 from pipeline.model.preset import INDEX_FILE, TASK_WEIGHTS_FILE, read_preset
 from pipeline.model.preset_json import base_policy, converted_files, policy_map
 from pipeline.model.skeleton import Skeleton, build_skeleton
-from pipeline.model.targets import Target, call_with
+from pipeline.model.targets import Target, outputs_with
 from pipeline.model.tokenizer import model_inputs
 from pipeline.plan import Plan
 from pipeline.recipe.recipe import statistics_of
@@ -42,6 +42,7 @@ class ModelState:
         self.skeleton = build_skeleton(self._preset)
         self._source = open_source(self._preset, self.skeleton)
         self._programs: dict[tuple[Any, ...], BlockProgram] = {}
+        self._functions: dict[int, Any] = {}
 
     @cached_property
     def graph(self) -> BlockGraph:
@@ -146,27 +147,65 @@ class ModelState:
 
     def embed(
         self, values: Values, tokens: NDArray[np.int32], mask: NDArray[np.bool_]
-    ) -> tuple[NDArray[Any], list[NDArray[Any]]]:
-        """The hidden states that enter block 0, and the side inputs; `values` are of part 0."""
+    ) -> dict[int, NDArray[Any]]:
+        """What depends on no block, by the number of the value; `values` are of part 0."""
         weights = in_order(self.graph.embed.weights, values, {})
         inputs = model_inputs(self.graph.embed, tokens, mask)
-        hidden_states, *side_inputs = self._embed(weights, inputs)
-        return np.asarray(hidden_states), [np.asarray(side_input) for side_input in side_inputs]
+        embedded = self._compiled(self.graph.embed)(weights, inputs)
+        return dict(zip(self.graph.embedded, map(np.asarray, embedded), strict=True))
+
+    def call(self, block: int) -> Call:
+        """The only call of a block; a plan with calibration has no blocks that share weights."""
+        [call] = self.graph.blocks[block].calls
+        return call
+
+    def enter(
+        self, block: int, values: Values, given: Mapping[int, NDArray[Any]]
+    ) -> dict[int, NDArray[Any]]:
+        """Run the glue before a block, and keep what the block or anything after it uses.
+
+        Args:
+            block: where the values go; the number of blocks if they go to the head.
+            values: at least those of part 0 that glue needs (see `glue_paths`).
+            given: what was live before the glue, by the number of the value.
+        """
+        if block == len(self.graph.blocks):
+            return {number: given[number] for number in self.graph.head_takes}
+        call, found = self.call(block), dict(given)
+        if call.glue is not None:
+            weights = in_order(call.glue.model.weights, values, {})
+            taken = [given[number] for number in call.glue.takes]
+            results = self._compiled(call.glue.model)(weights, taken)
+            found |= zip(call.glue.gives, map(np.asarray, results), strict=True)
+        return {number: found[number] for number in call.live}
 
     @cached_property
-    def _embed(self) -> Any:
-        embed = self.graph.embed
-        return jax.jit(lambda weights, inputs: call_with(embed, weights, inputs))
+    def glue_paths(self) -> frozenset[str]:
+        """Paths of the variables that lie between blocks, such as an encoder's last norm."""
+        models = [call.glue.model for call in self.graph.calls if call.glue is not None]
+        return frozenset(str(variable.path) for model in models for variable in model.weights)
 
-    def program(self, block: Block, hidden_states: Any, side_inputs: Sequence[Any]) -> BlockProgram:
-        """The block's compiled program for micro-batches of this shape."""
+    def _compiled(self, model: keras.Model) -> Any:
+        """(weights, inputs) → the model's outputs."""
+        key = id(model)  # which the graph keeps alive
+        if key not in self._functions:
+            self._functions[key] = jax.jit(
+                lambda weights, inputs: outputs_with(model, weights, inputs)
+            )
+        return self._functions[key]
+
+    def program(self, block: Block, taken: Sequence[Any]) -> BlockProgram:
+        """The block's compiled program for micro-batches of this shape.
+
+        Args:
+            taken: the values that the block's call takes.
+        """
         layers = self.plan.parts[block.index + 1].layers
         statistics = {layer.name: statistics_of(layer.scheme) for layer in layers}
-        arrays = (hidden_states, *side_inputs)
-        inputs = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays)
+        inputs = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in taken)
         key = (block.signature, tuple(statistics.items()), inputs)
         if key not in self._programs:
-            self._programs[key] = BlockProgram(block, statistics, inputs[0], inputs[1:])
+            self._programs[key] = BlockProgram(block, statistics, inputs)
         return self._programs[key]
 
 

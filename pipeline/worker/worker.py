@@ -19,6 +19,7 @@ from pipeline.calibration.windows import TokenWindows
 from pipeline.errors import DamagedObjectError, MissingObjectError
 from pipeline.executor.protocol import WorkerLostError
 from pipeline.fidelity import WindowFidelity
+from pipeline.model.blocks import Call
 from pipeline.plan import LayerPlan, Plan
 from pipeline.reduction import reduce_subtree
 from pipeline.run import activations
@@ -48,15 +49,13 @@ class MicroBatch:
     runs again, with the weights that later stages are given, has the same bits.
 
     Attributes:
-        hidden_states: [micro_batch, sequence, hidden], float32: what enters the block.
-        side_inputs: the blocks' other inputs.
+        values: what the block or any later one uses, by number (see `pipeline.model.blocks`).
         mask: [micro_batch, sequence], bool: where there is text.
         block, stage: the block that it is in, and the next stage of that block.
         live: what that stage begins with.
     """
 
-    hidden_states: NDArray[np.float32]
-    side_inputs: list[NDArray[Any]]
+    values: dict[int, NDArray[Any]]
     mask: NDArray[np.bool_]
     block: int = 0
     stage: int = 0
@@ -66,8 +65,14 @@ class MicroBatch:
         """Go back to where it entered its block."""
         self.stage, self.live = 0, ()
 
-    def run_stage(self, program: BlockProgram, stage: int, weights: Sequence[Any]) -> Any:
-        """Run the block up to this stage, and return the stage's result.
+    def taken(self, call: Call) -> tuple[NDArray[Any], ...]:
+        """What a call takes of the values."""
+        return tuple(self.values[number] for number in call.takes)
+
+    def run_stage(
+        self, call: Call, program: BlockProgram, stage: int, weights: Sequence[Any]
+    ) -> tuple[Any, ...]:
+        """Run the block up to this stage, and return the stage's results.
 
         Args:
             weights: of the whole block, quantized up to this stage.
@@ -75,17 +80,22 @@ class MicroBatch:
         if self.stage > stage:
             self.rewind()
         if self.stage == 0:
-            self.live = (self.hidden_states, *self.side_inputs)
+            self.live = self.taken(call)
         while self.stage <= stage:
-            result, self.live = program.run_stage(self.stage, weights, self.live)
+            results, self.live = program.run_stage(self.stage, weights, self.live)
             self.stage += 1
-        return result
+        return results
 
-    def finish_block(self, program: BlockProgram, weights: Sequence[Any]) -> None:
-        """Run the rest of the block, and enter the next one."""
-        output = self.run_stage(program, len(program.groups), weights)
-        self.hidden_states = np.asarray(output)
-        self.block += 1
+    def finish_block(
+        self, call: Call, program: BlockProgram, weights: Sequence[Any]
+    ) -> dict[int, NDArray[Any]]:
+        """Run the rest of the block; returns the values beside those that it has given."""
+        given = self.run_stage(call, program, len(program.groups), weights)
+        return self.values | dict(zip(call.gives, map(np.asarray, given), strict=True))
+
+    def enter(self, block: int, values: dict[int, NDArray[Any]]) -> None:
+        """Enter a block with these values."""
+        self.values, self.block = values, block
         self.rewind()
 
 
@@ -138,6 +148,7 @@ class Worker(WorkerApi):
         self._store = open_store(run_url)
         self._model = ModelState(self._plan, source_url)
         self._shards = CalibrationShards()
+        self._glue_values: Values = {}
         self._freed = FreedMemory()
         self._compiled = CompiledAhead(plan, self._model.targets, self._model.scale_dtype)
 
@@ -153,6 +164,7 @@ class Worker(WorkerApi):
         if not missing:
             return
         rest = self._model.read(0)
+        self._glue_values = {path: rest[path] for path in sorted(self._model.glue_paths)}
         for index in missing:
             self._shards.put(index, self._enter(rest, index, start))
         for done in range(start, block):
@@ -169,8 +181,10 @@ class Worker(WorkerApi):
 
         def leaf(index: int) -> CalibrationStatistics:
             batches = self._shards.get(index, block)
-            program = self._program(block, batches[0])
-            inputs = ((batch.run_stage(program, stage, weights), batch.mask) for batch in batches)
+            call, program = self._model.call(block), self._program(block, batches[0])
+            inputs = (
+                (batch.run_stage(call, program, stage, weights)[0], batch.mask) for batch in batches
+            )
             return sum_inputs(inputs, program.groups[stage], program.input_axes[stage])
 
         return reduce_subtree(subtree, leaf, self.merge)
@@ -240,8 +254,10 @@ class Worker(WorkerApi):
     def keep(self, block: int, shards: Sequence[int]) -> dict[int, activations.SavedShard]:
         saved = {}
         for index in shards:
-            hidden_states = [batch.hidden_states for batch in self._shards.get(index, block)]
-            saved[index] = activations.save(self._store, block, index, hidden_states)
+            carried = self._model.graph.carried(self._model.call(block))
+            batches = self._shards.get(index, block)
+            values = [[batch.values[number] for number in carried] for batch in batches]
+            saved[index] = activations.save(self._store, block, index, values)
         return saved
 
     def finalize(self, records: Mapping[int, PartRecord]) -> Manifest:
@@ -280,14 +296,16 @@ class Worker(WorkerApi):
         return [jnp.asarray(value) for value in in_order(variables, values, kernels)]
 
     def _finish_block(self, block: int, shards: Sequence[int], weights: Sequence[Any]) -> None:
+        call = self._model.call(block)
         for index in shards:
             for batch in self._shards.unfinished(index, block):
-                batch.finish_block(self._program(block, batch), weights)
+                values = batch.finish_block(call, self._program(block, batch), weights)
+                batch.enter(block + 1, self._model.enter(block + 1, self._glue_values, values))
         self._freed.limit()
 
     def _program(self, block: int, batch: MicroBatch) -> BlockProgram:
         return self._model.program(
-            self._model.graph.blocks[block], batch.hidden_states, batch.side_inputs
+            self._model.graph.blocks[block], batch.taken(self._model.call(block))
         )
 
     def _enter(self, rest: Values, shard: int, block: int) -> list[MicroBatch]:
@@ -307,16 +325,17 @@ class Worker(WorkerApi):
         batches = []
         for a in range(0, len(tokens), plan.micro_batch):
             chosen = slice(a, a + plan.micro_batch)
-            hidden_states, side_inputs = self._model.embed(rest, tokens[chosen], mask[chosen])
-            batches.append(
-                MicroBatch(hidden_states=hidden_states, side_inputs=side_inputs, mask=mask[chosen])
-            )
+            embedded = self._model.embed(rest, tokens[chosen], mask[chosen])
+            batches.append(MicroBatch(values=embedded, mask=mask[chosen]))
         if block:
             try:
                 saved = activations.load(self._store, block, shard)
             except (DamagedObjectError, MissingObjectError) as error:
                 # They were complete when the driver chose them: have it choose again.
                 raise LostShardError(str(error)) from error
-            for batch, hidden_states in zip(batches, saved, strict=True):
-                batch.hidden_states, batch.block = hidden_states, block
+            call = self._model.call(block)
+            carried = self._model.graph.carried(call)
+            for batch, arrays in zip(batches, saved, strict=True):
+                values = batch.values | dict(zip(carried, arrays, strict=True))
+                batch.enter(block, {number: values[number] for number in call.live})
         return batches

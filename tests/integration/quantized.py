@@ -110,10 +110,10 @@ def answer(
 ) -> Any:
     """A streamed model's output for tokens [batch, sequence], by default without padding."""
     mask = np.ones(tokens.shape, bool) if mask is None else mask
-    states = [list(state) for state in model.embed([(tokens, mask)])]
-    for block in range(len(model.graph.blocks)):
-        model.advance(block, states)
-    return model.head()(states[0][0], tokens, mask)
+    states = model.embed([(tokens, mask)])
+    for call in range(len(model.graph.calls)):
+        model.advance(call, states)
+    return model.head()(states[0], tokens, mask)
 
 
 def distance(found: Any, expected: Any) -> float:

@@ -13,15 +13,17 @@ def store() -> ObjectStore:
     return open_store(f"memory://test-activations/{next(_fresh)}")
 
 
-def hidden_states(block: int, shard: int) -> list[np.ndarray]:
+def entering(block: int, shard: int, num_values: int = 1) -> list[list[np.ndarray]]:
+    """What enters a block: values of three micro-batches."""
     draw = np.random.default_rng([block, shard])
-    return [draw.standard_normal((2, 5, 3), np.float32) for _ in range(3)]
+    return [
+        [draw.standard_normal((2, 5, 3 + index), np.float32) for index in range(num_values)]
+        for _ in range(3)
+    ]
 
 
 def keep(store: ObjectStore, block: int, num_shards: int = 2) -> None:
-    kept = {
-        s: activations.save(store, block, s, hidden_states(block, s)) for s in range(num_shards)
-    }
+    kept = {s: activations.save(store, block, s, entering(block, s)) for s in range(num_shards)}
     activations.finish(store, block, kept)
 
 
@@ -34,19 +36,21 @@ def store_keys(block: int) -> list[str]:
     return [f"activations/{block:05d}/shard-{shard:05d}.safetensors" for shard in range(2)]
 
 
-def test_saved_activations_load_bit_for_bit(store: ObjectStore) -> None:
-    keep(store, 3)
-    for shard in range(2):
-        found = activations.load(store, 3, shard)
-        assert all(
-            (a == b).all() and a.dtype == b.dtype
-            for a, b in zip(found, hidden_states(3, shard), strict=True)
-        )
+@pytest.mark.parametrize("num_values", [1, 2, 12])
+def test_saved_activations_load_bit_for_bit(num_values: int, store: ObjectStore) -> None:
+    expected = entering(3, 0, num_values)
+    activations.finish(store, 3, {0: activations.save(store, 3, 0, expected)})
+    found = activations.load(store, 3, 0)
+    assert [len(batch) for batch in found] == [num_values] * 3
+    for batch, wanted in zip(found, expected, strict=True):
+        for a, b in zip(batch, wanted, strict=True):
+            assert np.array_equal(a, b)
+            assert a.dtype == b.dtype
 
 
 def test_the_same_hidden_states_are_the_same_bytes(store: ObjectStore) -> None:
-    assert activations.save(store, 1, 0, hidden_states(0, 0)) == activations.save(
-        store, 2, 0, hidden_states(0, 0)
+    assert activations.save(store, 1, 0, entering(0, 0)) == activations.save(
+        store, 2, 0, entering(0, 0)
     )
 
 
@@ -87,7 +91,7 @@ def test_a_malformed_index_counts_as_damaged(store: ObjectStore, content: bytes)
 
 def test_a_set_without_its_index_does_not_count(store: ObjectStore) -> None:
     for shard in range(2):
-        activations.save(store, 7, shard, hidden_states(7, shard))
+        activations.save(store, 7, shard, entering(7, shard))
     assert activations.latest(store, 9, 2) == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,18 @@ class Counting:
             raise RuntimeError
         self.run.append(stage)
         result = live[0] * 10 + weights[stage]
-        return result, (result,)
+        return (result,), (result,)
 
 
 def batch() -> MicroBatch:
-    return MicroBatch(hidden_states=np.ones(1, np.float32), side_inputs=[], mask=np.ones(1, bool))
+    return MicroBatch(values={0: np.ones(1, np.float32)}, mask=np.ones(1, bool))
+
+
+CALL: Any = SimpleNamespace(takes=(0,), gives=(1,))
+
+
+def finish(one: MicroBatch, program: Any) -> None:
+    one.enter(one.block + 1, one.finish_block(CALL, program, [1, 2, 3]))
 
 
 @pytest.mark.parametrize(
@@ -45,20 +53,20 @@ def batch() -> MicroBatch:
 def test_only_stages_that_are_due_run(asked: list[int], run: list[int]) -> None:
     program, one = Counting(), batch()
     for stage in asked:
-        result = one.run_stage(program, stage, [1, 2, 3])  # type: ignore[arg-type]
+        [result] = one.run_stage(CALL, program, stage, [1, 2, 3])  # type: ignore[arg-type]
         assert result == [11, 112, 1123][stage]
     assert program.run == run
 
 
 def test_a_micro_batch_whose_stage_failed_continues_from_there() -> None:
     program, one = Counting(), batch()
-    one.run_stage(program, 0, [1, 2, 3])  # type: ignore[arg-type]
+    one.run_stage(CALL, program, 0, [1, 2, 3])  # type: ignore[arg-type]
     program.fails = True
     with pytest.raises(RuntimeError):
-        one.finish_block(program, [1, 2, 3])  # type: ignore[arg-type]
+        finish(one, program)
     program.fails = False
-    one.finish_block(program, [1, 2, 3])  # type: ignore[arg-type]
-    assert (one.block, one.stage, one.live, one.hidden_states) == (1, 0, (), 1123)
+    finish(one, program)
+    assert (one.block, one.stage, one.live, one.values[1]) == (1, 0, (), 1123)
     assert program.run == [0, 1, 2]
 
 
@@ -66,13 +74,13 @@ def test_a_shard_that_finished_a_block_in_part_is_in_neither_and_can_finish_it()
     shards, batches, program = CalibrationShards(), [batch(), batch()], Counting()
     shards.put(7, batches)
     assert shards.has(7, 0)
-    batches[0].finish_block(program, [1, 2, 3])  # type: ignore[arg-type]
+    finish(batches[0], program)
     for block in (0, 1):
         assert not shards.has(7, block)
         with pytest.raises(LostShardError, match=r"shard 7 .* is in \[0, 1\]"):
             shards.get(7, block)
     assert list(shards.unfinished(7, 0)) == [batches[1]]
-    batches[1].finish_block(program, [1, 2, 3])  # type: ignore[arg-type]
+    finish(batches[1], program)
     assert shards.get(7, 1) == batches
     assert list(shards.unfinished(7, 0)) == []
     with pytest.raises(LostShardError, match=r"shard 8 .* not held here"):
