@@ -294,4 +294,4 @@ def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> Renderabl
         for name in unmatched
     )
     notes = _left_in_float({layer.path: layer.note for layer in every if layer.note})
-    return Group(layers, facts, *notes, *rules)
+    return Group(layers, facts, *notes, *map(Text, plan.notes), *rules)

@@ -125,6 +125,8 @@ class Plan(StoredRecord):
         policies: dtype policy by layer path, as the artifact's JSON names them.
         weights_format: 2 compresses float8 kernels in the weights files; 1 stores them as they
             are. Plans of format 1 do not mention it, since older versions knew no other.
+        notes: where the result is not simply the source with quantized layers, such as variables
+            that the source stores in another dtype; omitted where there are none.
     """
 
     source_url: str
@@ -138,11 +140,14 @@ class Plan(StoredRecord):
     versions: dict[str, str]
     policies: dict[str, str] = field(default_factory=dict)
     weights_format: Literal[1, 2] = 1
+    notes: tuple[str, ...] = ()
 
     def content(self) -> dict[str, Any]:
         values = super().content()
         if self.weights_format == 1:
             del values["weights_format"]
+        if not self.notes:
+            del values["notes"]
         return values
 
     @property

@@ -19,8 +19,15 @@ from pipeline.calibration.texts import read_texts
 from pipeline.calibration.windows import TokenWindows, make_windows, shard_bounds
 from pipeline.errors import RecipeError
 from pipeline.model.blocks import BlockGraph, Glue, find_blocks
+from pipeline.model.huggingface import check_converted
 from pipeline.model.preset import PresetFiles
-from pipeline.model.preset_json import converted_files, layer_policy, policy_map, quantized_json
+from pipeline.model.preset_json import (
+    conversion_notes,
+    converted_files,
+    layer_policy,
+    policy_map,
+    quantized_json,
+)
 from pipeline.model.skeleton import Skeleton, build_skeleton
 from pipeline.model.targets import Target, outputs_with
 from pipeline.model.tokenizer import model_inputs, preset_tokenizer
@@ -61,10 +68,15 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
     # Refuses layers for which Keras has no policy.
     policy_map(str(skeleton.backbone.dtype_policy.name), policies)
     # Refuses sources that lack weights; their values are read part by part below.
-    source.variables()
+    casts = source.casts()
+    notes = [f"{number} variables are cast from {change}" for change, number in casts.items()]
+    source.check_complete()
+    small_files = preset.json_files
     if preset.format == "huggingface":
         # Refuses now what could not be written at the end.
-        converted_files(preset, skeleton)
+        check_converted(preset, skeleton.backbone, skeleton.predicts_tokens)
+        small_files = converted_files(preset, skeleton)
+        notes += conversion_notes(small_files, policies)
     calibration = recipe.calibration if any(map(statistics_of, schemes.values())) else None
     windows, digests = _read(preset, skeleton, source, graph, calibration)
     tokens = None if windows is None else _tokens_plan(windows)
@@ -72,7 +84,7 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
         source_url=preset.url,
         source_files_sha256=source.files_digest(),
         model=type(skeleton.backbone).__name__,
-        task=_task_name(skeleton, preset, policies),
+        task=_task_name(skeleton, small_files, policies),
         recipe=Recipe.model_validate(recipe.to_dict()),
         tokens=tokens,
         parts=_parts(skeleton, graph, layers, digests, tokens),
@@ -80,6 +92,7 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
         versions=versions(),
         policies=policies,
         weights_format=2 if any(isinstance(s, Float8Scheme) for s in schemes.values()) else 1,
+        notes=tuple(notes),
     )
     return Planned(plan=plan, windows=windows)
 
@@ -311,9 +324,11 @@ def _glue_shapes(glue: Glue, values: Mapping[int, Any]) -> dict[int, Any]:
     return dict(zip(glue.gives, given, strict=True))
 
 
-def _task_name(skeleton: Skeleton, preset: PresetFiles, policies: Mapping[str, str]) -> str:
+def _task_name(
+    skeleton: Skeleton, small_files: Mapping[str, bytes], policies: Mapping[str, str]
+) -> str:
     """The class that the artifact's task.json will name."""
     if skeleton.task is not None:
         return type(skeleton.task).__name__
-    written = quantized_json(preset.json_files, policies)["task.json"]
+    written = quantized_json(small_files, policies)["task.json"]
     return str(json.loads(written)["class_name"])

@@ -1,8 +1,8 @@
 """Hugging Face models through KerasHub's own converters: their JSON, and each variable's tensor.
 
 A converter runs on a skeleton, with a loader that only records which tensor it requests for each
-variable and how it would reshape it. So every architecture that KerasHub converts with
-`port_weight` is read exactly as KerasHub reads it, one variable at a time.
+variable and how it would reshape it. So every architecture that KerasHub converts is read exactly
+as KerasHub reads it, one variable at a time, except that nothing is cast on the way.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import keras
 import keras_hub
 import numpy as np
-from keras_hub.src.utils.preset_utils import find_subclass
+from keras_hub.src.utils.preset_utils import list_subclasses
 from keras_hub.src.utils.transformers.preset_loader import TransformersPresetLoader
 from keras_hub.src.utils.transformers.safetensor_utils import SafetensorLoader
 from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
 from pipeline.model.preset import CONFIG_FILE, PresetFiles, keras_errors
+from pipeline.model.source_config import NotedConfig, check_config, normalized_config, taken_over
+
+SENTENCE_TRANSFORMERS_FILE = "modules.json"
+"""Lists the modules of a sentence-transformers model: a language model, pooling, …"""
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -43,28 +47,45 @@ def _find_converter(preset: PresetFiles) -> ModuleType:
     return converter
 
 
+def kerashub_subclass(parent: type, backbone_class: type) -> Any | None:
+    """KerasHub's class of a kind, such as CausalLM or Tokenizer, for a backbone, if there is one.
+
+    Of several it is the one of the plainest name. KerasHub itself takes the first of a set, which
+    is another one in some processes (`MistralTekkenTokenizer` for `MistralTokenizer`).
+    """
+    found = [c for c in list_subclasses(parent) if c.backbone_cls == backbone_class]
+    return min(found, key=lambda c: (len(c.__name__), c.__name__), default=None)
+
+
+def tokenizer_class(preset: PresetFiles) -> Any:
+    """The class to load a Hugging Face model's tokenizer with.
+
+    Raises:
+        SourceError: KerasHub has none for its architecture.
+    """
+    backbone_class = _find_converter(preset).backbone_cls
+    found = kerashub_subclass(keras_hub.models.Tokenizer, backbone_class)
+    if found is None:
+        raise SourceError(f"{preset.url}: KerasHub has no tokenizer for {backbone_class.__name__}")
+    return found
+
+
 def convert_config(preset: PresetFiles) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The JSON of backbone and task that KerasHub would save after loading this model.
 
-    The dtype is the model's own (torch_dtype). The task is a causal language model if the
-    architecture names one, else a text embedder if KerasHub has one.
+    The dtype is the model's own (torch_dtype). The task is a text embedder if the folder is one of
+    sentence-transformers, else a causal language model if the architecture names one, else a text
+    embedder; none if KerasHub has no such task.
 
     Raises:
         SourceError: no converter, a config that it does not understand, or components other than
             the text model (a vision encoder).
     """
     converter = _find_converter(preset)
-    config = preset.parse(CONFIG_FILE)
     backbone_class = converter.backbone_cls
-    options = [config]
-    if len(inspect.signature(converter.convert_backbone_config).parameters) != 1:
-        options.append(backbone_class)
-    with keras_errors(
-        f"{preset.url}/{CONFIG_FILE}: KerasHub's converter for {backbone_class.__name__} failed",
-        "a value is missing or has a newer format",
-    ):
-        arguments = converter.convert_backbone_config(*options)
-    dtype = config.get("torch_dtype", config.get("dtype"))
+    config = normalized_config(preset.parse(CONFIG_FILE))
+    arguments = _backbone_arguments(preset, converter, config)
+    dtype = config.get("torch_dtype") or config.get("dtype")
     policy = keras.DTypePolicy(dtype if dtype in _DTYPES else "float32")
     arguments = {**arguments, "dtype": keras.dtype_policies.serialize(policy)}
     try:
@@ -76,6 +97,41 @@ def convert_config(preset: PresetFiles) -> tuple[dict[str, Any], dict[str, Any] 
         ) from None
     backbone_json = serialized_object(backbone_class, arguments)
     return backbone_json, _task_json(preset, converter, backbone_json)
+
+
+def check_converted(preset: PresetFiles, backbone: Any, generates: bool) -> None:
+    """Check that a backbone built from `convert_config` computes what config.json says.
+
+    Raises:
+        SourceError: it does not, or config.json has a setting of unknown effect.
+    """
+    config = normalized_config(preset.parse(CONFIG_FILE))
+    _backbone_arguments(preset, _find_converter(preset), config)
+    check_config(preset, config, backbone, generates)
+
+
+def _backbone_arguments(
+    preset: PresetFiles, converter: ModuleType, config: NotedConfig
+) -> dict[str, Any]:
+    backbone_class = converter.backbone_cls
+    where = f"{preset.url}/{CONFIG_FILE}"
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "an unnamed method")
+        raise SourceError(
+            f"{where}: the model is already quantized ({method}); start from the float model that "
+            "it was made from"
+        )
+    options = [config]
+    if len(inspect.signature(converter.convert_backbone_config).parameters) != 1:
+        options.append(backbone_class)
+    with keras_errors(
+        f"{where}: KerasHub's converter for {backbone_class.__name__} failed",
+        "a value is missing or has a newer format",
+    ):
+        arguments: dict[str, Any] = converter.convert_backbone_config(*options)
+    parameters = inspect.signature(backbone_class).parameters
+    return {**arguments, **taken_over(config, parameters)}
 
 
 def serialized_object(keras_class: type, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,11 +150,11 @@ def _task_json(
     preset: PresetFiles, converter: ModuleType, backbone_json: dict[str, Any]
 ) -> dict[str, Any] | None:
     architecture = str((preset.parse(CONFIG_FILE).get("architectures") or [""])[0])
-    generates = architecture.endswith(("ForCausalLM", "LMHeadModel"))
+    embeds = SENTENCE_TRANSFORMERS_FILE in preset.json_files
+    generates = architecture.endswith(("ForCausalLM", "LMHeadModel")) and not embeds
     parent = keras_hub.models.CausalLM if generates else keras_hub.models.TextEmbedder
-    try:
-        task_class = find_subclass(preset.url, parent, converter.backbone_cls)
-    except ValueError:
+    task_class = kerashub_subclass(parent, converter.backbone_cls)
+    if task_class is None:
         return None
     extra: dict[str, Any] = {}
     if not generates and hasattr(converter, "load_task_config"):
@@ -126,22 +182,34 @@ class Conversion:
     constant: NDArray[Any] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Conversions:
+    """How KerasHub's converter fills a backbone."""
+
+    by_path: Mapping[str, Conversion]
+    """Of each variable that it fills, by variable path."""
+    tensors: frozenset[str]
+    """Full names of all tensors whose values it takes."""
+
+
 def record_conversion(
-    preset: PresetFiles, backbone: Any, tensors: Mapping[str, str]
-) -> dict[str, Conversion]:
+    preset: PresetFiles,
+    backbone: Any,
+    tensors: Mapping[str, str],
+    read_small: Callable[[str], NDArray[Any]],
+) -> Conversions:
     """Run KerasHub's converter on a weightless backbone, and record how it fills each variable.
 
     Args:
         backbone: of a skeleton used for nothing else, since the converter may assign to it.
         tensors: file of each tensor.
-
-    Returns:
-        The conversion of each variable that the converter fills, by variable path.
+        read_small: returns the value of a tensor with which the converter itself computes, such as
+            an embedding that it adds to another; refuses those that are too large.
 
     Raises:
-        SourceError: a tensor is missing, or the converter computes with tensors itself.
+        SourceError: a tensor is missing, or the converter computes with large ones.
     """
-    loader = _RecordingLoader(preset, tensors)
+    loader = _RecordingLoader(preset, tensors, read_small)
     before = {id(variable) for variable in backbone.variables if variable._value is not None}
     with keras_errors(
         f"{preset.url}: KerasHub's converter for {type(backbone).__name__} failed",
@@ -149,16 +217,55 @@ def record_conversion(
     ):
         _find_converter(preset).convert_weights(backbone, loader, preset.parse(CONFIG_FILE))
     for variable in backbone.variables:
-        path = str(variable.path)
         if variable._value is not None and id(variable) not in before:
-            loader.conversions.setdefault(path, Conversion(constant=np.asarray(variable.value)))
-    return loader.conversions
+            constant = Conversion(constant=np.asarray(variable.value))
+            loader.conversions[str(variable.path)] = constant
+    return Conversions(by_path=loader.conversions, tensors=frozenset(loader.used))
+
+
+def converted_value(
+    conversion: Conversion, value: NDArray[Any], shape: tuple[int, ...], where: str
+) -> NDArray[Any]:
+    """A tensor's value in the form that a variable takes, in the tensor's own dtype.
+
+    Raises:
+        SourceError: the tensor is too small or has other axes than the converter expects.
+    """
+    if conversion.hook is None:
+        return value
+    try:
+        return np.asarray(conversion.hook(value.view(_Uncast), list(shape)))
+    except (ValueError, IndexError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise SourceError(
+            f"{where}: shape {value.shape} does not convert to {shape}, which config.json implies "
+            f"({reason}); weights and config are not of the same model, or KerasHub lacks a "
+            "setting of it, such as heads of their own width"
+        ) from None
+
+
+class _Uncast(np.ndarray):
+    """Keeps its floating-point dtype.
+
+    Some converters cast to float16, whatever the model's dtype. Values beyond 65,504 would become
+    infinite, and small ones lose bits; a variable's dtype is decided elsewhere.
+    """
+
+    def astype(self, dtype: Any, *args: Any, **kwargs: Any) -> Any:
+        if keras.backend.is_float_dtype(str(np.dtype(dtype))):
+            return self
+        return super().astype(dtype, *args, **kwargs)
 
 
 class _RecordingLoader(SafetensorLoader):  # type: ignore[misc]  # KerasHub carries no types
-    """Answers like KerasHub's loader, but never with data."""
+    """Answers like KerasHub's loader, but reads data only where the converter computes with it."""
 
-    def __init__(self, preset: PresetFiles, tensors: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        preset: PresetFiles,
+        tensors: Mapping[str, str],
+        read_small: Callable[[str], NDArray[Any]],
+    ) -> None:
         contextlib.ExitStack.__init__(self)
         self.preset = preset.url
         self.safetensor_config = {"weight_map": tensors}
@@ -166,16 +273,33 @@ class _RecordingLoader(SafetensorLoader):  # type: ignore[misc]  # KerasHub carr
         self.prefix: str | None = None
         self.fname = None
         self.conversions: dict[str, Conversion] = {}
+        self.used: set[str] = set()
+        self._read_small = read_small
 
-    def get_tensor(self, hf_weight_key: str) -> _TensorWithoutData:
-        return _TensorWithoutData(self.preset, self._full_key(hf_weight_key))
+    def get_tensor(self, hf_weight_key: str) -> _LazyTensor:
+        name = self._full_key(hf_weight_key)
+        return _LazyTensor(lambda: self._read(name))
 
     def port_weight(
         self, keras_variable: Any, hf_weight_key: str, hook_fn: Hook | None = None
     ) -> None:
-        self.conversions[str(keras_variable.path)] = Conversion(
-            tensor=self._full_key(hf_weight_key), hook=hook_fn
-        )
+        name = self._full_key(hf_weight_key)
+        conversion = Conversion(tensor=name, hook=hook_fn)
+        self.conversions[str(keras_variable.path)] = conversion
+        self.used.add(name)
+        keras_variable._value = None
+
+        def initializer(shape: tuple[int, ...], dtype: str) -> Any:
+            # Keras asks for this if the converter computes with the variable.
+            where = f"{self.preset}: {name}"
+            value = converted_value(conversion, self._read(name), tuple(shape), where)
+            return keras.ops.convert_to_tensor(value, dtype)
+
+        keras_variable._initializer = initializer
+
+    def _read(self, name: str) -> NDArray[Any]:
+        self.used.add(name)
+        return self._read_small(name)
 
     def _full_key(self, key: str) -> str:
         tensors = self.safetensor_config["weight_map"]
@@ -189,20 +313,20 @@ class _RecordingLoader(SafetensorLoader):  # type: ignore[misc]  # KerasHub carr
         return full_key
 
 
-class _TensorWithoutData:
-    """An existing tensor, for converters that only test for existence; any use of it raises."""
+class _LazyTensor:
+    """An existing tensor, read at its first use: converters also test whether one exists."""
 
-    def __init__(self, url: str, name: str) -> None:
-        self._message = (
-            f"{url}: KerasHub's converter computes with tensor {name} itself (a mixture of "
-            "experts, most likely); load the model with KerasHub, save_to_preset, and name that "
-            "folder instead"
-        )
+    def __init__(self, read: Callable[[], NDArray[Any]]) -> None:
+        self._read = read
 
-    def _refuse(self, *_: object, **__: object) -> NoReturn:
-        raise SourceError(self._message)
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.asarray(self._read(), dtype=dtype)
 
-    __array__ = __getitem__ = __len__ = __iter__ = __add__ = __matmul__ = __mul__ = _refuse
+    def __getitem__(self, key: Any) -> Any:
+        return self._read()[key]
+
+    def __len__(self) -> int:
+        return len(self._read())
 
     def __getattr__(self, name: str) -> Any:
-        raise SourceError(self._message)
+        return getattr(self._read(), name)

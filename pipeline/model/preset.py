@@ -21,6 +21,8 @@ CONFIG_FILE = "config.json"
 TASK_FILE = "task.json"
 INDEX_FILE = "model.weights.json"
 """Maps layers to weights files, for presets without a model.weights.h5."""
+SAFETENSORS_FILE = "model.safetensors"
+SAFETENSORS_INDEX_FILE = "model.safetensors.index.json"
 TASK_WEIGHTS_FILE = "task.weights.h5"
 """The variables that a task has in addition to its backbone's."""
 
@@ -123,7 +125,7 @@ def keras_errors(
         yield
     except PipelineError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         for folder, name in (folders or {}).items():
             reason = reason.replace(folder, name)

@@ -16,10 +16,9 @@ from typing import Any
 
 import keras
 import keras_hub
-from keras_hub.src.utils.preset_utils import find_subclass
 
 from pipeline.errors import ArtifactError
-from pipeline.model.huggingface import serialized_object
+from pipeline.model.huggingface import kerashub_subclass, serialized_object, tokenizer_class
 from pipeline.model.preset import CONFIG_FILE, TASK_FILE, PresetFiles, keras_errors
 from pipeline.model.skeleton import Skeleton, apart
 from quantizer.schemes import Int8Scheme, Scheme
@@ -120,9 +119,8 @@ def quantized_json(files: Mapping[str, bytes], policies: Mapping[str, str]) -> d
 def _task_around(config: dict[str, Any], files: Mapping[str, bytes]) -> dict[str, Any]:
     backbone_class = keras.saving.get_registered_object(config["registered_name"])
     for name in _TASKS:
-        try:
-            task_class = find_subclass(CONFIG_FILE, getattr(keras_hub.models, name), backbone_class)
-        except ValueError:
+        task_class = kerashub_subclass(getattr(keras_hub.models, name), backbone_class)
+        if task_class is None:
             continue
         preprocessor = _preprocessor(task_class, files)
         return serialized_object(task_class, {"backbone": config, "preprocessor": preprocessor})
@@ -155,6 +153,17 @@ _VOCABULARIES = (".model", "tokenizer.json", "vocab.json", "vocab.txt")
 _FORGOTTEN = {"bos_token": "start_token", "eos_token": "end_token"}
 
 
+def conversion_notes(files: Mapping[str, bytes], policies: Mapping[str, str]) -> list[str]:
+    """What to tell of the files of `converted_files`, with policies as for `policy_map`."""
+    task = json.loads(quantized_json(files, policies)[TASK_FILE])
+    if "tokenizer.json" not in files or task["config"].get("preprocessor") is not None:
+        return []
+    return [
+        f"the result has a tokenizer, but no preprocessor, since KerasHub's for "
+        f"{task['class_name']} needs TensorFlow: it takes token ids"
+    ]
+
+
 def converted_files(preset: PresetFiles, skeleton: Skeleton) -> dict[str, bytes]:
     """A Hugging Face model's small files in KerasHub's form, converted by KerasHub's own code.
 
@@ -181,9 +190,8 @@ def converted_files(preset: PresetFiles, skeleton: Skeleton) -> dict[str, bytes]
 
 def _tokenizer_files(preset: PresetFiles, skeleton: Skeleton) -> dict[str, bytes]:
     """JSON and vocabularies of tokenizer and preprocessor, by name."""
-    saved_class: Any = None if skeleton.task is None else skeleton.task.preprocessor_cls
-    if saved_class is None:
-        saved_class = keras_hub.tokenizers.Tokenizer
+    preprocessor_class: Any = None if skeleton.task is None else skeleton.task.preprocessor_cls
+    saved_class = preprocessor_class or tokenizer_class(preset)
     with (
         tempfile.TemporaryDirectory(prefix="source-") as source,
         tempfile.TemporaryDirectory(prefix="converted-") as converted,
@@ -198,7 +206,12 @@ def _tokenizer_files(preset: PresetFiles, skeleton: Skeleton) -> dict[str, bytes
             "recipe that needs no calibration"
         )
         with keras_errors(problem, remedy, {source: preset.url, converted: "converted"}), apart():
-            made = saved_class.from_preset(source)
+            try:
+                made = saved_class.from_preset(source)
+            except ImportError:
+                # Some preprocessors, of families that also take images, need TensorFlow.
+                saved_class = tokenizer_class(preset)
+                made = saved_class.from_preset(source)
             made.save_to_preset(converted)
             _complete(target, getattr(made, "tokenizer", made))
             saved_class.from_preset(converted)

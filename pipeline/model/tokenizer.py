@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
+from pipeline.model.huggingface import tokenizer_class
 from pipeline.model.preset import PresetFiles, keras_errors
 from pipeline.model.skeleton import check_trusted
 
@@ -41,8 +42,11 @@ def preset_tokenizer(preset: PresetFiles) -> PresetTokenizer:
     Raises:
         SourceError: the preset has none, or it cannot be built.
     """
+    tokenizer_type: Any = keras_hub.tokenizers.Tokenizer
     if preset.format == "keras":
         check_trusted(preset.parse("tokenizer.json"), f"{preset.url}/tokenizer.json")
+    else:
+        tokenizer_type = tokenizer_class(preset)
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
         # KerasHub reads vocabularies from local files only.
         preset.copy_small_files(Path(folder))
@@ -51,7 +55,7 @@ def preset_tokenizer(preset: PresetFiles) -> PresetTokenizer:
             "check that all of its files are there",
             {folder: preset.url},
         ):
-            tokenizer = keras_hub.tokenizers.Tokenizer.from_preset(folder)
+            tokenizer = tokenizer_type.from_preset(folder)
     return PresetTokenizer(
         tokenizer=tokenizer,
         vocabulary_size=int(tokenizer.vocabulary_size()),

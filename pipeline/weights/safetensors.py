@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
-from pipeline.model.huggingface import Conversion, record_conversion
-from pipeline.model.preset import PresetFiles
+from pipeline.model.huggingface import Conversion, Conversions, converted_value, record_conversion
+from pipeline.model.preset import SAFETENSORS_FILE, SAFETENSORS_INDEX_FILE, PresetFiles
 from pipeline.model.skeleton import build_skeleton
+from pipeline.weights.unused_tensors import check_unused
 from pipeline.weights.weight_files import SourceVariable, check_stored
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100 << 20
+_MAX_COMPUTED_BYTES = 256 << 20
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -35,6 +35,9 @@ class _Tensor:
     """Bytes [start, stop) of a file."""
 
     dtype: np.dtype[Any]
+    """np.void for one that is not among those read here."""
+    stored_dtype: str
+    """As the file names it: BF16, F8_E4M3, …"""
     shape: tuple[int, ...]
     start: int
     stop: int
@@ -46,6 +49,8 @@ class SafetensorsWeights:
 
     preset: PresetFiles
     _headers: dict[str, dict[str, _Tensor]] = field(default_factory=dict, repr=False)
+    _computed: dict[str, int] = field(default_factory=dict, repr=False)
+    """Bytes of each tensor with which the converter computes."""
 
     @property
     def file_names(self) -> tuple[str, ...]:
@@ -57,43 +62,92 @@ class SafetensorsWeights:
     def read(self, paths: tuple[str, ...]) -> dict[str, NDArray[Any]]:
         return {path: self._read(path) for path in paths}
 
+    def check_complete(self) -> None:
+        """Check that every tensor of the files is used, or is known to be of no use here.
+
+        Raises:
+            SourceError: a tensor that KerasHub's converter would drop in silence.
+        """
+        used = self._conversions.tensors
+        unused = tuple(name for name in sorted(self._tensors) if name not in used)
+        check_unused(
+            self.preset,
+            {name: self._tensor(name).shape for name in unused},
+            self._data,
+        )
+
     def _locate(self, path: str) -> SourceVariable:
         conversion, variable = self._conversion(path), self._variables[path]
         shape = tuple(variable.shape)
         if conversion.constant is not None:
             dtype = str(conversion.constant.dtype)
             return SourceVariable(path=path, file="", key="", shape=shape, dtype=dtype)
-        file = self._tensors[conversion.tensor]
         tensor = self._tensor(conversion.tensor)
-        # Hooks transpose, reshape, or take a part of a tensor, so only too small a tensor is
-        # certainly wrong here; what a hook returns is checked when it is read.
-        if conversion.hook is None or math.prod(tensor.shape) < math.prod(shape):
-            where = f"{self.preset.url}/{file}: {conversion.tensor}"
-            check_stored(where, tensor.shape, str(tensor.dtype), variable)
+        self._check_dtype(conversion.tensor)
+        # No hook looks at values, and one number stands for them all: nothing is read or copied.
+        number = np.zeros((), tensor.dtype)
+        self._converted(path, np.broadcast_to(number, tensor.shape))
         return SourceVariable(
-            path=path, file=file, key=conversion.tensor, shape=shape, dtype=str(tensor.dtype)
+            path=path,
+            file=self._tensors[conversion.tensor],
+            key=conversion.tensor,
+            shape=shape,
+            dtype=str(tensor.dtype),
         )
 
     def _read(self, path: str) -> NDArray[Any]:
-        located, conversion = self._locate(path), self._conversion(path)
+        conversion = self._conversion(path)
         if conversion.constant is not None:
             return conversion.constant
-        tensor = self._tensor(conversion.tensor)
-        data = self.preset.read(located.file, tensor.start, tensor.stop)
-        value: NDArray[Any] = np.frombuffer(data, tensor.dtype).reshape(tensor.shape)
+        return self._converted(path, self._data(conversion.tensor))
+
+    def _converted(self, path: str, value: NDArray[Any]) -> NDArray[Any]:
+        """A tensor's value as KerasHub converts it for a variable; checked."""
+        conversion, variable = self._conversion(path), self._variables[path]
+        where = f"{self.preset.url}/{self._tensors[conversion.tensor]}: {conversion.tensor}"
+        converted = converted_value(conversion, value, tuple(variable.shape), f"{where} for {path}")
         if conversion.hook is not None:
-            value = np.asarray(conversion.hook(value, list(located.shape)))
-        where = f"{self.preset.url}/{located.file}: {conversion.tensor}, as converted for {path}"
-        check_stored(where, value.shape, str(value.dtype), self._variables[path])
-        return value
+            where += f", stored as {value.shape} and converted for {path}"
+        check_stored(where, converted.shape, str(converted.dtype), variable)
+        return converted
+
+    def _data(self, name: str) -> NDArray[Any]:
+        """A tensor as it is stored."""
+        self._check_dtype(name)
+        tensor = self._tensor(name)
+        data = self.preset.read(self._tensors[name], tensor.start, tensor.stop)
+        return np.frombuffer(data, tensor.dtype).reshape(tensor.shape)
+
+    def _small_data(self, name: str) -> NDArray[Any]:
+        """A tensor with which the converter computes, which each process keeps in memory."""
+        tensor = self._tensor(name)
+        self._computed[name] = tensor.stop - tensor.start
+        if sum(self._computed.values()) > _MAX_COMPUTED_BYTES:
+            raise SourceError(
+                f"{self.preset.url}: KerasHub's converter computes with tensor {name} and others "
+                f"of more than {_MAX_COMPUTED_BYTES >> 20} MiB together (a mixture of experts, "
+                "most likely); load the model with KerasHub, save_to_preset, and name that folder "
+                "instead"
+            )
+        return self._data(name)
+
+    def _check_dtype(self, name: str) -> None:
+        tensor = self._tensor(name)
+        if tensor.dtype == np.void:
+            raise SourceError(
+                f"{self.preset.url}/{self._tensors[name]}: {name} is stored as "
+                f"{tensor.stored_dtype}, where one of {', '.join(_DTYPES)} is expected; the model "
+                "is already quantized, most likely: start from the float model"
+            )
 
     def _conversion(self, path: str) -> Conversion:
-        if path not in self._conversions:
+        conversion = self._conversions.by_path.get(path)
+        if conversion is None:
             raise SourceError(
                 f"{self.preset.url}: KerasHub's converter gives {path} no value; load the model "
                 "with KerasHub, save_to_preset, and name that folder instead"
             )
-        return self._conversions[path]
+        return conversion
 
     @cached_property
     def _skeleton(self) -> Any:
@@ -105,23 +159,26 @@ class SafetensorsWeights:
         return {str(variable.path): variable for variable in self._skeleton.model.variables}
 
     @cached_property
-    def _conversions(self) -> Mapping[str, Conversion]:
-        return record_conversion(self.preset, self._skeleton.backbone, self._tensors)
+    def _conversions(self) -> Conversions:
+        backbone = self._skeleton.backbone
+        return record_conversion(self.preset, backbone, self._tensors, self._small_data)
 
     @cached_property
     def _tensors(self) -> Mapping[str, str]:
         """File of each tensor."""
-        if _INDEX not in self.preset.json_files:
-            return dict.fromkeys(self._header(_SINGLE), _SINGLE)
-        return {name: files[0] for name, files in self.preset.weight_map(_INDEX).items()}
+        if SAFETENSORS_INDEX_FILE not in self.preset.json_files:
+            return dict.fromkeys(self._header(SAFETENSORS_FILE), SAFETENSORS_FILE)
+        return {
+            name: files[0] for name, files in self.preset.weight_map(SAFETENSORS_INDEX_FILE).items()
+        }
 
     def _tensor(self, name: str) -> _Tensor:
         file = self._tensors[name]
         header = self._header(file)
         if name not in header:
             raise SourceError(
-                f"{self.preset.url}/{file}: tensor {name} is missing, although {_INDEX} lists it; "
-                "copy the file again"
+                f"{self.preset.url}/{file}: tensor {name} is missing, although "
+                f"{SAFETENSORS_INDEX_FILE} lists it; copy the file again"
             )
         return header[name]
 
@@ -149,11 +206,12 @@ def _read_header(preset: PresetFiles, file: str) -> dict[str, _Tensor]:
 
 
 def _entry(entry: Mapping[str, Any], data_start: int, size: int) -> _Tensor:
-    dtype = _DTYPES.get(entry["dtype"], np.dtype(np.void))
+    stored_dtype = str(entry["dtype"])
+    dtype = _DTYPES.get(stored_dtype, np.dtype(np.void))
     shape = tuple(int(length) for length in entry["shape"])
     start, stop = (data_start + int(offset) for offset in entry["data_offsets"])
     if not data_start <= start <= stop <= size:
         raise ValueError(f"bytes {start} to {stop} of a file of {size}: truncated")
     if dtype != np.void and stop - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{stop - start} bytes for {shape} of {entry['dtype']}")
-    return _Tensor(dtype, shape, start, stop)
+        raise ValueError(f"{stop - start} bytes for {shape} of {stored_dtype}")
+    return _Tensor(dtype, stored_dtype, shape, start, stop)

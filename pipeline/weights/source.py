@@ -19,7 +19,7 @@ from pipeline.model.preset import PresetFiles
 from pipeline.model.skeleton import Skeleton, build_skeleton
 from pipeline.weights.hdf5 import Hdf5Weights
 from pipeline.weights.safetensors import SafetensorsWeights
-from pipeline.weights.weight_files import SourceVariable, WeightFiles
+from pipeline.weights.weight_files import SourceVariable, WeightFiles, num_not_finite
 
 _DOCUMENTATION = (".md", ".rst", "LICENSE")
 
@@ -53,16 +53,61 @@ class Source:
         """
         return self.weights.locate(self.paths)
 
-    def read(self, paths: Iterable[str]) -> dict[str, NDArray[Any]]:
-        """Read variables in the dtype in which they are stored: float32, float16, bfloat16.
+    def check_complete(self) -> None:
+        """Check that the model takes everything that its weights files hold, or loses nothing.
 
         Raises:
-            SourceError: as for `variables`, or a path of no stored variable.
+            SourceError: a tensor that KerasHub's converter would drop in silence.
+        """
+        if isinstance(self.weights, SafetensorsWeights):
+            self.weights.check_complete()
+
+    def casts(self) -> dict[str, int]:
+        """How many variables are read in another dtype than stored, by "stored to read"."""
+        changes = [
+            f"{variable.dtype} to {self._dtypes[path]}"
+            for path, variable in self.variables().items()
+            if variable.dtype != self._dtypes[path]
+        ]
+        return {change: changes.count(change) for change in sorted(set(changes))}
+
+    def read(self, paths: Iterable[str]) -> dict[str, NDArray[Any]]:
+        """Read variables in the dtypes that the model gives them, cast as Keras casts on loading.
+
+        Raises:
+            SourceError: as for `variables`, a path of no stored variable, or values that are not
+                finite.
         """
         wanted = tuple(paths)
         for path in set(wanted) - set(self.paths):
             raise SourceError(f"{self.preset.url}: no weights file holds a variable {path}")
-        return self.weights.read(wanted)
+        values = self.weights.read(wanted)
+        return {path: self._finite(path, values.pop(path)) for path in wanted}
+
+    def _finite(self, path: str, stored: NDArray[Any]) -> NDArray[Any]:
+        """A variable's value in its dtype."""
+        dtype = np.dtype(self._dtypes[path])
+        with np.errstate(over="ignore"):  # reported below
+            value = stored.astype(dtype, copy=False)
+        num_bad = num_not_finite(value)
+        if num_bad:
+            [variable] = self.weights.locate((path,)).values()
+            where = f"{self.preset.url}/{variable.file}: {variable.key or path}"
+            if num_not_finite(stored):
+                raise SourceError(
+                    f"{where}: {num_bad} of {value.size} values are NaN or infinite, and so would "
+                    "the model's answers be; repair the model, or download the file again"
+                )
+            raise SourceError(
+                f"{where}: {num_bad} of {value.size} values are too large for {dtype}; keep the "
+                "model's own dtype, or use bfloat16 or float32"
+            )
+        return value
+
+    @cached_property
+    def _dtypes(self) -> Mapping[str, str]:
+        stored = (*self.skeleton.stored, *self.skeleton.stored_by_task)
+        return {str(variable.variable.path): variable.dtype for variable in stored}
 
     def read_layer(self, layer: keras.layers.Layer) -> dict[str, NDArray[Any]]:
         """Read the stored variables of one layer, such as a block, of any skeleton."""

@@ -358,7 +358,7 @@ def test_sharded_safetensors_hold_what_the_single_file_holds(minilm: Path) -> No
     assert len(source.weights.file_names) == 2
 
 
-def test_bfloat16_safetensors_stay_bfloat16(minilm: Path) -> None:
+def test_tensors_of_another_dtype_are_cast_as_keras_casts(minilm: Path) -> None:
     tensors = load_file(minilm / "model.safetensors")
     halved = {
         name: value.astype(ml_dtypes.bfloat16) if value.dtype == np.float32 else value
@@ -366,10 +366,12 @@ def test_bfloat16_safetensors_stay_bfloat16(minilm: Path) -> None:
     }
     save_file(halved, minilm / "model.safetensors")
     name = "transformer_layer_0/self_attention_layer/query/kernel"
-    [value] = source_of(minilm).read([name]).values()
+    source = source_of(minilm)
+    [value] = source.read([name]).values()
     [exact] = source_of(preset_folder()).read([name]).values()
-    assert value.dtype == ml_dtypes.bfloat16
-    assert np.array_equal(value, exact.astype(ml_dtypes.bfloat16))
+    assert value.dtype == np.float32  # as config.json says
+    assert np.array_equal(value, exact.astype(ml_dtypes.bfloat16).astype(np.float32))
+    assert source.casts() == {"bfloat16 to float32": len(source.paths)}
 
 
 def drop_tensor(file: Path) -> None:
@@ -394,7 +396,7 @@ def shrink_tensor(file: Path) -> None:
         pytest.param(lambda file: file.write_bytes(b""), "not a safetensors file", id="empty"),
         (lambda file: file.unlink(), r"model\.safetensors is missing"),
         (drop_tensor, r"encoder\.layer\.1\.intermediate\.dense\.weight is missing"),
-        (shrink_tensor, r"encoder\.layer\.1\.intermediate\.dense\.weight: shape \(100, 384\)"),
+        (shrink_tensor, r"encoder\.layer\.1\.intermediate\.dense\.weight, stored as \(100, 384\)"),
     ],
 )
 def test_a_bad_safetensors_file_is_refused_and_named(

@@ -1,0 +1,330 @@
+"""What a Hugging Face config.json says, against what KerasHub's converter makes of it.
+
+A converter takes the keys that it knows and ignores the others in silence, and some of those decide
+what a model computes: the norms' epsilon, a scaling of the rotary embedding, a sliding window. So
+the config notes which keys are read, and every other key must be known to be harmless, or agree
+with the backbone that was built.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+
+from pipeline.errors import SourceError
+from pipeline.model.preset import CONFIG_FILE, PresetFiles
+
+
+class NotedConfig(dict[str, Any]):
+    """The content of a config.json that notes which of its keys are read."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        super().__init__(
+            (key, NotedConfig(value) if isinstance(value, dict) else value)
+            for key, value in content.items()
+        )
+        self.keys_read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.keys_read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.keys_read.add(key)
+        return super().get(key, default)
+
+    def entries(self, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+        """Every key with its value and whether it was read; keys of mappings that were read too."""
+        for key in sorted(self):
+            value, read = super().__getitem__(key), key in self.keys_read
+            if read and isinstance(value, NotedConfig):
+                yield from value.entries(f"{prefix}{key}.")
+            else:
+                yield prefix + key, value, read
+
+
+def normalized_config(content: Mapping[str, Any]) -> NotedConfig:
+    """A config with its settings where KerasHub's converters look for them."""
+    config = dict(content)
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and rope.get("rope_type", "default") != "default":
+        # Transformers 5 moved what was rope_scaling into rope_parameters. Converters take only
+        # rope_theta from there.
+        config["rope_parameters"] = {k: v for k, v in rope.items() if k == "rope_theta"}
+        if config.get("rope_scaling") is None:
+            config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    return NotedConfig(config)
+
+
+_EPSILON_KEYS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps")
+
+
+def taken_over(config: NotedConfig, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a backbone that its converter forgets.
+
+    Args:
+        parameters: of the backbone's class, by name.
+    """
+    found = [key for key in _EPSILON_KEYS if key in config and key not in config.keys_read]
+    if len(found) != 1 or "layer_norm_epsilon" not in parameters:
+        return {}
+    return {"layer_norm_epsilon": config[found[0]]}
+
+
+def check_config(preset: PresetFiles, config: NotedConfig, backbone: Any, generates: bool) -> None:
+    """Check that a backbone computes what its config.json says.
+
+    Args:
+        config: after the converter has read it.
+        generates: whether the model's output is the next token's logits.
+
+    Raises:
+        SourceError: a setting that KerasHub ignores and that changes the model's answers, or of
+            which this is not known.
+    """
+    model = _Model(config=config, backbone=backbone, generates=generates)
+    where, name = f"{preset.url}/{CONFIG_FILE}", type(backbone).__name__
+    for path, value, read in config.entries():
+        parent, _, key = path.rpartition(".")
+        if parent.endswith(_ENCODER_CONFIGS):
+            # Encoders of images and sound stay as the converter makes them.
+            continue
+        if key in _RULES:
+            expected = _RULES[key](value, model)
+            if expected is not None:
+                raise SourceError(
+                    f"{where}: {path} is {_shown(value)}, but KerasHub's {name} {expected}, and so "
+                    "would answer differently; such a model cannot be quantized"
+                )
+        elif not read and value not in _OFF and not _HARMLESS.fullmatch(key):
+            raise SourceError(
+                f"{where}: {path} is {_shown(value)}, which KerasHub's converter for {name} "
+                "ignores; if it has no part in what the model computes, remove it from "
+                f"{CONFIG_FILE}, otherwise such a model cannot be quantized"
+            )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+_ENCODER_CONFIGS = ("vision_config", "audio_config")
+_OFF: tuple[Any, ...] = (None, False, 0, "", [], {})
+
+_HARMLESS = re.compile(
+    "|".join(
+        (
+            # Names and versions; keys with an underscore are bookkeeping.
+            "_.*|architectures|model_type|auto_map|.*version|tokenizer_class|processor_class|name",
+            "finetuning_task|task_specific_params|custom_pipelines|adapters|model_name|language",
+            r"transformers\.js_config|sentence_transformers|matryoshka_dimensions|prefix",
+            # The dtype is read apart from the converter.
+            "torch_dtype|dtype|use_bfloat16",
+            # How weights were initialized and trained.
+            ".*initializer.*|init_std|.*dropout.*|.*pdrop|.*layer_?drop|.*_prob|gradient_.*",
+            "aux_loss_coef|router_aux_loss_coef|label_smoothing|rope_init|use_flash_attn",
+            # Ids of tokens, and sizes of tables that the shapes of tensors confirm.
+            ".*token_ids?|.*token_index|vocab_size|type_vocab_size|original_vocab_size",
+            # The most positions that a model is used with; a table of them has this shape.
+            ".*max_position_embeddings|max_seq_len.*|max_sequence_length|n_ctx|n_positions",
+            # What transformers returns, and heads on top of the backbone.
+            "output_.*|return_.*|use_cache|cache_implementation|torchscript|tf_legacy_loss",
+            "id2label|label2id|num_labels|problem_type|summary_.*|tie_encoder_decoder",
+            "pooler_.*|directionality|classifier_.*|classifiers_size|position_biased_input",
+            # Generation.
+            "max_length|min_length|do_sample|early_stopping|num_beam.*|temperature|top_[kp]",
+            "typical_p|.*_penalty|.*no_repeat_ngram_size|bad_words_ids|num_return_sequences",
+            "remove_invalid_values|.*suppress_tokens|max_new_tokens|generation_.*|chat_template.*",
+            # How a computation is cut, not what is computed.
+            "pretraining_tp|chunk_size_feed_forward|pruned_heads|reorder_and_upcast_attn",
+            # Part of use_sliding_window and of layer_types, which are checked.
+            "max_window_layers|sliding_window|sliding_window_size",
+            # Repeats rope_type, which is checked; the converter takes the numbers that it needs.
+            "type|original_max_position_embeddings",
+            # What the shapes of tensors confirm.
+            "hidden_size|intermediate_size|num_hidden_layers|num_attention_heads|n_head|n_layer",
+            "num_key_value_heads|n_embd|num_hidden_groups",
+            # Of other versions of these models, and read by none.
+            "tie_weights_|net_structure_type|num_memory_blocks|down_scale_factor|gap_size",
+            # Of text with images; text alone computes without.
+            "mm_tokens_per_image",
+        )
+    )
+)
+"""Keys that decide nothing of what a text model computes, or nothing that is not checked apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    config: NotedConfig
+    backbone: Any
+    generates: bool
+
+    def value(self, *names: str) -> Any:
+        """A value of the text model under the first of these names."""
+        config = dict(self.config)
+        config |= config.get("text_config") or {}
+        return next((config[name] for name in names if config.get(name) is not None), None)
+
+    def attributes(self, *names: str) -> list[Any]:
+        """The values of all layers that have an attribute of one of these names."""
+        layers = self.backbone._flatten_layers()
+        found = [getattr(layer, name, None) for layer in layers for name in names]
+        return [value for value in found if value is not None]
+
+    @property
+    def head_dim(self) -> int | None:
+        hidden, heads = self.value("hidden_size", "n_embd"), self.value("num_attention_heads")
+        own = getattr(self.backbone, "head_dim", None)
+        return own or (hidden // heads if hidden and heads else None)
+
+
+def _epsilon(value: Any, model: _Model) -> str | None:
+    norms = [layer for layer in model.backbone._flatten_layers() if "Norm" in type(layer).__name__]
+    found = [getattr(norm, "epsilon", getattr(norm, "_epsilon", None)) for norm in norms]
+    found = sorted({epsilon for epsilon in found if epsilon is not None})
+    # KerasHub's Qwen3 gives the norms of queries and keys a constant of their own, in vain: what
+    # they normalize is large. So it is enough that some norms have the value.
+    if not found or any(math.isclose(epsilon, value, rel_tol=1e-6) for epsilon in found):
+        return None
+    return f"has norms with {found[0]:g}"
+
+
+_POINTS = np.array([-4.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 4.0], np.float32)
+# The two forms of gelu differ by less than 0.0005, and KerasHub takes one for the other.
+_ACTIVATIONS = {
+    r"gelu(_new|_fast|_python|_pytorch_tanh|_accurate|_10)?": keras.activations.gelu,
+    r"silu|swish": keras.activations.silu,
+    r"relu": keras.activations.relu,
+    r"tanh": keras.activations.tanh,
+    r"sigmoid": keras.activations.sigmoid,
+    r"relu2": lambda x: keras.ops.square(keras.ops.relu(x)),
+    r"quick_gelu": lambda x: x * keras.ops.sigmoid(1.702 * x),
+}
+
+
+def _activation(value: Any, model: _Model) -> str | None:
+    functions = [f for f in model.attributes("activation") if callable(f)]
+    shapes = [np.asarray(function(_POINTS)) for function in functions]
+    shapes = [shape for shape in shapes if not np.allclose(shape, _POINTS)]
+    named = next((f for names, f in _ACTIVATIONS.items() if re.fullmatch(names, str(value))), None)
+    if named is not None:
+        expected = np.asarray(named(_POINTS))
+        # Some blocks compute theirs without naming it; those are of families with one activation.
+        if not shapes or any(np.allclose(shape, expected, atol=2e-3) for shape in shapes):
+            return None
+    return "has another activation"
+
+
+def _head_dim(value: Any, model: _Model) -> str | None:
+    if value is None or model.head_dim is None or value == model.head_dim:
+        return None
+    return f"gives every head {model.head_dim} values"
+
+
+def _rope_theta(value: Any, model: _Model) -> str | None:
+    found = sorted(set(model.attributes("max_wavelength")))
+    if value is None or not found or any(math.isclose(value, theta) for theta in found):
+        return None
+    if model.value("rope_local_base_freq") in found and all(_slides(model)):
+        # Of two values, the other one: no block sees all positions.
+        return None
+    return f"rotates positions by {' and '.join(f'{theta:g}' for theta in found)}"
+
+
+def _rope_scaling(value: Any, _model: _Model) -> str | None:
+    # One that the converter reads arrives here key by key.
+    named = value.get("rope_type", value.get("type")) if isinstance(value, dict) else value
+    return None if named in (None, "default") else "has no such scaling of positions"
+
+
+def _rope_type(value: Any, _model: _Model) -> str | None:
+    return None if value in ("default", "linear", "llama3") else "has no such scaling of positions"
+
+
+def _tied(value: Any, model: _Model) -> str | None:
+    tied = model.attributes("tie_weights")
+    if not model.generates or not tied or bool(value) in tied:
+        return None
+    return "always has a head of its own" if value else "always uses the embeddings as its head"
+
+
+def _slides(model: _Model) -> list[bool]:
+    """Of each block of a backbone in which some slide, whether it does."""
+    found = [getattr(o, "use_sliding_window_attention", None) for o in model.backbone.layers]
+    return [slides for slides in found if slides is not None]
+
+
+def _layer_types(value: Any, model: _Model) -> str | None:
+    wanted = [str(kind) == "sliding_attention" for kind in value or ()]
+    window = model.value("sliding_window")
+    if len(set(value or ())) <= 1 and (not any(wanted) or window):
+        return None
+    if not any(wanted):  # other kinds, which the converter must have read
+        return None if "layer_types" in model.config.keys_read else "has one kind of attention"
+    return None if wanted == _slides(model) else "lets other layers see a window only"
+
+
+def _sliding_window_pattern(value: Any, model: _Model) -> str | None:
+    slides = _slides(model)
+    wanted = [bool((index + 1) % value) for index in range(len(slides))] if value else slides
+    return None if wanted == slides else "lets other layers see a window only"
+
+
+def _use_sliding_window(value: Any, model: _Model) -> str | None:
+    if not value or (model.value("max_window_layers") or 0) >= model.value("num_hidden_layers"):
+        return None
+    return (
+        "lets all layers slide or none (set it to false if texts stay shorter than sliding_window)"
+    )
+
+
+def _n_inner(value: Any, model: _Model) -> str | None:
+    expected = 4 * model.value("n_embd", "hidden_size")
+    return None if value in (None, expected) else f"has {expected}"
+
+
+def _query_scale(value: Any, model: _Model) -> str | None:
+    hidden, heads = model.value("hidden_size"), model.value("num_attention_heads")
+    expected = sorted({model.head_dim, hidden // heads})
+    return None if value in (None, *expected) else f"scales queries by {expected[0]}"
+
+
+def _must_be(expected: Any) -> Callable[[Any, _Model], str | None]:
+    def rule(value: Any, _model: _Model) -> str | None:
+        return None if value in (None, expected) else f"is made for {expected!r}"
+
+    return rule
+
+
+_RULES: dict[str, Callable[[Any, _Model], str | None]] = {
+    **dict.fromkeys(_EPSILON_KEYS, _epsilon),
+    "hidden_act": _activation,
+    "activation_function": _activation,
+    "activation": _activation,
+    "hidden_activation": lambda value, model: value and _activation(value, model),
+    "head_dim": _head_dim,
+    "rope_theta": _rope_theta,
+    "rope_local_base_freq": _rope_theta,
+    "rope_scaling": _rope_scaling,
+    "rope_type": _rope_type,
+    "tie_word_embeddings": _tied,
+    "layer_types": _layer_types,
+    "sliding_window_pattern": _sliding_window_pattern,
+    "_sliding_window_pattern": _sliding_window_pattern,
+    "use_sliding_window": _use_sliding_window,
+    "n_inner": _n_inner,
+    "query_pre_attn_scalar": _query_scale,
+    "partial_rotary_factor": _must_be(1.0),
+    "position_embedding_type": _must_be("absolute"),
+    "scale_attn_weights": _must_be(True),
+    "is_causal": _must_be(True),
+}
+"""For keys that must agree with the backbone: what it has instead; None if they agree."""
