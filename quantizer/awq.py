@@ -9,10 +9,8 @@ average one: other text may use it.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -24,7 +22,7 @@ from quantizer.hessian import (
     MagnitudeSum,
     energy_with_unseen,
 )
-from quantizer.jit import product
+from quantizer.jit import product, program
 from quantizer.problem import LayerProblem
 from quantizer.qparams import contiguous_groups, decode, encode, find_grid
 from quantizer.result import Float32, GroupedWeight, SolveReport, SolveResult, weight_error
@@ -36,7 +34,7 @@ _SMALLEST_MAGNITUDE = 1e-8
 """A smaller input counts as never seen."""
 
 
-@partial(jax.jit, static_argnames=("group_size", "search", "scale_dtype"))
+@program(static_argnames=("group_size", "search", "scale_dtype"))
 def _attempt(
     weight_CR: Array,
     input_scale_C: Array,

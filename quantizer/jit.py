@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -21,6 +22,8 @@ def program(**options: Any) -> Callable[[Callable[_Given, _Result]], Callable[_G
     arrays, nothing is computed, and the result holds shapes as well. A function that only calls
     programs, and reads no more than the shapes of their results, is therefore compiled ahead by
     calling it with shapes. The first array among the arguments decides.
+
+    Whatever types JAX was told to prefer (`jax_enable_x64`, …), a program computes in its own.
     """
 
     def decorate(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
@@ -28,17 +31,38 @@ def program(**options: Any) -> Callable[[Callable[_Given, _Result]], Callable[_G
 
         @wraps(function)
         def call(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
-            if _is_shape(args[0]):
-                traced = compiled.trace(*args, **kwargs)
-                traced.lower().compile()  # JAX caches the executable for later calls
-                shapes: _Result = traced.out_info
-                return shapes
-            result: _Result = compiled(*args, **kwargs)
-            return result
+            with _default_types():
+                if _is_shape(args[0]):
+                    traced = compiled.trace(*args, **kwargs)
+                    traced.lower().compile()  # JAX caches the executable for later calls
+                    shapes: _Result = traced.out_info
+                    return shapes
+                result: _Result = compiled(*args, **kwargs)
+                return result
 
         return call
 
     return decorate
+
+
+@contextmanager
+def _default_types() -> Iterator[None]:
+    """JAX's default rules of types for this block, in this thread."""
+    config = jax.config
+    settings = (
+        config.jax_enable_x64,
+        config.jax_numpy_dtype_promotion,
+        config.jax_numpy_rank_promotion,
+    )
+    if settings == (False, "standard", "allow"):
+        yield
+        return
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        yield
 
 
 def _is_shape(argument: object) -> bool:

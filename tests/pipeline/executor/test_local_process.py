@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from pipeline.errors import SourceError
+from pipeline.executor.allocation import worker_environment
 from pipeline.executor.local_process import local_process
-from pipeline.executor.protocol import ExecutorError
+from pipeline.executor.protocol import Allocation, ExecutorError
 
 
 def environment_of(name: str) -> tuple[int, str | None]:
@@ -67,3 +69,42 @@ def test_stopping_ends_what_the_child_is_doing() -> None:
             sleeping.result()
         assert time.monotonic() - start < 5
     assert not is_alive(process_id)
+
+
+def arithmetic() -> tuple[str, str, str, str, dict[str, str]]:
+    import jax
+    import jax.numpy as jnp
+    import keras
+
+    from pipeline.planning import machine
+
+    return (
+        keras.config.floatx(),
+        str(jnp.arange(2).dtype),
+        str(jax.config.jax_default_matmul_precision),
+        # Refused where promotion is strict.
+        str((jnp.ones(1, jnp.int32) + jnp.ones(1, jnp.float16)).dtype),
+        machine(2),
+    )
+
+
+def test_the_environment_around_a_run_decides_no_arithmetic_but_by_flags_that_the_plan_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "keras.json").write_text('{"floatx": "float16", "epsilon": 0.1}')
+    flags = "--xla_force_host_platform_device_count=1 --xla_cpu_enable_fast_min_max=false"
+    for name, value in {
+        "XDG_CACHE_HOME": str(tmp_path),
+        "KERAS_HOME": str(home),
+        "JAX_ENABLE_X64": "1",
+        "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16",
+        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+        "XLA_FLAGS": f" {flags.replace(' ', '  ')}",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with local_process(worker_environment(Allocation(workers=1, threads=2))) as process:
+        *settings, machine = process.run(arithmetic)
+    assert settings == ["float32", "int32", "default", "float16"]
+    assert machine == {"platform": "cpu", "device": "cpu", "threads": "2", "XLA_FLAGS": flags}
