@@ -6,9 +6,9 @@ Decided without Ray, so that planning need not wait for it.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pipeline.executor.protocol import Allocation, ComputeSpec, ExecutorError, NodeRoom
 from pipeline.storage.backend import PATIENCE_VARIABLE
@@ -93,41 +93,75 @@ def may_have_gpu() -> bool:
 
 
 def _usable_cpus() -> int:
-    """CPUs that this process may use: by its affinity, and by its control group's quota."""
+    """CPUs that this process may use: by its affinity, and by its control groups' quotas."""
     cpus = len(os.sched_getaffinity(0))
-    for quota_file, period_file in (
-        ("cpu.max", "cpu.max"),
-        ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"),
-    ):
-        quota = _control_group(quota_file).split(" ")[0]
-        period = _control_group(period_file).split(" ")[-1]
+    for group in _control_groups("cpu"):
+        # "max 100000" in one file, or two files; a quota of "max" or -1 is none.
+        setting = _read(group / "cpu.max") or " ".join(
+            _read(group / f"cpu.cfs_{name}_us") for name in ("quota", "period")
+        )
+        quota, _, period = setting.partition(" ")
         if quota.isdigit() and period.isdigit() and int(period):
-            return max(1, min(cpus, int(quota) // int(period)))
-    return cpus
+            cpus = min(cpus, int(quota) // int(period))
+    return max(1, cpus)
 
 
 def _available_memory_bytes() -> int:
-    """Memory that is neither used here nor beyond the control group's limit."""
+    """Memory that is neither used here nor beyond the control groups' limits."""
     fields = dict(
         line.split(":", 1) for line in Path("/proc/meminfo").read_text("ascii").splitlines()
     )
     available = int(fields["MemAvailable"].split()[0]) * 1024
-    for limit_file, used_file in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        limit, used = _control_group(limit_file), _control_group(used_file)
+    for group in _control_groups("memory"):
+        limit = _read(group / "memory.max") or _read(group / "memory.limit_in_bytes")
+        used = _read(group / "memory.current") or _read(group / "memory.usage_in_bytes")
         if limit.isdigit() and used.isdigit():
-            return max(0, min(available, int(limit) - int(used)))
-    return available
+            available = min(available, int(limit) - int(used))
+    return max(0, available)
 
 
-def _control_group(name: str) -> str:
-    """A setting of this process's control group, as containers see it; "" where there is none."""
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
+_OWN_CONTROL_GROUPS = Path("/proc/self/cgroup")
+
+
+def _control_groups(controller: str) -> Iterator[Path]:
+    """Folders of the control groups that limit this process: its own and all that hold it.
+
+    Of both versions. In a container its own group may be mounted as the root, and be named as the
+    host sees it: what does not exist is left out by who reads it.
+    """
+    for line in _read(_OWN_CONTROL_GROUPS).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            roots = [_CONTROL_GROUPS, _CONTROL_GROUPS / "unified"]
+        elif controller in controllers.split(","):
+            roots = [_CONTROL_GROUPS / controllers, _CONTROL_GROUPS / controller]
+        else:
+            continue
+        own = PurePosixPath(path.lstrip("/"))
+        for root in roots:
+            yield from (root / group for group in (own, *own.parents))
+
+
+def _read(file: Path) -> str:
+    """What a file of the kernel's says; "" where there is none."""
     try:
-        return Path("/sys/fs/cgroup", name).read_text("ascii").strip()
+        return file.read_text("ascii").strip()
     except OSError:
         return ""
+
+
+_JAX_DEFAULTS = {
+    "JAX_ENABLE_X64": "0",
+    "JAX_DEFAULT_MATMUL_PRECISION": "default",
+    "JAX_NUMPY_DTYPE_PROMOTION": "standard",
+    "JAX_NUMPY_RANK_PROMOTION": "allow",
+    "JAX_DISABLE_JIT": "0",
+    "JAX_DEBUG_NANS": "0",
+    "JAX_DEBUG_INFS": "0",
+    "JAX_TRANSFER_GUARD": "allow",
+}
+"""JAX's settings that decide types and rounding, or what it refuses, as if nobody had set any."""
 
 
 def worker_environment(allocation: Allocation) -> dict[str, str]:
@@ -138,6 +172,12 @@ def worker_environment(allocation: Allocation) -> dict[str, str]:
     environment = {
         # Without it Keras takes TensorFlow.
         "KERAS_BACKEND": "jax",
+        # Keras reads its dtype and epsilon from a file there, by default in the home directory.
+        "KERAS_HOME": str(home / "quantfleet" / "keras"),
+        "KERAS_NNX_ENABLED": "false",
+        **_JAX_DEFAULTS,
+        # May change how products are rounded: the same for all workers, and named in the plan.
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         # The size of XLA's thread pool, on which the rounding of its products depends.
         "NPROC": str(allocation.threads),
         "OMP_NUM_THREADS": str(allocation.threads),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -66,23 +67,85 @@ def test_nodes_have_room_for_no_more_than_the_run_takes() -> None:
     assert with_gpu.nodes == (NodeRoom(workers=2, memory_bytes=16 * GIB),)
 
 
-def test_this_machine_is_what_the_process_may_use(
-    monkeypatch: pytest.MonkeyPatch, tmp_path
-) -> None:
+def test_this_machine_is_what_the_process_may_use() -> None:
     found = this_machine(ComputeSpec())
     assert 1 <= found.cpus <= len(os.sched_getaffinity(0))
     assert found.memory_bytes > 1 << 28
     # More workers than CPUs share them.
     assert this_machine(ComputeSpec(workers=64)).cpus == 64
-    settings = {
-        "cpu.max": "150000 100000",
-        "memory.max": str(3 * GIB),
-        "memory.current": str(GIB),
-    }
-    monkeypatch.setattr(allocation, "_control_group", lambda name: settings.get(name, ""))
+
+
+def test_one_cpu_is_one_thread_however_it_is_asked_for() -> None:
+    usable = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(usable)})  # as taskset does
+    try:
+        for spec in (ComputeSpec(), ComputeSpec(workers=1)):
+            found = allocate(spec, [this_machine(spec)])
+            assert (found.workers, found.threads) == (1, 1)
+    finally:
+        os.sched_setaffinity(0, usable)
+
+
+V1 = "5:memory:/job/step\n4:cpu,cpuacct:/job/step\n1:name=systemd:/elsewhere\n"
+LIMITS = [
+    # A container: its own group is the root.
+    ("0::/\n", {"cpu.max": "150000 100000", "memory.max": 3 * GIB, "memory.current": GIB}),
+    # The limit is the group's around the process's own.
+    (
+        "0::/job/step\n",
+        {
+            "job/step/cpu.max": "max 100000",
+            "job/cpu.max": "150000 100000",
+            "job/step/memory.max": "max",
+            "job/memory.max": 3 * GIB,
+            "job/memory.current": GIB,
+        },
+    ),
+    # Version 1, and a container whose groups are named as the host sees them.
+    (
+        V1,
+        {
+            "cpu,cpuacct/cpu.cfs_quota_us": 150000,
+            "cpu,cpuacct/cpu.cfs_period_us": 100000,
+            "memory/memory.limit_in_bytes": 3 * GIB,
+            "memory/memory.usage_in_bytes": GIB,
+        },
+    ),
+    (
+        V1,
+        {
+            "cpu/job/cpu.cfs_quota_us": 150000,
+            "cpu/job/cpu.cfs_period_us": 100000,
+            "cpu/cpu.cfs_quota_us": -1,
+            "cpu/cpu.cfs_period_us": 100000,
+            "memory/job/step/memory.limit_in_bytes": 3 * GIB,
+            "memory/job/step/memory.usage_in_bytes": GIB,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("own", "settings"), LIMITS, ids=["container", "nested", "v1", "v1 nested"]
+)
+def test_control_groups_limit_this_machine(
+    own: str,
+    settings: dict[str, str | int],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    names, groups = tmp_path / "names", tmp_path / "groups"
+    names.write_text(own)
+    monkeypatch.setattr(allocation, "_OWN_CONTROL_GROUPS", names)
+    monkeypatch.setattr(allocation, "_CONTROL_GROUPS", groups)
+    free = this_machine(ComputeSpec())
+    assert free.cpus == len(os.sched_getaffinity(0))
+    for name, value in settings.items():
+        (groups / name).parent.mkdir(parents=True, exist_ok=True)
+        (groups / name).write_text(f"{value}\n")
     limited = this_machine(ComputeSpec())
     assert limited.cpus == 1
-    assert limited.memory_bytes <= 2 * GIB
+    assert 0 < limited.memory_bytes <= min(free.memory_bytes, 2 * GIB)
 
 
 def test_a_worker_is_given_its_backend_and_threads_and_no_secret(
