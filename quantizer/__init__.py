@@ -3,6 +3,7 @@
 hessian = quantizer.HessianSum.of(inputs)
 result = quantizer.solve(weight, hessian, quantizer.GPTQScheme(weight_bits=4))
 report = quantizer.quantize_layer(layer, quantizer.GPTQScheme(), hessian)
+report = quantizer.quantize_model(model, quantizer.GPTQScheme(), calibration=batches)
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from quantizer.gptq.solve import row_slices
     from quantizer.hessian import CalibrationStatistics, HessianSum, MagnitudeSum, tree_merge
     from quantizer.keras_format.layers import kernel_layout, quantize_layer, save_model
+    from quantizer.keras_format.quantize_model import LayerResult, ModelReport, quantize_model
     from quantizer.result import QuantizedWeight, SolveReport, SolveResult
     from quantizer.solver import solve, solve_stack
 
@@ -44,6 +46,7 @@ _MODULES = {
     "gptq.solve": "row_slices",
     "hessian": "CalibrationStatistics HessianSum MagnitudeSum tree_merge",
     "keras_format.layers": "kernel_layout quantize_layer save_model",
+    "keras_format.quantize_model": "LayerResult ModelReport quantize_model",
     "result": "QuantizedWeight SolveReport SolveResult",
     "solver": "solve solve_stack",
 }
@@ -61,7 +64,9 @@ __all__ = [
     "Int4Scheme",
     "Int8Scheme",
     "LayerError",
+    "LayerResult",
     "MagnitudeSum",
+    "ModelReport",
     "QuantizationError",
     "QuantizedWeight",
     "Scheme",
@@ -72,6 +77,7 @@ __all__ = [
     "WeightError",
     "kernel_layout",
     "quantize_layer",
+    "quantize_model",
     "row_slices",
     "save_model",
     "scheme_from_dict",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from quantizer.keras_format.kernel_layout import (
     einsum_layout,
     row_groups,
 )
+from quantizer.keras_format.model_layers import WITH_KERNEL, WITH_TABLE, layer_name, walk
+from quantizer.keras_format.stored_policies import Format, stored_formats
 from quantizer.keras_format.variables import (
     Variables,
     embedding_scheme,
@@ -33,10 +36,16 @@ from quantizer.keras_format.variables import (
 )
 from quantizer.result import SolveReport
 from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
-from quantizer.solver import solve
+from quantizer.solver import check_layer, solve
 
-_WITH_KERNEL = (keras.layers.Dense, keras.layers.EinsumDense)
-_WITH_TABLE = (keras.layers.Embedding, keras.layers.ReversibleEmbedding)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SolvedLayer:
+    """All that makes a float layer a quantized one; see `install`."""
+
+    scheme: Scheme
+    variables: Variables
+    report: SolveReport
 
 
 def kernel_layout(layer: keras.layers.Layer) -> KernelLayout:
@@ -46,14 +55,14 @@ def kernel_layout(layer: keras.layers.Layer) -> KernelLayout:
         LayerError: another type of layer, one not built, or an equation that stock Keras cannot
             quantize.
     """
-    _check_layer(layer, _WITH_KERNEL)
+    _check_layer(layer, WITH_KERNEL)
     shape = tuple(layer._kernel.shape)
     if type(layer) is keras.layers.Dense:
         return dense_layout(shape)
     try:
         return einsum_layout(layer.equation, shape)
     except LayerError as error:
-        raise LayerError(f"{_name(layer)}: {error}") from None
+        raise LayerError(f"{layer_name(layer)}: {error}") from None
 
 
 def quantize_layer(
@@ -78,10 +87,22 @@ def quantize_layer(
         LayerError: a layer that stock Keras cannot hold in this scheme.
         QuantizationError: bad weights, statistics or scheme; the message names the layer.
     """
-    _check_layer(layer, _WITH_KERNEL + _WITH_TABLE)
-    policy = _quantized_policy(layer, scheme)
-    name, dtype = _name(layer), layer.variable_dtype
-    if type(layer) in _WITH_TABLE:
+    solved = solve_layer(layer, scheme, statistics, drift=drift)
+    install(layer, solved)
+    return solved.report
+
+
+def solve_layer(
+    layer: keras.layers.Layer,
+    scheme: Scheme,
+    statistics: CalibrationStatistics | None = None,
+    *,
+    drift: DriftSum | None = None,
+) -> SolvedLayer:
+    """Find a layer's quantized variables, and leave it as it is. As `quantize_layer`."""
+    check_storable(layer, scheme)
+    name, dtype = layer_name(layer), layer.variable_dtype
+    if type(layer) in WITH_TABLE:
         table, reverse = layer._embeddings, getattr(layer, "reverse_embeddings", None)
         variables, report = solve_embedding(
             _float32(table),
@@ -102,15 +123,61 @@ def quantize_layer(
             name=name,
         )
         variables, report = encode_kernel(result.weight, layout, scheme), result.report
-    layer.quantize(scheme.mode, config=_keras_config(scheme))
+    return SolvedLayer(scheme=scheme, variables=variables, report=report)
+
+
+def install(layer: keras.layers.Layer, solved: SolvedLayer) -> None:
+    """Give a layer the quantized variables that `solve_layer` found for it."""
+    scheme = solved.scheme
+    policy = quantized_policy(layer, scheme)
+    layer.quantize(scheme.mode, config=keras_config(scheme))
     if scheme.mode in ("gptq", "awq"):
         # As Keras' own calibration does last.
         del layer._kernel
         setattr(layer, f"is_{scheme.mode}_calibrated", True)
-    for variable, value in variables.items():
+    for variable, value in solved.variables.items():
         getattr(layer, _attribute(variable)).assign(value)
     assert layer.dtype_policy == policy
-    return report
+
+
+def check_storable(layer: keras.layers.Layer, scheme: Scheme) -> None:
+    """Check that stock Keras can hold this layer in this scheme.
+
+    Raises:
+        LayerError: it cannot; the message says why and what to do instead.
+    """
+    _check_layer(layer, WITH_KERNEL + WITH_TABLE)
+    quantized_policy(layer, scheme)
+    if type(layer) in WITH_TABLE:
+        embedding_scheme(scheme, layer_name(layer))
+    else:
+        row_groups(kernel_layout(layer), scheme, layer_name(layer))
+
+
+def layer_format(layer: keras.layers.Layer, scheme: Scheme) -> Format:
+    """What Keras has to know of a float layer to make it one of a scheme."""
+    return Format(
+        policy=quantized_policy(layer, scheme),
+        config=keras_config(scheme),
+        # By a policy alone Keras quantizes the inputs, too.
+        is_default=not isinstance(scheme, Int8Scheme) or scheme.quantize_activations,
+    )
+
+
+def check_weights(layer: keras.layers.Layer, scheme: Scheme) -> None:
+    """Check, before the work, that a layer's matrices can be solved in a scheme.
+
+    Raises:
+        WeightError, SchemeError: as `quantizer.solve`.
+    """
+    if type(layer) in WITH_TABLE:
+        reverse = getattr(layer, "reverse_embeddings", None)
+        matrices = [layer._embeddings, *([] if reverse is None else [reverse])]
+        matrices = [_float32(table) for table in matrices]
+    else:
+        matrices = [kernel_layout(layer).to_matrix(_float32(layer._kernel))]
+    for matrix in matrices:
+        check_layer(matrix, scheme, scale_dtype=layer.variable_dtype, name=layer_name(layer))
 
 
 def solve_embedding(
@@ -136,14 +203,42 @@ def solve_embedding(
 def save_model(model: keras.Model, path: str | Path) -> None:
     """Save a model with quantized layers as a `.keras` file that stock Keras loads.
 
-    `model.save` alone leaves out the zero points of gptq and awq layers (see `complete_state`).
+    `model.save` alone leaves out the zero points of gptq and awq layers (see `complete_state`), and
+    the formats of layers inside layers such as MultiHeadAttention.
+
+    Raises:
+        LayerError: layers that stock Keras would not load quantized; nothing is written.
     """
-    layers = model._flatten_layers()
-    incomplete = ("gptq", "awq")
-    with complete_state(
-        [layer for layer in layers if getattr(layer, "quantization_mode", None) in incomplete]
-    ):
+    quantized = {
+        id(layer): layer
+        for layer, _ in walk([model])
+        if type(layer) in WITH_KERNEL + WITH_TABLE and layer.quantization_mode is not None
+    }
+    if quantized:
+        stored = stored_formats(
+            model, {key: _present_format(layer) for key, layer in quantized.items()}
+        )
+        for key, reason in stored.lost.items():
+            raise LayerError(f"{layer_name(quantized[key])}: {reason}; leave it in float")
+        stored.apply()
+    incomplete = [
+        layer for layer in quantized.values() if layer.quantization_mode in ("gptq", "awq")
+    ]
+    with complete_state(incomplete):
         model.save(path)
+
+
+def _present_format(layer: keras.layers.Layer) -> Format:
+    policy = layer._dtype_policy
+    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        policy = policy[layer.path]
+    config = layer.quantization_config
+    quantizes_inputs = config is None or getattr(layer, "inputs_quantizer", None) is not None
+    return Format(
+        policy=policy,
+        config=config,
+        is_default=quantizes_inputs or layer.quantization_mode != "int8",
+    )
 
 
 @contextmanager
@@ -187,27 +282,22 @@ def _attribute(variable: str) -> str:
     return f"_{variable}" if variable in ("kernel", "embeddings") else variable
 
 
-def _name(layer: keras.layers.Layer) -> str:
-    # A layer that was never built has no path yet.
-    return str(layer.path or layer.name)
-
-
 def _check_layer(layer: keras.layers.Layer, types: Sequence[type]) -> None:
+    name = layer_name(layer)
     # Keras refuses subclasses: they may use their weights in other ways.
     if type(layer) not in types:
         raise LayerError(
-            f"{_name(layer)}: stock Keras cannot load a {type(layer).__name__} quantized; it can "
+            f"{name}: stock Keras cannot load a {type(layer).__name__} quantized; it can "
             "Dense, EinsumDense, Embedding and ReversibleEmbedding themselves. Exclude the layer"
         )
     if not layer.built:
-        raise LayerError(f"{_name(layer)}: the layer has no weights yet; call it once, or build it")
+        raise LayerError(f"{name}: the layer has no weights yet; call it once, or build it")
     if layer.quantization_mode is not None:
         raise LayerError(
-            f"{_name(layer)}: already quantized ({layer.dtype_policy.name}); start from the float "
-            "model"
+            f"{name}: already quantized ({layer.dtype_policy.name}); start from the float model"
         )
     if layer.lora_enabled:
-        raise LayerError(f"{_name(layer)}: LoRA is on; merge it into the kernel first")
+        raise LayerError(f"{name}: LoRA is on; merge it into the kernel first")
 
 
 def _float32(variable: keras.Variable) -> NDArray[np.float32]:
@@ -215,7 +305,8 @@ def _float32(variable: keras.Variable) -> NDArray[np.float32]:
     return np.asarray(keras.ops.convert_to_numpy(variable.value), dtype=np.float32)
 
 
-def _keras_config(scheme: Scheme) -> keras.quantizers.QuantizationConfig:
+def keras_config(scheme: Scheme) -> keras.quantizers.QuantizationConfig:
+    """The quantization config with which Keras makes a layer's variables in a scheme."""
     match scheme:
         case GPTQScheme():
             return keras.quantizers.GPTQConfig(
@@ -245,8 +336,13 @@ def _keras_config(scheme: Scheme) -> keras.quantizers.QuantizationConfig:
             return keras.quantizers.Float8QuantizationConfig()
 
 
-def _quantized_policy(layer: keras.layers.Layer, scheme: Scheme) -> keras.DTypePolicy:
+def quantized_policy(layer: keras.layers.Layer, scheme: Scheme) -> keras.DTypePolicy:
+    """The dtype policy that stock Keras stores for a float layer in a scheme.
+
+    Raises:
+        LayerError: Keras has no such policy.
+    """
     try:
         return keras.dtype_policies.get(f"{scheme.policy}_from_{layer.dtype_policy.name}")
     except ValueError as error:
-        raise LayerError(f"{_name(layer)}: {error}") from None
+        raise LayerError(f"{layer_name(layer)}: {error}") from None

@@ -14,12 +14,9 @@ from quantizer import (
     AWQScheme,
     Float8Scheme,
     GPTQScheme,
-    HessianSum,
     Int4Scheme,
     Int8Scheme,
-    MagnitudeSum,
-    kernel_layout,
-    quantize_layer,
+    quantize_model,
     save_model,
 )
 
@@ -56,26 +53,16 @@ def every_layer_type():
     return keras.Model(tokens, embedding(x + position, reverse=True))
 
 
-def quantize_model(model, scheme, inputs):
-    """Calibrate every layer on what it sees, then quantize all."""
-    for layer in model.layers:
-        if isinstance(layer, keras.layers.Embedding):
-            plain = isinstance(scheme, Int8Scheme | Int4Scheme)
-            quantize_layer(layer, scheme if plain else Int8Scheme(quantize_activations=False))
-        elif isinstance(layer, keras.layers.Dense | keras.layers.EinsumDense):
-            seen = keras.Model(model.input, layer.input)(inputs)
-            rows = kernel_layout(layer).flatten_inputs(np.asarray(seen))
-            kind = MagnitudeSum if isinstance(scheme, Float8Scheme) else HessianSum
-            quantize_layer(layer, scheme, kind.of(rows))
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     inputs = np.random.default_rng(0).integers(0, 61, (32, 6)).astype("int32")
     for name, scheme in (SCHEMES | ROUNDING_INPUTS).items():
         model = every_layer_type()
-        quantize_model(model, scheme, inputs)
+        plain = isinstance(scheme, Int8Scheme | Int4Scheme)
+        embeddings = scheme if plain else Int8Scheme(quantize_activations=False)
+        report = quantize_model(model, scheme, embeddings=embeddings, calibration=[inputs])
+        assert report.quantized_share == 1
         save_model(model, folder / f"{name}.keras")
         np.savez(folder / f"{name}.npz", inputs=inputs, outputs=np.asarray(model(inputs)))
     return folder
