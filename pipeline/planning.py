@@ -5,10 +5,10 @@ Everything that can be refused is refused here, before any weight is read or byt
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from pipeline.artifact.rehearsal import policies_of, rehearse
 from pipeline.calibration.texts import read_texts
 from pipeline.calibration.windows import TokenWindows, make_windows, shard_bounds
 from pipeline.errors import RecipeError
@@ -25,8 +26,6 @@ from pipeline.model.preset import PresetFiles
 from pipeline.model.preset_json import (
     conversion_notes,
     converted_files,
-    layer_policy,
-    policy_map,
     quantized_json,
 )
 from pipeline.model.skeleton import Skeleton, build_skeleton
@@ -62,12 +61,14 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
     """
     skeleton = build_skeleton(preset)
     graph = find_blocks(skeleton)
-    source = open_source(preset, skeleton)
     layers = _plan_layers(skeleton, graph, recipe)
-    schemes = {x.path: x.scheme for of_part in layers for x in of_part if x.scheme is not None}
-    policies = {path: layer_policy(scheme) for path, scheme in schemes.items()}
-    # Refuses layers for which Keras has no policy.
-    policy_map(str(skeleton.backbone.dtype_policy.name), policies)
+    # Refuses what stock Keras could not load.
+    schemes = {layer.path: layer.scheme for of_part in layers for layer in of_part}
+    unreached = rehearse(preset, skeleton, schemes, [block.layer for block in graph.blocks])
+    layers = [tuple(_reached(layer, unreached) for layer in of_part) for of_part in layers]
+    schemes |= dict.fromkeys(unreached)
+    policies = policies_of(skeleton, schemes)
+    source = open_source(preset, skeleton)
     # Refuses sources that lack weights; their values are read part by part below.
     casts = source.casts()
     notes = [f"{number} variables are cast from {change}" for change, number in casts.items()]
@@ -78,6 +79,7 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
         check_converted(preset, skeleton.backbone, skeleton.predicts_tokens)
         small_files = converted_files(preset, skeleton)
         notes += conversion_notes(small_files, policies)
+    task = _task_name(skeleton, small_files, policies)
     calibration = recipe.calibration if any(map(statistics_of, schemes.values())) else None
     windows, digests = _read(preset, skeleton, source, graph, calibration)
     tokens = None if windows is None else _tokens_plan(windows)
@@ -85,7 +87,7 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
         source_url=preset.url,
         source_files_sha256=source.files_digest(),
         model=type(skeleton.backbone).__name__,
-        task=_task_name(skeleton, small_files, policies),
+        task=task,
         recipe=Recipe.model_validate(recipe.to_dict()),
         tokens=tokens,
         parts=_parts(skeleton, graph, layers, digests, tokens),
@@ -99,18 +101,12 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
 
 
 def machine(threads: int) -> dict[str, str]:
-    """The kind of machine that this process runs on; other kinds may round differently.
-
-    With the environment's XLA_FLAGS, of which some decide rounding, where there are any.
-    """
-    found = {
+    """The kind of machine that this process runs on; other kinds may round differently."""
+    return {
         "platform": jax.default_backend(),
         "device": str(jax.devices()[0].device_kind),
         "threads": str(threads),
     }
-    if flags := os.environ.get("XLA_FLAGS", "").split():
-        found["XLA_FLAGS"] = " ".join(flags)
-    return found
 
 
 def versions() -> dict[str, str]:
@@ -184,6 +180,13 @@ def _choose_scheme(
     ):
         return None, f"stock Keras cannot store this kernel in {scheme.mode}; left in float"
     return scheme, ""
+
+
+def _reached(layer: LayerPlan, unreached: Container[str]) -> LayerPlan:
+    if layer.path not in unreached:
+        return layer
+    note = "KerasHub does not hand the model's dtype on to it; left in float"
+    return dataclasses.replace(layer, scheme=None, note=note, slices=1)
 
 
 def _num_slices(target: Target, scheme: Scheme | None) -> int:

@@ -131,7 +131,7 @@ def run_layer(layer, kernel, inputs):
             else tuple(i for i, label in enumerate(source) if label not in output)
         )
         inputs = _int8_activations(inputs, axes)
-    bias = _value(layer.bias)
+    bias = np.zeros(()) if layer.bias is None else _value(layer.bias)
     if mode == "float8":
         inputs = _float8(inputs, _value(layer.inputs_scale))
         # In this mode Keras rounds the bias to bfloat16.

@@ -8,7 +8,7 @@ safe mode.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,10 +24,17 @@ from pipeline.model.huggingface import convert_config
 from pipeline.model.preset import CONFIG_FILE, TASK_FILE, PresetFiles, keras_errors
 from pipeline.model.weight_layout import StoredVariable, weight_layout
 
-_GLOBALS: dict[str, Callable[[], Any]] = {
-    "object_name_uids": lambda: defaultdict(int),
-    "uninitialized_variables": list,
-}
+_MANY = 1000
+
+
+class _ManyMade(defaultdict[str, int]):
+    """Keras' counts of the names that it generated, as if it had made many objects before."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: _MANY)
+
+    def __contains__(self, name: object) -> bool:
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +48,8 @@ class Skeleton:
     backbone_json: Mapping[str, Any]
     """What the backbone was built from, as in config.json."""
     task_json: Mapping[str, Any] | None
+    generated_names: frozenset[str] = frozenset()
+    """Names of layers that Keras generated: in another process they may end in other numbers."""
 
     @property
     def model(self) -> Any:
@@ -81,7 +90,10 @@ class Skeleton:
 
 
 def build_skeleton(
-    preset: PresetFiles, dtype_policy_map: Mapping[str, Any] | str | None = None
+    preset: PresetFiles,
+    dtype_policy_map: Mapping[str, Any] | str | None = None,
+    *,
+    many_made: bool = False,
 ) -> Skeleton:
     """Build a preset's backbone, and its task if it has one, without weights.
 
@@ -90,6 +102,8 @@ def build_skeleton(
     Args:
         dtype_policy_map: replaces the dtype in the preset's JSON: a policy's name, or a serialized
             `DTypePolicyMap`, which makes quantized layers with all their variables.
+        many_made: give the names that Keras generates the numbers that they have in a process
+            that has built many models.
 
     Raises:
         SourceError: JSON that is damaged, names a class from outside Keras and KerasHub, or
@@ -101,7 +115,8 @@ def build_skeleton(
     where = f"{preset.url}/{CONFIG_FILE}"
     check_trusted(backbone_json, where)
     backbone_class = _registered_class(backbone_json, keras_hub.models.Backbone, where)
-    with apart(), keras.StatelessScope(initialize_variables=False):
+    made: defaultdict[str, int] = _ManyMade() if many_made else defaultdict(int)
+    with apart(made), keras.StatelessScope(initialize_variables=False):
         backbone = _build(backbone_class, backbone_json["config"], where)
         task = None
         if task_json is not None:
@@ -113,7 +128,17 @@ def build_skeleton(
             rest.update(backbone=backbone, compile=False)
             task = _build(task_class, rest, where)
     _fill_seeds(backbone if task is None else task)
-    return Skeleton(backbone=backbone, task=task, backbone_json=backbone_json, task_json=task_json)
+    return Skeleton(
+        backbone=backbone,
+        task=task,
+        backbone_json=backbone_json,
+        task_json=task_json,
+        generated_names=frozenset(
+            f"{name}_{index}" if index else name
+            for name, number in made.items()
+            for index in range(_MANY if many_made else 0, number)
+        ),
+    )
 
 
 def _configs(preset: PresetFiles) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -153,15 +178,22 @@ def _copy(config: Any) -> Any:
 
 
 @contextmanager
-def apart() -> Iterator[None]:
+def apart(made: defaultdict[str, int] | None = None) -> Iterator[None]:
     """Isolate what is built in this block from Keras's global state, in both directions.
 
     Keras numbers the names that it generates per process. It also initializes every waiting
     variable with random values as soon as anything is traced, which would fill the skeleton.
+
+    Args:
+        made: receives how many names Keras generated, by their beginning.
     """
-    kept = {name: global_state.get_global_attribute(name) for name in _GLOBALS}
-    for name, empty in _GLOBALS.items():
-        global_state.set_global_attribute(name, empty())
+    own: dict[str, Any] = {
+        "object_name_uids": defaultdict(int) if made is None else made,
+        "uninitialized_variables": [],
+    }
+    kept = {name: global_state.get_global_attribute(name) for name in own}
+    for name, value in own.items():
+        global_state.set_global_attribute(name, value)
     try:
         yield
     finally:
