@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import os
 from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -101,12 +102,18 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
 
 
 def machine(threads: int) -> dict[str, str]:
-    """The kind of machine that this process runs on; other kinds may round differently."""
-    return {
+    """The kind of machine that this process runs on; other kinds may round differently.
+
+    With the environment's XLA_FLAGS, of which some decide rounding, where there are any.
+    """
+    found = {
         "platform": jax.default_backend(),
         "device": str(jax.devices()[0].device_kind),
         "threads": str(threads),
     }
+    if flags := os.environ.get("XLA_FLAGS", "").split():
+        found["XLA_FLAGS"] = " ".join(flags)
+    return found
 
 
 def versions() -> dict[str, str]:
