@@ -18,12 +18,12 @@ import jax
 import numpy as np
 
 from pipeline.artifact.rehearsal import policies_of, rehearse
-from pipeline.calibration.texts import read_texts
-from pipeline.calibration.windows import TokenWindows, make_windows, shard_bounds
-from pipeline.errors import RecipeError
+from pipeline.calibration.windows import TokenWindows, shard_bounds
+from pipeline.errors import RecipeError, SourceError
 from pipeline.model.blocks import BlockGraph, Glue, find_blocks
 from pipeline.model.huggingface import check_converted
-from pipeline.model.preset import PresetFiles
+from pipeline.model.inputs import InputLayout, input_layout
+from pipeline.model.preset import PresetFiles, keras_errors
 from pipeline.model.preset_json import (
     conversion_notes,
     converted_files,
@@ -31,9 +31,9 @@ from pipeline.model.preset_json import (
 )
 from pipeline.model.skeleton import Skeleton, build_skeleton
 from pipeline.model.targets import Target, outputs_with
-from pipeline.model.tokenizer import model_inputs, preset_tokenizer
 from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan, TokensPlan, micro_batches
 from pipeline.recipe.recipe import Calibration, Recipe, check_recipe, statistics_of
+from pipeline.token_windows import token_windows
 from pipeline.weights.source import Source, open_source, values_digest
 from pipeline.worker.block_program import BlockProgram
 from quantizer import kernel_layout, row_slices
@@ -82,8 +82,15 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
         notes += conversion_notes(small_files, policies)
     task = _task_name(skeleton, small_files, policies)
     calibration = recipe.calibration if any(map(statistics_of, schemes.values())) else None
+    if calibration is not None:
+        _refuse_shared_blocks(skeleton, graph)
     windows, digests = _read(preset, skeleton, source, graph, calibration)
-    tokens = None if windows is None else _tokens_plan(windows)
+    tokens: TokensPlan | None = None
+    groups: list[tuple[InputGroup, ...]] = [()] * len(graph.blocks)
+    if windows is not None:
+        layout = input_layout(skeleton)
+        tokens = _tokens_plan(graph, layout, windows)
+        groups = _input_groups(graph, layout, layers[1:], windows, tokens.micro_batch)
     plan = Plan(
         source_url=preset.url,
         source_files_sha256=source.files_digest(),
@@ -91,7 +98,7 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
         task=task,
         recipe=Recipe.model_validate(recipe.to_dict()),
         tokens=tokens,
-        parts=_parts(skeleton, graph, layers, digests, tokens),
+        parts=_parts(skeleton, graph, layers, digests, groups),
         machine=machine(threads),
         versions=versions(),
         policies=policies,
@@ -205,6 +212,16 @@ def _num_slices(target: Target, scheme: Scheme | None) -> int:
     return len(row_slices(layout.out_features, layout.in_features)) if in_slices else 1
 
 
+def _refuse_shared_blocks(skeleton: Skeleton, graph: BlockGraph) -> None:
+    for block in graph.shared_blocks:
+        raise SourceError(
+            f"{skeleton.backbone.name}: {block.name} runs {len(block.calls)} times with the same "
+            f"weights, so its layers have no single input to calibrate on; a "
+            f"{type(skeleton.backbone).__name__} can be quantized by a recipe that needs no "
+            "calibration: int8 or int4"
+        )
+
+
 def _read(
     preset: PresetFiles,
     skeleton: Skeleton,
@@ -227,46 +244,12 @@ def _read(
         pool.shutdown(cancel_futures=True)
 
 
-def token_windows(
-    preset: PresetFiles, skeleton: Skeleton, calibration: Calibration
-) -> TokenWindows:
-    """Tokenize texts as the preset does, with its special tokens, and cut them into windows.
-
-    Raises:
-        PipelineError: no tokenizer, or texts that are missing, unreadable or too few.
-    """
-    most = most_tokens(skeleton)
-    if most is not None and calibration.sequence_length > most:
-        raise RecipeError(
-            f"{preset.url}: the model has {most} positions, fewer than a window's "
-            f"{calibration.sequence_length} tokens; set sequence_length to at most {most}"
-        )
-    texts = read_texts(calibration)
-    tokenizer = preset_tokenizer(preset)
-    special = tokenizer.special_ids
-    preprocessor: dict[str, Any] = {}
-    if "preprocessor.json" in preset.json_files:
-        preprocessor = preset.parse("preprocessor.json").get("config", {})
-    start = special.get("start", special.get("cls"))
-    return make_windows(
-        texts,
-        tokenizer,
-        calibration,
-        start_token=start if preprocessor.get("add_start_token", True) else None,
-        end_token=special.get("end", special.get("sep")),
-        pad_token=special.get("pad", 0),
-        vocabulary_size=getattr(skeleton.backbone, "vocabulary_size", None),
-    )
-
-
-def most_tokens(skeleton: Skeleton) -> int | None:
-    """The number of positions that a model has; None if it sets no limit."""
-    found = getattr(skeleton.backbone, "max_sequence_length", None)
-    return found if isinstance(found, int) else None
-
-
-def _tokens_plan(windows: TokenWindows) -> TokensPlan:
+def _tokens_plan(graph: BlockGraph, layout: InputLayout, windows: TokenWindows) -> TokensPlan:
     num_samples, sequence_length = windows.tokens.shape
+    if not layout.takes_text:
+        # As long as what enters the blocks.
+        found = _embedded_shapes(graph, layout, windows, 1)
+        sequence_length = max(value.shape[1] for value in found.values() if len(value.shape) == 3)
     micro_batch, samples_per_shard = micro_batches(
         num_samples, sequence_length, jax.default_backend()
     )
@@ -286,13 +269,12 @@ def _parts(
     graph: BlockGraph,
     layers: Sequence[tuple[LayerPlan, ...]],
     digests: Sequence[str],
-    tokens: TokensPlan | None,
+    groups: Sequence[tuple[InputGroup, ...]],
 ) -> tuple[PartPlan, ...]:
     in_blocks = {id(v) for block in graph.blocks for v in block.layer.weights}
     names = ["rest", *(block.name for block in graph.blocks)]
     variables = [[v for v in skeleton.backbone.weights if id(v) not in in_blocks]]
     variables += [block.layer.weights for block in graph.blocks]
-    groups = [(), *_input_groups(graph, layers[1:], tokens)]
     return tuple(
         PartPlan(
             part=part,
@@ -300,23 +282,22 @@ def _parts(
             source_bytes=sum(int(np.prod(v.shape)) * np.dtype(v.dtype).itemsize for v in held),
             source_sha256=digests[part],
             layers=layers[part],
-            groups=groups[part],
+            groups=groups[part - 1] if part else (),
         )
         for part, (name, held) in enumerate(zip(names, variables, strict=True))
     )
 
 
 def _input_groups(
-    graph: BlockGraph, layers: Sequence[Sequence[LayerPlan]], tokens: TokensPlan | None
+    graph: BlockGraph,
+    layout: InputLayout,
+    layers: Sequence[Sequence[LayerPlan]],
+    windows: TokenWindows,
+    size: int,
 ) -> list[tuple[InputGroup, ...]]:
-    """The input groups of every block, given its layers; none without calibration."""
-    if tokens is None:
-        return [()] * len(layers)
-    shape = (tokens.micro_batch, tokens.sequence_length)
-    inputs = model_inputs(graph.embed, np.zeros(shape, np.int32), np.ones(shape, bool))
-    weights = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in graph.embed.weights]
-    embedded = jax.eval_shape(lambda values: outputs_with(graph.embed, values, inputs), weights)
-    values = dict(zip(graph.embedded, embedded, strict=True))
+    """The input groups of every block, given its layers and the size of a micro-batch."""
+    batch = layout.batch(windows, slice(0, size), size)
+    values = _embedded_shapes(graph, layout, windows, size)
     # Blocks of one signature, schemes and inputs have the same groups.
     programs: dict[tuple[Any, ...], BlockProgram] = {}
     found = []
@@ -327,10 +308,24 @@ def _input_groups(
         taken = [jax.ShapeDtypeStruct(values[n].shape, values[n].dtype) for n in call.takes]
         key = (call.signature, tuple(statistics.items()), tuple(taken))
         if key not in programs:
-            programs[key] = BlockProgram(graph.blocks[call.block], statistics, taken)
+            program = programs[key] = BlockProgram(graph.blocks[call.block], statistics, taken)
+            for shape in program.input_shapes:
+                batch.rows(shape)  # refuses layers whose padding cannot be told
         found.append(programs[key].groups)
         values |= zip(call.gives, programs[key].outputs, strict=True)
     return found
+
+
+def _embedded_shapes(
+    graph: BlockGraph, layout: InputLayout, windows: TokenWindows, size: int
+) -> dict[int, Any]:
+    """Shapes and dtypes of what depends on no block, by the number of the value."""
+    inputs = layout.batch(windows, slice(0, size), size).structured(graph.embed)
+    weights = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in graph.embed.weights]
+    problem = f"{layout.name}: the model cannot take the calibration's inputs"
+    with keras_errors(problem, "give arrays as the model's own preprocessor makes them"):
+        embedded = jax.eval_shape(lambda values: outputs_with(graph.embed, values, inputs), weights)
+    return dict(zip(graph.embedded, embedded, strict=True))
 
 
 def _glue_shapes(glue: Glue, values: Mapping[int, Any]) -> dict[int, Any]:

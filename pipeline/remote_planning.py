@@ -85,7 +85,7 @@ def evaluation_windows(
     """
     from pipeline.model.preset import read_preset
     from pipeline.model.skeleton import build_skeleton
-    from pipeline.planning import most_tokens, token_windows
+    from pipeline.token_windows import most_tokens, token_windows
 
     preset = read_preset(source_url)
     skeleton = build_skeleton(preset)

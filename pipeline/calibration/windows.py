@@ -7,8 +7,8 @@ of NumPy; windows are stored under the digest of their content.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -22,6 +22,7 @@ from pipeline.errors import CalibrationTextError
 from pipeline.recipe.recipe import Calibration
 
 Tokenize = Callable[[str], ArrayLike]
+_INPUT = "inputs/"
 _Int32 = NDArray[np.int32]
 
 
@@ -34,6 +35,8 @@ def make_windows(
     end_token: int | None = None,
     pad_token: int = 0,
     vocabulary_size: int | None = None,
+    decoder_start: tuple[int, ...] = (),
+    inputs: Mapping[str, NDArray[Any]] | None = None,
 ) -> TokenWindows:
     """Cut texts into token windows, reading no more texts than necessary.
 
@@ -48,6 +51,7 @@ def make_windows(
         end_token: put after every document, even a truncated one.
         pad_token: fills up a window without packing.
         vocabulary_size: upper bound of the tokens; JAX would clip larger ones silently.
+        decoder_start, inputs: see `TokenWindows`.
 
     Raises:
         CalibrationTextError: too few texts, or values that are not tokens of the vocabulary.
@@ -76,6 +80,8 @@ def make_windows(
         lengths=np.array([len(window) for window in chosen], np.int32),
         fingerprint=log.hash.hexdigest(),
         num_documents=log.num_documents,
+        decoder_start=decoder_start,
+        inputs=inputs or {},
     )
 
 
@@ -193,6 +199,10 @@ class TokenWindows:
     """SHA-256 of the documents that were read, in order."""
     num_documents: int
     """How many that were."""
+    decoder_start: tuple[int, ...] = ()
+    """What the decoder begins with, where an encoder reads the first half of each window."""
+    inputs: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """Arrays for other inputs of the model, by name, [num_samples, …]."""
 
     def __post_init__(self) -> None:
         fits = self.tokens.ndim == 2 and self.lengths.shape == self.tokens.shape[:1]
@@ -202,6 +212,12 @@ class TokenWindows:
                 f"[num_samples], not {self.tokens.dtype} {list(self.tokens.shape)} and "
                 f"{self.lengths.dtype} {list(self.lengths.shape)}; make them again"
             )
+        for name, array in self.inputs.items():
+            if array.shape[:1] != self.lengths.shape:
+                raise CalibrationTextError(
+                    f"token windows: input {name} has the shape {list(array.shape)} where there "
+                    f"are {len(self.lengths)} windows; make them again"
+                )
 
     @property
     def mask(self) -> NDArray[np.bool_]:
@@ -210,14 +226,16 @@ class TokenWindows:
 
     def to_bytes(self) -> bytes:
         """A safetensors file; without metadata, which has no fixed order."""
-        return safetensors.numpy.save(
-            {
-                "fingerprint": np.frombuffer(bytes.fromhex(self.fingerprint), np.uint8),
-                "lengths": self.lengths,
-                "num_documents": np.array([self.num_documents], np.int64),
-                "tokens": self.tokens,
-            }
-        )
+        arrays: dict[str, NDArray[Any]] = {
+            "fingerprint": np.frombuffer(bytes.fromhex(self.fingerprint), np.uint8),
+            "lengths": self.lengths,
+            "num_documents": np.array([self.num_documents], np.int64),
+            "tokens": self.tokens,
+        }
+        if self.decoder_start:
+            arrays["decoder_start"] = np.array(self.decoder_start, np.int32)
+        arrays |= {f"{_INPUT}{name}": array for name, array in self.inputs.items()}
+        return safetensors.numpy.save(arrays)
 
     @classmethod
     def from_bytes(cls, content: bytes) -> TokenWindows:
@@ -233,6 +251,12 @@ class TokenWindows:
                 lengths=found["lengths"],
                 fingerprint=found["fingerprint"].tobytes().hex(),
                 num_documents=int(found["num_documents"][0]),
+                decoder_start=tuple(map(int, found.get("decoder_start", ()))),
+                inputs={
+                    name.removeprefix(_INPUT): array
+                    for name, array in sorted(found.items())
+                    if name.startswith(_INPUT)
+                },
             )
         except (safetensors.SafetensorError, KeyError, IndexError) as error:
             raise CalibrationTextError(

@@ -190,6 +190,15 @@ def find_blocks(skeleton: Skeleton) -> BlockGraph:
     )
 
 
+def find_encoders(backbone: Any) -> tuple[keras.layers.Layer, ...]:
+    """Models within a backbone, beside its blocks, such as a vision encoder.
+
+    Raises:
+        SourceError: as `find_blocks`.
+    """
+    return _candidates(backbone)[1]
+
+
 def _candidates(
     backbone: Any,
 ) -> tuple[list[keras.layers.Layer], tuple[keras.layers.Layer, ...]]:

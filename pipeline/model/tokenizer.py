@@ -1,4 +1,4 @@
-"""Text to model inputs: a preset's tokenizer as KerasHub builds it, and the arrays for a window."""
+"""Text to tokens: a preset's tokenizer as KerasHub builds it, and what begins its texts."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import keras
 import keras_hub
-import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
-from pipeline.model.huggingface import tokenizer_class
+from pipeline.model.huggingface import kerashub_subclass, tokenizer_class
 from pipeline.model.preset import PresetFiles, keras_errors
 from pipeline.model.skeleton import check_trusted
 
@@ -67,38 +64,24 @@ def preset_tokenizer(preset: PresetFiles) -> PresetTokenizer:
     )
 
 
-def text_inputs(tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
-    """Every input that text alone determines, by KerasHub's names, each [batch, sequence].
-
-    Args:
-        tokens: [batch, sequence].
-        mask: [batch, sequence]: True where a token is text.
-    """
-    positions = np.arange(tokens.shape[1], dtype=np.int32)
-    return {
-        "token_ids": tokens,
-        "padding_mask": mask.astype(np.int32),
-        "segment_ids": np.zeros_like(tokens),
-        "position_ids": np.broadcast_to(positions, tokens.shape),
-        # A masked language model predicts at these positions: everywhere.
-        "mask_positions": np.broadcast_to(positions, tokens.shape),
-    }
-
-
-def model_inputs(model: keras.Model, tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> Any:
-    """A model's inputs for tokens as in `text_inputs`, in the structure that the model takes.
+def decoder_packing(
+    tokenizer: PresetTokenizer, backbone_class: type
+) -> tuple[int | None, tuple[int, ...]]:
+    """What KerasHub's preprocessor puts before an encoder's text, and before its decoder's.
 
     Raises:
-        SourceError: the model has an input that text alone does not determine.
+        SourceError: KerasHub has none, or it cannot be built.
     """
-    given = text_inputs(tokens, mask)
-    names = [tensor.name for tensor in model.inputs]
-    unknown = sorted(set(names) - set(given))
-    if unknown:
+    found = kerashub_subclass(keras_hub.models.Seq2SeqLMPreprocessor, backbone_class)
+    name = backbone_class.__name__
+    if found is None:
         raise SourceError(
-            f"{model.name}: the model has an input {unknown[0]!r}; only text-only models can be "
-            "calibrated; choose a recipe that needs no calibration, such as int8"
+            f"{name}: KerasHub has no preprocessor that says what its decoder begins with, so it "
+            "cannot be calibrated on texts; choose a recipe that needs no calibration, such as int8"
         )
-    arrays = {t.name: given[t.name].astype(t.dtype) for t in model.inputs}
-    struct = model._inputs_struct
-    return {n: arrays[n] for n in struct} if isinstance(struct, dict) else list(arrays.values())
+    with keras_errors(f"{name}: {found.__name__} cannot be built", "check the tokenizer's files"):
+        preprocessor = found(tokenizer=tokenizer.tokenizer)
+        preprocessor.build(None)
+    starts = preprocessor.encoder_packer.start_value
+    start = starts[0] if starts and getattr(preprocessor, "add_start_token", True) else None
+    return start, tuple(preprocessor.decoder_packer.start_value or ())

@@ -32,11 +32,13 @@ class BlockProgram:
         groups: layers that share an input, in the order of their first calls.
         input_axes: of each group, the axes of the input that are contracted with the kernels,
             counted from its end.
+        input_shapes: of each group, the other axes of the input: [batch, positions] for most.
         outputs: shapes and dtypes of what the block's call gives, for one micro-batch.
     """
 
     groups: tuple[InputGroup, ...]
     input_axes: tuple[tuple[int, ...], ...]
+    input_shapes: tuple[tuple[int, ...], ...]
     outputs: tuple[jax.ShapeDtypeStruct, ...]
 
     def __init__(
@@ -113,6 +115,10 @@ class BlockProgram:
             for (_, _, statistics), targets in members.items()
         )
         self.input_axes = tuple(axes for _, axes, _ in members)
+        self.input_shapes = tuple(
+            tuple(size for i, size in enumerate(tensor.shape) if i - tensor.ndim not in axes)
+            for tensor, axes in zip(tensors.values(), self.input_axes, strict=True)
+        )
         return (*tensors.values(), *call.given(output))
 
 

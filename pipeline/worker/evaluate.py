@@ -20,9 +20,10 @@ from keras import tree
 from numpy.typing import NDArray
 
 from pipeline.artifact.parts import decode_part
+from pipeline.calibration.windows import TokenWindows
 from pipeline.fidelity import WindowFidelity
 from pipeline.model.blocks import BlockGraph
-from pipeline.model.tokenizer import model_inputs, text_inputs
+from pipeline.model.inputs import InputBatch, InputLayout
 from pipeline.run.commits import committed_file
 from pipeline.storage.object_store import ObjectStore
 from pipeline.worker.model_state import ModelState
@@ -33,31 +34,33 @@ _TOKENS_PER_BATCH = 2048
 def evaluate(
     source: StreamedModel,
     artifact: StreamedModel,
-    tokens: NDArray[np.int32],
-    mask: NDArray[np.bool_],
+    layout: InputLayout,
+    windows: TokenWindows,
+    indices: Sequence[int],
     *,
     predicts_tokens: bool,
 ) -> list[WindowFidelity]:
     """Run both models over windows, and compare their outputs.
 
     Args:
-        tokens, mask: [windows, sequence].
-        predicts_tokens: whether the output is the next token's logits.
+        indices: of the windows.
+        predicts_tokens: whether the output is the next token's logits; of an encoder–decoder, of
+            the decoder's tokens.
     """
-    size = max(1, _TOKENS_PER_BATCH // tokens.shape[1])
-    starts = range(0, len(tokens), size)
-    batches = [(tokens[a : a + size], mask[a : a + size]) for a in starts]
+    size = max(1, _TOKENS_PER_BATCH // max(1, windows.tokens.shape[1]))
+    chosen = [indices[a : a + size] for a in range(0, len(indices), size)]
+    batches = [layout.batch(windows, some, len(some)) for some in chosen]
     last_values = [_last_values(model, batches) for model in (source, artifact)]
     heads = [source.head(), artifact.head()]
     fidelities = []
-    for i in range(len(tokens)):
-        window = slice(i, i + 1)
+    for i, index in enumerate(indices):
+        one = layout.batch(windows, [index], 1)
         before, after = (
-            head({n: v[window] for n, v in values.items()}, tokens[window], mask[window])
+            head({n: v[i : i + 1] for n, v in values.items()}, one)
             for head, values in zip(heads, last_values, strict=True)
         )
         if predicts_tokens:
-            sums = _logit_sums(before, after, tokens[window], mask[window])
+            sums = _logit_sums(before, after, one.tokens, one.mask)
             source_loss, result_loss, divergence, agreement, count = map(float, sums)
             fidelity = WindowFidelity(
                 count=int(count),
@@ -67,14 +70,12 @@ def evaluate(
                 agreement=int(agreement),
             )
         else:
-            fidelity = _compare_vectors(before, after, mask[window])
+            fidelity = _compare_vectors(before, after, one)
         fidelities.append(fidelity)
     return fidelities
 
 
-def _last_values(
-    model: StreamedModel, batches: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_]]]
-) -> dict[int, NDArray[Any]]:
+def _last_values(model: StreamedModel, batches: Sequence[InputBatch]) -> BatchValues:
     """What the blocks leave to the head, [windows, …] each, by number."""
     states = model.embed(batches)
     for call in range(len(model.graph.calls)):
@@ -87,7 +88,9 @@ def _last_values(
 
 @jax.jit
 def _logit_sums(source: Array, artifact: Array, tokens: Array, mask: Array) -> tuple[Array, ...]:
-    """The sums of `WindowFidelity`, its count last; logits are [1, sequence, vocabulary]."""
+    """The sums of `WindowFidelity`, its count last; logits are [1, positions, vocabulary]."""
+    # Images may stand before the text.
+    source, artifact = (logits[:, -tokens.shape[1] :] for logits in (source, artifact))
     keep = (mask[:, 1:] & mask[:, :-1]).astype(jnp.float32)
     log_p = jax.nn.log_softmax(source[:, :-1].astype(jnp.float32))
     log_q = jax.nn.log_softmax(artifact[:, :-1].astype(jnp.float32))
@@ -99,11 +102,12 @@ def _logit_sums(source: Array, artifact: Array, tokens: Array, mask: Array) -> t
     return tuple(jnp.sum(keep * term) for term in terms)
 
 
-def _compare_vectors(source: Any, artifact: Any, mask: NDArray[np.bool_]) -> WindowFidelity:
+def _compare_vectors(source: Any, artifact: Any, window: InputBatch) -> WindowFidelity:
     cosines = []
     for pair in zip(tree.flatten(source), tree.flatten(artifact), strict=True):
         left, right = (np.asarray(value, np.float64) for value in pair)
         if left.ndim == 3:  # one vector per token: leave out padding
+            mask = window.rows(left.shape[:2])
             left, right = left[mask], right[mask]
         left, right = (value.reshape(-1, value.shape[-1]) for value in (left, right))
         norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
@@ -128,13 +132,11 @@ class StreamedModel:
         self._read = read
         self._programs: dict[tuple[str, int], Any] = {}
 
-    def embed(
-        self, batches: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_]]]
-    ) -> list[BatchValues]:
-        """What depends on no block, for each batch of (tokens, mask)."""
+    def embed(self, batches: Sequence[InputBatch]) -> list[BatchValues]:
+        """What depends on no block, for each batch."""
         embed, numbers = self.graph.embed, self.graph.embedded
         run = self._load(0, "embed", embed)
-        found = [run([model_inputs(embed, *batch)], {}) for batch in batches]
+        found = [run([batch.structured(embed)], {}) for batch in batches]
         return [_numbered(numbers, one) for one in found]
 
     def advance(self, call: int, states: Sequence[BatchValues]) -> None:
@@ -156,12 +158,10 @@ class StreamedModel:
             for number in set(state) - still_used:
                 del state[number]
 
-    def head(self) -> Callable[[BatchValues, Any, Any], Array]:
-        """The function (values, tokens, mask) → the model's output."""
+    def head(self) -> Callable[[BatchValues, InputBatch], Array]:
+        """The function (values, batch) → the model's output."""
         run = self._load(0, "head", self.graph.head)
-        return lambda values, tokens, mask: run(
-            [self.graph.bind_head(values, text_inputs(tokens, mask))], {}
-        )
+        return lambda values, batch: run([self.graph.bind_head(values, batch.arrays)], {})
 
     def _load(self, part: int, name: str, layer: Any) -> Callable[[list[Any], dict[str, Any]], Any]:
         """Read a part; returns the function (args, kwargs) → a layer's output with its values."""

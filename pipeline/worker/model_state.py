@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from pipeline.artifact.parts import Part, cut_parts, decode_part
 from pipeline.errors import SourceError
 from pipeline.model.blocks import Block, BlockGraph, Call, find_blocks
+from pipeline.model.inputs import InputBatch, InputLayout, input_layout
 from pipeline.model.preset import INDEX_FILE, TASK_WEIGHTS_FILE, read_preset
 from pipeline.model.preset_json import base_policy, converted_files, policy_map
 from pipeline.model.skeleton import Skeleton, build_skeleton
 from pipeline.model.targets import Target, outputs_with
-from pipeline.model.tokenizer import model_inputs
 from pipeline.plan import Plan
 from pipeline.recipe.recipe import statistics_of
 from pipeline.run.worker_api import Values
@@ -145,12 +145,15 @@ class ModelState:
                 )
         return kernels
 
-    def embed(
-        self, values: Values, tokens: NDArray[np.int32], mask: NDArray[np.bool_]
-    ) -> dict[int, NDArray[Any]]:
+    @cached_property
+    def layout(self) -> InputLayout:
+        """What the model takes for token windows."""
+        return input_layout(self.skeleton)
+
+    def embed(self, values: Values, batch: InputBatch) -> dict[int, NDArray[Any]]:
         """What depends on no block, by the number of the value; `values` are of part 0."""
         weights = in_order(self.graph.embed.weights, values, {})
-        inputs = model_inputs(self.graph.embed, tokens, mask)
+        inputs = batch.structured(self.graph.embed)
         embedded = self._compiled(self.graph.embed)(weights, inputs)
         return dict(zip(self.graph.embedded, map(np.asarray, embedded), strict=True))
 

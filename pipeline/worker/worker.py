@@ -20,6 +20,7 @@ from pipeline.errors import DamagedObjectError, MissingObjectError
 from pipeline.executor.protocol import WorkerLostError
 from pipeline.fidelity import WindowFidelity
 from pipeline.model.blocks import Call
+from pipeline.model.inputs import InputBatch
 from pipeline.plan import LayerPlan, Plan
 from pipeline.reduction import reduce_subtree
 from pipeline.run import activations
@@ -50,13 +51,13 @@ class MicroBatch:
 
     Attributes:
         values: what the block or any later one uses, by number (see `pipeline.model.blocks`).
-        mask: [micro_batch, sequence], bool: where there is text.
+        batch: what the windows are made of.
         block, stage: the block that it is in, and the next stage of that block.
         live: what that stage begins with.
     """
 
     values: dict[int, NDArray[Any]]
-    mask: NDArray[np.bool_]
+    batch: InputBatch
     block: int = 0
     stage: int = 0
     live: tuple[Any, ...] = ()
@@ -165,8 +166,11 @@ class Worker(WorkerApi):
             return
         rest = self._model.read(0)
         self._glue_values = {path: rest[path] for path in sorted(self._model.glue_paths)}
+        planned = self._plan.tokens
+        assert planned is not None
+        windows = TokenWindows.from_bytes(self._store.get(planned.key, sha256=planned.digest))
         for index in missing:
-            self._shards.put(index, self._enter(rest, index, start))
+            self._shards.put(index, self._enter(rest, windows, index, start))
         for done in range(start, block):
             kernels = self._model.dequantized_kernels(
                 done + 1, committed_file(self._store, done + 1)
@@ -182,8 +186,10 @@ class Worker(WorkerApi):
         def leaf(index: int) -> CalibrationStatistics:
             batches = self._shards.get(index, block)
             call, program = self._model.call(block), self._program(block, batches[0])
+            shape = program.input_shapes[stage]
             inputs = (
-                (batch.run_stage(call, program, stage, weights)[0], batch.mask) for batch in batches
+                (batch.run_stage(call, program, stage, weights)[0], batch.batch.rows(shape))
+                for batch in batches
             )
             return sum_inputs(inputs, program.groups[stage], program.input_axes[stage])
 
@@ -266,11 +272,15 @@ class Worker(WorkerApi):
         )
 
     def evaluate(self, windows: bytes, indices: Sequence[int]) -> list[WindowFidelity]:
-        given, chosen = TokenWindows.from_bytes(windows), list(indices)
         source, artifact = source_model(self._model), artifact_model(self._model, self._store)
-        predicts_tokens = self._model.skeleton.predicts_tokens
-        tokens, mask = given.tokens[chosen], given.mask[chosen]
-        return evaluate(source, artifact, tokens, mask, predicts_tokens=predicts_tokens)
+        return evaluate(
+            source,
+            artifact,
+            self._model.layout,
+            TokenWindows.from_bytes(windows),
+            indices,
+            predicts_tokens=self._model.skeleton.predicts_tokens,
+        )
 
     def _layers(self, part: int, paths: Iterable[str]) -> list[LayerPlan]:
         layers = {layer.path: layer for layer in self._plan.parts[part].layers}
@@ -308,7 +318,9 @@ class Worker(WorkerApi):
             self._model.graph.blocks[block], batch.taken(self._model.call(block))
         )
 
-    def _enter(self, rest: Values, shard: int, block: int) -> list[MicroBatch]:
+    def _enter(
+        self, rest: Values, windows: TokenWindows, shard: int, block: int
+    ) -> list[MicroBatch]:
         """A shard's micro-batches where they enter a block: 0, or one whose activations are saved.
 
         Args:
@@ -316,17 +328,13 @@ class Worker(WorkerApi):
         """
         plan = self._plan.tokens
         assert plan is not None
-        windows = TokenWindows.from_bytes(self._store.get(plan.key, sha256=plan.digest))
         start, stop = plan.shards[shard]
-        # The last micro-batch is filled up with masked windows.
-        padding = ((0, -(stop - start) % plan.micro_batch), (0, 0))
-        tokens = np.pad(windows.tokens[start:stop], padding)
-        mask = np.pad(windows.mask[start:stop], padding)
         batches = []
-        for a in range(0, len(tokens), plan.micro_batch):
-            chosen = slice(a, a + plan.micro_batch)
-            embedded = self._model.embed(rest, tokens[chosen], mask[chosen])
-            batches.append(MicroBatch(values=embedded, mask=mask[chosen]))
+        for a in range(start, stop, plan.micro_batch):
+            # The last micro-batch is filled up with masked windows.
+            chosen = slice(a, min(a + plan.micro_batch, stop))
+            batch = self._model.layout.batch(windows, chosen, plan.micro_batch)
+            batches.append(MicroBatch(values=self._model.embed(rest, batch), batch=batch))
         if block:
             try:
                 saved = activations.load(self._store, block, shard)
@@ -335,7 +343,7 @@ class Worker(WorkerApi):
                 raise LostShardError(str(error)) from error
             call = self._model.call(block)
             carried = self._model.graph.carried(call)
-            for batch, arrays in zip(batches, saved, strict=True):
-                values = batch.values | dict(zip(carried, arrays, strict=True))
-                batch.enter(block, {number: values[number] for number in call.live})
+            for one, arrays in zip(batches, saved, strict=True):
+                values = one.values | dict(zip(carried, arrays, strict=True))
+                one.enter(block, {number: values[number] for number in call.live})
         return batches

@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.calibration.arrays import ExpectedInput
+from pipeline.calibration.windows import TokenWindows
+from pipeline.model.inputs import InputBatch, InputLayout
 from pipeline.model.preset import read_preset
 from pipeline.plan import Plan
 from pipeline.planning import make_plan
@@ -109,11 +112,34 @@ def answer(
     model: StreamedModel, tokens: NDArray[np.int32], mask: NDArray[np.bool_] | None = None
 ) -> Any:
     """A streamed model's output for tokens [batch, sequence], by default without padding."""
-    mask = np.ones(tokens.shape, bool) if mask is None else mask
-    states = model.embed([(tokens, mask)])
+    batch = batch_of(model, tokens, mask)
+    states = model.embed([batch])
     for call in range(len(model.graph.calls)):
         model.advance(call, states)
-    return model.head()(states[0], tokens, mask)
+    return model.head()(states[0], batch)
+
+
+def batch_of(
+    model: StreamedModel, tokens: NDArray[np.int32], mask: NDArray[np.bool_] | None = None
+) -> InputBatch:
+    """The inputs of a model of one text, for tokens [batch, sequence]."""
+    lengths = np.full(len(tokens), tokens.shape[1]) if mask is None else mask.sum(axis=1)
+    windows = TokenWindows(
+        tokens=np.asarray(tokens, np.int32),
+        lengths=lengths.astype(np.int32),
+        fingerprint="",
+        num_documents=0,
+    )
+    tensors = (*model.graph.embed.inputs, *model.graph.head.inputs[len(model.graph.head_takes) :])
+    names = {str(tensor.name): tensor for tensor in tensors}
+    expected = {
+        name: ExpectedInput(shape=tuple(tensor.shape[1:]), dtype=str(tensor.dtype))
+        for name, tensor in names.items()
+    }
+    layout = InputLayout(inputs=expected)
+    batch = layout.batch(windows, slice(None), len(tokens))
+    assert mask is None or np.array_equal(batch.mask, mask)
+    return batch
 
 
 def distance(found: Any, expected: Any) -> float:

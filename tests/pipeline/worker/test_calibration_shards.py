@@ -30,7 +30,7 @@ class Counting:
 
 
 def batch() -> MicroBatch:
-    return MicroBatch(values={0: np.ones(1, np.float32)}, mask=np.ones(1, bool))
+    return MicroBatch(values={0: np.ones(1, np.float32)}, batch=SimpleNamespace())  # type: ignore[arg-type]
 
 
 CALL: Any = SimpleNamespace(takes=(0,), gives=(1,))

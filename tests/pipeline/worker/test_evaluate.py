@@ -15,7 +15,7 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.worker.evaluate import StreamedModel, artifact_model, source_model
 from pipeline.worker.model_state import ModelState
 from quantizer.schemes import Int8Scheme
-from tests.integration.quantized import SCHEMES, answer, distance, finished_run, recipe
+from tests.integration.quantized import SCHEMES, answer, batch_of, distance, finished_run, recipe
 from tests.pipeline.presets import example_inputs, shared_preset, stock_task
 from tests.selection import by_default
 
@@ -62,7 +62,7 @@ def test_a_part_is_read_when_it_is_due_and_not_before() -> None:
     reads: list[int] = []
     model = counting(source_model(state_of(shared_preset("Llama3", num_blocks=3))), reads)
     tokens = np.arange(5, 17, dtype="int32").reshape(1, 12)
-    states = model.embed([(tokens, np.ones(tokens.shape, bool))] * 2)
+    states = model.embed([batch_of(model, tokens)] * 2)
     assert reads == [0]
     for block in range(3):
         model.advance(block, states)
@@ -78,7 +78,7 @@ def test_an_artifact_is_run_from_its_own_files(tmp_path: Path) -> None:
     assert 0 < distance(found, answer(source_model(run.model), tokens)) < 0.1
     (run.artifact / "model_00002.weights.h5").unlink()
     model = artifact_model(run.model, run.store)
-    states = model.embed([(tokens, np.ones(tokens.shape, bool))])
+    states = model.embed([batch_of(model, tokens)])
     model.advance(0, states)
     with pytest.raises(DamagedObjectError, match="part 2 is no longer committed"):
         model.advance(1, states)

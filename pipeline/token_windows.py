@@ -1,0 +1,89 @@
+"""Calibration input for one preset: its texts as token windows, and the arrays beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pipeline.calibration.arrays import read_arrays
+from pipeline.calibration.texts import read_texts
+from pipeline.calibration.windows import TokenWindows, make_windows
+from pipeline.errors import RecipeError
+from pipeline.model.inputs import InputLayout, input_layout
+from pipeline.model.preset import PresetFiles
+from pipeline.model.skeleton import Skeleton
+from pipeline.model.tokenizer import decoder_packing, preset_tokenizer
+from pipeline.recipe.recipe import Calibration
+
+
+def token_windows(
+    preset: PresetFiles, skeleton: Skeleton, calibration: Calibration
+) -> TokenWindows:
+    """Tokenize texts as the preset does, with its special tokens, and cut them into windows.
+
+    Raises:
+        PipelineError: no tokenizer, texts that are missing, unreadable or too few, or inputs that
+            neither texts nor arrays determine.
+    """
+    layout = input_layout(skeleton)
+    # Before anything is read.
+    layout.check(calibration.inputs)
+    inputs = read_arrays(calibration.inputs, layout.inputs, num_samples=calibration.num_samples)
+    if not layout.takes_text:
+        return TokenWindows(
+            tokens=np.zeros((calibration.num_samples, 0), np.int32),
+            lengths=np.zeros(calibration.num_samples, np.int32),
+            fingerprint="",
+            num_documents=0,
+            inputs=inputs,
+        )
+    if not calibration.texts:
+        raise RecipeError(f"{preset.url}: the model takes text; add calibration: {{texts: [...]}}")
+    _check_length(preset, skeleton, layout, calibration.sequence_length)
+    texts = read_texts(calibration)
+    tokenizer = preset_tokenizer(preset)
+    special = tokenizer.special_ids
+    preprocessor: dict[str, Any] = {}
+    if "preprocessor.json" in preset.json_files:
+        preprocessor = preset.parse("preprocessor.json").get("config", {})
+    start = special.get("start", special.get("cls"))
+    decoder_start: tuple[int, ...] = ()
+    if layout.takes_two_texts:
+        start, decoder_start = decoder_packing(tokenizer, type(skeleton.backbone))
+    return make_windows(
+        texts,
+        tokenizer,
+        calibration,
+        start_token=start if preprocessor.get("add_start_token", True) else None,
+        end_token=special.get("end", special.get("sep")),
+        pad_token=special.get("pad", 0),
+        vocabulary_size=getattr(skeleton.backbone, "vocabulary_size", None),
+        decoder_start=decoder_start,
+        inputs=inputs,
+    )
+
+
+def most_tokens(skeleton: Skeleton) -> int | None:
+    """The number of positions that a model has for a text; None if it sets no limit."""
+    names = ("max_sequence_length", "max_decoder_sequence_length")
+    found = (getattr(skeleton.backbone, name, None) for name in names)
+    return next((most for most in found if isinstance(most, int)), None)
+
+
+def _check_length(
+    preset: PresetFiles, skeleton: Skeleton, layout: InputLayout, sequence_length: int
+) -> None:
+    most = most_tokens(skeleton)
+    if most is None:
+        return
+    if layout.takes_two_texts:
+        # The encoder's half of a window may be longer than the decoder's by two tokens.
+        fits, what = 2 * (most - 2), "each half of a window of"
+    else:
+        fits, what = most, "a window's"
+    if sequence_length > fits:
+        raise RecipeError(
+            f"{preset.url}: the model has {most} positions, fewer than {what} {sequence_length} "
+            f"tokens; set sequence_length to at most {fits}"
+        )
