@@ -17,7 +17,6 @@ from jobs.metrics import RunMetrics
 from jobs.progress import watch
 from jobs.quantities import size
 from jobs.summary import Summary
-from jobs.termination import terminable
 from pipeline.errors import CalibrationTextError, PipelineError
 from pipeline.estimates import Estimate
 from pipeline.executor.allocation import allocate, may_have_gpu, this_machine, worker_environment
@@ -123,8 +122,6 @@ def open_compute(
 ) -> Iterator[Compute]:
     """Provide workers for a run for the block, on the cluster at `address` or on this machine.
 
-    SIGTERM ends the block in order.
-
     Args:
         plan_only: one worker is enough, and none where this machine can plan.
 
@@ -132,7 +129,7 @@ def open_compute(
         ExecutorError: there is no cluster, or more is asked than it has.
     """
     route_to_root("ray")
-    with terminable(), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         machine = this_machine(spec)
         planner = None
         # What kind of GPU this machine has decides bytes too: then a worker plans.

@@ -190,9 +190,9 @@ def _finish(
             metrics.judged(fidelity)
         if held is not None:  # or there was nothing to do
             metrics.ended("finished")
-    except (PipelineError, KeyboardInterrupt, Terminated) as end:
+    except (Exception, KeyboardInterrupt, Terminated) as end:
         if compute.has_workers:
-            metrics.ended("failed" if isinstance(end, PipelineError) else "interrupted")
+            metrics.ended("failed" if isinstance(end, Exception) else "interrupted")
         command = f"quantfleet resume {shlex.quote(job.output_url)}"
         log_event("resumable", f"to go on from the last committed block: {command}")
         raise

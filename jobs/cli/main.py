@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Never
+from typing import TYPE_CHECKING, Annotated, Literal, Never
 
 import typer
 
@@ -24,7 +24,7 @@ from jobs.logging import (
     print_result,
     set_run,
 )
-from jobs.termination import Terminated
+from jobs.termination import Terminated, terminable
 from pipeline.errors import PipelineError
 from pipeline.executor.protocol import ComputeSpec
 from quantizer.errors import QuantizationError
@@ -89,6 +89,10 @@ def quantize(
     sequence_length: Annotated[
         int | None, typer.Option(min=2, help="Tokens per window, instead of the recipe's.")
     ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None,
+        typer.Option(help="Of what stays in float, instead of the model's own."),
+    ] = None,
     evaluate_on: options.EvaluateOn = None,
     windows: options.Windows = 8,
     address: options.Address = None,
@@ -117,6 +121,8 @@ def quantize(
     )
     spec = ComputeSpec(workers=workers, threads=threads, device=device)
     changed = _recipe(recipe, texts, num_samples, sequence_length)
+    if dtype is not None:
+        changed = changed.model_copy(update={"dtype": dtype})
     run_job(job, changed, spec, address, as_json=as_json, dry_run=dry_run)
 
 
@@ -256,7 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     configure("json" if is_json() else "text")  # for mistakes in the command line itself
     try:
-        exit_code = app(arguments or ["--help"], prog_name="quantfleet", standalone_mode=False)
+        with terminable():
+            exit_code = app(arguments or ["--help"], prog_name="quantfleet", standalone_mode=False)
     except typer.TyperException as mistake:
         _end(_usage_message(mistake), 2)
     except PipelineError as error:

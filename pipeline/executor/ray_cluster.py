@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import string
-import threading
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -70,17 +68,13 @@ def connect(address: str | None, machine: NodeResources | None = None) -> Iterat
             except OSError as error:
                 raise _no_cluster(address, str(error)) from None
         options |= {"address": address}
-    # Ray installs a handler that would end the process out of order.
-    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        # Workers import from this folder first; in the caller's a "pipeline" of theirs may lie.
-        with contextlib.chdir(_CODE):
-            ray.init(**options)
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-        raise _no_cluster(address, " ".join(str(error).split())) from None
-    try:
-        if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)
+        try:
+            # Workers import from this folder first; in the caller's a "pipeline" of theirs may lie.
+            with contextlib.chdir(_CODE):
+                ray.init(**options)
+        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+            raise _no_cluster(address, " ".join(str(error).split())) from None
         yield
     finally:
         ray.shutdown()
