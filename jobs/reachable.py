@@ -1,13 +1,22 @@
-"""Opening a store that a user has just named: one that does not answer soon is a mistake."""
+"""Places that a user has just named: as any process finds them, and whether they answer."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+from pathlib import Path
 
 from pipeline.storage.backend import Patience
 from pipeline.storage.object_store import ObjectStore, open_store
 
 _DEADLINE_SECONDS = 15.0
+
+
+def absolute(url: str) -> str:
+    """A local path as any process of this machine finds it; URLs as they are."""
+    is_local = bool(url) and "://" not in url
+    # Storage URLs hold no "..".
+    return os.path.normpath(Path(url).expanduser().absolute()) if is_local else url
 
 
 def reachable(url: str, key: str) -> ObjectStore:

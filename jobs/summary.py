@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,10 +97,6 @@ class Summary:
             for key, digest in sorted(manifest.records.items())
         ]
         layers = [layer for record in records for layer in record.layers]
-        by_scheme: dict[str, list[LayerRecord]] = {}
-        for layer in layers:
-            if layer.scheme is not None:
-                by_scheme.setdefault(layer.scheme.policy, []).append(layer)
         block_bytes = sum(record.size_bytes for record in records if record.part)
         outside = next(record for record in records if not record.part)
         embedding_bytes = _embedding_bytes(store, outside)
@@ -116,7 +112,7 @@ class Summary:
             embedding_bytes=embedding_bytes,
             rest_bytes=outside.size_bytes - embedding_bytes,
             block_weights=sum(part.num_weights for part in plan.parts[1:]),
-            schemes=tuple(_summarized(name, members) for name, members in by_scheme.items()),
+            schemes=summarized_schemes(layers),
             left_in_float={layer.path: layer.note for layer in layers if layer.note},
             wall_seconds=wall_seconds,
             seconds=dict(seconds),
@@ -162,6 +158,15 @@ def _embedding_bytes(store: ObjectStore, record: PartRecord) -> int:
     return sum(found)
 
 
+def summarized_schemes(layers: Sequence[LayerRecord]) -> tuple[SchemeSummary, ...]:
+    """A summary for each scheme among layers, in the order of their first layers."""
+    by_scheme: dict[str, list[LayerRecord]] = {}
+    for layer in layers:
+        if layer.scheme is not None:
+            by_scheme.setdefault(layer.scheme.policy, []).append(layer)
+    return tuple(_summarized(name, members) for name, members in by_scheme.items())
+
+
 def _summarized(name: str, layers: list[LayerRecord]) -> SchemeSummary:
     accounts = [layer.account for layer in layers if layer.account is not None]
     ratios = [
@@ -186,16 +191,12 @@ def _summarized(name: str, layers: list[LayerRecord]) -> SchemeSummary:
     )
 
 
-def summary_table(summary: Summary) -> RenderableType:
-    """The summary as tables."""
+def schemes_table(schemes: Sequence[SchemeSummary], *, title: str) -> Table:
+    """A row for each scheme."""
     figures = ("layers", "weight error", "output error / rounding's", "rounded", "damped more")
-    schemes = Table(
-        "scheme",
-        *(Column(name, justify="right") for name in figures),
-        title=f"{summary.model}, plan {summary.plan_digest[:12]}",
-    )
-    for row in summary.schemes:
-        schemes.add_row(
+    table = Table("scheme", *(Column(name, justify="right") for name in figures), title=title)
+    for row in schemes:
+        table.add_row(
             row.scheme,
             str(row.layers),
             _number(row.weight_error),
@@ -203,6 +204,14 @@ def summary_table(summary: Summary) -> RenderableType:
             str(row.rounded),
             str(row.damped),
         )
+    return table
+
+
+def summary_table(summary: Summary) -> RenderableType:
+    """The summary as tables."""
+    schemes = schemes_table(
+        summary.schemes, title=f"{summary.model}, plan {summary.plan_digest[:12]}"
+    )
     facts = Table(show_header=False, box=None)
     facts.add_row(
         "weights",
@@ -226,7 +235,7 @@ def summary_table(summary: Summary) -> RenderableType:
                 "flops", f"{count(summary.flops)}, {count(summary.flops / work)} a second"
             )
     facts.add_row("manifest", f"sha256 {summary.manifest_sha256}")
-    return Group(schemes, facts, *_left_in_float(summary.left_in_float))
+    return Group(schemes, facts, *left_in_float(summary.left_in_float))
 
 
 def _quality(fidelity: Fidelity) -> str:
@@ -247,7 +256,7 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
-def _left_in_float(reasons: Mapping[str, str]) -> list[Text]:
+def left_in_float(reasons: Mapping[str, str]) -> list[Text]:
     """Each reason once, with a layer that it applies to."""
     # Some reasons repeat what these lines begin with.
     examples = {reason.removesuffix("; left in float"): path for path, reason in reasons.items()}
@@ -293,5 +302,5 @@ def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> Renderabl
         Text(f"rule without a layer: {name!r} matches none; is it mistyped, or for other models?")
         for name in unmatched
     )
-    notes = _left_in_float({layer.path: layer.note for layer in every if layer.note})
+    notes = left_in_float({layer.path: layer.note for layer in every if layer.note})
     return Group(layers, facts, *notes, *map(Text, plan.notes), *rules)
