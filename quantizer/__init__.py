@@ -36,7 +36,12 @@ if TYPE_CHECKING:
     from quantizer.gptq.solve import row_slices
     from quantizer.hessian import CalibrationStatistics, HessianSum, MagnitudeSum, tree_merge
     from quantizer.keras_format.layers import kernel_layout, quantize_layer, save_model
-    from quantizer.keras_format.quantize_model import LayerResult, ModelReport, quantize_model
+    from quantizer.keras_format.quantize_model import (
+        LayerResult,
+        ModelReport,
+        plan_model,
+        quantize_model,
+    )
     from quantizer.result import QuantizedWeight, SolveReport, SolveResult
     from quantizer.solver import solve, solve_stack
 
@@ -46,7 +51,7 @@ _MODULES = {
     "gptq.solve": "row_slices",
     "hessian": "CalibrationStatistics HessianSum MagnitudeSum tree_merge",
     "keras_format.layers": "kernel_layout quantize_layer save_model",
-    "keras_format.quantize_model": "LayerResult ModelReport quantize_model",
+    "keras_format.quantize_model": "LayerResult ModelReport plan_model quantize_model",
     "result": "QuantizedWeight SolveReport SolveResult",
     "solver": "solve solve_stack",
 }
@@ -76,6 +81,7 @@ __all__ = [
     "UnusableStatisticsError",
     "WeightError",
     "kernel_layout",
+    "plan_model",
     "quantize_layer",
     "quantize_model",
     "row_slices",

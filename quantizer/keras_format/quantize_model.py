@@ -32,7 +32,7 @@ from quantizer.keras_format.model_layers import (
     obstacle,
     walk,
 )
-from quantizer.keras_format.stored_policies import stored_formats
+from quantizer.keras_format.stored_policies import StoredFormats, stored_formats
 from quantizer.result import SolveReport
 from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
 
@@ -121,28 +121,68 @@ def quantize_model(
         LayerError: nothing would be quantized, or Keras cannot save the model.
         WeightError: weights that are not finite.
     """
+    plan = _plan(model, scheme, rules, embeddings)
+    statistics = _statistics(model, plan.chosen, calibration)
+    # All are solved before any is changed: an error leaves the model as it was.
+    solved = {
+        number: solve_layer(layer, wanted, statistics.get(number))
+        for number, (layer, wanted) in plan.chosen.items()
+    }
+    results = list(plan.report.layers)
+    for number, result in solved.items():
+        install(plan.chosen[number][0], result)
+        results[number] = replace(results[number], report=result.report)
+    plan.stored.apply()
+    _compile_again(model)
+    return replace(plan.report, layers=tuple(results))
+
+
+def plan_model(
+    model: keras.Model,
+    scheme: Scheme | None,
+    *,
+    rules: Mapping[str, Scheme | None] | None = None,
+    embeddings: Scheme | None = None,
+) -> ModelReport:
+    """What `quantize_model` would do with each layer; nothing is calibrated or changed.
+
+    Args and errors as there, but for those of calibration. No layer has a report.
+    """
+    return _plan(model, scheme, rules, embeddings).report
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is to be done.
+
+    Attributes:
+        chosen: the layers to quantize, by their place in the report.
+        stored: what has to be done so that Keras stores their formats.
+    """
+
+    report: ModelReport
+    chosen: Mapping[int, tuple[keras.layers.Layer, Scheme]]
+    stored: StoredFormats
+
+
+def _plan(
+    model: keras.Model,
+    scheme: Scheme | None,
+    rules: Mapping[str, Scheme | None] | None,
+    embeddings: Scheme | None,
+) -> _Plan:
     choice = _Choice(scheme, dict(rules or {}), embeddings)
     results, chosen = _choose(model, choice)
     formats = {id(layer): layer_format(layer, wanted) for layer, wanted in chosen.values()}
     stored = stored_formats(model, formats)
     for number, (layer, _) in list(chosen.items()):
         if id(layer) in stored.lost:
-            results[number] = replace(results[number], reason=stored.lost[id(layer)])
+            results[number] = replace(results[number], scheme=None, reason=stored.lost[id(layer)])
             del chosen[number]
     _check_not_empty(model, results, chosen)
     _check_schemes(chosen)
-    statistics = _statistics(model, chosen, calibration)
-    # All are solved before any is changed: an error leaves the model as it was.
-    solved = {
-        number: solve_layer(layer, wanted, statistics.get(number))
-        for number, (layer, wanted) in chosen.items()
-    }
-    for number, result in solved.items():
-        install(chosen[number][0], result)
-        results[number] = replace(results[number], scheme=result.scheme, report=result.report)
-    stored.apply()
-    _compile_again(model)
-    return ModelReport(layers=tuple(results), unused_rules=choice.unused_rules)
+    report = ModelReport(layers=tuple(results), unused_rules=choice.unused_rules)
+    return _Plan(report, chosen, stored)
 
 
 class _Choice:
@@ -198,7 +238,7 @@ def _choose(model: keras.Model, choice: _Choice) -> tuple[list[LayerResult], _Ch
                 f"{layer_name(layer)}: the layer has no weights yet; call the model on a batch, or "
                 "build it, before it is quantized"
             )
-        reason = obstacle(layer, parents)
+        reason, scheme = obstacle(layer, parents), None
         if type(layer) in WITH_KERNEL + WITH_TABLE and reason is None:
             scheme, why_not = choice.scheme_for(layer)
             if layer.quantization_mode is not None:
@@ -217,6 +257,7 @@ def _choose(model: keras.Model, choice: _Choice) -> tuple[list[LayerResult], _Ch
             LayerResult(
                 path=layer_name(layer),
                 num_weights=_num_matrix_elements(layer),
+                scheme=None if reason else scheme,
                 reason=reason or "",
             )
         )
@@ -275,7 +316,9 @@ def _check_schemes(chosen: _Chosen) -> None:
 
 
 def _statistics(
-    model: keras.Model, chosen: _Chosen, calibration: Iterable[Any] | None
+    model: keras.Model,
+    chosen: Mapping[int, tuple[keras.layers.Layer, Scheme]],
+    calibration: Iterable[Any] | None,
 ) -> dict[int, CalibrationStatistics | None]:
     kernels = {
         number: (layer, scheme)
