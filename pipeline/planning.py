@@ -60,6 +60,7 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
     Raises:
         PipelineError: a source, recipe or calibration that cannot be used.
     """
+    preset = preset.in_dtype(recipe.dtype)
     skeleton = build_skeleton(preset)
     graph = find_blocks(skeleton)
     layers = _plan_layers(skeleton, graph, recipe)

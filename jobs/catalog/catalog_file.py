@@ -262,6 +262,8 @@ class _Resolver:
                     url = self._absolute(given, at) if is_file else given
                     self._recipes[given] = load_recipe(url)
                 recipe = self._recipes[given]
+            if model.dtype is not None:
+                recipe = recipe.model_copy(update={"dtype": model.dtype})
             if not recipe.needs_calibration:
                 return recipe
             values = recipe.to_dict()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -12,6 +12,7 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
+    StrictBool,
     StrictInt,
     StrictStr,
 )
@@ -64,6 +65,7 @@ class CalibrationChanges(_Mapping):
     texts: _Texts | None = None
     num_samples: Annotated[StrictInt, Field(ge=1, le=1_000_000)] | None = None
     sequence_length: Annotated[StrictInt, Field(ge=2, le=1_000_000)] | None = None
+    chat: StrictBool | None = None
 
 
 class Gate(_Mapping):
@@ -105,6 +107,8 @@ class Settings(_Mapping):
     priority: Annotated[StrictInt, Field(ge=-1_000_000, le=1_000_000)] = 0
     """Higher ones run first."""
     calibration: CalibrationChanges = CalibrationChanges()
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Of what stays in float; it replaces the recipes' own, and the model's."""
     evaluate_on: _Texts | None = None
     """Texts to evaluate the result on, other than the calibration texts."""
     windows: Annotated[StrictInt, Field(ge=1, le=1_000_000)] = 8

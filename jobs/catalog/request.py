@@ -22,6 +22,7 @@ from jobs.catalog.entries import Gate
 from pipeline.canonical import digest_of, sha256
 from pipeline.errors import CalibrationTextError, MissingObjectError, PipelineError, SourceError
 from pipeline.executor.protocol import ComputeSpec
+from pipeline.model.preset import decides_model
 from pipeline.recipe.recipe import Recipe
 from pipeline.storage.local_store import file_version
 from pipeline.storage.object_store import ObjectStore, open_store
@@ -34,11 +35,6 @@ RUNS_PREFIX = "runs/"
 _ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,199}")
 # As in `pipeline.planning.versions`, which needs JAX.
 PACKAGES = ("quantfleet", "jax", "jaxlib", "keras", "keras-hub", "numpy", "ml-dtypes", "h5py")
-# Files that `pipeline.model.preset` ignores.
-_IGNORED = (
-    *(".md", ".rst", "LICENSE"),
-    *(".bin", ".pt", ".pth", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot", ".pkl"),
-)
 _MAX_JSON_BYTES = 256 << 10
 _NUM_THREADS = 16
 
@@ -262,7 +258,7 @@ def source_fingerprint(url: str) -> tuple[dict[str, str], int]:
     is_on_disk = store.root_url.startswith("file://")
     tokens, bytes_read = {}, 0
     for name, version in store.versions().items():
-        if name.endswith(_IGNORED):
+        if not decides_model(name):
             continue
         tokens[name] = version.token
         if is_on_disk and name.endswith(".json") and version.size_bytes <= _MAX_JSON_BYTES:

@@ -7,7 +7,7 @@ needed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +32,24 @@ _WEIGHTS = (".h5", ".safetensors")
 _FOREIGN = (".bin", ".pt", ".pth", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot", ".pkl")
 
 
+_PROMPTING = ("chat_template.jinja", "generation_config.json")
+_LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+_DOCUMENTATION = (".md", ".rst")
+
+
+def decides_model(name: str) -> bool:
+    """Whether a file of a preset's folder has a part in what the model computes.
+
+    Weights for other frameworks, documentation and licenses have none: a new wording of a license
+    is no reason to quantize a model again.
+    """
+    return not (name.endswith((*_FOREIGN, *_DOCUMENTATION)) or _is_legal(name))
+
+
+def _is_legal(name: str) -> bool:
+    return name.startswith(_LEGAL) or name.endswith("LICENSE")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PresetFiles:
     """The content of a preset's folder: plain data, small enough to send to workers."""
@@ -44,6 +62,8 @@ class PresetFiles:
     sizes: Mapping[str, int]
     """Bytes of each file, by name within the folder."""
     store: ObjectStore = field(repr=False)
+    stored_json: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    """Content of the JSON files that are not in `json_files` as they are stored."""
 
     @property
     def assets(self) -> tuple[str, ...]:
@@ -54,6 +74,30 @@ class PresetFiles:
             if name not in self.json_files
             and not name.endswith((*_WEIGHTS, *_FOREIGN))
             and self.sizes[name] <= _MAX_SMALL_BYTES
+        )
+
+    @property
+    def foreign_weights(self) -> tuple[str, ...]:
+        """Names of weights files for other frameworks."""
+        return tuple(name for name in sorted(self.sizes) if name.endswith(_FOREIGN))
+
+    def in_dtype(self, dtype: str | None) -> PresetFiles:
+        """The same model with its variables in another dtype; in its own if None."""
+        if dtype is None:
+            return self
+        config = self.parse(CONFIG_FILE)
+        if self.format == "huggingface":
+            config = {key: value for key, value in config.items() if key != "dtype"}
+            config["torch_dtype"] = dtype
+        elif isinstance(config.get("config"), dict) and not _is_quantized(config["config"]):
+            # In the form in which Keras saves it. Quantized ones are refused later.
+            policy = {"class_name": "DTypePolicy", "config": {"name": dtype}}
+            config["config"]["dtype"] = {"module": "keras", **policy, "registered_name": None}
+        changed = {CONFIG_FILE: json.dumps(config, indent=4).encode()}
+        return replace(
+            self,
+            json_files={**self.json_files, **changed},
+            stored_json={name: self.json_files[name] for name in changed},
         )
 
     def parse(self, name: str) -> dict[str, Any]:
@@ -89,6 +133,13 @@ class PresetFiles:
                     raise SourceError(f"{self.url}/{name}: {file!r} is not a file beside it")
         return files
 
+    def accompanying(self) -> dict[str, bytes]:
+        """Licenses, and how to prompt and generate: what belongs to any form of the model."""
+        names = sorted(name for name in self.sizes if "/" not in name)
+        names = [n for n in names if _is_legal(n) or n in _PROMPTING]
+        names = [n for n in names if self.sizes[n] <= _MAX_SMALL_BYTES]
+        return {n: self.json_files.get(n) or self.read(n) for n in names}
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes [start, stop) of a file.
 
@@ -110,6 +161,14 @@ class PresetFiles:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(self.json_files.get(name) or self.read(name))
+
+
+def _is_quantized(config: Mapping[str, Any]) -> bool:
+    """Whether a backbone was saved with quantized layers."""
+    policy = config.get("dtype")
+    is_map = isinstance(policy, dict) and policy.get("class_name") == "DTypePolicyMap"
+    name = policy.get("config", {}).get("name") if isinstance(policy, dict) else policy
+    return is_map or "_from_" in str(name)
 
 
 @contextmanager
@@ -139,10 +198,31 @@ def check_preset(store: ObjectStore) -> None:
         SourceError: it has no config.json.
     """
     if not store.exists(CONFIG_FILE):
+        where = store.root_url.removeprefix("file://")
         raise SourceError(
-            f"{store.root_url.removeprefix('file://')}: no {CONFIG_FILE} there; name the folder of "
-            "a KerasHub preset or of a Hugging Face model"
+            f"{where}: no {CONFIG_FILE} there{_found_instead(store.list())}; name the folder of a "
+            "KerasHub preset or of a Hugging Face model"
         )
+
+
+# What folders without a model of their own hold, and what to do.
+_OTHER_KINDS = {
+    "adapter_config.json": "an adapter; merge it into the model that it was made for",
+    "model_index.json": "a pipeline of models for images, which cannot be quantized",
+    ".gguf": "a GGUF file, already quantized; start from the model that it was made from",
+    ".keras": "a Keras model in one file; save it with KerasHub's save_to_preset",
+    "saved_model.pb": "a TensorFlow SavedModel; start from the model that it was made from",
+}
+
+
+def _found_instead(names: Sequence[str]) -> str:
+    for kind, meaning in _OTHER_KINDS.items():
+        if any(name.endswith(kind) for name in names):
+            return f", but {meaning}"
+    inside = sorted(name for name in names if name.endswith(f"/{CONFIG_FILE}"))
+    if inside:
+        return f", but in its folder {inside[0].removesuffix(f'/{CONFIG_FILE}')}"
+    return f", only {', '.join(names[:3])}" if names else ": the folder is empty or missing"
 
 
 def read_preset(url: str) -> PresetFiles:
@@ -171,7 +251,8 @@ def read_preset(url: str) -> PresetFiles:
         return preset
     if "model_type" in config:
         return replace(preset, format="huggingface")
+    keys = ", ".join(sorted(config)[:5]) or "nothing"
     raise SourceError(
-        f"{url}/config.json: neither a KerasHub preset (no registered_name) nor a Hugging Face "
-        "model (no model_type)"
+        f"{url}/{CONFIG_FILE}: neither of a KerasHub preset (no registered_name) nor of a Hugging "
+        f"Face model (no model_type); it has {keys}; name a model's own folder"
     )

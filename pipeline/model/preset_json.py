@@ -60,9 +60,10 @@ def policy_map(base_policy: str, policies: Mapping[str, str]) -> dict[str, Any]:
         try:
             keras_map[path] = keras.dtype_policies.get(f"{policies[path]}_from_{base_policy}")
         except ValueError as error:
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split()).rstrip(".")
             raise ArtifactError(
-                f"{path}: Keras refuses {policies[path]!r} on {base_policy!r}: {reason}"
+                f"{path}: Keras refuses {policies[path]!r} on {base_policy!r} ({reason}); choose "
+                "another scheme, or another dtype for the model: --dtype bfloat16 or float32"
             ) from None
     serialized: dict[str, Any] = keras.dtype_policies.serialize(keras_map)
     return serialized
@@ -167,6 +168,7 @@ def conversion_notes(files: Mapping[str, bytes], policies: Mapping[str, str]) ->
 def converted_files(preset: PresetFiles, skeleton: Skeleton) -> dict[str, bytes]:
     """A Hugging Face model's small files in KerasHub's form, converted by KerasHub's own code.
 
+    Licenses, a chat template and the settings of generation come along as they are.
     A model without a vocabulary gets no tokenizer, and its artifact takes token ids only.
 
     Args:
@@ -175,9 +177,9 @@ def converted_files(preset: PresetFiles, skeleton: Skeleton) -> dict[str, bytes]
     Raises:
         SourceError: KerasHub cannot convert the tokenizer, or cannot read the result.
     """
-    files = {}
+    files = preset.accompanying()
     if any(name.endswith(_VOCABULARIES) for name in preset.sizes):
-        files = _tokenizer_files(preset, skeleton)
+        files |= _tokenizer_files(preset, skeleton)
     files[CONFIG_FILE] = _as_json(skeleton.backbone_json)
     if skeleton.task_json is not None:
         task = {**skeleton.task_json, "config": dict(skeleton.task_json["config"])}

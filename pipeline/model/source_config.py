@@ -20,6 +20,16 @@ import numpy as np
 from pipeline.errors import SourceError
 from pipeline.model.preset import CONFIG_FILE, PresetFiles
 
+# What transformers takes where a config of a decoder says nothing, and converters insist. A wrong
+# number of heads or a missing head would not fit the tensors.
+_DEFAULTS: dict[str, Any] = {
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+}
+
 
 class NotedConfig(dict[str, Any]):
     """The content of a config.json that notes which of its keys are read."""
@@ -35,24 +45,33 @@ class NotedConfig(dict[str, Any]):
         self.keys_read.add(key)
         return super().__getitem__(key)
 
+    def __missing__(self, key: str) -> Any:
+        if key == "num_key_value_heads":
+            return self["num_attention_heads"]
+        return _DEFAULTS[key]
+
     def get(self, key: str, default: Any = None) -> Any:
         self.keys_read.add(key)
         return super().get(key, default)
 
-    def entries(self, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-        """Every key with its value and whether it was read; keys of mappings that were read too."""
+    def entries(self, inside: str = "") -> Iterator[tuple[str, str, Any, bool]]:
+        """Every key: the mapping that it is in, its name, its value, and whether it was read."""
         for key in sorted(self):
             value, read = super().__getitem__(key), key in self.keys_read
-            if read and isinstance(value, NotedConfig):
-                yield from value.entries(f"{prefix}{key}.")
+            if isinstance(value, NotedConfig) and (read or key == "rope_parameters"):
+                yield from value.entries(key)
             else:
-                yield prefix + key, value, read
+                yield inside, key, value, read
 
 
 def normalized_config(content: Mapping[str, Any]) -> NotedConfig:
     """A config with its settings where KerasHub's converters look for them."""
     config = dict(content)
     rope = config.get("rope_parameters")
+    scaling = config.get("rope_scaling")
+    if isinstance(scaling, dict) and "type" in scaling:
+        # Its name before rope_type.
+        config["rope_scaling"] = {"rope_type": scaling["type"], **scaling}
     if isinstance(rope, dict) and rope.get("rope_type", "default") != "default":
         # Transformers 5 moved what was rope_scaling into rope_parameters. Converters take only
         # rope_theta from there.
@@ -90,11 +109,11 @@ def check_config(preset: PresetFiles, config: NotedConfig, backbone: Any, genera
     """
     model = _Model(config=config, backbone=backbone, generates=generates)
     where, name = f"{preset.url}/{CONFIG_FILE}", type(backbone).__name__
-    for path, value, read in config.entries():
-        parent, _, key = path.rpartition(".")
-        if parent.endswith(_ENCODER_CONFIGS):
+    for inside, key, value, read in config.entries():
+        if inside in _ENCODER_CONFIGS:
             # Encoders of images and sound stay as the converter makes them.
             continue
+        path = f"{inside}.{key}" if inside else key
         if key in _RULES:
             expected = _RULES[key](value, model)
             if expected is not None:
@@ -123,7 +142,7 @@ _HARMLESS = re.compile(
         (
             # Names and versions; keys with an underscore are bookkeeping.
             "_.*|architectures|model_type|auto_map|.*version|tokenizer_class|processor_class|name",
-            "finetuning_task|task_specific_params|custom_pipelines|adapters|model_name|language",
+            "is_llama_config|finetuning_task|task_specific_params|custom_pipelines|adapters|model_name|language",
             r"transformers\.js_config|sentence_transformers|matryoshka_dimensions|prefix",
             # The dtype is read apart from the converter.
             "torch_dtype|dtype|use_bfloat16",
@@ -146,11 +165,13 @@ _HARMLESS = re.compile(
             "pretraining_tp|chunk_size_feed_forward|pruned_heads|reorder_and_upcast_attn",
             # Part of use_sliding_window and of layer_types, which are checked.
             "max_window_layers|sliding_window|sliding_window_size",
+            # Part of no_rope_layers.
+            "no_rope_layer_interval",
             # Repeats rope_type, which is checked; the converter takes the numbers that it needs.
             "type|original_max_position_embeddings",
             # What the shapes of tensors confirm.
             "hidden_size|intermediate_size|num_hidden_layers|num_attention_heads|n_head|n_layer",
-            "num_key_value_heads|n_embd|num_hidden_groups",
+            "num_key_value_heads|n_embd|num_hidden_groups|(en|de)coder_(layers|ffn_dim)",
             # Of other versions of these models, and read by none.
             "tie_weights_|net_structure_type|num_memory_blocks|down_scale_factor|gap_size",
             # Of text with images; text alone computes without.

@@ -157,6 +157,8 @@ class Recipe(BaseModel):
     """The scheme of every embedding table, int8 or int4; null leaves them in float."""
     calibration: Calibration | None = None
     """Needed by gptq, awq and float8; otherwise ignored."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Of what stays in float, and of all computation; null leaves it to the model."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -198,11 +200,13 @@ class Recipe(BaseModel):
         return any(statistics_of(scheme) for scheme in self._kernel_schemes())
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain JSON values, with every default.
+        """The recipe as plain JSON values, with every default but that of dtype.
 
         A calibration that no scheme needs is omitted, since it does not affect the result.
         """
         values = self.model_dump(mode="json")
+        if self.dtype is None:
+            del values["dtype"]  # older versions knew none
         return values if self.needs_calibration else values | {"calibration": None}
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
 from pipeline.model.huggingface import Conversion, Conversions, converted_value, record_conversion
-from pipeline.model.preset import SAFETENSORS_FILE, SAFETENSORS_INDEX_FILE, PresetFiles
+from pipeline.model.preset import CONFIG_FILE, SAFETENSORS_FILE, SAFETENSORS_INDEX_FILE, PresetFiles
 from pipeline.model.skeleton import build_skeleton
 from pipeline.weights.unused_tensors import check_unused
 from pipeline.weights.weight_files import SourceVariable, check_stored
@@ -166,11 +166,26 @@ class SafetensorsWeights:
     @cached_property
     def _tensors(self) -> Mapping[str, str]:
         """File of each tensor."""
+        names = self.preset.sizes
+        if SAFETENSORS_FILE not in names and SAFETENSORS_INDEX_FILE not in names:
+            raise SourceError(self._without_safetensors())
         if SAFETENSORS_INDEX_FILE not in self.preset.json_files:
             return dict.fromkeys(self._header(SAFETENSORS_FILE), SAFETENSORS_FILE)
         return {
             name: files[0] for name, files in self.preset.weight_map(SAFETENSORS_INDEX_FILE).items()
         }
+
+    def _without_safetensors(self) -> str:
+        message = f"{self.preset.url}: {SAFETENSORS_FILE} is missing, and so is its index"
+        foreign = self.preset.foreign_weights
+        if not foreign:
+            return f"{message}; download the model's weights too"
+        architectures = self.preset.parse(CONFIG_FILE).get("architectures") or ["AutoModel"]
+        return (
+            f"{message}; the weights are in {foreign[0]}, which may run code when it is read; "
+            "where you trust it, convert it with Hugging Face's transformers: "
+            f"{architectures[0]}.from_pretrained(folder).save_pretrained(new_folder)"
+        )
 
     def _tensor(self, name: str) -> _Tensor:
         file = self._tensors[name]

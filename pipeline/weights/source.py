@@ -15,13 +15,11 @@ from numpy.typing import NDArray
 from pipeline.canonical import sha256
 from pipeline.errors import SourceError
 from pipeline.model.blocks import BlockGraph
-from pipeline.model.preset import PresetFiles
+from pipeline.model.preset import PresetFiles, decides_model
 from pipeline.model.skeleton import Skeleton, build_skeleton
 from pipeline.weights.hdf5 import Hdf5Weights
 from pipeline.weights.safetensors import SafetensorsWeights
 from pipeline.weights.weight_files import SourceVariable, WeightFiles, num_not_finite
-
-_DOCUMENTATION = (".md", ".rst", "LICENSE")
 
 
 @dataclass(frozen=True)
@@ -128,8 +126,8 @@ class Source:
         """SHA-256 of JSON and vocabularies, and of the names and sizes of weights files."""
         entries = {}
         names = {*self.weights.file_names, *self.preset.json_files, *self.preset.assets}
-        for name in sorted(name for name in names if not name.endswith(_DOCUMENTATION)):
-            content = self.preset.json_files.get(name)
+        for name in sorted(name for name in names if decides_model(name)):
+            content = self.preset.stored_json.get(name, self.preset.json_files.get(name))
             if content is None and name not in self.weights.file_names:
                 content = self.preset.read(name)
             known = None if content is None else sha256(content)

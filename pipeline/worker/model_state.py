@@ -38,7 +38,7 @@ class ModelState:
 
     def __init__(self, plan: Plan, source_url: str) -> None:
         self.plan = plan
-        self._preset = read_preset(source_url)
+        self._preset = read_preset(source_url).in_dtype(plan.recipe.dtype)
         self.skeleton = build_skeleton(self._preset)
         self._source = open_source(self._preset, self.skeleton)
         self._programs: dict[tuple[Any, ...], BlockProgram] = {}

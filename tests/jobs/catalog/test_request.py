@@ -103,7 +103,8 @@ def test_a_source_fingerprint_covers_the_model_files_and_hashes_json(tmp_path: P
     before, bytes_read = source_fingerprint(str(tmp_path))
     assert sorted(before) == sorted(files)
     assert bytes_read == 3
-    for name, content in {**files, "README.md": "prose", "pytorch_model.bin": "x"}.items():
+    undecisive = {"README.md": "prose", "pytorch_model.bin": "x", "LICENSE.txt": "a new wording"}
+    for name, content in {**files, **undecisive}.items():
         (tmp_path / name).write_text(content)  # the same again, and what decides nothing
     after, _ = source_fingerprint(str(tmp_path))
     assert [n for n in before if before[n] != after[n]] == ["model.weights.h5"]

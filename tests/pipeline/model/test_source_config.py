@@ -1,0 +1,126 @@
+"""What KerasHub's converters make of published configs, and what they would drop in silence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import SourceError
+from pipeline.model.huggingface import check_converted
+from pipeline.model.preset import read_preset
+from pipeline.model.skeleton import Skeleton, build_skeleton
+from tests.models.tiny_huggingface import CONFIGS, write_json
+from tests.selection import by_default
+
+PUBLISHED: dict[str, dict[str, Any]] = json.loads(
+    (Path(__file__).parents[2] / "models/published_configs.json").read_text(encoding="utf-8")
+)
+"""Of real models, with fewer blocks."""
+
+
+@pytest.fixture
+def checked(tmp_path: Path) -> Callable[[dict[str, Any]], Skeleton]:
+    def build(config: dict[str, Any]) -> Skeleton:
+        write_json(tmp_path / "config.json", config)
+        preset = read_preset(str(tmp_path))
+        skeleton = build_skeleton(preset)
+        check_converted(preset, skeleton.backbone, skeleton.predicts_tokens)
+        return skeleton
+
+    return build
+
+
+@pytest.mark.parametrize("name", by_default(PUBLISHED, ["llama-3.2", "gemma-3-270m", "smollm2"]))
+def test_published_models_are_taken(
+    name: str, checked: Callable[[dict[str, Any]], Skeleton]
+) -> None:
+    checked(PUBLISHED[name])
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        ("llama", {"attention_bias": True}, "attention_bias is True, which .* ignores"),
+        ("llama", {"head_dim": 16}, "head_dim is 16, but .* gives every head 8 values"),
+        ("llama", {"hidden_act": "relu"}, "hidden_act is 'relu', but .* another activation"),
+        ("llama", {"logits_scale": 4.0}, "logits_scale is 4.0, which .* remove it from"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, but"),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "valid llama3 config"),
+        ("mistral", {"tie_word_embeddings": True}, "always has a head of its own"),
+        ("qwen2", {"is_causal": False}, "is_causal is False"),
+        ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "has no such scaling"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "max_window_layers": 1},
+            "lets all layers slide or none",
+        ),
+        ("gemma", {"rope_theta": 1e6}, "rope_theta is 1000000.0, but .* rotates positions by 1000"),
+        ("gemma2", {"query_pre_attn_scalar": 99}, "query_pre_attn_scalar is 99"),
+        ("gemma3_text", {"sliding_window_pattern": 2}, "lets other layers see a window only"),
+        ("gpt2", {"layer_norm_epsilon": 1e-3}, "layer_norm_epsilon is 0.001, .* norms with 1e-05"),
+        ("gpt2", {"n_inner": 100}, "n_inner is 100, but .* has 128"),
+        ("gpt2", {"scale_attn_weights": False}, "is made for True"),
+        ("bert", {"hidden_act": "relu"}, "another activation"),
+        ("bert", {"position_embedding_type": "relative_key"}, "is made for 'absolute'"),
+        ("roberta", {"layer_norm_eps": 1e-12}, "norms with 1e-05"),
+        (
+            "llama",
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            r"already quantized \(gptq\); start from the float model",
+        ),
+    ],
+)
+def test_a_setting_that_kerashub_drops_is_refused_by_name(
+    family: str,
+    changes: dict[str, Any],
+    expected: str,
+    checked: Callable[[dict[str, Any]], Skeleton],
+) -> None:
+    config = CONFIGS[family] | {"vocab_size": 320}
+    checked(config)
+    with pytest.raises(SourceError, match=expected) as refused:
+        checked(config | changes)
+    assert "config.json: " in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_an_epsilon_that_the_converter_forgets_is_taken_over(
+    family: str, checked: Callable[[dict[str, Any]], Skeleton]
+) -> None:
+    skeleton = checked(CONFIGS[family] | {"vocab_size": 320, "rms_norm_eps": 3e-4})
+    assert skeleton.backbone_json["config"]["layer_norm_epsilon"] == 3e-4
+    assert skeleton.backbone.layer_norm_epsilon == 3e-4
+
+
+def test_a_scaling_of_positions_is_found_where_transformers_5_puts_it(
+    checked: Callable[[dict[str, Any]], Skeleton],
+) -> None:
+    """A converter reads rope_theta from there, and would drop the rest."""
+    before, after = (PUBLISHED[name] for name in ("llama-3.2", "llama-3.2-v5"))
+    assert "rope_scaling" not in after
+    found = checked(after).backbone_json["config"]
+    assert found["rope_frequency_adjustment_factor"] == 32.0
+    assert found == checked(before).backbone_json["config"]
+
+
+def test_a_llama_2_says_nothing_of_rotation(
+    checked: Callable[[dict[str, Any]], Skeleton],
+) -> None:
+    assert "rope_theta" not in PUBLISHED["llama-2"]
+    config = checked(PUBLISHED["llama-2"]).backbone_json["config"]
+    assert config["rope_max_wavelength"] == 10000.0
+
+
+def test_a_sentence_transformer_embeds_whatever_its_architecture(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", CONFIGS["qwen3"] | {"vocab_size": 320})
+    modules = [{"type": f"sentence_transformers.models.{n}"} for n in ("Transformer", "Normalize")]
+    write_json(tmp_path / "modules.json", modules)
+    write_json(tmp_path / "1_Pooling/config.json", {"pooling_mode_lasttoken": True})
+    task = build_skeleton(read_preset(str(tmp_path))).task
+    assert type(task).__name__ == "Qwen3TextEmbedder"
+    assert (task.pooling_mode, task.normalize) == ("last", True)
