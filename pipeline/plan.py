@@ -6,6 +6,7 @@ out. The number of workers decides none, and is no part of it. Reading a plan ne
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -14,7 +15,13 @@ from pydantic import ConfigDict
 
 from pipeline.canonical import digest_of
 from pipeline.errors import DamagedObjectError
-from pipeline.recipe.recipe import LayerKind, RecipeField, SchemeField, StatisticsKind
+from pipeline.recipe.recipe import (
+    LayerKind,
+    Recipe,
+    RecipeField,
+    SchemeField,
+    StatisticsKind,
+)
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.record import STRICT, StoredRecord
 
@@ -34,6 +41,8 @@ class LayerPlan:
         scheme: how it is quantized; None leaves it in float.
         note: why it stays in float, if not because of its recipe.
         slices: ranges of output channels that different workers may solve.
+        stacked_weights: of a layer that stock Keras cannot load quantized: the weights of the
+            matrices that it stacks, as experts do; omitted where there are none.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -46,6 +55,11 @@ class LayerPlan:
     scheme: SchemeField | None
     note: str = ""
     slices: int = 1
+    stacked_weights: int = 0
+
+    @property
+    def num_weights(self) -> int:
+        return self.in_features * self.out_features + self.stacked_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +98,7 @@ class PartPlan:
 
     @property
     def num_weights(self) -> int:
-        return sum(layer.in_features * layer.out_features for layer in self.layers)
+        return sum(layer.num_weights for layer in self.layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,11 +162,19 @@ class Plan(StoredRecord):
             del values["weights_format"]
         if not self.notes:
             del values["notes"]
+        for layer in (layer for part in values["parts"] for layer in part["layers"]):
+            if not layer["stacked_weights"]:
+                del layer["stacked_weights"]
         return values
 
     @property
     def num_blocks(self) -> int:
         return len(self.parts) - 1
+
+    @cached_property
+    def quantized_share(self) -> float:
+        """Of the weights that the recipe asks to quantize, those that are."""
+        return quantized_share(self.recipe, [x for part in self.parts for x in part.layers])
 
     @property
     def chained(self) -> bool:
@@ -170,6 +192,17 @@ class Plan(StoredRecord):
         values = self.content()
         del values["source_url"]
         return digest_of(values)
+
+
+def quantized_share(recipe: Recipe, layers: Iterable[LayerPlan]) -> float:
+    """Of the weights that a recipe asks to quantize, those that are; from 0 to 1.
+
+    What the recipe itself leaves in float counts in neither; what stock Keras cannot load
+    quantized counts as asked for.
+    """
+    asked = [x for x in layers if x.scheme or recipe.scheme_for(x.path, x.kind)]
+    quantized = sum(layer.num_weights for layer in asked if layer.scheme)
+    return quantized / max(sum(layer.num_weights for layer in asked), 1)
 
 
 def read_plan(store: ObjectStore) -> Plan:

@@ -5,11 +5,10 @@ Everything that can be refused is refused here, before any weight is read or byt
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from pipeline.artifact.rehearsal import policies_of, rehearse
 from pipeline.calibration.windows import TokenWindows, shard_bounds
-from pipeline.errors import RecipeError, SourceError
+from pipeline.errors import SourceError
+from pipeline.layer_plans import check_share, plan_layers
 from pipeline.model.blocks import BlockGraph, Glue, find_blocks
 from pipeline.model.huggingface import check_converted
 from pipeline.model.inputs import InputLayout, input_layout
@@ -30,14 +29,13 @@ from pipeline.model.preset_json import (
     quantized_json,
 )
 from pipeline.model.skeleton import Skeleton, build_skeleton
-from pipeline.model.targets import Target, outputs_with
+from pipeline.model.targets import outputs_with
 from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan, TokensPlan, micro_batches
-from pipeline.recipe.recipe import Calibration, Recipe, check_recipe, statistics_of
+from pipeline.recipe.recipe import Calibration, Recipe, statistics_of
 from pipeline.token_windows import token_windows
 from pipeline.weights.source import Source, open_source, values_digest
 from pipeline.worker.block_program import BlockProgram
-from quantizer import kernel_layout, row_slices
-from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Scheme
+from quantizer.schemes import Float8Scheme
 
 # Packages that compute the result; other versions may round differently.
 _PACKAGES = ("quantfleet", "jax", "jaxlib", "keras", "keras-hub", "numpy", "ml-dtypes", "h5py")
@@ -51,11 +49,14 @@ class Planned:
     windows: TokenWindows | None
 
 
-def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
+def make_plan(
+    preset: PresetFiles, recipe: Recipe, *, threads: int, allow_partial: bool = False
+) -> Planned:
     """Decide everything about a run.
 
     Args:
         threads: of each worker's matrix products, which decide their rounding.
+        allow_partial: whether to quantize a model of which most weights have to stay in float.
 
     Raises:
         PipelineError: a source, recipe or calibration that cannot be used.
@@ -63,13 +64,9 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
     preset = preset.in_dtype(recipe.dtype)
     skeleton = build_skeleton(preset)
     graph = find_blocks(skeleton)
-    layers = _plan_layers(skeleton, graph, recipe)
-    # Refuses what stock Keras could not load.
-    schemes = {layer.path: layer.scheme for of_part in layers for layer in of_part}
-    unreached = rehearse(preset, skeleton, schemes, [block.layer for block in graph.blocks])
-    layers = [tuple(_reached(layer, unreached) for layer in of_part) for of_part in layers]
-    schemes |= dict.fromkeys(unreached)
-    policies = policies_of(skeleton, schemes)
+    layers, policies = plan_layers(preset, skeleton, graph, recipe)
+    if not allow_partial:
+        check_share(preset, recipe, layers)
     source = open_source(preset, skeleton)
     # Refuses sources that lack weights; their values are read part by part below.
     casts = source.casts()
@@ -82,7 +79,8 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
         small_files = converted_files(preset, skeleton)
         notes += conversion_notes(small_files, policies)
     task = _task_name(skeleton, small_files, policies)
-    calibration = recipe.calibration if any(map(statistics_of, schemes.values())) else None
+    schemes = [layer.scheme for of_part in layers for layer in of_part]
+    calibration = recipe.calibration if any(map(statistics_of, schemes)) else None
     if calibration is not None:
         _refuse_shared_blocks(skeleton, graph)
     windows, digests = _read(preset, skeleton, source, graph, calibration)
@@ -103,7 +101,7 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
         machine=machine(threads),
         versions=versions(),
         policies=policies,
-        weights_format=2 if any(isinstance(s, Float8Scheme) for s in schemes.values()) else 1,
+        weights_format=2 if any(isinstance(scheme, Float8Scheme) for scheme in schemes) else 1,
         notes=tuple(notes),
     )
     return Planned(plan=plan, windows=windows)
@@ -127,90 +125,6 @@ def machine(threads: int) -> dict[str, str]:
 def versions() -> dict[str, str]:
     """Versions of the packages that compute the result."""
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
-
-
-def _plan_layers(
-    skeleton: Skeleton, graph: BlockGraph, recipe: Recipe
-) -> list[tuple[LayerPlan, ...]]:
-    """The layers of every part: those that Keras can quantize, then other layers with matrices."""
-    backbone_layers = {id(layer) for layer in skeleton.backbone_layers}
-    parts = [(graph.rest_targets, graph.rest_unsupported)]
-    parts += [(block.targets, block.unsupported) for block in graph.blocks]
-    planned = []
-    for part, (targets, unsupported) in enumerate(parts):
-        layers = []
-        for target in targets:
-            in_backbone = part > 0 or id(target.layer) in backbone_layers
-            scheme, note = _choose_scheme(target, recipe, in_backbone, in_block=part > 0)
-            layers.append(
-                LayerPlan(
-                    path=target.path,
-                    name=target.name,
-                    kind=target.layer_kind,
-                    in_features=target.in_features,
-                    out_features=target.out_features,
-                    scheme=scheme,
-                    note=note,
-                    slices=_num_slices(target, scheme),
-                )
-            )
-        layers += [
-            LayerPlan(
-                path=layer.path,
-                name=layer.path,
-                kind="kernel",
-                in_features=0,
-                out_features=0,
-                scheme=None,
-                note=layer.reason,
-            )
-            for layer in unsupported
-        ]
-        planned.append(tuple(layers))
-    check_recipe(
-        recipe, [(t.path, t.layer_kind, t.in_features) for targets, _ in parts for t in targets]
-    )
-    return planned
-
-
-def _choose_scheme(
-    target: Target, recipe: Recipe, in_backbone: bool, in_block: bool
-) -> tuple[Scheme | None, str]:
-    """A layer's scheme; None leaves it in float, and the note says why if the recipe does not."""
-    if not in_backbone:
-        return None, "part of the task, not of the backbone; left in float"
-    scheme = recipe.scheme_for(target.path, target.layer_kind)
-    if scheme is None or target.layer_kind == "embedding":
-        return scheme, ""
-    if isinstance(scheme, GPTQScheme) and scheme.drift_correction:
-        raise RecipeError(
-            f"recipe {recipe.name}: drift_correction needs the float model's activations beside "
-            "the quantized one's, which a run does not carry; set it to 0"
-        )
-    if statistics_of(scheme) and not in_block:
-        return None, f"{scheme.mode} is calibrated inside blocks only; left in float"
-    layout = kernel_layout(target.layer)
-    if isinstance(scheme, GPTQScheme | AWQScheme) and (
-        layout.batched or len(layout.shape) not in (2, 3)
-    ):
-        return None, f"stock Keras cannot store this kernel in {scheme.mode}; left in float"
-    return scheme, ""
-
-
-def _reached(layer: LayerPlan, unreached: Container[str]) -> LayerPlan:
-    if layer.path not in unreached:
-        return layer
-    note = "KerasHub does not hand the model's dtype on to it; left in float"
-    return dataclasses.replace(layer, scheme=None, note=note, slices=1)
-
-
-def _num_slices(target: Target, scheme: Scheme | None) -> int:
-    if not isinstance(scheme, GPTQScheme) or target.layer_kind == "embedding":
-        return 1
-    layout = kernel_layout(target.layer)
-    # Otherwise Keras groups the inputs so that one grid spans all rows.
-    in_slices = layout.keras_rows_are_inputs
-    return len(row_slices(layout.out_features, layout.in_features)) if in_slices else 1
 
 
 def _refuse_shared_blocks(skeleton: Skeleton, graph: BlockGraph) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,6 +72,9 @@ class Unsupported:
 
     path: str
     reason: str
+    num_weights: int
+    """Of the matrices that it stacks in variables of three axes or more, as experts are; not of
+    convolutions and tables of positions, which no scheme is for."""
 
 
 def find_targets(
@@ -93,10 +97,17 @@ def find_targets(
 def find_unsupported(layers: Iterable[keras.layers.Layer]) -> tuple[Unsupported, ...]:
     """The layers with matrices among these and inside them that cannot be quantized."""
     return tuple(
-        Unsupported(path=layer.path, reason=reason)
+        Unsupported(path=layer.path, reason=reason, num_weights=_stacked_weights(layer))
         for layer, parents in walk(layers)
         if (reason := obstacle(layer, parents)) is not None
     )
+
+
+def _stacked_weights(layer: keras.layers.Layer) -> int:
+    if type(layer).__module__.partition(".")[0] == "keras":
+        return 0
+    shapes = [variable.shape for variable in layer._trainable_variables]
+    return sum(math.prod(shape) for shape in shapes if len(shape) >= 3)
 
 
 def holds_kernels(layer: keras.layers.Layer) -> bool:

@@ -50,6 +50,11 @@ class KernelLayout(KernelAxes):
         return self.in_axes == tuple(range(self._num_row_axes))
 
     @property
+    def keras_rows_hold_one_input(self) -> bool:
+        """Whether each row of that layout belongs to one input."""
+        return set(self.in_axes) <= set(range(self._num_row_axes))
+
+    @property
     def _num_row_axes(self) -> int:
         # Keras: shape.index(max(shape)) == 0 splits after the first axis, else after the second.
         if len(self.shape) == 2:
@@ -96,7 +101,7 @@ def row_groups(layout: KernelLayout, scheme: Scheme, name: str) -> RowGroups | N
                 )
             if layout.keras_rows_are_inputs:
                 return None
-            if isinstance(scheme, AWQScheme) and not set(layout.in_axes) <= {0, 1}:
+            if isinstance(scheme, AWQScheme) and not layout.keras_rows_hold_one_input:
                 raise LayerError(
                     f"{name}: stock Keras stores awq with one input scale a row, and the rows of "
                     f"a kernel {layout.shape} with this equation mix inputs; exclude the layer, "

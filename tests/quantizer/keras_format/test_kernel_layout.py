@@ -126,8 +126,17 @@ def test_int8_takes_a_kernel_with_one_matrix_per_head():
     assert 0 < result.report.weight_error < 0.01
 
 
-def test_rows_that_mix_inputs_have_no_awq_scale():
-    layout = einsum_layout("abe,cde->abcd", (4, 8, 48))
+@pytest.mark.parametrize(
+    ("equation", "shape"),
+    [
+        ("abe,cde->abcd", (4, 8, 48)),
+        # More heads than inputs, or outputs: Keras' rows are the outputs.
+        ("btd,ndh->btnh", (64, 32, 8)),
+        ("ab,cb->ac", (64, 32)),
+    ],
+)
+def test_rows_that_mix_inputs_have_no_awq_scale(equation, shape):
+    layout = einsum_layout(equation, shape)
     with pytest.raises(LayerError, match=r"decoder/query.*mix inputs.*gptq"):
         row_groups(layout, AWQScheme(), "decoder/query")
     assert row_groups(layout, GPTQScheme(), "decoder/query") is not None

@@ -1,0 +1,144 @@
+"""Decide every layer's scheme, and refuse what stock Keras could not load, or too little of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Container, Sequence
+
+from pipeline.artifact.rehearsal import policies_of, rehearse
+from pipeline.errors import RecipeError
+from pipeline.model.blocks import BlockGraph
+from pipeline.model.preset import PresetFiles
+from pipeline.model.skeleton import Skeleton
+from pipeline.model.targets import Target
+from pipeline.plan import LayerPlan, quantized_share
+from pipeline.recipe.recipe import Recipe, check_recipe, statistics_of
+from quantizer import kernel_layout, row_slices
+from quantizer.errors import LayerError
+from quantizer.keras_format.kernel_layout import row_groups
+from quantizer.schemes import AWQScheme, GPTQScheme, Scheme
+
+_LEAST_SHARE = 0.5
+
+
+def plan_layers(
+    preset: PresetFiles, skeleton: Skeleton, graph: BlockGraph, recipe: Recipe
+) -> tuple[list[tuple[LayerPlan, ...]], dict[str, str]]:
+    """The layers of every part, and the dtype policies that the artifact's JSON has to name.
+
+    Of each part, the layers that Keras can quantize come first, then others with matrices.
+
+    Raises:
+        PipelineError: a recipe that does not fit the model, or stock Keras could not load what it
+            asks for.
+    """
+    layers = _all_layers(skeleton, graph, recipe)
+    schemes = {layer.path: layer.scheme for of_part in layers for layer in of_part}
+    unreached = rehearse(preset, skeleton, schemes, [block.layer for block in graph.blocks])
+    layers = [tuple(_reached(layer, unreached) for layer in of_part) for of_part in layers]
+    return layers, policies_of(skeleton, schemes | dict.fromkeys(unreached))
+
+
+def check_share(preset: PresetFiles, recipe: Recipe, layers: Sequence[Sequence[LayerPlan]]) -> None:
+    """Refuse a plan that quantizes less than half of the weights that its recipe asks for.
+
+    Raises:
+        RecipeError: says how much, why not the rest, and how to run it nevertheless.
+    """
+    every = [layer for of_part in layers for layer in of_part]
+    share = quantized_share(recipe, every)
+    if share >= _LEAST_SHARE:
+        return
+    left = [layer for layer in every if layer.note]
+    largest = max(left, key=lambda layer: layer.num_weights)
+    raise RecipeError(
+        f"{preset.url}: recipe {recipe.name} would quantize {share:.0%} of the weights that it "
+        f"asks for; most are in {largest.path} and its like ({largest.note}). If this is wanted, "
+        "give --allow-partial, or allow_partial: true in a catalog; or leave these layers out by a "
+        "rule with scheme: null"
+    )
+
+
+def _all_layers(
+    skeleton: Skeleton, graph: BlockGraph, recipe: Recipe
+) -> list[tuple[LayerPlan, ...]]:
+    backbone_layers = {id(layer) for layer in skeleton.backbone_layers}
+    parts = [(graph.rest_targets, graph.rest_unsupported)]
+    parts += [(block.targets, block.unsupported) for block in graph.blocks]
+    planned = []
+    for part, (targets, unsupported) in enumerate(parts):
+        layers = []
+        for target in targets:
+            in_backbone = part > 0 or id(target.layer) in backbone_layers
+            scheme, note = _choose_scheme(target, recipe, in_backbone, in_block=part > 0)
+            layers.append(
+                LayerPlan(
+                    path=target.path,
+                    name=target.name,
+                    kind=target.layer_kind,
+                    in_features=target.in_features,
+                    out_features=target.out_features,
+                    scheme=scheme,
+                    note=note,
+                    slices=_num_slices(target, scheme),
+                )
+            )
+        layers += [
+            LayerPlan(
+                path=layer.path,
+                name=layer.path,
+                kind="kernel",
+                in_features=0,
+                out_features=0,
+                scheme=None,
+                note=layer.reason,
+                # Tables and patches outside the blocks are no kernels that a recipe asks for.
+                stacked_weights=layer.num_weights if part else 0,
+            )
+            for layer in unsupported
+        ]
+        planned.append(tuple(layers))
+    check_recipe(
+        recipe, [(t.path, t.layer_kind, t.in_features) for targets, _ in parts for t in targets]
+    )
+    return planned
+
+
+def _choose_scheme(
+    target: Target, recipe: Recipe, in_backbone: bool, in_block: bool
+) -> tuple[Scheme | None, str]:
+    """A layer's scheme; None leaves it in float, and the note says why if the recipe does not."""
+    if not in_backbone:
+        return None, "part of the task, not of the backbone; left in float"
+    scheme = recipe.scheme_for(target.path, target.layer_kind)
+    if scheme is None or target.layer_kind == "embedding":
+        return scheme, ""
+    if isinstance(scheme, GPTQScheme) and scheme.drift_correction:
+        raise RecipeError(
+            f"recipe {recipe.name}: drift_correction needs the float model's activations beside "
+            "the quantized one's, which a run does not carry; set it to 0"
+        )
+    if statistics_of(scheme) and not in_block:
+        return None, f"{scheme.mode} is calibrated inside blocks only; left in float"
+    if isinstance(scheme, GPTQScheme | AWQScheme):
+        try:
+            row_groups(kernel_layout(target.layer), scheme, target.path)
+        except LayerError:
+            return None, f"stock Keras cannot store this kernel in {scheme.mode}; left in float"
+    return scheme, ""
+
+
+def _reached(layer: LayerPlan, unreached: Container[str]) -> LayerPlan:
+    if layer.path not in unreached:
+        return layer
+    note = "KerasHub does not hand the model's dtype on to it; left in float"
+    return dataclasses.replace(layer, scheme=None, note=note, slices=1)
+
+
+def _num_slices(target: Target, scheme: Scheme | None) -> int:
+    if not isinstance(scheme, GPTQScheme) or target.layer_kind == "embedding":
+        return 1
+    layout = kernel_layout(target.layer)
+    # Otherwise Keras groups the inputs so that one grid spans all rows.
+    in_slices = layout.keras_rows_are_inputs
+    return len(row_slices(layout.out_features, layout.in_features)) if in_slices else 1
