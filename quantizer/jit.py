@@ -45,16 +45,17 @@ def program(**options: Any) -> Callable[[Callable[_Given, _Result]], Callable[_G
     return decorate
 
 
+_DEFAULT_TYPES = {
+    "jax_enable_x64": False,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+}
+
+
 @contextmanager
 def _default_types() -> Iterator[None]:
     """JAX's default rules of types for this block, in this thread."""
-    config = jax.config
-    settings = (
-        config.jax_enable_x64,
-        config.jax_numpy_dtype_promotion,
-        config.jax_numpy_rank_promotion,
-    )
-    if settings == (False, "standard", "allow"):
+    if all(getattr(jax.config, name) == value for name, value in _DEFAULT_TYPES.items()):
         yield
         return
     with (

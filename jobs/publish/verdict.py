@@ -74,8 +74,11 @@ def find_verdict(root: ObjectStore, request_id: str) -> Verdict | None:
 def failures(gate: Gate | None, fidelity: Fidelity | None) -> tuple[str, ...]:
     """The limits that a result exceeds, in words; none if it may be published.
 
-    A figure that is not measured for this type of model, or is NaN, fails its limit.
+    A figure that is not measured for this type of model, or is NaN, fails its limit. A result whose
+    values are not finite fails without any.
     """
+    if fidelity is not None and fidelity.not_finite is not None:
+        return (fidelity.not_finite,)
     return () if gate is None else tuple(_failures(gate, fidelity))
 
 
@@ -108,16 +111,20 @@ def _absent(figure: str, limit: str, instead: str) -> str:
     return f"no {figure} is measured of a model of this kind; replace {limit} by {instead}"
 
 
-def quality_figures(fidelity: Fidelity | None) -> dict[str, float | int | None] | None:
+def quality_figures(fidelity: Fidelity | None) -> dict[str, float | int | str | None] | None:
     """A result's quality as plain JSON values; None if it was not evaluated.
 
-    NaN and infinity become null, since JSON has no way to write them.
+    NaN and infinity become null, since JSON has no way to write them. What older versions do not
+    know is left out where there is nothing to say.
     """
     if fidelity is None:
         return None
+    figures = dataclasses.asdict(fidelity)
+    if fidelity.not_finite is None:
+        del figures["not_finite"]
     return {
-        name: value if value is None or math.isfinite(value) else None
-        for name, value in dataclasses.asdict(fidelity).items()
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in figures.items()
     }
 
 
@@ -125,6 +132,8 @@ def quality_text(quality: Mapping[str, Any] | None) -> str:
     """What `quality_figures` returns, in a few words."""
     if quality is None:
         return "–"
+    if quality.get("not_finite") is not None:
+        return "not finite"
     before, after = quality["source_perplexity"], quality["result_perplexity"]
     if before is not None and after is not None:
         return f"perplexity {before:.4g} → {after:.4g}"

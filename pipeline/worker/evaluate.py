@@ -1,11 +1,13 @@
 """Evaluate an artifact against its source, with one block of one model in memory at a time.
 
-The artifact is run by Keras' own quantized layers, from the very bytes that were committed, so its
-output is that of stock Keras.
+The artifact is run by Keras' own quantized layers, in its own dtype, from the very bytes that were
+committed, so its output is that of stock Keras. Float16 holds nothing beyond 65504: values that are
+not finite after a block, or in the output, are reported by where they first appear.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -50,7 +52,10 @@ def evaluate(
     size = max(1, _TOKENS_PER_BATCH // max(1, windows.tokens.shape[1]))
     chosen = [indices[a : a + size] for a in range(0, len(indices), size)]
     batches = [layout.batch(windows, some, len(some)) for some in chosen]
-    last_values = [_last_values(model, batches) for model in (source, artifact)]
+    (source_values, source_broken), (result_values, result_broken) = (
+        _last_values(model, batches) for model in (source, artifact)
+    )
+    last_values = [source_values, result_values]
     heads = [source.head(), artifact.head()]
     fidelities = []
     for i, index in enumerate(indices):
@@ -59,6 +64,8 @@ def evaluate(
             head({n: v[i : i + 1] for n, v in values.items()}, one)
             for head, values in zip(heads, last_values, strict=True)
         )
+        source_broken[i] = source_broken[i] or _broken_output(before, one)
+        result_broken[i] = result_broken[i] or _broken_output(after, one)
         if predicts_tokens:
             sums = _logit_sums(before, after, one.tokens, one.mask)
             source_loss, result_loss, divergence, agreement, count = map(float, sums)
@@ -71,19 +78,50 @@ def evaluate(
             )
         else:
             fidelity = _compare_vectors(before, after, one)
-        fidelities.append(fidelity)
+        fidelities.append(
+            dataclasses.replace(
+                fidelity, source_broken_at=source_broken[i], result_broken_at=result_broken[i]
+            )
+        )
     return fidelities
 
 
-def _last_values(model: StreamedModel, batches: Sequence[InputBatch]) -> BatchValues:
-    """What the blocks leave to the head, [windows, …] each, by number."""
+def _last_values(
+    model: StreamedModel, batches: Sequence[InputBatch]
+) -> tuple[BatchValues, list[str]]:
+    """What the blocks leave to the head, [windows, …] each, by number.
+
+    Also, for each window, the first block that gives values which are not finite; "" if none does.
+    """
     states = model.embed(batches)
-    for call in range(len(model.graph.calls)):
-        model.advance(call, states)
-    return {
+    broken = [[""] * len(batch.mask) for batch in batches]
+    for number, call in enumerate(model.graph.calls):
+        model.advance(number, states)
+        name = model.graph.blocks[call.block].name
+        for batch, state, places in zip(batches, states, broken, strict=True):
+            for given in call.gives:
+                for row in np.flatnonzero(_broken_windows(state[given], batch)):
+                    places[row] = places[row] or f"block {call.block} ({name})"
+    values = {
         number: np.concatenate([state[number] for state in states])
         for number in model.graph.head_takes
     }
+    return values, [place for places in broken for place in places]
+
+
+def _broken_windows(value: NDArray[Any], batch: InputBatch) -> NDArray[np.bool_]:
+    """In which windows a vector that is not padding holds NaN or infinity, [batch]."""
+    if value.ndim != 3:
+        return np.zeros(len(batch.mask), bool)  # an attention mask may hold infinity
+    broken: NDArray[np.bool_] = (~np.isfinite(value) & batch.rows(value.shape[:2])[..., None]).any(
+        axis=(1, 2)
+    )
+    return broken
+
+
+def _broken_output(output: Any, window: InputBatch) -> str:
+    values = (np.asarray(value) for value in tree.flatten(output))
+    return "the output" if any(_broken_windows(value, window).any() for value in values) else ""
 
 
 @jax.jit
@@ -99,7 +137,8 @@ def _logit_sums(source: Array, artifact: Array, tokens: Array, mask: Array) -> t
     divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
     same = jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)
     terms = (*losses, divergence, same.astype(jnp.float32), jnp.ones_like(divergence))
-    return tuple(jnp.sum(keep * term) for term in terms)
+    # Padding may hold anything.
+    return tuple(jnp.sum(jnp.where(keep > 0, term, 0)) for term in terms)
 
 
 def _compare_vectors(source: Any, artifact: Any, window: InputBatch) -> WindowFidelity:
@@ -110,8 +149,9 @@ def _compare_vectors(source: Any, artifact: Any, window: InputBatch) -> WindowFi
             mask = window.rows(left.shape[:2])
             left, right = left[mask], right[mask]
         left, right = (value.reshape(-1, value.shape[-1]) for value in (left, right))
-        norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
-        cosines.append(np.sum(left * right, axis=1) / np.maximum(norms, 1e-30))
+        with np.errstate(invalid="ignore"):
+            norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+            cosines.append(np.sum(left * right, axis=1) / np.maximum(norms, 1e-30))
     flat = np.concatenate(cosines)
     return WindowFidelity(count=len(flat), cosine=math.fsum(flat))
 
@@ -126,10 +166,18 @@ BatchValues = dict[int, NDArray[Any]]
 class StreamedModel:
     """A model that runs part by part: embed → blocks → head, reading each part when it is due."""
 
-    def __init__(self, graph: BlockGraph, read: Callable[[int], Pairs]) -> None:
-        """Args: read: gives the values of a part: 0 outside the blocks, i + 1 for block i."""
+    def __init__(
+        self, graph: BlockGraph, read: Callable[[int], Pairs], *, compute_dtype: str
+    ) -> None:
+        """Args: read: gives the values of a part: 0 outside the blocks, i + 1 for block i.
+
+        compute_dtype: of most layers.
+        """
         self.graph = graph
         self._read = read
+        # On a CPU XLA keeps what lies between two operations in float32, where float16 would
+        # overflow, and compiles no float16 attention. One by one they round as they do elsewhere.
+        self._compiled = compute_dtype != "float16" or jax.default_backend() != "cpu"
         self._programs: dict[tuple[str, int], Any] = {}
 
     def embed(self, batches: Sequence[InputBatch]) -> list[BatchValues]:
@@ -175,9 +223,10 @@ class StreamedModel:
                 with keras.StatelessScope(state_mapping=mapping):
                     return layer(*args, **kwargs)
 
-            self._programs[key] = jax.jit(call)
-        # In the dtypes of their variables, which for float16 may be float32 (see `ModelState`).
-        values = [np.asarray(value, np.dtype(variable.dtype)) for variable, value in pairs]
+            self._programs[key] = jax.jit(call) if self._compiled else call
+        values: list[Any] = [np.asarray(value, np.dtype(v.dtype)) for v, value in pairs]
+        if not self._compiled:
+            values = [jnp.asarray(value) for value in values]
         return partial(self._programs[key], values)
 
 
@@ -187,14 +236,14 @@ def _numbered(numbers: Sequence[int], outputs: Any) -> BatchValues:
 
 
 def source_model(model: ModelState) -> StreamedModel:
-    """The source, in its own dtype if this machine can run it."""
+    """The source, in its own dtype."""
     (skeleton, graph), _ = model.evaluation_models
     variables = {str(v.path): v for v in skeleton.model.variables}
 
     def read(part: int) -> Pairs:
         return [(variables[path], value) for path, value in model.read(part).items()]
 
-    return StreamedModel(graph, read)
+    return StreamedModel(graph, read, compute_dtype=model.compute_dtype)
 
 
 def artifact_model(model: ModelState, store: ObjectStore) -> StreamedModel:
@@ -213,4 +262,4 @@ def artifact_model(model: ModelState, store: ObjectStore) -> StreamedModel:
             pairs += [(v, source[path]) for path, v in of_task.items() if path in source]
         return pairs
 
-    return StreamedModel(graph, read)
+    return StreamedModel(graph, read, compute_dtype=model.compute_dtype)

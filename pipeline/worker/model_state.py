@@ -62,6 +62,11 @@ class ModelState:
         return base_policy(self.skeleton.backbone_json)
 
     @property
+    def compute_dtype(self) -> str:
+        """The dtype in which the layers that stay in float compute."""
+        return str(keras.DTypePolicy(self._base_policy).compute_dtype)
+
+    @property
     def scale_dtype(self) -> str:
         """The dtype in which the scales of most layers are stored: that of their weights."""
         return str(keras.DTypePolicy(self._base_policy).variable_dtype)
@@ -72,12 +77,8 @@ class ModelState:
 
     @cached_property
     def evaluation_models(self) -> tuple[tuple[Skeleton, BlockGraph], tuple[Skeleton, BlockGraph]]:
-        """Source and artifact in their own dtypes, if JAX can run those on this machine."""
+        """Source and artifact in their own dtypes, as stock Keras runs them."""
         base, source = self._base_policy, self.skeleton
-        if base == "float16" and jax.default_backend() == "cpu":
-            # JAX has no float16 attention on a CPU. Float32 holds every float16 value, so the
-            # models are the same, only computed more precisely.
-            base, source = "float32", self._float32_skeleton
         graph = self.graph if base == "float32" else find_blocks(source)
         artifact = self._quantized_skeleton(base)
         return (source, graph), (artifact, find_blocks(artifact))

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -25,6 +26,25 @@ def test_an_encoder_has_a_cosine_and_no_perplexity() -> None:
     assert found.cosine == pytest.approx(0.8)
     assert found.source_perplexity is None
     assert found.divergence is None
+
+
+def test_the_first_values_that_are_not_finite_are_named() -> None:
+    fine = WindowFidelity(count=1, source_loss=1.0, result_loss=1.0)
+    broken = WindowFidelity(
+        count=1, source_loss=1.0, result_loss=math.nan, result_broken_at="block 3 (layer_3)"
+    )
+    found = average([fine, broken, broken])
+    assert found.not_finite is not None
+    assert "in 2 of 3 windows" in found.not_finite
+    assert "in window 1 they first appear in block 3 (layer_3)" in found.not_finite
+    both = dataclasses.replace(broken, source_broken_at="the output")
+    assert str(average([both]).not_finite).endswith("and in the source in the output")
+    assert average([fine]).not_finite is None
+
+
+def test_a_loss_beyond_any_perplexity_is_infinite() -> None:
+    found = average([WindowFidelity(count=1, source_loss=1.0, result_loss=1e4)])
+    assert found.result_perplexity == math.inf
 
 
 def test_a_million_windows_are_summed_exactly() -> None:

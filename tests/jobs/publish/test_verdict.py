@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 
 from jobs.catalog.entries import Gate
-from jobs.publish.verdict import failures, quality_figures
+from jobs.publish.verdict import failures, quality_figures, quality_text
 from pipeline.fidelity import Fidelity
 
 CAUSAL = Fidelity(
@@ -18,6 +19,7 @@ ENCODER = Fidelity(num_windows=2, count=9, cosine=0.99)
 NAN = Fidelity(
     num_windows=2, count=9, source_perplexity=20.0, result_perplexity=math.nan, divergence=math.nan
 )
+BROKEN = dataclasses.replace(NAN, not_finite="values that are not finite in 1 of 2 windows")
 
 
 @pytest.mark.parametrize(
@@ -36,6 +38,8 @@ NAN = Fidelity(
         (Gate(max_divergence=1.0), ENCODER, ["no divergence is measured"]),
         (Gate(max_perplexity_increase=1.0), ENCODER, ["no perplexity is measured"]),
         (Gate(max_divergence=9.0, max_perplexity_increase=9.0), NAN, ["nan", "nan"]),
+        (Gate(max_divergence=9.0, max_perplexity_increase=9.0), BROKEN, ["not finite in 1 of 2"]),
+        (None, BROKEN, ["not finite in 1 of 2"]),
         (Gate(min_cosine=0.9), None, ["it was not evaluated"]),
     ],
 )
@@ -53,3 +57,13 @@ def test_nan_is_written_as_null() -> None:
     assert found["result_perplexity"] is None
     assert found["source_perplexity"] == 20.0
     assert quality_figures(None) is None
+
+
+def test_values_that_are_not_finite_are_kept_with_the_figures_and_otherwise_not_mentioned() -> None:
+    found, finite = quality_figures(BROKEN), quality_figures(CAUSAL)
+    assert found is not None
+    assert finite is not None
+    assert "not_finite" not in finite
+    assert quality_text(found) == "not finite"
+    # What is read back is judged alike.
+    assert failures(None, Fidelity(**found)) == failures(None, BROKEN)

@@ -5,17 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import h5py
+import keras_hub
 import numpy as np
 import pytest
 
+from jobs.publish.verdict import failures
+from pipeline.calibration.windows import TokenWindows
 from pipeline.errors import DamagedObjectError
+from pipeline.fidelity import average
 from pipeline.model.preset import read_preset
 from pipeline.planning import make_plan
 from pipeline.recipe.recipe import Recipe
-from pipeline.worker.evaluate import StreamedModel, artifact_model, source_model
+from pipeline.worker.evaluate import StreamedModel, artifact_model, evaluate, source_model
 from pipeline.worker.model_state import ModelState
 from quantizer.schemes import Int8Scheme
 from tests.integration.quantized import SCHEMES, answer, batch_of, distance, finished_run, recipe
+from tests.models.tiny import ARCHITECTURES, tiny_preset
 from tests.pipeline.presets import example_inputs, shared_preset, stock_task
 from tests.selection import by_default
 
@@ -49,13 +55,58 @@ def test_a_bfloat16_source_stays_bfloat16() -> None:
     assert str(answer(model, tokens).dtype) == "bfloat16"
 
 
-@pytest.mark.exhaustive
-def test_float16_is_evaluated_in_float32_where_jax_cannot_run_it(tmp_path: Path) -> None:
-    source = shared_preset("Llama3", dtype="float16")
+def overflowing(folder: Path) -> Path:
+    """A float16 Llama whose gates and their inputs are large: their product exceeds 65504."""
+    preset = tiny_preset("Llama3", folder, dtype="float16", num_blocks=1)
+    with h5py.File(preset / "model.weights.h5", "r+") as file:
+        for name in ("gate", "intermediate"):
+            kernel = file[f"layers/llama_transformer_decoder/_feedforward_{name}_dense/vars/0"]
+            kernel[...] = kernel[...] * np.float16(2000)
+    return preset
+
+
+@pytest.mark.parametrize("scheme", by_default(["int4", "gptq8"], ["int4"]))
+def test_float16_overflows_in_the_evaluation_as_in_stock_keras(scheme: str, tmp_path: Path) -> None:
+    run = finished_run(overflowing(tmp_path / "in"), recipe(SCHEMES[scheme]), tmp_path / "out")
+    tokens = np.arange(5, 29, dtype="int32").reshape(2, 12)
+    stock = keras_hub.models.CausalLM.from_preset(str(run.artifact))
+    logits = stock({"token_ids": tokens, "padding_mask": np.ones((2, 12), bool)})
+    assert not np.isfinite(logits).any()
+    artifact = artifact_model(run.model, run.store)
+    windows = TokenWindows(
+        tokens=tokens, lengths=np.array([12, 3], np.int32), fingerprint="", num_documents=1
+    )
+    fidelity = average(
+        evaluate(
+            source_model(run.model),
+            artifact,
+            run.model.layout,
+            windows,
+            [0, 1],
+            predicts_tokens=True,
+        )
+    )
+    assert fidelity.not_finite is not None
+    assert "2 of 2 windows" in fidelity.not_finite
+    assert fidelity.not_finite.count("block 0 (transformer_layer_0)") == 2, "in the source, too"
+    assert failures(None, fidelity) == (fidelity.not_finite,)
+
+
+@pytest.mark.parametrize("architecture", by_default(sorted(ARCHITECTURES), ["Llama3"]))
+def test_float16_is_evaluated_bit_for_bit_as_stock_keras_runs_it(
+    architecture: str, tmp_path: Path
+) -> None:
+    source = shared_preset(architecture, dtype="float16")
     run = finished_run(source, recipe(SCHEMES["int4"]), tmp_path)
-    tokens = np.arange(5, 17, dtype="int32").reshape(1, 12)
-    found = answer(artifact_model(run.model, run.store), tokens)
-    assert 0 < distance(found, answer(source_model(run.model), tokens)) < 0.5
+    stock = getattr(keras_hub.models, run.plan.task).from_preset(str(run.artifact))
+    inputs = example_inputs(stock)
+    tokens, mask = inputs["token_ids"], inputs["padding_mask"].astype(bool)
+    if "mask_positions" in inputs:
+        inputs["mask_positions"] = np.tile(np.arange(tokens.shape[1], dtype="int32"), (2, 1))
+    found = answer(artifact_model(run.model, run.store), tokens, mask)
+    expected = np.asarray(stock(inputs))
+    assert found.dtype == expected.dtype == np.float16
+    np.testing.assert_array_equal(np.asarray(found)[mask], expected[mask])
 
 
 def test_a_part_is_read_when_it_is_due_and_not_before() -> None:
@@ -91,4 +142,4 @@ def counting(model: StreamedModel, reads: list[int]) -> StreamedModel:
         reads.append(part)
         return read(part)
 
-    return StreamedModel(model.graph, counted)
+    return StreamedModel(model.graph, counted, compute_dtype="float32")
