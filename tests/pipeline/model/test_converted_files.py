@@ -18,6 +18,7 @@ from pipeline.model.preset import read_preset
 from pipeline.model.preset_json import converted_files, quantized_json
 from pipeline.model.skeleton import build_skeleton
 from tests.benchmarks.minilm import preset_folder
+from tests.models.tiny_huggingface import tiny_huggingface
 
 TEXTS = ["The quick brown fox.", "Naïve café, 3.14!", "<|im_start|>user"]
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool>", "<file>", "<repo>")
@@ -165,3 +166,32 @@ def test_a_tokenizer_that_does_not_convert_is_refused_in_a_line(llama: Path) -> 
         convert(llama)
     assert str(refused.value).startswith(str(llama))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_a_tokenizer_is_converted_alone_where_its_preprocessor_needs_tensorflow(
+    tmp_path: Path,
+) -> None:
+    files = convert(tiny_huggingface(tmp_path / "source", "gemma3_text", tokenizer=True))
+    assert "preprocessor.json" not in files
+    assert json.loads(files["task.json"])["config"]["preprocessor"] is None
+    preset = unpack(files, tmp_path / "preset")
+    tokenizer = keras_hub.tokenizers.Tokenizer.from_preset(str(preset))
+    assert type(tokenizer) is keras_hub.models.Gemma3Tokenizer
+    assert tokenizer.detokenize(tokenizer("the quick brown fox")) == "the quick brown fox"
+
+
+def test_licenses_and_how_to_prompt_come_along(llama: Path) -> None:
+    carried = {
+        "LICENSE.txt": b"You may.",
+        "NOTICE": b"By many.",
+        "USE_POLICY.md": b"Be kind.",
+        "chat_template.jinja": b"{{ messages }}",
+        "generation_config.json": b'{"temperature": 0.6}',
+    }
+    for name, content in carried.items():
+        (llama / name).write_bytes(content)
+    (llama / "README.md").write_text("Of the float model.")
+    files = convert(llama)
+    assert {name: files[name] for name in carried} == carried
+    assert "README.md" not in files

@@ -1,0 +1,107 @@
+"""Tiny Hugging Face folders of every family that KerasHub converts, from config.json to stock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import keras_hub
+import numpy as np
+import pytest
+
+from pipeline.errors import PipelineError
+from pipeline.model.preset import read_preset
+from pipeline.planning import make_plan
+from pipeline.recipe.recipe import Recipe
+from pipeline.worker.evaluate import artifact_model
+from quantizer.schemes import GPTQScheme, Int8Scheme
+from tests.integration.quantized import answer, distance, finished_run, recipe
+from tests.integration.stock_session import (
+    StockSession,
+    assert_same,
+    some_tokens,
+    stock_session,
+)
+from tests.models.tiny_huggingface import CONFIGS, tiny_huggingface
+
+# KerasHub leaves files of vocabularies open.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+
+TASKS = {
+    "albert": "AlbertMaskedLM",
+    "bert": "BertTextEmbedder",
+    "distilbert": "DistilBertMaskedLM",
+    "gemma3_text": "Gemma3CausalLM",
+    "mistral": "MistralCausalLM",
+    "roberta": "RobertaMaskedLM",
+    "xlm-roberta": "XLMRobertaTextEmbedder",
+}
+WITH_TOKENIZER = {"bert", "distilbert", "gemma", "gemma2", "gemma3_text", "mistral"}
+ENCODERS_ALONE = ("albert", "distilbert", "roberta")
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StockSession]:
+    with stock_session(tmp_path_factory.mktemp("stock")) as session:
+        yield session
+
+
+def folder_of(family: str, path: Path, **changes: Any) -> Path:
+    extra = {}
+    if family == "roberta":  # zeros, as in every published one
+        extra["roberta.embeddings.token_type_embeddings.weight"] = np.zeros((1, 32), np.float32)
+    known = family in WITH_TOKENIZER
+    return tiny_huggingface(path, family, tokenizer=known, extra=extra, **changes)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", sorted({*CONFIGS} - {*ENCODERS_ALONE}))
+def test_stock_keras_answers_the_same(family: str, stock: StockSession, tmp_path: Path) -> None:
+    # Mistral as it is published, since its converter casts to float16.
+    dtype = "bfloat16" if family == "mistral" else "float32"
+    source = folder_of(family, tmp_path / "source", torch_dtype=dtype)
+    scheme = GPTQScheme(group_size=8) if family in ("mistral", "gemma3_text") else Int8Scheme()
+    run = finished_run(source, recipe(scheme), tmp_path / "run")
+    assert run.plan.task == TASKS.get(family, run.plan.task)
+    assert run.plan.notes == () or family == "gemma3_text"
+    assert_same(run, stock, tolerance=0.05 if dtype == "bfloat16" else 1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # that the head has no weights
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", ENCODERS_ALONE)
+def test_stock_keras_encodes_the_same(family: str, tmp_path: Path) -> None:
+    """KerasHub has no task for these that does without a head, and no weights for the head."""
+    source = folder_of(family, tmp_path / "source", torch_dtype="float32")
+    run = finished_run(source, recipe(Int8Scheme()), tmp_path / "run")
+    assert run.plan.task == TASKS[family]
+    tokens = some_tokens(run)
+    backbone = getattr(keras_hub.models, TASKS[family]).from_preset(str(run.artifact)).backbone
+    inputs = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
+    inputs["segment_ids"] = np.zeros_like(tokens)
+    found = backbone({name: inputs[name] for name in backbone.input})
+    expected = answer(artifact_model(run.model, run.store), tokens)
+    for name in expected if isinstance(expected, dict) else [None]:
+        pair = (found, expected) if name is None else (found[name], expected[name])
+        assert distance(*pair) <= 1e-3
+
+
+@pytest.mark.parametrize("family", ["distilbert", "gemma3_text"])
+def test_what_the_result_will_be_is_planned(family: str, tmp_path: Path) -> None:
+    source = folder_of(family, tmp_path)
+    plan = make_plan(read_preset(str(source)), recipe(Int8Scheme()), threads=1).plan
+    assert plan.task == TASKS[family]
+    notes = [note for note in plan.notes if "no preprocessor" in note]
+    assert bool(notes) == (family == "gemma3_text")  # whose preprocessor needs TensorFlow
+
+
+def test_float16_without_int8_layers_says_what_to_choose(tmp_path: Path) -> None:
+    source = read_preset(str(tiny_huggingface(tmp_path, "llama", torch_dtype="float16")))
+    wanted = Recipe(name="int8", scheme=Int8Scheme())
+    with pytest.raises(PipelineError, match="--dtype bfloat16 or float32"):
+        make_plan(source, wanted, threads=1)
+    plan = make_plan(source, wanted.model_copy(update={"dtype": "bfloat16"}), threads=1).plan
+    assert plan.recipe.dtype == "bfloat16"
+    assert set(plan.policies.values()) == {"int8"}
+    assert plan.notes == ("21 variables are cast from float32 to bfloat16",)
