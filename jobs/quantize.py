@@ -238,6 +238,7 @@ def _absolute(url: str) -> str:
 def _print_plan(plan: Plan, costs: Estimate, allocation: Allocation, *, as_json: bool) -> None:
     values = {
         "plan_digest": plan.digest,
+        "share": dataclasses.asdict(plan.share),
         "estimate": dataclasses.asdict(costs) | {"flops": costs.flops},
     }
     if as_json:

@@ -18,7 +18,7 @@ from pipeline.estimates import Estimate
 from pipeline.executor.protocol import Allocation
 from pipeline.fidelity import Fidelity
 from pipeline.model.preset import PresetFiles
-from pipeline.plan import Plan
+from pipeline.plan import Plan, Share
 from pipeline.recipe.recipe import unmatched_patterns
 from pipeline.run.records import LayerRecord, Manifest, PartRecord
 from pipeline.storage.object_store import ObjectStore
@@ -55,6 +55,7 @@ class Summary:
             artifact's files, and in memory once stock Keras has loaded them.
         block_bytes, embedding_bytes, rest_bytes: the three parts of `stored_bytes`.
         block_weights: elements of the blocks' matrices.
+        share: how much of the model is quantized.
         wall_seconds: duration of this invocation without evaluation.
         seconds: worker seconds by stage in this invocation.
         flops: estimate of the plan.
@@ -72,6 +73,7 @@ class Summary:
     embedding_bytes: int
     rest_bytes: int
     block_weights: int
+    share: Share
     schemes: tuple[SchemeSummary, ...]
     left_in_float: dict[str, str]
     wall_seconds: float
@@ -112,6 +114,7 @@ class Summary:
             embedding_bytes=embedding_bytes,
             rest_bytes=outside.size_bytes - embedding_bytes,
             block_weights=sum(part.num_weights for part in plan.parts[1:]),
+            share=plan.share,
             schemes=summarized_schemes(layers),
             left_in_float={layer.path: layer.note for layer in layers if layer.note},
             wall_seconds=wall_seconds,
@@ -218,6 +221,7 @@ def summary_table(summary: Summary) -> RenderableType:
         f"{size(summary.source_bytes)} → {size(summary.stored_bytes)} stored, "
         f"{size(summary.loaded_bytes)} loaded",
     )
+    facts.add_row("quantized", _share(summary.share))
     bits = 8 * summary.block_bytes / max(summary.block_weights, 1)
     facts.add_row(
         "stored",
@@ -247,6 +251,13 @@ def _quality(fidelity: Fidelity) -> str:
         f"perplexity {fidelity.source_perplexity:.3f} → {fidelity.result_perplexity:.3f}, KL "
         f"{fidelity.divergence:.4f} nats, same next token {fidelity.agreement:.1%} "
         f"({fidelity.count} tokens in {fidelity.num_windows} windows)"
+    )
+
+
+def _share(share: Share) -> str:
+    return (
+        f"{share.of_model:.1%} of the model's weights, {share.of_recipe:.1%} of those that the "
+        "recipe asks for"
     )
 
 
@@ -281,6 +292,7 @@ def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> Renderabl
     for (name, scheme, shape, slices), number in rows.items():
         layers.add_row(Text(name), Text(scheme), shape, str(slices), str(number))
     facts = Table(show_header=False, box=None)
+    facts.add_row("quantized", _share(plan.share))
     if (tokens := plan.tokens) is not None:
         facts.add_row(
             "calibration",

@@ -11,7 +11,7 @@ from pipeline.model.blocks import BlockGraph
 from pipeline.model.preset import PresetFiles
 from pipeline.model.skeleton import Skeleton
 from pipeline.model.targets import Target
-from pipeline.plan import LayerPlan, quantized_share
+from pipeline.plan import LayerPlan, Share
 from pipeline.recipe.recipe import Recipe, check_recipe, statistics_of
 from quantizer import kernel_layout, row_slices
 from quantizer.errors import LayerError
@@ -40,22 +40,22 @@ def plan_layers(
 
 
 def check_share(preset: PresetFiles, recipe: Recipe, layers: Sequence[Sequence[LayerPlan]]) -> None:
-    """Refuse a plan that quantizes less than half of the weights that its recipe asks for.
+    """Refuse a plan of less than half of the weights that its recipe asks for, if it may not be.
 
     Raises:
         RecipeError: says how much, why not the rest, and how to run it nevertheless.
     """
     every = [layer for of_part in layers for layer in of_part]
-    share = quantized_share(recipe, every)
-    if share >= _LEAST_SHARE:
+    share = Share.of(recipe, every).of_recipe
+    if share >= _LEAST_SHARE or recipe.allow_partial:
         return
     left = [layer for layer in every if layer.note]
     largest = max(left, key=lambda layer: layer.num_weights)
     raise RecipeError(
         f"{preset.url}: recipe {recipe.name} would quantize {share:.0%} of the weights that it "
         f"asks for; most are in {largest.path} and its like ({largest.note}). If this is wanted, "
-        "give --allow-partial, or allow_partial: true in a catalog; or leave these layers out by a "
-        "rule with scheme: null"
+        "give --allow-partial, or allow_partial: true in the recipe or catalog; or leave these "
+        "layers out by a rule with scheme: null"
     )
 
 

@@ -6,10 +6,10 @@ out. The number of workers decides none, and is no part of it. Reading a plan ne
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict
 
@@ -63,6 +63,34 @@ class LayerPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Share:
+    """How much of a model's matrices and tables of tokens is quantized, from 0 to 1.
+
+    Attributes:
+        of_model: of all weights in them.
+        of_recipe: of those that the recipe asks to quantize, whether stock Keras could load them
+            quantized or not.
+    """
+
+    of_model: float
+    of_recipe: float
+
+    @classmethod
+    def of(cls, recipe: Recipe, layers: Sequence[LayerPlan]) -> Self:
+        """The share that a recipe's layers make."""
+        asked = [x for x in layers if x.scheme or recipe.scheme_for(x.path, x.kind)]
+        quantized = _num_weights([layer for layer in asked if layer.scheme])
+        return cls(
+            of_model=quantized / max(_num_weights(layers), 1),
+            of_recipe=quantized / max(_num_weights(asked), 1),
+        )
+
+
+def _num_weights(layers: Iterable[LayerPlan]) -> int:
+    return sum(layer.num_weights for layer in layers)
+
+
+@dataclass(frozen=True, kw_only=True)
 class InputGroup:
     """Layers of one block that share an input, and so its statistics and their factorization.
 
@@ -98,7 +126,7 @@ class PartPlan:
 
     @property
     def num_weights(self) -> int:
-        return sum(layer.num_weights for layer in self.layers)
+        return _num_weights(self.layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,9 +200,9 @@ class Plan(StoredRecord):
         return len(self.parts) - 1
 
     @cached_property
-    def quantized_share(self) -> float:
-        """Of the weights that the recipe asks to quantize, those that are."""
-        return quantized_share(self.recipe, [x for part in self.parts for x in part.layers])
+    def share(self) -> Share:
+        """How much of the model is quantized."""
+        return Share.of(self.recipe, [layer for part in self.parts for layer in part.layers])
 
     @property
     def chained(self) -> bool:
@@ -192,17 +220,6 @@ class Plan(StoredRecord):
         values = self.content()
         del values["source_url"]
         return digest_of(values)
-
-
-def quantized_share(recipe: Recipe, layers: Iterable[LayerPlan]) -> float:
-    """Of the weights that a recipe asks to quantize, those that are; from 0 to 1.
-
-    What the recipe itself leaves in float counts in neither; what stock Keras cannot load
-    quantized counts as asked for.
-    """
-    asked = [x for x in layers if x.scheme or recipe.scheme_for(x.path, x.kind)]
-    quantized = sum(layer.num_weights for layer in asked if layer.scheme)
-    return quantized / max(sum(layer.num_weights for layer in asked), 1)
 
 
 def read_plan(store: ObjectStore) -> Plan:

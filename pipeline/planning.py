@@ -49,14 +49,11 @@ class Planned:
     windows: TokenWindows | None
 
 
-def make_plan(
-    preset: PresetFiles, recipe: Recipe, *, threads: int, allow_partial: bool = False
-) -> Planned:
+def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
     """Decide everything about a run.
 
     Args:
         threads: of each worker's matrix products, which decide their rounding.
-        allow_partial: whether to quantize a model of which most weights have to stay in float.
 
     Raises:
         PipelineError: a source, recipe or calibration that cannot be used.
@@ -65,8 +62,7 @@ def make_plan(
     skeleton = build_skeleton(preset)
     graph = find_blocks(skeleton)
     layers, policies = plan_layers(preset, skeleton, graph, recipe)
-    if not allow_partial:
-        check_share(preset, recipe, layers)
+    check_share(preset, recipe, layers)
     source = open_source(preset, skeleton)
     # Refuses sources that lack weights; their values are read part by part below.
     casts = source.casts()

@@ -264,6 +264,8 @@ class _Resolver:
                 recipe = self._recipes[given]
             if model.dtype is not None:
                 recipe = recipe.model_copy(update={"dtype": model.dtype})
+            if model.allow_partial:
+                recipe = recipe.model_copy(update={"allow_partial": True})
             if not recipe.needs_calibration:
                 return recipe
             values = recipe.to_dict()

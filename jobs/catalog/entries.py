@@ -109,6 +109,8 @@ class Settings(_Mapping):
     calibration: CalibrationChanges = CalibrationChanges()
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Of what stays in float; it replaces the recipes' own, and the model's."""
+    allow_partial: StrictBool = False
+    """Whether less than half of the weights that the recipes ask for may be quantized."""
     evaluate_on: _Texts | None = None
     """Texts to evaluate the result on, other than the calibration texts."""
     windows: Annotated[StrictInt, Field(ge=1, le=1_000_000)] = 8

@@ -93,6 +93,13 @@ def quantize(
         Literal["bfloat16", "float16", "float32"] | None,
         typer.Option(help="Of what stays in float, instead of the model's own."),
     ] = None,
+    allow_partial: Annotated[
+        bool,
+        typer.Option(
+            "--allow-partial",
+            help="Quantize what can be, even if it is less than half of what the recipe asks for.",
+        ),
+    ] = False,
     evaluate_on: options.EvaluateOn = None,
     windows: options.Windows = 8,
     address: options.Address = None,
@@ -123,6 +130,8 @@ def quantize(
     changed = _recipe(recipe, texts, num_samples, sequence_length)
     if dtype is not None:
         changed = changed.model_copy(update={"dtype": dtype})
+    if allow_partial:
+        changed = changed.model_copy(update={"allow_partial": True})
     run_job(job, changed, spec, address, as_json=as_json, dry_run=dry_run)
 
 

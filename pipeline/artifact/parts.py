@@ -7,6 +7,7 @@ each is known, down to its size in memory, before anything is solved.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -283,10 +284,16 @@ def finalize(
     return commit_manifest(store, manifest)
 
 
+# A manifest says how much of the recipe was left out if it is more than a head or a pooler.
+_NEARLY_ALL = 0.95
+
+
 def _provenance(plan: Plan) -> dict[str, Any]:
     """Where the result comes from; nothing that differs between two executions of the plan."""
-    tokens = plan.tokens
+    tokens, share = plan.tokens, plan.share
+    left_out = {"quantized_share": dataclasses.asdict(share)}
     return {
+        **(left_out if share.of_recipe < _NEARLY_ALL else {}),
         "source_digest": plan.source_digest,
         "model": plan.model,
         "recipe": plan.recipe.to_dict(),

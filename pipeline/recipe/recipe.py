@@ -159,6 +159,8 @@ class Recipe(BaseModel):
     """Needed by gptq, awq and float8; otherwise ignored."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Of what stays in float, and of all computation; null leaves it to the model."""
+    allow_partial: StrictBool = False
+    """Whether less than half of the weights that are asked for may be quantized."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -200,13 +202,15 @@ class Recipe(BaseModel):
         return any(statistics_of(scheme) for scheme in self._kernel_schemes())
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain JSON values, with every default but that of dtype.
+        """The recipe as plain JSON values, with every default but those of dtype and allow_partial.
 
         A calibration that no scheme needs is omitted, since it does not affect the result.
         """
         values = self.model_dump(mode="json")
         if self.dtype is None:
             del values["dtype"]  # older versions knew none
+        if not self.allow_partial:
+            del values["allow_partial"]
         return values if self.needs_calibration else values | {"calibration": None}
 
 

@@ -69,6 +69,25 @@ def test_a_summary_adds_up_the_records() -> None:
     assert json.loads(json.dumps(summary.to_dict()))["schemes"][0]["scheme"] == "gptq/4/32"
 
 
+def test_summary_and_plan_say_what_share_of_the_model_is_quantized() -> None:
+    _, summary = finished("int8")
+    plan = planned("int8").plan
+    sizes = {layer.path: layer.num_weights for part in plan.parts for layer in part.layers}
+    kernels = sum(size for path, size in sizes.items() if "embedding" not in path)
+    assert kernels < sum(sizes.values())
+    wanted = (
+        f"{kernels / sum(sizes.values()):.1%} of the model's weights, 100.0% of those that the "
+        "recipe asks for"
+    )
+    assert wanted in shown_summary(summary)
+    assert summary.to_dict()["share"]["of_recipe"] == 1.0
+    stream = io.StringIO()
+    Console(file=stream, width=160).print(
+        plan_table(plan, estimate(plan, 1), Allocation(workers=1, threads=1))
+    )
+    assert wanted in stream.getvalue()
+
+
 def test_the_stored_bytes_are_those_of_blocks_embeddings_and_the_rest() -> None:
     _, kept = finished("int8")
     _, reduced = finished("int8", Int8Scheme())

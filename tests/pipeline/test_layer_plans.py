@@ -22,8 +22,12 @@ from tests.pipeline.presets import shared_preset
 INT8 = recipe(Int8Scheme())
 
 
-def planned(preset: Path, wanted: Recipe, *, allow_partial: bool = False) -> Plan:
-    return make_plan(read_preset(str(preset)), wanted, threads=1, allow_partial=allow_partial).plan
+def planned(preset: Path, wanted: Recipe) -> Plan:
+    return make_plan(read_preset(str(preset)), wanted, threads=1).plan
+
+
+def partial(wanted: Recipe) -> Recipe:
+    return wanted.model_copy(update={"allow_partial": True})
 
 
 def test_a_plan_that_leaves_most_weights_in_float_is_refused_unless_that_is_allowed() -> None:
@@ -32,7 +36,7 @@ def test_a_plan_that_leaves_most_weights_in_float_is_refused_unless_that_is_allo
     with pytest.raises(RecipeError, match=r"MixtralMoeExperts.*--allow-partial") as refused:
         planned(preset, INT8)
     assert "\n" not in str(refused.value)
-    found = planned(preset, INT8, allow_partial=True).quantized_share
+    found = planned(preset, partial(INT8)).share.of_recipe
     assert f"would quantize {found:.0%} of the weights" in str(refused.value)
 
 
@@ -45,20 +49,21 @@ def test_the_share_counts_experts_but_not_what_the_recipe_leaves_out() -> None:
             sizes["attention"] += size
         if "/experts/" in variable.path and len(variable.shape) == 3:
             sizes["experts"] += size
-    plan = planned(preset, INT8, allow_partial=True)
-    assert plan.quantized_share == pytest.approx(sizes["attention"] / sum(sizes.values()))
+    plan = planned(preset, partial(INT8))
+    assert plan.share.of_recipe == pytest.approx(sizes["attention"] / sum(sizes.values()))
     without = recipe(Int8Scheme(), Rule(pattern="experts", scheme=None))
-    assert planned(preset, without).quantized_share == 1.0
+    assert planned(preset, without).share.of_recipe == 1.0
 
 
 def test_plans_of_models_without_stacked_weights_are_written_as_before() -> None:
     plan = planned(shared_preset("Llama3"), INT8)
-    assert plan.quantized_share == 1.0
+    assert plan.share.of_recipe == 1.0
     assert b"stacked_weights" not in plan.to_json()
+    assert b"allow_partial" not in plan.to_json()
 
 
 def test_plans_with_stacked_weights_are_read_back() -> None:
-    plan = planned(shared_family("Mixtral"), INT8, allow_partial=True)
+    plan = planned(shared_family("Mixtral"), partial(INT8))
     assert Plan.from_json(plan.to_json()) == plan
 
 
@@ -67,7 +72,7 @@ def query_in_awq(num_heads: int, path: Path) -> LayerPlan:
     [gemma] = (family for family in FAMILIES if family.name == "Gemma")
     options = {**gemma.options, "num_query_heads": num_heads}
     preset = tiny_family(dataclasses.replace(gemma, options=options), path)
-    plan = planned(preset, recipe(AWQScheme(group_size=8)), allow_partial=True)
+    plan = planned(preset, partial(recipe(AWQScheme(group_size=8))))
     return next(x for part in plan.parts for x in part.layers if x.path.endswith("/query"))
 
 

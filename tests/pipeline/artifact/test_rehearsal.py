@@ -25,7 +25,8 @@ GPTQ = GPTQScheme(weight_bits=4, group_size=16, scale_search=False)
 
 
 def planned(preset: Path, wanted: Recipe) -> Plan:
-    return make_plan(read_preset(str(preset)), wanted, threads=1, allow_partial=True).plan
+    partial = wanted.model_copy(update={"allow_partial": True})
+    return make_plan(read_preset(str(preset)), partial, threads=1).plan
 
 
 def quantized_paths(preset: Path, plan: Plan, *, many_made: bool) -> list[str]:
