@@ -83,19 +83,6 @@ models:
     assert "allow_partial" not in b.recipes[0].to_dict()
 
 
-def test_a_model_may_be_quantized_in_part_if_its_entry_says_so() -> None:
-    text = """
-root: s3://bucket/fleet
-defaults: {recipes: [int8, gptq-w4-g128]}
-models:
-  - {name: a, preset: s3://bucket/a, allow_partial: true}
-  - {name: b, preset: s3://bucket/b}
-"""
-    a, b = parse_catalog(text, where="catalog.yaml", folder=None).entries
-    assert [recipe.allow_partial for recipe in (*a.recipes, *b.recipes)] == [True] * 2 + [False] * 2
-    assert "allow_partial" not in b.recipes[0].to_dict()
-
-
 def test_relative_paths_are_relative_to_the_catalogs_folder(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(
         "{name: own, scheme: {mode: gptq}, calibration: {texts: [t.txt]}}"
