@@ -12,6 +12,7 @@ import numpy as np
 
 from jobs.logging import log_event, print_json, status
 from pipeline.errors import ArtifactError, DamagedObjectError
+from pipeline.plain_plan import MODEL_KEY, is_plain
 from pipeline.run.commits import damaged_files, read_manifest
 from pipeline.run.records import ARTIFACT_PREFIX, MANIFEST_KEY, Manifest
 from pipeline.storage.object_store import ObjectStore, open_store
@@ -43,7 +44,8 @@ def verify_run(output_url: str, *, stock: bool, as_json: bool) -> None:
             "quantize again into an empty folder"
         )
     num_bytes = sum(entry.size_bytes for entry in manifest.files.values())
-    loaded = _load(store, manifest) if stock else None
+    load = _load_plain if is_plain(manifest) else _load
+    loaded = load(store, manifest) if stock else None
     found = {
         "files": len(manifest.files),
         "bytes": num_bytes,
@@ -82,3 +84,23 @@ def _load(store: ObjectStore, manifest: Manifest) -> str:
         )
     shape = " × ".join(map(str, answer.outputs[0].shape))
     return f"stock KerasHub {answer.keras_hub} on {answer.backend} loads it; output shape {shape}"
+
+
+def _load_plain(store: ObjectStore, manifest: Manifest) -> str:
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    from pipeline.artifact.verification import ask_stock_keras
+    from pipeline.keras_file import load_model
+
+    entry, url = manifest.files[MODEL_KEY], store.url(MODEL_KEY)
+    with tempfile.TemporaryDirectory(prefix="quantfleet-verify-") as folder:
+        data = store.get(MODEL_KEY, sha256=entry.sha256, size=entry.size_bytes)
+        with status("checking the file"):
+            load_model(data, url)
+        path = Path(folder, MODEL_KEY)
+        path.write_bytes(data)
+        with status("loading it with stock Keras"):
+            answer = ask_stock_keras(path)
+    if not answer["finite"]:
+        raise ArtifactError(f"{url}: loads, but its outputs are NaN or infinite")
+    shapes = ", ".join(" × ".join(map(str, shape)) for shape in answer["shapes"])
+    return f"stock Keras {answer['keras']} on {answer['backend']} loads it; output shape {shapes}"

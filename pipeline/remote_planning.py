@@ -9,8 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.executor.protocol import ExecutorError
+from pipeline.plain_plan import PlainPlan
 from pipeline.plan import Plan, read_plan
 from pipeline.recipe.recipe import Calibration, Recipe
+from pipeline.run.records import Manifest
 from pipeline.run.worker_api import WorkerApi
 from pipeline.storage.object_store import open_store
 
@@ -94,3 +96,26 @@ def evaluation_windows(
         texts=texts, num_samples=num_windows, sequence_length=length, sampling="sequential"
     )
     return token_windows(preset, skeleton, calibration).to_bytes()
+
+
+def plan_plain(source_url: str, recipe: Recipe, threads: int) -> PlainPlan:
+    """Read and check everything that a run on a `.keras` file needs, and choose the schemes.
+
+    Raises:
+        PipelineError, QuantizationError: a file, recipe or calibration that cannot be used.
+    """
+    from pipeline.plain_run import make_plan
+
+    return make_plan(source_url, recipe, threads)
+
+
+def quantize_plain(plan: PlainPlan, output_url: str) -> Manifest:
+    """Carry out a plan on a `.keras` file, and commit its result: the model, then the manifest.
+
+    Raises:
+        PipelineError, QuantizationError: the source changed, a layer cannot be calibrated, or
+            the output holds something else.
+    """
+    from pipeline.plain_run import carry_out
+
+    return carry_out(plan, open_store(output_url))

@@ -76,12 +76,18 @@ def quantfleet(
 
 @app.command()
 def quantize(
-    preset: Annotated[str, typer.Argument(help="Folder or URL of a KerasHub preset.")],
+    preset: Annotated[
+        str, typer.Argument(help="Folder or URL of a KerasHub preset, or a plain .keras file.")
+    ],
     recipe: Annotated[str, typer.Option(help="Name of a built-in recipe, or a YAML file.")],
     output: Annotated[str, typer.Option(help="Folder or URL to write the run to.")],
     texts: Annotated[
         list[str] | None,
         typer.Option(help="Calibrate on these texts instead of the recipe's; repeatable."),
+    ] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(help="Calibrate on an array, as NAME=FILE.npy; one for each input."),
     ] = None,
     num_samples: Annotated[
         int | None, typer.Option(min=1, help="Calibration windows, instead of the recipe's.")
@@ -116,6 +122,20 @@ def quantize(
     as_json: options.Json = False,
 ) -> None:
     """Quantize one model by one recipe, or continue where an earlier attempt stopped."""
+    is_file = preset.endswith(".keras")
+    if is_file:
+        from jobs.quantize_file import refuse_options
+
+        refuse_options(
+            preset,
+            {
+                "--texts": texts,
+                "--sequence-length": sequence_length,
+                "--evaluate-on": evaluate_on,
+                "--address": address,
+                "--workers": workers,
+            },
+        )
     from jobs.execute import DriverOptions
     from jobs.quantize import Job, run_job
 
@@ -132,6 +152,13 @@ def quantize(
         changed = changed.model_copy(update={"dtype": dtype})
     if allow_partial:
         changed = changed.model_copy(update={"allow_partial": True})
+    if inputs:
+        changed = _with_inputs(changed, inputs, keep_texts=not is_file)
+    if is_file:
+        from jobs.quantize_file import run_file
+
+        run_file(preset, output, changed, spec, as_json=as_json, dry_run=dry_run)
+        return
     run_job(job, changed, spec, address, as_json=as_json, dry_run=dry_run)
 
 
@@ -264,6 +291,23 @@ def _recipe(
     values = recipe.to_dict()
     values["calibration"] |= changes
     return recipe_from_dict(values, where=name)
+
+
+def _with_inputs(recipe: Recipe, inputs: Sequence[str], *, keep_texts: bool) -> Recipe:
+    """The recipe, calibrated on arrays that are given as NAME=FILE.npy."""
+    from pipeline.recipe.recipe_file import recipe_from_dict
+
+    for given in inputs:
+        if not all(given.partition("=")):
+            raise PipelineError(
+                f"--inputs {given}: give the name of an input and a file, as --inputs NAME=FILE.npy"
+            )
+    if not recipe.needs_calibration:
+        return recipe
+    values = recipe.to_dict()
+    arrays = {name: file for name, _, file in (given.partition("=") for given in inputs)}
+    values["calibration"] |= {"inputs": arrays} | ({} if keep_texts else {"texts": []})
+    return recipe_from_dict(values, where=recipe.name)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

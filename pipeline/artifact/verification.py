@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +66,7 @@ def inspect_artifact(folder: Path) -> None:
 
 
 _READER = Path(__file__).with_name("stock_reader.py")
+_KERAS_READER = Path(__file__).with_name("stock_keras_reader.py")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,27 +104,56 @@ def ask_stock(
             np.save(files["inputs"], np.ascontiguousarray(tokens, dtype=np.int32))
             jobs.append({"preset": str(Path(preset).resolve()), **files})
         names = ", ".join(job["preset"] for job in jobs)
-        try:
-            # -I: neither the current folder nor PYTHONPATH makes our packages importable.
-            done = subprocess.run(
-                [sys.executable, "-I", str(_READER)],
-                input=json.dumps(jobs),
-                env={**os.environ, "KERAS_BACKEND": backend},
-                cwd=scratch,
-                capture_output=True,
-                text=True,
-                timeout=timeout_seconds,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise ArtifactError(
-                f"{names}: stock KerasHub did not finish in {timeout_seconds:.0f} s; raise the "
-                "timeout, or load the preset by hand to see where it hangs"
-            ) from None
-        if done.returncode != 0:
-            tail = " | ".join(line.strip() for line in done.stderr.strip().splitlines()[-12:])
-            raise ArtifactError(
-                f"{names}: stock KerasHub on {backend} failed (exit {done.returncode}): {tail}"
-            )
+        used = _ask(_READER, jobs, names, scratch, backend, timeout_seconds)
         outputs = tuple(np.load(job["outputs"], allow_pickle=False) for job in jobs)
-    return StockAnswer(outputs=outputs, **json.loads(done.stdout.strip().splitlines()[-1]))
+    return StockAnswer(outputs=outputs, **used)
+
+
+def ask_stock_keras(
+    file: Path, *, backend: str = "jax", timeout_seconds: float = 3600.0
+) -> dict[str, Any]:
+    """Load a `.keras` file with stock Keras in a new process, and run it on zeros.
+
+    Returns:
+        The answer of `stock_keras_reader`: shapes, finite, backend, keras.
+
+    Raises:
+        ArtifactError: as `ask_stock`.
+    """
+    with tempfile.TemporaryDirectory(prefix="quantfleet-stock-") as scratch:
+        request = {"model": str(file.resolve())}
+        return _ask(_KERAS_READER, request, str(file), scratch, backend, timeout_seconds)
+
+
+def _ask(
+    reader: Path, request: Any, names: str, scratch: str, backend: str, timeout_seconds: float
+) -> dict[str, Any]:
+    """Run a script with a request on its standard input; returns its last line.
+
+    Raises:
+        ArtifactError: it failed or took too long; `names` is what it was to load.
+    """
+    try:
+        # -I: neither the current folder nor PYTHONPATH makes our packages importable.
+        done = subprocess.run(
+            [sys.executable, "-I", str(reader)],
+            input=json.dumps(request),
+            env={**os.environ, "KERAS_BACKEND": backend},
+            cwd=scratch,
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise ArtifactError(
+            f"{names}: stock Keras did not finish in {timeout_seconds:.0f} s; raise the "
+            "timeout, or load it by hand to see where it hangs"
+        ) from None
+    if done.returncode != 0:
+        tail = " | ".join(line.strip() for line in done.stderr.strip().splitlines()[-12:])
+        raise ArtifactError(
+            f"{names}: stock Keras on {backend} failed (exit {done.returncode}): {tail}"
+        )
+    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return answer

@@ -46,13 +46,15 @@ class LayerResult:
     Attributes:
         path: the layer's path, which rules are matched with.
         num_weights: elements of its matrices.
-        scheme: None if it was left as it was.
+        requested: the scheme that was asked for, be it possible or not.
+        scheme: the one that it has; None if it was left as it was.
         report: the solver's; its output error is None without calibration.
         reason: why the layer was left as it was.
     """
 
     path: str
     num_weights: int
+    requested: Scheme | None = None
     scheme: Scheme | None = None
     report: SolveReport | None = None
     reason: str = ""
@@ -74,6 +76,12 @@ class ModelReport:
     def quantized_share(self) -> float:
         """Share of the matrices' elements that are quantized, 0 to 1."""
         whole = sum(layer.num_weights for layer in self.layers)
+        return sum(layer.num_weights for layer in self.layers if layer.scheme) / whole
+
+    @property
+    def fulfilled_share(self) -> float:
+        """The same share of those for which a scheme was asked for."""
+        whole = sum(layer.num_weights for layer in self.layers if layer.requested)
         return sum(layer.num_weights for layer in self.layers if layer.scheme) / whole
 
 
@@ -238,30 +246,37 @@ def _choose(model: keras.Model, choice: _Choice) -> tuple[list[LayerResult], _Ch
                 f"{layer_name(layer)}: the layer has no weights yet; call the model on a batch, or "
                 "build it, before it is quantized"
             )
-        reason, scheme = obstacle(layer, parents), None
-        if type(layer) in WITH_KERNEL + WITH_TABLE and reason is None:
-            scheme, why_not = choice.scheme_for(layer)
-            if layer.quantization_mode is not None:
-                reason = f"already quantized ({layer.dtype_policy.name})"
-            elif scheme is None:
-                reason = why_not
-            else:
-                try:
-                    check_storable(layer, scheme)
-                    chosen[len(results)] = layer, scheme
-                except LayerError as error:
-                    reason = str(error).removeprefix(f"{layer_name(layer)}: ")
-        elif reason is None:
+        reason = obstacle(layer, parents)
+        if reason is None and type(layer) not in WITH_KERNEL + WITH_TABLE:
             continue
+        scheme, why_not = choice.scheme_for(layer)
+        if layer.quantization_mode is not None:
+            scheme, reason = None, f"already quantized ({layer.dtype_policy.name})"
+        elif scheme is None:
+            reason = why_not
+        elif reason is None:
+            reason = _unstorable(layer, scheme)
+        if reason is None:
+            assert scheme is not None
+            chosen[len(results)] = layer, scheme
         results.append(
             LayerResult(
                 path=layer_name(layer),
                 num_weights=_num_matrix_elements(layer),
+                requested=scheme,
                 scheme=None if reason else scheme,
                 reason=reason or "",
             )
         )
     return results, chosen
+
+
+def _unstorable(layer: keras.layers.Layer, scheme: Scheme) -> str | None:
+    try:
+        check_storable(layer, scheme)
+    except LayerError as error:
+        return str(error).removeprefix(f"{layer_name(layer)}: ")
+    return None
 
 
 def _num_matrix_elements(layer: keras.layers.Layer) -> int:
