@@ -24,7 +24,7 @@ from jobs.metrics import RunMetrics
 from jobs.reachable import reachable
 from jobs.summary import Summary, plan_table, summary_table
 from jobs.termination import Terminated
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, UnusableResultError
 from pipeline.estimates import Estimate, estimate
 from pipeline.executor.protocol import Allocation, ComputeSpec, FunctionRunner
 from pipeline.model.preset import CONFIG_FILE, check_preset
@@ -197,6 +197,11 @@ def _finish(
         log_event("resumable", f"to go on from the last committed block: {command}")
         raise
     _print_summary(execution.summarize(costs, fidelity), store, as_json=as_json)
+    if fidelity is not None and fidelity.not_finite is not None:
+        raise UnusableResultError(
+            f"{job.output_url}: the result gives {fidelity.not_finite}; keep what stays in float "
+            "in bfloat16 or float32 (--dtype), or choose another scheme"
+        )
 
 
 def _log_finished_before(output_url: str) -> None:

@@ -125,7 +125,8 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return dataclasses.asdict(self)
+        quality = None if self.fidelity is None else self.fidelity.figures()
+        return dataclasses.asdict(self) | {"fidelity": quality}
 
 
 def _embedding_bytes(store: ObjectStore, record: PartRecord) -> int:

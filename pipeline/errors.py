@@ -9,7 +9,7 @@ class PipelineError(ValueError):
     """Base of every error that `pipeline` raises on purpose."""
 
     exit_code: ClassVar[int] = 2
-    """Of the command: 2 bad input, 3 unusable storage or cluster, 4 a damaged result."""
+    """Of the command: 2 bad input, 3 storage or cluster, 4 damaged result, 5 a bad one."""
 
 
 class SourceError(PipelineError):
@@ -76,3 +76,9 @@ class WeightsFileError(PipelineError):
 
 class ArtifactError(PipelineError):
     """A result that stock KerasHub could not load; the message says what is wrong."""
+
+
+class UnusableResultError(PipelineError):
+    """A result whose answers are not finite; it is kept, and must not be used."""
+
+    exit_code = 5

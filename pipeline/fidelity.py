@@ -7,6 +7,7 @@ outputs. `pipeline.worker.evaluate` computes the sums.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,6 +54,20 @@ class Fidelity:
     agreement: float | None = None
     cosine: float | None = None
     not_finite: str | None = None
+
+    def figures(self) -> dict[str, float | int | str | None]:
+        """Plain JSON values.
+
+        NaN and infinity become null, since JSON has no way to write them. What older versions do
+        not know is left out where there is nothing to say.
+        """
+        figures = dataclasses.asdict(self)
+        if self.not_finite is None:
+            del figures["not_finite"]
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in figures.items()
+        }
 
 
 def average(windows: Sequence[WindowFidelity]) -> Fidelity:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -112,20 +110,8 @@ def _absent(figure: str, limit: str, instead: str) -> str:
 
 
 def quality_figures(fidelity: Fidelity | None) -> dict[str, float | int | str | None] | None:
-    """A result's quality as plain JSON values; None if it was not evaluated.
-
-    NaN and infinity become null, since JSON has no way to write them. What older versions do not
-    know is left out where there is nothing to say.
-    """
-    if fidelity is None:
-        return None
-    figures = dataclasses.asdict(fidelity)
-    if fidelity.not_finite is None:
-        del figures["not_finite"]
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in figures.items()
-    }
+    """A result's quality as plain JSON values; None if it was not evaluated."""
+    return None if fidelity is None else fidelity.figures()
 
 
 def quality_text(quality: Mapping[str, Any] | None) -> str:

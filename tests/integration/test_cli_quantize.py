@@ -38,6 +38,7 @@ from pipeline.storage.object_store import open_store
 from pipeline.storage.record import with_digest
 from tests.models.tiny import tiny_preset
 from tests.pipeline.local_executor import LocalExecutor
+from tests.pipeline.presets import overflowing_preset
 from tests.pipeline.tiny_runs import QuickWorker, lasting, recipe, source, text_file
 from tests.s3 import S3Server
 
@@ -427,6 +428,23 @@ def test_quantize_evaluates_and_says_how_to_load(command: Command, tmp_path: Pat
     assert command("evaluate", output, "--evaluate-on", text_file(), "--windows", 2) == 0
     assert f"Llama3CausalLM.from_preset('{output}/artifact')" in command.err
     assert command("verify", output, "--no-stock") == 0
+
+
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("here")
+def test_a_result_whose_answers_are_not_finite_is_named_and_fails(
+    command: Command, tmp_path: Path
+) -> None:
+    preset, output = overflowing_preset(tmp_path / "in"), tmp_path / "out"
+    given = ["--evaluate-on", text_file(), "--windows", 2, "--json"]
+    assert command("quantize", preset, "--recipe", "int4", "--output", output, *given) == 5
+    assert "not finite in 2 of 2 windows" in command.complaint
+    assert "block 0 (transformer_layer_0)" in command.complaint
+    assert "--dtype" in command.complaint
+    fidelity = json.loads(command.out)["fidelity"]
+    assert fidelity["result_perplexity"] is None
+    assert fidelity["not_finite"] in command.complaint
+    assert command("evaluate", output, *given) == 5
 
 
 def children_of(process_id: int) -> set[int]:

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import h5py
 import keras_hub
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,16 @@ def shared_preset(architecture: str, **options: Any) -> Path:
     """A tiny preset that several tests read and none changes."""
     name = "-".join([architecture, *(f"{key}-{options[key]}" for key in sorted(options))])
     return tiny_preset(architecture, _folder() / name, **options)
+
+
+def overflowing_preset(folder: Path) -> Path:
+    """A float16 Llama whose gates and their inputs are large: their product exceeds 65504."""
+    preset = tiny_preset("Llama3", folder, dtype="float16", num_blocks=1)
+    with h5py.File(preset / "model.weights.h5", "r+") as file:
+        for name in ("gate", "intermediate"):
+            kernel = file[f"layers/llama_transformer_decoder/_feedforward_{name}_dense/vars/0"]
+            kernel[...] = kernel[...] * np.float16(2000)
+    return preset
 
 
 @cache

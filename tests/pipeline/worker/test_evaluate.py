@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import h5py
 import keras_hub
 import numpy as np
 import pytest
@@ -21,8 +20,13 @@ from pipeline.worker.evaluate import StreamedModel, artifact_model, evaluate, so
 from pipeline.worker.model_state import ModelState
 from quantizer.schemes import Int8Scheme
 from tests.integration.quantized import SCHEMES, answer, batch_of, distance, finished_run, recipe
-from tests.models.tiny import ARCHITECTURES, tiny_preset
-from tests.pipeline.presets import example_inputs, shared_preset, stock_task
+from tests.models.tiny import ARCHITECTURES
+from tests.pipeline.presets import (
+    example_inputs,
+    overflowing_preset,
+    shared_preset,
+    stock_task,
+)
 from tests.selection import by_default
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file .*vocabulary.spm:ResourceWarning")
@@ -55,19 +59,11 @@ def test_a_bfloat16_source_stays_bfloat16() -> None:
     assert str(answer(model, tokens).dtype) == "bfloat16"
 
 
-def overflowing(folder: Path) -> Path:
-    """A float16 Llama whose gates and their inputs are large: their product exceeds 65504."""
-    preset = tiny_preset("Llama3", folder, dtype="float16", num_blocks=1)
-    with h5py.File(preset / "model.weights.h5", "r+") as file:
-        for name in ("gate", "intermediate"):
-            kernel = file[f"layers/llama_transformer_decoder/_feedforward_{name}_dense/vars/0"]
-            kernel[...] = kernel[...] * np.float16(2000)
-    return preset
-
-
 @pytest.mark.parametrize("scheme", by_default(["int4", "gptq8"], ["int4"]))
 def test_float16_overflows_in_the_evaluation_as_in_stock_keras(scheme: str, tmp_path: Path) -> None:
-    run = finished_run(overflowing(tmp_path / "in"), recipe(SCHEMES[scheme]), tmp_path / "out")
+    run = finished_run(
+        overflowing_preset(tmp_path / "in"), recipe(SCHEMES[scheme]), tmp_path / "out"
+    )
     tokens = np.arange(5, 29, dtype="int32").reshape(2, 12)
     stock = keras_hub.models.CausalLM.from_preset(str(run.artifact))
     logits = stock({"token_ids": tokens, "padding_mask": np.ones((2, 12), bool)})
