@@ -11,10 +11,8 @@ import contextlib
 import inspect
 import json
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -28,10 +26,8 @@ from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
 from pipeline.model.preset import CONFIG_FILE, PresetFiles, keras_errors
+from pipeline.model.sentence_transformers import embedder_arguments, is_sentence_transformer
 from pipeline.model.source_config import NotedConfig, check_config, normalized_config, taken_over
-
-SENTENCE_TRANSFORMERS_FILE = "modules.json"
-"""Lists the modules of a sentence-transformers model: a language model, pooling, …"""
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -41,8 +37,11 @@ def _find_converter(preset: PresetFiles) -> ModuleType:
     try:
         loader = TransformersPresetLoader(preset.url, preset.parse(CONFIG_FILE))
     except (ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise SourceError(f"{preset.url}/{CONFIG_FILE}: {reason}") from None
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise SourceError(
+            f"{preset.url}/{CONFIG_FILE}: {reason}; if KerasHub has the architecture, name a "
+            "KerasHub preset of the model instead"
+        ) from None
     converter: ModuleType = loader.converter
     return converter
 
@@ -95,8 +94,18 @@ def convert_config(preset: PresetFiles) -> tuple[dict[str, Any], dict[str, Any] 
             f"{preset.url}/{CONFIG_FILE}: a {backbone_class.__name__} with more than a text "
             "model; only text models can be quantized"
         ) from None
+    task_class, extra = _task_class(preset, backbone_class), {}
+    embeds = task_class is not None and issubclass(task_class, keras_hub.models.TextEmbedder)
+    if embeds and "tie_word_embeddings" in arguments:
+        # It has no head, and its source often none either.
+        arguments["tie_word_embeddings"] = True
     backbone_json = serialized_object(backbone_class, arguments)
-    return backbone_json, _task_json(preset, converter, backbone_json)
+    if task_class is None:
+        return backbone_json, None
+    if embeds:
+        extra = embedder_arguments(preset, converter, backbone_json)
+    task_config = {"backbone": backbone_json, "preprocessor": None, **extra}
+    return backbone_json, serialized_object(task_class, task_config)
 
 
 def check_converted(preset: PresetFiles, backbone: Any, generates: bool) -> None:
@@ -146,26 +155,12 @@ def serialized_object(keras_class: type, config: Mapping[str, Any]) -> dict[str,
     }
 
 
-def _task_json(
-    preset: PresetFiles, converter: ModuleType, backbone_json: dict[str, Any]
-) -> dict[str, Any] | None:
+def _task_class(preset: PresetFiles, backbone_class: type) -> Any | None:
     architecture = str((preset.parse(CONFIG_FILE).get("architectures") or [""])[0])
-    embeds = SENTENCE_TRANSFORMERS_FILE in preset.json_files
-    generates = architecture.endswith(("ForCausalLM", "LMHeadModel")) and not embeds
-    parent = keras_hub.models.CausalLM if generates else keras_hub.models.TextEmbedder
-    task_class = kerashub_subclass(parent, converter.backbone_cls)
-    if task_class is None:
-        return None
-    extra: dict[str, Any] = {}
-    if not generates and hasattr(converter, "load_task_config"):
-        with tempfile.TemporaryDirectory() as folder:
-            # The converter reads pooling and normalization from local files.
-            for name, content in sorted(preset.json_files.items()):
-                (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
-                (Path(folder) / name).write_bytes(content)
-            extra = converter.load_task_config(folder, preset.parse(CONFIG_FILE))
-    config = {"backbone": backbone_json, "preprocessor": None, **extra}
-    return serialized_object(task_class, config)
+    generates = architecture.endswith(("ForCausalLM", "LMHeadModel"))
+    if generates and not is_sentence_transformer(preset):
+        return kerashub_subclass(keras_hub.models.CausalLM, backbone_class)
+    return kerashub_subclass(keras_hub.models.TextEmbedder, backbone_class)
 
 
 Hook = Callable[[NDArray[Any], list[int]], Any]

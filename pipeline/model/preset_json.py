@@ -156,13 +156,22 @@ _FORGOTTEN = {"bos_token": "start_token", "eos_token": "end_token"}
 
 def conversion_notes(files: Mapping[str, bytes], policies: Mapping[str, str]) -> list[str]:
     """What to tell of the files of `converted_files`, with policies as for `policy_map`."""
-    task = json.loads(quantized_json(files, policies)[TASK_FILE])
-    if "tokenizer.json" not in files or task["config"].get("preprocessor") is not None:
+    written = quantized_json(files, policies)
+    if TASK_FILE not in written:
         return []
-    return [
-        f"the result has a tokenizer, but no preprocessor, since KerasHub's for "
-        f"{task['class_name']} needs TensorFlow: it takes token ids"
-    ]
+    task = json.loads(written[TASK_FILE])
+    name, notes = task["class_name"], []
+    if TASK_FILE not in files and name.endswith("MaskedLM"):
+        notes.append(
+            f"the result is a {name}, since KerasHub has no plainer task for this model: its "
+            "backbone is the source's, but a head of its own would have no weights"
+        )
+    if "tokenizer.json" in files and task["config"].get("preprocessor") is None:
+        notes.append(
+            f"the result has a tokenizer, but no preprocessor, since KerasHub's for {name} needs "
+            "TensorFlow: it takes token ids"
+        )
+    return notes
 
 
 def converted_files(preset: PresetFiles, skeleton: Skeleton) -> dict[str, bytes]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import keras_hub
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +75,7 @@ class SafetensorsWeights:
             self.preset,
             {name: self._tensor(name).shape for name in unused},
             self._data,
+            embeds=isinstance(self._skeleton.task, keras_hub.models.TextEmbedder),
         )
 
     def _locate(self, path: str) -> SourceVariable:

@@ -40,18 +40,21 @@ def check_unused(
     preset: PresetFiles,
     unused: Mapping[str, tuple[int, ...]],
     read: Callable[[str], NDArray[np.generic]],
+    *,
+    embeds: bool,
 ) -> None:
     """Check that nothing is lost with the tensors that the converter does not read.
 
     Args:
         unused: their shapes by name.
+        embeds: whether the model is taken as an embedder, which has no head.
         read: returns a tensor's value.
 
     Raises:
         SourceError: a tensor that decides the model's answers.
     """
     # Transformers itself ignores the head of a tied model, and ties unless the config says no.
-    tied = preset.parse(CONFIG_FILE).get("tie_word_embeddings") is not False
+    tied = embeds or preset.parse(CONFIG_FILE).get("tie_word_embeddings") is not False
     lost = [name for name, shape in unused.items() if not _is_harmless(name, shape, tied, read)]
     if lost:
         shown = ", ".join(f"{name} {list(unused[name])}" for name in lost[:3])

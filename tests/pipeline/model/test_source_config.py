@@ -116,11 +116,54 @@ def test_a_llama_2_says_nothing_of_rotation(
     assert config["rope_max_wavelength"] == 10000.0
 
 
-def test_a_sentence_transformer_embeds_whatever_its_architecture(tmp_path: Path) -> None:
-    write_json(tmp_path / "config.json", CONFIGS["qwen3"] | {"vocab_size": 320})
-    modules = [{"type": f"sentence_transformers.models.{n}"} for n in ("Transformer", "Normalize")]
-    write_json(tmp_path / "modules.json", modules)
-    write_json(tmp_path / "1_Pooling/config.json", {"pooling_mode_lasttoken": True})
-    task = build_skeleton(read_preset(str(tmp_path))).task
+SENTENCE_TRANSFORMERS = [
+    {"type": f"sentence_transformers.models.{name}"}
+    for name in ("Transformer", "Pooling", "Normalize")
+]
+
+
+def embedder(folder: Path, family: str, pooling: dict[str, Any], *more: str) -> Any:
+    write_json(folder / "config.json", CONFIGS[family] | {"vocab_size": 320})
+    modules = [{"type": f"sentence_transformers.models.{name}"} for name in more]
+    write_json(folder / "modules.json", [*SENTENCE_TRANSFORMERS, *modules])
+    write_json(folder / "1_Pooling/config.json", pooling)
+    return build_skeleton(read_preset(str(folder))).task
+
+
+@pytest.mark.parametrize(
+    ("family", "pooling", "mode"),
+    [
+        ("bert", {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        ("bert", {"pooling_mode": "max"}, "max"),
+        ("qwen3", {"pooling_mode_lasttoken": True, "pooling_mode_cls_token": False}, "last"),
+        ("qwen3", {"pooling_mode": "mean"}, "mean"),
+    ],
+)
+def test_an_embedder_pools_as_its_source(
+    family: str, pooling: dict[str, Any], mode: str, tmp_path: Path
+) -> None:
+    """KerasHub's converters take what they do not know for a mean, or for the last token."""
+    task = embedder(tmp_path, family, pooling)
+    assert (task.pooling_mode, task.normalize) == (mode, True)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "more", "expected"),
+    [
+        ({"pooling_mode_weightedmean_tokens": True}, [], "pools by weightedmean_tokens"),
+        ({"pooling_mode_cls_token": 1, "pooling_mode_max_tokens": 1}, [], "cls_token and max_tok"),
+        ({"pooling_mode_cls_token": True}, ["Dense"], "a step Dense, which KerasHub's embedders"),
+    ],
+)
+def test_a_step_that_no_embedder_of_kerashub_has_is_refused(
+    pooling: dict[str, Any], more: list[str], expected: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SourceError, match=expected):
+        embedder(tmp_path, "bert", pooling, *more)
+
+
+def test_a_sentence_transformer_needs_no_head_whatever_its_architecture(tmp_path: Path) -> None:
+    assert CONFIGS["qwen3"]["architectures"] == ["Qwen3ForCausalLM"]
+    task = embedder(tmp_path, "qwen3", {"pooling_mode_lasttoken": True})
     assert type(task).__name__ == "Qwen3TextEmbedder"
-    assert (task.pooling_mode, task.normalize) == ("last", True)
+    assert task.backbone.tie_word_embeddings

@@ -144,6 +144,16 @@ def test_heads_of_another_width_are_refused_before_anything_is_read(tmp_path: Pa
     assert "\n" not in str(refused.value)
 
 
+def test_large_tensors_with_which_a_converter_computes_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As for a mixture of experts; small ones are kept, as for XLM-RoBERTa above."""
+    monkeypatch.setattr("pipeline.weights.safetensors._MAX_COMPUTED_BYTES", 1 << 10)
+    source = source_of(tiny_huggingface(tmp_path, "xlm-roberta"))
+    with pytest.raises(SourceError, match=r"computes with tensor .* save_to_preset"):
+        source.variables()
+
+
 def test_weights_for_pytorch_alone_say_how_to_convert_them(tmp_path: Path) -> None:
     tiny_huggingface(tmp_path, "llama")
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
