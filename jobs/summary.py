@@ -60,6 +60,7 @@ class Summary:
         seconds: worker seconds by stage in this invocation.
         flops: estimate of the plan.
         left_in_float: reason by layer path.
+        unseen_inputs: how many inputs were zero in all of calibration, by layer path.
     """
 
     plan_digest: str
@@ -76,6 +77,7 @@ class Summary:
     share: Share
     schemes: tuple[SchemeSummary, ...]
     left_in_float: dict[str, str]
+    unseen_inputs: dict[str, int]
     wall_seconds: float
     seconds: dict[str, float]
     flops: float
@@ -117,6 +119,11 @@ class Summary:
             share=plan.share,
             schemes=summarized_schemes(layers),
             left_in_float={layer.path: layer.note for layer in layers if layer.note},
+            unseen_inputs={
+                layer.path: layer.account["dead_inputs"]
+                for layer in layers
+                if layer.account is not None and layer.account.get("dead_inputs")
+            },
             wall_seconds=wall_seconds,
             seconds=dict(seconds),
             flops=costs.flops,
@@ -229,6 +236,12 @@ def summary_table(summary: Summary) -> RenderableType:
         f"{size(summary.stored_bytes)}: blocks {size(summary.block_bytes)} ({bits:.1f} bits a "
         f"weight), embeddings {size(summary.embedding_bytes)}, rest {size(summary.rest_bytes)}",
     )
+    if unseen := summary.unseen_inputs:
+        facts.add_row(
+            "never seen",
+            f"{sum(unseen.values())} inputs of {len(unseen)} layers were zero in all of "
+            "calibration: their weights are rounded to nearest",
+        )
     if summary.fidelity is not None:
         facts.add_row("quality", _quality(summary.fidelity))
     if summary.seconds:

@@ -9,7 +9,7 @@ class PipelineError(ValueError):
     """Base of every error that `pipeline` raises on purpose."""
 
     exit_code: ClassVar[int] = 2
-    """Of the command: 2 bad input, 3 storage or cluster, 4 damaged result, 5 a bad one."""
+    """Of the command: 2 bad input, 3 unusable storage or cluster, 4 damaged, 5 unfit result."""
 
 
 class SourceError(PipelineError):

@@ -3,7 +3,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from pathlib import Path
 
+import h5py
 import pytest
 from rich.console import Console
 
@@ -19,6 +21,9 @@ from pipeline.run.commits import read_manifest
 from pipeline.run.records import PartRecord
 from pipeline.storage.object_store import ObjectStore, open_store
 from quantizer.schemes import Int8Scheme, Scheme
+from tests.integration.quantized import SCHEMES, finished_run
+from tests.integration.quantized import recipe as reads_text
+from tests.models.tiny import tiny_preset
 from tests.pipeline.tiny_runs import execute, planned, recipe, source
 
 
@@ -133,6 +138,23 @@ def test_the_table_shows_sizes_quality_and_time() -> None:
     text = shown_summary(summary)
     for part in ("10.000 → 11.000", "KL 0.1000", "50.0%", "4.0 in all", summary.manifest_sha256):
         assert part in text
+
+
+def test_inputs_that_calibration_never_saw_are_counted(tmp_path: Path) -> None:
+    preset = tiny_preset("Llama3", tmp_path / "in", num_blocks=1)
+    with h5py.File(preset / "model.weights.h5", "r+") as file:
+        norm = "layers/llama_transformer_decoder/_self_attention_layernorm/vars/0"
+        file[norm][:16] = 0
+    run = finished_run(preset, reads_text(SCHEMES["gptq8"]), tmp_path / "out")
+    costs, manifest = estimate(run.plan, 1), read_manifest(run.store)
+    summary = Summary.of(run.plan, run.store, manifest, costs, {}, wall_seconds=0.0, fidelity=None)
+    layers = ("query", "key", "value")
+    path = "transformer_layer_0/self_attention"
+    assert summary.unseen_inputs == {f"{path}/{layer}": 16 for layer in layers}
+    assert "48 inputs of 3 layers were zero" in shown_summary(summary)
+    _, every = finished("gptq")
+    assert every.unseen_inputs == {}
+    assert "never seen" not in shown_summary(every)
 
 
 def shown(scheme: str, architecture: str = "Llama3") -> str:
