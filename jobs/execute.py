@@ -195,19 +195,23 @@ def read_windows(
     texts: tuple[str, ...],
     num_windows: int,
     *,
+    chat: bool | None = None,
     named: str,
 ) -> bytes:
     """Token windows, as long as calibration's, to judge a result by; serialized.
 
     Args:
+        chat: how conversations are read; None as the plan's calibration reads its own.
         named: how the user named texts and windows, for messages.
 
     Raises:
         CalibrationTextError: texts that are missing, unreadable or too few.
     """
     length = None if plan.tokens is None else plan.tokens.sequence_length
+    if chat is None and plan.recipe.calibration is not None:
+        chat = plan.recipe.calibration.chat
     try:
-        return runner.run(evaluation_windows, source_url, texts, num_windows, length)
+        return runner.run(evaluation_windows, source_url, texts, num_windows, length, chat)
     except CalibrationTextError as error:
         raise CalibrationTextError(f"{named}: {error}") from None
 

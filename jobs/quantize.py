@@ -40,12 +40,17 @@ from pipeline.storage.overlap import check_apart
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to quantize, where to put it, and what to judge it by."""
+    """What to quantize, where to put it, and what to judge it by.
+
+    Attributes:
+        chat: how conversations among the evaluation texts are read; None as in the calibration.
+    """
 
     source_url: str
     output_url: str
     evaluation_texts: tuple[str, ...] = ()
     evaluation_windows: int = 8
+    chat: bool | None = None
     options: DriverOptions = field(default_factory=DriverOptions)
 
 
@@ -213,7 +218,9 @@ def _evaluation_windows(job: Job, plan: Plan, runner: FunctionRunner) -> bytes |
         return None
     texts, num_windows = job.evaluation_texts, job.evaluation_windows
     named = f"--evaluate-on, with --windows {num_windows}"
-    return read_windows(runner, job.source_url, plan, texts, num_windows, named=named)
+    return read_windows(
+        runner, job.source_url, plan, texts, num_windows, chat=job.chat, named=named
+    )
 
 
 def _print_summary(summary: Summary, store: ObjectStore, *, as_json: bool) -> None:
@@ -228,9 +235,13 @@ def load_hint(task: str, store: ObjectStore) -> str:
     """How stock KerasHub loads the result: it knows local folders, and no object storage."""
     url = store.url("artifact")
     local = url.removeprefix("file://")
-    if "://" not in local:
-        return f"keras_hub.models.{task}.from_preset({local!r})"
-    return f"copy {url} to a local folder, then keras_hub.models.{task}.from_preset(folder)"
+    is_local = "://" not in local
+    folder = repr(local) if is_local else "folder"
+    # A backbone without a task ignores the dtype in its own config (keras-hub 0.32).
+    config = f"json.load(open({folder} + '/config.json'))"
+    dtype = f", dtype={config}['config']['dtype']" if task.endswith("Backbone") else ""
+    load = f"keras_hub.models.{task}.from_preset({folder}{dtype})"
+    return load if is_local else f"copy {url} to a local folder, then {load}"
 
 
 def _absolute(url: str) -> str:

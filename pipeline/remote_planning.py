@@ -75,12 +75,17 @@ def identity(source_url: str, threads: int) -> Identity:
 
 
 def evaluation_windows(
-    source_url: str, texts: tuple[str, ...], num_windows: int, length: int | None
+    source_url: str,
+    texts: tuple[str, ...],
+    num_windows: int,
+    length: int | None,
+    chat: bool | None,
 ) -> bytes:
     """Token windows of texts to judge a result by, serialized.
 
     Args:
         length: of a window in tokens; None for 512, or what the model takes if that is less.
+        chat: how conversations are read, as `Calibration.chat`.
 
     Raises:
         PipelineError: texts that are missing, unreadable or too few.
@@ -93,7 +98,11 @@ def evaluation_windows(
     skeleton = build_skeleton(preset)
     length = length or min(512, most_tokens(skeleton) or 512)
     calibration = Calibration(
-        texts=texts, num_samples=num_windows, sequence_length=length, sampling="sequential"
+        texts=texts,
+        chat=chat,
+        num_samples=num_windows,
+        sequence_length=length,
+        sampling="sequential",
     )
     return token_windows(preset, skeleton, calibration).to_bytes()
 

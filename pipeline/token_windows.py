@@ -8,12 +8,13 @@ import numpy as np
 
 from pipeline.calibration.arrays import read_arrays
 from pipeline.calibration.texts import read_texts
-from pipeline.calibration.windows import TokenWindows, make_windows
+from pipeline.calibration.windows import Tokenize, TokenWindows, make_windows
 from pipeline.errors import RecipeError
+from pipeline.model.chat_template import find_chat_template
 from pipeline.model.inputs import InputLayout, input_layout
 from pipeline.model.preset import PresetFiles
 from pipeline.model.skeleton import Skeleton
-from pipeline.model.tokenizer import decoder_packing, preset_tokenizer
+from pipeline.model.tokenizer import ConversationTokenizer, decoder_packing, preset_tokenizer
 from pipeline.recipe.recipe import Calibration
 
 
@@ -41,8 +42,9 @@ def token_windows(
     if not calibration.texts:
         raise RecipeError(f"{preset.url}: the model takes text; add calibration: {{texts: [...]}}")
     _check_length(preset, skeleton, layout, calibration.sequence_length)
-    texts = read_texts(calibration)
     tokenizer = preset_tokenizer(preset)
+    template = find_chat_template(preset, tokenizer.special_texts) if calibration.chat else None
+    texts = read_texts(calibration, template)
     special = tokenizer.special_ids
     preprocessor: dict[str, Any] = {}
     if "preprocessor.json" in preset.json_files:
@@ -51,12 +53,21 @@ def token_windows(
     decoder_start: tuple[int, ...] = ()
     if layout.takes_two_texts:
         start, decoder_start = decoder_packing(tokenizer, type(skeleton.backbone))
+    start = start if preprocessor.get("add_start_token", True) else None
+    end = special.get("end", special.get("sep"))
+    tokenize: Tokenize = tokenizer
+    if template is not None:
+        found = {token: tokenizer.id_of(token) for token in template.control_tokens}
+        control_ids = {token: number for token, number in found.items() if number is not None}
+        tokenize = ConversationTokenizer(
+            tokenizer=tokenizer, control_ids=control_ids, start=start, end=end
+        )
     return make_windows(
         texts,
-        tokenizer,
+        tokenize,
         calibration,
-        start_token=start if preprocessor.get("add_start_token", True) else None,
-        end_token=special.get("end", special.get("sep")),
+        start_token=start,
+        end_token=end,
         pad_token=special.get("pad", 0),
         vocabulary_size=getattr(skeleton.backbone, "vocabulary_size", None),
         decoder_start=decoder_start,

@@ -107,6 +107,7 @@ def quantize(
         ),
     ] = False,
     evaluate_on: options.EvaluateOn = None,
+    chat: options.Chat = None,
     windows: options.Windows = 8,
     address: options.Address = None,
     workers: options.Workers = None,
@@ -144,10 +145,11 @@ def quantize(
         output_url=output,
         evaluation_texts=tuple(evaluate_on or ()),
         evaluation_windows=windows,
+        chat=chat,
         options=DriverOptions(keep_every=keep_every, wait=wait, lease_seconds=lease_seconds),
     )
     spec = ComputeSpec(workers=workers, threads=threads, device=device)
-    changed = _recipe(recipe, texts, num_samples, sequence_length)
+    changed = _recipe(recipe, texts, num_samples, sequence_length, chat)
     if dtype is not None:
         changed = changed.model_copy(update={"dtype": dtype})
     if allow_partial:
@@ -193,6 +195,7 @@ def resume(
 def evaluate(
     output: options.FinishedRun,
     evaluate_on: options.EvaluateOn = None,
+    chat: options.Chat = None,
     windows: options.Windows = 8,
     source: options.Source = None,
     address: options.Address = None,
@@ -210,6 +213,7 @@ def evaluate(
         output_url=output,
         evaluation_texts=tuple(evaluate_on),
         evaluation_windows=windows,
+        chat=chat,
     )
     spec = ComputeSpec(workers=workers, device=device)
     resume_job(job, spec, address, as_json=as_json, must_be_finished=True)
@@ -279,13 +283,22 @@ def recipes(as_json: options.Json = False) -> None:
 
 
 def _recipe(
-    name: str, texts: Sequence[str] | None, num_samples: int | None, sequence_length: int | None
+    name: str,
+    texts: Sequence[str] | None,
+    num_samples: int | None,
+    sequence_length: int | None,
+    chat: bool | None,
 ) -> Recipe:
     from pipeline.recipe.recipe_file import load_recipe, recipe_from_dict
 
     recipe = load_recipe(name)
-    given = {"texts": texts, "num_samples": num_samples, "sequence_length": sequence_length}
-    changes = {field: value for field, value in given.items() if value}
+    given = {
+        "texts": texts or None,
+        "num_samples": num_samples,
+        "sequence_length": sequence_length,
+        "chat": chat,
+    }
+    changes = {field: value for field, value in given.items() if value is not None}
     if not changes or not recipe.needs_calibration:
         return recipe
     values = recipe.to_dict()

@@ -37,6 +37,13 @@ EvaluateOn = Annotated[
     list[str] | None,
     typer.Option(help="Texts to evaluate on, other than the calibration texts; repeatable."),
 ]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        help="Render conversations by the model's chat template, or take their contents alone.",
+    ),
+]
 Windows = Annotated[int, typer.Option(min=1, help="Token windows to evaluate on.")]
 Source = Annotated[str | None, typer.Option(help="The preset, if it has moved since.")]
 KeepEvery = Annotated[

@@ -4,6 +4,8 @@ A source is hf:<owner>/<name>[/<config>][?split=…&config=…&revision=…], hf
 a path, URL or glob of .jsonl, .parquet or .txt files. A document is a line of .jsonl, a row of
 .parquet or a whole .txt; .jsonl and .txt may be compressed (.gz). Sources are interleaved, one
 document each in turn. Hub data sets are streamed; code that comes with one is never run.
+
+A row may hold a conversation, a list of messages, where another holds a text.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from itertools import chain
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
+from pipeline.calibration.chat import ChatTemplate, contents_alone
 from pipeline.errors import CalibrationTextError
 from pipeline.recipe.recipe import Calibration
 from pipeline.storage.user_files import driver_errors, find_given_files, open_given_file
@@ -24,30 +27,34 @@ from pipeline.storage.user_files import driver_errors, find_given_files, open_gi
 _T = TypeVar("_T")
 
 
-def read_texts(calibration: Calibration) -> Iterator[str]:
+def read_texts(calibration: Calibration, template: ChatTemplate | None = None) -> Iterator[str]:
     """Stream the documents that are not blank.
 
     Every source is found, and its first document read, before this returns.
+
+    Args:
+        template: renders conversations, where `calibration.chat` is true.
 
     Raises:
         CalibrationTextError: a source that is missing, unreadable, named twice, without any text
             or without such a column; also raised while streaming, for later documents.
     """
-    opened = _streams(calibration.texts, calibration.text_field)
+    rows = _Rows(calibration.text_field, calibration.chat, template)
+    opened = _streams(calibration.texts, rows)
     return _interleaved([_with_first_read(source, documents) for source, documents in opened])
 
 
-def _streams(sources: Sequence[str], text_field: str) -> list[tuple[str, Iterator[str]]]:
+def _streams(sources: Sequence[str], rows: _Rows) -> list[tuple[str, Iterator[str]]]:
     streams: list[tuple[str, Iterator[str]]] = []
     source_of_file: dict[str, str] = {}
     for source in sources:
         if source.startswith("hf:"):
             files: tuple[str, ...] = (source,)
-            stream = _hub_rows(parse_hub_source(source), text_field)
+            stream = _hub_rows(parse_hub_source(source), rows)
         else:
             files = find_given_files(source, error_type=CalibrationTextError)
             readers = [(_reader_of(file), file) for file in files]
-            stream = chain.from_iterable(read(file, text_field) for read, file in readers)
+            stream = chain.from_iterable(read(file, rows) for read, file in readers)
         for file in files:
             if file in source_of_file:
                 raise CalibrationTextError(
@@ -117,26 +124,28 @@ def parse_hub_source(source: str) -> HubSource:
     return HubSource(source=source, name="/".join(parts[:2]), **options)
 
 
-def _hub_rows(hub: HubSource, text_field: str) -> Iterator[str]:
+def _hub_rows(hub: HubSource, rows: _Rows) -> Iterator[str]:
     # Imported when needed: it takes a second or two.
     import datasets
 
     with driver_errors(hub.source, CalibrationTextError):
-        rows = iter(
+        found = iter(
             datasets.load_dataset(
                 hub.name, hub.config, split=hub.split, revision=hub.revision, streaming=True
             )
         )
-    for number, row in enumerate(_read_on(rows, hub.source), 1):
-        yield _document_in(row, text_field, f"{hub.source}: row {number}")
+    for number, row in enumerate(_read_on(found, hub.source), 1):
+        yield rows.document(row, f"{hub.source}: row {number}")
 
 
 MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
+MESSAGES = "messages"
+"""The column that holds conversations by convention."""
 _SHOWN = 12
 
 
-def _reader_of(file: str) -> Callable[[str, str], Iterator[str]]:
-    """The reader for a file's name, to be called with the file and its text field."""
+def _reader_of(file: str) -> Callable[[str, _Rows], Iterator[str]]:
+    """The reader for a file's name, to be called with the file and how to read its rows."""
     name = file.removesuffix(".gz")
     if name.endswith(".jsonl"):
         return _json_lines
@@ -161,7 +170,7 @@ def _read_on(items: Iterator[_T], source: str) -> Iterator[_T]:
         yield item
 
 
-def _json_lines(file: str, text_field: str) -> Iterator[str]:
+def _json_lines(file: str, rows: _Rows) -> Iterator[str]:
     with driver_errors(file, CalibrationTextError):
         stream = open_given_file(file, decompress=True)
     with closing(stream):
@@ -182,10 +191,10 @@ def _json_lines(file: str, text_field: str) -> Iterator[str]:
                     f"{where}: a {type(row).__name__} where an object such as "
                     '{"text": "..."} was expected; write one object per line'
                 )
-            yield _document_in(row, text_field, where)
+            yield rows.document(row, where)
 
 
-def _whole_text(file: str, text_field: str) -> Iterator[str]:  # noqa: ARG001 - plain text has no fields
+def _whole_text(file: str, rows: _Rows) -> Iterator[str]:  # noqa: ARG001 - plain text has none
     with (
         driver_errors(file, CalibrationTextError),
         closing(open_given_file(file, decompress=True)) as stream,
@@ -202,7 +211,7 @@ def _whole_text(file: str, text_field: str) -> Iterator[str]:  # noqa: ARG001 - 
         ) from None
 
 
-def _parquet_rows(file: str, text_field: str) -> Iterator[str]:
+def _parquet_rows(file: str, rows: _Rows) -> Iterator[str]:
     import pyarrow.parquet
 
     with driver_errors(file, CalibrationTextError):
@@ -210,38 +219,78 @@ def _parquet_rows(file: str, text_field: str) -> Iterator[str]:
     with closing(stream):
         with driver_errors(file, CalibrationTextError):
             table = pyarrow.parquet.ParquetFile(stream)
-        _check_column(table.schema_arrow.names, text_field, file)
-        batches = table.iter_batches(batch_size=64, columns=[text_field])
-        rows = (text for batch in batches for text in batch.column(0).to_pylist())
-        for number, text in enumerate(_read_on(rows, file), 1):
-            yield _document_in({text_field: text}, text_field, f"{file}: row {number}")
+        column = rows.column(table.schema_arrow.names, file)
+        batches = table.iter_batches(batch_size=64, columns=[column])
+        values = (value for batch in batches for value in batch.column(0).to_pylist())
+        for number, value in enumerate(_read_on(values, file), 1):
+            yield rows.document({column: value}, f"{file}: row {number}")
 
 
-def _document_in(row: Mapping[str, Any], text_field: str, where: str) -> str:
-    _check_column(list(row), text_field, where)
-    text = row[text_field]
-    if not isinstance(text, str):
+@dataclass(frozen=True)
+class _Rows:
+    """How the row of a data set becomes a document.
+
+    Attributes:
+        text_field: the column that holds it.
+        chat: whether conversations are rendered by the template, or their contents taken alone;
+            None refuses them.
+        template: needed where chat is true.
+    """
+
+    text_field: str
+    chat: bool | None
+    template: ChatTemplate | None
+
+    def column(self, columns: Sequence[str], where: str) -> str:
+        """The column to read, of those that are there."""
+        wanted = (self.text_field, MESSAGES)
+        for name in reversed(wanted) if self.chat else wanted:
+            if name in columns:
+                return name
         raise CalibrationTextError(
-            f"{where}: {text_field!r} holds {type(text).__name__}, not text; choose another "
-            "text_field, or correct the row"
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise CalibrationTextError(
-            f"{where}: {text_field!r} is not Unicode text: its character {error.start + 1} is "
-            f"{text[error.start]!a}, half of a surrogate pair; remove it, or write the whole "
-            "character"
-        ) from None
-    return text
-
-
-def _check_column(columns: Sequence[str], text_field: str, where: str) -> None:
-    if text_field not in columns:
-        raise CalibrationTextError(
-            f"{where}: no column {text_field!r}; set calibration.text_field to one of "
+            f"{where}: no column {self.text_field!r}; set calibration.text_field to one of "
             f"{_named(columns) or '(there is none)'}"
         )
+
+    def document(self, row: Mapping[str, Any], where: str) -> str:
+        column = self.column(list(row), where)
+        value = row[column]
+        where_in_row = f"{where}: {column!r}"
+        if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+            value = self._conversation(value, where_in_row)
+        if not isinstance(value, str):
+            raise CalibrationTextError(
+                f"{where_in_row} holds {type(value).__name__}, not text; choose another "
+                "text_field, or correct the row"
+            )
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise CalibrationTextError(
+                f"{where_in_row} is not Unicode text: its character {error.start + 1} is "
+                f"{value[error.start]!a}, half of a surrogate pair; remove it, or write the whole "
+                "character"
+            ) from None
+        return value
+
+    def _conversation(self, messages: list[dict[str, Any]], where: str) -> str:
+        for number, message in enumerate(messages, 1):
+            if not isinstance(message.get("role"), str):
+                raise CalibrationTextError(
+                    f"{where}: message {number} has no role; write "
+                    '[{"role": "user", "content": "..."}, ...], or choose another text_field'
+                )
+        if self.chat is None:
+            raise CalibrationTextError(
+                f"{where} holds conversations; set calibration.chat to true (--chat) to render "
+                "them by the model's chat template, or to false (--no-chat) to take their "
+                "contents alone"
+            )
+        if not self.chat or self.template is None:
+            return contents_alone(messages)
+        # Tables fill up with nulls what a message does not have.
+        given = [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages]
+        return self.template.render(given, where)
 
 
 def _named(columns: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +32,59 @@ class PresetTokenizer:
 
     def __call__(self, text: str) -> list[int]:
         return [int(token) for token in self.tokenizer(text)]
+
+    @property
+    def special_texts(self) -> dict[str, str]:
+        """The special tokens as text, by their names in chat templates, such as "bos_token"."""
+        names = {"start": "bos", "end": "eos"}
+        found = {n: getattr(self.tokenizer, f"{n}_token", None) for n in self.special_ids}
+        return {
+            f"{names.get(n, n)}_token": text for n, text in found.items() if isinstance(text, str)
+        }
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token that the vocabulary has under this very text, or None."""
+        try:
+            found = int(self.tokenizer.token_to_id(token))
+            # Some tokenizers answer with the id of unknown tokens.
+            return found if self.tokenizer.id_to_token(found) == token else None
+        except (ValueError, KeyError):
+            return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversationTokenizer:
+    """Rendered conversations to token ids, where control tokens stand in the text.
+
+    KerasHub's tokenizers take most control tokens for text, and would split them.
+
+    Attributes:
+        tokenizer: for the text between control tokens.
+        control_ids: by control token.
+        start, end: left out where a conversation begins or ends with them, since windows have
+            their own.
+    """
+
+    tokenizer: PresetTokenizer
+    control_ids: Mapping[str, int]
+    start: int | None
+    end: int | None
+
+    def __call__(self, text: str) -> list[int]:
+        tokens: list[int] = []
+        for piece in self._pieces(text):
+            tokens += [self.control_ids[piece]] if piece in self.control_ids else self._ids(piece)
+        begin = 1 if tokens and tokens[0] == self.start else 0
+        stop = len(tokens) - (1 if len(tokens) > begin and tokens[-1] == self.end else 0)
+        return tokens[begin:stop]
+
+    def _pieces(self, text: str) -> list[str]:
+        # Longest first, since one may begin another.
+        known = sorted(self.control_ids, key=len, reverse=True)
+        return re.split(f"({'|'.join(map(re.escape, known))})", text) if known else [text]
+
+    def _ids(self, piece: str) -> list[int]:
+        return self.tokenizer(piece) if piece else []
 
 
 def preset_tokenizer(preset: PresetFiles) -> PresetTokenizer:

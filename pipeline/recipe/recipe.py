@@ -121,6 +121,9 @@ class Calibration(BaseModel):
     """Size of that pool, as a multiple of num_samples, if the texts are long enough."""
     packing: StrictBool = True
     """Join documents and cut them into full windows; false puts one document in each window."""
+    chat: StrictBool | None = None
+    """How conversations, in text_field or in "messages", are read: rendered by the model's chat
+    template, or their contents alone; null refuses them."""
     inputs: dict[StrictStr, Annotated[StrictStr, Field(min_length=1)]] = Field(default_factory=dict)
     """For inputs of the model that text does not determine, such as "images": a .npy file with a
     sample per window (see `pipeline.calibration.arrays`)."""
@@ -140,6 +143,8 @@ class Calibration(BaseModel):
         values: dict[str, Any] = serialize(self)
         if not self.inputs:
             del values["inputs"]
+        if self.chat is None:
+            del values["chat"]
         return values
 
 

@@ -420,6 +420,17 @@ def test_patterns_that_decide_nothing_are_told():
     assert unmatched_patterns(recipe, LAYERS) == ("block_0/qu", "router")
 
 
+@pytest.mark.parametrize("chat", [True, False, None])
+def test_how_conversations_are_read_is_kept_and_not_mentioned_where_nothing_was_chosen(chat):
+    scheme = {"mode": "gptq"}
+    recipe = recipe_from_dict(
+        {"name": "a", "scheme": scheme, "calibration": {"texts": ["a.txt"], "chat": chat}}
+    )
+    assert recipe.calibration.chat is chat
+    assert ("chat" in recipe.to_dict()["calibration"]) == (chat is not None)
+    assert recipe_from_dict(recipe.to_dict()) == recipe
+
+
 def test_inputs_are_kept_and_not_mentioned_where_there_are_none():
     given = {"images": "s3://bucket/images.npy"}
     scheme = {"mode": "gptq"}
