@@ -8,9 +8,9 @@ is calibrated on the input that it will have in the quantized model.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import jax
@@ -29,16 +29,17 @@ class BlockProgram:
     """One stage for the input of each group of layers, and one for the block's output.
 
     Attributes:
-        groups: layers that share an input, in the order of their first calls.
-        input_axes: of each group, the axes of the input that are contracted with the kernels,
-            counted from its end.
-        input_shapes: of each group, the other axes of the input: [batch, positions] for most.
+        groups: layers that share an input, or several if they are called several times, in the
+            order of their first calls.
+        input_axes: of each group, the axes of the inputs that are contracted with the kernels,
+            counted from their ends.
+        group_shapes: of each of a group's inputs, the other axes: [batch, positions] for most.
         outputs: shapes and dtypes of what the block's call gives, for one micro-batch.
     """
 
     groups: tuple[InputGroup, ...]
     input_axes: tuple[tuple[int, ...], ...]
-    input_shapes: tuple[tuple[int, ...], ...]
+    group_shapes: tuple[tuple[tuple[int, ...], ...], ...]
     outputs: tuple[jax.ShapeDtypeStruct, ...]
 
     def __init__(
@@ -54,7 +55,7 @@ class BlockProgram:
             inputs: shapes and dtypes of what the block's call takes, for one micro-batch.
 
         Raises:
-            SourceError: the block calls a target more than once.
+            SourceError: the block calls a target on what it has computed with that target.
         """
         self._block = block
         self._statistics = {name: kind for name, kind in statistics.items() if kind is not None}
@@ -65,7 +66,14 @@ class BlockProgram:
             jax.ShapeDtypeStruct(found.shape, found.dtype)
             for found in traced.out_avals[len(traced.out_avals) - num_outputs :]
         )
-        self._stages = _cut(traced, num_values=len(weights), num_outputs=num_outputs)
+        sizes = [*map(len, self.group_shapes), num_outputs]
+        self._stages = _cut(traced, num_values=len(weights), sizes=sizes)
+        self._refuse_loops(traced.jaxpr, sizes)
+
+    @property
+    def input_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of all groups' inputs."""
+        return tuple(shape for shapes in self.group_shapes for shape in shapes)
 
     def run_stage(
         self, stage: int, weights: Sequence[Any], live: tuple[Any, ...]
@@ -73,39 +81,36 @@ class BlockProgram:
         """Run one stage on one micro-batch.
 
         Args:
-            stage: up to the input of this group, or to what the block gives if there is none.
+            stage: up to the inputs of this group, or to what the block gives if there is none.
             weights: the block's, in the order of `layer.weights`.
             live: what the stage before left; for stage 0, what the block takes.
 
         Returns:
-            the group's input alone or what the block gives, and `live` for the next stage.
+            the group's inputs or what the block gives, and `live` for the next stage.
         """
         program = self._stages[stage]
         found = program.run(*(weights[i] for i in program.reads), *live)
         return tuple(found[: program.num_results]), tuple(found[program.num_results :])
 
     def _trace(self, weights: Sequence[Array], inputs: Sequence[Array]) -> tuple[Array, ...]:
-        """The input of each group, and what the block gives; sets `groups` and `input_axes`."""
+        """The inputs of each group, and what the block gives; sets the attributes."""
         call = self._block.calls[0]
         args, kwargs = call.bind(inputs)
         calibrated = [t for t in self._block.targets if t.name in self._statistics]
         with recorded_inputs(calibrated) as recorded:
             output = call_with(self._block.layer, weights, *args, **kwargs)
-        for name, calls in Counter(target.name for target, _ in recorded).items():
-            if calls > 1:
-                raise SourceError(
-                    f"{self._block.name}/{name}: called more than once in its block, so it has no "
-                    "single input to calibrate on; give it a scheme that needs no calibration, or "
-                    "null"
-                )
-        # Layers that share an input, but not its axes or what they need to know, form two groups.
-        members: dict[tuple[Any, ...], list[Target]] = {}
-        tensors: dict[tuple[Any, ...], Array] = {}
+        targets_by_name = {target.name: target for target, _ in recorded}
+        inputs_of: dict[str, list[Array]] = {}
         for target, tensor in recorded:
-            axes = kernel_layout(target.layer).input_axes
-            key = (id(tensor), axes, self._statistics[target.name])
-            members.setdefault(key, []).append(target)
-            tensors[key] = tensor
+            inputs_of.setdefault(target.name, []).append(tensor)
+        # Layers that share inputs, but not their axes or what they need to know, form two groups.
+        members: dict[tuple[Any, ...], list[Target]] = {}
+        tensors: dict[tuple[Any, ...], list[Array]] = {}
+        for name, taken in inputs_of.items():
+            axes = kernel_layout(targets_by_name[name].layer).input_axes
+            key = (tuple(map(id, taken)), axes, self._statistics[name])
+            members.setdefault(key, []).append(targets_by_name[name])
+            tensors[key] = taken
         self.groups = tuple(
             InputGroup(
                 targets=tuple(target.name for target in targets),
@@ -115,11 +120,33 @@ class BlockProgram:
             for (_, _, statistics), targets in members.items()
         )
         self.input_axes = tuple(axes for _, axes, _ in members)
-        self.input_shapes = tuple(
-            tuple(size for i, size in enumerate(tensor.shape) if i - tensor.ndim not in axes)
-            for tensor, axes in zip(tensors.values(), self.input_axes, strict=True)
+        self.group_shapes = tuple(
+            tuple(
+                tuple(size for i, size in enumerate(tensor.shape) if i - tensor.ndim not in axes)
+                for tensor in taken
+            )
+            for taken, axes in zip(tensors.values(), self.input_axes, strict=True)
         )
-        return (*tensors.values(), *call.given(output))
+        return (*(tensor for taken in tensors.values() for tensor in taken), *call.given(output))
+
+    def _refuse_loops(self, whole: Jaxpr, sizes: Sequence[int]) -> None:
+        """Check that no group's kernels are used before all of its inputs are known.
+
+        Otherwise a stage would compute on with the float kernel, and calibrate the layer on what
+        the quantized one never gives.
+        """
+        places = {str(variable.path): i for i, variable in enumerate(self._block.layer.weights)}
+        by_name = {target.name: target for target in self._block.targets}
+        ends = _ends(whole, _by_stage(whole, sizes))
+        for group, end in zip(self.groups, ends, strict=False):
+            for name in group.targets:
+                kernel = whole.invars[places[by_name[name].kernel_path]]
+                if kernel in _used(whole.eqns[:end], ()):
+                    raise SourceError(
+                        f"{self._block.name}/{name}: called again on what was computed with it, so "
+                        "that it has no input to calibrate on; give it a scheme that needs no "
+                        "calibration, or null"
+                    )
 
 
 @dataclass(frozen=True)
@@ -136,22 +163,21 @@ class _Stage:
     num_results: int
 
 
-def _cut(traced: ClosedJaxpr, *, num_values: int, num_outputs: int) -> tuple[_Stage, ...]:
-    """Cut a traced program into one stage for each of its results, in their order.
+def _cut(traced: ClosedJaxpr, *, num_values: int, sizes: Sequence[int]) -> tuple[_Stage, ...]:
+    """Cut a traced program into stages that give its results, in their order.
 
     Args:
         traced: (values, *inputs) → results. A result may only be used by equations after it and
             after the results before it.
         num_values: how many of its arguments are values, passed to every stage anew.
-        num_outputs: how many results the last stage has; the others have one each.
+        sizes: how many results each stage gives.
     """
     whole = traced.jaxpr
     values, inputs = whole.invars[:num_values], whole.invars[num_values:]
     stages = []
     live: list[Any] = list(inputs)
     start = 0
-    first_output = len(whole.outvars) - num_outputs
-    results = [*([v] for v in whole.outvars[:first_output]), whole.outvars[first_output:]]
+    results = _by_stage(whole, sizes)
     for index, (end, result) in enumerate(zip(_ends(whole, results), results, strict=True)):
         equations = whole.eqns[start:end]
         used = _used(equations, result)
@@ -176,6 +202,12 @@ def _cut(traced: ClosedJaxpr, *, num_values: int, num_outputs: int) -> tuple[_St
         stages.append(_Stage(jax.jit(jaxpr_as_fun(closed)), reads, len(result)))
         live, start = left, end
     return tuple(stages)
+
+
+def _by_stage(program: Jaxpr, sizes: Sequence[int]) -> list[list[Any]]:
+    """A program's results, by stage."""
+    results = iter(program.outvars)
+    return [list(islice(results, size)) for size in sizes]
 
 
 def _ends(program: Jaxpr, results: Sequence[Sequence[Any]]) -> list[int]:

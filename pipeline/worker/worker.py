@@ -186,10 +186,13 @@ class Worker(WorkerApi):
         def leaf(index: int) -> CalibrationStatistics:
             batches = self._shards.get(index, block)
             call, program = self._model.call(block), self._program(block, batches[0])
-            shape = program.input_shapes[stage]
+            shapes = program.group_shapes[stage]
             inputs = (
-                (batch.run_stage(call, program, stage, weights)[0], batch.batch.rows(shape))
+                (found, batch.batch.rows(shape))
                 for batch in batches
+                for found, shape in zip(
+                    batch.run_stage(call, program, stage, weights), shapes, strict=True
+                )
             )
             return sum_inputs(inputs, program.groups[stage], program.input_axes[stage])
 
