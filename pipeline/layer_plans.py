@@ -7,10 +7,12 @@ from collections.abc import Container, Sequence
 
 from pipeline.artifact.rehearsal import policies_of, rehearse
 from pipeline.errors import RecipeError
+from pipeline.input_groups import kernels_read_apart
 from pipeline.model.blocks import BlockGraph
+from pipeline.model.inputs import input_layout
 from pipeline.model.preset import PresetFiles
 from pipeline.model.skeleton import Skeleton
-from pipeline.model.targets import Target
+from pipeline.model.targets import Target, find_targets
 from pipeline.plan import LayerPlan, Share
 from pipeline.recipe.recipe import Recipe, check_recipe, statistics_of
 from quantizer import kernel_layout, row_slices
@@ -19,6 +21,9 @@ from quantizer.keras_format.kernel_layout import row_groups
 from quantizer.schemes import AWQScheme, GPTQScheme, Scheme
 
 _LEAST_SHARE = 0.5
+_READ_APART = (
+    "its block reads the kernel past the layer, and would take codes for weights; left in float"
+)
 
 
 def plan_layers(
@@ -32,7 +37,8 @@ def plan_layers(
         PipelineError: a recipe that does not fit the model, or stock Keras could not load what it
             asks for.
     """
-    layers = _all_layers(skeleton, graph, recipe)
+    apart = kernels_read_apart(graph, input_layout(skeleton))
+    layers = _all_layers(skeleton, graph, recipe, apart)
     schemes = {layer.path: layer.scheme for of_part in layers for layer in of_part}
     unreached = rehearse(preset, skeleton, schemes, [block.layer for block in graph.blocks])
     layers = [tuple(_reached(layer, unreached) for layer in of_part) for of_part in layers]
@@ -60,8 +66,9 @@ def check_share(preset: PresetFiles, recipe: Recipe, layers: Sequence[Sequence[L
 
 
 def _all_layers(
-    skeleton: Skeleton, graph: BlockGraph, recipe: Recipe
+    skeleton: Skeleton, graph: BlockGraph, recipe: Recipe, apart: Container[str]
 ) -> list[tuple[LayerPlan, ...]]:
+    in_encoders = {target.path for target in find_targets(graph.encoders, embeddings=True)}
     backbone_layers = {id(layer) for layer in skeleton.backbone_layers}
     parts = [(graph.rest_targets, graph.rest_unsupported)]
     parts += [(block.targets, block.unsupported) for block in graph.blocks]
@@ -71,6 +78,10 @@ def _all_layers(
         for target in targets:
             in_backbone = part > 0 or id(target.layer) in backbone_layers
             scheme, note = _choose_scheme(target, recipe, in_backbone, in_block=part > 0)
+            if scheme is not None and target.path in apart:
+                scheme, note = None, _READ_APART
+            if scheme is not None and target.path in in_encoders:
+                scheme, note = _in_encoder(target, recipe, scheme)
             layers.append(
                 LayerPlan(
                     path=target.path,
@@ -126,6 +137,13 @@ def _choose_scheme(
         except LayerError:
             return None, f"stock Keras cannot store this kernel in {scheme.mode}; left in float"
     return scheme, ""
+
+
+def _in_encoder(target: Target, recipe: Recipe, scheme: Scheme) -> tuple[Scheme | None, str]:
+    """An encoder of images or sounds is small beside the blocks, and sensitive."""
+    if target.layer_kind == "kernel" and recipe.rule_for(target.path) is not None:
+        return scheme, ""
+    return None, "part of an encoder beside the blocks, for which no rule asks; left in float"
 
 
 def _reached(layer: LayerPlan, unreached: Container[str]) -> LayerPlan:

@@ -11,30 +11,28 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
 
 from pipeline.calibration.windows import TokenWindows, shard_bounds
 from pipeline.errors import SourceError
+from pipeline.input_groups import embedded_shapes, input_groups
 from pipeline.layer_plans import check_share, plan_layers
-from pipeline.model.blocks import BlockGraph, Glue, find_blocks
+from pipeline.model.blocks import BlockGraph, find_blocks
 from pipeline.model.huggingface import check_converted
 from pipeline.model.inputs import InputLayout, input_layout
-from pipeline.model.preset import PresetFiles, keras_errors
+from pipeline.model.preset import CONFIG_FILE, TASK_FILE, PresetFiles
 from pipeline.model.preset_json import (
     conversion_notes,
     converted_files,
     quantized_json,
 )
 from pipeline.model.skeleton import Skeleton, build_skeleton
-from pipeline.model.targets import outputs_with
 from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan, TokensPlan, micro_batches
 from pipeline.recipe.recipe import Calibration, Recipe, statistics_of
 from pipeline.token_windows import token_windows
 from pipeline.weights.source import Source, open_source, values_digest
-from pipeline.worker.block_program import BlockProgram
 from quantizer.schemes import Float8Scheme
 
 # Packages that compute the result; other versions may round differently.
@@ -85,7 +83,7 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
     if windows is not None:
         layout = input_layout(skeleton)
         tokens = _tokens_plan(graph, layout, windows)
-        groups = _input_groups(graph, layout, layers[1:], windows, tokens.micro_batch)
+        groups = input_groups(graph, layout, layers[1:], windows, tokens.micro_batch)
     plan = Plan(
         source_url=preset.url,
         source_files_sha256=source.files_digest(),
@@ -159,7 +157,7 @@ def _tokens_plan(graph: BlockGraph, layout: InputLayout, windows: TokenWindows) 
     num_samples, sequence_length = windows.tokens.shape
     if not layout.takes_text:
         # As long as what enters the blocks.
-        found = _embedded_shapes(graph, layout, windows, 1)
+        found = embedded_shapes(graph, layout, windows, 1)
         sequence_length = max(value.shape[1] for value in found.values() if len(value.shape) == 3)
     micro_batch, samples_per_shard = micro_batches(
         num_samples, sequence_length, jax.default_backend()
@@ -199,59 +197,11 @@ def _parts(
     )
 
 
-def _input_groups(
-    graph: BlockGraph,
-    layout: InputLayout,
-    layers: Sequence[Sequence[LayerPlan]],
-    windows: TokenWindows,
-    size: int,
-) -> list[tuple[InputGroup, ...]]:
-    """The input groups of every block, given its layers and the size of a micro-batch."""
-    batch = layout.batch(windows, slice(0, size), size)
-    values = _embedded_shapes(graph, layout, windows, size)
-    # Blocks of one signature, schemes and inputs have the same groups.
-    programs: dict[tuple[Any, ...], BlockProgram] = {}
-    found = []
-    for call, planned in zip(graph.calls, layers, strict=True):
-        if call.glue is not None:
-            values |= _glue_shapes(call.glue, values)
-        statistics = {layer.name: statistics_of(layer.scheme) for layer in planned}
-        taken = [jax.ShapeDtypeStruct(values[n].shape, values[n].dtype) for n in call.takes]
-        key = (call.signature, tuple(statistics.items()), tuple(taken))
-        if key not in programs:
-            program = programs[key] = BlockProgram(graph.blocks[call.block], statistics, taken)
-            for shape in program.input_shapes:
-                batch.rows(shape)  # refuses layers whose padding cannot be told
-        found.append(programs[key].groups)
-        values |= zip(call.gives, programs[key].outputs, strict=True)
-    return found
-
-
-def _embedded_shapes(
-    graph: BlockGraph, layout: InputLayout, windows: TokenWindows, size: int
-) -> dict[int, Any]:
-    """Shapes and dtypes of what depends on no block, by the number of the value."""
-    inputs = layout.batch(windows, slice(0, size), size).structured(graph.embed)
-    weights = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in graph.embed.weights]
-    problem = f"{layout.name}: the model cannot take the calibration's inputs"
-    with keras_errors(problem, "give arrays as the model's own preprocessor makes them"):
-        embedded = jax.eval_shape(lambda values: outputs_with(graph.embed, values, inputs), weights)
-    return dict(zip(graph.embedded, embedded, strict=True))
-
-
-def _glue_shapes(glue: Glue, values: Mapping[int, Any]) -> dict[int, Any]:
-    """The shapes and dtypes of what glue gives, by the number of the value."""
-    weights = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in glue.model.weights]
-    taken = [values[number] for number in glue.takes]
-    given = jax.eval_shape(lambda *args: outputs_with(glue.model, *args), weights, taken)
-    return dict(zip(glue.gives, given, strict=True))
-
-
 def _task_name(
     skeleton: Skeleton, small_files: Mapping[str, bytes], policies: Mapping[str, str]
 ) -> str:
-    """The class that the artifact's task.json will name."""
+    """The class that the artifact's task.json will name; the backbone's if there is no task."""
     if skeleton.task is not None:
         return type(skeleton.task).__name__
-    written = quantized_json(small_files, policies)["task.json"]
-    return str(json.loads(written)["class_name"])
+    written = quantized_json(small_files, policies)
+    return str(json.loads(written.get(TASK_FILE, written[CONFIG_FILE]))["class_name"])

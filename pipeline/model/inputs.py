@@ -116,13 +116,17 @@ class InputLayout:
         """Whether the encoder takes a text of its own."""
         return {"encoder_token_ids", "decoder_token_ids"} <= set(self.inputs)
 
+    def missing(self, given: Iterable[str]) -> list[str]:
+        """Inputs that neither text nor the given arrays determine."""
+        return sorted(set(self.inputs) - self._of_text() - set(given))
+
     def check(self, given: Iterable[str]) -> None:
         """Check that text and the given arrays determine all inputs.
 
         Raises:
             SourceError: names an input that they do not, and the option.
         """
-        unknown = sorted(set(self.inputs) - self._of_text() - set(given))
+        unknown = self.missing(given)
         if unknown and not self.encoders:
             shape = ", ".join("any" if n is None else str(n) for n in self.inputs[unknown[0]].shape)
             raise SourceError(

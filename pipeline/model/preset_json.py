@@ -93,14 +93,15 @@ def quantized_json(files: Mapping[str, bytes], policies: Mapping[str, str]) -> d
     """The artifact's config.json and task.json; all other files are copied from the source.
 
     `Backbone.from_preset` drops a saved policy map (keras-hub 0.32), tasks keep it. So a task.json
-    is always written: the source's, or one for a task that needs no weights of its own.
+    is written wherever KerasHub has a task: the source's, or one for a task that needs no weights
+    of its own. A backbone without a task (Whisper's) is to be loaded with the dtype in config.json.
 
     Args:
         files: the source's JSON files by name.
         policies: as for `policy_map`.
 
     Raises:
-        ArtifactError: the source is already quantized, or KerasHub has no task for its backbone.
+        ArtifactError: the source is already quantized.
     """
     config = json.loads(files[CONFIG_FILE])
     dtype = policy_map(base_policy(config), policies)
@@ -114,10 +115,11 @@ def quantized_json(files: Mapping[str, bytes], policies: Mapping[str, str]) -> d
             task["config"]["backbone"] = config
     else:
         task = _task_around(config, files)
-    return {CONFIG_FILE: _as_json(config), TASK_FILE: _as_json(task)}
+    return {CONFIG_FILE: _as_json(config)} | ({TASK_FILE: _as_json(task)} if task else {})
 
 
-def _task_around(config: dict[str, Any], files: Mapping[str, bytes]) -> dict[str, Any]:
+def _task_around(config: dict[str, Any], files: Mapping[str, bytes]) -> dict[str, Any] | None:
+    """A task that KerasHub has for a backbone, if there is one."""
     backbone_class = keras.saving.get_registered_object(config["registered_name"])
     for name in _TASKS:
         task_class = kerashub_subclass(getattr(keras_hub.models, name), backbone_class)
@@ -125,10 +127,7 @@ def _task_around(config: dict[str, Any], files: Mapping[str, bytes]) -> dict[str
             continue
         preprocessor = _preprocessor(task_class, files)
         return serialized_object(task_class, {"backbone": config, "preprocessor": preprocessor})
-    raise ArtifactError(
-        f"{CONFIG_FILE}: KerasHub has none of the tasks {', '.join(_TASKS)} for "
-        f"{config['registered_name']}, and loads quantized models as tasks only"
-    )
+    return None
 
 
 def _preprocessor(task_class: Any, files: Mapping[str, bytes]) -> dict[str, Any] | None:

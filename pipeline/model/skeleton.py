@@ -7,7 +7,7 @@ safe mode.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,6 +128,7 @@ def build_skeleton(
             rest.update(backbone=backbone, compile=False)
             task = _build(task_class, rest, where)
     _fill_seeds(backbone if task is None else task)
+    _tell_apart(backbone)
     return Skeleton(
         backbone=backbone,
         task=task,
@@ -206,6 +207,23 @@ def _fill_seeds(model: keras.Model) -> None:
     for layer in model._flatten_layers():
         for generator in layer._seed_generators:
             generator.state.assign(np.zeros(generator.state.shape, generator.state.dtype))
+
+
+def _tell_apart(model: keras.Model) -> None:
+    """Give variables that have the same path that of their layer before their name.
+
+    KerasHub's T5 makes the position biases of encoder and decoder before their layers have a place
+    in the model.
+    """
+    owned = [
+        (layer, variable)
+        for layer in model._flatten_layers()
+        for variable in (*layer._trainable_variables, *layer._non_trainable_variables)
+    ]
+    numbers = Counter(str(variable.path) for _, variable in owned)
+    for layer, variable in owned:
+        if numbers[str(variable.path)] > 1:
+            variable._path = f"{layer.path}/{variable.name}"
 
 
 _TRUSTED = ("keras", "keras_hub")

@@ -102,8 +102,9 @@ def test_a_model_that_hands_its_dtype_on_to_no_layer_is_refused() -> None:
 
 
 def test_layers_that_get_no_dtype_from_their_model_stay_in_float_and_say_so() -> None:
-    """Qwen3.5's vision encoder; the decoder beside it is quantized."""
-    plan = planned(shared_family("Qwen3_5 with vision"), recipe(Int8Scheme()))
+    """Qwen3.5's vision encoder, though a rule asks for it; the decoder beside it is quantized."""
+    rule = Rule(pattern="vision_encoder", scheme=Int8Scheme())
+    plan = planned(shared_family("Qwen3_5 with vision"), recipe(Int8Scheme(), rule))
     layers = {layer.path: layer for part in plan.parts for layer in part.layers}
     [left] = [x for path, x in layers.items() if path.endswith("vision_encoder/merger/mlp_2")]
     assert left.scheme is None
@@ -111,9 +112,15 @@ def test_layers_that_get_no_dtype_from_their_model_stay_in_float_and_say_so() ->
     assert any("transformer_layer_1" in path for path in plan.policies)
 
 
-def test_a_task_that_stock_keras_lacks_is_missed_before_weights_are_read(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("pipeline.weights.source.Source.read", None)  # any call would fail
-    with pytest.raises(ArtifactError, match="KerasHub has none of the tasks"):
-        planned(shared_family("Electra"), recipe(GPTQ, Rule(pattern="x", scheme=None)))
+def test_a_backbone_for_which_kerashub_has_no_task_is_loaded_as_such() -> None:
+    assert planned(shared_family("Electra"), recipe(Int8Scheme())).task == "ElectraBackbone"
+
+
+def test_an_encoder_beside_the_blocks_stays_in_float_unless_a_rule_names_it() -> None:
+    preset = shared_family("PaliGemma")
+    rule = Rule(pattern="^image_", scheme=Int8Scheme())
+    for rules, expected in (((), set()), ((rule,), {"int8"})):
+        plan = planned(preset, recipe(GPTQ, *rules))
+        layers = [layer for layer in plan.parts[0].layers if layer.path.startswith("image_")]
+        assert {layer.scheme.mode for layer in layers if layer.scheme} == expected
+        assert bool(rules) or all(layer.note for layer in layers if layer.kind == "kernel")
