@@ -60,6 +60,7 @@ class Summary:
         seconds: worker seconds by stage in this invocation.
         flops: estimate of the plan.
         left_in_float: reason by layer path.
+        notes: the plan's.
         unseen_inputs: how many inputs were zero in all of calibration, by layer path.
     """
 
@@ -77,6 +78,7 @@ class Summary:
     share: Share
     schemes: tuple[SchemeSummary, ...]
     left_in_float: dict[str, str]
+    notes: tuple[str, ...]
     unseen_inputs: dict[str, int]
     wall_seconds: float
     seconds: dict[str, float]
@@ -119,6 +121,7 @@ class Summary:
             share=plan.share,
             schemes=summarized_schemes(layers),
             left_in_float={layer.path: layer.note for layer in layers if layer.note},
+            notes=plan.notes,
             unseen_inputs={
                 layer.path: layer.account["dead_inputs"]
                 for layer in layers
@@ -253,7 +256,8 @@ def summary_table(summary: Summary) -> RenderableType:
                 "flops", f"{count(summary.flops)}, {count(summary.flops / work)} a second"
             )
     facts.add_row("manifest", f"sha256 {summary.manifest_sha256}")
-    return Group(schemes, facts, *left_in_float(summary.left_in_float))
+    notes = [*left_in_float(summary.left_in_float), *map(Text, summary.notes)]
+    return Group(schemes, facts, *notes)
 
 
 def _quality(fidelity: Fidelity) -> str:

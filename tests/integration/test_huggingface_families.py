@@ -14,6 +14,7 @@ from pipeline.errors import PipelineError
 from pipeline.model.preset import read_preset
 from pipeline.planning import make_plan
 from pipeline.recipe.recipe import Recipe
+from pipeline.weights.source import open_source
 from pipeline.worker.evaluate import artifact_model
 from quantizer.schemes import GPTQScheme, Int8Scheme
 from tests.integration.quantized import answer, distance, finished_run, recipe
@@ -109,4 +110,6 @@ def test_float16_without_int8_layers_says_what_to_choose(tmp_path: Path) -> None
     plan = make_plan(source, wanted.model_copy(update={"dtype": "bfloat16"}), threads=1).plan
     assert plan.recipe.dtype == "bfloat16"
     assert set(plan.policies.values()) == {"int8"}
+    # The source is still itself, so a run of it can be resumed.
+    assert plan.source_files_sha256 == open_source(source.in_dtype("float32")).files_digest()
     assert plan.notes == ("21 variables are cast from float32 to bfloat16",)
