@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shlex
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from jobs.execute import (
     Compute,
@@ -21,7 +19,7 @@ from jobs.execute import (
 )
 from jobs.logging import is_json, log_event, print_json, set_run, status, url_name
 from jobs.metrics import RunMetrics
-from jobs.reachable import reachable
+from jobs.reachable import absolute, reachable
 from jobs.summary import Summary, plan_table, summary_table
 from jobs.termination import Terminated
 from pipeline.errors import PipelineError, UnusableResultError
@@ -65,7 +63,7 @@ def run_job(
 ) -> None:
     """Plan, claim, quantize, evaluate and report."""
     job = dataclasses.replace(
-        job, source_url=_absolute(job.source_url), output_url=_absolute(job.output_url)
+        job, source_url=absolute(job.source_url), output_url=absolute(job.output_url)
     )
     set_run(run=url_name(job.output_url), model=url_name(job.source_url), recipe=recipe.name)
     check_apart(job.source_url, job.output_url)
@@ -113,7 +111,7 @@ def resume_job(
     Raises:
         PipelineError: there is no run, or its source is not what it was.
     """
-    output_url = _absolute(job.output_url)
+    output_url = absolute(job.output_url)
     set_run(run=url_name(output_url))
     store = reachable(output_url, PLAN_KEY)
     if not store.exists(PLAN_KEY):
@@ -128,7 +126,7 @@ def resume_job(
             f"quantfleet resume {shlex.quote(output_url)}"
         )
     plan = read_plan(store)
-    source_url = _absolute(job.source_url) or plan.source_url
+    source_url = absolute(job.source_url) or plan.source_url
     set_run(run=url_name(output_url), model=url_name(source_url), recipe=plan.recipe.name)
     if finished and not job.evaluation_texts:
         _log_finished_before(output_url)
@@ -242,13 +240,6 @@ def load_hint(task: str, store: ObjectStore) -> str:
     dtype = f", dtype={config}['config']['dtype']" if task.endswith("Backbone") else ""
     load = f"keras_hub.models.{task}.from_preset({folder}{dtype})"
     return load if is_local else f"copy {url} to a local folder, then {load}"
-
-
-def _absolute(url: str) -> str:
-    """A local path as any process of this machine finds it; URLs as they are."""
-    is_local = bool(url) and "://" not in url
-    # Storage URLs hold no "..".
-    return os.path.normpath(Path(url).expanduser().absolute()) if is_local else url
 
 
 def _print_plan(plan: Plan, costs: Estimate, allocation: Allocation, *, as_json: bool) -> None:

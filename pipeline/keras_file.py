@@ -28,7 +28,7 @@ from pipeline.model.weight_layout import weight_layout
 from pipeline.plain_plan import SUFFIX
 from pipeline.storage.user_files import driver_errors, find_given_files, open_given_file
 from quantizer import save_model
-from quantizer.keras_format.stored_policies import apart
+from quantizer.keras_format.generated_names import apart
 
 _CONFIG, _METADATA, _WEIGHTS = "config.json", "metadata.json", "model.weights.h5"
 _MAX_FILE_BYTES = 64 << 30

@@ -20,7 +20,8 @@ import keras_hub
 from pipeline.errors import ArtifactError
 from pipeline.model.huggingface import kerashub_subclass, serialized_object, tokenizer_class
 from pipeline.model.preset import CONFIG_FILE, TASK_FILE, PresetFiles, keras_errors
-from pipeline.model.skeleton import Skeleton, apart
+from pipeline.model.skeleton import Skeleton
+from quantizer.keras_format.generated_names import apart
 from quantizer.schemes import Int8Scheme, Scheme
 
 # The task to name if the source names none: the first that KerasHub has for the backbone. The

@@ -8,8 +8,7 @@ safe mode.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,24 +16,12 @@ from typing import Any
 import keras
 import keras_hub
 import numpy as np
-from keras.src.backend.common import global_state
 
 from pipeline.errors import SourceError
 from pipeline.model.huggingface import convert_config
 from pipeline.model.preset import CONFIG_FILE, TASK_FILE, PresetFiles, keras_errors
 from pipeline.model.weight_layout import StoredVariable, weight_layout
-
-_MANY = 1000
-
-
-class _ManyMade(defaultdict[str, int]):
-    """Keras' counts of the names that it generated, as if it had made many objects before."""
-
-    def __init__(self) -> None:
-        super().__init__(lambda: _MANY)
-
-    def __contains__(self, name: object) -> bool:
-        return True
+from quantizer.keras_format.generated_names import MANY, ManyMade, apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +102,7 @@ def build_skeleton(
     where = f"{preset.url}/{CONFIG_FILE}"
     check_trusted(backbone_json, where)
     backbone_class = _registered_class(backbone_json, keras_hub.models.Backbone, where)
-    made: defaultdict[str, int] = _ManyMade() if many_made else defaultdict(int)
+    made: defaultdict[str, int] = ManyMade() if many_made else defaultdict(int)
     with apart(made), keras.StatelessScope(initialize_variables=False):
         backbone = _build(backbone_class, backbone_json["config"], where)
         task = None
@@ -137,7 +124,7 @@ def build_skeleton(
         generated_names=frozenset(
             f"{name}_{index}" if index else name
             for name, number in made.items()
-            for index in range(_MANY if many_made else 0, number)
+            for index in range(MANY if many_made else 0, number)
         ),
     )
 
@@ -176,30 +163,6 @@ def _copy(config: Any) -> Any:
     if isinstance(config, list | tuple):
         return [_copy(value) for value in config]
     return config
-
-
-@contextmanager
-def apart(made: defaultdict[str, int] | None = None) -> Iterator[None]:
-    """Isolate what is built in this block from Keras's global state, in both directions.
-
-    Keras numbers the names that it generates per process. It also initializes every waiting
-    variable with random values as soon as anything is traced, which would fill the skeleton.
-
-    Args:
-        made: receives how many names Keras generated, by their beginning.
-    """
-    own: dict[str, Any] = {
-        "object_name_uids": defaultdict(int) if made is None else made,
-        "uninitialized_variables": [],
-    }
-    kept = {name: global_state.get_global_attribute(name) for name in own}
-    for name, value in own.items():
-        global_state.set_global_attribute(name, value)
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            global_state.set_global_attribute(name, value)
 
 
 def _fill_seeds(model: keras.Model) -> None:

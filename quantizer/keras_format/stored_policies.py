@@ -10,18 +10,17 @@ process, is tried on a copy of the model without weights.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import keras
-from keras.src.backend.common import global_state
 from keras.src.models.functional import Functional
 from keras.src.saving.serialization_lib import ObjectSharingScope
 
 from quantizer.errors import LayerError
+from quantizer.keras_format.generated_names import ManyMade, apart
 from quantizer.keras_format.model_layers import walk
 
 # Their configs hold those of their layers, each with its own policy.
@@ -123,9 +122,9 @@ def _kept(model: keras.Model, formats: Mapping[int, Format], maps: PolicyMaps) -
         config.pop("compile_config", None)
         stored = json.dumps(config)
         kept = set(formats)
-        for in_used_process in (False, True):
+        for made in (None, ManyMade()):
             with (
-                apart(in_used_process=in_used_process),
+                apart(made),
                 keras.StatelessScope(initialize_variables=False),
                 ObjectSharingScope(),
             ):
@@ -184,37 +183,3 @@ def _formats_set(
 def _set(layer: keras.layers.Layer, name: str, value: Any, undo: ExitStack) -> None:
     undo.callback(setattr, layer, name, getattr(layer, name))
     setattr(layer, name, value)
-
-
-class _Used(defaultdict[str, int]):
-    """Counters of names as if each had been given many times."""
-
-    def __init__(self) -> None:
-        super().__init__(lambda: 1000)
-
-    def __contains__(self, name: object) -> bool:
-        return True
-
-
-@contextmanager
-def apart(*, in_used_process: bool = False) -> Iterator[None]:
-    """Isolate what is built in this block from Keras' global state, in both directions.
-
-    Keras numbers the names that it generates per process. It also initializes every waiting
-    variable with random values as soon as anything is traced.
-
-    Args:
-        in_used_process: number names as in a process that has built many models.
-    """
-    fresh: dict[str, Any] = {
-        "object_name_uids": _Used() if in_used_process else defaultdict(int),
-        "uninitialized_variables": [],
-    }
-    kept = {name: global_state.get_global_attribute(name) for name in fresh}
-    for name, value in fresh.items():
-        global_state.set_global_attribute(name, value)
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            global_state.set_global_attribute(name, value)
