@@ -5,10 +5,12 @@ It must start instantly, so nothing here imports Ray, JAX or Keras before a comm
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, Never
 
@@ -42,6 +44,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def _print_version(requested: bool) -> None:
@@ -336,6 +340,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _end(str(error), error.exit_code)
     except QuantizationError as error:
         _end(str(error), 2)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        place = error.filename or f"{tempfile.gettempdir()}, or the folder of the output"
+        _end(f"{place}: {error.strerror}; free some space, or set TMPDIR to another folder", 3)
     except Terminated:
         _end("", 143)
     except (typer.Abort, KeyboardInterrupt):  # Ctrl-C

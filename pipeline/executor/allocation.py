@@ -83,7 +83,7 @@ def this_machine(spec: ComputeSpec) -> NodeResources:
     cpus = _usable_cpus()
     if spec.workers is not None:
         cpus = max(cpus, spec.workers * (spec.threads or 1))
-    memory = int(_available_memory_bytes() * (1 - _OBJECT_STORE_SHARE))
+    memory = int(available_memory_bytes() * (1 - _OBJECT_STORE_SHARE))
     return NodeResources(cpus=cpus, memory_bytes=memory)
 
 
@@ -106,7 +106,7 @@ def _usable_cpus() -> int:
     return max(1, cpus)
 
 
-def _available_memory_bytes() -> int:
+def available_memory_bytes() -> int:
     """Memory that is neither used here nor beyond the control groups' limits."""
     fields = dict(
         line.split(":", 1) for line in Path("/proc/meminfo").read_text("ascii").splitlines()

@@ -19,6 +19,7 @@ from ray.util import metrics
 
 from pipeline.executor.allocation import NodeResources, allocate
 from pipeline.executor.protocol import Allocation, ComputeSpec, ExecutorError
+from pipeline.executor.ray_room import cannot_start, usable_folder
 
 _CODE = Path(__file__).parents[2]
 _CHECK_SECONDS = 5.0
@@ -35,7 +36,8 @@ def connect(address: str | None, machine: NodeResources | None = None) -> Iterat
         machine: logical resources of a cluster that is started; None for what the machine has.
 
     Raises:
-        ExecutorError: there is no cluster at the address, or it is a Ray Client's.
+        ExecutorError: there is no cluster at the address, it is a Ray Client's, or this machine has
+            no room for one.
     """
     if address is not None and address.startswith("ray://"):
         raise ExecutorError(
@@ -51,6 +53,7 @@ def connect(address: str | None, machine: NodeResources | None = None) -> Iterat
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         options |= {
             "address": "local",
+            "_temp_dir": str(usable_folder()),
             "include_dashboard": False,
             # Workers start with an environment of their own; those started before would idle.
             "_system_config": {
@@ -73,14 +76,16 @@ def connect(address: str | None, machine: NodeResources | None = None) -> Iterat
             # Workers import from this folder first; in the caller's a "pipeline" of theirs may lie.
             with contextlib.chdir(_CODE):
                 ray.init(**options)
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-            raise _no_cluster(address, " ".join(str(error).split())) from None
+        except Exception as error:  # Ray raises that very class, too
+            reason = " ".join(str(error).split())
+            refused = cannot_start(reason) if address is None else _no_cluster(address, reason)
+            raise refused from error
         yield
     finally:
         ray.shutdown()
 
 
-def _no_cluster(address: str | None, reason: str) -> ExecutorError:
+def _no_cluster(address: str, reason: str) -> ExecutorError:
     return ExecutorError(
         f"no Ray cluster at {address}: {reason}; check --address, or leave it out to start one "
         "on this machine"

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +37,7 @@ from pipeline.planning import make_plan
 from pipeline.run.records import file_key
 from pipeline.storage.object_store import open_store
 from pipeline.storage.record import with_digest
+from tests.faults.test_disk_full import small_disk
 from tests.models.tiny import tiny_preset
 from tests.pipeline.local_executor import LocalExecutor
 from tests.pipeline.presets import overflowing_preset
@@ -311,6 +313,20 @@ def test_an_output_that_is_a_file_is_refused(command: Command, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("here")
+def test_a_full_temporary_folder_is_named(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preset = source()
+    given = ["--recipe", recipe_file(tmp_path), "--output", tmp_path / "out", "--dry-run"]
+    with small_disk(tmp_path / "disk", 1 << 12) as folder:
+        (folder / "mine").write_bytes(bytes(1 << 12))
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        assert command("quantize", preset, *given) == 3
+    assert str(folder) in command.complaint
+    assert "No space left on device; free some space, or set TMPDIR" in command.complaint
+
+
+@pytest.mark.usefixtures("here")
 def test_nan_in_the_source_is_refused_by_name(command: Command, tmp_path: Path) -> None:
     def spoil(preset: Path) -> None:
         with h5py.File(preset / "model.weights.h5", "r+") as file:
@@ -323,7 +339,7 @@ def test_nan_in_the_source_is_refused_by_name(command: Command, tmp_path: Path) 
     preset = damaged_copy(tmp_path, spoil)
     output = tmp_path / "out"
     assert command("quantize", preset, "--recipe", "int8", "--output", output) == 2
-    assert "transformer_layer_1/self_attention/query" in command.complaint
+    assert "decoder_1/_self_attention_layer/_query_dense" in command.complaint
     assert not (output / "manifest.json").exists()
     assert not (output / file_key(2)).exists()
 
