@@ -18,6 +18,7 @@ from pipeline.model.blocks import find_blocks
 from pipeline.model.preset import PresetFiles, read_preset
 from pipeline.storage.object_store import open_store
 from pipeline.weights.source import Source, open_source, values_digest
+from pipeline.weights.weight_files import num_not_finite
 from tests.benchmarks.minilm import preset_folder
 from tests.models.tiny import ARCHITECTURES
 from tests.pipeline.presets import shared_preset, stock_task
@@ -406,3 +407,24 @@ def test_a_bad_safetensors_file_is_refused_and_named(
     with pytest.raises(SourceError, match=expected) as caught:
         source_of(minilm).variables()
     assert "\n" not in str(caught.value)
+
+
+def test_values_that_are_not_finite_are_counted_and_named(preset: Path) -> None:
+    changing(lambda file: file[GATE].__setitem__((slice(2, 4), 5), [np.nan, np.inf]))(
+        preset / "model.weights.h5"
+    )
+    source = source_of(preset)
+    assert source.variables()
+    with pytest.raises(
+        SourceError, match=rf"model\.weights\.h5: {GATE}: 2 of 8192 values are NaN or infinite"
+    ):
+        source.read(source.paths)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_values_that_are_not_finite_are_found_in_any_layout(dtype: str) -> None:
+    value = np.ones((3, 700, 1100), dtype)
+    value[1, 2, 3], value[2, :, 7] = np.nan, -np.inf
+    for layout in (value, value.transpose(2, 0, 1), value[:, ::-1], value[1, 2, 3]):
+        assert num_not_finite(layout) == (1 if layout.ndim == 0 else 701)
+    assert num_not_finite(value[:0]) == 0
