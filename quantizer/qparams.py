@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import partial
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jax import Array, lax
 from numpy.typing import NDArray
@@ -91,9 +92,11 @@ def _group_grid(
         low_R = -high_R
 
     def stored(scale_R: Array) -> Array:
-        rounded = scale_R.astype(scale_dtype).astype(jnp.float32)
-        # The group is all zero, or its scale rounds to 0: any scale represents zeros.
-        return jnp.where(rounded > 0, rounded, 1.0)
+        rounded_R = scale_R.astype(scale_dtype).astype(jnp.float32)
+        # Where a scale rounds to 0, the least that can be stored keeps the largest weights.
+        rounded_R = jnp.where(rounded_R > 0, rounded_R, _smallest_scale(scale_dtype))
+        # Of a group that is all zero any scale will do.
+        return jnp.where(scale_R > 0, rounded_R, 1.0)
 
     def zero_point(scale_R: Array) -> Array:
         if symmetric:
@@ -131,6 +134,12 @@ def _group_grid(
         )
         shrink_R = best[1]
     return stored(full_R * shrink_R), zero_R
+
+
+def _smallest_scale(scale_dtype: str) -> float:
+    """Float16 has subnormal numbers that float32 holds; XLA takes float32's own for zero."""
+    limits = ml_dtypes.finfo(scale_dtype)
+    return float(limits.smallest_subnormal if scale_dtype == "float16" else limits.tiny)
 
 
 def encode(weight: Array, scale: Array, zero: Array, max_code: float) -> Array:

@@ -109,7 +109,9 @@ def grid(
 
         def scale_at(shrink: Float64, full: Float64 = full) -> Float64:
             scale = stored(full * shrink, scale_dtype)
-            return np.where(scale > 0, scale, 1.0)
+            # Float16 would round small scales to 0.
+            scale = np.where(scale > 0, scale, 2.0**-24)
+            return np.where(full > 0, scale, 1.0)
 
         def cost(
             shrink: Float64,

@@ -121,7 +121,7 @@ def _solve_panel(
     `num_tiles` and `max_code` are not compiled in: one program serves all panels of a size.
 
     Args:
-        pivot_P: the factor's D.
+        pivot_P: the factor's D; 0 at inputs whose errors cost nothing.
         correction_P2R: the corrections by all columns before the panel; its buffer is reused.
         corner_PP: the factor between the panel's columns.
         shift: what was added to H's diagonal.
@@ -167,10 +167,12 @@ def _solve_panel(
         decoded_B2R = part.weight_PR[:, None] - errors_B2R
         codes_B2R = encode(decoded_B2R, scale_BR[:, None], zero_BR[:, None], max_code)
         squares_2R = _weighted_sum(jnp.ones(size), errors_B2R**2)
+        counted_B = jnp.where(rows_of(pivot_P, start, size) > 0, 1.0, 0.0)
+        counted_2R = _weighted_sum(counted_B, errors_B2R**2)
         return _SolvedPanel(
             lax.dynamic_update_slice_in_dim(done.errors_P2R, errors_B2R, start, 0),
             lax.dynamic_update_slice_in_dim(done.codes_P2R, codes_B2R.astype(jnp.uint8), start, 0),
-            loss_2R - shift * squares_2R,
+            loss_2R - shift * counted_2R,
             done.error_2R + squares_2R,
         )
 

@@ -71,8 +71,8 @@ class Factor:
     Attributes:
         panels: for each panel of columns [a:b), its blocks of Aᵀ, [b - a, panel's width], one for
             each panel up to itself: transposed, since XLA multiplies those a third faster.
-        pivot_C: D, [C'], with C' the padded in_features; at dead inputs the shift, so that their
-            errors cost nothing once the shift is taken off again.
+        pivot_C: D, [C'], with C' the padded in_features; 0 at dead inputs, where errors cost
+            nothing.
         order_C: the input solved at each step, [C']; entries from in_features on are padding.
         dead_C: inputs that were zero in every calibration row, [in_features].
         shift: what was added to the diagonal, a float32 scalar.
@@ -204,18 +204,17 @@ def factorize(
         smallest = float(jnp.min(pivot_C))  # NaN fails the comparison below, too
         if smallest >= SMALLEST_PIVOT * float(mean):
             dead = np.asarray(dead_C)
-            return Factor(
-                panels, _without(dead, order_C, pivot_C, shift), order_C, dead, shift, damping
-            )
+            pivot_C = _without(dead, order_C, pivot_C)
+            return Factor(panels, pivot_C, order_C, dead, shift, damping)
     return None
 
 
-def _without(dead_C: NDArray[np.bool_], order_C: Array, pivot_C: Array, shift: Array) -> Array:
-    """The pivots, with the shift in place of those of dead inputs."""
+def _without(dead_C: NDArray[np.bool_], order_C: Array, pivot_C: Array) -> Array:
+    """The pivots, with 0 at dead inputs."""
     if not dead_C.any():
         return pivot_C
     known_C = np.array(pivot_C)
-    known_C[: len(dead_C)][dead_C[np.asarray(order_C)[: len(dead_C)]]] = shift
+    known_C[: len(dead_C)][dead_C[np.asarray(order_C)[: len(dead_C)]]] = 0
     return jnp.asarray(known_C)
 
 

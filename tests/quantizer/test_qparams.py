@@ -156,3 +156,13 @@ def test_grids_are_those_of_the_float64_reference(options):
 )
 def test_the_last_group_may_be_short(in_features, group_size, count):
     assert num_groups(in_features, group_size) == count
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e-6])
+def test_weights_too_small_for_a_stored_step_are_not_lost(size):
+    weight = np.float32(size) * np.linspace(-1, 1, 40, dtype=np.float32).reshape(20, 2)
+    options = {"weight_bits": 8, "group_size": 20, "symmetric": False, "search": True}
+    scale_GR, zero_GR = grid_of(weight, options, "float16")
+    *_, restored = on_grid(weight, scale_GR, zero_GR, options)
+    # A step of 1 would round all of them to zero.
+    assert np.linalg.norm(weight - restored) < 0.5 * np.linalg.norm(weight)

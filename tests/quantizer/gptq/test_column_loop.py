@@ -288,6 +288,18 @@ def test_inputs_never_seen_answer_other_text_as_rounding_does():
     assert error(options) < 1.5 * error(Int8Scheme())
 
 
+def test_weights_of_inputs_never_seen_add_nothing_to_the_output_error():
+    problem = make(48, 64, 512, dead=16)
+    seen = problem.inputs_NC.any(0)
+    # What rounding in float32 leaves of the large ones exceeds all that the small ones can cost.
+    weight = np.where(seen, problem.weight_RC * np.float32(1e-8), problem.weight_RC)
+    apart = np.concatenate([weight[:, seen], weight[:, ~seen]], axis=1)
+    inputs = np.concatenate([problem.inputs_NC[:, seen], problem.inputs_NC[:, ~seen]], axis=1)
+    solution = solve(apart, HessianSum.of(inputs), GPTQScheme(group_size=16))
+    error = reference.loss(apart, solution.weight.dequantize(), reference.hessian_of(inputs))
+    assert solution.report.output_error == pytest.approx(error, rel=1e-3)
+
+
 def test_bits_of_the_weight_dtype_are_used_as_they_are():
     problem = make(8, 48, 64)
     half = problem.weight_RC.astype(np.float16)
