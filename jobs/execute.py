@@ -208,10 +208,12 @@ def read_windows(
         CalibrationTextError: texts that are missing, unreadable or too few.
     """
     length = None if plan.tokens is None else plan.tokens.sequence_length
-    if chat is None and plan.recipe.calibration is not None:
-        chat = plan.recipe.calibration.chat
+    given = plan.recipe.calibration
+    if chat is None and given is not None:
+        chat = given.chat
+    inputs = {} if given is None else given.inputs
     try:
-        return runner.run(evaluation_windows, source_url, texts, num_windows, length, chat)
+        return runner.run(evaluation_windows, source_url, texts, num_windows, length, chat, inputs)
     except CalibrationTextError as error:
         raise CalibrationTextError(f"{named}: {error}") from None
 

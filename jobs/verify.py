@@ -17,8 +17,6 @@ from pipeline.run.commits import damaged_files, read_manifest
 from pipeline.run.records import ARTIFACT_PREFIX, MANIFEST_KEY, Manifest
 from pipeline.storage.object_store import ObjectStore, open_store
 
-_TOKENS = 16
-
 
 def verify_run(output_url: str, *, stock: bool, as_json: bool) -> None:
     """Read and hash everything that the manifest names, then load it with stock KerasHub.
@@ -65,7 +63,7 @@ def verify_run(output_url: str, *, stock: bool, as_json: bool) -> None:
 def _load(store: ObjectStore, manifest: Manifest) -> str:
     # Imported here: JAX and Keras are slow to load. Without a choice Keras takes TensorFlow.
     os.environ.setdefault("KERAS_BACKEND", "jax")
-    from pipeline.artifact.verification import ask_stock, inspect_artifact
+    from pipeline.artifact.verification import ask_stock, example_inputs, inspect_artifact
 
     with tempfile.TemporaryDirectory(prefix="quantfleet-verify-") as folder:
         with status("downloading the artifact"):
@@ -75,9 +73,8 @@ def _load(store: ObjectStore, manifest: Manifest) -> str:
                 path.write_bytes(store.get(key, sha256=entry.sha256, size=entry.size_bytes))
         with status("checking its files"):
             inspect_artifact(Path(folder))
-        tokens = np.arange(1, _TOKENS + 1, dtype=np.int32)[None]
         with status("loading it with stock KerasHub"):
-            answer = ask_stock([folder], [tokens])
+            answer = ask_stock([folder], [example_inputs(Path(folder))])
     if not np.isfinite(answer.outputs[0]).all():
         raise ArtifactError(
             f"{store.url(ARTIFACT_PREFIX)}: loads, but its outputs are NaN or infinite"

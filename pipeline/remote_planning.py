@@ -80,12 +80,14 @@ def evaluation_windows(
     num_windows: int,
     length: int | None,
     chat: bool | None,
+    inputs: dict[str, str],
 ) -> bytes:
     """Token windows of texts to judge a result by, serialized.
 
     Args:
         length: of a window in tokens; None for 512, or what the model takes if that is less.
         chat: how conversations are read, as `Calibration.chat`.
+        inputs: arrays for what texts do not determine, as `Calibration.inputs`.
 
     Raises:
         PipelineError: texts that are missing, unreadable or too few.
@@ -99,6 +101,7 @@ def evaluation_windows(
     length = length or min(512, most_tokens(skeleton) or 512)
     calibration = Calibration(
         texts=texts,
+        inputs=inputs,
         chat=chat,
         num_samples=num_windows,
         sequence_length=length,

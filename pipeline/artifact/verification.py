@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,14 @@ from numpy.typing import NDArray
 
 from pipeline.artifact.parts import cut_parts, decode_part, weights_index
 from pipeline.artifact.weights_file import read_weights_file
+from pipeline.calibration.windows import TokenWindows
 from pipeline.errors import ArtifactError
 from pipeline.model.blocks import find_blocks
+from pipeline.model.inputs import input_layout
 from pipeline.model.preset import INDEX_FILE, TASK_WEIGHTS_FILE, read_preset
 from pipeline.model.skeleton import build_skeleton, check_trusted
+
+_TOKENS = 16
 
 
 def inspect_artifact(folder: Path) -> None:
@@ -65,6 +69,23 @@ def inspect_artifact(folder: Path) -> None:
         read_weights_file((folder / TASK_WEIGHTS_FILE).read_bytes(), max_bytes=most)
 
 
+def example_inputs(folder: Path) -> dict[str, NDArray[Any]]:
+    """Arrays that a preset's model can be run on: a short text, and ones for all else it needs."""
+    skeleton = build_skeleton(read_preset(str(folder)))
+    layout = input_layout(skeleton)
+    missing = [] if layout.encoders else layout.missing(())
+    sizes = {name: [size or _TOKENS for size in layout.inputs[name].shape] for name in missing}
+    windows = TokenWindows(
+        tokens=np.arange(1, _TOKENS + 1, dtype=np.int32)[None],
+        lengths=np.array([_TOKENS], np.int32),
+        fingerprint="",
+        num_documents=0,
+        decoder_start=(0,) if layout.takes_two_texts else (),
+        inputs={name: np.ones((1, *sizes[name]), layout.inputs[name].dtype) for name in missing},
+    )
+    return dict(layout.batch(windows, slice(None), 1).arrays)
+
+
 _READER = Path(__file__).with_name("stock_reader.py")
 _KERAS_READER = Path(__file__).with_name("stock_keras_reader.py")
 
@@ -75,22 +96,22 @@ class StockAnswer:
 
     outputs: tuple[NDArray[np.float32], ...]
     """By preset: logits [batch, sequence, vocabulary], or embeddings [batch, vector] of a text
-    embedder."""
+    embedder; where there are several outputs, all of their numbers."""
     backend: str
     keras_hub: str
 
 
 def ask_stock(
     presets: Sequence[str | Path],
-    token_ids: Sequence[NDArray[np.int32]],
+    inputs: Sequence[NDArray[np.int32] | Mapping[str, NDArray[Any]]],
     *,
     backend: str = "jax",
     timeout_seconds: float = 3600.0,
 ) -> StockAnswer:
-    """Load presets with stock KerasHub in a new process, and run each on token ids.
+    """Load presets with stock KerasHub in a new process, and run each on its inputs.
 
     Args:
-        token_ids: [batch, sequence], by preset.
+        inputs: by preset: token ids [batch, sequence], or arrays for all inputs, by name.
         backend: of Keras: jax, torch or tensorflow.
         timeout_seconds: for all presets together.
 
@@ -99,9 +120,13 @@ def ask_stock(
     """
     with tempfile.TemporaryDirectory(prefix="quantfleet-stock-") as scratch:
         jobs = []
-        for index, (preset, tokens) in enumerate(zip(presets, token_ids, strict=True)):
-            files = {"inputs": f"{scratch}/in{index}.npy", "outputs": f"{scratch}/out{index}.npy"}
-            np.save(files["inputs"], np.ascontiguousarray(tokens, dtype=np.int32))
+        for index, (preset, given) in enumerate(zip(presets, inputs, strict=True)):
+            files = {"inputs": f"{scratch}/in{index}.npz", "outputs": f"{scratch}/out{index}.npy"}
+            if isinstance(given, Mapping):
+                np.savez(files["inputs"], allow_pickle=False, **given)
+            else:
+                files["inputs"] = f"{scratch}/in{index}.npy"
+                np.save(files["inputs"], np.ascontiguousarray(given, dtype=np.int32))
             jobs.append({"preset": str(Path(preset).resolve()), **files})
         names = ", ".join(job["preset"] for job in jobs)
         used = _ask(_READER, jobs, names, scratch, backend, timeout_seconds)
