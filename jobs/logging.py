@@ -22,7 +22,10 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Literal
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
+from rich.segment import Segments
+from rich.table import Column, Table
 
 FORMAT_VARIABLE = "QUANTFLEET_LOG"
 LogFormat = Literal["text", "json"]
@@ -38,6 +41,8 @@ _process_run: Mapping[str, str] = {}
 _COLOURS = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _SECRET_NAME = re.compile(r"(SECRET|TOKEN|PASSWORD|ACCESS_KEY)(?!.*_(PATH|FILE)$)")
 _SHORTEST_SECRET = 8
+_UNLIMITED = 10_000
+"""Columns of what is no terminal."""
 
 
 def is_json() -> bool:
@@ -115,7 +120,30 @@ def print_result(value: object, table: RenderableType, *, as_json: bool) -> None
     if as_json:
         print_json(value)
     else:
-        Console().print(table)
+        print_table(Console(), table)
+
+
+def print_table(console: Console, table: RenderableType) -> None:
+    """Print tables so that no word, number or digest is cut or broken.
+
+    Where a terminal is too narrow for that, its lines are too long for it. Elsewhere, in files and
+    pipes, lines are as long as their content.
+    """
+    unlimited = console.options.update(width=_UNLIMITED)
+    options = console.options if console.is_terminal else unlimited
+    for part in table.renderables if isinstance(table, Group) else (table,):
+        if isinstance(part, Table):
+            for column in part.columns:
+                cells = [Measurement.get(console, unlimited, cell) for cell in _cells(column)]
+                column.min_width = max(cell.minimum for cell in cells)
+                # Others give way first.
+                column.no_wrap = column.min_width == max(cell.maximum for cell in cells)
+        console.print(Segments(console.render(part, options)), crop=False, end="")
+
+
+def _cells(column: Column) -> Iterator[RenderableType]:
+    yield column.header
+    yield from column.cells
 
 
 def route_to_root(library: str) -> None:
@@ -139,7 +167,7 @@ class TextHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         table = getattr(record, "table", None)
         if table is not None:
-            self._console.print(table)
+            print_table(self._console, table)
         elif message := record.getMessage():
             self._console.print(message, soft_wrap=True, markup=False, highlight=False)
 

@@ -19,7 +19,7 @@ from pipeline.executor.protocol import Allocation
 from pipeline.fidelity import Fidelity
 from pipeline.model.preset import PresetFiles
 from pipeline.plan import Plan, Share
-from pipeline.recipe.recipe import unmatched_patterns
+from pipeline.recipe.recipe import statistics_of, unmatched_patterns
 from pipeline.run.records import LayerRecord, Manifest, PartRecord
 from pipeline.storage.object_store import ObjectStore
 from pipeline.weights.weight_files import RangedFile
@@ -61,6 +61,7 @@ class Summary:
         flops: estimate of the plan.
         left_in_float: reason by layer path.
         notes: the plan's.
+        uncalibrated: why the layers that calibration gave nothing usable were rounded, by path.
         unseen_inputs: how many inputs were zero in all of calibration, by layer path.
     """
 
@@ -79,6 +80,7 @@ class Summary:
     schemes: tuple[SchemeSummary, ...]
     left_in_float: dict[str, str]
     notes: tuple[str, ...]
+    uncalibrated: dict[str, str]
     unseen_inputs: dict[str, int]
     wall_seconds: float
     seconds: dict[str, float]
@@ -122,6 +124,14 @@ class Summary:
             schemes=summarized_schemes(layers),
             left_in_float={layer.path: layer.note for layer in layers if layer.note},
             notes=plan.notes,
+            uncalibrated={
+                layer.path: layer.account["reason"]
+                for layer in layers
+                if layer.account is not None
+                and layer.scheme is not None
+                and statistics_of(layer.scheme)
+                and not layer.account["num_rows"]
+            },
             unseen_inputs={
                 layer.path: layer.account["dead_inputs"]
                 for layer in layers
@@ -239,6 +249,9 @@ def summary_table(summary: Summary) -> RenderableType:
         f"{size(summary.stored_bytes)}: blocks {size(summary.block_bytes)} ({bits:.1f} bits a "
         f"weight), embeddings {size(summary.embedding_bytes)}, rest {size(summary.rest_bytes)}",
     )
+    if lost := summary.uncalibrated:
+        facts.add_row("not calibrated", f"{len(lost)} layers, the first {next(iter(lost))}")
+        facts.add_row("", Text(next(iter(lost.values()))))
     if unseen := summary.unseen_inputs:
         facts.add_row(
             "never seen",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.cli import options
-from jobs.logging import STDERR, is_json, log_event, print_json, print_result, status
+from jobs.logging import STDERR, is_json, log_event, print_json, print_result, print_table, status
 from pipeline.errors import PipelineError
 from pipeline.storage.object_store import ObjectStore, open_store
 
@@ -93,7 +93,7 @@ def nightly(
     if as_json:
         print_json([outcome.to_dict() for outcome in outcomes])
     elif not is_json():  # each was logged when it was known
-        STDERR.print(outcomes_table(outcomes))
+        print_table(STDERR, outcomes_table(outcomes))
     raise typer.Exit(exit_code_of(outcomes))
 
 

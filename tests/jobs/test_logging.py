@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, Group
+from rich.table import Column, Table
+from rich.text import Text
 
 from jobs.logging import (
     LOG,
@@ -24,6 +25,7 @@ from jobs.logging import (
     TextHandler,
     configure,
     log_event,
+    print_table,
     set_run,
     url_name,
 )
@@ -228,3 +230,41 @@ def test_a_run_logs_every_part_and_layer_as_json(tmp_path: Path) -> None:
     code, _, err = command("resume", tmp_path / "run-1", QUANTFLEET_LOG="json")
     assert code == 0
     assert [line["event"] for line in lines(err)] == ["finished_before", "finished", "loadable"]
+
+
+DIGEST = "7594868e61d16c80bd8e97e25c90e8a068923e57fbe059dbb99741c4778903c2"
+ROWS = [
+    ["self_attention/attention_output", "gptq/4/128", "12,345,678", "0.12345", DIGEST],
+    ["one", "two words", "3", "left in float, since there is no more to say about it", "é日本"],
+]
+
+
+def printed(*, width: int, is_terminal: bool) -> str:
+    names = ("layer", "scheme", "bytes", "why", "digest")
+    table = Table(*(Column(name, justify="right") for name in names), title=f"plan {DIGEST[:12]}")
+    for row in ROWS:
+        table.add_row(*row)
+    facts = Table(show_header=False, box=None)
+    facts.add_row("stored", "blocks 36.4 MiB (16.2 bits a weight), embeddings 9.6 MiB")
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, force_terminal=is_terminal, color_system=None)
+    print_table(console, Group(table, facts, Text(f"a {DIGEST}", no_wrap=True, overflow="ignore")))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+def test_a_narrow_terminal_cuts_and_breaks_no_word(width: int) -> None:
+    shown = printed(width=width, is_terminal=True)
+    for word in (word for row in ROWS for cell in row for word in cell.split()):
+        assert word in shown
+    assert f"a {DIGEST}\n" in shown
+    assert "…" not in shown
+    # What can be narrower is.
+    assert all(len(line) <= max(width, 145) for line in shown.splitlines())
+
+
+def test_a_pipe_gets_every_row_on_one_line() -> None:
+    shown = printed(width=80, is_terminal=False)
+    for row in ROWS:
+        [line] = [line for line in shown.splitlines() if row[0] in line]
+        assert all(cell in line for cell in row)
