@@ -157,6 +157,23 @@ def test_inputs_that_calibration_never_saw_are_counted(tmp_path: Path) -> None:
     assert "never seen" not in shown_summary(every)
 
 
+def test_layers_that_calibration_gave_nan_are_named(tmp_path: Path) -> None:
+    preset = tiny_preset("Llama3", tmp_path / "in", num_blocks=2)
+    with h5py.File(preset / "model.weights.h5", "r+") as file:
+        # Finite in itself, as checkpoints must be; its products are not.
+        file["layers/llama_transformer_decoder/_feedforward_layernorm/vars/0"][...] = 3e30
+    run = finished_run(preset, reads_text(SCHEMES["awq"]), tmp_path / "out")
+    costs, manifest = estimate(run.plan, 1), read_manifest(run.store)
+    summary = Summary.of(run.plan, run.store, manifest, costs, {}, wall_seconds=0.0, fidelity=None)
+    assert "transformer_layer_0/feedforward_output_dense" in summary.uncalibrated
+    assert summary.uncalibrated.keys() < {layer.path for layer in run.layers().values()}
+    assert any("transformer_layer_1" in path for path in summary.uncalibrated)
+    assert not any("layer_0/self_attention" in path for path in summary.uncalibrated)
+    text = shown_summary(summary)
+    assert "the first transformer_layer_0/feedforward_" in text
+    assert "not calibrated, rounded to nearest" in text
+
+
 def shown(scheme: str, architecture: str = "Llama3") -> str:
     stream = io.StringIO()
     plan = planned(scheme, architecture).plan
