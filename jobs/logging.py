@@ -130,14 +130,16 @@ def print_table(console: Console, table: RenderableType) -> None:
     pipes, lines are as long as their content.
     """
     unlimited = console.options.update(width=_UNLIMITED)
-    options = console.options if console.is_terminal else unlimited
     for part in table.renderables if isinstance(table, Group) else (table,):
+        options = console.options if console.is_terminal else unlimited
         if isinstance(part, Table):
             for column in part.columns:
                 cells = [Measurement.get(console, unlimited, cell) for cell in _cells(column)]
                 column.min_width = max(cell.minimum for cell in cells)
                 # Others give way first.
                 column.no_wrap = column.min_width == max(cell.maximum for cell in cells)
+            needed = Measurement.get(console, unlimited, part).minimum
+            options = options.update(width=max(options.max_width, needed))
         console.print(Segments(console.render(part, options)), crop=False, end="")
 
 
