@@ -253,6 +253,6 @@ def read_preset(url: str) -> PresetFiles:
         return replace(preset, format="huggingface")
     keys = ", ".join(sorted(config)[:5]) or "nothing"
     raise SourceError(
-        f"{url}/{CONFIG_FILE}: neither of a KerasHub preset (no registered_name) nor of a Hugging "
-        f"Face model (no model_type); it has {keys}; name a model's own folder"
+        f"{url}/{CONFIG_FILE}: neither a KerasHub preset (no registered_name) nor a Hugging Face "
+        f"model (no model_type); it has {keys}; name a model's own folder"
     )

@@ -62,9 +62,9 @@ def policy_map(base_policy: str, policies: Mapping[str, str]) -> dict[str, Any]:
             keras_map[path] = keras.dtype_policies.get(f"{policies[path]}_from_{base_policy}")
         except ValueError as error:
             reason = " ".join(str(error).split()).rstrip(".")
+            remedy = "; choose --dtype bfloat16 or float32" if base_policy == "float16" else ""
             raise ArtifactError(
-                f"{path}: Keras refuses {policies[path]!r} on {base_policy!r} ({reason}); choose "
-                "another scheme, or another dtype for the model: --dtype bfloat16 or float32"
+                f"{path}: Keras refuses {policies[path]!r} on {base_policy!r}: {reason}{remedy}"
             ) from None
     serialized: dict[str, Any] = keras.dtype_policies.serialize(keras_map)
     return serialized

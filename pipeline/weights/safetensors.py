@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import keras_hub
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
@@ -73,9 +72,9 @@ class SafetensorsWeights:
         unused = tuple(name for name in sorted(self._tensors) if name not in used)
         check_unused(
             self.preset,
+            self._skeleton,
             {name: self._tensor(name).shape for name in unused},
             self._data,
-            embeds=isinstance(self._skeleton.task, keras_hub.models.TextEmbedder),
         )
 
     def _locate(self, path: str) -> SourceVariable:

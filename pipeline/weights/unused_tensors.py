@@ -11,51 +11,58 @@ import math
 import re
 from collections.abc import Callable, Mapping
 
+import keras_hub
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
 from pipeline.model.preset import CONFIG_FILE, PresetFiles
+from pipeline.model.skeleton import Skeleton
 
 _HARMLESS = {
     r"rotary_emb\.(inv_freq|cos_cached|sin_cached)": "computed from the config",
     r"(attn|attention)\.(masked_bias|bias)": "a causal mask that old versions stored (see below)",
     r"embeddings\.(position_ids|token_type_ids)": "the numbers 0, 1, 2, … or zeros",
-    # KerasHub's text models have no such heads; what they are put on is what is quantized.
+    r"pooler\.dense\.(weight|bias)": "feeds classifiers only; embeddings are pooled without it",
+}
+# Of encoders: what they are put on is what is quantized.
+_HEADS = {
     r"cls\.(predictions|seq_relationship)\..+": "the head of BERT's pretraining",
     r"(predictions|sop_classifier)\..+": "the heads of ALBERT's pretraining",
     r"vocab_(transform|layer_norm|projector)\..+": "the head of DistilBERT's pretraining",
     r"lm_head\.(bias|(dense|layer_norm|decoder)\..+)": "the head of RoBERTa's pretraining",
-    r"final_logits_bias": "zeros in every published model, and part of a head",
-    r"pooler\.dense\.(weight|bias)": "feeds classifiers only; embeddings are pooled without it",
 }
 _MASK = re.compile(r"(.*\.)?(attn|attention)\.bias")
-_TIED_HEAD = re.compile(r"(.*\.)?(lm_head|embed_out)\.weight")
+_TIED_HEAD = r"(lm_head|embed_out)\.weight"
 # Zeros that are added change nothing; old checkpoints of RoBERTa have them, for example.
-_ADDED = re.compile(r"(.*\.)?(bias|token_type_embeddings\.weight)")
+_ADDED = re.compile(r"(.*\.)?((final_logits_)?bias|token_type_embeddings\.weight)")
 _MAX_ADDED_WEIGHTS = 1 << 20
 
 
 def check_unused(
     preset: PresetFiles,
+    skeleton: Skeleton,
     unused: Mapping[str, tuple[int, ...]],
     read: Callable[[str], NDArray[np.generic]],
-    *,
-    embeds: bool,
 ) -> None:
     """Check that nothing is lost with the tensors that the converter does not read.
 
     Args:
         unused: their shapes by name.
-        embeds: whether the model is taken as an embedder, which has no head.
         read: returns a tensor's value.
 
     Raises:
         SourceError: a tensor that decides the model's answers.
     """
+    patterns = [*_HARMLESS]
+    if not skeleton.predicts_tokens:
+        patterns += _HEADS
     # Transformers itself ignores the head of a tied model, and ties unless the config says no.
-    tied = embeds or preset.parse(CONFIG_FILE).get("tie_word_embeddings") is not False
-    lost = [name for name, shape in unused.items() if not _is_harmless(name, shape, tied, read)]
+    tied = preset.parse(CONFIG_FILE).get("tie_word_embeddings") is not False
+    if tied or isinstance(skeleton.task, keras_hub.models.TextEmbedder):
+        patterns.append(_TIED_HEAD)
+    harmless = re.compile(rf"(.*\.)?({'|'.join(patterns)})")
+    lost = [name for name, shape in unused.items() if not _is_harmless(name, shape, harmless, read)]
     if lost:
         shown = ", ".join(f"{name} {list(unused[name])}" for name in lost[:3])
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
@@ -69,15 +76,13 @@ def check_unused(
 def _is_harmless(
     name: str,
     shape: tuple[int, ...],
-    tied: bool,
+    harmless: re.Pattern[str],
     read: Callable[[str], NDArray[np.generic]],
 ) -> bool:
     if _MASK.fullmatch(name) and len(shape) == 1:
         # The bias of a dense layer of the same name; a mask has [1, 1, positions, positions].
         return not np.any(read(name))
-    if any(re.fullmatch(rf"(.*\.)?{pattern}", name) for pattern in _HARMLESS):
-        return True
-    if tied and _TIED_HEAD.fullmatch(name):
+    if harmless.fullmatch(name):
         return True
     is_added = _ADDED.fullmatch(name) and math.prod(shape) <= _MAX_ADDED_WEIGHTS
     return bool(is_added) and not np.any(read(name))

@@ -73,6 +73,7 @@ def test_tensors_of_a_dtype_of_their_own_are_cast_as_keras_casts(tmp_path: Path)
             np.ones(32, np.float32),
             r"has no place for model\.layers\.0\.self_attn\.q_proj\.bias \[32\]",
         ),
+        ("lm_head.bias", np.ones(320, np.float32), r"has no place for lm_head\.bias \[320\]"),
         ("score.weight", np.ones((2, 32), np.float32), r"has no place for score\.weight \[2, 32\]"),
         ("model.layers.2.mlp.up_proj.weight", np.ones((64, 32), np.float32), "has no place for"),
         ("model.layers.0.self_attn.q_proj.bias", np.zeros(32, np.float32), None),
