@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from pipeline.calibration.windows import TokenWindows
-from pipeline.errors import RecipeError
+from pipeline.errors import RecipeError, SourceError
 from pipeline.model.blocks import Block, BlockGraph, Call, Glue
 from pipeline.model.inputs import InputLayout
 from pipeline.model.preset import keras_errors
@@ -21,7 +21,8 @@ from pipeline.worker.block_program import BlockProgram
 _Shapes = dict[int, Any]
 """Shapes and dtypes of values, by number (see `pipeline.model.blocks`)."""
 
-_ANY_LENGTH = 16
+# Of inputs that are not text: frames, and samples of sound, of which a model needs many.
+_ANY_LENGTHS = (16, 4096)
 
 
 def input_groups(
@@ -61,20 +62,7 @@ def kernels_read_apart(graph: BlockGraph, layout: InputLayout) -> frozenset[str]
     Such as the feed-forward layers of KerasHub's Gemma4: stock Keras would compute with the codes
     as if they were weights.
     """
-    if layout.missing(()) and not layout.encoders:
-        # Nothing is known of the inputs' sizes; what it calls does not depend on them.
-        embedded = (graph.embedded, graph.embed.outputs)
-        values = {n: _of_any_length(t) for n, t in zip(*embedded, strict=True)}
-    else:
-        tokens = np.zeros((1, _ANY_LENGTH), np.int32)
-        windows = TokenWindows(
-            tokens=tokens,
-            lengths=np.full(1, _ANY_LENGTH, np.int32),
-            fingerprint="",
-            num_documents=0,
-            decoder_start=(0,) if layout.takes_two_texts else (),
-        )
-        values = embedded_shapes(graph, layout, windows, 1)
+    values = _any_shapes(graph, layout)
     traced: dict[tuple[Any, ...], tuple[set[str], list[Any]]] = {}
     found: set[str] = set()
     for call in graph.calls:
@@ -87,6 +75,27 @@ def kernels_read_apart(graph: BlockGraph, layout: InputLayout) -> frozenset[str]
         found.update(target.path for target in block.targets if target.name not in called)
         values |= zip(call.gives, given, strict=True)
     return frozenset(found)
+
+
+def _any_shapes(graph: BlockGraph, layout: InputLayout) -> _Shapes:
+    """As `embedded_shapes`, for inputs of any size: what a block calls does not depend on it."""
+    missing = [] if layout.encoders else layout.missing(())
+    for length in _ANY_LENGTHS:
+        shapes = {n: [size or length for size in layout.inputs[n].shape] for n in missing}
+        windows = TokenWindows(
+            tokens=np.zeros((1, _ANY_LENGTHS[0]), np.int32),
+            lengths=np.full(1, _ANY_LENGTHS[0], np.int32),
+            fingerprint="",
+            num_documents=0,
+            decoder_start=(0,) if layout.takes_two_texts else (),
+            inputs={n: np.zeros((1, *shapes[n]), layout.inputs[n].dtype) for n in missing},
+        )
+        try:
+            return embedded_shapes(graph, layout, windows, 1)
+        except SourceError:
+            if not missing or length == _ANY_LENGTHS[-1]:
+                raise
+    raise AssertionError("a length was returned or raised for")
 
 
 def embedded_shapes(
@@ -144,8 +153,3 @@ def _check_all_called(block: Block, statistics: Mapping[str, Any], program: Bloc
             f"{block.name}/{missing[0]}: its block does not call it with these inputs, so it "
             "cannot be calibrated; give it null, or a scheme that needs no calibration"
         )
-
-
-def _of_any_length(tensor: Any) -> jax.ShapeDtypeStruct:
-    shape = tuple(_ANY_LENGTH if size is None else size for size in tensor.shape)
-    return jax.ShapeDtypeStruct((1, *shape[1:]), tensor.dtype)

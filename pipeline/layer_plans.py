@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Container, Sequence
 
 from pipeline.artifact.rehearsal import policies_of, rehearse
-from pipeline.errors import RecipeError
+from pipeline.errors import RecipeError, SourceError
 from pipeline.input_groups import kernels_read_apart
 from pipeline.model.blocks import BlockGraph
 from pipeline.model.inputs import input_layout
@@ -37,12 +37,27 @@ def plan_layers(
         PipelineError: a recipe that does not fit the model, or stock Keras could not load what it
             asks for.
     """
+    _refuse_shared_layers(skeleton, graph)
     apart = kernels_read_apart(graph, input_layout(skeleton))
     layers = _all_layers(skeleton, graph, recipe, apart)
     schemes = {layer.path: layer.scheme for of_part in layers for layer in of_part}
     unreached = rehearse(preset, skeleton, schemes, [block.layer for block in graph.blocks])
     layers = [tuple(_reached(layer, unreached) for layer in of_part) for of_part in layers]
     return layers, policies_of(skeleton, schemes | dict.fromkeys(unreached))
+
+
+def _refuse_shared_layers(skeleton: Skeleton, graph: BlockGraph) -> None:
+    block_of: dict[int, str] = {}
+    for block in graph.blocks:
+        for target in block.targets:
+            other = block_of.setdefault(id(target.layer), block.name)
+            if other != block.name:
+                model = type(skeleton.backbone).__name__
+                raise SourceError(
+                    f"{skeleton.backbone.name}: {other} and {block.name} hold the same layer, "
+                    f"{target.path}, so that the blocks of a {model} cannot be told apart; only "
+                    "models whose blocks have layers of their own can be quantized block by block"
+                )
 
 
 def check_share(preset: PresetFiles, recipe: Recipe, layers: Sequence[Sequence[LayerPlan]]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import keras
 
@@ -130,19 +131,30 @@ def _cannot_build(
     base: str,
     error: SourceError,
 ) -> ArtifactError:
+    name, reason = type(skeleton.backbone).__name__, _innermost(error)
+    if not _can_build(preset, policy_map(base, {})):
+        return ArtifactError(
+            f"{preset.url}: stock KerasHub cannot build a {name} of which any layer has a dtype of "
+            f"its own ({reason}), so that no preset of it can hold quantized ones; it cannot be "
+            "quantized until KerasHub can"
+        )
     modes = sorted({policy.partition("/")[0] for policy in policies.values()})
-    remedy = "leave its layers in float, by rules with scheme: null"
     int8 = layer_policy(Int8Scheme())
-    if modes != [int8]:
-        try:
-            build_skeleton(preset, policy_map(base, dict.fromkeys(policies, int8)))
-            remedy = "use int8, in which it can"
-        except (SourceError, ArtifactError):
-            pass
+    remedy = "leave its layers in float, by rules with scheme: null"
+    if modes != [int8] and _can_build(preset, policy_map(base, dict.fromkeys(policies, int8))):
+        remedy = "use int8, in which it can"
     return ArtifactError(
-        f"{preset.url}: stock KerasHub cannot build a {type(skeleton.backbone).__name__} with "
-        f"layers in {' and '.join(modes)} ({_innermost(error)}); {remedy}"
+        f"{preset.url}: stock KerasHub cannot build a {name} with layers in {' and '.join(modes)} "
+        f"({reason}); {remedy}"
     )
+
+
+def _can_build(preset: PresetFiles, dtype: Mapping[str, Any]) -> bool:
+    try:
+        build_skeleton(preset, dtype)
+    except SourceError:
+        return False
+    return True
 
 
 def _innermost(error: SourceError) -> str:

@@ -103,7 +103,8 @@ def preset_tokenizer(preset: PresetFiles) -> PresetTokenizer:
         preset.copy_small_files(Path(folder))
         with keras_errors(
             f"{preset.url}: its tokenizer cannot be built",
-            "check that all of its files are there",
+            "check that all of its files are there, or choose a recipe that needs no calibration, "
+            "such as int8",
             {folder: preset.url},
         ):
             tokenizer = tokenizer_type.from_preset(folder)

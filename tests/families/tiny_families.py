@@ -42,6 +42,7 @@ class Family:
         options: arguments of the backbone.
         parts: what the backbone takes ready made, as (argument, class, its arguments).
         forgotten: options that the backbone's `get_config` omits.
+        input_length: of what it takes besides text: frames, or samples of sound.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Family:
     options: Mapping[str, Any]
     parts: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
     forgotten: tuple[str, ...] = ()
+    input_length: int = 16
 
 
 def _text(hidden: int = 32, **options: Any) -> dict[str, Any]:
@@ -153,9 +155,9 @@ _GEMMA3N = {
     "rope_theta": 10000.0,
     "max_position_embeddings": _SEQUENCE_LENGTH,
     "vocab_size_per_layer_input": _VOCABULARY_SIZE,
-    "hidden_size_per_layer_input": 8,
+    "hidden_size_per_layer_input": 16,
     "altup_num_inputs": 2,
-    "laurel_rank": 8,
+    "laurel_rank": 16,
 }
 _T5GEMMA = {
     "vocabulary_size": _VOCABULARY_SIZE,
@@ -215,7 +217,7 @@ FAMILIES = (
     _family(
         "Gemma4",
         "CausalLM",
-        _gemma4(num_kv_shared_layers=1, hidden_size_per_layer_input=8, use_double_wide_mlp=True)
+        _gemma4(num_kv_shared_layers=1, hidden_size_per_layer_input=16, use_double_wide_mlp=True)
         | {
             "num_layers": 3,
             "layer_types": ["sliding_attention", "full_attention", "full_attention"],
@@ -294,7 +296,7 @@ FAMILIES = (
         "intermediate_dim": 64,
         "num_heads": 4,
     }),
-    _family("Moonshine", "AudioToText", _MOONSHINE),
+    _family("Moonshine", "AudioToText", _MOONSHINE, input_length=2000),
     _family("T5", "Seq2SeqLM", _heads(dropout=0.0)),
     _family("T5Gemma", "Seq2SeqLM", _T5GEMMA),
     _family("T5Gemma2", "Seq2SeqLM", _T5GEMMA),

@@ -9,7 +9,7 @@ import keras
 import pytest
 
 from pipeline.artifact.rehearsal import policies_of
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, SourceError
 from pipeline.model.preset import read_preset
 from pipeline.model.preset_json import policy_map
 from pipeline.model.skeleton import Skeleton, build_skeleton
@@ -99,6 +99,18 @@ def test_a_model_that_cannot_be_built_in_a_format_is_refused_with_one_in_which_i
 def test_a_model_that_hands_its_dtype_on_to_no_layer_is_refused() -> None:
     with pytest.raises(ArtifactError, match="SmolLM3Backbone does not hand its dtype on"):
         planned(shared_family("SmolLM3"), recipe(Int8Scheme()))
+
+
+def test_a_model_that_takes_one_dtype_only_is_refused() -> None:
+    """Moonshine remembers something by its dtype, which must then be hashable."""
+    with pytest.raises(ArtifactError, match="MoonshineBackbone of which any layer has a dtype"):
+        planned(shared_family("Moonshine"), recipe(Int8Scheme()))
+
+
+def test_blocks_that_hold_the_same_layers_are_refused() -> None:
+    """Gemma3n's are inside two layers of the model."""
+    with pytest.raises(SourceError, match="blocks of a Gemma3nBackbone cannot be told apart"):
+        planned(shared_family("Gemma3n"), recipe(Int8Scheme()))
 
 
 def test_layers_that_get_no_dtype_from_their_model_stay_in_float_and_say_so() -> None:
