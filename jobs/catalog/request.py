@@ -208,7 +208,7 @@ def catalog_runs(catalog: Catalog) -> Iterator[CatalogRun]:
                         entry,
                         recipe,
                         source=source,
-                        texts=texts(() if calibration is None else calibration.texts).result(),
+                        texts=texts(() if calibration is None else calibration.sources).result(),
                         evaluation=texts(entry.settings.evaluate_on or ()).result(),
                         versions=versions,
                     )

@@ -134,7 +134,8 @@ def decoder_packing(
             f"{name}: KerasHub has no preprocessor that says what its decoder begins with, so it "
             "cannot be calibrated on texts; choose a recipe that needs no calibration, such as int8"
         )
-    with keras_errors(f"{name}: {found.__name__} cannot be built", "check the tokenizer's files"):
+    remedy = "install what it needs, or choose a recipe that needs no calibration, such as int8"
+    with keras_errors(f"{name}: {found.__name__} cannot be built", remedy):
         preprocessor = found(tokenizer=tokenizer.tokenizer)
         preprocessor.build(None)
     starts = preprocessor.encoder_packer.start_value

@@ -137,6 +137,11 @@ class Calibration(BaseModel):
             )
         return self
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All texts and arrays that it names."""
+        return (*self.texts, *(self.inputs[name] for name in sorted(self.inputs)))
+
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # Plans of recipes without it do not mention it, since older versions did not know it.
