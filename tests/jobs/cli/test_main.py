@@ -22,6 +22,17 @@ def test_version_is_the_installed_one(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == f"quantfleet {version('quantfleet')}\n"
 
 
+def test_a_dtype_becomes_part_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = []
+    monkeypatch.setattr(
+        "jobs.quantize.run_job", lambda job, recipe, *_, **__: planned.append(recipe)
+    )
+    for options in ([], ["--dtype", "bfloat16"]):
+        assert run(["quantize", "preset", "--recipe", "int8", "--output", "out", *options]) == 0
+    assert [recipe.dtype for recipe in planned] == [None, "bfloat16"]
+    assert run(["quantize", "p", "--recipe", "int8", "--output", "o", "--dtype", "float8"]) == 2
+
+
 def test_json_names_every_field_and_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["schemes", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
