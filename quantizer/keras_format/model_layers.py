@@ -52,7 +52,11 @@ def obstacle(layer: keras.layers.Layer, parents: tuple[keras.layers.Layer, ...])
             einsum_layout(layer.equation, tuple(layer._kernel.shape))
         except LayerError as error:
             return str(error)
-    num_experts = getattr(parents[-1], "num_experts", None) if parents else None
+    parent = parents[-1] if parents else None
+    if isinstance(parent, keras.layers.TimeDistributed):
+        # It calls `layer.call`, past `quantized_call`.
+        return "stock Keras' TimeDistributed would take its codes for its weights"
+    num_experts = getattr(parent, "num_experts", None)
     if type(layer) is keras.layers.Dense and layer.units == num_experts:
         return "it routes tokens to experts, and rounding would change the choice"
     return None

@@ -290,6 +290,18 @@ class TestLeftInFloat:
         after = answer(model, np.ones((1, 8, 8, 3), "float32"))
         assert np.abs(after - before).max() < 0.02 * np.abs(before).max()
 
+    def test_what_time_distributed_would_call_past_its_format(self):
+        x = keras.Input((5, SIZE))
+        inner = keras.Sequential([keras.Input((SIZE,)), layers.Dense(SIZE, name="inner")])
+        y = layers.TimeDistributed(inner)(layers.TimeDistributed(layers.Dense(SIZE, name="d"))(x))
+        model = keras.Model(x, layers.Dense(2, name="top")(y))
+        batch = np.random.default_rng(0).normal(size=(3, 5, SIZE)).astype("float32")
+        before = answer(model, batch)
+        report = quantize_model(model, Int8Scheme())
+        assert [layer.scheme is None for layer in report.layers] == [True, False, False]
+        assert "TimeDistributed" in report.layers[0].reason
+        assert np.abs(answer(model, batch) - before).max() < 0.05 * np.abs(before).max()
+
     def test_a_format_that_the_layer_around_would_not_store(self):
         model = transformer()
         # By a policy alone, which is all that MultiHeadAttention stores, int8 rounds inputs too.
@@ -421,3 +433,69 @@ def test_a_subclassed_model_comes_back_if_its_config_says_all(tmp_path):
     save_model(model, tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(answer(loaded, x), answer(model, x))
+
+
+def odd_widths(dtype):
+    x = inputs = keras.Input((5, 20))
+    x = layers.Dense(13, use_bias=False, name="ragged", dtype=dtype)(x)
+    x = layers.Dense(1, name="one", dtype=dtype)(x)
+    return keras.Model(inputs, layers.Dense(7, name="from_one", dtype=dtype)(x))
+
+
+def equations(dtype):
+    x = inputs = keras.Input((5, 20))
+    for name, equation, shape, bias in [
+        ("batched", "abc,bcd->abd", (5, 12), None),
+        ("split", "abc,cde->abde", (5, 3, 4), "de"),
+        ("join", "abde,dec->abc", (5, 12), "c"),
+        ("middle", "btd,ndh->btnh", (5, 3, 4), None),
+        ("back", "btnh,nhd->btd", (5, 12), "d"),
+        ("ellipsis", "...x,xy->...y", 6, "y"),
+    ]:
+        x = layers.EinsumDense(equation, shape, bias_axes=bias, name=name, dtype=dtype)(x)
+    return keras.Model(inputs, x)
+
+
+def nested(dtype):
+    names = ["same", "other"]
+    inner = [layers.Dense(20, name=name, dtype=dtype) for name in names]
+    block = keras.Sequential([keras.Input((5, 20)), *inner], name="block")
+    x = inputs = keras.Input((5, 20))
+    return keras.Model(inputs, layers.Dense(4, name="same", dtype=dtype)(block(block(x))))
+
+
+ODD_SCHEMES = {
+    "gptq": GPTQScheme(group_size=-1),
+    "awq": AWQScheme(group_size=-1),
+    "int8": Int8Scheme(),
+    "int8 weights only": Int8Scheme(quantize_activations=False),
+    "int4 blocks of 7": Int4Scheme(block_size=7),
+    "float8": Float8Scheme(),
+}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, "float32") for name in ODD_SCHEMES),
+        ("gptq", "bfloat16"),
+        ("int8", "bfloat16"),
+        ("int4 blocks of 7", "mixed_float16"),
+    ],
+)
+@pytest.mark.parametrize("make", [odd_widths, equations, nested])
+def test_odd_models_answer_alike_and_come_back(make, name, dtype, tmp_path):
+    keras.utils.set_random_seed(3)
+    model = make(dtype)
+    x = np.random.default_rng(0).normal(size=(9, 5, 20)).astype("float32")
+    before = answer(model, x)
+    report = quantize_model(model, ODD_SCHEMES[name], calibration=[x[:4], x[4:]])
+    after = answer(model, x)
+    assert np.abs(after - before).max() < 0.35 * np.abs(before).max()
+    left = {"batched", "ellipsis", "middle"} if name in ("gptq", "awq") else {"ellipsis"}
+    assert set(reasons(report)) <= left
+    assert ("ellipsis" in reasons(report)) == (make is equations)
+    save_model(model, tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(answer(loaded, x), after)
