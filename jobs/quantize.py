@@ -19,7 +19,7 @@ from jobs.execute import (
 )
 from jobs.logging import is_json, log_event, print_json, set_run, status, url_name
 from jobs.metrics import RunMetrics
-from jobs.reachable import absolute, reachable
+from jobs.reachable import absolute, check_writable, reachable
 from jobs.summary import Summary, plan_table, summary_table
 from jobs.termination import Terminated
 from pipeline.errors import PipelineError, UnusableResultError
@@ -71,6 +71,8 @@ def run_job(
     store = reachable(job.output_url, PLAN_KEY)
     check_preset(reachable(job.source_url, CONFIG_FILE))
     finished = store.exists(MANIFEST_KEY)
+    if not finished:
+        check_writable(store)
 
     def plan_all(runner: FunctionRunner) -> tuple[Plan, bytes | None, bytes | None]:
         plan, windows = runner.run(plan_run, job.source_url, recipe, compute.allocation.threads)

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from jobs.logging import is_json, log_event, print_json, set_run, status, url_name
 from jobs.quantities import size
-from jobs.reachable import absolute, reachable
+from jobs.reachable import absolute, check_writable, reachable
 from jobs.summary import left_in_float, schemes_table, summarized_schemes
 from pipeline.errors import PipelineError, PlanMismatchError
 from pipeline.executor.allocation import allocate, this_machine, worker_environment
@@ -44,6 +44,8 @@ def run_file(
     source_url, output_url = absolute(source_url), absolute(output_url)
     set_run(run=url_name(output_url), model=url_name(source_url), recipe=recipe.name)
     store = reachable(output_url, MANIFEST_KEY)
+    if not store.exists(MANIFEST_KEY):
+        check_writable(store)
     _check_not_source(source_url, store)
     # It starts no workers: all of it happens in one process, on the CPU.
     allocation = allocate(dataclasses.replace(spec, workers=1), [this_machine(spec)])

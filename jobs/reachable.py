@@ -1,4 +1,4 @@
-"""Places that a user has just named: as any process finds them, and whether they answer."""
+"""Places that a user has just named: as any process finds them, and whether they can be used."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import os
 from pathlib import Path
 
+from pipeline.errors import StorageError
 from pipeline.storage.backend import Patience
 from pipeline.storage.object_store import ObjectStore, open_store
 
@@ -31,3 +32,23 @@ def reachable(url: str, key: str) -> ObjectStore:
     soon = min(_DEADLINE_SECONDS, patience.deadline_seconds)
     open_store(url, dataclasses.replace(patience, deadline_seconds=soon)).exists(key)
     return open_store(url)
+
+
+def check_writable(store: ObjectStore) -> None:
+    """Check that a folder on a local disk may be written, or made; object stores answer later.
+
+    Raises:
+        StorageError: it may not.
+    """
+    if not store.root_url.startswith("file://"):
+        return
+    path = Path(store.root_url.removeprefix("file://"))
+    # What must be made lies in the last folder that is there.
+    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not nearest.is_dir():
+        raise StorageError(f"{path}: {nearest} is a file, not a folder; choose another output")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise StorageError(
+            f"{path}: {nearest} cannot be written by this user, or is read-only; choose another "
+            "output, or change its permissions"
+        )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
+import io
 import logging
 import os
 import sys
@@ -331,6 +332,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake costs one line and an exit code, no traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     configure("json" if is_json() else "text")  # for mistakes in the command line itself
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that lacks a character gets a question mark.
+        sys.stdout.reconfigure(errors="replace")
     try:
         with terminable():
             exit_code = app(arguments or ["--help"], prog_name="quantfleet", standalone_mode=False)

@@ -52,7 +52,9 @@ def _streams(sources: Sequence[str], rows: _Rows) -> list[tuple[str, Iterator[st
             files: tuple[str, ...] = (source,)
             stream = _hub_rows(parse_hub_source(source), rows)
         else:
-            files = find_given_files(source, error_type=CalibrationTextError)
+            found = find_given_files(source, error_type=CalibrationTextError)
+            # As people write local paths.
+            files = tuple(file.removeprefix("file://") for file in found)
             readers = [(_reader_of(file), file) for file in files]
             stream = chain.from_iterable(read(file, rows) for read, file in readers)
         for file in files:
@@ -188,8 +190,8 @@ def _json_lines(file: str, rows: _Rows) -> Iterator[str]:
                 ) from None
             if not isinstance(row, dict):
                 raise CalibrationTextError(
-                    f"{where}: a {type(row).__name__} where an object such as "
-                    '{"text": "..."} was expected; write one object per line'
+                    f"{where}: holds {type(row).__name__}, not an object such as "
+                    '{"text": "..."}; write one object per line'
                 )
             yield rows.document(row, where)
 

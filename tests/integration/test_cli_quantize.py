@@ -408,7 +408,7 @@ def test_resume_and_evaluate_say_when_there_is_no_run(command: Command, tmp_path
     assert command("evaluate", tmp_path / "nothing") == 2
     assert "--evaluate-on" in command.complaint
     assert command("verify", tmp_path / "nothing") == 4
-    assert "the run is not finished" in command.complaint
+    assert "neither manifest.json nor plan.json is there" in command.complaint
     assert not (tmp_path / "nothing").exists()
 
 

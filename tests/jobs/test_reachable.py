@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
-from jobs.reachable import reachable
+from jobs.reachable import check_writable, reachable
 from pipeline.errors import StorageError
 from pipeline.storage.backend import PATIENCE_VARIABLE
+from pipeline.storage.object_store import open_store
+from tests.faults.test_disk_full import small_disk
 from tests.s3 import S3Server
 
 
@@ -34,3 +38,15 @@ def test_a_store_that_does_not_answer_is_named_in_seconds(
     monkeypatch.setenv(PATIENCE_VARIABLE, "0")
     with pytest.raises(StorageError, match=r"1 times in \d seconds"):
         reachable("s3://bucket/x", "plan.json")
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_starts(tmp_path: Path) -> None:
+    check_writable(open_store(str(tmp_path / "new" / "run")))
+    check_writable(open_store("s3://bucket/run"))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StorageError, match=r"file/run: .*/file is a file, not a folder; choose"):
+        check_writable(open_store(str(tmp_path / "file" / "run")))
+    with small_disk(tmp_path / "disk", 1 << 16) as folder:
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        with pytest.raises(StorageError, match=r"disk/a/run: .*/disk cannot be written by this"):
+            check_writable(open_store(str(folder / "a" / "run")))

@@ -1,8 +1,10 @@
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -119,3 +121,24 @@ def test_starting_imports_no_array_library(arguments: list[str]) -> None:
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True
     )
     assert finished.stderr == "[]\n"
+
+
+def test_a_terminal_that_lacks_characters_gets_what_it_can_show() -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "jobs.cli.start", "recipes"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        check=True,
+    )
+    assert "gptq-w4-g128" in finished.stdout
+    assert "128 ? 2048 tokens" in finished.stdout
+
+
+def test_where_nothing_was_written_there_is_nothing_to_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["verify", str(tmp_path)]) == 4
+    said = capsys.readouterr().err
+    assert said.startswith(f"quantfleet: {tmp_path}: neither manifest.json nor plan.json is there")
+    assert "resume" not in said

@@ -203,7 +203,7 @@ def test_a_source_without_any_text_is_refused(tmp_path):
     ("line", "message"),
     [
         (b"{", "not JSON: "),
-        (b'"text"', "a str where an object such as"),
+        (b'"text"', "holds str, not an object such as"),
         (b"\xff", "not JSON: "),
         (b"[" * 100_000, "not JSON: "),
     ],
@@ -211,7 +211,9 @@ def test_a_source_without_any_text_is_refused(tmp_path):
 )
 def test_a_line_that_is_no_object_is_named(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_bytes(b"\n" + line + b"\n")
-    with pytest.raises(CalibrationTextError, match=rf"a.jsonl:2: {message}.*one object per line"):
+    with pytest.raises(
+        CalibrationTextError, match=rf"^{tmp_path}/a.jsonl:2: {message}.*one object per line"
+    ):
         read(f"{tmp_path}/a.jsonl")
 
 
