@@ -23,7 +23,7 @@ root: s3://bucket/fleet
 defaults:
   recipes: [int8, gptq-w4-g128]
   owner: nlp
-  calibration: {texts: [s3://bucket/c4.jsonl], num_samples: 16}
+  calibration: {texts: [s3://bucket/c4.jsonl], num_samples: 16, chat: false}
   evaluate_on: [s3://bucket/held-out.jsonl]
   gate: {max_perplexity_increase: 0.05, max_divergence: 1}
   resources: {workers: 2, memory: 8GiB}
@@ -54,6 +54,7 @@ models:
     assert calibration is not None
     assert calibration.texts == ("s3://bucket/c4.jsonl",)
     assert calibration.num_samples == 16
+    assert calibration.chat is False
     assert catalog.num_runs == 3
 
 
