@@ -24,6 +24,7 @@ from pipeline.model.skeleton import build_skeleton
 from pipeline.planning import Planned, make_plan
 from pipeline.recipe.recipe import Calibration, Recipe
 from pipeline.run.driver import claim, quantize
+from pipeline.run.records import Manifest
 from pipeline.storage.object_store import open_store
 from pipeline.worker.worker import Worker
 from quantizer.schemes import GPTQScheme, Int8Scheme, Scheme
@@ -95,12 +96,13 @@ def attempt(family: Family, source: Path, scheme: str, folder: Path) -> Outcome:
         return outcome("fails", message=_described(stage, error))
     try:
         stage = "quantizing"
-        _quantize(planned, source, folder)
+        share = planned.plan.share.of_recipe
+        manifest = _quantize(planned, source, folder)
+        assert ("quantized_share" in manifest.provenance) == (share < 0.95), "not in the manifest"
         stage = "stock Keras"
         _check_stock(family, planned, source, folder / "artifact", scheme)
     except Exception as error:  # noqa: BLE001
         return outcome("fails", message=_described(stage, error))
-    share = planned.plan.share.of_recipe
     return outcome("works", share=share, partial=planned.plan.recipe.allow_partial)
 
 
@@ -125,11 +127,11 @@ def _recipe(family: Family, source: Path, scheme: str) -> Recipe:
     return Recipe(name=scheme, scheme=SCHEMES[scheme], calibration=calibration)
 
 
-def _quantize(planned: Planned, source: Path, folder: Path) -> None:
+def _quantize(planned: Planned, source: Path, folder: Path) -> Manifest:
     store = open_store(str(folder))
     claim(store, planned.plan, planned.windows.to_bytes() if planned.windows else None)
     worker = Worker(planned.plan, str(source), str(folder))
-    quantize(planned.plan, store, LocalExecutor([worker]), lambda step: None)
+    return quantize(planned.plan, store, LocalExecutor([worker]), lambda step: None)
 
 
 def _check_stock(
