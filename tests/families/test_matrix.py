@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'rwkv_ops' package is not installed:UserWarning"),
     # Keras says first what then fails, of a block that it cannot build quantized.
     pytest.mark.filterwarnings("ignore:Layer '.*' looks like it has unbuilt state:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`build..` was called on layer '.*', however:UserWarning"),
     pytest.mark.filterwarnings("ignore:Layer '.*' .of type T5.* was passed an input with a mask"),
 ]
 
