@@ -122,10 +122,10 @@ def awq_and_float8():
     "cases",
     [
         # What Keras' guide on quantization shows; one process loads them all.
-        [trained_to_int8, one_layer_to_int4, mixed, gptq],
-        pytest.param([awq_and_float8], marks=pytest.mark.exhaustive),
+        [trained_to_int8, one_layer_to_int4],
+        pytest.param([mixed, gptq, awq_and_float8], marks=pytest.mark.exhaustive),
     ],
-    ids=["of the guide", "others"],
+    ids=["without attention", "transformers"],
 )
 def test_stock_keras_loads_each_in_a_fresh_process_and_answers_the_same(cases, tmp_path):
     for case in cases:
