@@ -313,7 +313,7 @@ class _Cut:
 
         outputs = replay(missing, {}, enter)
         return Glue(
-            model=keras.Model(list(inputs.values()), outputs, name="glue"),
+            model=_piece(list(inputs.values()), outputs, "glue"),
             takes=tuple(inputs),
             gives=tuple(self._make(tensor) for tensor in missing),
         )
@@ -321,6 +321,17 @@ class _Cut:
 
 def _input_like(tensor: Any, name: str) -> Any:
     return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=name)
+
+
+def _piece(inputs: list[Any], outputs: Any, name: str) -> keras.Model:
+    """A model of a part of the graph, which takes arrays of any length.
+
+    A layer may state another shape than it makes: with images, KerasHub's Gemma3 states the length
+    of one image for that of the text.
+    """
+    model = keras.Model(inputs, outputs, name=name)
+    model.input_spec = None
+    return model
 
 
 def _stand_ins(node: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
@@ -392,5 +403,5 @@ def _head(skeleton: Skeleton, cut: _Cut) -> tuple[keras.Model, tuple[int, ...], 
             return enter(tensor)
 
         output = replay(task.output, {}, enter_task)
-    model = keras.Model([*values.values(), *inputs.values()], output, name="head")
+    model = _piece([*values.values(), *inputs.values()], output, "head")
     return model, tuple(values), tuple(inputs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -28,8 +29,11 @@ from pipeline.errors import SourceError
 from pipeline.model.preset import CONFIG_FILE, PresetFiles, keras_errors
 from pipeline.model.sentence_transformers import embedder_arguments, is_sentence_transformer
 from pipeline.model.source_config import NotedConfig, check_config, normalized_config, taken_over
+from quantizer.keras_format.generated_names import apart
 
 _DTYPES = ("float32", "float16", "bfloat16")
+# How the names of architectures end whose output is the next token's logits.
+_GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def _find_converter(preset: PresetFiles) -> ModuleType:
@@ -72,28 +76,21 @@ def tokenizer_class(preset: PresetFiles) -> Any:
 def convert_config(preset: PresetFiles) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The JSON of backbone and task that KerasHub would save after loading this model.
 
-    The dtype is the model's own (torch_dtype). The task is a text embedder if the folder is one of
-    sentence-transformers, else a causal language model if the architecture names one, else a text
+    The dtype is the model's own (torch_dtype). An encoder of images or sounds keeps the dtype that
+    its converter gives it: float32. The task is a text embedder if the folder is one of
+    sentence-transformers, else a language model if the architecture names one, else a text
     embedder; none if KerasHub has no such task.
 
     Raises:
-        SourceError: no converter, a config that it does not understand, or components other than
-            the text model (a vision encoder).
+        SourceError: no converter, or a config that it does not understand.
     """
     converter = _find_converter(preset)
     backbone_class = converter.backbone_cls
     config = normalized_config(preset.parse(CONFIG_FILE))
     arguments = _backbone_arguments(preset, converter, config)
-    dtype = config.get("torch_dtype") or config.get("dtype")
+    dtype = _stated_dtype(config) or _stated_dtype(config.get("text_config") or {})
     policy = keras.DTypePolicy(dtype if dtype in _DTYPES else "float32")
-    arguments = {**arguments, "dtype": keras.dtype_policies.serialize(policy)}
-    try:
-        arguments = json.loads(json.dumps(arguments))
-    except TypeError:
-        raise SourceError(
-            f"{preset.url}/{CONFIG_FILE}: a {backbone_class.__name__} with more than a text "
-            "model; only text models can be quantized"
-        ) from None
+    arguments["dtype"] = keras.dtype_policies.serialize(policy)
     task_class, extra = _task_class(preset, backbone_class), {}
     embeds = task_class is not None and issubclass(task_class, keras_hub.models.TextEmbedder)
     if embeds and "tie_word_embeddings" in arguments:
@@ -134,13 +131,25 @@ def _backbone_arguments(
     options = [config]
     if len(inspect.signature(converter.convert_backbone_config).parameters) != 1:
         options.append(backbone_class)
-    with keras_errors(
-        f"{where}: KerasHub's converter for {backbone_class.__name__} failed",
-        "a value is missing or has a newer format",
+    problem = f"{where}: KerasHub's converter for {backbone_class.__name__} failed"
+    with (
+        keras_errors(problem, "a value is missing or has a newer format"),
+        apart(),
+        keras.StatelessScope(initialize_variables=False),
     ):
-        arguments: dict[str, Any] = converter.convert_backbone_config(*options)
+        converted = converter.convert_backbone_config(*options)
+        # An encoder of images is a live model, which KerasHub's backbones also take as JSON.
+        text = json.dumps(converted, default=keras.saving.serialize_keras_object)
+    arguments: dict[str, Any] = json.loads(text)
     parameters = inspect.signature(backbone_class).parameters
+    if "vision_encoder" in parameters:
+        # KerasHub reads it back even where a converter leaves it out.
+        arguments.setdefault("vision_encoder", None)
     return {**arguments, **taken_over(config, parameters)}
+
+
+def _stated_dtype(config: Mapping[str, Any]) -> Any:
+    return config.get("torch_dtype") or config.get("dtype")
 
 
 def serialized_object(keras_class: type, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,7 +166,7 @@ def serialized_object(keras_class: type, config: Mapping[str, Any]) -> dict[str,
 
 def _task_class(preset: PresetFiles, backbone_class: type) -> Any | None:
     architecture = str((preset.parse(CONFIG_FILE).get("architectures") or [""])[0])
-    generates = architecture.endswith(("ForCausalLM", "LMHeadModel"))
+    generates = architecture.endswith(_GENERATES)
     if generates and not is_sentence_transformer(preset):
         return kerashub_subclass(keras_hub.models.CausalLM, backbone_class)
     return kerashub_subclass(keras_hub.models.TextEmbedder, backbone_class)
@@ -206,9 +215,10 @@ def record_conversion(
     """
     loader = _RecordingLoader(preset, tensors, read_small)
     before = {id(variable) for variable in backbone.variables if variable._value is not None}
-    with keras_errors(
-        f"{preset.url}: KerasHub's converter for {type(backbone).__name__} failed",
-        "config.json and weights are of different models",
+    problem = f"{preset.url}: KerasHub's converter for {type(backbone).__name__} failed"
+    with (
+        keras_errors(problem, "config.json and weights are of different models"),
+        contextlib.redirect_stdout(io.StringIO()),  # some print what they did
     ):
         _find_converter(preset).convert_weights(backbone, loader, preset.parse(CONFIG_FILE))
     for variable in backbone.variables:

@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
 from pipeline.model.preset import CONFIG_FILE, PresetFiles
 
 # What transformers takes where a config of a decoder says nothing, and converters insist. A wrong
-# number of heads or a missing head would not fit the tensors.
+# number or width of heads, or a missing head, would not fit the tensors.
 _DEFAULTS: dict[str, Any] = {
+    "head_dim": 256,  # Gemma's: published configs of Gemma 3 with images lack it
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
     "sliding_window": None,
@@ -78,6 +80,8 @@ def normalized_config(content: Mapping[str, Any]) -> NotedConfig:
         config["rope_parameters"] = {k: v for k, v in rope.items() if k == "rope_theta"}
         if config.get("rope_scaling") is None:
             config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = normalized_config(config["text_config"])
     return NotedConfig(config)
 
 
@@ -107,15 +111,17 @@ def check_config(preset: PresetFiles, config: NotedConfig, backbone: Any, genera
         SourceError: a setting that KerasHub ignores and that changes the model's answers, or of
             which this is not known.
     """
-    model = _Model(config=config, backbone=backbone, generates=generates)
+    encoders = [getattr(backbone, name, None) for name in _ENCODERS]
+    seeing = [layer for encoder in encoders if encoder for layer in encoder._flatten_layers()]
+    others = [layer for layer in backbone._flatten_layers() if layer not in seeing]
+    text = _Model(config=config, backbone=backbone, layers=others, generates=generates)
+    beside = replace(text, layers=seeing)
     where, name = f"{preset.url}/{CONFIG_FILE}", type(backbone).__name__
     for inside, key, value, read in config.entries():
-        if inside in _ENCODER_CONFIGS:
-            # Encoders of images and sound stay as the converter makes them.
-            continue
+        model, rules = (beside, _ENCODER_RULES) if inside in _ENCODER_CONFIGS else (text, _RULES)
         path = f"{inside}.{key}" if inside else key
-        if key in _RULES:
-            expected = _RULES[key](value, model)
+        if key in rules:
+            expected = rules[key](value, model)
             if expected is not None:
                 raise SourceError(
                     f"{where}: {path} is {_shown(value)}, but KerasHub's {name} {expected}, and so "
@@ -134,6 +140,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+_ENCODERS = ("vision_encoder", "vit_encoder", "audio_encoder")
 _ENCODER_CONFIGS = ("vision_config", "audio_config")
 _OFF: tuple[Any, ...] = (None, False, 0, "", [], {})
 
@@ -172,10 +179,20 @@ _HARMLESS = re.compile(
             # What the shapes of tensors confirm.
             "hidden_size|intermediate_size|num_hidden_layers|num_attention_heads|n_head|n_layer",
             "num_key_value_heads|n_embd|num_hidden_groups|(en|de)coder_(layers|ffn_dim)",
+            "attn_output_gate",
+            # Of tokens beyond the next, predicted for speculative decoding.
+            "mtp_.*",
+            # The precision of what a cache keeps.
+            "mamba_ssm_dtype",
             # Of other versions of these models, and read by none.
             "tie_weights_|net_structure_type|num_memory_blocks|down_scale_factor|gap_size",
             # Of text with images; text alone computes without.
-            "mm_tokens_per_image",
+            "mm_tokens_per_image|ignore_index|vision_use_head|mrope_interleaved",
+            # Of encoders of images: what the shapes of tensors confirm, and what none computes.
+            "image_size|num_channels|projection_dim|projector_hidden_act|num_image_tokens",
+            "out_hidden_size",
+            # That there are two chains, which the class of the backbone says, too.
+            "is_encoder_decoder|force_bos_token_to_be_generated",
         )
     )
 )
@@ -186,6 +203,8 @@ _HARMLESS = re.compile(
 class _Model:
     config: NotedConfig
     backbone: Any
+    layers: Sequence[Any]
+    """Of the text model, or of the encoders beside it."""
     generates: bool
 
     def value(self, *names: str) -> Any:
@@ -196,8 +215,7 @@ class _Model:
 
     def attributes(self, *names: str) -> list[Any]:
         """The values of all layers that have an attribute of one of these names."""
-        layers = self.backbone._flatten_layers()
-        found = [getattr(layer, name, None) for layer in layers for name in names]
+        found = [getattr(layer, name, None) for layer in self.layers for name in names]
         return [value for value in found if value is not None]
 
     @property
@@ -208,7 +226,7 @@ class _Model:
 
 
 def _epsilon(value: Any, model: _Model) -> str | None:
-    norms = [layer for layer in model.backbone._flatten_layers() if "Norm" in type(layer).__name__]
+    norms = [layer for layer in model.layers if "Norm" in type(layer).__name__]
     # KerasHub's Qwen3 gives the norms of each head's queries and keys a constant of their own.
     # Those are large, and with 1e-05 for 1e-06 the logits differ from transformers' by 0.00001.
     norms = [norm for norm in norms if model.head_dim not in [w.shape[-1] for w in norm.weights]]
@@ -230,10 +248,15 @@ _ACTIVATIONS = {
 }
 
 
-def _activation(value: Any, model: _Model) -> str | None:
+def _shapes(model: _Model) -> list[NDArray[np.float32]]:
+    """What the activations that the layers name make of some points; linear ones left out."""
     functions = [f for f in model.attributes("activation") if callable(f)]
     shapes = [np.asarray(function(_POINTS)) for function in functions]
-    shapes = [shape for shape in shapes if not np.allclose(shape, _POINTS)]
+    return [shape for shape in shapes if not np.allclose(shape, _POINTS)]
+
+
+def _activation(value: Any, model: _Model) -> str | None:
+    shapes = _shapes(model)
     named = next((f for names, f in _ACTIVATIONS.items() if re.fullmatch(names, str(value))), None)
     if named is not None:
         expected = np.asarray(named(_POINTS))
@@ -241,6 +264,13 @@ def _activation(value: Any, model: _Model) -> str | None:
         if not shapes or any(np.allclose(shape, expected, atol=2e-3) for shape in shapes):
             return None
     return "has another activation"
+
+
+def _encoder_activation(value: Any, model: _Model) -> str | None:
+    if _shapes(model) or "gelu" in str(value):
+        return _activation(value, model)
+    # Those of KerasHub that name none compute it.
+    return "computes gelu"
 
 
 def _head_dim(value: Any, model: _Model) -> str | None:
@@ -288,7 +318,8 @@ def _layer_types(value: Any, model: _Model) -> str | None:
     if len(set(value or ())) <= 1 and (not any(wanted) or window):
         return None
     if not any(wanted):  # other kinds, which the converter must have read
-        return None if "layer_types" in model.config.keys_read else "has one kind of attention"
+        config = model.config if "layer_types" in model.config else model.config["text_config"]
+        return None if "layer_types" in config.keys_read else "has one kind of attention"
     return None if wanted == _slides(model) else "lets other layers see a window only"
 
 
@@ -312,9 +343,26 @@ def _n_inner(value: Any, model: _Model) -> str | None:
 
 
 def _query_scale(value: Any, model: _Model) -> str | None:
-    hidden, heads = model.value("hidden_size"), model.value("num_attention_heads")
-    expected = sorted({model.head_dim, hidden // heads})
+    backbone = model.backbone
+    expected = sorted({backbone.head_dim, backbone.hidden_dim // backbone.num_query_heads})
     return None if value in (None, *expected) else f"scales queries by {expected[0]}"
+
+
+def _rotary_factor(value: Any, model: _Model) -> str | None:
+    names = ("partial_rotary_factor", "global_rope_partial_rotary_factor")
+    found = [getattr(model.backbone, name, None) for name in names]
+    expected = [factor for factor in found if factor is not None] or [1.0]
+    return None if value in (None, *expected) else f"rotates {expected[0]:g} of each head"
+
+
+def _full_attention_interval(value: Any, model: _Model) -> str | None:
+    # What layer_types repeats; the converter's own without it.
+    return None if value in (None, 4) or model.value("layer_types") else "has an interval of 4"
+
+
+def _decoder_heads(value: Any, model: _Model) -> str | None:
+    expected = model.value("encoder_attention_heads", "num_attention_heads")
+    return None if value in (None, expected) else f"has {expected} heads in every block"
 
 
 def _must_be(expected: Any) -> Callable[[Any, _Model], str | None]:
@@ -342,9 +390,19 @@ _RULES: dict[str, Callable[[Any, _Model], str | None]] = {
     "use_sliding_window": _use_sliding_window,
     "n_inner": _n_inner,
     "query_pre_attn_scalar": _query_scale,
-    "partial_rotary_factor": _must_be(1.0),
+    "partial_rotary_factor": _rotary_factor,
+    "full_attention_interval": _full_attention_interval,
     "position_embedding_type": _must_be("absolute"),
     "scale_attn_weights": _must_be(True),
     "is_causal": _must_be(True),
+    "decoder_attention_heads": _decoder_heads,
+    "normalize_embedding": _must_be(True),
+    "extra_pos_embeddings": _must_be(2),
 }
 """For keys that must agree with the backbone: what it has instead; None if they agree."""
+
+_ENCODER_RULES: dict[str, Callable[[Any, _Model], str | None]] = {
+    **dict.fromkeys(_EPSILON_KEYS, _epsilon),
+    **dict.fromkeys(("hidden_act", "hidden_activation"), _encoder_activation),
+}
+"""Of these, for the encoders of images and sounds."""

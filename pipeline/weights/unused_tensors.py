@@ -24,6 +24,7 @@ _HARMLESS = {
     r"(attn|attention)\.(masked_bias|bias)": "a causal mask that old versions stored (see below)",
     r"embeddings\.(position_ids|token_type_ids)": "the numbers 0, 1, 2, … or zeros",
     r"pooler\.dense\.(weight|bias)": "feeds classifiers only; embeddings are pooled without it",
+    r"mtp\..+": "predicts further tokens for speculative decoding",
 }
 # Of encoders: what they are put on is what is quantized.
 _HEADS = {
@@ -33,7 +34,8 @@ _HEADS = {
     r"lm_head\.(bias|(dense|layer_norm|decoder)\..+)": "the head of RoBERTa's pretraining",
 }
 _MASK = re.compile(r"(.*\.)?(attn|attention)\.bias")
-_TIED_HEAD = r"(lm_head|embed_out)\.weight"
+# The head, and the tables of encoder and decoder where they share one.
+_TIED_HEAD = r"(lm_head|embed_out|(encoder|decoder)\.embed_tokens)\.weight"
 # Zeros that are added change nothing; old checkpoints of RoBERTa have them, for example.
 _ADDED = re.compile(r"(.*\.)?((final_logits_)?bias|token_type_embeddings\.weight)")
 _MAX_ADDED_WEIGHTS = 1 << 20

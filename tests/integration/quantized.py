@@ -112,7 +112,11 @@ def answer(
     model: StreamedModel, tokens: NDArray[np.int32], mask: NDArray[np.bool_] | None = None
 ) -> Any:
     """A streamed model's output for tokens [batch, sequence], by default without padding."""
-    batch = batch_of(model, tokens, mask)
+    return answer_to(model, batch_of(model, tokens, mask))
+
+
+def answer_to(model: StreamedModel, batch: InputBatch) -> Any:
+    """A streamed model's output for a batch."""
     states = model.embed([batch])
     for call in range(len(model.graph.calls)):
         model.advance(call, states)

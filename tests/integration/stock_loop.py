@@ -2,10 +2,10 @@
 
     KERAS_BACKEND=… python -I stock_loop.py …/pipeline/artifact/stock_reader.py
 
-Each request is a line of JSON: {"preset", "outputs"}, with "inputs", a file of token ids, or
-"texts", a list of strings; and "task", the class to load if there is no task.json to name it. Each
-response is a line of JSON: {"quantized"}, the mode of each quantized layer, or {"error"}. The
-model's output is written to the file `outputs`.
+Each request is a line of JSON: {"preset", "outputs"}, with "inputs", a file of arrays by name or of
+token ids alone, or "texts", a list of strings; and "task", the class to load if there is no
+task.json to name it. Each response is a line of JSON: {"quantized"}, the mode of each quantized
+layer, or {"error"}. The model's output is written to the file `outputs`.
 """
 
 import importlib.util
@@ -42,7 +42,8 @@ def _answer(job, run_model):
     if "texts" in job:
         found = keras.ops.convert_to_numpy(_embedded(task, job["texts"]))
     else:
-        found = run_model(task, np.load(job["inputs"], allow_pickle=False))
+        arrays = dict(np.load(job["inputs"], allow_pickle=False))
+        found = run_model(task, arrays.get("", arrays))
     np.save(job["outputs"], np.asarray(found, "float32"))
     modes = {
         layer.path: getattr(layer, "quantization_mode", None)

@@ -16,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import pipeline.artifact.stock_reader
+from pipeline.calibration.windows import TokenWindows
+from pipeline.model.inputs import InputBatch
 from pipeline.worker.evaluate import artifact_model
-from tests.integration.quantized import FinishedRun, answer, distance
+from tests.integration.quantized import FinishedRun, answer_to, distance
 
 _LOOP = Path(__file__).with_name("stock_loop.py")
 _READER = pipeline.artifact.stock_reader.__file__
@@ -36,10 +38,14 @@ class StockSession:
     process: subprocess.Popen[str]
     scratch: Path
 
-    def ask(self, preset: Path, tokens: NDArray[np.int32]) -> None:
-        """Start to load a preset and run it on token ids [batch, sequence]; see `answer`."""
-        np.save(self.scratch / "in.npy", tokens)
-        self._ask({"preset": str(preset), "inputs": str(self.scratch / "in.npy")})
+    def ask(self, preset: Path, inputs: NDArray[np.int32] | Mapping[str, NDArray[Any]]) -> None:
+        """Start to load a preset and run it on token ids [batch, sequence], or arrays by name.
+
+        See `answer`.
+        """
+        arrays = inputs if isinstance(inputs, Mapping) else {"": inputs}
+        np.savez(self.scratch / "in.npz", **arrays)
+        self._ask({"preset": str(preset), "inputs": str(self.scratch / "in.npz")})
 
     def ask_to_embed(self, preset: Path, texts: list[str], *, task: str | None = None) -> None:
         """Start to load a text embedder and run it on strings; see `answer`.
@@ -96,12 +102,25 @@ def some_tokens(run: FinishedRun) -> NDArray[np.int32]:
     return np.random.default_rng(7).integers(5, vocabulary_size, (2, 12), dtype="int32")
 
 
+def batch_for(run: FinishedRun, tokens: NDArray[np.int32]) -> InputBatch:
+    """What a run's model takes for tokens [batch, sequence] without padding, and no images."""
+    layout = run.model.layout
+    windows = TokenWindows(
+        tokens=tokens,
+        lengths=np.full(len(tokens), tokens.shape[1], np.int32),
+        fingerprint="",
+        num_documents=0,
+        decoder_start=(0,) if layout.takes_two_texts else (),
+    )
+    return layout.batch(windows, slice(None), len(tokens))
+
+
 def assert_same(run: FinishedRun, *sessions: StockSession, tolerance: float = 1e-4) -> None:
     """Assert that stock Keras loads the planned modes and answers as the pipeline itself does."""
-    tokens = some_tokens(run)
+    batch = batch_for(run, some_tokens(run))
     for session in sessions:
-        session.ask(run.artifact, tokens)
-    expected = answer(artifact_model(run.model, run.store), tokens)
+        session.ask(run.artifact, batch.arrays)
+    expected = answer_to(artifact_model(run.model, run.store), batch)
     modes = {path: policy.partition("/")[0] for path, policy in run.plan.policies.items()}
     for found in [session.answer() for session in sessions]:
         assert found.quantized == modes

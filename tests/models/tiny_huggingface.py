@@ -81,6 +81,17 @@ _ROBERTA = _ENCODER | {
     "type_vocab_size": 1,
 }
 
+_VISION = {
+    "hidden_size": 16,
+    "image_size": 16,
+    "intermediate_size": 24,
+    "model_type": "siglip_vision_model",
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "patch_size": 4,
+    "vision_use_head": False,
+}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _DECODER
     | {
@@ -131,6 +142,100 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_theta": 1000000,
         "sliding_window": 512,
         "sliding_window_pattern": 6,
+    },
+    "gemma3": {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "boi_token_index": 255999,
+        "eoi_token_index": 256000,
+        "eos_token_id": [1, 106],
+        "image_token_index": 262144,
+        "initializer_range": 0.02,
+        "mm_tokens_per_image": 1,
+        "model_type": "gemma3",
+        "text_config": {
+            "hidden_size": HIDDEN,
+            "intermediate_size": INNER,
+            "model_type": "gemma3_text",
+            "num_attention_heads": 2,
+            "num_hidden_layers": BLOCKS,
+            "num_key_value_heads": 1,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.50.0.dev0",
+        "vision_config": _VISION,
+    },
+    "paligemma": {
+        "architectures": ["PaliGemmaForConditionalGeneration"],
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "hidden_size": HIDDEN,
+        "ignore_index": -100,
+        "image_token_index": 320,
+        "model_type": "paligemma",
+        "pad_token_id": 0,
+        "projection_dim": HIDDEN,
+        "text_config": {
+            "hidden_size": HIDDEN,
+            "intermediate_size": INNER,
+            "model_type": "gemma",
+            "num_attention_heads": HEADS,
+            "num_hidden_layers": BLOCKS,
+            # As wide as a head in published ones, and KerasHub takes it for that.
+            "num_image_tokens": HEAD_DIM,
+            "num_key_value_heads": 1,
+            "torch_dtype": "float32",
+        },
+        "torch_dtype": "float32",
+        "transformers_version": "4.41.0.dev0",
+        "vision_config": _VISION
+        | {
+            "num_image_tokens": 16,
+            "projection_dim": HIDDEN,
+            "projector_hidden_act": "gelu_fast",
+        },
+    },
+    "bart": {
+        "activation_dropout": 0.1,
+        "activation_function": "gelu",
+        "add_bias_logits": False,
+        "add_final_layer_norm": False,
+        "architectures": ["BartForConditionalGeneration"],
+        "attention_dropout": 0.1,
+        "bos_token_id": 0,
+        "classif_dropout": 0.1,
+        "classifier_dropout": 0.0,
+        "d_model": HIDDEN,
+        "decoder_attention_heads": HEADS,
+        "decoder_ffn_dim": INNER,
+        "decoder_layerdrop": 0.0,
+        "decoder_layers": BLOCKS,
+        "decoder_start_token_id": 2,
+        "dropout": 0.1,
+        "early_stopping": True,
+        "encoder_attention_heads": HEADS,
+        "encoder_ffn_dim": INNER,
+        "encoder_layerdrop": 0.0,
+        "encoder_layers": BLOCKS,
+        "eos_token_id": 2,
+        "forced_bos_token_id": 0,
+        "forced_eos_token_id": 2,
+        "gradient_checkpointing": False,
+        "init_std": 0.02,
+        "is_encoder_decoder": True,
+        "max_position_embeddings": POSITIONS,
+        "model_type": "bart",
+        "no_repeat_ngram_size": 3,
+        "normalize_before": False,
+        "normalize_embedding": True,
+        "num_beams": 4,
+        "num_hidden_layers": BLOCKS,
+        "pad_token_id": 1,
+        "scale_embedding": False,
+        "torch_dtype": "float32",
+        "transformers_version": "4.12.0.dev0",
+        "use_cache": True,
     },
     "gpt2": {
         "activation_function": "gelu_new",
@@ -208,8 +313,23 @@ _TOKENIZERS = {
     "gemma": "Gemma",
     "gemma2": "Gemma",
     "gemma3_text": "Gemma3",
+    "gemma3": "Gemma3Vision",
+    "paligemma": "PaliGemma",
+    "bart": "Bart",
     "bert": "Bert",
     "distilbert": "Bert",
+}
+
+
+_IMAGES = {
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_processor_type": "SiglipImageProcessor",
+    "image_std": [0.5, 0.5, 0.5],
+    "rescale_factor": 1 / 255,
+    "size": {"height": 16, "width": 16},
 }
 
 
@@ -232,9 +352,16 @@ def tiny_huggingface(
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    config = CONFIGS[family] | {"vocab_size": 320} | changes
-    if tokenizer:
-        config["vocab_size"] = _write_tokenizer(path, family)
+    vocabulary = _write_tokenizer(path, family) if tokenizer else 320
+    config = CONFIGS[family] | changes
+    if "text_config" in config:
+        config["text_config"] = {"vocab_size": vocabulary, **config["text_config"]}
+    else:
+        config |= {"vocab_size": vocabulary} if tokenizer or "vocab_size" not in changes else {}
+    if "vision_config" in config:
+        write_json(path / "preprocessor_config.json", _IMAGES)
+    if family == "paligemma":
+        config |= {"image_token_index": vocabulary}
     config = {key: value for key, value in config.items() if changes.get(key, value) is not None}
     write_json(path / "config.json", config)
     wanted = np.dtype(
@@ -267,6 +394,9 @@ def _write_tokenizer(path: Path, family: str) -> int:
         words = [built.id_to_token(index) for index in range(built.vocabulary_size())]
         (path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
         write_json(path / "tokenizer_config.json", {"do_lower_case": True})
+    elif family == "bart":
+        built.save_assets(str(path))
+        (path / "vocabulary.json").rename(path / "vocab.json")
     else:
         built.save_assets(str(path))
         (path / "vocabulary.spm").rename(path / "tokenizer.model")
@@ -278,6 +408,10 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     family = config["model_type"]
     if family == "gpt2":
         return _gpt2(config)
+    if family in ("gemma3", "paligemma"):
+        return _with_images(config)
+    if family == "bart":
+        return _bart(config)
     if family == "distilbert":
         return _distilbert(config)
     if family == "albert":
@@ -323,6 +457,60 @@ def _decoder(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes |= _linear(f"{block}.mlp.down_proj", hidden, config["intermediate_size"], bias=False)
         if family in ("qwen3", "gemma3_text"):
             shapes |= {f"{block}.self_attn.{n}_norm.weight": (head_dim,) for n in ("q", "k")}
+    return shapes
+
+
+def _with_images(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Gemma 3 and PaliGemma, as published."""
+    text, vision = config["text_config"], config["vision_config"]
+    head_dim = text.get("num_image_tokens", 256)
+    decoder = _decoder({"head_dim": head_dim, **text})
+    hidden, patch = vision["hidden_size"], vision["patch_size"]
+    tower = "vision_tower.vision_model"
+    shapes = {f"language_model.{name}": shape for name, shape in decoder.items()}
+    shapes |= {
+        f"{tower}.embeddings.patch_embedding.weight": (hidden, 3, patch, patch),
+        f"{tower}.embeddings.patch_embedding.bias": (hidden,),
+        f"{tower}.embeddings.position_embedding.weight": (
+            (vision["image_size"] // patch) ** 2,
+            hidden,
+        ),
+        **_norm(f"{tower}.post_layernorm", hidden),
+    }
+    for index in range(vision["num_hidden_layers"]):
+        block = f"{tower}.encoder.layers.{index}"
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= _linear(f"{block}.self_attn.{name}", hidden, hidden)
+        shapes |= _linear(f"{block}.mlp.fc1", vision["intermediate_size"], hidden)
+        shapes |= _linear(f"{block}.mlp.fc2", hidden, vision["intermediate_size"])
+        shapes |= _norm(f"{block}.layer_norm1", hidden) | _norm(f"{block}.layer_norm2", hidden)
+    projector = "multi_modal_projector"
+    if config["model_type"] == "paligemma":
+        return shapes | _linear(f"{projector}.linear", text["hidden_size"], hidden)
+    return shapes | {
+        f"{projector}.mm_input_projection_weight": (hidden, text["hidden_size"]),
+        f"{projector}.mm_soft_emb_norm.weight": (hidden,),
+    }
+
+
+def _bart(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, vocabulary = config["d_model"], config["vocab_size"]
+    # Positions begin at 2.
+    positions = (config["max_position_embeddings"] + 2, hidden)
+    shapes: dict[str, tuple[int, ...]] = {"model.shared.weight": (vocabulary, hidden)}
+    for part in ("encoder", "decoder"):
+        shapes |= {f"model.{part}.embed_positions.weight": positions}
+        shapes |= _norm(f"model.{part}.layernorm_embedding", hidden)
+        for index in range(config[f"{part}_layers"]):
+            block = f"model.{part}.layers.{index}"
+            attentions = ["self_attn"] if part == "encoder" else ["self_attn", "encoder_attn"]
+            for attention in attentions:
+                for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+                    shapes |= _linear(f"{block}.{attention}.{name}", hidden, hidden)
+                shapes |= _norm(f"{block}.{attention}_layer_norm", hidden)
+            shapes |= _linear(f"{block}.fc1", config[f"{part}_ffn_dim"], hidden)
+            shapes |= _linear(f"{block}.fc2", hidden, config[f"{part}_ffn_dim"])
+            shapes |= _norm(f"{block}.final_layer_norm", hidden)
     return shapes
 
 

@@ -39,19 +39,28 @@ def _byte_pairs(name: str, *special_tokens: str) -> Callable[[], Any]:
     return build
 
 
-def _sentence_pieces(name: str, symbols: dict[str, str], **options: Any) -> Callable[[], Any]:
-    """SentencePiece BPE with byte fallback; symbols are the pieces of bos, eos and maybe pad."""
+def _sentence_pieces(
+    name: str, symbols: dict[str, str], special: tuple[str, ...] = (), **options: Any
+) -> Callable[[], Any]:
+    """SentencePiece BPE with byte fallback.
+
+    Args:
+        symbols: the pieces of bos, eos and maybe pad.
+        special: further pieces that are kept whole.
+    """
 
     def build() -> Any:
-        proto = _train_sentence_pieces(tuple(symbols.items()))
+        proto = _train_sentence_pieces(tuple(symbols.items()), special)
         return getattr(keras_hub.models, name)(proto=proto, name="tokenizer", **options)
 
     return build
 
 
 @functools.cache
-def _train_sentence_pieces(symbols: tuple[tuple[str, str], ...]) -> bytes:
+def _train_sentence_pieces(symbols: tuple[tuple[str, str], ...], special: tuple[str, ...]) -> bytes:
     options: dict[str, Any] = {"unk_id": len(symbols), "pad_id": -1}
+    if special:
+        options["user_defined_symbols"] = list(special)
     for index, (kind, piece) in enumerate(symbols):
         options |= {f"{kind}_id": index, f"{kind}_piece": piece}
     model = io.BytesIO()
@@ -89,6 +98,7 @@ _LLAMA3 = (
 )
 
 TOKENIZERS: dict[str, Callable[[], Any]] = {
+    "Bart": _byte_pairs("BartTokenizer", "<s>", "<pad>", "</s>"),
     "Bert": _word_pieces,
     "Bloom": _byte_pairs("BloomTokenizer", "<unk>", "<s>", "</s>", "<pad>"),
     "Falcon": _byte_pairs("FalconTokenizer", "<|endoftext|>"),
@@ -96,9 +106,16 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
     "GPTNeoX": _byte_pairs("GPTNeoXTokenizer", "<|endoftext|>"),
     "Gemma": _sentence_pieces("GemmaTokenizer", _GEMMA),
     "Gemma3": _sentence_pieces("Gemma3Tokenizer", _GEMMA, has_vision_tokens=False),
+    "Gemma3Vision": _sentence_pieces(
+        "Gemma3Tokenizer",
+        _GEMMA,
+        special=("<start_of_image>", "<img>", "<end_of_image>"),
+        has_vision_tokens=True,
+    ),
     "Llama3": _byte_pairs("Llama3Tokenizer", *_LLAMA3),
     "Mistral": _sentence_pieces("MistralTokenizer", {"bos": "<s>", "eos": "</s>"}),
     "OPT": _byte_pairs("OPTTokenizer", "<s>", "<pad>", "</s>"),
+    "PaliGemma": _sentence_pieces("PaliGemmaTokenizer", _GEMMA),
     "Phi3": _sentence_pieces("Phi3Tokenizer", {"bos": "<s>", "eos": "<|endoftext|>"}),
     "Qwen3": _byte_pairs("Qwen3Tokenizer", "<|endoftext|>", "<|im_start|>", "<|im_end|>"),
 }

@@ -34,7 +34,9 @@ def checked(tmp_path: Path) -> Callable[[dict[str, Any]], Skeleton]:
     return build
 
 
-@pytest.mark.parametrize("name", by_default(PUBLISHED, ["llama-3.2", "gemma-3-270m", "smollm2"]))
+@pytest.mark.parametrize(
+    "name", by_default(PUBLISHED, ["llama-3.2", "gemma-3-270m", "gemma-3-4b", "smollm2"])
+)
 def test_published_models_are_taken(
     name: str, checked: Callable[[dict[str, Any]], Skeleton]
 ) -> None:
@@ -69,6 +71,22 @@ def test_published_models_are_taken(
         ("bert", {"hidden_act": "relu"}, "another activation"),
         ("bert", {"position_embedding_type": "relative_key"}, "is made for 'absolute'"),
         ("roberta", {"layer_norm_eps": 1e-12}, "norms with 1e-05"),
+        (
+            "bart",
+            {"decoder_attention_heads": 8},
+            "decoder_attention_heads is 8, but .* has 4 heads",
+        ),
+        ("bart", {"scale_embedding": True}, "scale_embedding is True, which .* ignores"),
+        (
+            "gemma3",
+            {"vision_config": CONFIGS["gemma3"]["vision_config"] | {"hidden_act": "relu"}},
+            "vision_config.hidden_act is 'relu', but .* computes gelu",
+        ),
+        (
+            "gemma3",
+            {"text_config": CONFIGS["gemma3"]["text_config"] | {"query_pre_attn_scalar": 99}},
+            "text_config.query_pre_attn_scalar is 99",
+        ),
         (
             "llama",
             {"quantization_config": {"quant_method": "gptq", "bits": 4}},
