@@ -57,11 +57,11 @@ class NotedConfig(dict[str, Any]):
         return super().get(key, default)
 
     def entries(self, inside: str = "") -> Iterator[tuple[str, str, Any, bool]]:
-        """Every key: the mapping that it is in, its name, its value, and whether it was read."""
+        """Every key: the path of the mapping that it is in, its name and value, whether read."""
         for key in sorted(self):
             value, read = super().__getitem__(key), key in self.keys_read
             if isinstance(value, NotedConfig) and (read or key == "rope_parameters"):
-                yield from value.entries(key)
+                yield from value.entries(f"{inside}.{key}" if inside else key)
             else:
                 yield inside, key, value, read
 
@@ -118,7 +118,10 @@ def check_config(preset: PresetFiles, config: NotedConfig, backbone: Any, genera
     beside = replace(text, layers=seeing)
     where, name = f"{preset.url}/{CONFIG_FILE}", type(backbone).__name__
     for inside, key, value, read in config.entries():
-        model, rules = (beside, _ENCODER_RULES) if inside in _ENCODER_CONFIGS else (text, _RULES)
+        part = inside.partition(".")[0]
+        model, rules = (
+            (beside, _ENCODERS_RULES[part]) if part in _ENCODERS_RULES else (text, _RULES)
+        )
         path = f"{inside}.{key}" if inside else key
         if key in rules:
             expected = rules[key](value, model)
@@ -141,7 +144,6 @@ def _shown(value: Any) -> str:
 
 
 _ENCODERS = ("vision_encoder", "vit_encoder", "audio_encoder")
-_ENCODER_CONFIGS = ("vision_config", "audio_config")
 _OFF: tuple[Any, ...] = (None, False, 0, "", [], {})
 
 _HARMLESS = re.compile(
@@ -179,7 +181,7 @@ _HARMLESS = re.compile(
             # What the shapes of tensors confirm.
             "hidden_size|intermediate_size|num_hidden_layers|num_attention_heads|n_head|n_layer",
             "num_key_value_heads|n_embd|num_hidden_groups|(en|de)coder_(layers|ffn_dim)",
-            "attn_output_gate",
+            "attn_output_gate|attention_k_eq_v|use_clipped_linears",
             # Of tokens beyond the next, predicted for speculative decoding.
             "mtp_.*",
             # The precision of what a cache keeps.
@@ -190,7 +192,7 @@ _HARMLESS = re.compile(
             "mm_tokens_per_image|ignore_index|vision_use_head|mrope_interleaved",
             # Of encoders of images: what the shapes of tensors confirm, and what none computes.
             "image_size|num_channels|projection_dim|projector_hidden_act|num_image_tokens",
-            "out_hidden_size",
+            "out_hidden_size|global_head_dim|vision_soft_tokens_per_image|default_output_length",
             # That there are two chains, which the class of the backbone says, too.
             "is_encoder_decoder|force_bos_token_to_be_generated",
         )
@@ -266,7 +268,7 @@ def _activation(value: Any, model: _Model) -> str | None:
     return "has another activation"
 
 
-def _encoder_activation(value: Any, model: _Model) -> str | None:
+def _vision_activation(value: Any, model: _Model) -> str | None:
     if _shapes(model) or "gelu" in str(value):
         return _activation(value, model)
     # Those of KerasHub that name none compute it.
@@ -295,8 +297,11 @@ def _rope_scaling(value: Any, _model: _Model) -> str | None:
     return None if named in (None, "default") else "has no such scaling of positions"
 
 
-def _rope_type(value: Any, _model: _Model) -> str | None:
-    return None if value in ("default", "linear", "llama3") else "has no such scaling of positions"
+def _rope_type(value: Any, model: _Model) -> str | None:
+    known = ["default", "linear", "llama3"]
+    if hasattr(model.backbone, "global_rope_partial_rotary_factor"):
+        known.append("proportional")
+    return None if value in known else "has no such scaling of positions"
 
 
 def _tied(value: Any, model: _Model) -> str | None:
@@ -401,8 +406,13 @@ _RULES: dict[str, Callable[[Any, _Model], str | None]] = {
 }
 """For keys that must agree with the backbone: what it has instead; None if they agree."""
 
-_ENCODER_RULES: dict[str, Callable[[Any, _Model], str | None]] = {
+_VISION_RULES: dict[str, Callable[[Any, _Model], str | None]] = {
     **dict.fromkeys(_EPSILON_KEYS, _epsilon),
-    **dict.fromkeys(("hidden_act", "hidden_activation"), _encoder_activation),
+    **dict.fromkeys(("hidden_act", "hidden_activation"), _vision_activation),
+    "rope_type": _rope_type,
 }
-"""Of these, for the encoders of images and sounds."""
+_ENCODERS_RULES = {
+    "vision_config": _VISION_RULES,
+    "audio_config": {**_VISION_RULES, "hidden_act": _must_be("silu")},
+}
+"""The same for the encoders of images and sounds."""

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import keras
 import keras_hub
 import numpy as np
 import pytest
@@ -28,8 +27,12 @@ from tests.integration.stock_session import (
 from tests.models.tiny_huggingface import CONFIGS, tiny_huggingface
 from tests.selection import by_default
 
-# KerasHub leaves files of vocabularies open.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+pytestmark = [
+    # KerasHub leaves files of vocabularies open.
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
+    # Keras, of Gemma 4's encoder where there is no image.
+    pytest.mark.filterwarnings("ignore:(?s).*using a softmax over axis:UserWarning"),
+]
 
 TASKS = {
     "albert": "AlbertMaskedLM",
@@ -38,8 +41,10 @@ TASKS = {
     "distilbert": "DistilBertMaskedLM",
     "gemma3": "Gemma3CausalLM",
     "gemma3_text": "Gemma3CausalLM",
+    "gemma4": "Gemma4CausalLM",
     "mistral": "MistralCausalLM",
     "paligemma": "PaliGemmaCausalLM",
+    "qwen3_5": "Qwen3_5CausalLM",
     "roberta": "RobertaMaskedLM",
     "xlm-roberta": "XLMRobertaTextEmbedder",
 }
@@ -79,32 +84,13 @@ def test_stock_keras_answers_the_same(family: str, stock: StockSession, tmp_path
     dtype = "bfloat16" if family == "mistral" else "float32"
     source = folder_of(family, tmp_path / "source", torch_dtype=dtype)
     scheme = GPTQScheme(group_size=8) if family in CALIBRATED else Int8Scheme()
-    run = finished_run(source, recipe(scheme), tmp_path / "run")
+    wanted = recipe(scheme)
+    if family == "gemma4":  # KerasHub's blocks read most kernels past their layers
+        wanted = wanted.model_copy(update={"allow_partial": True})
+    run = finished_run(source, wanted, tmp_path / "run")
     assert run.plan.task == TASKS.get(family, run.plan.task)
     assert run.plan.notes == () or family in ("gemma3", "gemma3_text")
     assert_same(run, stock, tolerance=0.05 if dtype == "bfloat16" else 1e-3)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("family", WITH_IMAGES)
-def test_an_encoder_of_images_is_the_sources(family: str, tmp_path: Path) -> None:
-    """Stock KerasHub, which converts the folder itself, sees images as the result does."""
-    text = CONFIGS[family]["text_config"]
-    if family == "gemma3":
-        text = text | {"head_dim": 256}  # the default, on which stock KerasHub insists
-    source = folder_of(family, tmp_path / "source", torch_dtype="float32", text_config=text)
-    run = finished_run(source, recipe(Int8Scheme()), tmp_path / "run")
-    stock = keras_hub.models.Backbone.from_preset(str(source))
-    found = getattr(keras_hub.models, TASKS[family]).from_preset(str(run.artifact)).backbone
-    assert not any(encoder_of(found).name in path for path in run.plan.policies)
-    shape = [size or 2 for size in encoder_of(stock).inputs[0].shape]
-    images = np.random.default_rng(3).random(shape, np.float32)
-    assert distance(encoder_of(found)(images), encoder_of(stock)(images)) <= 1e-5
-
-
-def encoder_of(backbone: Any) -> Any:
-    [encoder] = [layer for layer in backbone.layers if isinstance(layer, keras.Model)]
-    return encoder
 
 
 @pytest.mark.parametrize("scheme", [GPTQScheme(group_size=8), Int8Scheme()])

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from tests.models.tiny_huggingface_seeing import GEMMA4, QWEN3_5, gemma4, qwen3_5
 from tests.models.tiny_tokenizers import TOKENIZERS
 
 HIDDEN, INNER, HEADS, KEY_VALUE_HEADS, HEAD_DIM, BLOCKS, POSITIONS = 32, 64, 4, 2, 8, 2, 64
@@ -196,6 +197,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "projector_hidden_act": "gelu_fast",
         },
     },
+    "gemma4": GEMMA4,
+    "qwen3_5": QWEN3_5,
     "bart": {
         "activation_dropout": 0.1,
         "activation_function": "gelu",
@@ -368,7 +371,7 @@ def tiny_huggingface(
         dtype or {"bfloat16": ml_dtypes.bfloat16}.get(config.get("torch_dtype"), "f4")
     )
     tensors = {
-        name: _random(index, name, shape).astype(wanted)
+        name: np.asarray(_random(index, name, shape)).astype(wanted)
         for index, (name, shape) in enumerate(sorted(tensor_shapes(config).items()))
     }
     save_file({**tensors, **(extra or {})}, path / "model.safetensors", metadata={"format": "pt"})
@@ -410,6 +413,10 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         return _gpt2(config)
     if family in ("gemma3", "paligemma"):
         return _with_images(config)
+    if family == "gemma4":
+        return gemma4(config)
+    if family == "qwen3_5":
+        return qwen3_5(config)
     if family == "bart":
         return _bart(config)
     if family == "distilbert":

@@ -29,7 +29,10 @@ def source_of(path: Path) -> Source:
 @pytest.mark.parametrize("family", by_default(CONFIGS, ["xlm-roberta"]))
 def test_every_variable_is_what_stock_kerashub_loads(family: str, tmp_path: Path) -> None:
     extra = NO_TYPES if family == "roberta" else None
-    folder = tiny_huggingface(tmp_path, family, extra=extra, torch_dtype="float32")
+    changes = {}
+    if family == "gemma3":  # stock KerasHub insists on what is the default
+        changes["text_config"] = CONFIGS[family]["text_config"] | {"head_dim": 256}
+    folder = tiny_huggingface(tmp_path, family, extra=extra, torch_dtype="float32", **changes)
     source = source_of(folder)
     source.check_complete()
     backbone = keras_hub.models.Backbone.from_preset(str(folder), dtype="float32")
@@ -101,6 +104,23 @@ def test_the_head_of_a_tied_model_is_a_copy(tied: bool, tmp_path: Path) -> None:
     else:
         with pytest.raises(SourceError, match=r"has no place for lm_head\.weight"):
             source_of(folder).check_complete()
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "is_a_copy"),
+    [
+        ("bart", "model.decoder.embed_tokens.weight", True),
+        ("gemma3", "vision_tower.vision_model.head.probe", False),
+    ],
+)
+def test_what_is_stored_beside_two_chains_or_an_encoder_is_known(
+    family: str, name: str, is_a_copy: bool, tmp_path: Path
+) -> None:
+    """BART's chains share one table; SigLIP pools images for a task of its own."""
+    extra = {name: np.ones((320, 32), np.float32)}
+    source = source_of(tiny_huggingface(tmp_path, family, extra=extra))
+    with contextlib.nullcontext() if is_a_copy else pytest.raises(SourceError, match=name):
+        source.check_complete()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
