@@ -18,7 +18,6 @@ from jobs.progress import watch
 from jobs.quantities import size
 from jobs.summary import Summary
 from pipeline.errors import CalibrationTextError, PipelineError
-from pipeline.estimates import Estimate
 from pipeline.executor.allocation import allocate, may_have_gpu, this_machine, worker_environment
 from pipeline.executor.local_process import LocalProcess, local_process
 from pipeline.executor.protocol import (
@@ -32,6 +31,7 @@ from pipeline.executor.protocol import (
 )
 from pipeline.fidelity import Fidelity, average
 from pipeline.plan import Plan
+from pipeline.planning.estimates import Estimate
 from pipeline.remote_planning import Identity, evaluation_windows, start_worker
 from pipeline.run import lease
 from pipeline.run.commits import Finding, quarantine, read_manifest

@@ -23,10 +23,10 @@ from jobs.reachable import absolute, check_writable, reachable
 from jobs.summary import Summary, plan_table, summary_table
 from jobs.termination import Terminated
 from pipeline.errors import PipelineError, UnusableResultError
-from pipeline.estimates import Estimate, estimate
 from pipeline.executor.protocol import Allocation, ComputeSpec, FunctionRunner
 from pipeline.model.preset import CONFIG_FILE, check_preset
 from pipeline.plan import PLAN_KEY, Plan, read_plan
+from pipeline.planning.estimates import Estimate, estimate
 from pipeline.recipe.recipe import Recipe
 from pipeline.remote_planning import identity, plan_run
 from pipeline.run.commits import read_manifest

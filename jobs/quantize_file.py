@@ -19,7 +19,7 @@ from pipeline.errors import PipelineError, PlanMismatchError
 from pipeline.executor.allocation import allocate, this_machine, worker_environment
 from pipeline.executor.local_process import local_process
 from pipeline.executor.protocol import ComputeSpec
-from pipeline.plain_plan import MODEL_KEY, PlainPlan, layer_records
+from pipeline.plain.plan import MODEL_KEY, PlainPlan, layer_records
 from pipeline.recipe.recipe import Recipe
 from pipeline.remote_planning import plan_plain, quantize_plain
 from pipeline.run.commits import read_manifest

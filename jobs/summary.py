@@ -14,11 +14,11 @@ from rich.text import Text
 
 from jobs.quantities import count, size
 from pipeline.errors import DamagedObjectError
-from pipeline.estimates import Estimate
 from pipeline.executor.protocol import Allocation
 from pipeline.fidelity import Fidelity
 from pipeline.model.preset import PresetFiles
 from pipeline.plan import Plan, Share
+from pipeline.planning.estimates import Estimate
 from pipeline.recipe.recipe import statistics_of, unmatched_patterns
 from pipeline.run.records import LayerRecord, Manifest, PartRecord
 from pipeline.storage.object_store import ObjectStore

@@ -12,7 +12,7 @@ import numpy as np
 
 from jobs.logging import log_event, print_json, status
 from pipeline.errors import ArtifactError, DamagedObjectError
-from pipeline.plain_plan import MODEL_KEY, is_plain
+from pipeline.plain.plan import MODEL_KEY, is_plain
 from pipeline.plan import PLAN_KEY
 from pipeline.run.commits import damaged_files, read_manifest
 from pipeline.run.records import ARTIFACT_PREFIX, MANIFEST_KEY, Manifest
@@ -92,7 +92,7 @@ def _load(store: ObjectStore, manifest: Manifest) -> str:
 def _load_plain(store: ObjectStore, manifest: Manifest) -> str:
     os.environ.setdefault("KERAS_BACKEND", "jax")
     from pipeline.artifact.verification import ask_stock_keras
-    from pipeline.keras_file import load_model
+    from pipeline.plain.keras_file import load_model
 
     entry, url = manifest.files[MODEL_KEY], store.url(MODEL_KEY)
     with tempfile.TemporaryDirectory(prefix="quantfleet-verify-") as folder:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.executor.protocol import ExecutorError
-from pipeline.plain_plan import PlainPlan
+from pipeline.plain.plan import PlainPlan
 from pipeline.plan import Plan, read_plan
 from pipeline.recipe.recipe import Calibration, Recipe
 from pipeline.run.records import Manifest
@@ -49,7 +49,7 @@ def plan_run(source_url: str, recipe: Recipe, threads: int) -> tuple[Plan, bytes
         PipelineError: a source, recipe or calibration that cannot be carried out.
     """
     from pipeline.model.preset import read_preset
-    from pipeline.planning import make_plan
+    from pipeline.planning.make_plan import make_plan
 
     planned = make_plan(read_preset(source_url), recipe, threads=threads)
     return planned.plan, None if planned.windows is None else planned.windows.to_bytes()
@@ -63,8 +63,8 @@ def identity(source_url: str, threads: int) -> Identity:
     Raises:
         PipelineError: the source cannot be read.
     """
+    from pipeline.machine import machine, versions
     from pipeline.model.preset import read_preset
-    from pipeline.planning import machine, versions
     from pipeline.weights.source import open_source
 
     return Identity(
@@ -94,7 +94,7 @@ def evaluation_windows(
     """
     from pipeline.model.preset import read_preset
     from pipeline.model.skeleton import build_skeleton
-    from pipeline.token_windows import most_tokens, token_windows
+    from pipeline.planning.token_windows import most_tokens, token_windows
 
     preset = read_preset(source_url)
     skeleton = build_skeleton(preset)
@@ -116,7 +116,7 @@ def plan_plain(source_url: str, recipe: Recipe, threads: int) -> PlainPlan:
     Raises:
         PipelineError, QuantizationError: a file, recipe or calibration that cannot be used.
     """
-    from pipeline.plain_run import make_plan
+    from pipeline.plain.run import make_plan
 
     return make_plan(source_url, recipe, threads)
 
@@ -128,6 +128,6 @@ def quantize_plain(plan: PlainPlan, output_url: str) -> Manifest:
         PipelineError, QuantizationError: the source changed, a layer cannot be calibrated, or
             the output holds something else.
     """
-    from pipeline.plain_run import carry_out
+    from pipeline.plain.run import carry_out
 
     return carry_out(plan, open_store(output_url))

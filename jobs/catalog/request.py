@@ -33,7 +33,7 @@ REQUESTS_PREFIX = "requests/"
 RUNS_PREFIX = "runs/"
 
 _ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,199}")
-# As in `pipeline.planning.versions`, which needs JAX.
+# As in `pipeline.machine.versions`, which needs JAX.
 PACKAGES = ("quantfleet", "jax", "jaxlib", "keras", "keras-hub", "numpy", "ml-dtypes", "h5py")
 _MAX_JSON_BYTES = 256 << 10
 _NUM_THREADS = 16

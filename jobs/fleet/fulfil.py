@@ -26,10 +26,10 @@ from jobs.publish.releases import Release, find_current, publish
 from jobs.publish.verdict import Verdict, failures, find_verdict, quality_figures, save_verdict
 from jobs.publish.verified_files import VerifiedFiles
 from pipeline.errors import DamagedObjectError, MissingObjectError, PipelineError
-from pipeline.estimates import estimate
 from pipeline.executor.protocol import FunctionRunner
 from pipeline.fidelity import Fidelity
 from pipeline.plan import PLAN_KEY, Plan, read_plan
+from pipeline.planning.estimates import estimate
 from pipeline.recipe.recipe_file import recipe_from_dict
 from pipeline.remote_planning import identity, plan_run
 from pipeline.run.commits import Finding, damaged_files, read_manifest

@@ -169,7 +169,7 @@ def main() -> None:
 def _evaluation(plan: Plan, work: Path, windows: int) -> TokenWindows:
     from pipeline.model.preset import read_preset
     from pipeline.model.skeleton import build_skeleton
-    from pipeline.planning import token_windows
+    from pipeline.planning.token_windows import token_windows
     from pipeline.recipe.recipe import Calibration
 
     assert plan.tokens is not None

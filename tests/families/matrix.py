@@ -21,7 +21,7 @@ from pipeline.errors import PipelineError, RecipeError
 from pipeline.model.inputs import InputLayout, input_layout
 from pipeline.model.preset import read_preset
 from pipeline.model.skeleton import build_skeleton
-from pipeline.planning import Planned, make_plan
+from pipeline.planning.make_plan import Planned, make_plan
 from pipeline.recipe.recipe import Calibration, Recipe
 from pipeline.run.driver import claim, quantize
 from pipeline.run.records import Manifest

@@ -10,7 +10,7 @@ from unittest import mock
 
 from pipeline.calibration.windows import TokenWindows
 from pipeline.plan import Plan
-from pipeline.planning import Planned
+from pipeline.planning.make_plan import Planned
 from pipeline.storage import local_store
 from pipeline.storage.object_store import open_store
 from tests.faults.killing import Killer

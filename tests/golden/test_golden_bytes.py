@@ -23,7 +23,7 @@ from pipeline.artifact.weights_file import read_weights_file, weights_file_bytes
 from pipeline.canonical import sha256
 from pipeline.model.preset import read_preset
 from pipeline.plan import Plan
-from pipeline.planning import make_plan
+from pipeline.planning.make_plan import make_plan
 from pipeline.recipe.recipe_file import recipe_from_dict
 from pipeline.run.driver import claim, quantize
 from pipeline.run.records import Manifest, PartRecord

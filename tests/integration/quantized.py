@@ -19,7 +19,7 @@ from pipeline.calibration.windows import TokenWindows
 from pipeline.model.inputs import InputBatch, InputLayout
 from pipeline.model.preset import read_preset
 from pipeline.plan import Plan
-from pipeline.planning import make_plan
+from pipeline.planning.make_plan import make_plan
 from pipeline.recipe.recipe import Calibration, Recipe, Rule
 from pipeline.run.driver import claim, quantize
 from pipeline.run.records import LayerRecord, PartRecord, record_key

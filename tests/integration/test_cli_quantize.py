@@ -33,7 +33,7 @@ from pipeline.executor.protocol import (
 )
 from pipeline.model.preset import read_preset
 from pipeline.plan import read_plan
-from pipeline.planning import make_plan
+from pipeline.planning.make_plan import make_plan
 from pipeline.run.records import file_key
 from pipeline.storage.object_store import open_store
 from pipeline.storage.record import with_digest

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.model.preset import read_preset
-from pipeline.planning import make_plan
+from pipeline.planning.make_plan import make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.weights.source import open_source
 from pipeline.worker.evaluate import artifact_model

@@ -4,8 +4,8 @@ import pytest
 
 from jobs.execute import check_identity, check_memory
 from pipeline.errors import PipelineError
-from pipeline.estimates import Estimate, estimate
 from pipeline.executor.protocol import ExecutorError, NodeRoom
+from pipeline.planning.estimates import Estimate, estimate
 from pipeline.remote_planning import Identity
 from tests.pipeline.tiny_runs import planned
 

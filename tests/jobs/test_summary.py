@@ -11,11 +11,11 @@ from rich.console import Console
 
 from jobs.summary import Summary, plan_table, summary_table
 from pipeline.errors import DamagedObjectError
-from pipeline.estimates import estimate
 from pipeline.executor.protocol import Allocation
 from pipeline.fidelity import Fidelity
 from pipeline.model.preset import read_preset
-from pipeline.planning import make_plan
+from pipeline.planning.estimates import estimate
+from pipeline.planning.make_plan import make_plan
 from pipeline.recipe.recipe import Rule
 from pipeline.run.commits import read_manifest
 from pipeline.run.records import PartRecord

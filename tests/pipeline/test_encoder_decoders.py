@@ -18,7 +18,7 @@ from pipeline.model.blocks import find_blocks
 from pipeline.model.inputs import input_layout
 from pipeline.model.preset import read_preset
 from pipeline.model.skeleton import build_skeleton
-from pipeline.planning import Planned, make_plan
+from pipeline.planning.make_plan import Planned, make_plan
 from pipeline.recipe.recipe import Calibration, Recipe
 from pipeline.run.driver import claim, quantize
 from pipeline.run.events import Step

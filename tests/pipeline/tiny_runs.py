@@ -15,7 +15,7 @@ import pipeline.worker.worker
 from pipeline.executor.protocol import Handle, TimedWorker, WorkerLostError
 from pipeline.model.preset import read_preset
 from pipeline.plan import Plan
-from pipeline.planning import Planned, make_plan
+from pipeline.planning.make_plan import Planned, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.recipe_file import recipe_from_dict
 from pipeline.run.driver import claim, quantize

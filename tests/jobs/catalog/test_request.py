@@ -127,7 +127,7 @@ def test_texts_are_fingerprinted_file_by_file(tmp_path: Path) -> None:
 
 
 def test_package_versions_match_those_of_a_plan() -> None:
-    from pipeline.planning import versions
+    from pipeline.machine import versions
 
     assert package_versions() == versions()
     assert set(PACKAGES) == set(versions())

@@ -14,7 +14,7 @@ from pipeline.model.preset import read_preset
 from pipeline.model.preset_json import policy_map
 from pipeline.model.skeleton import Skeleton, build_skeleton
 from pipeline.plan import Plan
-from pipeline.planning import make_plan
+from pipeline.planning.make_plan import make_plan
 from pipeline.recipe.recipe import Recipe, Rule
 from quantizer.schemes import GPTQScheme, Int8Scheme, Scheme
 from tests.families.tiny_families import shared_family

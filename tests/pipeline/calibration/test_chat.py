@@ -19,8 +19,8 @@ from pipeline.model.chat_template import find_chat_template
 from pipeline.model.preset import read_preset
 from pipeline.model.skeleton import build_skeleton
 from pipeline.model.tokenizer import preset_tokenizer
+from pipeline.planning.token_windows import token_windows
 from pipeline.recipe.recipe import Calibration
-from pipeline.token_windows import token_windows
 from tests.models.smollm2_weights import read_checkpoint
 from tests.pipeline.presets import shared_preset
 

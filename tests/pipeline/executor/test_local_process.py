@@ -76,7 +76,7 @@ def arithmetic() -> tuple[str, str, str, str, dict[str, str]]:
     import jax.numpy as jnp
     import keras
 
-    from pipeline.planning import machine
+    from pipeline.machine import machine
 
     return (
         keras.config.floatx(),

@@ -13,7 +13,7 @@ from jobs.verify import verify_run
 from pipeline.errors import DamagedObjectError, SourceError
 from pipeline.model.preset import read_preset
 from pipeline.plan import PLAN_KEY, read_plan
-from pipeline.planning import make_plan
+from pipeline.planning.make_plan import make_plan
 from pipeline.run.commits import read_manifest
 from pipeline.run.driver import claim, quantize
 from pipeline.run.events import Step

@@ -16,7 +16,7 @@ from pipeline.errors import PlanMismatchError
 from pipeline.executor.protocol import ExecutorError, Handle
 from pipeline.model.preset import read_preset
 from pipeline.plan import PLAN_KEY
-from pipeline.planning import Planned, make_plan
+from pipeline.planning.make_plan import Planned, make_plan
 from pipeline.run.commits import read_manifest
 from pipeline.run.driver import claim, quantize
 from pipeline.run.events import Step

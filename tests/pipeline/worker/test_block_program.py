@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pipeline.model.preset import read_preset
-from pipeline.planning import Planned, make_plan
+from pipeline.planning.make_plan import Planned, make_plan
 from pipeline.storage.object_store import open_store
 from pipeline.worker.model_state import ModelState
 from pipeline.worker.worker import Worker

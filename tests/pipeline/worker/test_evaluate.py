@@ -14,7 +14,7 @@ from pipeline.calibration.windows import TokenWindows
 from pipeline.errors import DamagedObjectError
 from pipeline.fidelity import average
 from pipeline.model.preset import read_preset
-from pipeline.planning import make_plan
+from pipeline.planning.make_plan import make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.worker.evaluate import StreamedModel, artifact_model, evaluate, source_model
 from pipeline.worker.model_state import ModelState

@@ -14,7 +14,7 @@ from pipeline.errors import SourceError
 from pipeline.model.blocks import find_blocks
 from pipeline.model.preset import read_preset
 from pipeline.model.skeleton import Skeleton
-from pipeline.planning import make_plan
+from pipeline.planning.make_plan import make_plan
 from pipeline.storage.object_store import open_store
 from pipeline.worker.block_program import BlockProgram
 from pipeline.worker.worker import Worker

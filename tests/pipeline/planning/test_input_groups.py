@@ -12,13 +12,13 @@ from keras.src.utils.naming import reset_uids
 
 from pipeline.errors import CalibrationInputError, RecipeError, SourceError
 from pipeline.fidelity import average
-from pipeline.input_groups import kernels_read_apart
 from pipeline.model.blocks import find_blocks
 from pipeline.model.inputs import input_layout
 from pipeline.model.preset import read_preset
 from pipeline.model.skeleton import build_skeleton
 from pipeline.plan import Plan
-from pipeline.planning import Planned, make_plan
+from pipeline.planning.input_groups import kernels_read_apart
+from pipeline.planning.make_plan import Planned, make_plan
 from pipeline.recipe.recipe import Calibration, Recipe
 from pipeline.run.driver import claim, quantize
 from pipeline.storage.object_store import open_store

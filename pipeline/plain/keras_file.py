@@ -25,7 +25,7 @@ from pipeline.errors import SourceError, WeightsFileError
 from pipeline.model.preset import keras_errors
 from pipeline.model.skeleton import check_trusted
 from pipeline.model.weight_layout import weight_layout
-from pipeline.plain_plan import SUFFIX
+from pipeline.plain.plan import SUFFIX
 from pipeline.storage.user_files import driver_errors, find_given_files, open_given_file
 from quantizer import save_model
 from quantizer.keras_format.generated_names import apart

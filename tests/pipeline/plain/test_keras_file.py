@@ -12,7 +12,7 @@ from keras import layers
 from keras.ops import convert_to_numpy
 
 from pipeline.errors import SourceError
-from pipeline.keras_file import load_model, model_bytes, read_file
+from pipeline.plain.keras_file import load_model, model_bytes, read_file
 from quantizer import GPTQScheme, HessianSum, Int8Scheme, quantize_layer, quantize_model
 
 

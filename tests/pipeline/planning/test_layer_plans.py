@@ -12,7 +12,7 @@ from pipeline.errors import RecipeError
 from pipeline.model.preset import read_preset
 from pipeline.model.skeleton import build_skeleton
 from pipeline.plan import LayerPlan, Plan
-from pipeline.planning import make_plan
+from pipeline.planning.make_plan import make_plan
 from pipeline.recipe.recipe import Recipe, Rule
 from quantizer.schemes import AWQScheme, Int8Scheme
 from tests.families.tiny_families import FAMILIES, shared_family, tiny_family

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from pipeline.calibration.arrays import ExpectedInput, read_arrays
 from pipeline.canonical import sha256
 from pipeline.errors import ObjectExistsError, PlanMismatchError, RecipeError
-from pipeline.keras_file import load_model, model_bytes, read_file
-from pipeline.plain_plan import MODEL_KEY, PlainPlan
-from pipeline.planning import machine, versions
+from pipeline.machine import machine, versions
+from pipeline.plain.keras_file import load_model, model_bytes, read_file
+from pipeline.plain.plan import MODEL_KEY, PlainPlan
 from pipeline.recipe.recipe import Recipe, statistics_of
 from pipeline.run.records import FileDigest, LayerRecord, Manifest
 from pipeline.storage.object_store import ObjectStore

@@ -5,9 +5,7 @@ Everything that can be refused is refused here, before any weight is read or byt
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,8 +15,7 @@ import numpy as np
 
 from pipeline.calibration.windows import TokenWindows, shard_bounds
 from pipeline.errors import SourceError
-from pipeline.input_groups import embedded_shapes, input_groups
-from pipeline.layer_plans import check_share, plan_layers
+from pipeline.machine import machine, versions
 from pipeline.model.blocks import BlockGraph, find_blocks
 from pipeline.model.huggingface import check_converted
 from pipeline.model.inputs import InputLayout, input_layout
@@ -30,13 +27,12 @@ from pipeline.model.preset_json import (
 )
 from pipeline.model.skeleton import Skeleton, build_skeleton
 from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan, TokensPlan, micro_batches
+from pipeline.planning.input_groups import embedded_shapes, input_groups
+from pipeline.planning.layer_plans import check_share, plan_layers
+from pipeline.planning.token_windows import token_windows
 from pipeline.recipe.recipe import Calibration, Recipe, statistics_of
-from pipeline.token_windows import token_windows
 from pipeline.weights.source import Source, open_source, values_digest
 from quantizer.schemes import Float8Scheme
-
-# Packages that compute the result; other versions may round differently.
-_PACKAGES = ("quantfleet", "jax", "jaxlib", "keras", "keras-hub", "numpy", "ml-dtypes", "h5py")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,26 +95,6 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
         notes=tuple(notes),
     )
     return Planned(plan=plan, windows=windows)
-
-
-def machine(threads: int) -> dict[str, str]:
-    """The kind of machine that this process runs on; other kinds may round differently.
-
-    With the environment's XLA_FLAGS, of which some decide rounding, where there are any.
-    """
-    found = {
-        "platform": jax.default_backend(),
-        "device": str(jax.devices()[0].device_kind),
-        "threads": str(threads),
-    }
-    if flags := os.environ.get("XLA_FLAGS", "").split():
-        found["XLA_FLAGS"] = " ".join(flags)
-    return found
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that compute the result."""
-    return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def _refuse_shared_blocks(skeleton: Skeleton, graph: BlockGraph) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-import pipeline.plain_run
+import pipeline.plain.run
 from pipeline.errors import (
     CalibrationInputError,
     PipelineError,
@@ -15,9 +15,9 @@ from pipeline.errors import (
     RecipeError,
     SourceError,
 )
-from pipeline.keras_file import load_model, model_bytes
-from pipeline.plain_plan import MODEL_KEY, is_plain, layer_records
-from pipeline.plain_run import carry_out, make_plan
+from pipeline.plain.keras_file import load_model, model_bytes
+from pipeline.plain.plan import MODEL_KEY, is_plain, layer_records
+from pipeline.plain.run import carry_out, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.recipe_file import builtin_recipes
 from pipeline.run.commits import damaged_files, read_manifest
@@ -103,7 +103,7 @@ def test_an_interrupted_run_starts_again_to_the_same_bytes(folder, store, monkey
 
     made = plan(folder)
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline.plain_run, "Manifest", crash)
+        patched.setattr(pipeline.plain.run, "Manifest", crash)
         with pytest.raises(KeyboardInterrupt):
             carry_out(made, store)
     assert store.list() == (MODEL_KEY,)

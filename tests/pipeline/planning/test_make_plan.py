@@ -10,11 +10,11 @@ from typing import Any
 import h5py
 import pytest
 
-from pipeline import planning
+import pipeline.planning.make_plan
 from pipeline.errors import CalibrationTextError, RecipeError, SourceError
 from pipeline.model.preset import read_preset
 from pipeline.plan import LayerPlan, Plan
-from pipeline.planning import make_plan
+from pipeline.planning.make_plan import make_plan
 from pipeline.recipe.recipe_file import recipe_from_dict
 from quantizer.schemes import Int8Scheme
 from tests.pipeline.tiny_runs import NUM_BLOCKS, planned, recipe, source, text_file
@@ -149,7 +149,7 @@ def test_too_little_text_is_reported_before_all_weights_are_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     read = 0
-    original = planning.values_digest
+    original = pipeline.planning.make_plan.values_digest
 
     def slow(values: Any) -> str:
         nonlocal read
@@ -160,8 +160,8 @@ def test_too_little_text_is_reported_before_all_weights_are_read(
     def no_windows(*_: Any) -> None:
         raise CalibrationTextError("too little text")
 
-    monkeypatch.setattr(planning, "values_digest", slow)
-    monkeypatch.setattr(planning, "token_windows", no_windows)
+    monkeypatch.setattr(pipeline.planning.make_plan, "values_digest", slow)
+    monkeypatch.setattr(pipeline.planning.make_plan, "token_windows", no_windows)
     with pytest.raises(CalibrationTextError, match="too little text"):
         plan_of(scheme={"mode": "gptq", "group_size": 16})
     assert read <= 1

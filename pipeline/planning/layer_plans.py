@@ -7,13 +7,13 @@ from collections.abc import Container, Sequence
 
 from pipeline.artifact.rehearsal import policies_of, rehearse
 from pipeline.errors import RecipeError, SourceError
-from pipeline.input_groups import kernels_read_apart
 from pipeline.model.blocks import BlockGraph
 from pipeline.model.inputs import input_layout
 from pipeline.model.preset import PresetFiles
 from pipeline.model.skeleton import Skeleton
 from pipeline.model.targets import Target, find_targets
 from pipeline.plan import LayerPlan, Share
+from pipeline.planning.input_groups import kernels_read_apart
 from pipeline.recipe.recipe import Recipe, check_recipe, statistics_of
 from quantizer import kernel_layout, row_slices
 from quantizer.errors import LayerError

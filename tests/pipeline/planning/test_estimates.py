@@ -12,19 +12,19 @@ from typing import Literal
 
 import pytest
 
-from pipeline.estimates import bits_per_weight, estimate
 from pipeline.executor.allocation import worker_environment
 from pipeline.executor.protocol import Allocation
 from pipeline.model.preset import read_preset
 from pipeline.plan import Plan
-from pipeline.planning import make_plan
+from pipeline.planning.estimates import bits_per_weight, estimate
+from pipeline.planning.make_plan import make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.storage.object_store import open_store
 from quantizer.schemes import Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
 from tests.models.tiny import tiny_preset
 from tests.pipeline.tiny_runs import execute, planned, recipe, source
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # A worker process like Ray's that does a whole run.
 _PROGRAM = """
 import resource, sys

@@ -1,0 +1,1 @@
+"""Quantize a plain Keras model from its `.keras` file, in one process."""

@@ -1,0 +1,1 @@
+"""Plan a run on a preset: its layers, input groups, token windows and cost."""
