@@ -82,3 +82,7 @@ class UnusableResultError(PipelineError):
     """A result whose answers are not finite; it is kept, and must not be used."""
 
     exit_code = 5
+
+
+class ExportError(PipelineError):
+    """A result, or a layer of it, that has no place in the format asked for."""
