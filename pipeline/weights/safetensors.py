@@ -56,6 +56,11 @@ class SafetensorsWeights:
     def file_names(self) -> tuple[str, ...]:
         return tuple(sorted(set(self._tensors.values())))
 
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names of all tensors in the files."""
+        return tuple(sorted(self._tensors))
+
     def locate(self, paths: tuple[str, ...]) -> dict[str, SourceVariable]:
         return {path: self._locate(path) for path in paths}
 

@@ -99,7 +99,7 @@ def decode_kernel(
                 values /= _float32(variables["awq_scales"])
             return np.ascontiguousarray(values.T).reshape(layout.shape)
         case Int8Scheme():
-            scale_R = _by_channel(variables["kernel_scale"], layout)
+            scale_R = by_channel(variables["kernel_scale"], layout)
             matrix_RC = _float32(layout.to_matrix(variables["kernel"]))
             return np.ascontiguousarray(layout.from_matrix(matrix_RC / scale_R[:, None]))
         case Int4Scheme():
@@ -128,7 +128,7 @@ def _float32(array: NDArray[Any]) -> Float32:
     return array.astype(np.float32)
 
 
-def _by_channel(scale: NDArray[Any], layout: KernelLayout) -> Float32:
+def by_channel(scale: NDArray[Any], layout: KernelLayout) -> Float32:
     """The inverse of `KernelLayout.to_output`: one value per output channel."""
     # Channel numbers, sent the same way, tell where each channel's scale went.
     channel = layout.to_output(np.arange(layout.out_features))
@@ -186,6 +186,32 @@ def _encode_table(
     }
     # Both tables share one map of vector entries to groups.
     return variables | ({} if transposed else {"g_idx": weight.group_C.astype(np.float32)})
+
+
+def decode_embedding(
+    variables: Mapping[str, NDArray[Any]],
+    scheme: Int8Scheme | Int4Scheme,
+    vector_length: int,
+    *,
+    reverse: bool = False,
+) -> Float32:
+    """A dequantized table, float32, shaped as Keras builds it.
+
+    Args:
+        variables: by name, from `encode_embedding` or a file.
+        reverse: the second table, [vector, tokens]; else the first, [tokens, vector].
+    """
+    prefix, axis = ("reverse_embeddings", 0) if reverse else ("embeddings", 1)
+    codes: NDArray[Any] = variables[prefix]
+    if isinstance(scheme, Int4Scheme):
+        codes = unpack_nibbles(codes, vector_length, axis)
+    scale = _float32(variables[f"{prefix}_scale"])
+    if f"{prefix}_zero" not in variables:
+        values: Float32 = _float32(codes) / np.expand_dims(scale, axis)
+        return values
+    group = variables["g_idx"].astype(np.int64)
+    zero = np.take(_float32(variables[f"{prefix}_zero"]), group, axis)
+    return (_float32(codes) - zero) * np.take(scale, group, axis)
 
 
 def pack_nibbles(codes: NDArray[_Byte], axis: int) -> NDArray[_Byte]:

@@ -1,0 +1,397 @@
+"""Plan a checkpoint for other runtimes: which tensors come from which of an artifact's parts.
+
+Everything that cannot be exported is refused here, before any weights are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict
+
+from pipeline.artifact.parts import Part, cut_parts, decode_part
+from pipeline.errors import ExportError
+from pipeline.export.codes import CodeFormat, Matrix, awq_refused, join_matrix, kernel_codes
+from pipeline.export.formats import (
+    ExportFormat,
+    Tensors,
+    check_format,
+    compressed_tensors,
+    gptq,
+    quantization_config,
+)
+from pipeline.export.kernels import ServingKernel, serving_kernel
+from pipeline.model.blocks import find_blocks
+from pipeline.model.checkpoint_config import CheckpointConfig, checkpoint_config, config_json
+from pipeline.model.preset import PresetFiles
+from pipeline.model.skeleton import build_skeleton
+from pipeline.model.tensor_places import TensorPlace, TensorPlaces, find_places
+from pipeline.model.weight_layout import StoredVariable
+from pipeline.plan import Plan
+from pipeline.storage.record import STRICT
+from pipeline.weights.safetensors import SafetensorsWeights
+from quantizer.keras_format.variables import decode_embedding, decode_kernel
+from quantizer.schemes import AWQScheme, Int4Scheme, Int8Scheme, Scheme
+
+_TABLES = ("embeddings", "reverse_embeddings")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportedTensor:
+    """A tensor of the checkpoint that holds a matrix, for people.
+
+    Attributes:
+        module: the name of its module.
+        layers: paths of the layers that it comes from.
+        scheme: what those were quantized in; "" for float.
+        stored: how it is stored.
+        kernel: what vLLM would multiply with; reason says why there is none, or what to know.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    module: str
+    layers: tuple[str, ...]
+    scheme: str
+    stored: str
+    kernel: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A planned checkpoint.
+
+    Attributes:
+        dtype: of everything that is not quantized, and of scales.
+        parts: of the artifact; `in_float` are the same parts of the float model.
+        schemes: by layer path.
+        names: of each of the places' tensors, as transformers calls it.
+        formats: of each quantized module, by its name.
+    """
+
+    config: CheckpointConfig
+    format: ExportFormat
+    dtype: np.dtype[Any]
+    generates: bool
+    parts: tuple[Part, ...]
+    in_float: tuple[Part, ...]
+    places: TensorPlaces
+    schemes: Mapping[str, Scheme]
+    names: Mapping[str, str]
+    formats: Mapping[str, CodeFormat]
+
+    @cached_property
+    def tensors(self) -> tuple[tuple[TensorPlace, ...], ...]:
+        """The tensors that come from each part."""
+        part_of = {
+            str(stored.variable.path): part.number
+            for part in self.in_float
+            for stored in part.variables
+        }
+        found: list[list[TensorPlace]] = [[] for _ in self.parts]
+        for place in self.places.tensors.values():
+            numbers = {part_of[path] for path in place.variables}
+            if len(numbers) > 1:
+                raise ExportError(
+                    f"{place.name} holds variables of several blocks ({', '.join(place.variables)})"
+                    "; models of this family cannot be exported"
+                )
+            found[numbers.pop()].append(place)
+        return tuple(map(tuple, found))
+
+    def file(self, number: int) -> str:
+        """Name of a part's file, as transformers names shards."""
+        return f"model-{number + 1:05d}-of-{len(self.parts):05d}.safetensors"
+
+    def encode(self, number: int, data: bytes) -> Tensors:
+        """The checkpoint's tensors of one part.
+
+        Args:
+            data: the part's file in the artifact.
+
+        Raises:
+            ExportError: values that the wanted dtype cannot hold, or that are off their grid.
+        """
+        values = _Values(self, number, decode_part(self.parts[number], data))
+        tensors: Tensors = {}
+        for place in self.tensors[number]:
+            tensors |= values.tensors(place)
+        values.check_constants()
+        return tensors
+
+    def config_json(self) -> dict[str, Any]:
+        """The content of config.json."""
+        quantization = quantization_config(self.format, self.formats, self._modules_in_float)
+        return config_json(
+            self.config,
+            dtype=str(self.dtype),
+            generates=self.generates,
+            quantization=quantization,
+        )
+
+    @property
+    def _modules_in_float(self) -> tuple[str, ...]:
+        matrices = (place for place in self.places.tensors.values() if place.input_axis is not None)
+        named = [self.names[place.name].rpartition(".")[0] for place in matrices]
+        head = ["lm_head"] if self.generates else []
+        return tuple(module for module in [*named, *head] if module not in self.formats)
+
+    def report(self) -> tuple[ExportedTensor, ...]:
+        """Every matrix, in the model's order."""
+        rows = []
+        for place in (place for of_part in self.tensors for place in of_part):
+            layers = tuple(dict.fromkeys(path.rpartition("/")[0] for path in place.variables))
+            quantized = [self.schemes[layer] for layer in layers if layer in self.schemes]
+            if place.input_axis is None and not quantized:
+                continue
+            if place.input_axis is None and place.variables[0].rpartition("/")[2] not in _TABLES:
+                continue
+            module = self.names[place.name].rpartition(".")[0]
+            found = self.formats.get(module)
+            kernel = ServingKernel(name="dense")
+            if found is not None:
+                kernel = serving_kernel(module, self.format, self.formats)
+            elif quantized:
+                kernel = ServingKernel(name="dense", reason="dequantized: no memory is saved")
+            rows.append(
+                ExportedTensor(
+                    module=module,
+                    layers=layers,
+                    scheme=quantized[0].policy if quantized else "",
+                    stored=str(self.dtype) if found is None else found.described,
+                    kernel=kernel.name,
+                    reason=kernel.reason,
+                )
+            )
+        return tuple(rows)
+
+
+class _Values:
+    """One part's values, and what becomes of them."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, number: int, values: Mapping[str, NDArray[Any]]
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._values = values
+        self._stored = {str(s.variable.path): s for s in checkpoint.in_float[number].variables}
+        self._own: dict[str, dict[str, NDArray[Any]]] = {}
+        for stored in checkpoint.parts[number].variables:
+            self._own.setdefault(stored.layer_path, {})[stored.name] = values[stored.name_path]
+
+    def tensors(self, place: TensorPlace) -> Tensors:
+        """A place's tensors: codes and scales, or one in float."""
+        checkpoint = self._checkpoint
+        name = checkpoint.names[place.name]
+        module = name.rpartition(".")[0]
+        if place.input_axis is not None and module in checkpoint.formats:
+            made = self._matrix(place)
+            write = gptq if checkpoint.format == "gptq" else compressed_tensors
+            return write(module, made, checkpoint.dtype)
+        tensor: NDArray[Any] | None = None
+        for path in place.variables:
+            value = self._dense(path)
+            if tensor is None:
+                tensor = np.empty(place.shape, value.dtype)
+            checkpoint.places.scatter(path, value, tensor)
+        assert tensor is not None
+        with np.errstate(over="ignore"):  # reported below
+            cast = tensor.astype(checkpoint.dtype)
+        if not np.isfinite(cast.astype(np.float32)).all():
+            raise ExportError(
+                f"{name}: values are too large for {checkpoint.dtype}; use --dtype bfloat16"
+            )
+        return {name: cast}
+
+    def check_constants(self) -> None:
+        """Check that what KerasHub's converter fills with constants still holds them."""
+        for path in self._stored:
+            conversion = self._checkpoint.places.conversions[path]
+            if conversion.constant is None:
+                continue
+            if not np.array_equal(self._dense(path), conversion.constant):
+                raise ExportError(
+                    f"{path}: a Hugging Face checkpoint has no place for it, and it is not the "
+                    "constant that KerasHub's converter would put there; the model cannot be "
+                    "exported"
+                )
+
+    def _matrix(self, place: TensorPlace) -> Matrix:
+        return _matrix(self._checkpoint.places, place, self._checkpoint.schemes, self._own)
+
+    def _dense(self, path: str) -> NDArray[Any]:
+        """A variable's value in float, as the float model has it."""
+        stored = self._stored[path]
+        scheme = self._checkpoint.schemes.get(stored.layer_path)
+        own = self._own[stored.layer_path]
+        if scheme is not None and stored.name == "kernel":
+            return decode_kernel(own, self._checkpoint.places.layouts[path], scheme)
+        if scheme is not None and stored.name in _TABLES:
+            assert isinstance(scheme, Int8Scheme | Int4Scheme)
+            reverse = stored.name == "reverse_embeddings"
+            length = stored.shape[0 if reverse else 1]
+            return decode_embedding(own, scheme, length, reverse=reverse)
+        return self._values[stored.name_path]
+
+
+def _matrix(
+    places: TensorPlaces,
+    place: TensorPlace,
+    schemes: Mapping[str, Scheme],
+    own: Mapping[str, Mapping[str, NDArray[Any]]],
+) -> Matrix:
+    kernels = {}
+    for path in place.variables:
+        layer = path.rpartition("/")[0]
+        kernels[path] = kernel_codes(own[layer], places.layouts[path], schemes[layer], layer)
+    return join_matrix(place, places, kernels)
+
+
+def plan_checkpoint(
+    plan: Plan,
+    artifact: PresetFiles,
+    format: ExportFormat,
+    *,
+    dtype: str | None = None,
+    like_url: str | None = None,
+) -> Checkpoint:
+    """Decide everything about a checkpoint; no weights are read.
+
+    Args:
+        plan: of the run that made the artifact.
+        dtype: of what is not quantized; None for the artifact's own.
+        like_url: a Hugging Face folder of the model, to take config and tokenizer from.
+
+    Raises:
+        ExportError: a model or a layer that cannot be exported in this format.
+        SourceError: an artifact or folder that cannot be used.
+    """
+    skeleton = build_skeleton(artifact)
+    config = checkpoint_config(skeleton, plan.source_url, like_url)
+    parts = cut_parts(skeleton.stored, [block.layer for block in find_blocks(skeleton).blocks])
+    plain = build_skeleton(artifact, "float32")
+    in_float = cut_parts(plain.stored, [block.layer for block in find_blocks(plain).blocks])
+    places = find_places(config.folder, plain)
+    for part in in_float:
+        for stored in part.variables:
+            if str(stored.variable.path) not in places.conversions:
+                raise ExportError(
+                    f"{stored.variable.path}: KerasHub's converter gives it no value, so a Hugging "
+                    "Face checkpoint has no place for it; the model cannot be exported"
+                )
+    schemes = {
+        layer.path: layer.scheme
+        for of_part in plan.parts
+        for layer in of_part.layers
+        if layer.scheme is not None
+    }
+    first = next(s for s in skeleton.stored if s.layer_path not in schemes)
+    checkpoint = Checkpoint(
+        config=config,
+        format=format,
+        dtype=np.dtype(dtype or first.dtype),
+        generates=skeleton.predicts_tokens,
+        parts=parts,
+        in_float=in_float,
+        places=places,
+        schemes=schemes,
+        names=_names(config, places, generates=skeleton.predicts_tokens),
+        formats={},
+    )
+    if format != "dense":
+        checkpoint = replace(checkpoint, formats=_formats(checkpoint))
+        check_format(format, checkpoint.formats)
+    return checkpoint
+
+
+def _names(
+    config: CheckpointConfig, places: TensorPlaces, *, generates: bool
+) -> dict[str, str]:
+    """What transformers calls each tensor.
+
+    KerasHub's converters leave out the base model's name within its task where published
+    checkpoints differ in it.
+    """
+    own = list(places.tensors)
+    if not generates:
+        # A base model: nothing encloses it.
+        base = f"{config.content['model_type']}."
+        return {name: name.removeprefix(base) for name in own}
+    if config.has_tensors:
+        known = SafetensorsWeights(config.folder).tensor_names
+        return {
+            name: next((full for full in (name, *known) if full.endswith(name) and full in known), name)
+            for name in own
+        }
+    if any(name.startswith("layers.") for name in own):
+        # As in all of transformers' decoders.
+        return {name: name if name.startswith("lm_head.") else f"model.{name}" for name in own}
+    return {name: name for name in own}
+
+
+def _formats(checkpoint: Checkpoint) -> dict[str, CodeFormat]:
+    """The format of each module's codes, found by moving zeros to where the codes will go."""
+    known: dict[Hashable, CodeFormat] = {}
+    found = {}
+    for number, of_part in enumerate(checkpoint.tensors):
+        variables: dict[str, list[StoredVariable]] = {}
+        for stored in checkpoint.parts[number].variables:
+            variables.setdefault(stored.layer_path, []).append(stored)
+        for place in of_part:
+            layers = [path.rpartition("/")[0] for path in place.variables]
+            schemes = [checkpoint.schemes.get(layer) for layer in layers]
+            if place.input_axis is None or not any(schemes):
+                continue
+            _check_layers(place, layers, schemes, checkpoint.format)
+            key = (checkpoint.places.signature(place.name), *map(repr, schemes))
+            if key not in known:
+                own = {layer: _stand_ins(variables[layer], checkpoint.schemes[layer]) for layer in layers}
+                known[key] = _matrix(checkpoint.places, place, checkpoint.schemes, own).format
+            found[checkpoint.names[place.name].rpartition(".")[0]] = known[key]
+    return found
+
+
+def _check_layers(
+    place: TensorPlace,
+    layers: Sequence[str],
+    schemes: Sequence[Scheme | None],
+    format: ExportFormat,
+) -> None:
+    for layer, scheme in zip(layers, schemes, strict=True):
+        if isinstance(scheme, AWQScheme):
+            raise awq_refused(layer)
+        if scheme is None:
+            raise ExportError(
+                f"{layer}: not quantized, but {place.name} holds it together with "
+                f"{', '.join(x for x in layers if x != layer)}; quantize all of them by one "
+                "scheme, or use --format dense"
+            )
+    if place.input_axis == 0 and format == "compressed-tensors":
+        raise ExportError(
+            f"{layers[0]}: transformers has {place.name} in a Conv1D, which compressed-tensors "
+            "cannot hold; use --format gptq or dense"
+        )
+
+
+def _stand_ins(
+    stored: Sequence[StoredVariable], scheme: Scheme
+) -> dict[str, NDArray[Any]]:
+    """Variables of the right shapes, with the groups that the scheme has and any codes."""
+    made = {}
+    for one in stored:
+        made[one.name] = np.zeros(one.shape, np.dtype(one.dtype))
+        if one.name == "kernel_zero" and getattr(scheme, "symmetric", False):
+            made[one.name] += 2 ** (getattr(scheme, "weight_bits") - 1)
+        elif one.name == "g_idx":
+            size = getattr(scheme, "group_size", getattr(scheme, "block_size", -1))
+            length = one.shape[0]
+            made[one.name] += np.arange(length) // (length if size == -1 else size)
+        elif "scale" in one.name:
+            made[one.name] += 1
+    return made

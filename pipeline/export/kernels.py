@@ -1,0 +1,85 @@
+"""Which kernel of vLLM would multiply with an exported layer, or why none would.
+
+Facts of vLLM 0.33. They change with its versions and differ by GPU (Machete needs Hopper), so they
+are advice, and nothing is refused for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.export.codes import CodeFormat
+from pipeline.export.formats import ExportFormat
+
+_MACHETE_GROUPS = (-1, 64, 128)
+_MARLIN_GROUPS = (-1, 32, 64, 128)
+# vLLM multiplies with these at once, as one layer.
+_FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServingKernel:
+    """What vLLM would do with a layer.
+
+    Attributes:
+        name: of the kernel; "" if there is none for it.
+        reason: why there is none, or what has to be known.
+    """
+
+    name: str = ""
+    reason: str = ""
+
+
+def serving_kernel(
+    module: str, format: ExportFormat, formats: Mapping[str, CodeFormat]
+) -> ServingKernel:
+    """What vLLM would do with a quantized module of a checkpoint.
+
+    Args:
+        formats: of all quantized modules, by name.
+    """
+    found = formats[module]
+    if format == "dense":
+        return ServingKernel(name="dense", reason="stored in float: no memory is saved")
+    others = _different_partners(module, formats)
+    if others:
+        return ServingKernel(
+            reason=f"vLLM fuses it with {', '.join(others)}, which would need the same scheme"
+        )
+    if found.is_float or found.activations == "int8":
+        return ServingKernel(name="w8a8 float8" if found.is_float else "w8a8 int8")
+    if found.bits in (2, 3):
+        return ServingKernel(
+            name="Humming",
+            reason=f"{found.bits} bits: vLLM has no other; transformers and GPTQModel take it too",
+        )
+    if format == "gptq" and not found.symmetric:
+        return ServingKernel(
+            reason="vLLM reads symmetric gptq checkpoints only; GPTQModel and transformers take it"
+        )
+    names = []
+    if found.group_size in _MACHETE_GROUPS:
+        names.append("Machete")
+    if found.group_size in _MARLIN_GROUPS and (found.symmetric or found.bits == 4):
+        names.append("Marlin")
+    if not names:
+        groups = ", ".join(map(str, _MARLIN_GROUPS[1:]))
+        return ServingKernel(
+            reason=f"groups of {found.group_size}: its kernels have groups of {groups}, or -1"
+        )
+    return ServingKernel(name=" or ".join(names))
+
+
+def _different_partners(module: str, formats: Mapping[str, CodeFormat]) -> Sequence[str]:
+    """The modules that vLLM fuses with this one although their formats differ."""
+    parent, _, own = module.rpartition(".")
+    for names in _FUSED:
+        if own in names:
+            partners = (f"{parent}.{name}" for name in names if name != own)
+            return [name for name in partners if formats.get(name) != formats[module]]
+    return ()

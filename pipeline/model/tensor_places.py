@@ -1,0 +1,306 @@
+"""Where a backbone's variables lie in a Hugging Face checkpoint: KerasHub's converter, inverted.
+
+The converter runs on a skeleton and names a tensor and a hook for each variable. A hook that is fed
+the numbers 0, 1, 2, … instead of weights shows where each element of the tensor lands. So no
+architecture is named here; what a converter computes, rather than moves, is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from keras_hub.src.utils.transformers.safetensor_utils import SafetensorLoader
+from numpy.typing import NDArray
+
+from pipeline.errors import ExportError, SourceError
+from pipeline.model.huggingface import Conversion, Hook, _find_converter, converted_value
+from pipeline.model.preset import PresetFiles, keras_errors
+from pipeline.model.skeleton import Skeleton
+from quantizer.keras_format.kernel_layout import KernelLayout
+from quantizer.keras_format.layers import kernel_layout
+from quantizer.keras_format.model_layers import WITH_KERNEL, layer_name
+
+Index = NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorPlace:
+    """One tensor of a checkpoint.
+
+    Attributes:
+        shape: as transformers stores it.
+        variables: paths of those that it holds; several where the checkpoint fuses layers.
+        input_axis: of a matrix that layers multiply with: 1 for [out_features, in_features], 0 for
+            its transpose (GPT-2's Conv1D); None for other tensors.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    variables: tuple[str, ...]
+    input_axis: int | None
+
+    @property
+    def module(self) -> str:
+        """Name of the module that owns the tensor."""
+        return self.name.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class TensorPlaces:
+    """The tensors of a checkpoint of one backbone.
+
+    Attributes:
+        backbone: of a float skeleton used for nothing else: the converter may assign to it.
+        conversions: by variable path.
+    """
+
+    skeleton: Skeleton
+    conversions: Mapping[str, Conversion]
+    _known: dict[Hashable, tuple[tuple[int, ...], int | None]] = field(
+        default_factory=dict, repr=False
+    )
+
+    @cached_property
+    def layouts(self) -> Mapping[str, KernelLayout]:
+        """The layout of each kernel, by variable path."""
+        return {
+            f"{layer_name(layer)}/kernel": kernel_layout(layer)
+            for layer in self.skeleton.backbone_layers
+            if type(layer) in WITH_KERNEL
+        }
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorPlace]:
+        """Every tensor by its name, in the order in which the converter asks for them.
+
+        Raises:
+            ExportError: a tensor that the converter does not merely move.
+        """
+        users: dict[str, list[str]] = {}
+        for path, conversion in self.conversions.items():
+            if conversion.constant is None:
+                users.setdefault(conversion.tensor, []).append(path)
+        return {name: self._place(name, tuple(paths)) for name, paths in users.items()}
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each variable of the backbone."""
+        return {
+            str(variable.path): tuple(int(size) for size in variable.shape)
+            for variable in self.skeleton.backbone.variables
+        }
+
+    def signature(self, name: str) -> Hashable:
+        """Equal for tensors that hold variables of the same shapes in the same way."""
+        place = self.tensors[name]
+        users = (
+            (self.shapes[path], _hook_key(self.conversions[path].hook)) for path in place.variables
+        )
+        return place.shape, place.input_axis, *users
+
+    def scatter(self, path: str, value: NDArray[Any], tensor: NDArray[Any]) -> None:
+        """Put a variable's values where they belong in a tensor.
+
+        Args:
+            path: of the variable; `value` has its shape.
+            tensor: of the tensor's shape; the elements of other variables are left alone.
+        """
+        conversion = self.conversions[path]
+        place = self.tensors[conversion.tensor]
+        if _transposed(conversion, place.shape, value.shape):
+            tensor[...] = value.T
+        elif conversion.hook is None:
+            tensor[...] = value
+        else:
+            index = self._index(conversion, place.shape, path)
+            assert index is not None
+            tensor.reshape(-1)[index.reshape(-1)] = value.reshape(-1)
+
+    def _place(self, name: str, paths: tuple[str, ...]) -> TensorPlace:
+        key = tuple(
+            (path.rpartition("/")[2], self.shapes[path], _hook_key(self.conversions[path].hook))
+            for path in paths
+        )
+        if key not in self._known:
+            self._known[key] = self._find_shape(name, paths)
+        shape, input_axis = self._known[key]
+        return TensorPlace(name=name, shape=shape, variables=paths, input_axis=input_axis)
+
+    def _find_shape(self, name: str, paths: Sequence[str]) -> tuple[tuple[int, ...], int | None]:
+        """The tensor's shape, and the axis of its inputs."""
+        for shape in dict.fromkeys(self._candidates(paths)):
+            orientations = set()
+            seen = np.zeros(math.prod(shape), bool)
+            num_elements = 0
+            for path in paths:
+                conversion, own = self.conversions[path], self.shapes[path]
+                if conversion.hook is None or _transposed(conversion, shape, own):
+                    whole = shape in (own, own[::-1]) and len(paths) == 1
+                    seen[:] = whole
+                    num_elements += seen.size
+                    if path not in self.layouts:
+                        orientations.add(None)
+                        continue
+                index = self._index(conversion, shape, path)
+                if index is None:
+                    break
+                if conversion.hook is not None and not _transposed(conversion, shape, own):
+                    seen[index.reshape(-1)] = True
+                    num_elements += index.size
+                orientations.add(_input_axis(index, self.layouts.get(path), shape))
+            else:
+                if num_elements == seen.size and seen.all() and len(orientations) == 1:
+                    [orientation] = orientations
+                    if orientation != _SPREAD:
+                        return shape, orientation
+        raise ExportError(
+            f"{paths[0]}: KerasHub's converter does not simply move {name} there, so the way back "
+            "is unknown; models of this family cannot be exported"
+        )
+
+    def _candidates(self, paths: Sequence[str]) -> Iterator[tuple[int, ...]]:
+        """Shapes that a tensor may have, given the variables that it holds."""
+        first = self.shapes[paths[0]]
+        if len(paths) == 1 and self.conversions[paths[0]].hook is None:
+            yield first
+            return
+        total = sum(math.prod(self.shapes[path]) for path in paths)
+        layouts = [self.layouts[path] for path in paths if path in self.layouts]
+        if len(layouts) == len(paths):
+            inputs = layouts[0].in_features
+            if all(layout.in_features == inputs for layout in layouts):
+                yield total // inputs, inputs
+                yield inputs, total // inputs
+            return
+        if len(first) == 1 or paths[0].endswith("/bias"):
+            yield (total,)
+        if len(paths) == 1:
+            yield first
+            yield first[::-1]
+
+    def _index(self, conversion: Conversion, shape: tuple[int, ...], path: str) -> Index | None:
+        """The tensor's element, by its flat index, for each element of the variable.
+
+        None where the converter does not take a tensor of this shape, or computes with it.
+        """
+        size = math.prod(shape)
+        numbers = np.arange(size, dtype=np.int32 if size < 2**31 else np.int64).reshape(shape)
+        own = self.shapes[path]
+        with contextlib.suppress(SourceError):
+            index = converted_value(conversion, numbers, own, path).view(np.ndarray)
+            moved = index.shape == own and index.dtype.kind == "i" and index.size > 0
+            if moved and 0 <= index.min() and index.max() < size:
+                return index
+        return None
+
+
+_SPREAD = -1
+"""Neither rows nor columns of the tensor are a layer's inputs."""
+
+
+def _input_axis(index: Index, layout: KernelLayout | None, shape: tuple[int, ...]) -> int | None:
+    if layout is None:
+        return None
+    index_RC = layout.to_matrix(index)
+    row_RC, column_RC = np.divmod(index_RC, shape[1])
+    if (row_RC == row_RC[:, :1]).all() and (column_RC == column_RC[:1]).all():
+        return 1
+    if (row_RC == row_RC[:1]).all() and (column_RC == column_RC[:, :1]).all():
+        return 0
+    return _SPREAD
+
+
+def _transposed(conversion: Conversion, shape: tuple[int, ...], own: tuple[int, ...]) -> bool:
+    """Whether the hook only transposes, found without touching memory: tables are large."""
+    if conversion.hook is None or len(shape) != 2 or own != shape[::-1]:
+        return False
+    # Its pages are never written, and so never exist.
+    probe = np.empty(shape, np.uint8)
+    try:
+        found = conversion.hook(probe, list(own))
+    except (ValueError, IndexError, TypeError):
+        return False
+    return (
+        isinstance(found, np.ndarray)
+        and np.may_share_memory(found, probe)
+        and found.ctypes.data == probe.ctypes.data
+        and (found.shape, found.strides) == (own, probe.T.strides)
+    )
+
+
+def _hook_key(hook: Hook | None) -> Hashable:
+    """Equal for hooks that do the same: those of a block and of the next."""
+    code = getattr(hook, "__code__", None)
+    cells = getattr(hook, "__closure__", None) or ()
+    key = (code, getattr(hook, "__defaults__", None), *(cell.cell_contents for cell in cells))
+    try:
+        hash(key)
+    except TypeError:
+        return id(hook)
+    return key if code is not None else id(hook)
+
+
+def find_places(config: PresetFiles, skeleton: Skeleton) -> TensorPlaces:
+    """Run KerasHub's converter backwards.
+
+    Args:
+        config: a Hugging Face folder; its config.json alone is used.
+        skeleton: in float, of the same model, and used for nothing else.
+
+    Raises:
+        ExportError: the converter computes with weights.
+        SourceError: there is no converter for this model.
+    """
+    converter = _find_converter(config)
+    backbone = skeleton.backbone
+    if not isinstance(backbone, converter.backbone_cls):
+        raise ExportError(
+            f"{config.url}: config.json is of a {converter.backbone_cls.__name__}, and the result "
+            f"is a {type(backbone).__name__}; name the folder of the model that was quantized"
+        )
+    loader = _NamesOnly(config.url)
+    before = {id(variable) for variable in backbone.variables if variable._value is not None}
+    with keras_errors(
+        f"{config.url}: KerasHub's converter for {type(backbone).__name__} cannot be run backwards",
+        "models of this family cannot be exported",
+    ):
+        converter.convert_weights(backbone, loader, config.parse("config.json"))
+    conversions = dict(loader.conversions)
+    for variable in backbone.variables:
+        if variable._value is not None and id(variable) not in before:
+            conversions[str(variable.path)] = Conversion(constant=np.asarray(variable.value))
+    return TensorPlaces(skeleton, conversions)
+
+
+class _NamesOnly(SafetensorLoader):  # type: ignore[misc]  # KerasHub carries no types
+    """Answers like KerasHub's loader for a checkpoint of which nothing but the names is wanted.
+
+    A converter that asks whether a tensor exists is told that it does not: what it probes for are
+    the names that older versions of transformers gave.
+    """
+
+    def __init__(self, url: str) -> None:
+        contextlib.ExitStack.__init__(self)
+        self.preset = url
+        self.safetensor_config: dict[str, Any] = {"weight_map": {}}
+        self.safetensor_files: dict[str, Any] = {}
+        self.prefix: str | None = ""
+        self.fname = None
+        self.conversions: dict[str, Conversion] = {}
+
+    def get_tensor(self, hf_weight_key: str) -> Any:
+        raise ExportError(
+            f"{self.preset}: KerasHub's converter computes with {hf_weight_key} itself, so the way "
+            "back is unknown; models of this family cannot be exported"
+        )
+
+    def port_weight(
+        self, keras_variable: Any, hf_weight_key: str, hook_fn: Hook | None = None
+    ) -> None:
+        self.conversions[str(keras_variable.path)] = Conversion(tensor=hf_weight_key, hook=hook_fn)
