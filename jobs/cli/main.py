@@ -30,6 +30,7 @@ from jobs.logging import (
 from jobs.termination import Terminated, terminable
 from pipeline.errors import PipelineError
 from pipeline.executor.protocol import ComputeSpec
+from pipeline.export.code_formats import ExportFormat
 from quantizer.errors import QuantizationError
 
 if TYPE_CHECKING:
@@ -236,6 +237,37 @@ def verify(
     from jobs.verify import verify_run
 
     verify_run(output, stock=stock, as_json=as_json)
+
+
+@app.command()
+def export(
+    output: options.FinishedRun,
+    to: Annotated[
+        str | None,
+        typer.Option(help="Folder or URL to write to; default: exports/FORMAT in the run."),
+    ] = None,
+    export_format: Annotated[
+        ExportFormat,
+        typer.Option("--format", help="dense stores all weights in float, for any scheme."),
+    ] = "compressed-tensors",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, float16 or bfloat16 for all else; default: the artifact's."),
+    ] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(help="Hugging Face folder of the model: take config and tokenizer from it."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be written; write nothing.")
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write a finished result as a checkpoint for transformers, vLLM and others."""
+    from jobs.export import ExportJob, export_run
+
+    job = ExportJob(run_url=output, format=export_format, to_url=to, dtype=dtype, like_url=like)
+    export_run(job, dry_run=dry_run, as_json=as_json)
 
 
 app.add_typer(fleet.app)

@@ -16,9 +16,9 @@ from pydantic import ConfigDict
 
 from pipeline.artifact.parts import Part, cut_parts, decode_part
 from pipeline.errors import ExportError
-from pipeline.export.codes import CodeFormat, Matrix, awq_refused, join_matrix, kernel_codes
+from pipeline.export.code_formats import CodeFormat, ExportFormat
+from pipeline.export.codes import Matrix, awq_refused, join_matrix, kernel_codes
 from pipeline.export.formats import (
-    ExportFormat,
     Tensors,
     check_format,
     compressed_tensors,
@@ -36,7 +36,7 @@ from pipeline.plan import Plan
 from pipeline.storage.record import STRICT
 from pipeline.weights.safetensors import SafetensorsWeights
 from quantizer.keras_format.variables import decode_embedding, decode_kernel
-from quantizer.schemes import AWQScheme, Int4Scheme, Int8Scheme, Scheme
+from quantizer.schemes import AWQScheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
 
 _TABLES = ("embeddings", "reverse_embeddings")
 
@@ -256,7 +256,7 @@ def _matrix(
 def plan_checkpoint(
     plan: Plan,
     artifact: PresetFiles,
-    format: ExportFormat,
+    as_format: ExportFormat,
     *,
     dtype: str | None = None,
     like_url: str | None = None,
@@ -294,7 +294,7 @@ def plan_checkpoint(
     first = next(s for s in skeleton.stored if s.layer_path not in schemes)
     checkpoint = Checkpoint(
         config=config,
-        format=format,
+        format=as_format,
         dtype=np.dtype(dtype or first.dtype),
         generates=skeleton.predicts_tokens,
         parts=parts,
@@ -304,15 +304,13 @@ def plan_checkpoint(
         names=_names(config, places, generates=skeleton.predicts_tokens),
         formats={},
     )
-    if format != "dense":
+    if as_format != "dense":
         checkpoint = replace(checkpoint, formats=_formats(checkpoint))
-        check_format(format, checkpoint.formats)
+        check_format(as_format, checkpoint.formats)
     return checkpoint
 
 
-def _names(
-    config: CheckpointConfig, places: TensorPlaces, *, generates: bool
-) -> dict[str, str]:
+def _names(config: CheckpointConfig, places: TensorPlaces, *, generates: bool) -> dict[str, str]:
     """What transformers calls each tensor.
 
     KerasHub's converters leave out the base model's name within its task where published
@@ -326,7 +324,9 @@ def _names(
     if config.has_tensors:
         known = SafetensorsWeights(config.folder).tensor_names
         return {
-            name: next((full for full in (name, *known) if full.endswith(name) and full in known), name)
+            name: next(
+                (full for full in (name, *known) if full.endswith(name) and full in known), name
+            )
             for name in own
         }
     if any(name.startswith("layers.") for name in own):
@@ -351,7 +351,10 @@ def _formats(checkpoint: Checkpoint) -> dict[str, CodeFormat]:
             _check_layers(place, layers, schemes, checkpoint.format)
             key = (checkpoint.places.signature(place.name), *map(repr, schemes))
             if key not in known:
-                own = {layer: _stand_ins(variables[layer], checkpoint.schemes[layer]) for layer in layers}
+                own = {
+                    layer: _stand_ins(variables[layer], checkpoint.schemes[layer])
+                    for layer in layers
+                }
                 known[key] = _matrix(checkpoint.places, place, checkpoint.schemes, own).format
             found[checkpoint.names[place.name].rpartition(".")[0]] = known[key]
     return found
@@ -361,7 +364,7 @@ def _check_layers(
     place: TensorPlace,
     layers: Sequence[str],
     schemes: Sequence[Scheme | None],
-    format: ExportFormat,
+    as_format: ExportFormat,
 ) -> None:
     for layer, scheme in zip(layers, schemes, strict=True):
         if isinstance(scheme, AWQScheme):
@@ -372,26 +375,28 @@ def _check_layers(
                 f"{', '.join(x for x in layers if x != layer)}; quantize all of them by one "
                 "scheme, or use --format dense"
             )
-    if place.input_axis == 0 and format == "compressed-tensors":
+    if place.input_axis == 0 and as_format == "compressed-tensors":
         raise ExportError(
             f"{layers[0]}: transformers has {place.name} in a Conv1D, which compressed-tensors "
             "cannot hold; use --format gptq or dense"
         )
 
 
-def _stand_ins(
-    stored: Sequence[StoredVariable], scheme: Scheme
-) -> dict[str, NDArray[Any]]:
+def _stand_ins(stored: Sequence[StoredVariable], scheme: Scheme) -> dict[str, NDArray[Any]]:
     """Variables of the right shapes, with the groups that the scheme has and any codes."""
-    made = {}
-    for one in stored:
-        made[one.name] = np.zeros(one.shape, np.dtype(one.dtype))
-        if one.name == "kernel_zero" and getattr(scheme, "symmetric", False):
-            made[one.name] += 2 ** (getattr(scheme, "weight_bits") - 1)
-        elif one.name == "g_idx":
-            size = getattr(scheme, "group_size", getattr(scheme, "block_size", -1))
-            length = one.shape[0]
-            made[one.name] += np.arange(length) // (length if size == -1 else size)
-        elif "scale" in one.name:
-            made[one.name] += 1
+    made = {one.name: np.zeros(one.shape, np.dtype(one.dtype)) for one in stored}
+    size, zero = -1, 0
+    match scheme:
+        case GPTQScheme():
+            size = scheme.group_size
+            zero = 2 ** (scheme.weight_bits - 1) if scheme.symmetric else 0
+        case Int4Scheme():
+            size = scheme.block_size
+    for name, value in made.items():
+        if name == "g_idx":
+            value[:] = np.arange(value.size) // (value.size if size == -1 else size)
+        elif name == "kernel_zero":
+            value[...] = zero
+        elif name.endswith("_scale"):
+            value[...] = 1
     return made

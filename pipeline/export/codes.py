@@ -9,51 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import ExportError
+from pipeline.export.code_formats import CodeFormat, code_format
 from pipeline.model.tensor_places import TensorPlace, TensorPlaces
 from quantizer.keras_format.kernel_layout import KernelLayout
 from quantizer.keras_format.variables import by_channel, unpack_nibbles
-from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
+from quantizer.schemes import GPTQScheme, Int4Scheme, Int8Scheme, Scheme
 
 Float32 = NDArray[np.float32]
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
-
-Activations = Literal["float", "int8", "float8"]
-"""What a layer's inputs are rounded to at run time: int8 for each token, float8 by a stored scale."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CodeFormat:
-    """What the codes of a layer are.
-
-    Attributes:
-        bits: of each code.
-        is_float: E4M3 values, not integers.
-        symmetric: every zero point is the middle of the codes' range.
-        group_size: inputs under one scale; -1 for a scale per output channel.
-    """
-
-    bits: int
-    is_float: bool = False
-    symmetric: bool = True
-    group_size: int = -1
-    activations: Activations = "float"
-
-    @property
-    def described(self) -> str:
-        """In a few words, such as "4 bits, symmetric, groups of 64"."""
-        if self.is_float:
-            return "float8 weights and inputs"
-        if self.activations == "int8":
-            return "8 bits, int8 inputs"
-        groups = "per channel" if self.group_size == -1 else f"groups of {self.group_size}"
-        return f"{self.bits} bits, {'symmetric' if self.symmetric else 'asymmetric'}, {groups}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,25 +61,6 @@ class Matrix:
     scale_RG: Float32
     zero_RG: NDArray[np.uint8]
     input_scale: np.float32 | None = None
-
-
-def code_format(scheme: Scheme) -> CodeFormat | None:
-    """The format of a scheme's codes; None if other runtimes have none for it (awq)."""
-    match scheme:
-        case GPTQScheme():
-            return CodeFormat(
-                bits=scheme.weight_bits, symmetric=scheme.symmetric, group_size=scheme.group_size
-            )
-        case Int8Scheme():
-            activations: Activations = "int8" if scheme.quantize_activations else "float"
-            return CodeFormat(bits=8, activations=activations)
-        case Int4Scheme():
-            per_channel = scheme.block_size == -1
-            return CodeFormat(bits=4, symmetric=per_channel, group_size=scheme.block_size)
-        case Float8Scheme():
-            return CodeFormat(bits=8, is_float=True, activations="float8")
-        case AWQScheme():
-            return None
 
 
 def kernel_codes(
@@ -262,7 +213,7 @@ def join_matrix(
         num_groups += kernel.scale.size
     if place.input_axis == 0:
         codes, group = codes.T, group.T
-    group_size = _run_length(group, first.format.group_size, place, len(place.variables) > 1)
+    group_size = _run_length(group, first.format.group_size, place)
     starts = group[:, :: group.shape[1] if group_size == -1 else group_size]
     scale = np.concatenate([kernels[path].scale for path in place.variables])
     zero = np.concatenate([kernels[path].zero for path in place.variables])
@@ -275,9 +226,7 @@ def join_matrix(
     )
 
 
-def _run_length(
-    group_RC: NDArray[np.int32], group_size: int, place: TensorPlace, fused: bool
-) -> int:
+def _run_length(group_RC: NDArray[np.int32], group_size: int, place: TensorPlace) -> int:
     """The inputs that share a scale in every row; -1 if all of a row do."""
     num_rows, num_inputs = group_RC.shape
     if (group_RC == group_RC[:, :1]).all():
@@ -293,8 +242,8 @@ def _run_length(
     if group_size == -1 or not (runs == runs[..., :1]).all():
         raise ExportError(
             f"{layers}: the weights that share a scale in Keras do not lie side by side in "
-            f"{place.name}{' (which fuses layers)' if fused else ''}; quantize with a group_size "
-            "that divides the width of the layer's inputs, or use --format dense"
+            f"{place.name}; quantize with gptq and a group_size that divides the inputs of one "
+            "head, or use --format dense"
         )
     return group_size
 

@@ -7,17 +7,15 @@ vLLM. Ours has no activation order to store: groups always are runs of the origi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import ExportError
-from pipeline.export.codes import CodeFormat, Matrix
+from pipeline.export.code_formats import CodeFormat, ExportFormat
+from pipeline.export.codes import Matrix
 from pipeline.export.packing import pack_gptq, pack_quantized
-
-ExportFormat: TypeAlias = Literal["compressed-tensors", "gptq", "dense"]
-EXPORT_FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
 
 Tensors = dict[str, NDArray[Any]]
 Formats = Mapping[str, CodeFormat]
@@ -77,13 +75,13 @@ def gptq(module: str, matrix: Matrix, dtype: np.dtype[Any]) -> Tensors:
     }
 
 
-def check_format(format: ExportFormat, formats: Formats) -> None:
+def check_format(as_format: ExportFormat, formats: Formats) -> None:
     """Check that a checkpoint of this format can hold these layers together.
 
     Raises:
         ExportError: it cannot.
     """
-    if format != "gptq":
+    if as_format != "gptq":
         return
     for module, found in formats.items():
         if found.is_float or found.activations != "float":
@@ -91,26 +89,28 @@ def check_format(format: ExportFormat, formats: Formats) -> None:
                 f"{module}: a gptq checkpoint holds no {found.described}; use --format "
                 "compressed-tensors or dense"
             )
-    one = {found: module for module, found in reversed(formats.items())}
-    if len(one) > 1:
-        (a, first), (b, second) = list(one.items())[:2]
+    first_of: dict[CodeFormat, str] = {}
+    for module, found in formats.items():
+        first_of.setdefault(found, module)
+    if len(first_of) > 1:
+        (a, first), (b, second) = list(first_of.items())[:2]
         raise ExportError(
-            f"a gptq checkpoint has one scheme for all layers, and {second} has {b.described} where "
-            f"{first} has {a.described}; use --format compressed-tensors or dense"
+            f"a gptq checkpoint has one scheme for all layers; {first} has {a.described}, and "
+            f"{second} has {b.described}: use --format compressed-tensors or dense"
         )
 
 
 def quantization_config(
-    format: ExportFormat, formats: Formats, in_float: tuple[str, ...]
+    as_format: ExportFormat, formats: Formats, in_float: tuple[str, ...]
 ) -> dict[str, Any] | None:
     """The `quantization_config` of config.json; None for a dense checkpoint.
 
     Args:
         in_float: modules with a matrix that was not quantized.
     """
-    if format == "dense" or not formats:
+    if as_format == "dense" or not formats:
         return None
-    if format == "gptq":
+    if as_format == "gptq":
         return _gptq_config(formats, in_float)
     return _compressed_tensors_config(formats, in_float)
 

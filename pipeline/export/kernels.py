@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.export.codes import CodeFormat
-from pipeline.export.formats import ExportFormat
+from pipeline.export.code_formats import CodeFormat, ExportFormat
 
 _MACHETE_GROUPS = (-1, 64, 128)
 _MARLIN_GROUPS = (-1, 32, 64, 128)
@@ -36,7 +35,7 @@ class ServingKernel:
 
 
 def serving_kernel(
-    module: str, format: ExportFormat, formats: Mapping[str, CodeFormat]
+    module: str, as_format: ExportFormat, formats: Mapping[str, CodeFormat]
 ) -> ServingKernel:
     """What vLLM would do with a quantized module of a checkpoint.
 
@@ -44,7 +43,7 @@ def serving_kernel(
         formats: of all quantized modules, by name.
     """
     found = formats[module]
-    if format == "dense":
+    if as_format == "dense":
         return ServingKernel(name="dense", reason="stored in float: no memory is saved")
     others = _different_partners(module, formats)
     if others:
@@ -58,7 +57,7 @@ def serving_kernel(
             name="Humming",
             reason=f"{found.bits} bits: vLLM has no other; transformers and GPTQModel take it too",
         )
-    if format == "gptq" and not found.symmetric:
+    if as_format == "gptq" and not found.symmetric:
         return ServingKernel(
             reason="vLLM reads symmetric gptq checkpoints only; GPTQModel and transformers take it"
         )

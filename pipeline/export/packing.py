@@ -65,9 +65,7 @@ def unpack_bits(words: Words, bits: int, length: int) -> Codes:
     return codes.reshape(*lead, num_runs * _WORD_BITS)[..., :length].copy()
 
 
-def pack_quantized(
-    codes_RC: Codes, zero_RG: Codes | None, bits: int
-) -> tuple[Words, Words | None]:
+def pack_quantized(codes_RC: Codes, zero_RG: Codes | None, bits: int) -> tuple[Words, Words | None]:
     """weight_packed and weight_zero_point of compressed-tensors' "pack-quantized".
 
     Args:

@@ -81,7 +81,7 @@ def write_checkpoint(
     run: ObjectStore,
     manifest: Manifest,
     store: ObjectStore,
-    report: Report = lambda number, of: None,
+    report: Report = lambda _number, _of: None,
 ) -> ExportManifest:
     """Export a finished run, from wherever an earlier attempt stopped.
 

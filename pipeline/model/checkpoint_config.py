@@ -64,12 +64,12 @@ class CheckpointConfig:
         """Tokenizer, generation settings and licence, by name."""
         names = sorted({*self.folder.json_files, *self.folder.assets})
         copied = (name for name in names if any(fnmatch.fnmatch(name, one) for one in _COPIED))
-        return {
-            name: self.folder.json_files.get(name) or self.folder.read(name) for name in copied
-        }
+        return {name: self.folder.json_files.get(name) or self.folder.read(name) for name in copied}
 
 
-def checkpoint_config(skeleton: Skeleton, source_url: str, like_url: str | None) -> CheckpointConfig:
+def checkpoint_config(
+    skeleton: Skeleton, source_url: str, like_url: str | None
+) -> CheckpointConfig:
     """Find the config of a checkpoint, and check that it describes the model.
 
     Args:

@@ -135,7 +135,7 @@ class TensorPlaces:
     def _find_shape(self, name: str, paths: Sequence[str]) -> tuple[tuple[int, ...], int | None]:
         """The tensor's shape, and the axis of its inputs."""
         for shape in dict.fromkeys(self._candidates(paths)):
-            orientations = set()
+            orientations: set[int | None] = set()
             seen = np.zeros(math.prod(shape), bool)
             num_elements = 0
             for path in paths:
@@ -195,7 +195,7 @@ class TensorPlaces:
         with contextlib.suppress(SourceError):
             index = converted_value(conversion, numbers, own, path).view(np.ndarray)
             moved = index.shape == own and index.dtype.kind == "i" and index.size > 0
-            if moved and 0 <= index.min() and index.max() < size:
+            if moved and index.min() >= 0 and index.max() < size:
                 return index
         return None
 

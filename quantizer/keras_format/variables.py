@@ -207,11 +207,12 @@ def decode_embedding(
         codes = unpack_nibbles(codes, vector_length, axis)
     scale = _float32(variables[f"{prefix}_scale"])
     if f"{prefix}_zero" not in variables:
-        values: Float32 = _float32(codes) / np.expand_dims(scale, axis)
-        return values
+        by_channel_values: Float32 = _float32(codes) / np.expand_dims(scale, axis)
+        return by_channel_values
     group = variables["g_idx"].astype(np.int64)
     zero = np.take(_float32(variables[f"{prefix}_zero"]), group, axis)
-    return (_float32(codes) - zero) * np.take(scale, group, axis)
+    grouped: Float32 = (_float32(codes) - zero) * np.take(scale, group, axis)
+    return grouped
 
 
 def pack_nibbles(codes: NDArray[_Byte], axis: int) -> NDArray[_Byte]:

@@ -1,0 +1,151 @@
+"""`quantfleet export`: a finished result as a checkpoint for transformers, vLLM and others."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from jobs.logging import log_event, print_json, print_result, status
+from jobs.quantities import size
+from pipeline.errors import DamagedObjectError, ExportError
+from pipeline.plan import read_plan
+from pipeline.run.commits import read_manifest
+from pipeline.run.records import ARTIFACT_PREFIX, MANIFEST_KEY
+from pipeline.storage.object_store import ObjectStore, open_store
+
+if TYPE_CHECKING:
+    from pipeline.export.checkpoint import Checkpoint, ExportedTensor
+    from pipeline.export.code_formats import ExportFormat
+
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportJob:
+    """What to export, and how.
+
+    Attributes:
+        to_url: the folder to write; None for one below the run.
+        dtype: of what is not quantized; None for the artifact's own.
+        like_url: a Hugging Face folder to take config and tokenizer from.
+    """
+
+    run_url: str
+    format: ExportFormat = "compressed-tensors"
+    to_url: str | None = None
+    dtype: str | None = None
+    like_url: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in _DTYPES:
+            raise ExportError(f"--dtype {self.dtype}: choose one of {', '.join(_DTYPES)}")
+
+    @property
+    def target_url(self) -> str:
+        return self.to_url or f"{self.run_url.rstrip('/')}/exports/{self.format}"
+
+
+def export_run(job: ExportJob, *, dry_run: bool, as_json: bool) -> None:
+    """Write a finished run's artifact as a checkpoint, or say what would be written.
+
+    Raises:
+        DamagedObjectError: the run is not finished, or a file is not what was committed.
+        ExportError: something that this format cannot hold.
+    """
+    # Imported here: JAX and Keras are slow to load. Without a choice Keras takes TensorFlow.
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    from pipeline.export.checkpoint import plan_checkpoint
+    from pipeline.export.writing import write_checkpoint
+    from pipeline.model.preset import read_preset
+
+    run = open_store(job.run_url)
+    if not run.exists(MANIFEST_KEY):
+        raise DamagedObjectError(
+            f"{run.url(MANIFEST_KEY)} is missing: the run is not finished; finish it with "
+            f"quantfleet resume {shlex.quote(job.run_url)}"
+        )
+    manifest = read_manifest(run)
+    with status("finding where each tensor goes"):
+        checkpoint = plan_checkpoint(
+            read_plan(run),
+            read_preset(f"{run.root_url}/{ARTIFACT_PREFIX.rstrip('/')}"),
+            job.format,
+            dtype=job.dtype,
+            like_url=job.like_url,
+        )
+    tensors = checkpoint.report()
+    if dry_run:
+        found = {"to": job.target_url, **_described(checkpoint), "tensors": tensors}
+        print_result(found, _table(tensors), as_json=as_json)
+        return
+    for note in _notes(checkpoint):
+        log_event("note", note)
+    store = open_store(job.target_url)
+    with status("exporting, one block at a time"):
+        made = write_checkpoint(checkpoint, run, manifest, store)
+    summary = {
+        "to": store.root_url,
+        **_described(checkpoint),
+        "files": len(made.files),
+        "bytes": made.num_bytes,
+        "tensors": made.tensors,
+    }
+    if as_json:
+        print_json(summary)
+    else:
+        kernels = ", ".join(f"{name} ({count})" for name, count in _kernels(made.tensors).items())
+        log_event(
+            "exported",
+            f"{_path(store)}: {len(made.files)} files, {size(made.num_bytes)}, {job.format}; "
+            f"vLLM's kernels: {kernels}",
+            {key: value for key, value in summary.items() if key != "tensors"},
+        )
+
+
+def _described(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "format": checkpoint.format,
+        "dtype": str(checkpoint.dtype),
+        "config_from": checkpoint.config.folder.url,
+        "tokenizer": bool(_tokenizer_files(checkpoint)),
+    }
+
+
+def _tokenizer_files(checkpoint: Checkpoint) -> list[str]:
+    named = ("tokenizer", "vocab", "merges")
+    return [name for name in checkpoint.config.small_files() if name.startswith(named)]
+
+
+def _notes(checkpoint: Checkpoint) -> Iterable[str]:
+    """What a person should know before the export is served."""
+    if not _tokenizer_files(checkpoint):
+        yield (
+            f"no tokenizer is exported: {checkpoint.config.folder.url} has none; copy it there, or "
+            "name a Hugging Face folder of the model with --like"
+        )
+    reasons = Counter(row.reason for row in checkpoint.report() if row.reason)
+    for reason, number in reasons.items():
+        yield f"{number} of the checkpoint's matrices: {reason}"
+
+
+def _kernels(tensors: Iterable[ExportedTensor]) -> Counter[str]:
+    return Counter(row.kernel or "none" for row in tensors)
+
+
+def _table(tensors: Iterable[ExportedTensor]) -> Table:
+    table = Table("module", "scheme", "stored as", "vLLM's kernel", "because")
+    for row in tensors:
+        cells = (row.module, row.scheme or "float", row.stored, row.kernel or "none", row.reason)
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def _path(store: ObjectStore) -> str:
+    return store.root_url.removeprefix("file://")
