@@ -67,9 +67,11 @@ def serving_kernel(
     if found.group_size in _MARLIN_GROUPS and (found.symmetric or found.bits == 4):
         names.append("Marlin")
     if not names:
-        groups = ", ".join(map(str, _MARLIN_GROUPS[1:]))
+        known = _MACHETE_GROUPS if found.bits == 8 and not found.symmetric else _MARLIN_GROUPS
+        groups = ", ".join(map(str, known[1:]))
         return ServingKernel(
-            reason=f"groups of {found.group_size}: its kernels have groups of {groups}, or -1"
+            reason=f"groups of {found.group_size}: its kernels for {found.described.split(', g')[0]} "
+            f"have groups of {groups}, or -1"
         )
     return ServingKernel(name=" or ".join(names))
 
