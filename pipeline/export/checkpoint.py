@@ -323,12 +323,12 @@ def _names(config: CheckpointConfig, places: TensorPlaces, *, generates: bool) -
         return {name: name.removeprefix(base) for name in own}
     if config.has_tensors:
         known = SafetensorsWeights(config.folder).tensor_names
-        return {
-            name: next(
-                (full for full in (name, *known) if full.endswith(name) and full in known), name
-            )
-            for name in own
-        }
+
+        def full(name: str) -> str:
+            ends = (one for one in known if one == name or one.endswith(f".{name}"))
+            return min(ends, key=len, default=name)
+
+        return {name: full(name) for name in own}
     if any(name.startswith("layers.") for name in own):
         # As in all of transformers' decoders.
         return {name: name if name.startswith("lm_head.") else f"model.{name}" for name in own}

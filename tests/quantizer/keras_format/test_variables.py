@@ -19,9 +19,14 @@ from quantizer import (
     quantize_layer,
 )
 from quantizer.keras_format.layers import own_variables
-from quantizer.keras_format.variables import decode_kernel, pack_nibbles, unpack_nibbles
+from quantizer.keras_format.variables import (
+    decode_embedding,
+    decode_kernel,
+    pack_nibbles,
+    unpack_nibbles,
+)
 from tests.selection import covering
-from tests.stock import kernel_layer, read_kernel
+from tests.stock import kernel_layer, read_kernel, read_table
 
 SCHEMES = {
     scheme.policy: scheme
@@ -111,3 +116,17 @@ def test_results_are_contiguous_and_the_codes_untouched():
     assert packed.flags.c_contiguous
     assert unpack_nibbles(packed, 5, 1).flags.c_contiguous
     np.testing.assert_array_equal(codes, before)
+
+
+@pytest.mark.parametrize(
+    "scheme", [Int8Scheme(), Int4Scheme(block_size=4), Int4Scheme(block_size=-1)]
+)
+def test_tables_decode_to_those_that_stock_keras_looks_up(scheme):
+    layer = keras.layers.ReversibleEmbedding(11, 7, tie_weights=False, name="tokens")
+    layer.build()
+    quantize_layer(layer, scheme)
+    own = {name: np.asarray(variable) for name, variable in own_variables(layer).items()}
+    for reverse in (False, True):
+        table = decode_embedding(own, scheme, 7, reverse=reverse)
+        expected = read_table(layer, reverse=reverse)
+        np.testing.assert_allclose(table.T if reverse else table, expected, rtol=1e-6)
