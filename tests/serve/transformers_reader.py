@@ -19,7 +19,9 @@ def load(folder):
     """The model that config.json names, with every weight from the checkpoint."""
     config = transformers.AutoConfig.from_pretrained(folder)
     model_class = getattr(transformers, config.architectures[0])
-    model, found = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    # Its other implementations leave out Gemma 2's soft caps.
+    options = {"dtype": "auto", "attn_implementation": "eager"}
+    model, found = model_class.from_pretrained(folder, **options, output_loading_info=True)
     wrong = {name: sorted(keys) for name, keys in found.items() if keys}
     # A base model's pooler has no counterpart in KerasHub's backbone.
     missing = [key for key in wrong.pop("missing_keys", []) if "pooler" not in key]

@@ -188,7 +188,7 @@ def test_a_config_that_says_something_else_is_refused(tmp_path: Path) -> None:
     plan, artifact = unsolved(small("Llama3"), INT4)
     found = plan_checkpoint(plan, artifact, "dense").config_json()
     (tmp_path / "config.json").write_text(json.dumps(found | {"rms_norm_eps": 1e-3}))
-    with pytest.raises(ExportError, match="layer_norm_epsilon 0.001 .* the result has 1e-0"):
+    with pytest.raises(ExportError, match=r"layer_norm_epsilon 0\.001 .* the result has 1e-0"):
         plan_checkpoint(plan, artifact, "dense", like_url=str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(found))
     assert not plan_checkpoint(plan, artifact, "dense", like_url=str(tmp_path)).config.made
@@ -201,7 +201,7 @@ def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
         plan_checkpoint(plan, artifact, "dense", like_url=str(tmp_path))
     with pytest.raises(ExportError, match="a KerasHub preset; --like takes a Hugging Face folder"):
         plan_checkpoint(plan, artifact, "dense", like_url=str(small("Llama3")))
-    with pytest.raises(SourceError, match="no config.json"):
+    with pytest.raises(SourceError, match=r"no config\.json"):
         plan_checkpoint(plan, artifact, "dense", like_url=str(tmp_path / "nowhere"))
 
 
