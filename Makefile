@@ -18,7 +18,7 @@ TORCH  := $(VENV)/.torch
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv torch test test-all test-s3 lint format demo bench lock clean
+.PHONY: help venv torch test test-all test-s3 test-serve lint format demo bench lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "%-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -56,6 +56,17 @@ test-all: test $(TORCH)  ## the default tests, then all others but the slow ones
 
 test-s3: $(READY)  ## the storage and fault tests on a real S3 server (needs radosgw)
 	$(BIN)/python -m pytest -m "radosgw and not slow"
+
+# Outside the lock, and apart: PyTorch and transformers read what is exported.
+SERVE_VENV ?= .venv-serve
+
+$(SERVE_VENV)/.ready: tests/serve/requirements.txt
+	$(PYTHON) -m venv --clear $(SERVE_VENV)
+	$(SERVE_VENV)/bin/python -m pip install --no-input --quiet -r $<
+	@touch $@
+
+test-serve: $(READY) $(SERVE_VENV)/.ready  ## exported checkpoints in transformers
+	QUANTFLEET_SERVE_PYTHON=$(SERVE_VENV)/bin/python $(BIN)/python -m pytest -m serve tests/serve
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check

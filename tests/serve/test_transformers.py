@@ -1,0 +1,193 @@
+"""transformers with compressed-tensors, in its own environment, answers as stock KerasHub does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from pipeline.artifact.verification import ask_stock
+from pipeline.export.checkpoint import plan_checkpoint
+from pipeline.export.code_formats import ExportFormat
+from pipeline.export.writing import write_checkpoint
+from pipeline.model.preset import read_preset
+from pipeline.plan import read_plan
+from pipeline.storage.object_store import open_store
+from tests.models.tiny_huggingface import tiny_huggingface
+from tests.pipeline.export.runs import finished_run
+from tests.pipeline.presets import shared_preset
+
+PYTHON = Path(os.environ.get("QUANTFLEET_SERVE_PYTHON", ".venv-serve/bin/python"))
+READER = Path(__file__).with_name("transformers_reader.py")
+# Every family's vocabulary has these.
+TOKENS = np.random.default_rng(0).integers(5, 60, (2, 24)).astype(np.int32)
+
+pytestmark = [
+    pytest.mark.serve,
+    pytest.mark.skipif(not PYTHON.exists(), reason=f"no {PYTHON}: run make test-serve"),
+]
+
+
+def gptq(bits: int, **options: Any) -> dict[str, Any]:
+    return {"mode": "gptq", "weight_bits": bits, "group_size": 8, **options}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its recipe, and a format to export it in."""
+
+    source: Callable[[Path], Path]
+    scheme: Mapping[str, Any]
+    as_format: ExportFormat = "compressed-tensors"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def llama3(_: Path) -> Path:
+    return shared_preset("Llama3", num_blocks=2)
+
+
+def llama3_in_bfloat16(_: Path) -> Path:
+    return shared_preset("Llama3", num_blocks=2, dtype="bfloat16", tied=False)
+
+
+def family(name: str, *, tokenizer: bool = False) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        return tiny_huggingface(
+            folder, name, tokenizer=tokenizer, dtype="f4", torch_dtype="float32"
+        )
+
+    return write
+
+
+INT4 = {"mode": "int4", "block_size": 16}
+RULES = [{"pattern": "feedforward_output", "scheme": gptq(8, symmetric=True)}]
+
+EXACT = {
+    **{
+        f"Llama 3, gptq {bits} bits, {kind}": Case(llama3, gptq(bits, symmetric=kind == "sym"))
+        for bits in (2, 3, 4, 8)
+        for kind in ("sym", "asym")
+    },
+    "Llama 3, gptq per channel": Case(llama3, gptq(4) | {"group_size": -1}),
+    "Llama 3, gptq in order of activation": Case(llama3, gptq(3, activation_order=True)),
+    "Llama 3, int4": Case(llama3, INT4),
+    "Llama 3, int4 per channel": Case(llama3, INT4 | {"block_size": -1}),
+    "Llama 3, two schemes": Case(llama3, gptq(3), settings={"rules": RULES}),
+    "Llama 3, awq": Case(llama3, {"mode": "awq", "group_size": 8}, "dense"),
+    "Mistral": Case(family("mistral", tokenizer=True), gptq(4)),
+    "Qwen 2": Case(family("qwen2"), INT4),
+    "Qwen 3": Case(family("qwen3"), INT4),
+    "Gemma": Case(family("gemma", tokenizer=True), gptq(4)),
+    "Gemma 2": Case(family("gemma2", tokenizer=True), gptq(3)),
+    "Gemma 3": Case(family("gemma3_text", tokenizer=True), gptq(4, symmetric=True)),
+    "GPT-2": Case(family("gpt2"), INT4, "dense"),
+    "BERT": Case(family("bert", tokenizer=True), gptq(4)),
+    "DistilBERT": Case(family("distilbert", tokenizer=True), gptq(4)),
+    "ALBERT": Case(family("albert"), INT4),
+}
+# Their inputs are rounded at run time, and by float8 a value at the edge of two differs.
+ROUNDED = {
+    "Llama 3, float8": Case(llama3, {"mode": "float8"}),
+    "Llama 3, int8": Case(llama3, {"mode": "int8"}),
+    "Gemma, int8": Case(family("gemma"), {"mode": "int8"}),
+    "Llama 3, int8 embeddings": Case(llama3, gptq(4), settings={"embeddings": {"mode": "int8"}}),
+    "Llama 3 in bfloat16": Case(llama3_in_bfloat16, gptq(4)),
+}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Outputs of stock KerasHub, and of transformers for the export and for a dense one."""
+
+    keras: NDArray[np.float32]
+    exported: NDArray[np.float32]
+    dense: NDArray[np.float32]
+    folder: Path
+
+    def distance(self, a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+        """Largest difference, as a share of the largest value."""
+        return float(np.abs(a - b).max() / np.abs(self.keras).max())
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answers]:
+    """Of every case: stock KerasHub and transformers each start only once."""
+    root = tmp_path_factory.mktemp("serve")
+    np.save(root / "tokens.npy", TOKENS)
+    cases, jobs = {**EXACT, **ROUNDED}, []
+    for number, case in enumerate(cases.values()):
+        folder = root / str(number)
+        folder.mkdir()
+        source = case.source(folder / "source")
+        run, manifest = finished_run(source, str(folder / "run"), case.scheme, **case.settings)
+        artifact = read_preset(f"{run.root_url}/artifact")
+        for as_format in dict.fromkeys((case.as_format, "dense")):
+            checkpoint = plan_checkpoint(read_plan(run), artifact, as_format)
+            store = open_store(str(folder / as_format))
+            write_checkpoint(checkpoint, run, manifest, store)
+            outputs = str(folder / f"{as_format}.npy")
+            inputs = str(root / "tokens.npy")
+            jobs.append({"folder": str(folder / as_format), "inputs": inputs, "outputs": outputs})
+    presets = [root / str(number) / "run" / "artifact" for number in range(len(cases))]
+    keras = ask_stock(presets, [TOKENS] * len(presets)).outputs
+    done = subprocess.run(
+        [PYTHON, "-I", READER], input=json.dumps(jobs), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {
+        name: Answers(
+            keras=keras[number],
+            exported=np.load(root / str(number) / f"{case.as_format}.npy"),
+            dense=np.load(root / str(number) / "dense.npy"),
+            folder=root / str(number),
+        )
+        for number, (name, case) in enumerate(cases.items())
+    }
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_transformers_answers_as_stock_keras_does(name: str, answers: dict[str, Answers]) -> None:
+    found = answers[name]
+    assert found.keras.shape == found.exported.shape
+    assert found.distance(found.exported, found.keras) < 2e-5
+    assert found.distance(found.dense, found.keras) < 2e-5
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_where_inputs_are_rounded_runtimes_differ_by_that_rounding(
+    name: str, answers: dict[str, Answers]
+) -> None:
+    # The dense checkpoint has the same weights and rounds no inputs: its distance to Keras is what
+    # rounding costs. Keras divides the largest input by 127, compressed-tensors by 127.5.
+    found = answers[name]
+    assert found.distance(found.exported, found.keras) <= 2 * found.distance(
+        found.dense, found.keras
+    )
+
+
+def test_int8_codes_are_the_same_weights(answers: dict[str, Answers]) -> None:
+    folder = answers["Llama 3, int8"].folder
+    packed, dense = _tensors(folder / "compressed-tensors"), _tensors(folder / "dense")
+    scales = [name for name in packed if name.endswith("_scale")]
+    assert len(scales) == 14
+    for scale in scales:
+        name = scale.removesuffix("_scale")
+        values = packed[name].astype(np.float32) * packed[scale]
+        np.testing.assert_allclose(values, dense[name], rtol=1e-6)
+
+
+def _tensors(folder: Path) -> dict[str, NDArray[Any]]:
+    found: dict[str, NDArray[Any]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "numpy") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return found
