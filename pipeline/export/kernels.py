@@ -70,8 +70,8 @@ def serving_kernel(
         known = _MACHETE_GROUPS if found.bits == 8 and not found.symmetric else _MARLIN_GROUPS
         groups = ", ".join(map(str, known[1:]))
         return ServingKernel(
-            reason=f"groups of {found.group_size}: its kernels for {found.described.split(', g')[0]} "
-            f"have groups of {groups}, or -1"
+            reason=f"groups of {found.group_size}: kernels for {found.bits} bits "
+            f"{'symmetric' if found.symmetric else 'asymmetric'} have groups of {groups}, or -1"
         )
     return ServingKernel(name=" or ".join(names))
 

@@ -123,7 +123,8 @@ def _source(url: str) -> PresetFiles | None:
 
 def _architecture(skeleton: Skeleton, backbone: str) -> dict[str, Any]:
     """What vLLM finds its model class by; KerasHub leaves it out for some families."""
-    family = backbone.removesuffix("Backbone").replace("Qwen", "Qwen2")
+    family = backbone.removesuffix("Backbone")
+    family = "Qwen2" if family == "Qwen" else family
     kind = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
     return {"architectures": [f"{family}{kind if skeleton.predicts_tokens else 'Model'}"]}
 

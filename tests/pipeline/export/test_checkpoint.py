@@ -184,6 +184,31 @@ def test_layers_fused_by_the_checkpoint_need_one_scheme(
         checkpoint_of(small("GPT2"), GPTQ, "gptq", rules=rules)
 
 
+@pytest.mark.parametrize("listed", [True, False])
+def test_names_are_complete_where_kerashub_leaves_out_the_base_model(
+    listed: bool, tmp_path: Path
+) -> None:
+    preset = small("Qwen3")
+    config = json.loads((preset / "config.json").read_text())["config"]
+    tiny_huggingface(
+        tmp_path,
+        "qwen3",
+        vocab_size=config["vocabulary_size"],
+        num_hidden_layers=config["num_layers"],
+        hidden_size=config["hidden_dim"],
+        intermediate_size=config["intermediate_dim"],
+        head_dim=config["head_dim"],
+        rope_theta=config["rope_max_wavelength"],
+        rms_norm_eps=config["layer_norm_epsilon"],
+        tie_word_embeddings=config["tie_word_embeddings"],
+    )
+    if not listed:
+        (tmp_path / "model.safetensors").unlink()
+    names = checkpoint_of(preset, INT4, like_url=str(tmp_path)).names
+    assert names["norm.weight"] == "model.norm.weight"
+    assert names["layers.0.self_attn.q_norm.weight"] == "model.layers.0.self_attn.q_norm.weight"
+
+
 def test_a_config_that_says_something_else_is_refused(tmp_path: Path) -> None:
     plan, artifact = unsolved(small("Llama3"), INT4)
     found = plan_checkpoint(plan, artifact, "dense").config_json()
