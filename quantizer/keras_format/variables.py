@@ -114,12 +114,12 @@ def decode_kernel(
 
 
 def _decode_groups(
-    codes: NDArray[Any], variables: Mapping[str, NDArray[Any]], axis: int
+    codes: NDArray[Any], variables: Mapping[str, NDArray[Any]], axis: int, prefix: str = "kernel"
 ) -> Float32:
     """(code - zero) · scale, with groups along `axis`."""
     group = variables["g_idx"].astype(np.int64)
-    zero = np.take(_float32(variables["kernel_zero"]), group, axis)
-    scale = np.take(_float32(variables["kernel_scale"]), group, axis)
+    zero = np.take(_float32(variables[f"{prefix}_zero"]), group, axis)
+    scale = np.take(_float32(variables[f"{prefix}_scale"]), group, axis)
     values: Float32 = (_float32(codes) - zero) * scale
     return values
 
@@ -205,14 +205,11 @@ def decode_embedding(
     codes: NDArray[Any] = variables[prefix]
     if isinstance(scheme, Int4Scheme):
         codes = unpack_nibbles(codes, vector_length, axis)
-    scale = _float32(variables[f"{prefix}_scale"])
-    if f"{prefix}_zero" not in variables:
-        by_channel_values: Float32 = _float32(codes) / np.expand_dims(scale, axis)
-        return by_channel_values
-    group = variables["g_idx"].astype(np.int64)
-    zero = np.take(_float32(variables[f"{prefix}_zero"]), group, axis)
-    grouped: Float32 = (_float32(codes) - zero) * np.take(scale, group, axis)
-    return grouped
+    if f"{prefix}_zero" in variables:
+        return _decode_groups(codes, variables, axis, prefix)
+    scale = np.expand_dims(variables[f"{prefix}_scale"], axis)
+    values: Float32 = _float32(codes) / _float32(scale)
+    return values
 
 
 def pack_nibbles(codes: NDArray[_Byte], axis: int) -> NDArray[_Byte]:
