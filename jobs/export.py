@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable
@@ -140,10 +141,17 @@ def _kernels(tensors: Iterable[ExportedTensor]) -> Counter[str]:
 
 
 def _table(tensors: Iterable[ExportedTensor]) -> Table:
-    table = Table("module", "scheme", "stored as", "vLLM's kernel", "because")
-    for row in tensors:
-        cells = (row.module, row.scheme or "float", row.stored, row.kernel or "none", row.reason)
-        table.add_row(*map(Text, cells))
+    """A line for what all blocks have in common."""
+    table = Table("matrices", "modules", "scheme", "stored as", "vLLM's kernel", "because")
+    rows = Counter(
+        (
+            re.sub(r"\.\d+(?=\.|$)", ".*", row.module),
+            *(row.scheme or "float", row.stored, row.kernel or "none", row.reason),
+        )
+        for row in tensors
+    )
+    for cells, number in rows.items():
+        table.add_row(str(number), *map(Text, cells))
     return table
 
 

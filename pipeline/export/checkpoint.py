@@ -39,6 +39,9 @@ from quantizer.keras_format.variables import decode_embedding, decode_kernel
 from quantizer.schemes import AWQScheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
 
 _TABLES = ("embeddings", "reverse_embeddings")
+# The attribute by which transformers' language models hold their base model, by what that calls its
+# blocks. Published checkpoints may leave it out, but the names of quantized modules may not.
+_BASE_MODELS = {"layers": "model", "h": "transformer"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -321,18 +324,20 @@ def _names(config: CheckpointConfig, places: TensorPlaces, *, generates: bool) -
         # A base model: nothing encloses it.
         base = f"{config.content['model_type']}."
         return {name: name.removeprefix(base) for name in own}
+    found = {name: name for name in own}
     if config.has_tensors:
         known = SafetensorsWeights(config.folder).tensor_names
-
-        def full(name: str) -> str:
+        for name in own:
             ends = (one for one in known if one == name or one.endswith(f".{name}"))
-            return min(ends, key=len, default=name)
-
-        return {name: full(name) for name in own}
-    if any(name.startswith("layers.") for name in own):
-        # As in all of transformers' decoders.
-        return {name: name if name.startswith("lm_head.") else f"model.{name}" for name in own}
-    return {name: name for name in own}
+            found[name] = min(ends, key=len, default=name)
+    for blocks, base in _BASE_MODELS.items():
+        if any(full.startswith(f"{blocks}.") for full in found.values()):
+            head = "lm_head."
+            found = {
+                name: full if full.startswith(head) else f"{base}.{full}"
+                for name, full in found.items()
+            }
+    return found
 
 
 def _formats(checkpoint: Checkpoint) -> dict[str, CodeFormat]:

@@ -146,7 +146,8 @@ def _checked(skeleton: Skeleton, found: CheckpointConfig) -> CheckpointConfig:
         if not _same(a, b):
             raise ExportError(
                 f"{found.folder.url}: KerasHub reads {name} {b!r} from config.json, and the result "
-                f"has {a!r}; name a Hugging Face folder of this model with --like"
+                f"has {a!r}; name a Hugging Face folder of this very model with --like, or a copy "
+                "whose config.json agrees"
             )
     return found
 

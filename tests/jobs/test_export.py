@@ -43,6 +43,17 @@ def test_a_dry_run_says_what_would_serve_each_layer_and_writes_nothing(
     assert run.list() == before
 
 
+def test_a_table_has_a_line_for_what_all_blocks_have_in_common(
+    run: ObjectStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert command(run.root_url, "--dry-run") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "mlp.up_proj" in line]
+    assert len(lines) == 1
+    assert "model.layers.*.mlp.up_proj" in lines[0]
+    assert "groups of 16: kernels for 4 bits asymmetric have groups of 32, 64, 128" in lines[0]
+
+
 def test_an_export_lies_below_its_run_unless_told_otherwise(
     run: ObjectStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

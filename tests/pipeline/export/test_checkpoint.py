@@ -136,9 +136,9 @@ def test_a_preset_needs_no_hugging_face_folder_where_kerashub_writes_the_config(
 
 def test_fused_layers_go_into_one_matrix() -> None:
     found = checkpoint_of(small("GPT2"), GPTQ, "gptq")
-    [row] = [row for row in found.report() if row.module == "h.0.attn.c_attn"]
+    [row] = [row for row in found.report() if row.module == "transformer.h.0.attn.c_attn"]
     assert [layer.rpartition("/")[2] for layer in row.layers] == ["query", "key", "value"]
-    assert found.formats["h.0.attn.c_attn"].group_size == 32
+    assert found.formats[row.module].group_size == 32
 
 
 @pytest.mark.parametrize(
@@ -201,6 +201,8 @@ def test_names_are_complete_where_kerashub_leaves_out_the_base_model(
         rope_theta=config["rope_max_wavelength"],
         rms_norm_eps=config["layer_norm_epsilon"],
         tie_word_embeddings=config["tie_word_embeddings"],
+        sliding_window=config["sliding_window_size"],
+        use_sliding_window=True,
     )
     if not listed:
         (tmp_path / "model.safetensors").unlink()
