@@ -126,11 +126,14 @@ def _tokenizer_files(checkpoint: Checkpoint) -> list[str]:
 
 def _notes(checkpoint: Checkpoint) -> Iterable[str]:
     """What a person should know before the export is served."""
-    if not _tokenizer_files(checkpoint):
+    config = checkpoint.config
+    if config.made:
         yield (
-            f"no tokenizer is exported: {checkpoint.config.folder.url} has none; copy it there, or "
-            "name a Hugging Face folder of the model with --like"
+            "config.json is the one that KerasHub writes, without a tokenizer, since the source is "
+            "no Hugging Face folder, or is gone; name one of this model with --like for both"
         )
+    elif not _tokenizer_files(checkpoint):
+        yield f"no tokenizer is exported, since {config.folder.url} has none; copy it there"
     reasons = Counter(row.reason for row in checkpoint.report() if row.reason)
     for reason, number in reasons.items():
         yield f"{number} of the checkpoint's matrices: {reason}"

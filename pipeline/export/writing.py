@@ -27,7 +27,7 @@ from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.record import STRICT, StoredRecord
 
 EXPORT_KEY = "export.json"
-_PROGRESS_PREFIX = "export/"
+_PROGRESS_PREFIX = "export-"
 _REQUEST_KEY = f"{_PROGRESS_PREFIX}request.json"
 
 Report = Callable[[int, int], None]
