@@ -134,6 +134,8 @@ def _notes(checkpoint: Checkpoint) -> Iterable[str]:
         )
     elif not _tokenizer_files(checkpoint):
         yield f"no tokenizer is exported, since {config.folder.url} has none; copy it there"
+    if checkpoint.format == "dense":
+        return
     reasons = Counter(row.reason for row in checkpoint.report() if row.reason)
     for reason, number in reasons.items():
         yield f"{number} of the checkpoint's matrices: {reason}"

@@ -55,7 +55,8 @@ def serving_kernel(
     if found.bits in (2, 3):
         return ServingKernel(
             name="Humming",
-            reason=f"{found.bits} bits: vLLM has no other; transformers and GPTQModel take it too",
+            reason=f"{found.bits} bits: Humming is vLLM's only kernel; transformers and GPTQModel "
+            "take them too",
         )
     if as_format == "gptq" and not found.symmetric:
         return ServingKernel(
