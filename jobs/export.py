@@ -22,8 +22,9 @@ from pipeline.run.records import ARTIFACT_PREFIX, MANIFEST_KEY
 from pipeline.storage.object_store import ObjectStore, open_store
 
 if TYPE_CHECKING:
-    from pipeline.export.checkpoint import Checkpoint, ExportedTensor
+    from pipeline.export.checkpoint import Checkpoint
     from pipeline.export.code_formats import ExportFormat
+    from pipeline.export.kernels import ExportedTensor
 
 _DTYPES = ("float32", "float16", "bfloat16")
 

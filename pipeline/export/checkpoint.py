@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ConfigDict
 
 from pipeline.artifact.parts import Part, cut_parts, decode_part
 from pipeline.errors import ExportError
@@ -25,7 +24,7 @@ from pipeline.export.formats import (
     gptq,
     quantization_config,
 )
-from pipeline.export.kernels import ServingKernel, serving_kernel
+from pipeline.export.kernels import ExportedTensor, ServingKernel, serving_kernel
 from pipeline.model.blocks import find_blocks
 from pipeline.model.checkpoint_config import CheckpointConfig, checkpoint_config, config_json
 from pipeline.model.preset import PresetFiles
@@ -33,7 +32,6 @@ from pipeline.model.skeleton import build_skeleton
 from pipeline.model.tensor_places import TensorPlace, TensorPlaces, find_places
 from pipeline.model.weight_layout import StoredVariable
 from pipeline.plan import Plan
-from pipeline.storage.record import STRICT
 from pipeline.weights.safetensors import SafetensorsWeights
 from quantizer.keras_format.variables import decode_embedding, decode_kernel
 from quantizer.schemes import AWQScheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
@@ -42,28 +40,6 @@ _TABLES = ("embeddings", "reverse_embeddings")
 # The attribute by which transformers' language models hold their base model, by what that calls its
 # blocks. Published checkpoints may leave it out, but the names of quantized modules may not.
 _BASE_MODELS = {"layers": "model", "h": "transformer"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExportedTensor:
-    """A tensor of the checkpoint that holds a matrix, for people.
-
-    Attributes:
-        module: the name of its module.
-        layers: paths of the layers that it comes from.
-        scheme: what those were quantized in; "" for float.
-        stored: how it is stored.
-        kernel: what vLLM would multiply with; reason says why there is none, or what to know.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    module: str
-    layers: tuple[str, ...]
-    scheme: str
-    stored: str
-    kernel: str
-    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
+
+from pydantic import ConfigDict
 
 from pipeline.export.code_formats import CodeFormat, ExportFormat
+from pipeline.storage.record import STRICT
 
 _MACHETE_GROUPS = (-1, 64, 128)
 _MARLIN_GROUPS = (-1, 32, 64, 128)
@@ -31,6 +35,28 @@ class ServingKernel:
     """
 
     name: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportedTensor:
+    """A tensor of the checkpoint that holds a matrix, for people.
+
+    Attributes:
+        module: the name of its module.
+        layers: paths of the layers that it comes from.
+        scheme: what those were quantized in; "" for float.
+        stored: how it is stored.
+        kernel: what vLLM would multiply with; reason says why there is none, or what to know.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    module: str
+    layers: tuple[str, ...]
+    scheme: str
+    stored: str
+    kernel: str
     reason: str = ""
 
 

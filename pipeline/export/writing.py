@@ -19,7 +19,8 @@ from pipeline.errors import (
     ObjectExistsError,
     PlanMismatchError,
 )
-from pipeline.export.checkpoint import Checkpoint, ExportedTensor
+from pipeline.export.checkpoint import Checkpoint
+from pipeline.export.kernels import ExportedTensor
 from pipeline.export.safetensors_file import safetensors_bytes
 from pipeline.run.commits import committed_file
 from pipeline.run.records import Digest, FileDigest, Manifest
