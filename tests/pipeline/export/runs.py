@@ -12,7 +12,7 @@ from pipeline.export.code_formats import ExportFormat
 from pipeline.model.preset import PresetFiles, read_preset
 from pipeline.model.preset_json import quantized_json
 from pipeline.plan import Plan
-from pipeline.planning import Planned, make_plan
+from pipeline.planning.make_plan import Planned, make_plan
 from pipeline.recipe.recipe_file import recipe_from_dict
 from pipeline.run.driver import claim, quantize
 from pipeline.run.records import Manifest
