@@ -1,6 +1,7 @@
 """The environment of all tests, set before a test module is imported, and what they share."""
 
 import os
+import signal
 from typing import TYPE_CHECKING
 
 # Left to itself, Keras chooses TensorFlow.
@@ -27,6 +28,9 @@ def pytest_configure(config: pytest.Config) -> None:
     Many tests trace what others have traced, and then need not compile it again. `make clean`
     empties the cache. JAX reads these variables when it is imported, which few tests need.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As in the background of a shell: children would inherit it, and tests interrupt those.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     assert config.cache is not None
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("compiled"))
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"

@@ -33,19 +33,17 @@ _BY_DEFAULT = ("SmolLM3",)
 # Another of each kind of model and of outcome.
 _EXHAUSTIVE = (
     "Albert",
-    "Bart",
     "Bert",
     "DebertaV3",
     "Electra",
     "Gemma3 with vision",
-    "Gemma4 with shared keys",
+    "Gemma4",
     "Gemma3n",
     "GptOss",
     "Moonshine",
     "OPT",
     "QwenMoe",
     "RWKV7",
-    "Whisper",
 )
 
 

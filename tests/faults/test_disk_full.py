@@ -29,6 +29,7 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.exhaustive
 def test_a_run_on_a_full_disk_goes_on_once_there_is_room(tmp_path: Path) -> None:
     whole = open_store("memory://disk-full/whole")
     execute(planned("gptq"), whole)

@@ -21,7 +21,7 @@ from pipeline.executor.allocation import NodeResources
 from pipeline.executor.ray_cluster import connect
 with connect(None, NodeResources(cpus=int(sys.argv[1]))):
     folder = ray._private.worker._global_node.get_session_dir_path()
-    print(ray.get_runtime_context().gcs_address, folder, flush=True)
+    print("cluster", ray.get_runtime_context().gcs_address, folder, flush=True)
     sys.stdin.read()
 """
 
@@ -48,7 +48,9 @@ def serve_ray(environment: dict[str, str] | None = None) -> Iterator[RunningClus
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        address, folder = process.stdout.readline().split()
+        # Ray may tell of messages that it lost before.
+        lines = (line.split() for line in process.stdout)
+        address, folder = next(words[1:] for words in lines if words[:1] == ["cluster"])
         yield RunningCluster(address, Path(folder))
     finally:
         process.stdin.close()

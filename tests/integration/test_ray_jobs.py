@@ -178,8 +178,8 @@ def some_lie_at(s3: S3Server, prefix: str) -> bool:
 
 
 def driver_of(request: str, run: str, s3: S3Server) -> int:
-    """The process that carries a request out, once it has committed a part."""
-    await_that(lambda: some_lie_at(s3, f"fleet/runs/{run}/records/"), request)
+    """The process that carries a request out, once it has committed a part, and logged that."""
+    await_that(lambda: some_lie_at(s3, f"fleet/runs/{run}/events/"), request)
     # The shell that Ray starts it with comes first, with the same words.
     return processes_of(f"fulfil s3://{BUCKET}/fleet/requests/{request}")[-1]
 

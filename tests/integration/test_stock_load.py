@@ -132,6 +132,7 @@ def test_stock_on_torch_answers_the_same_in_float16(
     assert_same(run, stock_on_torch, tolerance=5e-3)
 
 
+@pytest.mark.exhaustive
 def test_stock_answers_the_same_where_schemes_are_mixed(
     stock: StockSession, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ import yaml
 from jobs.termination import Terminated, terminable
 from tests.integration.ray_cluster import quiet_environment
 from tests.pipeline.tiny_runs import recipe, source
+from tests.selection import by_default
 
 
 def wait() -> None:
@@ -186,7 +187,7 @@ def check_ends(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("number", _EXIT_CODES)
+@pytest.mark.parametrize("number", by_default(_EXIT_CODES, [signal.SIGTERM]))
 def test_a_signal_while_planning_ends_the_command(number: signal.Signals, tmp_path: Path) -> None:
     check_ends(tmp_path, number, [2.5])
 

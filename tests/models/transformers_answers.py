@@ -27,8 +27,10 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
     "rope_type": "llama3",
 }
+# They take more than one text; what is read of them is compared with KerasHub's own loading alone.
+_NOT_ASKED = {"bart", "gemma3", "gemma4", "paligemma", "qwen3_5"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{family: (family, {}) for family in CONFIGS},
+    **{family: (family, {}) for family in CONFIGS if family not in _NOT_ASKED},
     "gemma3 of 6 blocks": ("gemma3_text", {"num_hidden_layers": 6}),
     "gemma3 with scaled positions": (
         "gemma3_text",

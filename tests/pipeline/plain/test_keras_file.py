@@ -77,6 +77,7 @@ def test_a_trained_model_comes_back_with_its_values_and_names(saved, tmp_path):
     assert not loaded.compiled
 
 
+@pytest.mark.exhaustive
 def test_a_written_model_depends_on_the_model_alone_and_is_read_again(saved):
     def quantized():
         model = load_model(saved, "model.keras")

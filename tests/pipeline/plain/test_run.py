@@ -97,6 +97,7 @@ def test_the_manifest_is_last_and_vouches_for_the_model(folder, store):
     assert set(manifest.provenance["inputs_sha256"]) == {"left", "right"}
 
 
+@pytest.mark.exhaustive
 def test_an_interrupted_run_starts_again_to_the_same_bytes(folder, store, monkeypatch):
     def crash(*_, **__):
         raise KeyboardInterrupt

@@ -58,7 +58,8 @@ def test_a_bfloat16_source_stays_bfloat16() -> None:
     assert str(answer(model, tokens).dtype) == "bfloat16"
 
 
-@pytest.mark.parametrize("scheme", by_default(["int4", "gptq8"], ["int4"]))
+@pytest.mark.parametrize("scheme", ["int4", "gptq8"])
+@pytest.mark.exhaustive
 def test_float16_overflows_in_the_evaluation_as_in_stock_keras(scheme: str, tmp_path: Path) -> None:
     run = finished_run(
         overflowing_preset(tmp_path / "in"), recipe(SCHEMES[scheme]), tmp_path / "out"

@@ -28,7 +28,6 @@ from quantizer import (
     quantize_model,
     save_model,
 )
-from tests.selection import by_default
 from tests.stock import read_kernel, run_layer
 
 GPTQ = GPTQScheme(weight_bits=3, group_size=8)
@@ -118,14 +117,15 @@ def awq_and_float8():
     return model, batches()[0]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "cases",
     [
         # What Keras' guide on quantization shows; one process loads them all.
-        [trained_to_int8, one_layer_to_int4],
-        pytest.param([mixed, gptq, awq_and_float8], marks=pytest.mark.exhaustive),
+        [trained_to_int8, one_layer_to_int4, mixed, gptq],
+        [awq_and_float8],
     ],
-    ids=["without attention", "transformers"],
+    ids=["of the guide", "others"],
 )
 def test_stock_keras_loads_each_in_a_fresh_process_and_answers_the_same(cases, tmp_path):
     for case in cases:
@@ -249,7 +249,8 @@ class TestGPTQ:
         model.fit(x[:2000], labels[:2000], epochs=12, batch_size=100, verbose=0)
         return model.get_weights(), model.get_config(), x, labels
 
-    @pytest.mark.parametrize("bits", by_default([2, 3], [3]))
+    @pytest.mark.exhaustive
+    @pytest.mark.parametrize("bits", [2, 3])
     def test_loses_less_than_rounding_in_output_and_in_accuracy(self, trained, bits):
         weights, config, x, labels = trained
 
@@ -290,6 +291,7 @@ class TestLeftInFloat:
         after = answer(model, np.ones((1, 8, 8, 3), "float32"))
         assert np.abs(after - before).max() < 0.02 * np.abs(before).max()
 
+    @pytest.mark.exhaustive
     def test_what_time_distributed_would_call_past_its_format(self):
         x = keras.Input((5, SIZE))
         inner = keras.Sequential([keras.Input((SIZE,)), layers.Dense(SIZE, name="inner")])
@@ -302,6 +304,7 @@ class TestLeftInFloat:
         assert "TimeDistributed" in report.layers[0].reason
         assert np.abs(answer(model, batch) - before).max() < 0.05 * np.abs(before).max()
 
+    @pytest.mark.exhaustive
     def test_a_format_that_the_layer_around_would_not_store(self):
         model = transformer()
         # By a policy alone, which is all that MultiHeadAttention stores, int8 rounds inputs too.
@@ -309,6 +312,7 @@ class TestLeftInFloat:
         assert set(schemes(report)) == {"feed_forward_in", "feed_forward_out", "logits"}
         assert all("would not store" in reasons(report)[path] for path in ATTENTION)
 
+    @pytest.mark.exhaustive
     def test_layers_that_another_process_names_otherwise(self, tmp_path):
         @keras.saving.register_keras_serializable("quantfleet_tests")
         class Gated(layers.Layer):
