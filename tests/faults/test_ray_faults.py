@@ -114,7 +114,8 @@ def test_lost_messages_change_nothing(
     )
     monkeypatch.setenv("RAY_testing_rpc_failure", failing)
     steps: list[Step] = []
-    with serve_ray({"RAY_testing_rpc_failure": failing}) as cluster, connect(cluster.address):
+    lossy = serve_ray({"RAY_testing_rpc_failure": failing}, attempts=5)
+    with lossy as cluster, connect(cluster.address):
         assert run(tmp_path / "run", steps.append) == expected
     # Lost calls are repeated; hardly any block is started again for them.
     assert [step.event for step in steps].count("lost") <= 2
