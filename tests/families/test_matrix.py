@@ -34,9 +34,7 @@ _BY_DEFAULT = ("SmolLM3",)
 _EXHAUSTIVE = (
     "Albert",
     "Bert",
-    "DebertaV3",
     "Electra",
-    "Gemma3 with vision",
     "Gemma4",
     "Gemma3n",
     "GptOss",
