@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ from rich.text import Text
 
 from jobs.logging import log_event, print_json, print_result, status
 from jobs.quantities import size
-from pipeline.errors import DamagedObjectError, ExportError
+from jobs.reachable import finished_manifest
+from pipeline.errors import ExportError
 from pipeline.plan import read_plan
-from pipeline.run.commits import read_manifest
-from pipeline.run.records import ARTIFACT_PREFIX, MANIFEST_KEY
+from pipeline.run.records import ARTIFACT_PREFIX
 from pipeline.storage.object_store import ObjectStore, open_store
 
 if TYPE_CHECKING:
@@ -68,12 +67,7 @@ def export_run(job: ExportJob, *, dry_run: bool, as_json: bool) -> None:
     from pipeline.model.preset import read_preset
 
     run = open_store(job.run_url)
-    if not run.exists(MANIFEST_KEY):
-        raise DamagedObjectError(
-            f"{run.url(MANIFEST_KEY)} is missing: the run is not finished; finish it with "
-            f"quantfleet resume {shlex.quote(job.run_url)}"
-        )
-    manifest = read_manifest(run)
+    manifest = finished_manifest(run, job.run_url)
     with status("finding where each tensor goes"):
         checkpoint = plan_checkpoint(
             read_plan(run),

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from pathlib import Path
 
-from pipeline.errors import StorageError
+from pipeline.errors import DamagedObjectError, StorageError
+from pipeline.plan import PLAN_KEY
+from pipeline.run.commits import read_manifest
+from pipeline.run.records import MANIFEST_KEY, Manifest
 from pipeline.storage.backend import Patience
 from pipeline.storage.object_store import ObjectStore, open_store
 
@@ -32,6 +36,25 @@ def reachable(url: str, key: str) -> ObjectStore:
     soon = min(_DEADLINE_SECONDS, patience.deadline_seconds)
     open_store(url, dataclasses.replace(patience, deadline_seconds=soon)).exists(key)
     return open_store(url)
+
+
+def finished_manifest(store: ObjectStore, run_url: str) -> Manifest:
+    """The manifest of a run that is named as finished.
+
+    Raises:
+        DamagedObjectError: there is no run, it is not finished, or the manifest is damaged.
+    """
+    if store.exists(MANIFEST_KEY):
+        return read_manifest(store)
+    if not store.exists(PLAN_KEY):
+        raise DamagedObjectError(
+            f"{run_url}: neither {MANIFEST_KEY} nor {PLAN_KEY} is there; name the folder that "
+            "quantfleet quantize wrote to"
+        )
+    raise DamagedObjectError(
+        f"{store.url(MANIFEST_KEY)} is missing: the run is not finished; finish it with "
+        f"quantfleet resume {shlex.quote(run_url)}"
+    )
 
 
 def check_writable(store: ObjectStore) -> None:

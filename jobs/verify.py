@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from jobs.logging import log_event, print_json, status
+from jobs.reachable import finished_manifest
 from pipeline.errors import ArtifactError, DamagedObjectError
 from pipeline.plain.plan import MODEL_KEY, is_plain
-from pipeline.plan import PLAN_KEY
-from pipeline.run.commits import damaged_files, read_manifest
+from pipeline.run.commits import damaged_files
 from pipeline.run.records import ARTIFACT_PREFIX, MANIFEST_KEY, Manifest
 from pipeline.storage.object_store import ObjectStore, open_store
 
@@ -27,17 +26,7 @@ def verify_run(output_url: str, *, stock: bool, as_json: bool) -> None:
         ArtifactError: stock KerasHub does not load it, or its outputs are not finite.
     """
     store = open_store(output_url)
-    if not store.exists(MANIFEST_KEY) and not store.exists(PLAN_KEY):
-        raise DamagedObjectError(
-            f"{output_url}: neither {MANIFEST_KEY} nor {PLAN_KEY} is there; name the folder that "
-            "quantfleet quantize wrote to"
-        )
-    if not store.exists(MANIFEST_KEY):
-        raise DamagedObjectError(
-            f"{store.url(MANIFEST_KEY)} is missing: the run is not finished; finish it with "
-            f"quantfleet resume {shlex.quote(output_url)}"
-        )
-    manifest = read_manifest(store)
+    manifest = finished_manifest(store, output_url)
     with status("reading and hashing every file"):
         damaged = damaged_files(store, manifest)
     if damaged:

@@ -36,7 +36,7 @@ _DTYPES = ("float32", "float16", "bfloat16")
 _GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
-def _find_converter(preset: PresetFiles) -> ModuleType:
+def find_converter(preset: PresetFiles) -> ModuleType:
     """KerasHub's converter for this architecture."""
     try:
         loader = TransformersPresetLoader(preset.url, preset.parse(CONFIG_FILE))
@@ -66,7 +66,7 @@ def tokenizer_class(preset: PresetFiles) -> Any:
     Raises:
         SourceError: KerasHub has none for its architecture.
     """
-    backbone_class = _find_converter(preset).backbone_cls
+    backbone_class = find_converter(preset).backbone_cls
     found = kerashub_subclass(keras_hub.models.Tokenizer, backbone_class)
     if found is None:
         raise SourceError(f"{preset.url}: KerasHub has no tokenizer for {backbone_class.__name__}")
@@ -84,7 +84,7 @@ def convert_config(preset: PresetFiles) -> tuple[dict[str, Any], dict[str, Any] 
     Raises:
         SourceError: no converter, or a config that it does not understand.
     """
-    converter = _find_converter(preset)
+    converter = find_converter(preset)
     backbone_class = converter.backbone_cls
     config = normalized_config(preset.parse(CONFIG_FILE))
     arguments = _backbone_arguments(preset, converter, config)
@@ -112,7 +112,7 @@ def check_converted(preset: PresetFiles, backbone: Any, generates: bool) -> None
         SourceError: it does not, or config.json has a setting of unknown effect.
     """
     config = normalized_config(preset.parse(CONFIG_FILE))
-    _backbone_arguments(preset, _find_converter(preset), config)
+    _backbone_arguments(preset, find_converter(preset), config)
     check_config(preset, config, backbone, generates)
 
 
@@ -220,7 +220,7 @@ def record_conversion(
         keras_errors(problem, "config.json and weights are of different models"),
         contextlib.redirect_stdout(io.StringIO()),  # some print what they did
     ):
-        _find_converter(preset).convert_weights(backbone, loader, preset.parse(CONFIG_FILE))
+        find_converter(preset).convert_weights(backbone, loader, preset.parse(CONFIG_FILE))
     for variable in backbone.variables:
         if variable._value is not None and id(variable) not in before:
             constant = Conversion(constant=np.asarray(variable.value))

@@ -19,7 +19,7 @@ from keras_hub.src.utils.transformers.safetensor_utils import SafetensorLoader
 from numpy.typing import NDArray
 
 from pipeline.errors import ExportError, SourceError
-from pipeline.model.huggingface import Conversion, Hook, _find_converter, converted_value
+from pipeline.model.huggingface import Conversion, Hook, converted_value, find_converter
 from pipeline.model.preset import PresetFiles, keras_errors
 from pipeline.model.skeleton import Skeleton
 from quantizer.keras_format.kernel_layout import KernelLayout
@@ -257,7 +257,7 @@ def find_places(config: PresetFiles, skeleton: Skeleton) -> TensorPlaces:
         ExportError: the converter computes with weights.
         SourceError: there is no converter for this model.
     """
-    converter = _find_converter(config)
+    converter = find_converter(config)
     backbone = skeleton.backbone
     if not isinstance(backbone, converter.backbone_cls):
         raise ExportError(

@@ -8,6 +8,7 @@ import pytest
 
 from jobs.cli.main import main
 from pipeline.export.writing import EXPORT_KEY
+from pipeline.plan import PLAN_KEY
 from pipeline.run.records import MANIFEST_KEY
 from pipeline.storage.object_store import ObjectStore
 from tests.models.tiny_huggingface import tiny_huggingface
@@ -85,6 +86,9 @@ def test_what_cannot_be_exported_costs_one_line(
 
 
 def test_an_unfinished_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(str(tmp_path)) == 4
+    assert "name the folder that quantfleet quantize wrote to" in capsys.readouterr().err
+    (tmp_path / PLAN_KEY).write_text("{}")
     assert command(str(tmp_path)) == 4
     error = capsys.readouterr().err
     assert f"{MANIFEST_KEY} is missing: the run is not finished" in error
