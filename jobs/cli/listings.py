@@ -5,13 +5,39 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.table import Table
 from rich.text import Text
 
-from jobs.catalog.catalog_file import Catalog
-from pipeline.recipe.recipe import Recipe
+from jobs.cli import options
+from jobs.logging import print_result
+
+if TYPE_CHECKING:
+    from jobs.catalog.catalog_file import Catalog
+    from pipeline.recipe.recipe import Recipe
+
+app = typer.Typer()
+
+
+@app.command()
+def schemes(as_json: options.Json = False) -> None:
+    """List the quantization schemes: their fields, defaults and meaning."""
+    from quantizer.schemes import SCHEMES
+
+    described = {mode: describe_scheme(scheme) for mode, scheme in SCHEMES.items()}
+    print_result(described, schemes_table(described), as_json=as_json)
+
+
+@app.command()
+def recipes(as_json: options.Json = False) -> None:
+    """List the built-in recipes."""
+    from pipeline.recipe.recipe_file import builtin_recipes
+
+    found = builtin_recipes()
+    values = {name: recipe.to_dict() for name, recipe in found.items()}
+    print_result(values, recipes_table(found), as_json=as_json)
 
 
 def describe_scheme(scheme: type) -> dict[str, Any]:

@@ -1,0 +1,82 @@
+"""The `quantfleet` commands about what a run has made."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from jobs.cli import options
+from pipeline.export.code_formats import ExportFormat
+
+app = typer.Typer()
+
+
+@app.command()
+def verify(
+    output: options.FinishedRun,
+    stock: Annotated[
+        bool, typer.Option(help="Also load and run it with stock KerasHub, in a fresh process.")
+    ] = True,
+    as_json: options.Json = False,
+) -> None:
+    """Check every file of a finished result, and that stock KerasHub loads it."""
+    from jobs.verify import verify_run
+
+    verify_run(output, stock=stock, as_json=as_json)
+
+
+@app.command()
+def export(
+    output: options.FinishedRun,
+    to: Annotated[
+        str | None,
+        typer.Option(help="Folder or URL to write to; default: exports/FORMAT in the run."),
+    ] = None,
+    export_format: Annotated[
+        ExportFormat,
+        typer.Option("--format", help="dense stores all weights in float, for any scheme."),
+    ] = "compressed-tensors",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, float16 or bfloat16 for all else; default: the artifact's."),
+    ] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(help="Hugging Face folder of the model: take config and tokenizer from it."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be written; write nothing.")
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write a finished result as a checkpoint for transformers, vLLM and others."""
+    from jobs.export import ExportJob, export_run
+
+    job = ExportJob(run_url=output, format=export_format, to_url=to, dtype=dtype, like_url=like)
+    export_run(job, dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
+def gc(
+    url: Annotated[
+        str, typer.Argument(help="A run, a folder with runs below it, or a catalog's root.")
+    ],
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete what is found; it is only listed otherwise.")
+    ] = False,
+    unpublished: Annotated[
+        bool,
+        typer.Option(
+            "--unpublished", help="At a catalog's root: also runs that were never published."
+        ),
+    ] = False,
+    lease_seconds: options.LeaseSeconds = 60.0,
+    as_json: options.Json = False,
+) -> None:
+    """List, or delete, what no manifest, plan, release or running driver refers to."""
+    from jobs.gc import collect
+
+    collect(
+        url, delete=delete, lease_seconds=lease_seconds, as_json=as_json, unpublished=unpublished
+    )

@@ -1,0 +1,203 @@
+"""The `quantfleet` commands that make a run's result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from jobs.cli import options
+from pipeline.errors import PipelineError
+from pipeline.executor.protocol import ComputeSpec
+
+if TYPE_CHECKING:
+    from pipeline.recipe.recipe import Recipe
+
+app = typer.Typer()
+
+
+@app.command()
+def quantize(
+    preset: Annotated[
+        str, typer.Argument(help="Folder or URL of a KerasHub preset, or a plain .keras file.")
+    ],
+    recipe: Annotated[str, typer.Option(help="Name of a built-in recipe, or a YAML file.")],
+    output: Annotated[str, typer.Option(help="Folder or URL to write the run to.")],
+    texts: Annotated[
+        list[str] | None,
+        typer.Option(help="Calibrate on these texts instead of the recipe's; repeatable."),
+    ] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(help="Calibrate on an array, as NAME=FILE.npy; one for each input."),
+    ] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(min=1, help="Calibration windows, instead of the recipe's.")
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens per window, instead of the recipe's.")
+    ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None,
+        typer.Option(help="Of what stays in float, instead of the model's own."),
+    ] = None,
+    allow_partial: Annotated[
+        bool,
+        typer.Option(
+            "--allow-partial",
+            help="Quantize what can be, even if it is less than half of what the recipe asks for.",
+        ),
+    ] = False,
+    evaluate_on: options.EvaluateOn = None,
+    chat: options.Chat = None,
+    windows: options.Windows = 8,
+    address: options.Address = None,
+    workers: options.Workers = None,
+    threads: options.Threads = None,
+    device: options.Device = "auto",
+    keep_every: options.KeepEvery = 8,
+    wait: options.Wait = True,
+    lease_seconds: options.LeaseSeconds = 60.0,
+    _patience: options.StoragePatience = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and its cost; run nothing.")
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Quantize one model by one recipe, or continue where an earlier attempt stopped."""
+    is_file = preset.endswith(".keras")
+    if is_file:
+        from jobs.quantize_file import refuse_options
+
+        refuse_options(
+            preset,
+            {
+                "--texts": texts,
+                "--sequence-length": sequence_length,
+                "--evaluate-on": evaluate_on,
+                "--address": address,
+                "--workers": workers,
+            },
+        )
+    from jobs.execute import DriverOptions
+    from jobs.quantize import Job, run_job
+
+    job = Job(
+        source_url=preset,
+        output_url=output,
+        evaluation_texts=tuple(evaluate_on or ()),
+        evaluation_windows=windows,
+        chat=chat,
+        options=DriverOptions(keep_every=keep_every, wait=wait, lease_seconds=lease_seconds),
+    )
+    spec = ComputeSpec(workers=workers, threads=threads, device=device)
+    changed = _recipe(recipe, texts, num_samples, sequence_length, chat)
+    if dtype is not None:
+        changed = changed.model_copy(update={"dtype": dtype})
+    if allow_partial:
+        changed = changed.model_copy(update={"allow_partial": True})
+    if inputs:
+        changed = _with_inputs(changed, inputs, keep_texts=not is_file)
+    if is_file:
+        from jobs.quantize_file import run_file
+
+        run_file(preset, output, changed, spec, as_json=as_json, dry_run=dry_run)
+        return
+    run_job(job, changed, spec, address, as_json=as_json, dry_run=dry_run)
+
+
+@app.command()
+def resume(
+    output: Annotated[str, typer.Argument(help="Folder or URL of the run.")],
+    source: options.Source = None,
+    address: options.Address = None,
+    workers: options.Workers = None,
+    threads: options.Threads = None,
+    device: options.Device = "auto",
+    keep_every: options.KeepEvery = 8,
+    wait: options.Wait = True,
+    lease_seconds: options.LeaseSeconds = 60.0,
+    _patience: options.StoragePatience = None,
+    as_json: options.Json = False,
+) -> None:
+    """Continue a run from its last committed block."""
+    from jobs.execute import DriverOptions
+    from jobs.quantize import Job, resume_job
+
+    job = Job(
+        source_url=source or "",
+        output_url=output,
+        options=DriverOptions(keep_every=keep_every, wait=wait, lease_seconds=lease_seconds),
+    )
+    spec = ComputeSpec(workers=workers, threads=threads, device=device)
+    resume_job(job, spec, address, as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    output: options.FinishedRun,
+    evaluate_on: options.EvaluateOn = None,
+    chat: options.Chat = None,
+    windows: options.Windows = 8,
+    source: options.Source = None,
+    address: options.Address = None,
+    workers: options.Workers = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Compare a finished result with its source, on texts."""
+    from jobs.quantize import Job, resume_job
+
+    if not evaluate_on:
+        raise PipelineError("nothing to evaluate on; give --evaluate-on texts.jsonl")
+    job = Job(
+        source_url=source or "",
+        output_url=output,
+        evaluation_texts=tuple(evaluate_on),
+        evaluation_windows=windows,
+        chat=chat,
+    )
+    spec = ComputeSpec(workers=workers, device=device)
+    resume_job(job, spec, address, as_json=as_json, must_be_finished=True)
+
+
+def _recipe(
+    name: str,
+    texts: Sequence[str] | None,
+    num_samples: int | None,
+    sequence_length: int | None,
+    chat: bool | None,
+) -> Recipe:
+    from pipeline.recipe.recipe_file import load_recipe, recipe_from_dict
+
+    recipe = load_recipe(name)
+    given = {
+        "texts": texts or None,
+        "num_samples": num_samples,
+        "sequence_length": sequence_length,
+        "chat": chat,
+    }
+    changes = {field: value for field, value in given.items() if value is not None}
+    if not changes or not recipe.needs_calibration:
+        return recipe
+    values = recipe.to_dict()
+    values["calibration"] |= changes
+    return recipe_from_dict(values, where=name)
+
+
+def _with_inputs(recipe: Recipe, inputs: Sequence[str], *, keep_texts: bool) -> Recipe:
+    """The recipe, calibrated on arrays that are given as NAME=FILE.npy."""
+    from pipeline.recipe.recipe_file import recipe_from_dict
+
+    for given in inputs:
+        if not all(given.partition("=")):
+            raise PipelineError(
+                f"--inputs {given}: give the name of an input and a file, as --inputs NAME=FILE.npy"
+            )
+    if not recipe.needs_calibration:
+        return recipe
+    values = recipe.to_dict()
+    arrays = {name: file for name, _, file in (given.partition("=") for given in inputs)}
+    values["calibration"] |= {"inputs": arrays} | ({} if keep_texts else {"texts": []})
+    return recipe_from_dict(values, where=recipe.name)
