@@ -31,6 +31,7 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.remote_planning import identity, plan_run
 from pipeline.run.commits import read_manifest
 from pipeline.run.driver import claim
+from pipeline.run.evaluations import Evaluation
 from pipeline.run.records import MANIFEST_KEY
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.overlap import check_apart
@@ -192,6 +193,7 @@ def _finish(
             execution = execute(plan, store, compute, held, metrics, job.options)
         if judged_on is not None:
             fidelity = evaluate(compute.executor, judged_on, job.evaluation_windows)
+            Evaluation.of(execution.manifest.record_sha256, judged_on, fidelity).save(store)
             metrics.judged(fidelity)
         if held is not None:  # or there was nothing to do
             metrics.ended("finished")

@@ -34,6 +34,7 @@ from pipeline.recipe.recipe_file import recipe_from_dict
 from pipeline.remote_planning import identity, plan_run
 from pipeline.run.commits import Finding, damaged_files, read_manifest
 from pipeline.run.driver import claim
+from pipeline.run.evaluations import Evaluation
 from pipeline.run.lease import Lease
 from pipeline.run.records import ARTIFACT_PREFIX, MANIFEST_KEY, Manifest
 from pipeline.storage.object_store import ObjectStore
@@ -96,8 +97,7 @@ def fulfil(
         if request.evaluation_texts:
             fidelity = _known_fidelity(root, request, artifact)
             if fidelity is None:
-                run_compute = compute.for_run(run_store(root, artifact.run_id))
-                fidelity = _evaluate(request, artifact.plan, run_compute)
+                fidelity = _evaluate(root, request, artifact, compute)
         verdict = _judge(request, artifact, fidelity)
         # Everything is read once more, just before readers are sent there.
         _verify(root, artifact)
@@ -256,16 +256,22 @@ def _plan(
     return runner.run(plan_run, request.source_url, recipe, threads)
 
 
-def _evaluate(request: Request, plan: Plan, compute: Compute) -> Fidelity:
+def _evaluate(
+    root: ObjectStore, request: Request, artifact: _Artifact, compute: _RequestCompute
+) -> Fidelity:
     """Compare a finished result with its source, on the texts that the request names."""
+    store = run_store(root, artifact.run_id)
+    run_compute = compute.for_run(store)
     texts, num_windows = request.evaluation_texts, request.evaluation_windows
     named = f"evaluate_on, with {num_windows} windows"
-    windows = compute.plan(
+    windows = run_compute.plan(
         lambda runner: read_windows(
-            runner, request.source_url, plan, texts, num_windows, named=named
+            runner, request.source_url, artifact.plan, texts, num_windows, named=named
         )
     )
-    return evaluate(compute.executor, windows, num_windows)
+    fidelity = evaluate(run_compute.executor, windows, num_windows)
+    Evaluation.of(artifact.manifest.record_sha256, windows, fidelity).save(store)
+    return fidelity
 
 
 def _known_fidelity(root: ObjectStore, request: Request, artifact: _Artifact) -> Fidelity | None:
