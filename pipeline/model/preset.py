@@ -43,10 +43,11 @@ def decides_model(name: str) -> bool:
     Weights for other frameworks, documentation and licenses have none: a new wording of a license
     is no reason to quantize a model again.
     """
-    return not (name.endswith((*_FOREIGN, *_DOCUMENTATION)) or _is_legal(name))
+    return not (name.endswith((*_FOREIGN, *_DOCUMENTATION)) or is_legal(name))
 
 
-def _is_legal(name: str) -> bool:
+def is_legal(name: str) -> bool:
+    """Whether a file is a license or a notice."""
     return name.startswith(_LEGAL) or name.endswith("LICENSE")
 
 
@@ -136,7 +137,7 @@ class PresetFiles:
     def accompanying(self) -> dict[str, bytes]:
         """Licenses, and how to prompt and generate: what belongs to any form of the model."""
         names = sorted(name for name in self.sizes if "/" not in name)
-        names = [n for n in names if _is_legal(n) or n in _PROMPTING]
+        names = [n for n in names if is_legal(n) or n in _PROMPTING]
         names = [n for n in names if self.sizes[n] <= _MAX_SMALL_BYTES]
         return {n: self.json_files.get(n) or self.read(n) for n in names}
 
