@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import typing
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from rich.table import Table
 from rich.text import Text
@@ -16,16 +17,13 @@ from jobs.logging import log_event, print_json, print_result, status
 from jobs.quantities import size
 from jobs.reachable import finished_manifest
 from pipeline.errors import ExportError
-from pipeline.plan import read_plan
-from pipeline.run.records import ARTIFACT_PREFIX
-from pipeline.storage.object_store import ObjectStore, open_store
+from pipeline.export.code_formats import ExportFormat
+from pipeline.export.settings import ExportDtype, ExportSettings
+from pipeline.storage.object_store import open_store
 
 if TYPE_CHECKING:
-    from pipeline.export.checkpoint import Checkpoint
-    from pipeline.export.code_formats import ExportFormat
+    from pipeline.export.description import ExportDescription, MadeExport
     from pipeline.export.kernels import ExportedTensor
-
-_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +43,18 @@ class ExportJob:
     like_url: str | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype is not None and self.dtype not in _DTYPES:
-            raise ExportError(f"--dtype {self.dtype}: choose one of {', '.join(_DTYPES)}")
+        known = typing.get_args(ExportDtype)
+        if self.dtype is not None and self.dtype not in known:
+            raise ExportError(f"--dtype {self.dtype}: choose one of {', '.join(known)}")
+
+    @property
+    def settings(self) -> ExportSettings:
+        dtype = cast("ExportDtype | None", self.dtype)  # checked above
+        return ExportSettings(format=self.format, dtype=dtype, like_url=self.like_url)
 
     @property
     def target_url(self) -> str:
-        return self.to_url or f"{self.run_url.rstrip('/')}/exports/{self.format}"
+        return self.to_url or f"{self.run_url.rstrip('/')}/{self.settings.folder}"
 
 
 def export_run(job: ExportJob, *, dry_run: bool, as_json: bool) -> None:
@@ -62,87 +66,58 @@ def export_run(job: ExportJob, *, dry_run: bool, as_json: bool) -> None:
     """
     # Imported here: JAX and Keras are slow to load. Without a choice Keras takes TensorFlow.
     os.environ.setdefault("KERAS_BACKEND", "jax")
-    from pipeline.export.checkpoint import plan_checkpoint
-    from pipeline.export.writing import write_checkpoint
-    from pipeline.model.preset import read_preset
+    from pipeline.export import exporting
+    from pipeline.export.description import ExportDescription
 
     run = open_store(job.run_url)
-    manifest = finished_manifest(run, job.run_url)
-    with status("finding where each tensor goes"):
-        checkpoint = plan_checkpoint(
-            read_plan(run),
-            read_preset(f"{run.root_url}/{ARTIFACT_PREFIX.rstrip('/')}"),
-            job.format,
-            dtype=job.dtype,
-            like_url=job.like_url,
-        )
-    tensors = checkpoint.report()
+    finished_manifest(run, job.run_url)
     if dry_run:
-        found = {"to": job.target_url, **_described(checkpoint), "tensors": tensors}
-        print_result(found, _table(tensors), as_json=as_json)
+        with status("finding where each tensor goes"):
+            checkpoint = exporting.checkpoint_of_run(run, job.settings)
+            described = ExportDescription.of(checkpoint)
+        found = {"to": job.target_url, **described.facts(), "tensors": described.tensors}
+        print_result(found, kernels_table(described.tensors), as_json=as_json)
         return
-    for note in _notes(checkpoint):
-        log_event("note", note)
-    store = open_store(job.target_url)
     with status("exporting, one block at a time"):
-        made = write_checkpoint(checkpoint, run, manifest, store)
-    summary = {
-        "to": store.root_url,
-        **_described(checkpoint),
-        "files": len(made.files),
-        "bytes": made.num_bytes,
-        "tensors": made.tensors,
-    }
+        made = exporting.export_run(run, job.settings, job.target_url)
+    log_notes(made.description)
     if as_json:
-        print_json(summary)
+        print_json(exported_json(made) | {"tensors": made.manifest.tensors})
     else:
-        kernels = ", ".join(f"{name} ({count})" for name, count in _kernels(made.tensors).items())
-        log_event(
-            "exported",
-            f"{_path(store)}: {len(made.files)} files, {size(made.num_bytes)}, {job.format}; "
-            f"vLLM's kernels: {kernels}",
-            {key: value for key, value in summary.items() if key != "tensors"},
-        )
+        log_exported(made)
 
 
-def _described(checkpoint: Checkpoint) -> dict[str, Any]:
+def exported_json(made: MadeExport) -> dict[str, object]:
+    """What was written, as plain JSON values."""
     return {
-        "format": checkpoint.format,
-        "dtype": str(checkpoint.dtype),
-        "config_from": checkpoint.config.folder.url,
-        "tokenizer": bool(_tokenizer_files(checkpoint)),
+        "to": made.url,
+        **made.description.facts(),
+        "files": len(made.manifest.files),
+        "bytes": made.manifest.num_bytes,
     }
 
 
-def _tokenizer_files(checkpoint: Checkpoint) -> list[str]:
-    named = ("tokenizer", "vocab", "merges")
-    return [name for name in checkpoint.config.small_files() if name.startswith(named)]
+def log_exported(made: MadeExport) -> None:
+    """Say what was written, in a line."""
+    log_event(
+        "exported",
+        f"{made.url.removeprefix('file://')}: {len(made.manifest.files)} files, "
+        f"{size(made.manifest.num_bytes)}, {made.description.format}; "
+        f"vLLM's kernels: {made.description.kernels}",
+        exported_json(made),
+    )
 
 
-def _notes(checkpoint: Checkpoint) -> Iterable[str]:
-    """What a person should know before the export is served."""
-    config = checkpoint.config
-    if config.made:
-        yield (
-            "config.json is the one that KerasHub writes, without a tokenizer, since the source is "
-            "no Hugging Face folder, or is gone; name one of this model with --like for both"
-        )
-    elif not _tokenizer_files(checkpoint):
-        yield f"no tokenizer is exported, since {config.folder.url} has none; copy it there"
-    if checkpoint.format == "dense":
-        return
-    reasons = Counter(row.reason for row in checkpoint.report() if row.reason)
-    for reason, number in reasons.items():
-        yield f"{number} of the checkpoint's matrices: {reason}"
+def log_notes(described: ExportDescription) -> None:
+    """Say what a person should know before an export is served."""
+    for note in described.notes:
+        log_event("note", note)
 
 
-def _kernels(tensors: Iterable[ExportedTensor]) -> Counter[str]:
-    return Counter(row.kernel or "none" for row in tensors)
-
-
-def _table(tensors: Iterable[ExportedTensor]) -> Table:
+def kernels_table(tensors: Iterable[ExportedTensor], title: str | None = None) -> Table:
     """A line for what all blocks have in common."""
-    table = Table("matrices", "modules", "scheme", "stored as", "vLLM's kernel", "because")
+    columns = ("matrices", "modules", "scheme", "stored as", "vLLM's kernel", "because")
+    table = Table(*columns, title=title)
     rows = Counter(
         (
             re.sub(r"\.\d+(?=\.|$)", ".*", row.module),
@@ -153,7 +128,3 @@ def _table(tensors: Iterable[ExportedTensor]) -> Table:
     for cells, number in rows.items():
         table.add_row(str(number), *map(Text, cells))
     return table
-
-
-def _path(store: ObjectStore) -> str:
-    return store.root_url.removeprefix("file://")

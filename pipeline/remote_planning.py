@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.executor.protocol import ExecutorError
+from pipeline.export.description import ExportDescription, MadeExport
+from pipeline.export.settings import ExportSettings
 from pipeline.plain.plan import PlainPlan
 from pipeline.plan import Plan, read_plan
 from pipeline.recipe.recipe import Calibration, Recipe
@@ -131,3 +133,29 @@ def quantize_plain(plan: PlainPlan, output_url: str) -> Manifest:
     from pipeline.plain.run import carry_out
 
     return carry_out(plan, open_store(output_url))
+
+
+def preview_exports(
+    source_url: str, recipe: Recipe, exports: tuple[ExportSettings, ...]
+) -> tuple[ExportDescription, ...]:
+    """What exports of a run would be, before it is planned; no weights are read.
+
+    Raises:
+        PipelineError: one of them is impossible, or nothing can be planned.
+    """
+    from pipeline.model.preset import read_preset
+    from pipeline.planning.export_preview import preview_export
+
+    preset = read_preset(source_url)
+    return tuple(preview_export(preset, recipe, settings) for settings in exports)
+
+
+def export_result(run_url: str, settings: ExportSettings, to_url: str | None) -> MadeExport:
+    """Export a finished run; see `pipeline.export.exporting.export_run`.
+
+    Raises:
+        PipelineError: it is not finished, or cannot be exported so.
+    """
+    from pipeline.export.exporting import export_run
+
+    return export_run(open_store(run_url), settings, to_url)

@@ -76,6 +76,8 @@ class Checkpoint:
         found: list[list[TensorPlace]] = [[] for _ in self.parts]
         for place in self.places.tensors.values():
             numbers = {part_of[path] for path in place.variables}
+            if not numbers:
+                numbers = {0}  # zeros, for a table that the model has no variable of
             if len(numbers) > 1:
                 raise ExportError(
                     f"{place.name} holds variables of several blocks ({', '.join(place.variables)})"
@@ -129,7 +131,8 @@ class Checkpoint:
             quantized = [self.schemes[layer] for layer in layers if layer in self.schemes]
             if place.input_axis is None and not quantized:
                 continue
-            if place.input_axis is None and place.variables[0].rpartition("/")[2] not in _TABLES:
+            owned = {path.rpartition("/")[2] for path in place.variables}
+            if place.input_axis is None and owned.isdisjoint(_TABLES):
                 continue
             module = self.names[place.name].rpartition(".")[0]
             found = self.formats.get(module)
@@ -173,13 +176,11 @@ class _Values:
             made = self._matrix(place)
             write = gptq if checkpoint.format == "gptq" else compressed_tensors
             return write(module, made, checkpoint.dtype)
-        tensor: NDArray[Any] | None = None
-        for path in place.variables:
-            value = self._dense(path)
-            if tensor is None:
-                tensor = np.empty(place.shape, value.dtype)
+        values = {path: self._dense(path) for path in place.variables}
+        # Zeros where the model reads nothing.
+        tensor = np.zeros(place.shape, next((v.dtype for v in values.values()), checkpoint.dtype))
+        for path, value in values.items():
             checkpoint.places.scatter(path, value, tensor)
-        assert tensor is not None
         with np.errstate(over="ignore"):  # reported below
             cast = tensor.astype(checkpoint.dtype)
         if not np.isfinite(cast.astype(np.float32)).all():
@@ -251,8 +252,28 @@ def plan_checkpoint(
         ExportError: a model or a layer that cannot be exported in this format.
         SourceError: an artifact or folder that cannot be used.
     """
+    layers = (layer for of_part in plan.parts for layer in of_part.layers)
+    schemes = {layer.path: layer.scheme for layer in layers if layer.scheme is not None}
+    return lay_out(artifact, schemes, plan.source_url, as_format, dtype=dtype, like_url=like_url)
+
+
+def lay_out(
+    artifact: PresetFiles,
+    schemes: Mapping[str, Scheme],
+    source_url: str,
+    as_format: ExportFormat,
+    *,
+    dtype: str | None = None,
+    like_url: str | None = None,
+) -> Checkpoint:
+    """As `plan_checkpoint`, of an artifact that need not be made yet: its JSON is enough.
+
+    Args:
+        schemes: of the quantized layers, by path.
+        source_url: of what the artifact is made from.
+    """
     skeleton = build_skeleton(artifact)
-    config = checkpoint_config(skeleton, plan.source_url, like_url)
+    config = checkpoint_config(skeleton, source_url, like_url)
     parts = cut_parts(skeleton.stored, [block.layer for block in find_blocks(skeleton).blocks])
     plain = build_skeleton(artifact, "float32")
     in_float = cut_parts(plain.stored, [block.layer for block in find_blocks(plain).blocks])
@@ -264,12 +285,6 @@ def plan_checkpoint(
                     f"{stored.variable.path}: KerasHub's converter gives it no value, so a Hugging "
                     "Face checkpoint has no place for it; the model cannot be exported"
                 )
-    schemes = {
-        layer.path: layer.scheme
-        for of_part in plan.parts
-        for layer in of_part.layers
-        if layer.scheme is not None
-    }
     first = next(s for s in skeleton.stored if s.layer_path not in schemes)
     checkpoint = Checkpoint(
         config=config,

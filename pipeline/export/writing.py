@@ -13,57 +13,20 @@ from typing import Annotated, ClassVar
 from pydantic import ConfigDict, Field
 
 from pipeline.canonical import canonical_json, digest_of, sha256
-from pipeline.errors import (
-    DamagedObjectError,
-    MissingObjectError,
-    ObjectExistsError,
-    PlanMismatchError,
-)
+from pipeline.errors import MissingObjectError, ObjectExistsError, PlanMismatchError
 from pipeline.export.checkpoint import Checkpoint
-from pipeline.export.kernels import ExportedTensor
+from pipeline.export.manifest import EXPORT_KEY, ExportManifest, ExportRequest, verify_export
 from pipeline.export.safetensors_file import safetensors_bytes
 from pipeline.run.commits import committed_file
-from pipeline.run.records import Digest, FileDigest, Manifest
+from pipeline.run.records import FileDigest, Manifest
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.record import STRICT, StoredRecord
 
-EXPORT_KEY = "export.json"
 _PROGRESS_PREFIX = "export-"
 _REQUEST_KEY = f"{_PROGRESS_PREFIX}request.json"
 
 Report = Callable[[int, int], None]
 """Called after each part with its number and the number of parts."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportRequest(StoredRecord):
-    """What a folder is exported from, and how: everything that decides its bytes.
-
-    Attributes:
-        source_manifest_sha256: of the run's manifest.json.
-        config_sha256: of config.json and of the small files.
-    """
-
-    source_manifest_sha256: Digest
-    format: str
-    dtype: str
-    config_sha256: Digest
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportManifest(StoredRecord):
-    """A finished export: every file of it by name, and what became of every matrix."""
-
-    key: ClassVar[str] = EXPORT_KEY
-
-    request: ExportRequest
-    files: dict[str, FileDigest]
-    tensors: tuple[ExportedTensor, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all files but this one."""
-        return sum(file.size_bytes for file in self.files.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,17 +58,11 @@ def write_checkpoint(
         DamagedObjectError: a file of the run or of the export is not what was written.
         ExportError: values that the format cannot hold.
     """
-    small = checkpoint.config.small_files()
-    small["config.json"] = canonical_json(checkpoint.config_json())
-    request = ExportRequest(
-        source_manifest_sha256=manifest.record_sha256,
-        format=checkpoint.format,
-        dtype=str(checkpoint.dtype),
-        config_sha256=digest_of({name: sha256(data) for name, data in small.items()}),
-    )
+    small = _small_files(checkpoint)
+    request = export_request(checkpoint, manifest)
     finished = _claim(store, request)
     if finished is not None:
-        _verify(store, finished)
+        verify_export(store, finished)
         _forget_progress(store)
         return finished
     files: dict[str, FileDigest] = {}
@@ -124,10 +81,44 @@ def write_checkpoint(
         store.create(name, data)
         files[name] = _digest(data)
     made = ExportManifest(request=request, files=files, tensors=checkpoint.report())
-    _verify(store, made)
+    verify_export(store, made)
     store.create(EXPORT_KEY, made.to_json())
     _forget_progress(store)
     return made
+
+
+def _small_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """All files but tensors and their index."""
+    config = {"config.json": canonical_json(checkpoint.config_json())}
+    return checkpoint.config.small_files() | config
+
+
+def export_request(checkpoint: Checkpoint, manifest: Manifest) -> ExportRequest:
+    """Everything that decides the bytes of an export.
+
+    Args:
+        manifest: of the run whose artifact is exported.
+    """
+    small = _small_files(checkpoint)
+    return ExportRequest(
+        source_manifest_sha256=manifest.record_sha256,
+        format=checkpoint.format,
+        dtype=str(checkpoint.dtype),
+        config_sha256=digest_of({name: sha256(data) for name, data in small.items()}),
+    )
+
+
+def discard(store: ObjectStore, request: ExportRequest) -> None:
+    """Delete a damaged export, so that it can be written again to the same folder.
+
+    The folder stays the request's all the while, so an interruption leaves nothing unknown.
+    """
+    store.create(_REQUEST_KEY, request.to_json())
+    # No reader may take the rest for a finished export.
+    store.delete(EXPORT_KEY)
+    for key in store.list():
+        if key != _REQUEST_KEY:
+            store.delete(key)
 
 
 def _claim(store: ObjectStore, request: ExportRequest) -> ExportManifest | None:
@@ -186,19 +177,6 @@ def _write_part(
 
 def _digest(data: bytes) -> FileDigest:
     return FileDigest(sha256=sha256(data), size_bytes=len(data))
-
-
-def _verify(store: ObjectStore, manifest: ExportManifest) -> None:
-    """Read and hash every file.
-
-    Raises:
-        DamagedObjectError: one is missing or differs.
-    """
-    for name, file in sorted(manifest.files.items()):
-        try:
-            store.verify(name, sha256=file.sha256, size=file.size_bytes)
-        except (DamagedObjectError, MissingObjectError) as error:
-            raise DamagedObjectError(f"{error}; delete the folder, and export again") from None
 
 
 def _forget_progress(store: ObjectStore) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from jobs.cli.main import main
-from pipeline.export.writing import EXPORT_KEY
+from pipeline.export.manifest import EXPORT_KEY
 from pipeline.plan import PLAN_KEY
 from pipeline.run.records import MANIFEST_KEY
 from pipeline.storage.object_store import ObjectStore

@@ -8,7 +8,8 @@ import pytest
 
 from pipeline.errors import DamagedObjectError, PlanMismatchError
 from pipeline.export.checkpoint import Checkpoint, plan_checkpoint
-from pipeline.export.writing import EXPORT_KEY, ExportManifest, write_checkpoint
+from pipeline.export.manifest import EXPORT_KEY, ExportManifest
+from pipeline.export.writing import write_checkpoint
 from pipeline.model.preset import read_preset
 from pipeline.plan import read_plan
 from pipeline.run.commits import read_manifest

@@ -1,0 +1,97 @@
+"""What an export is, or would be, for people: what would serve each matrix, what to know before.
+
+Reading this needs neither JAX nor Keras: a driver prints what another process found.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from pipeline.export.code_formats import ExportFormat
+from pipeline.export.kernels import ExportedTensor
+from pipeline.export.manifest import ExportManifest
+
+if TYPE_CHECKING:
+    from pipeline.export.checkpoint import Checkpoint
+
+_TOKENIZER = ("tokenizer", "vocab", "merges")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportDescription:
+    """What an export is, or would be.
+
+    Attributes:
+        dtype: of what is not quantized.
+        config_from: where config.json comes from.
+        tokenizer: whether there is one.
+        notes: what a person should know before the export is served, a line each.
+        tensors: every matrix, in the model's order.
+    """
+
+    format: ExportFormat
+    dtype: str
+    config_from: str
+    tokenizer: bool
+    notes: tuple[str, ...]
+    tensors: tuple[ExportedTensor, ...]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Self:
+        """Describe a planned checkpoint."""
+        config, tensors = checkpoint.config, checkpoint.report()
+        tokenizer = any(name.startswith(_TOKENIZER) for name in config.small_files())
+        notes: list[str] = []
+        if config.made:
+            notes.append(
+                "config.json is the one that KerasHub writes, without a tokenizer, since the "
+                "source is no Hugging Face folder, or is gone; name one of this model with --like "
+                "for both"
+            )
+        elif not tokenizer:
+            notes.append(
+                f"no tokenizer is exported, since {config.folder.url} has none; copy it there"
+            )
+        if checkpoint.format != "dense":
+            notes += _kernel_notes(tensors)
+        return cls(
+            format=checkpoint.format,
+            dtype=str(checkpoint.dtype),
+            config_from=config.folder.url,
+            tokenizer=tokenizer,
+            notes=tuple(notes),
+            tensors=tensors,
+        )
+
+    @property
+    def kernels(self) -> str:
+        """vLLM's kernels with the number of matrices that each would take, in words."""
+        found = Counter(row.kernel or "none" for row in self.tensors)
+        return ", ".join(f"{name} ({number})" for name, number in found.items())
+
+    def facts(self) -> dict[str, Any]:
+        """Plain JSON values, without notes and tensors."""
+        return {
+            "format": self.format,
+            "dtype": self.dtype,
+            "config_from": self.config_from,
+            "tokenizer": self.tokenizer,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeExport:
+    """A finished export, and the URL of its folder."""
+
+    url: str
+    description: ExportDescription
+    manifest: ExportManifest
+
+
+def _kernel_notes(tensors: Sequence[ExportedTensor]) -> Iterator[str]:
+    reasons = Counter(row.reason for row in tensors if row.reason)
+    for reason, number in reasons.items():
+        yield f"{number} of the checkpoint's matrices: {reason}"

@@ -1,0 +1,64 @@
+"""What is stored of a finished export, and how it is checked.
+
+Reading this needs neither JAX nor Keras, as drivers and `quantfleet gc` have none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pipeline.errors import DamagedObjectError, MissingObjectError
+from pipeline.export.kernels import ExportedTensor
+from pipeline.run.records import Digest, FileDigest
+from pipeline.storage.object_store import ObjectStore
+from pipeline.storage.record import StoredRecord
+
+EXPORT_KEY = "export.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest(StoredRecord):
+    """What a folder is exported from, and how: everything that decides its bytes.
+
+    Attributes:
+        source_manifest_sha256: of the run's manifest.json.
+        config_sha256: of config.json and of the small files.
+    """
+
+    source_manifest_sha256: Digest
+    format: str
+    dtype: str
+    config_sha256: Digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportManifest(StoredRecord):
+    """A finished export: every file of it by name, and what became of every matrix."""
+
+    key: ClassVar[str] = EXPORT_KEY
+
+    request: ExportRequest
+    files: dict[str, FileDigest]
+    tensors: tuple[ExportedTensor, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all files but this one."""
+        return sum(file.size_bytes for file in self.files.values())
+
+
+def verify_export(store: ObjectStore, manifest: ExportManifest) -> None:
+    """Read and hash every file of an export.
+
+    Args:
+        store: opened at the export's folder.
+
+    Raises:
+        DamagedObjectError: one is missing or differs.
+    """
+    for name, file in sorted(manifest.files.items()):
+        try:
+            store.verify(name, sha256=file.sha256, size=file.size_bytes)
+        except (DamagedObjectError, MissingObjectError) as error:
+            raise DamagedObjectError(f"{error}; delete the folder, and export again") from None
