@@ -5,10 +5,15 @@ each exponent is judged by the layer's true output error tr(Δ H Δᵀ), as the 
 calibration data; with magnitudes alone by H's diagonal, as Keras does. An exponent of 0 is
 round-to-nearest, so AWQ never loses to it. An input that calibration never saw is taken for an
 average one: other text may use it.
+
+A foldable scheme gives all layers of one input the same scales, as §3.2 of the paper does, so that
+what gives that input, such as a norm, can be divided by them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import jax.numpy as jnp
@@ -16,6 +21,7 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
+from quantizer.errors import SchemeError
 from quantizer.hessian import (
     CalibrationStatistics,
     HessianSum,
@@ -87,79 +93,212 @@ def _input_scales(magnitude_C: Float32, ratio: float) -> Float32:
     return centred_C
 
 
-def solve_awq(
-    layer: LayerProblem, statistics: CalibrationStatistics, scheme: AWQScheme
-) -> SolveResult:
-    """Search the input scales and quantize; a HessianSum judges by the true output error."""
-    weight_RC, row_groups = layer.weight_RC, layer.row_groups
-    if row_groups is not None:
-        # Keras repeats the inputs along its rows (Gemma: once a head), each row with an input
-        # scale of its own. The Hessian of that matrix would be one block a head; magnitudes hold
-        # all that Keras' own criterion uses.
-        weight_RC = np.ascontiguousarray(row_groups.to_stored(weight_RC))
-        statistics = _spread(statistics, row_groups.input_of_row())
-    if isinstance(statistics, HessianSum):
-        energy_C = np.float32(2 / statistics.num_rows) * np.diagonal(statistics.gram_CC)
-        magnitude_C = np.sqrt(energy_C / 2)
-        gram_CC = jnp.asarray(statistics.gram_CC) * (2.0 / statistics.num_rows)
-    else:
-        energy_C = np.float32(2 / statistics.num_rows) * statistics.sum_square_C
-        magnitude_C = statistics.sum_abs_C / np.float32(statistics.num_rows)
+@dataclass(frozen=True)
+class _Layer:
+    """A layer as it is stored, and what its inputs weigh.
+
+    Attributes:
+        magnitude_C: of the inputs, by stored row; energy_C is twice their mean square.
+        gram_CC: 2·gram/num_rows; None where magnitudes alone are known.
+        input_of_row: the input that each stored row multiplies.
+    """
+
+    problem: LayerProblem
+    weight_RC: Float32
+    weight_CR: Array
+    magnitude_C: Float32
+    energy_C: Float32
+    gram_CC: Array | None
+    input_of_row: NDArray[np.intp]
+
+    @classmethod
+    def of(cls, problem: LayerProblem, statistics: CalibrationStatistics) -> _Layer:
+        weight_RC, row_groups = problem.weight_RC, problem.row_groups
+        input_of_row = np.arange(weight_RC.shape[1], dtype=np.intp)
+        if row_groups is not None:
+            # Keras repeats the inputs along its rows (Gemma: once a head), each row with an input
+            # scale of its own. The Hessian of that matrix would be one block a head; magnitudes
+            # hold all that Keras' own criterion uses.
+            weight_RC = np.ascontiguousarray(row_groups.to_stored(weight_RC))
+            input_of_row = row_groups.input_of_row()
+            statistics = _spread(statistics, input_of_row)
+        magnitude_C, energy_C = _sizes(statistics)
         gram_CC = None
-    searched_energy_C = energy_with_unseen(energy_C, energy_C == 0)
-    weight_CR = jnp.asarray(weight_RC.T)
-
-    def attempt(ratio: float, search: bool) -> tuple[tuple[Array, ...], Float32, float]:
-        scale_C = _input_scales(magnitude_C, ratio)
-        scale_C = scale_C.astype(layer.scale_dtype).astype(np.float32)
-        *found, loss = _attempt(
-            weight_CR,
-            jnp.asarray(scale_C),
-            jnp.asarray(energy_C),
-            jnp.asarray(searched_energy_C),
+        if isinstance(statistics, HessianSum):
+            gram_CC = jnp.asarray(statistics.gram_CC) * (2.0 / statistics.num_rows)
+        return cls(
+            problem,
+            weight_RC,
+            jnp.asarray(weight_RC.T),
+            magnitude_C,
+            energy_C,
             gram_CC,
-            group_size=scheme.group_size,
-            search=search,
-            scale_dtype=layer.scale_dtype,
+            input_of_row,
         )
-        return tuple(found), scale_C, max(float(loss), 0.0)
 
-    found, scale_C, loss = attempt(0.0, search=False)
-    rtn_loss, best_ratio = loss, 0.0
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A layer quantized with one choice of input scales."""
+
+    codes_CR: Array
+    scale_GR: Array
+    zero_GR: Array
+    input_scale_C: Float32
+    loss: float
+
+
+def solve_awq(
+    layers: Sequence[LayerProblem],
+    statistics: CalibrationStatistics,
+    scheme: AWQScheme,
+    scale_of_input_C: NDArray[np.intp] | None = None,
+) -> list[SolveResult]:
+    """Search the input scales and quantize; a HessianSum judges by the true output error.
+
+    Args:
+        layers: of one input; if the scheme is foldable they share one vector of input scales, the
+            one with the least output error in all of them together.
+        scale_of_input_C: of a foldable scheme, the number of each input's scale: inputs of one
+            number share it. One number for all leaves nothing to scale. None: each has its own.
+
+    Raises:
+        SchemeError: layers that share scales, but store them in different dtypes.
+    """
+    if not scheme.foldable:
+        return [_solve([_Layer.of(layer, statistics)], statistics, scheme)[0] for layer in layers]
+    if len({layer.scale_dtype for layer in layers}) > 1:
+        stored = ", ".join(f"{layer.name} in {layer.scale_dtype}" for layer in layers)
+        raise SchemeError(
+            f"one vector of input scales cannot be stored in several dtypes: {stored}; give these "
+            "layers one dtype, or leave foldable out"
+        )
+    magnitude_C, _ = _sizes(statistics)
+    if scale_of_input_C is not None:
+        magnitude_C = _shared(magnitude_C, scale_of_input_C)
+    return _solve([_Layer.of(one, statistics) for one in layers], statistics, scheme, magnitude_C)
+
+
+def _solve(
+    layers: Sequence[_Layer],
+    statistics: CalibrationStatistics,
+    scheme: AWQScheme,
+    magnitude_C: Float32 | None = None,
+) -> list[SolveResult]:
+    """Quantize layers with the exponent that has the least loss in all of them together.
+
+    Args:
+        magnitude_C: of the inputs, for scales that all layers share; None for the layer's own.
+    """
+
+    def attempt(ratio: float, search: bool) -> list[_Attempt]:
+        made = []
+        for layer in layers:
+            if magnitude_C is None:
+                scale_C = _input_scales(layer.magnitude_C, ratio)
+            else:
+                scale_C = _input_scales(magnitude_C, ratio)[layer.input_of_row]
+            made.append(_quantized(layer, scale_C, scheme.group_size, search))
+        return made
+
+    best = attempt(0.0, search=False)
+    rtn_losses = [one.loss for one in best]
+    loss, best_ratio = _total(best), 0.0
     kept: Literal["awq", "rtn"] = "rtn"
     first = 0 if scheme.clip_search else 1
-    for step in range(first, scheme.num_grid_points + 1):
+    last = scheme.num_grid_points
+    if magnitude_C is not None and (magnitude_C == magnitude_C[0]).all():
+        last = 0  # equal scales change nothing
+    for step in range(first, last + 1):
         ratio = step / scheme.num_grid_points
         candidate = attempt(ratio, scheme.clip_search)
-        if candidate[2] < loss:
-            (found, scale_C, loss), best_ratio, kept = candidate, ratio, "awq"
-    codes_CR, scale_GR, zero_GR = (np.asarray(array) for array in found)
+        if _total(candidate) < loss:
+            best, loss, best_ratio, kept = candidate, _total(candidate), ratio, "awq"
+    reason = "no input scale or clipping lowered the output error"
+    if kept == "awq":
+        reason = f"input scales of magnitude^{best_ratio:.2f} had the lowest output error"
+        if magnitude_C is not None:
+            reason += f" of the {len(layers)} layers of this input"
+            if last == 0:
+                reason = "no input scales that can be folded; clipping lowered the output error"
+    return [
+        _result(layer, chosen, rtn_loss, scheme, statistics.num_rows, best_ratio, kept, reason)
+        for layer, chosen, rtn_loss in zip(layers, best, rtn_losses, strict=True)
+    ]
+
+
+def _total(attempts: Sequence[_Attempt]) -> float:
+    return sum(one.loss for one in attempts)
+
+
+def _quantized(layer: _Layer, scale_C: Float32, group_size: int, search: bool) -> _Attempt:
+    scale_dtype = layer.problem.scale_dtype
+    scale_C = scale_C.astype(scale_dtype).astype(np.float32)
+    codes_CR, scale_GR, zero_GR, loss = _attempt(
+        layer.weight_CR,
+        jnp.asarray(scale_C),
+        jnp.asarray(layer.energy_C),
+        jnp.asarray(energy_with_unseen(layer.energy_C, layer.energy_C == 0)),
+        layer.gram_CC,
+        group_size=group_size,
+        search=search,
+        scale_dtype=scale_dtype,
+    )
+    return _Attempt(codes_CR, scale_GR, zero_GR, scale_C, max(float(loss), 0.0))
+
+
+def _result(
+    layer: _Layer,
+    chosen: _Attempt,
+    rtn_loss: float,
+    scheme: AWQScheme,
+    num_rows: int,
+    ratio: float,
+    kept: Literal["awq", "rtn"],
+    reason: str,
+) -> SolveResult:
+    codes_CR, scale_GR, zero_GR = map(
+        np.asarray, (chosen.codes_CR, chosen.scale_GR, chosen.zero_GR)
+    )
+    weight_RC = layer.weight_RC
     weight = GroupedWeight(
         np.ascontiguousarray(codes_CR.T),
         np.ascontiguousarray(scale_GR.T),
         np.ascontiguousarray(zero_GR.T).astype(np.uint8),
         contiguous_groups(weight_RC.shape[1], scheme.group_size),
-        scale_C,
-    )
-    reason = (
-        f"input scales of magnitude^{best_ratio:.2f} had the lowest output error"
-        if kept == "awq"
-        else "no input scale or clipping lowered the output error"
+        chosen.input_scale_C,
     )
     return SolveResult(
         weight,
         SolveReport(
             weight_error=weight_error(weight_RC, weight.dequantize()),
-            output_error=loss,
+            output_error=chosen.loss,
             rtn_output_error=rtn_loss,
             kept=kept,
             reason=reason,
             rtn_rows=weight_RC.shape[0] if kept == "rtn" else 0,
-            dead_inputs=int(np.sum(energy_C == 0)),
-            num_rows=statistics.num_rows,
-            ratio=best_ratio,
+            dead_inputs=int(np.sum(layer.energy_C == 0)),
+            num_rows=num_rows,
+            ratio=ratio,
         ),
     )
+
+
+def _sizes(statistics: CalibrationStatistics) -> tuple[Float32, Float32]:
+    """Each input's magnitude, and twice its mean square."""
+    if isinstance(statistics, HessianSum):
+        energy_C = np.float32(2 / statistics.num_rows) * np.diagonal(statistics.gram_CC)
+        return np.sqrt(energy_C / 2), energy_C
+    energy_C = np.float32(2 / statistics.num_rows) * statistics.sum_square_C
+    return statistics.sum_abs_C / np.float32(statistics.num_rows), energy_C
+
+
+def _shared(magnitude_C: Float32, scale_of_input_C: NDArray[np.intp]) -> Float32:
+    """Of each input, the mean magnitude of all that share its scale."""
+    total = np.bincount(scale_of_input_C, magnitude_C)
+    count = np.maximum(np.bincount(scale_of_input_C), 1)
+    mean_C: Float32 = (total / count).astype(np.float32)[scale_of_input_C]
+    return mean_C
 
 
 def _spread(statistics: CalibrationStatistics, input_of_row: NDArray[np.intp]) -> MagnitudeSum:

@@ -112,6 +112,11 @@ class AWQScheme(_Checked):
     clip_search: bool = _option(
         True, "Search each group's range for the least energy-weighted error (not in Keras)."
     )
+    foldable: bool = _option(
+        False,
+        "One vector of input scales for all layers of an input, where the norm or layer before can "
+        "take it up, and none elsewhere: exportable to other runtimes (not in Keras).",
+    )
 
     @property
     def policy(self) -> str:
@@ -167,7 +172,10 @@ SCHEMES: dict[str, type[Scheme]] = {
 
 def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
     """The scheme as plain JSON values, its mode first."""
-    return {"mode": scheme.mode, **dataclasses.asdict(scheme)}
+    values = {"mode": scheme.mode, **dataclasses.asdict(scheme)}
+    if isinstance(scheme, AWQScheme) and not scheme.foldable:
+        del values["foldable"]  # older versions did not know it
+    return values
 
 
 def scheme_from_dict(values: dict[str, Any]) -> Scheme:

@@ -9,7 +9,7 @@ from types import NoneType
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (teaches NumPy the name "bfloat16")
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from quantizer.awq import solve_awq
 from quantizer.errors import CalibrationError, SchemeError, WeightError
@@ -74,7 +74,8 @@ def solve_stack(
 ) -> list[SolveResult]:
     """Quantize several layers of one input (q, k and v; gate and up) with one factorization.
 
-    Each result equals `solve` of that layer alone, bit for bit. Arguments and errors as there.
+    Each result equals `solve` of that layer alone, bit for bit, unless the scheme is a foldable
+    awq: that gives all of them the same input scales. Arguments and errors as in `solve`.
     """
     names = [f"weight {i}" for i in range(len(weights))] if names is None else names
     layers = [
@@ -89,8 +90,12 @@ def solve_problems(
     statistics: CalibrationStatistics | None,
     *,
     drift: DriftSum | None = None,
+    scale_of_input_C: NDArray[np.intp] | None = None,
 ) -> list[SolveResult]:
     """Solve checked layers of one input and one scheme; gptq factors their Hessian once.
+
+    Args:
+        scale_of_input_C: which inputs share a scale, for `solve_awq`.
 
     Raises:
         UnusableStatisticsError: the statistics cannot serve these layers.
@@ -106,7 +111,7 @@ def solve_problems(
             return _solve_gptq(layers, statistics, scheme, drift)
         case AWQScheme():
             assert statistics is not None
-            return [solve_awq(layer, statistics, scheme) for layer in layers]
+            return solve_awq(layers, statistics, scheme, scale_of_input_C)
         case Float8Scheme():
             assert isinstance(statistics, MagnitudeSum)
             return [solve_float8(layer.weight_RC, statistics, scheme) for layer in layers]

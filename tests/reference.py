@@ -8,6 +8,7 @@ imports `quantizer`: every rule that it shares with the solver is written down a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -246,36 +247,64 @@ def awq(
 
     A diagonal `hessian_CC` judges by uncorrelated inputs.
     """
-    weight = np.asarray(weight_RC, np.float64)
+    [answer] = awq_together(
+        [weight_RC],
+        magnitude_C,
+        hessian_CC,
+        group_size=group_size,
+        num_grid_points=num_grid_points,
+        clip_search=clip_search,
+        scale_dtype=scale_dtype,
+    )
+    return answer
+
+
+def awq_together(
+    weights_RC: Sequence[NDArray[np.floating]],
+    magnitude_C: Float64,
+    hessian_CC: Float64,
+    *,
+    group_size: int,
+    num_grid_points: int,
+    clip_search: bool,
+    scale_dtype: str = "float32",
+) -> list[Answer]:
+    """The same for several layers of one input: one exponent, by the sum of their errors."""
+    weights = [np.asarray(weight_RC, np.float64) for weight_RC in weights_RC]
     energy = np.diagonal(hessian_CC).copy()
     # Inputs never seen are taken for average ones.
     unseen = magnitude_C < 1e-8
     magnitude_C = np.where(unseen, np.exp(np.log(magnitude_C[~unseen]).mean()), magnitude_C)
     searched = np.where(energy == 0, energy[energy > 0].mean(), energy)
 
-    def attempt(ratio: float, search: bool) -> tuple[float, Float64, Float64]:
+    def attempt(ratio: float, search: bool) -> tuple[float, list[tuple[Float64, Float64]]]:
         scales_C = np.maximum(magnitude_C**ratio, 1e-4)
         scales_C = stored(scales_C / np.sqrt(scales_C.max() * scales_C.min()), scale_dtype)
-        scaled = weight * scales_C
-        scale, zero = grid(
-            scaled,
-            searched / scales_C**2,
-            weight_bits=4,
-            group_size=group_size,
-            symmetric=False,
-            search=search,
-            scale_dtype=scale_dtype,
-        )
-        codes = nearest(scaled, scale, zero, 15)
-        restored = (codes - zero) * scale / scales_C
-        return loss(weight, restored, hessian_CC), codes, restored
+        total, found = 0.0, []
+        for weight in weights:
+            scaled = weight * scales_C
+            scale, zero = grid(
+                scaled,
+                searched / scales_C**2,
+                weight_bits=4,
+                group_size=group_size,
+                symmetric=False,
+                search=search,
+                scale_dtype=scale_dtype,
+            )
+            codes = nearest(scaled, scale, zero, 15)
+            restored = (codes - zero) * scale / scales_C
+            total += loss(weight, restored, hessian_CC)
+            found.append((codes, restored))
+        return total, found
 
     rounded = best = attempt(0.0, search=False)
     for step in range(num_grid_points + 1):
         candidate = attempt(step / num_grid_points, clip_search)
         if candidate[0] < best[0]:
             best = candidate
-    return Answer(best[1], best[2], rounded[2])
+    pairs = zip(best[1], rounded[1], strict=True)
+    return [Answer(codes, restored, rtn[1]) for (codes, restored), rtn in pairs]
 
 
 def int_channels(weight_RC: NDArray[np.floating], *, low: int, high: int) -> Answer:

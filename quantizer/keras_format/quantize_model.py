@@ -308,9 +308,16 @@ def _check_schemes(chosen: _Chosen) -> None:
     """Check groups and weights before anything is computed.
 
     Raises:
-        SchemeError: groups larger than a layer; the message names the layers.
+        SchemeError: groups larger than a layer, or foldable scales; the message names the layers.
         WeightError: weights that are not finite.
     """
+    for layer, scheme in chosen.values():
+        if isinstance(scheme, AWQScheme) and scheme.foldable:
+            raise SchemeError(
+                f"{layer_name(layer)}: what gives a layer its input is known of a preset's blocks "
+                "only, so that no other model can be quantized by a foldable awq; leave foldable "
+                "out"
+            )
     too_small: dict[str, int] = {}
     for layer, scheme in chosen.values():
         if isinstance(scheme, GPTQScheme | AWQScheme):

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from quantizer import AWQScheme, Int4Scheme, solve
+from quantizer import AWQScheme, Int4Scheme, SchemeError, solve, solve_stack
+from quantizer.awq import solve_awq
+from quantizer.solver import check_layer
 from tests import reference
 from tests.quantizer.problems import PROBLEMS, Problem, make
 
@@ -111,3 +113,72 @@ def test_a_second_run_gives_the_same_bits():
     assert first.report == second.report
     np.testing.assert_array_equal(first.weight.codes_RC, second.weight.codes_RC)
     np.testing.assert_array_equal(first.weight.input_scale_C, second.weight.input_scale_C)
+
+
+FOLDABLE = AWQScheme(group_size=32, num_grid_points=6, foldable=True)
+
+
+def stack(problem):
+    """Layers of one input that would choose other scales if each were alone."""
+    weight = problem.weight_RC
+    few = weight[:64] * np.where(np.arange(weight.shape[1]) % 7 == 0, 12, 1).astype(np.float32)
+    return [weight[:128], few, 0.5 * weight[-32:]]
+
+
+@pytest.mark.parametrize(
+    "known", ["hessian", pytest.param("magnitudes", marks=pytest.mark.exhaustive)]
+)
+def test_foldable_scales_have_the_least_error_of_all_layers_together(known):
+    problem = PROBLEMS["tall"]
+    weights, rows = stack(problem), problem.inputs_NC.astype(np.float64)
+    magnitude, hessian = np.sqrt(np.square(rows).mean(0)), problem.true_hessian
+    if known == "magnitudes":
+        magnitude, hessian = np.abs(rows).mean(0), np.diag(np.diagonal(hessian))
+    solutions = solve_stack(weights, getattr(problem, known), FOLDABLE)
+    answers = reference.awq_together(
+        weights, magnitude, hessian, group_size=32, num_grid_points=6, clip_search=True
+    )
+    scales = [solution.weight.input_scale_C for solution in solutions]
+    for scale in scales[1:]:
+        np.testing.assert_array_equal(scale, scales[0])
+    assert len(np.unique(scales[0])) > 1
+    for weight, solution, answer in zip(weights, solutions, answers, strict=True):
+        assert np.mean(solution.weight.codes_RC == answer.codes_RC) >= 0.999
+        error = reference.loss(weight, answer.restored_RC, hessian)
+        assert solution.report.output_error == pytest.approx(error, rel=1e-3)
+    alone = [solve(weight, getattr(problem, known), FOLDABLE).report for weight in weights]
+    assert len({report.ratio for report in alone}) > 1
+    assert sum(s.report.output_error for s in solutions) <= sum(
+        s.report.rtn_output_error for s in solutions
+    )
+
+
+def test_inputs_of_one_number_share_a_scale():
+    problem = PROBLEMS["tall"]
+    layers = [check_layer(weight, FOLDABLE) for weight in stack(problem)]
+    pairs = np.arange(64) // 2
+    for solution in solve_awq(layers, problem.hessian, FOLDABLE, pairs):
+        scale = solution.weight.input_scale_C
+        np.testing.assert_array_equal(scale[::2], scale[1::2])
+        assert len(np.unique(scale)) == 32
+
+
+def test_without_a_place_for_scales_only_the_ranges_are_searched():
+    problem = PROBLEMS["tall"]
+    layers = [check_layer(weight, FOLDABLE) for weight in stack(problem)]
+    nowhere = np.zeros(64, np.intp)
+    for solution in solve_awq(layers, problem.hessian, FOLDABLE, nowhere):
+        np.testing.assert_array_equal(solution.weight.input_scale_C, 1)
+        assert solution.report.ratio == 0
+        assert "clipping lowered" in solution.report.reason
+        assert solution.report.output_error < solution.report.rtn_output_error
+
+
+def test_one_vector_of_scales_has_one_dtype():
+    problem = PROBLEMS["tall"]
+    layers = [
+        check_layer(problem.weight_RC, FOLDABLE, scale_dtype=dtype, name=f"dense in {dtype}")
+        for dtype in ("bfloat16", "float32")
+    ]
+    with pytest.raises(SchemeError, match="several dtypes: dense in bfloat16 in bfloat16, dense"):
+        solve_awq(layers, problem.hessian, FOLDABLE)

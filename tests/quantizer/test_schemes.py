@@ -45,6 +45,7 @@ BAD_VALUES = [
     (AWQScheme, "num_grid_points", 0, "must be positive"),
     (AWQScheme, "num_grid_points", 2.5, "must be int"),
     (AWQScheme, "clip_search", 1, "must be bool"),
+    (AWQScheme, "foldable", 1, "must be bool"),
     (Int8Scheme, "quantize_activations", 0, "must be bool"),
     (Int4Scheme, "block_size", 0, "-1 .* or positive"),
     (Int4Scheme, "block_size", True, "must be int"),
@@ -70,6 +71,7 @@ SAMPLES = [
     GPTQScheme(weight_bits=3, group_size=-1, symmetric=True, drift_correction=0.5),
     GPTQScheme(hessian_damping=0),
     AWQScheme(num_grid_points=4),
+    AWQScheme(foldable=True),
     Int8Scheme(quantize_activations=False),
     Int4Scheme(block_size=-1),
     Float8Scheme(power_of_two=True),
@@ -87,6 +89,11 @@ def test_a_scheme_comes_back_from_json(scheme):
 @pytest.mark.parametrize("mode", SCHEMES)
 def test_absent_fields_take_their_defaults(mode):
     assert scheme_from_dict({"mode": mode}) == SCHEMES[mode]()
+
+
+def test_what_older_versions_did_not_know_is_left_out_by_default():
+    assert "foldable" not in scheme_to_dict(AWQScheme())
+    assert scheme_to_dict(AWQScheme(foldable=True))["foldable"] is True
 
 
 def test_reading_a_dict_leaves_it_alone():

@@ -378,6 +378,15 @@ class TestRefusals:
             calibration=batches(),
         )
 
+    def test_scales_to_fold_into_layers_before(self):
+        scheme = AWQScheme(group_size=8, foldable=True)
+        self.refuse(
+            SchemeError,
+            "attention/query: .*preset's blocks.*leave foldable out",
+            scheme,
+            calibration=batches(),
+        )
+
     def test_nothing_to_quantize(self):
         self.refuse(
             LayerError,
