@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from jobs.execute import (
@@ -20,10 +21,21 @@ from jobs.execute import (
 from jobs.logging import is_json, log_event, print_json, set_run, status, url_name
 from jobs.metrics import RunMetrics
 from jobs.reachable import absolute, check_writable, reachable
+from jobs.run_exports import (
+    ForeseenExports,
+    exports_json,
+    foresee_exports,
+    log_exports,
+    make_exports,
+    pending_exports,
+    want_exports,
+)
 from jobs.summary import Summary, plan_table, summary_table
 from jobs.termination import Terminated
 from pipeline.errors import PipelineError, UnusableResultError
 from pipeline.executor.protocol import Allocation, ComputeSpec, FunctionRunner
+from pipeline.export.description import MadeExport
+from pipeline.export.settings import ExportSettings
 from pipeline.model.preset import CONFIG_FILE, check_preset
 from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.planning.estimates import Estimate, estimate
@@ -43,6 +55,7 @@ class Job:
 
     Attributes:
         chat: how conversations among the evaluation texts are read; None as in the calibration.
+        exports: what to export the finished result as, besides what the run was started with.
     """
 
     source_url: str
@@ -50,6 +63,7 @@ class Job:
     evaluation_texts: tuple[str, ...] = ()
     evaluation_windows: int = 8
     chat: bool | None = None
+    exports: tuple[ExportSettings, ...] = ()
     options: DriverOptions = field(default_factory=DriverOptions)
 
 
@@ -75,27 +89,48 @@ def run_job(
     if not finished:
         check_writable(store)
 
-    def plan_all(runner: FunctionRunner) -> tuple[Plan, bytes | None, bytes | None]:
+    def plan_all(runner: FunctionRunner) -> _PlannedJob:
+        # Before all else, since it reads no weights.
+        exports = foresee_exports(runner, job.source_url, recipe, job.exports, dry_run=dry_run)
         plan, windows = runner.run(plan_run, job.source_url, recipe, compute.allocation.threads)
         # Before anything is claimed: a mistyped file must not cost a run.
-        return plan, windows, None if dry_run else _evaluation_windows(job, plan, runner)
+        judged_on = None if dry_run else _evaluation_windows(job, plan, runner)
+        return _PlannedJob(plan=plan, windows=windows, judged_on=judged_on, exports=exports)
 
     with open_compute(
         spec, job.source_url, job.output_url, address=address, plan_only=dry_run
     ) as compute:
         _log_allocation(compute.allocation, spec, address, plan_only=dry_run)
         with status("planning: reading the preset, checking every layer, cutting texts"):
-            has_work = not finished or bool(job.evaluation_texts)
-            plan, windows, judged_on = compute.plan(plan_all, with_workers=has_work and not dry_run)
+            has_work = not finished or bool(job.evaluation_texts or job.exports)
+            planned = compute.plan(plan_all, with_workers=has_work and not dry_run)
+        plan, judged_on = planned.plan, planned.judged_on
         costs = estimate(plan, compute.allocation.workers)
         if dry_run:
-            _print_plan(plan, costs, compute.allocation, as_json=as_json)
+            _print_plan(planned, costs, compute.allocation, as_json=as_json)
         if not finished:
             check_memory(costs, compute.allocation.nodes)
         if dry_run:
             return
-        plan = claim(store, plan, windows)
+        planned.exports.warn(recipe)
+        wanted = {settings.key: settings.to_json() for settings in job.exports}
+        plan = claim(store, plan, planned.windows, beside=wanted)
+        want_exports(store, job.exports)
         _finish(plan, job, store, compute, costs, judged_on, as_json=as_json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PlannedJob:
+    """A job's plan, and what is known of its result before it is made.
+
+    Attributes:
+        windows, judged_on: to calibrate and to evaluate on, serialized.
+    """
+
+    plan: Plan
+    windows: bytes | None
+    judged_on: bytes | None
+    exports: ForeseenExports
 
 
 def resume_job(
@@ -134,8 +169,12 @@ def resume_job(
     if finished and not job.evaluation_texts:
         _log_finished_before(output_url)
         found, costs = read_manifest(store), estimate(plan, 1)
+        made: tuple[MadeExport, ...] = ()
+        if pending_exports(store):
+            with open_compute(spec, source_url, output_url, address=address) as compute:
+                made = make_exports(compute, store)
         summary = Summary.of(plan, store, found, costs, {}, wall_seconds=0.0, fidelity=None)
-        _print_summary(summary, store, as_json=as_json)
+        _print_summary(summary, store, made, as_json=as_json)
         return
     job = dataclasses.replace(job, source_url=source_url, output_url=output_url)
     check_preset(reachable(source_url, CONFIG_FILE))
@@ -195,6 +234,9 @@ def _finish(
             fidelity = evaluate(compute.executor, judged_on, job.evaluation_windows)
             Evaluation.of(execution.manifest.record_sha256, judged_on, fidelity).save(store)
             metrics.judged(fidelity)
+        made: tuple[MadeExport, ...] = ()
+        if fidelity is None or fidelity.not_finite is None:
+            made = make_exports(compute, store, job.exports)
         if held is not None:  # or there was nothing to do
             metrics.ended("finished")
     except (Exception, KeyboardInterrupt, Terminated) as end:
@@ -203,7 +245,7 @@ def _finish(
         command = f"quantfleet resume {shlex.quote(job.output_url)}"
         log_event("resumable", f"to go on from the last committed block: {command}")
         raise
-    _print_summary(execution.summarize(costs, fidelity), store, as_json=as_json)
+    _print_summary(execution.summarize(costs, fidelity), store, made, as_json=as_json)
     if fidelity is not None and fidelity.not_finite is not None:
         raise UnusableResultError(
             f"{job.output_url}: the result gives {fidelity.not_finite}; keep what stays in float "
@@ -225,12 +267,15 @@ def _evaluation_windows(job: Job, plan: Plan, runner: FunctionRunner) -> bytes |
     )
 
 
-def _print_summary(summary: Summary, store: ObjectStore, *, as_json: bool) -> None:
+def _print_summary(
+    summary: Summary, store: ObjectStore, exports: Sequence[MadeExport], *, as_json: bool
+) -> None:
     if as_json:
-        print_json(summary.to_dict())
+        print_json(summary.to_dict() | exports_json(exports))
     if not as_json or is_json():
         log_event("finished", "", {"summary": summary.to_dict()}, table=summary_table(summary))
         log_event("loadable", f"load it:  {load_hint(summary.task, store)}")
+        log_exports(exports)
 
 
 def load_hint(task: str, store: ObjectStore) -> str:
@@ -246,13 +291,18 @@ def load_hint(task: str, store: ObjectStore) -> str:
     return load if is_local else f"copy {url} to a local folder, then {load}"
 
 
-def _print_plan(plan: Plan, costs: Estimate, allocation: Allocation, *, as_json: bool) -> None:
+def _print_plan(
+    planned: _PlannedJob, costs: Estimate, allocation: Allocation, *, as_json: bool
+) -> None:
+    plan = planned.plan
     values = {
         "plan_digest": plan.digest,
         "share": dataclasses.asdict(plan.share),
         "estimate": dataclasses.asdict(costs) | {"flops": costs.flops},
     }
     if as_json:
-        print_json(values | {"plan": plan.content(), "resources": allocation.to_dict()})
+        found = {"plan": plan.content(), "resources": allocation.to_dict()}
+        print_json(values | found | planned.exports.to_dict())
     else:
         log_event("planned", "", values, table=plan_table(plan, costs, allocation))
+        planned.exports.show()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pipeline.errors import PipelineError
 from pipeline.executor.protocol import ExecutorError
 from pipeline.export.description import ExportDescription, MadeExport
 from pipeline.export.settings import ExportSettings
@@ -148,6 +149,14 @@ def preview_exports(
 
     preset = read_preset(source_url)
     return tuple(preview_export(preset, recipe, settings) for settings in exports)
+
+
+def servability(source_url: str, recipe: Recipe) -> ExportDescription | str:
+    """What the default export of a run would be; or, in words, why there can be none."""
+    try:
+        return preview_exports(source_url, recipe, (ExportSettings(),))[0]
+    except PipelineError as error:
+        return str(error)
 
 
 def export_result(run_url: str, settings: ExportSettings, to_url: str | None) -> MadeExport:

@@ -64,6 +64,10 @@ StoragePatience = Annotated[
         help="Seconds that storage may be unavailable before the run ends; default: 300.",
     ),
 ]
+Like = Annotated[
+    str | None,
+    typer.Option(help="Hugging Face folder of the model: exports take config and tokenizer of it."),
+]
 FinishedRun = Annotated[str, typer.Argument(help="Folder or URL of a finished run.")]
 CatalogFile = Annotated[str, typer.Argument(help="The catalog: a YAML file, or its URL.")]
 Only = Annotated[list[str] | None, typer.Option(help="Only these models; repeatable.")]

@@ -41,10 +41,7 @@ def export(
         str | None,
         typer.Option(help="float32, float16 or bfloat16 for all else; default: the artifact's."),
     ] = None,
-    like: Annotated[
-        str | None,
-        typer.Option(help="Hugging Face folder of the model: take config and tokenizer from it."),
-    ] = None,
+    like: options.Like = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be written; write nothing.")
     ] = False,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
 from jobs.cli import options
 from pipeline.errors import PipelineError
 from pipeline.executor.protocol import ComputeSpec
+from pipeline.export.code_formats import ExportFormat
+from pipeline.export.settings import ExportSettings
 
 if TYPE_CHECKING:
     from pipeline.recipe.recipe import Recipe
@@ -52,6 +54,13 @@ def quantize(
     evaluate_on: options.EvaluateOn = None,
     chat: options.Chat = None,
     windows: options.Windows = 8,
+    export: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Export the result too: compressed-tensors, gptq or dense; repeatable.",
+        ),
+    ] = None,
+    like: options.Like = None,
     address: options.Address = None,
     workers: options.Workers = None,
     threads: options.Threads = None,
@@ -76,6 +85,7 @@ def quantize(
                 "--texts": texts,
                 "--sequence-length": sequence_length,
                 "--evaluate-on": evaluate_on,
+                "--export": export,
                 "--address": address,
                 "--workers": workers,
             },
@@ -89,6 +99,7 @@ def quantize(
         evaluation_texts=tuple(evaluate_on or ()),
         evaluation_windows=windows,
         chat=chat,
+        exports=_exports(export or (), like),
         options=DriverOptions(keep_every=keep_every, wait=wait, lease_seconds=lease_seconds),
     )
     spec = ComputeSpec(workers=workers, threads=threads, device=device)
@@ -160,6 +171,26 @@ def evaluate(
     )
     spec = ComputeSpec(workers=workers, device=device)
     resume_job(job, spec, address, as_json=as_json, must_be_finished=True)
+
+
+def _exports(formats: Sequence[str], like: str | None) -> tuple[ExportSettings, ...]:
+    """The exports that options ask for.
+
+    Raises:
+        PipelineError: an unknown format, or --like without one.
+    """
+    from jobs.reachable import absolute
+
+    if like and not formats:
+        raise PipelineError("--like is of an export; give --export compressed-tensors, say, too")
+    known = {name: name for name in get_args(ExportFormat)}
+    for name in formats:
+        if name not in known:
+            raise PipelineError(f"--export {name}: choose one of {', '.join(known)}")
+    like_url = None if like is None else absolute(like)
+    return tuple(
+        ExportSettings(format=known[name], like_url=like_url) for name in dict.fromkeys(formats)
+    )
 
 
 def _recipe(

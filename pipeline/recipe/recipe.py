@@ -171,6 +171,8 @@ class Recipe(BaseModel):
     """Of what stays in float, and of all computation; null leaves it to the model."""
     allow_partial: StrictBool = False
     """Whether less than half of the weights that are asked for may be quantized."""
+    servable: StrictBool = False
+    """Whether other runtimes are meant to serve the result: planning warns where none would."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -212,15 +214,16 @@ class Recipe(BaseModel):
         return any(statistics_of(scheme) for scheme in self._kernel_schemes())
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain JSON values, with every default but those of dtype and allow_partial.
+        """The recipe as plain JSON values, with every default but those of newer fields.
 
         A calibration that no scheme needs is omitted, since it does not affect the result.
         """
         values = self.model_dump(mode="json")
         if self.dtype is None:
             del values["dtype"]  # older versions knew none
-        if not self.allow_partial:
-            del values["allow_partial"]
+        for name in ("allow_partial", "servable"):
+            if not values[name]:
+                del values[name]
         return values if self.needs_calibration else values | {"calibration": None}
 
 

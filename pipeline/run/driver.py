@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Concatenate, TypeAlias
 
 from pipeline.errors import DamagedObjectError, PipelineError, PlanMismatchError
@@ -27,11 +28,17 @@ _MOST_LOSSES = 10
 """In a row, with nothing committed between them."""
 
 
-def claim(store: ObjectStore, plan: Plan, windows: bytes | None = None) -> Plan:
+def claim(
+    store: ObjectStore,
+    plan: Plan,
+    windows: bytes | None = None,
+    beside: Mapping[str, bytes] = MappingProxyType({}),
+) -> Plan:
     """Write the plan into an empty run directory, or make sure that it is the one there.
 
     Args:
         windows: that the plan names; written first, so that a plan can always be carried out.
+        beside: other objects of a new run by key, below exports/; written first too.
 
     Raises:
         PlanMismatchError: the directory belongs to another plan, or holds other things.
@@ -44,7 +51,8 @@ def claim(store: ObjectStore, plan: Plan, windows: bytes | None = None) -> Plan:
                 "choose another --output, or resume that run with what it was started with"
             )
         return found
-    foreign = [key for key in store.list() if not key.startswith(("tokens/", "leases/"))]
+    own = ("tokens/", "leases/", "exports/")
+    foreign = [key for key in store.list() if not key.startswith(own)]
     if foreign:
         raise PlanMismatchError(
             f"{store.url(foreign[0])} is there already, and no {PLAN_KEY} beside it; choose an "
@@ -52,6 +60,8 @@ def claim(store: ObjectStore, plan: Plan, windows: bytes | None = None) -> Plan:
         )
     if plan.tokens is not None and windows is not None:
         store.create(plan.tokens.key, windows)
+    for key, data in beside.items():
+        store.put(key, data)
     store.create(PLAN_KEY, plan.to_json())
     return plan
 
@@ -272,7 +282,11 @@ class _Drive:
         solved = [self._submit(0, WorkerApi.solve, number, alone, values, None)] if alone else []
         for stage, group in enumerate(part.groups):
             total = self._capture(block, stage, values, solved)
-            whole, cut = share_out([schemed[n] for n in group.targets], self.executor.num_workers)
+            members = [schemed[name] for name in group.targets]
+            whole, cut = share_out(members, self.executor.num_workers)
+            if group.fold is not None:
+                # They share one vector of input scales, which all of them decide.
+                whole, cut = [[layer.path for layer in members]], []
             solved += [
                 self._submit(worker, WorkerApi.solve, number, paths, values, total)
                 for worker, paths in enumerate(whole)

@@ -51,7 +51,7 @@ class CountingCompute:
 
     @contextlib.contextmanager
     def open_compute(
-        self, spec: ComputeSpec, source_url: str, run_url: str, *, address: str | None = None
+        self, spec: ComputeSpec, source_url: str, run_url: str, **_: Any
     ) -> Iterator[Compute]:
         """Stands for `jobs.execute.open_compute`."""
         self.opened += 1

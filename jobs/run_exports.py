@@ -1,0 +1,143 @@
+"""Exports as part of a run: foreseen before any work, made when it is finished."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from jobs.execute import Compute
+from jobs.export import exported_json, kernels_table, log_exported, log_notes
+from jobs.logging import log_event, status
+from pipeline.executor.protocol import FunctionRunner
+from pipeline.export.description import ExportDescription, MadeExport
+from pipeline.export.manifest import EXPORT_KEY
+from pipeline.export.settings import ExportSettings, wanted_exports
+from pipeline.recipe.recipe import Recipe
+from pipeline.remote_planning import export_result, preview_exports, servability
+from pipeline.storage.object_store import ObjectStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForeseenExports:
+    """What would serve a run's result.
+
+    Attributes:
+        asked: a description of each export that was asked for.
+        otherwise: of an export that nobody asked for, or why there can be none; None if that does
+            not matter.
+    """
+
+    asked: tuple[ExportDescription, ...] = ()
+    otherwise: ExportDescription | str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        found: dict[str, Any] = {
+            "exports": [{**one.facts(), "tensors": one.tensors} for one in self.asked]
+        }
+        if self.otherwise is not None:
+            found["export"] = self._otherwise()
+        return found
+
+    def show(self) -> None:
+        """Print a table for each export that was asked for, else a line."""
+        for one in self.asked:
+            title = f"exported as {one.format}"
+            log_event("export", "", one.facts(), table=kernels_table(one.tensors, title))
+            log_notes(one)
+        if self.otherwise is not None:
+            log_event("export", self._otherwise())
+
+    def warn(self, recipe: Recipe) -> None:
+        """Before hours are spent, say what no runtime would serve well."""
+        for one in self.asked:
+            log_notes(one)
+        if isinstance(self.otherwise, str):
+            text = f"recipe {recipe.name} is meant to be served, but: {self._otherwise()}"
+            log_event("note", text, level=logging.WARNING)
+        elif self.otherwise is not None:
+            log_notes(self.otherwise)
+
+    def _otherwise(self) -> str:
+        if isinstance(self.otherwise, str):
+            return f"the result could not be exported as compressed-tensors: {self.otherwise}"
+        assert self.otherwise is not None
+        return (
+            f"vLLM's kernels for the result exported as {self.otherwise.format}: "
+            f"{self.otherwise.kernels}; add --export {self.otherwise.format} to see which, and to "
+            "export it"
+        )
+
+
+def foresee_exports(
+    runner: FunctionRunner,
+    source_url: str,
+    recipe: Recipe,
+    exports: tuple[ExportSettings, ...],
+    *,
+    dry_run: bool,
+) -> ForeseenExports:
+    """Find out what would serve a run's result, where somebody asks for that.
+
+    Args:
+        dry_run: somebody wants to know what can be known.
+
+    Raises:
+        ExportError: what was asked for is impossible, and what to do instead.
+    """
+    if exports:
+        return ForeseenExports(asked=runner.run(preview_exports, source_url, recipe, exports))
+    if dry_run or recipe.servable:
+        return ForeseenExports(otherwise=runner.run(servability, source_url, recipe))
+    return ForeseenExports()
+
+
+def make_exports(
+    compute: Compute, run: ObjectStore, asked: Sequence[ExportSettings] = ()
+) -> tuple[MadeExport, ...]:
+    """Make the exports of a finished run that are asked for now, or were before and are missing.
+
+    Args:
+        run: opened at the run's root.
+
+    Raises:
+        PipelineError: one cannot be made; what was written stays, and is gone on with.
+    """
+    wanted = (*asked, *pending_exports(run))
+    made = []
+    for settings in dict.fromkeys(wanted):
+        url = f"{run.root_url}/{settings.folder}"
+        make = partial(_make, run.root_url, settings, url)
+        with status(f"exporting as {settings.format}, one block at a time"):
+            made.append(compute.plan(make, with_workers=False))
+    return tuple(made)
+
+
+def _make(run_url: str, settings: ExportSettings, url: str, runner: FunctionRunner) -> MadeExport:
+    return runner.run(export_result, run_url, settings, url)
+
+
+def pending_exports(run: ObjectStore) -> tuple[ExportSettings, ...]:
+    """The exports that a run was started with, and that are not finished."""
+    wanted = wanted_exports(run)
+    return tuple(one for one in wanted if not run.exists(f"{one.folder}/{EXPORT_KEY}"))
+
+
+def want_exports(run: ObjectStore, exports: Sequence[ExportSettings]) -> None:
+    """Note in a claimed run what to export, for whoever resumes it."""
+    for settings in exports:
+        run.put(settings.key, settings.to_json())
+
+
+def exports_json(made: Sequence[MadeExport]) -> dict[str, Any]:
+    """What was exported, as plain JSON values; nothing where nothing was."""
+    return {"exports": [exported_json(one) for one in made]} if made else {}
+
+
+def log_exports(made: Sequence[MadeExport]) -> None:
+    """Say what was exported, a line each."""
+    for one in made:
+        log_exported(one)
