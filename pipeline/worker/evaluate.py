@@ -1,34 +1,27 @@
 """Evaluate an artifact against its source, with one block of one model in memory at a time.
 
-The artifact is run by Keras' own quantized layers, in its own dtype, from the very bytes that were
-committed, so its output is that of stock Keras. Float16 holds nothing beyond 65504: values that are
-not finite after a block, or in the output, are reported by where they first appear.
+Float16 holds nothing beyond 65504: values that are not finite after a block, or in the output, are
+reported by where they first appear.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import keras
 import numpy as np
 from jax import Array
 from keras import tree
 from numpy.typing import NDArray
 
-from pipeline.artifact.parts import decode_part
 from pipeline.calibration.windows import TokenWindows
 from pipeline.fidelity import WindowFidelity
-from pipeline.model.blocks import BlockGraph
 from pipeline.model.inputs import InputBatch, InputLayout
-from pipeline.run.commits import committed_file
-from pipeline.storage.object_store import ObjectStore
-from pipeline.worker.model_state import ModelState
+from pipeline.worker.streamed_model import BatchValues, StreamedModel
 
 _TOKENS_PER_BATCH = 2048
 
@@ -154,112 +147,3 @@ def _compare_vectors(source: Any, artifact: Any, window: InputBatch) -> WindowFi
             cosines.append(np.sum(left * right, axis=1) / np.maximum(norms, 1e-30))
     flat = np.concatenate(cosines)
     return WindowFidelity(count=len(flat), cosine=math.fsum(flat))
-
-
-Pairs = list[tuple[Any, NDArray[Any]]]
-"""A model's variables, each with its value."""
-
-BatchValues = dict[int, NDArray[Any]]
-"""What passes between the blocks for one batch, by number (see `pipeline.model.blocks`)."""
-
-
-class StreamedModel:
-    """A model that runs part by part: embed → blocks → head, reading each part when it is due."""
-
-    def __init__(
-        self, graph: BlockGraph, read: Callable[[int], Pairs], *, compute_dtype: str
-    ) -> None:
-        """Args: read: gives the values of a part: 0 outside the blocks, i + 1 for block i.
-
-        compute_dtype: of most layers.
-        """
-        self.graph = graph
-        self._read = read
-        # On a CPU XLA keeps what lies between two operations in float32, where float16 would
-        # overflow, and compiles no float16 attention. One by one they round as they do elsewhere.
-        self._compiled = compute_dtype != "float16" or jax.default_backend() != "cpu"
-        self._programs: dict[tuple[str, int], Any] = {}
-
-    def embed(self, batches: Sequence[InputBatch]) -> list[BatchValues]:
-        """What depends on no block, for each batch."""
-        embed, numbers = self.graph.embed, self.graph.embedded
-        run = self._load(0, "embed", embed)
-        found = [run([batch.structured(embed)], {}) for batch in batches]
-        return [_numbered(numbers, one) for one in found]
-
-    def advance(self, call: int, states: Sequence[BatchValues]) -> None:
-        """Send every batch through one call of a block and the glue before it, in place."""
-        found = self.graph.calls[call]
-        if found.glue is not None:
-            run = self._load(0, f"glue {call}", found.glue.model)
-            for state in states:
-                results = run([[jnp.asarray(state[n]) for n in found.glue.takes]], {})
-                state.update(_numbered(found.glue.gives, results))
-        # Calls of one signature list their variables in the same order, and share a program.
-        run = self._load(found.block + 1, found.signature, found.layer)
-        still_used = {*self.graph.head_takes, *found.gives}
-        for later in self.graph.calls[call + 1 : call + 2]:
-            still_used.update(later.live, later.glue.takes if later.glue else ())
-        for state in states:
-            args, kwargs = found.bind([state[number] for number in found.takes])
-            state.update(_numbered(found.gives, found.given(run(list(args), kwargs))))
-            for number in set(state) - still_used:
-                del state[number]
-
-    def head(self) -> Callable[[BatchValues, InputBatch], Array]:
-        """The function (values, batch) → the model's output."""
-        run = self._load(0, "head", self.graph.head)
-        return lambda values, batch: run([self.graph.bind_head(values, batch.arrays)], {})
-
-    def _load(self, part: int, name: str, layer: Any) -> Callable[[list[Any], dict[str, Any]], Any]:
-        """Read a part; returns the function (args, kwargs) → a layer's output with its values."""
-        pairs = self._read(part)
-        key = (name, len(pairs))
-        if key not in self._programs:
-            variables = [variable for variable, _ in pairs]
-
-            def call(values: Sequence[Array], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-                mapping = list(zip(variables, values, strict=True))
-                with keras.StatelessScope(state_mapping=mapping):
-                    return layer(*args, **kwargs)
-
-            self._programs[key] = jax.jit(call) if self._compiled else call
-        values: list[Any] = [np.asarray(value, np.dtype(v.dtype)) for v, value in pairs]
-        if not self._compiled:
-            values = [jnp.asarray(value) for value in values]
-        return partial(self._programs[key], values)
-
-
-def _numbered(numbers: Sequence[int], outputs: Any) -> BatchValues:
-    # Keras unpacks a list of one.
-    return dict(zip(numbers, map(np.asarray, tree.flatten(outputs)), strict=True))
-
-
-def source_model(model: ModelState) -> StreamedModel:
-    """The source, in its own dtype."""
-    (skeleton, graph), _ = model.evaluation_models
-    variables = {str(v.path): v for v in skeleton.model.variables}
-
-    def read(part: int) -> Pairs:
-        return [(variables[path], value) for path, value in model.read(part).items()]
-
-    return StreamedModel(graph, read, compute_dtype=model.compute_dtype)
-
-
-def artifact_model(model: ModelState, store: ObjectStore) -> StreamedModel:
-    """The artifact, from its committed files."""
-    _, (skeleton, graph) = model.evaluation_models
-    skeleton.mark_calibrated()
-    variables = {stored.name_path: stored.variable for stored in skeleton.stored}
-    of_backbone = {id(variable) for variable in skeleton.backbone.variables}
-    of_task = {str(v.path): v for v in skeleton.model.variables if id(v) not in of_backbone}
-
-    def read(part: int) -> Pairs:
-        values = decode_part(model.parts[part], committed_file(store, part))
-        pairs = [(variables[name_path], value) for name_path, value in values.items()]
-        if part == 0 and of_task:
-            source = model.read(0)
-            pairs += [(v, source[path]) for path, v in of_task.items() if path in source]
-        return pairs
-
-    return StreamedModel(graph, read, compute_dtype=model.compute_dtype)

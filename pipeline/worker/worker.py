@@ -29,11 +29,12 @@ from pipeline.run.records import Manifest, PartRecord
 from pipeline.run.worker_api import SolvedLayer, SolvedSlices, Values, WorkerApi
 from pipeline.storage.object_store import open_store
 from pipeline.worker.block_program import BlockProgram
-from pipeline.worker.evaluate import artifact_model, evaluate, source_model
+from pipeline.worker.evaluate import evaluate
 from pipeline.worker.memory import FreedMemory
 from pipeline.worker.model_state import ModelState, in_order
 from pipeline.worker.solve import CompiledAhead, join_layer, solve_layers, solve_slices
 from pipeline.worker.statistics import sum_inputs
+from pipeline.worker.streamed_model import artifact_model, source_model
 from quantizer.hessian import CalibrationStatistics
 
 
@@ -212,7 +213,10 @@ class Worker(WorkerApi):
     ) -> list[SolvedLayer]:
         layers = self._layers(part, paths)
         self._compiled.await_for(layers)
-        return solve_layers(self._model.targets(part), layers, values, statistics)
+        names = {layer.name for layer in layers}
+        folds = [g.fold for g in self._plan.parts[part].groups if names.intersection(g.targets)]
+        fold = folds[0] if folds else None  # layers solved at once share an input, or have none
+        return solve_layers(self._model.targets(part), layers, values, statistics, fold)
 
     def solve_slices(
         self,

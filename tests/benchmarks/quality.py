@@ -23,8 +23,9 @@ from pipeline.calibration.windows import TokenWindows
 from pipeline.fidelity import Fidelity, average
 from pipeline.plan import Plan, read_plan
 from pipeline.storage.object_store import open_store
-from pipeline.worker.evaluate import StreamedModel, evaluate, source_model
+from pipeline.worker.evaluate import evaluate
 from pipeline.worker.model_state import ModelState
+from pipeline.worker.streamed_model import StreamedModel, source_model
 from quantizer import kernel_layout
 from quantizer.qparams import decode, encode, find_grid
 from tests.models.smollm2 import smollm2_preset

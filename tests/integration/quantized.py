@@ -24,8 +24,8 @@ from pipeline.recipe.recipe import Calibration, Recipe, Rule
 from pipeline.run.driver import claim, quantize
 from pipeline.run.records import LayerRecord, PartRecord, record_key
 from pipeline.storage.object_store import ObjectStore, open_store
-from pipeline.worker.evaluate import StreamedModel
 from pipeline.worker.model_state import ModelState
+from pipeline.worker.streamed_model import StreamedModel
 from pipeline.worker.worker import Worker
 from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
 from tests.pipeline.local_executor import LocalExecutor

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 import pipeline.artifact.stock_reader
 from pipeline.calibration.windows import TokenWindows
 from pipeline.model.inputs import InputBatch
-from pipeline.worker.evaluate import artifact_model
+from pipeline.worker.streamed_model import artifact_model
 from tests.integration.quantized import FinishedRun, answer_to, distance
 
 _LOOP = Path(__file__).with_name("stock_loop.py")

@@ -15,7 +15,7 @@ from pipeline.model.preset import read_preset
 from pipeline.planning.make_plan import make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.weights.source import open_source
-from pipeline.worker.evaluate import artifact_model
+from pipeline.worker.streamed_model import artifact_model
 from quantizer.schemes import GPTQScheme, Int8Scheme, Scheme
 from tests.integration.quantized import answer, distance, finished_run, recipe
 from tests.integration.stock_session import (

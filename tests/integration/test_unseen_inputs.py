@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.calibration.windows import TokenWindows
-from pipeline.worker.evaluate import artifact_model, source_model
+from pipeline.worker.streamed_model import artifact_model, source_model
 from quantizer.schemes import GPTQScheme, Int8Scheme, Scheme
 from tests.integration.quantized import SCHEMES, answer, finished_run, recipe
 from tests.models.tiny import tiny_preset
