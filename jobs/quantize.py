@@ -32,6 +32,7 @@ from jobs.run_exports import (
 )
 from jobs.summary import Summary, plan_table, summary_table
 from jobs.termination import Terminated
+from pipeline.artifact.loading import load_hints
 from pipeline.errors import PipelineError, UnusableResultError
 from pipeline.executor.protocol import Allocation, ComputeSpec, FunctionRunner
 from pipeline.export.description import MadeExport
@@ -274,21 +275,9 @@ def _print_summary(
         print_json(summary.to_dict() | exports_json(exports))
     if not as_json or is_json():
         log_event("finished", "", {"summary": summary.to_dict()}, table=summary_table(summary))
-        log_event("loadable", f"load it:  {load_hint(summary.task, store)}")
+        for hint in load_hints(store):
+            log_event("loadable", hint)
         log_exports(exports)
-
-
-def load_hint(task: str, store: ObjectStore) -> str:
-    """How stock KerasHub loads the result: it knows local folders, and no object storage."""
-    url = store.url("artifact")
-    local = url.removeprefix("file://")
-    is_local = "://" not in local
-    folder = repr(local) if is_local else "folder"
-    # A backbone without a task ignores the dtype in its own config (keras-hub 0.32).
-    config = f"json.load(open({folder} + '/config.json'))"
-    dtype = f", dtype={config}['config']['dtype']" if task.endswith("Backbone") else ""
-    load = f"keras_hub.models.{task}.from_preset({folder}{dtype})"
-    return load if is_local else f"copy {url} to a local folder, then {load}"
 
 
 def _print_plan(

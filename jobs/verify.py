@@ -11,6 +11,7 @@ import numpy as np
 
 from jobs.logging import log_event, print_json, status
 from jobs.reachable import finished_manifest
+from pipeline.artifact.loading import load_hints
 from pipeline.errors import ArtifactError, DamagedObjectError
 from pipeline.plain.plan import MODEL_KEY, is_plain
 from pipeline.run.commits import damaged_files
@@ -53,6 +54,8 @@ def verify_run(output_url: str, *, stock: bool, as_json: bool) -> None:
         print_json(found)
     else:
         log_event("verified", "; ".join(filter(None, (text, loaded))), found)
+        for hint in () if is_plain(manifest) else load_hints(store):
+            log_event("loadable", hint)
 
 
 def _load(store: ObjectStore, manifest: Manifest) -> str:

@@ -229,7 +229,8 @@ def test_a_run_logs_every_part_and_layer_as_json(tmp_path: Path) -> None:
     assert finished["summary"]["stored_bytes"] == sum(line["size_bytes"] for line in committed)
     code, _, err = command("resume", tmp_path / "run-1", QUANTFLEET_LOG="json")
     assert code == 0
-    assert [line["event"] for line in lines(err)] == ["finished_before", "finished", "loadable"]
+    ends = ["finished_before", "finished", "loadable", "loadable"]
+    assert [line["event"] for line in lines(err)] == ends
 
 
 DIGEST = "7594868e61d16c80bd8e97e25c90e8a068923e57fbe059dbb99741c4778903c2"
