@@ -80,7 +80,12 @@ def schemes_table(described: dict[str, dict[str, Any]]) -> Table:
 
 def recipes_table(recipes: Mapping[str, Recipe]) -> Table:
     """One line per recipe."""
-    table = Table("recipe", "scheme", "embeddings", "calibration", caption="all settings: --json")
+    from pipeline.export.kernels import served_by
+
+    table = Table(
+        *("recipe", "scheme", "embeddings", "served by, once exported", "calibration"),
+        caption="all settings: --json",
+    )
     for name, recipe in recipes.items():
         assert recipe.scheme is not None
         embeddings = "float" if recipe.embeddings is None else recipe.embeddings.policy
@@ -88,7 +93,10 @@ def recipes_table(recipes: Mapping[str, Recipe]) -> Table:
         if (given := recipe.calibration) is not None:
             names = ", ".join(given.texts)
             texts = f"{given.num_samples} × {given.sequence_length} tokens of {names}"
-        table.add_row(Text(name, style="bold"), recipe.scheme.policy, embeddings, Text(texts))
+        served = served_by(recipe.scheme)
+        table.add_row(
+            Text(name, style="bold"), recipe.scheme.policy, embeddings, served, Text(texts)
+        )
     return table
 
 

@@ -12,8 +12,9 @@ from typing import ClassVar
 
 from pydantic import ConfigDict
 
-from pipeline.export.code_formats import CodeFormat, ExportFormat
+from pipeline.export.code_formats import CodeFormat, ExportFormat, code_format
 from pipeline.storage.record import STRICT
+from quantizer.schemes import Scheme
 
 _MACHETE_GROUPS = (-1, 64, 128)
 _MARLIN_GROUPS = (-1, 32, 64, 128)
@@ -101,6 +102,16 @@ def serving_kernel(
             f"{'symmetric' if found.symmetric else 'asymmetric'} have groups of {groups}, or -1"
         )
     return ServingKernel(name=" or ".join(names))
+
+
+def served_by(scheme: Scheme) -> str:
+    """What serves layers of one scheme, exported as compressed-tensors, in a few words."""
+    found = code_format(scheme)
+    if found is None:
+        return "KerasHub; others take it dense"
+    kernel = serving_kernel("layer", "compressed-tensors", {"layer": found})
+    vllm = [f"vLLM ({kernel.name})"] if kernel.name else []
+    return ", ".join([*vllm, "transformers"])
 
 
 def _different_partners(module: str, formats: Mapping[str, CodeFormat]) -> Sequence[str]:

@@ -105,7 +105,9 @@ CALIBRATION = Calibration(texts=("hf:allenai/c4/en?split=train",))
 def builtin_recipes() -> Mapping[str, Recipe]:
     """Every built-in recipe by its name, in alphabetical order.
 
-    All of them quantize the embeddings too: int8 and int4 to their own scheme, the others to int8.
+    Those for stock Keras quantize the embeddings too: int8 and int4 to their own scheme, the others
+    to int8. Those that other runtimes are meant to serve leave them in float: an export would store
+    the dequantized table, which is as large, and less accurate.
     """
     recipes = (
         # Keras' own model.quantize takes the embeddings along, in the same scheme.
@@ -121,15 +123,21 @@ def builtin_recipes() -> Mapping[str, Recipe]:
         ),
         _recipe("gptq-w8", _gptq(8, 128)),
         *(_recipe(f"awq-w4-g{size}", AWQScheme(group_size=size)) for size in (128, 64, 32)),
+        # Symmetric, since every runtime has kernels for that, in both formats of checkpoints.
+        *(
+            _servable(f"gptq-w{bits}-g{size}-sym", _gptq(bits, size, symmetric=True))
+            for bits, size in ((4, 128), (4, 64), (4, 32), (8, 128))
+        ),
     )
     return {recipe.name: recipe for recipe in sorted(recipes, key=lambda recipe: recipe.name)}
 
 
-def _gptq(weight_bits: int, group_size: int) -> Scheme:
+def _gptq(weight_bits: int, group_size: int, *, symmetric: bool = False) -> Scheme:
     # The settings of the lowest output error; each costs time only while quantizing.
     return GPTQScheme(
         weight_bits=weight_bits,
         group_size=group_size,
+        symmetric=symmetric,
         activation_order=True,
         scale_search=True,
         refinement_sweeps=2,
@@ -144,3 +152,7 @@ def _recipe(name: str, scheme: Scheme, embeddings: Scheme | None = None) -> Reci
         embeddings=embeddings or Int8Scheme(),
         calibration=None if weights_only else CALIBRATION,
     )
+
+
+def _servable(name: str, scheme: Scheme) -> Recipe:
+    return Recipe(name=name, scheme=scheme, calibration=CALIBRATION, servable=True)

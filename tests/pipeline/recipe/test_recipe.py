@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline.errors import PipelineError, RecipeError
+from pipeline.export.code_formats import code_format
+from pipeline.export.kernels import serving_kernel
 from pipeline.recipe.recipe import (
     Calibration,
     Recipe,
@@ -130,8 +132,23 @@ def test_built_in_recipes_are_named_for_what_they_are():
             if re.fullmatch(r"g\d+", mark):
                 size = getattr(recipe.scheme, "group_size", None) or recipe.scheme.block_size
                 assert size == int(mark[1:])
-        # As Keras' own model.quantize: embeddings too.
-        assert recipe.embeddings == (recipe.scheme if mode in ("int8", "int4") else Int8Scheme())
+        # As Keras' own model.quantize: embeddings too. Exports would only dequantize them.
+        embeddings = recipe.scheme if mode in ("int8", "int4") else Int8Scheme()
+        assert recipe.embeddings == (None if recipe.servable else embeddings)
+
+
+def test_built_in_recipes_for_serving_have_a_kernel_in_every_format():
+    found = [recipe for recipe in builtin_recipes().values() if recipe.servable]
+    assert found
+    for recipe in found:
+        formats = {"layer": code_format(recipe.scheme)}
+        for as_format in ("compressed-tensors", "gptq"):
+            assert "Marlin" in serving_kernel("layer", as_format, formats).name
+
+
+def test_only_a_recipe_that_is_servable_says_so():
+    assert "servable" not in builtin_recipes()["gptq-w4-g128"].to_dict()
+    assert builtin_recipes()["gptq-w4-g128-sym"].to_dict()["servable"] is True
 
 
 def test_built_in_gptq_uses_its_most_accurate_settings():
