@@ -15,6 +15,7 @@ from pydantic import ConfigDict
 
 from pipeline.canonical import digest_of
 from pipeline.errors import DamagedObjectError
+from pipeline.fold import Fold
 from pipeline.recipe.recipe import (
     LayerKind,
     Recipe,
@@ -39,7 +40,8 @@ class LayerPlan:
         name: the path within its block; outside the blocks, the path.
         in_features, out_features: of the matrix; of an embedding, length and number of vectors.
         scheme: how it is quantized; None leaves it in float.
-        note: why it stays in float, if not because of its recipe.
+        note: why it stays in float, if not because of its recipe; of a layer with a foldable awq
+            that has no input scales, why not.
         slices: ranges of output channels that different workers may solve.
         stacked_weights: of a layer that stock Keras cannot load quantized: the weights of the
             matrices that it stacks, as experts do; omitted where there are none.
@@ -96,6 +98,8 @@ class InputGroup:
 
     Attributes:
         targets: the layers' names within the block, in the order of their calls.
+        fold: what takes up the input scales of layers with a foldable awq; omitted where nothing
+            does.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -103,6 +107,7 @@ class InputGroup:
     targets: tuple[str, ...]
     in_features: int
     statistics: StatisticsKind
+    fold: Fold | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +198,9 @@ class Plan(StoredRecord):
         for layer in (layer for part in values["parts"] for layer in part["layers"]):
             if not layer["stacked_weights"]:
                 del layer["stacked_weights"]
+        for group in (group for part in values["parts"] for group in part["groups"]):
+            if group["fold"] is None:
+                del group["fold"]
         return values
 
     @property

@@ -18,7 +18,7 @@ from pipeline.plan import InputGroup, LayerPlan
 from pipeline.recipe.recipe import statistics_of
 from pipeline.worker.block_program import BlockProgram
 
-_Shapes = dict[int, Any]
+Shapes = dict[int, Any]
 """Shapes and dtypes of values, by number (see `pipeline.model.blocks`)."""
 
 # Of inputs that are not text: frames, and samples of sound, of which a model needs many.
@@ -43,7 +43,7 @@ def input_groups(
     programs: dict[tuple[Any, ...], BlockProgram] = {}
     found = []
     for call, planned in zip(graph.calls, layers, strict=True):
-        taken = _taken(call, values)
+        taken = taken_by(call, values)
         statistics = {layer.name: statistics_of(layer.scheme) for layer in planned}
         key = (call.signature, tuple(statistics.items()), taken)
         if key not in programs:
@@ -66,7 +66,7 @@ def kernels_read_apart(graph: BlockGraph, layout: InputLayout) -> frozenset[str]
     traced: dict[tuple[Any, ...], tuple[set[str], list[Any]]] = {}
     found: set[str] = set()
     for call in graph.calls:
-        block, taken = graph.blocks[call.block], _taken(call, values)
+        block, taken = graph.blocks[call.block], taken_by(call, values)
         # Keras numbers some names.
         key = (call.signature, taken, tuple(target.name for target in block.targets))
         if key not in traced:
@@ -77,7 +77,7 @@ def kernels_read_apart(graph: BlockGraph, layout: InputLayout) -> frozenset[str]
     return frozenset(found)
 
 
-def _any_shapes(graph: BlockGraph, layout: InputLayout) -> _Shapes:
+def _any_shapes(graph: BlockGraph, layout: InputLayout) -> Shapes:
     """As `embedded_shapes`, for inputs of any size: what a block calls does not depend on it."""
     missing = [] if layout.encoders else layout.missing(())
     for length in _ANY_LENGTHS:
@@ -100,7 +100,7 @@ def _any_shapes(graph: BlockGraph, layout: InputLayout) -> _Shapes:
 
 def embedded_shapes(
     graph: BlockGraph, layout: InputLayout, windows: TokenWindows, size: int
-) -> _Shapes:
+) -> Shapes:
     """What depends on no block, for the first windows.
 
     Raises:
@@ -116,14 +116,14 @@ def embedded_shapes(
     return dict(zip(graph.embedded, embedded, strict=True))
 
 
-def _taken(call: Call, values: _Shapes) -> tuple[jax.ShapeDtypeStruct, ...]:
+def taken_by(call: Call, values: Shapes) -> tuple[jax.ShapeDtypeStruct, ...]:
     """What a call takes, once the glue before it has run, whose values are added."""
     if call.glue is not None:
         values |= _given_by(call.glue, values)
     return tuple(jax.ShapeDtypeStruct(values[n].shape, values[n].dtype) for n in call.takes)
 
 
-def _given_by(glue: Glue, values: Mapping[int, Any]) -> _Shapes:
+def _given_by(glue: Glue, values: Mapping[int, Any]) -> Shapes:
     weights = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in glue.model.weights]
     taken = [values[number] for number in glue.takes]
     given = jax.eval_shape(lambda *args: outputs_with(glue.model, *args), weights, taken)

@@ -27,6 +27,7 @@ from pipeline.model.preset_json import (
 )
 from pipeline.model.skeleton import Skeleton, build_skeleton
 from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan, TokensPlan, micro_batches
+from pipeline.planning.folds import with_folds
 from pipeline.planning.input_groups import embedded_shapes, input_groups
 from pipeline.planning.layer_plans import check_share, plan_layers
 from pipeline.planning.token_windows import token_windows
@@ -79,7 +80,10 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
     if windows is not None:
         layout = input_layout(skeleton)
         tokens = _tokens_plan(graph, layout, windows)
-        groups = input_groups(graph, layout, layers[1:], windows, tokens.micro_batch)
+        rest, *blocks = layers
+        groups = input_groups(graph, layout, blocks, windows, tokens.micro_batch)
+        blocks, groups = with_folds(graph, layout, blocks, groups, windows, tokens.micro_batch)
+        layers = [rest, *blocks]
     plan = Plan(
         source_url=preset.url,
         source_files_sha256=source.files_digest(),

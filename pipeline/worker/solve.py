@@ -12,7 +12,9 @@ from functools import partial
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
+from pipeline.fold import Fold
 from pipeline.model.targets import Target
 from pipeline.plan import LayerPlan, Plan
 from pipeline.run.worker_api import SolvedLayer, SolvedSlices, Values
@@ -25,7 +27,7 @@ from quantizer.keras_format.layers import kernel_layout, solve_embedding
 from quantizer.keras_format.variables import decode_kernel, encode_kernel
 from quantizer.problem import LayerProblem
 from quantizer.result import SolveResult
-from quantizer.schemes import Float8Scheme, GPTQScheme, Scheme
+from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Scheme
 from quantizer.solver import check_layer, solve_problems, solve_rows
 
 _Solved = TypeVar("_Solved")
@@ -36,6 +38,7 @@ def solve_layers(
     layers: Sequence[LayerPlan],
     values: Values,
     statistics: CalibrationStatistics | None,
+    fold: Fold | None = None,
 ) -> list[SolvedLayer]:
     """Quantize layers that share an input, or that need no calibration.
 
@@ -44,6 +47,8 @@ def solve_layers(
 
     Args:
         layers: those to solve; all have a scheme.
+        fold: what takes up the input scales that all of them share by a foldable awq; without it
+            such layers get none.
 
     Raises:
         QuantizationError: with the layer's path.
@@ -60,7 +65,10 @@ def solve_layers(
             solved[layer.path] = _solve_embedding(targets[layer.path], values, layer.scheme)
     for scheme, alike in by_scheme.items():
         problems = [_problem(targets[layer.path], scheme, values) for layer in alike]
-        results, obstacle = _calibrated(partial(solve_problems, problems), statistics, problems[0])
+        attempt = partial(
+            solve_problems, problems, scale_of_input_C=_scale_of_input(scheme, fold, problems[0])
+        )
+        results, obstacle = _calibrated(attempt, statistics, problems[0])
         for layer, result in zip(alike, results, strict=True):
             solved[layer.path] = _encoded(targets[layer.path], result, scheme, obstacle)
     return [solved[layer.path] for layer in layers]
@@ -107,6 +115,16 @@ def _problem(target: Target, scheme: Scheme, values: Values) -> LayerProblem:
         row_groups=row_groups(layout, scheme, target.path),
         name=target.path,
     )
+
+
+def _scale_of_input(
+    scheme: Scheme, fold: Fold | None, first: LayerProblem
+) -> NDArray[np.intp] | None:
+    """Which inputs share a scale by a foldable awq: all of them where nothing takes scales up."""
+    if not isinstance(scheme, AWQScheme) or not scheme.foldable:
+        return None
+    in_features = first.weight_RC.shape[1]
+    return np.zeros(in_features, np.intp) if fold is None else fold.scale_of_input(in_features)
 
 
 def _calibrated(
