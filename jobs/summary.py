@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from pipeline.errors import DamagedObjectError
 from pipeline.executor.protocol import Allocation
 from pipeline.fidelity import Fidelity
 from pipeline.model.preset import PresetFiles
-from pipeline.plan import Plan, Share
+from pipeline.plan import LayerPlan, Plan, Share
 from pipeline.planning.estimates import Estimate
 from pipeline.recipe.recipe import statistics_of, unmatched_patterns
 from pipeline.run.records import LayerRecord, Manifest, PartRecord
@@ -59,7 +59,8 @@ class Summary:
         wall_seconds: duration of this invocation without evaluation.
         seconds: worker seconds by stage in this invocation.
         flops: estimate of the plan.
-        left_in_float: reason by layer path.
+        left_in_float: reason by layer path; layer_notes: what to know of a layer that was
+            quantized.
         notes: the plan's.
         uncalibrated: why the layers that calibration gave nothing usable were rounded, by path.
         unseen_inputs: how many inputs were zero in all of calibration, by layer path.
@@ -79,6 +80,7 @@ class Summary:
     share: Share
     schemes: tuple[SchemeSummary, ...]
     left_in_float: dict[str, str]
+    layer_notes: dict[str, str]
     notes: tuple[str, ...]
     uncalibrated: dict[str, str]
     unseen_inputs: dict[str, int]
@@ -122,7 +124,8 @@ class Summary:
             block_weights=sum(part.num_weights for part in plan.parts[1:]),
             share=plan.share,
             schemes=summarized_schemes(layers),
-            left_in_float={layer.path: layer.note for layer in layers if layer.note},
+            left_in_float=_notes(layers, quantized=False),
+            layer_notes=_notes(layers, quantized=True),
             notes=plan.notes,
             uncalibrated={
                 layer.path: layer.account["reason"]
@@ -269,7 +272,11 @@ def summary_table(summary: Summary) -> RenderableType:
                 "flops", f"{count(summary.flops)}, {count(summary.flops / work)} a second"
             )
     facts.add_row("manifest", f"sha256 {summary.manifest_sha256}")
-    notes = [*left_in_float(summary.left_in_float), *map(Text, summary.notes)]
+    notes = [
+        *left_in_float(summary.left_in_float),
+        *_with_examples(summary.layer_notes),
+        *map(Text, summary.notes),
+    ]
     return Group(schemes, facts, *notes)
 
 
@@ -303,8 +310,23 @@ def _number(value: float | None) -> str:
 def left_in_float(reasons: Mapping[str, str]) -> list[Text]:
     """Each reason once, with a layer that it applies to."""
     # Some reasons repeat what these lines begin with.
-    examples = {reason.removesuffix("; left in float"): path for path, reason in reasons.items()}
-    return [Text(f"left in float: {path}: {reason}") for reason, path in examples.items()]
+    plain = {path: reason.removesuffix("; left in float") for path, reason in reasons.items()}
+    return [Text("left in float: ").append(line) for line in _with_examples(plain)]
+
+
+def _with_examples(notes: Mapping[str, str]) -> list[Text]:
+    """Each note once, with a layer that it applies to."""
+    examples = {note: path for path, note in notes.items()}
+    return [Text(f"{path}: {note}") for note, path in examples.items()]
+
+
+def _notes(layers: Iterable[LayerPlan | LayerRecord], *, quantized: bool) -> dict[str, str]:
+    """The notes of layers that were quantized, or of those that were not, by layer path."""
+    return {
+        layer.path: layer.note
+        for layer in layers
+        if layer.note and (layer.scheme is not None) == quantized
+    }
 
 
 def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> RenderableType:
@@ -347,5 +369,9 @@ def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> Renderabl
         Text(f"rule without a layer: {name!r} matches none; is it mistyped, or for other models?")
         for name in unmatched
     )
-    notes = left_in_float({layer.path: layer.note for layer in every if layer.note})
-    return Group(layers, facts, *notes, *map(Text, plan.notes), *rules)
+    notes = [
+        *left_in_float(_notes(every, quantized=False)),
+        *_with_examples(_notes(every, quantized=True)),
+        *map(Text, plan.notes),
+    ]
+    return Group(layers, facts, *notes, *rules)

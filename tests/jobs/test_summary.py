@@ -60,6 +60,14 @@ def shown_summary(summary: Summary) -> str:
     return stream.getvalue()
 
 
+def test_what_to_know_of_quantized_layers_is_not_said_of_layers_in_float() -> None:
+    _, summary = finished("int8")
+    known = dataclasses.replace(summary, layer_notes={"block/dense": "not foldable: so"})
+    lines = [line.rstrip() for line in shown_summary(known).splitlines()]
+    assert "block/dense: not foldable: so" in lines
+    assert not any("left in float: block/dense" in line for line in lines)
+
+
 def test_a_summary_adds_up_the_records() -> None:
     store, summary = finished("gptq")
     records = [PartRecord.from_json(store.get(key)) for key in store.list("records/")]
@@ -200,6 +208,13 @@ def test_every_reason_for_float_is_shown_once_with_a_layer() -> None:
     text = shown("gptq", "Bert")
     lines = [line for line in text.splitlines() if line.startswith("left in float: ")]
     assert len(lines) == len({line.split(": ", 2)[2] for line in lines}) >= 3
+
+
+def test_layers_that_cannot_take_foldable_scales_are_shown() -> None:
+    text = shown("awq-foldable", "GPT2")
+    assert "transformer_layer_2/feedforward_output_dense: not foldable: no norm" in text
+    assert "left in float: transformer_layer_2" not in text
+    assert "not foldable" not in shown("awq-foldable")
 
 
 def test_a_rule_that_matches_no_layer_is_shown() -> None:

@@ -8,9 +8,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import quantizer.gptq.solve
+from pipeline.artifact.weights_file import read_weights_file
 from pipeline.canonical import sha256
 from pipeline.errors import PlanMismatchError
 from pipeline.executor.protocol import ExecutorError, Handle
@@ -64,6 +66,24 @@ def test_any_number_of_workers_leaves_the_same_bytes(
 ) -> None:
     execute(planned(scheme), store, workers=workers)
     assert lasting(store) == expected(scheme)
+
+
+def test_layers_of_one_input_share_the_scales_that_can_be_folded(store: ObjectStore) -> None:
+    given = planned("awq-foldable")
+    execute(given, store, workers=2)
+    assert lasting(store) == expected("awq-foldable")
+    arrays = read_weights_file(store.get(file_key(1)), max_bytes=1 << 24)
+    # Of each layer: codes, scales, zero points, input scales, groups.
+    scales = {group: found[3] for group, found in arrays.items() if len(found) == 5}
+    of_layer = {
+        name: next(scale for group, scale in scales.items() if f"_{name}_dense/" in group)
+        for name in ("query", "key", "value", "feedforward_gate", "feedforward_intermediate")
+    }
+    for first, *others in (("query", "key", "value"), tuple(of_layer)[3:]):
+        assert len(set(of_layer[first].tolist())) > 10
+        for other in others:
+            np.testing.assert_array_equal(of_layer[first], of_layer[other])
+    assert not np.array_equal(of_layer["query"], of_layer["feedforward_gate"])
 
 
 def test_slices_of_rows_are_spread_and_leave_the_same_bytes(
