@@ -55,6 +55,65 @@ def export(
 
 
 @app.command()
+def card(
+    output: options.FinishedRun,
+    to: Annotated[
+        str | None,
+        typer.Option(help="Folder or URL of an export of the run: write only its card."),
+    ] = None,
+    base_model: Annotated[
+        str, typer.Option(help="Repository of the source on the hub, as owner/name.")
+    ] = "",
+    license_id: Annotated[
+        str,
+        typer.Option("--license", help="The hub's name of the license, if the source tells none."),
+    ] = "",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Also cards that a person has edited.")
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write README.md, a model card, and eval.json of a finished result and its exports."""
+    from jobs.release.cards import card_run
+    from jobs.release.model_card import CardSettings
+
+    settings = CardSettings(base_model=base_model, license=license_id)
+    card_run(output, to, settings, overwrite=overwrite, as_json=as_json)
+
+
+@app.command()
+def push(
+    output: options.FinishedRun,
+    repository: Annotated[str, typer.Argument(help="hf://owner/name; it is made if need be.")],
+    export_name: Annotated[
+        str,
+        typer.Option(
+            "--export", help="artifact, the format of an export below the run, or its folder."
+        ),
+    ] = "artifact",
+    private: Annotated[
+        bool, typer.Option("--private", help="Nobody else may see the repository.")
+    ] = False,
+    revision: Annotated[str, typer.Option(help="The branch; it is made if need be.")] = "main",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be sent; send nothing.")
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Send a finished result, with card and eval.json, to a repository of the Hugging Face hub."""
+    from jobs.push import PushJob, push_run
+
+    job = PushJob(
+        run_url=output,
+        repository_url=repository,
+        what=export_name,
+        private=private,
+        revision=revision,
+    )
+    push_run(job, dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
 def gc(
     url: Annotated[
         str, typer.Argument(help="A run, a folder with runs below it, or a catalog's root.")
