@@ -6,7 +6,7 @@ Everything that cannot be exported is refused here, before any weights are read.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from pipeline.artifact.parts import Part, cut_parts, decode_part
 from pipeline.errors import ExportError
 from pipeline.export.code_formats import CodeFormat, ExportFormat
 from pipeline.export.codes import Matrix, awq_refused, join_matrix, kernel_codes
+from pipeline.export.folding import Divisor, divisors, folds_of
 from pipeline.export.formats import (
     Tensors,
     check_format,
@@ -25,6 +26,7 @@ from pipeline.export.formats import (
     quantization_config,
 )
 from pipeline.export.kernels import ExportedTensor, ServingKernel, serving_kernel
+from pipeline.fold import Fold
 from pipeline.model.blocks import find_blocks
 from pipeline.model.checkpoint_config import CheckpointConfig, checkpoint_config, config_json
 from pipeline.model.preset import PresetFiles
@@ -39,7 +41,7 @@ from quantizer.schemes import AWQScheme, GPTQScheme, Int4Scheme, Int8Scheme, Sch
 _TABLES = ("embeddings", "reverse_embeddings")
 # The attribute by which transformers' language models hold their base model, by what that calls its
 # blocks. Published checkpoints may leave it out, but the names of quantized modules may not.
-_BASE_MODELS = {"layers": "model", "h": "transformer"}
+_BASE_MODELS = {"layers": "model", "encoder.layers": "model", "h": "transformer"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,8 @@ class Checkpoint:
         schemes: by layer path.
         names: of each of the places' tensors, as transformers calls it.
         formats: of each quantized module, by its name.
+        folds: what takes up the input scales of a foldable awq, by layer path; none where the
+            layers themselves are dequantized.
     """
 
     config: CheckpointConfig
@@ -64,6 +68,7 @@ class Checkpoint:
     schemes: Mapping[str, Scheme]
     names: Mapping[str, str]
     formats: Mapping[str, CodeFormat]
+    folds: Mapping[str, Fold] = field(default_factory=dict)
 
     @cached_property
     def tensors(self) -> tuple[tuple[TensorPlace, ...], ...]:
@@ -166,6 +171,10 @@ class _Values:
         self._own: dict[str, dict[str, NDArray[Any]]] = {}
         for stored in checkpoint.parts[number].variables:
             self._own.setdefault(stored.layer_path, {})[stored.name] = values[stored.name_path]
+        self._divisors: Mapping[str, Divisor] = {}
+        if checkpoint.format != "dense":
+            layouts = checkpoint.places.layouts
+            self._divisors = divisors(checkpoint.folds, self._own, checkpoint.schemes, layouts)
 
     def tensors(self, place: TensorPlace) -> Tensors:
         """A place's tensors: codes and scales, or one in float."""
@@ -176,9 +185,10 @@ class _Values:
             made = self._matrix(place)
             write = gptq if checkpoint.format == "gptq" else compressed_tensors
             return write(module, made, checkpoint.dtype)
-        values = {path: self._dense(path) for path in place.variables}
+        values = {path: self._folded(path) for path in place.variables}
+        dtypes = [value.dtype for value in values.values()] or [checkpoint.dtype]
         # Zeros where the model reads nothing.
-        tensor = np.zeros(place.shape, next((v.dtype for v in values.values()), checkpoint.dtype))
+        tensor = np.zeros(place.shape, np.result_type(*dtypes))
         for path, value in values.items():
             checkpoint.places.scatter(path, value, tensor)
         with np.errstate(over="ignore"):  # reported below
@@ -203,7 +213,13 @@ class _Values:
                 )
 
     def _matrix(self, place: TensorPlace) -> Matrix:
-        return _matrix(self._checkpoint.places, place, self._checkpoint.schemes, self._own)
+        checkpoint = self._checkpoint
+        return _matrix(checkpoint.places, place, checkpoint.schemes, self._own, self._divisors)
+
+    def _folded(self, path: str) -> NDArray[Any]:
+        """A variable's value in float, with the input scales that it takes up."""
+        value, divisor = self._dense(path), self._divisors.get(path)
+        return value if divisor is None else divisor.divided(value)
 
     def _dense(self, path: str) -> NDArray[Any]:
         """A variable's value in float, as the float model has it."""
@@ -225,11 +241,14 @@ def _matrix(
     place: TensorPlace,
     schemes: Mapping[str, Scheme],
     own: Mapping[str, Mapping[str, NDArray[Any]]],
+    divisors: Mapping[str, Divisor],
 ) -> Matrix:
     kernels = {}
     for path in place.variables:
         layer = path.rpartition("/")[0]
-        kernels[path] = kernel_codes(own[layer], places.layouts[path], schemes[layer], layer)
+        kernel = kernel_codes(own[layer], places.layouts[path], schemes[layer], layer)
+        divisor = divisors.get(path)
+        kernels[path] = kernel if divisor is None else divisor.divided_codes(kernel)
     return join_matrix(place, places, kernels)
 
 
@@ -254,7 +273,8 @@ def plan_checkpoint(
     """
     layers = (layer for of_part in plan.parts for layer in of_part.layers)
     schemes = {layer.path: layer.scheme for layer in layers if layer.scheme is not None}
-    return lay_out(artifact, schemes, plan.source_url, as_format, dtype=dtype, like_url=like_url)
+    made = lay_out(artifact, schemes, plan.source_url, as_format, dtype=dtype, like_url=like_url)
+    return made if as_format == "dense" else replace(made, folds=folds_of(plan, made.places))
 
 
 def lay_out(
@@ -351,7 +371,7 @@ def _formats(checkpoint: Checkpoint) -> dict[str, CodeFormat]:
                     layer: _stand_ins(variables[layer], checkpoint.schemes[layer])
                     for layer in layers
                 }
-                known[key] = _matrix(checkpoint.places, place, checkpoint.schemes, own).format
+                known[key] = _matrix(checkpoint.places, place, checkpoint.schemes, own, {}).format
             found[checkpoint.names[place.name].rpartition(".")[0]] = known[key]
     return found
 
@@ -363,7 +383,7 @@ def _check_layers(
     as_format: ExportFormat,
 ) -> None:
     for layer, scheme in zip(layers, schemes, strict=True):
-        if isinstance(scheme, AWQScheme):
+        if isinstance(scheme, AWQScheme) and not scheme.foldable:
             raise awq_refused(layer)
         if scheme is None:
             raise ExportError(
@@ -386,6 +406,8 @@ def _stand_ins(stored: Sequence[StoredVariable], scheme: Scheme) -> dict[str, ND
         case GPTQScheme():
             size = scheme.group_size
             zero = 2 ** (scheme.weight_bits - 1) if scheme.symmetric else 0
+        case AWQScheme():
+            size = scheme.group_size
         case Int4Scheme():
             size = scheme.block_size
     for name, value in made.items():

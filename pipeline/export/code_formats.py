@@ -46,7 +46,7 @@ class CodeFormat:
 
 
 def code_format(scheme: Scheme) -> CodeFormat | None:
-    """The format of a scheme's codes; None if other runtimes have none for it (awq)."""
+    """The format of a scheme's codes; None if other runtimes have none: an awq not foldable."""
     match scheme:
         case GPTQScheme():
             return CodeFormat(
@@ -61,4 +61,6 @@ def code_format(scheme: Scheme) -> CodeFormat | None:
         case Float8Scheme():
             return CodeFormat(bits=8, is_float=True, activations="float8")
         case AWQScheme():
-            return None
+            if not scheme.foldable:
+                return None
+            return CodeFormat(bits=4, symmetric=False, group_size=scheme.group_size)

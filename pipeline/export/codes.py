@@ -20,7 +20,7 @@ from pipeline.export.code_formats import CodeFormat, code_format
 from pipeline.model.tensor_places import TensorPlace, TensorPlaces
 from quantizer.keras_format.kernel_layout import KernelLayout
 from quantizer.keras_format.variables import by_channel, unpack_nibbles
-from quantizer.schemes import GPTQScheme, Int4Scheme, Int8Scheme, Scheme
+from quantizer.schemes import AWQScheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
 
 Float32 = NDArray[np.float32]
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -79,7 +79,7 @@ def kernel_codes(
     if found is None:
         raise awq_refused(name)
     match scheme:
-        case GPTQScheme():
+        case GPTQScheme() | AWQScheme():
             return _gptq_codes(variables, layout, found, name)
         case Int8Scheme():
             codes = (variables["kernel"].astype(np.int16) + 128).astype(np.uint8)
@@ -92,10 +92,10 @@ def kernel_codes(
 
 
 def awq_refused(name: str) -> ExportError:
-    """awq has no place among codes."""
+    """Input scales have no place among codes."""
     return ExportError(
         f"{name}: awq gives each layer's inputs scales of its own, which no runtime but Keras "
-        "stores; export it with --format dense, or quantize with gptq"
+        "stores; quantize with foldable: true in its scheme, or export with --format dense"
     )
 
 

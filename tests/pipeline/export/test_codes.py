@@ -62,7 +62,7 @@ def test_codes_are_the_weights_that_stock_keras_computes_with(form: str, scheme:
 
 def test_awq_has_no_codes_for_others() -> None:
     _, layout = quantized("dense", Int8Scheme())
-    with pytest.raises(ExportError, match=r"query: awq .*--format dense, or quantize with gptq"):
+    with pytest.raises(ExportError, match=r"query: awq .*foldable: true.*--format dense"):
         kernel_codes({}, layout, AWQScheme(), "query")
 
 
