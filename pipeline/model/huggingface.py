@@ -28,7 +28,13 @@ from numpy.typing import NDArray
 from pipeline.errors import SourceError
 from pipeline.model.preset import CONFIG_FILE, PresetFiles, keras_errors
 from pipeline.model.sentence_transformers import embedder_arguments, is_sentence_transformer
-from pipeline.model.source_config import NotedConfig, check_config, normalized_config, taken_over
+from pipeline.model.source_config import (
+    NotedConfig,
+    check_config,
+    normalized_config,
+    scaled_positions,
+    taken_over,
+)
 from quantizer.keras_format.generated_names import apart
 
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -126,9 +132,11 @@ def _backbone_arguments(
         method = quantization.get("quant_method", "an unnamed method")
         raise SourceError(
             f"{where}: the model is already quantized ({method}); start from the float model that "
-            "it was made from"
+            "it was made from, or from a KerasHub preset of the model"
         )
-    options = [config]
+    parameters = inspect.signature(backbone_class).parameters
+    scaled = scaled_positions(config, parameters)
+    options: list[Any] = [config]
     if len(inspect.signature(converter.convert_backbone_config).parameters) != 1:
         options.append(backbone_class)
     problem = f"{where}: KerasHub's converter for {backbone_class.__name__} failed"
@@ -141,11 +149,10 @@ def _backbone_arguments(
         # An encoder of images is a live model, which KerasHub's backbones also take as JSON.
         text = json.dumps(converted, default=keras.saving.serialize_keras_object)
     arguments: dict[str, Any] = json.loads(text)
-    parameters = inspect.signature(backbone_class).parameters
     if "vision_encoder" in parameters:
         # KerasHub reads it back even where a converter leaves it out.
         arguments.setdefault("vision_encoder", None)
-    return {**arguments, **taken_over(config, parameters)}
+    return {**arguments, **scaled, **taken_over(config, parameters)}
 
 
 def _stated_dtype(config: Mapping[str, Any]) -> Any:
@@ -220,7 +227,8 @@ def record_conversion(
         keras_errors(problem, "config.json and weights are of different models"),
         contextlib.redirect_stdout(io.StringIO()),  # some print what they did
     ):
-        find_converter(preset).convert_weights(backbone, loader, preset.parse(CONFIG_FILE))
+        config = normalized_config(preset.parse(CONFIG_FILE))
+        find_converter(preset).convert_weights(backbone, loader, config)
     for variable in backbone.variables:
         if variable._value is not None and id(variable) not in before:
             constant = Conversion(constant=np.asarray(variable.value))
@@ -310,10 +318,14 @@ class _RecordingLoader(SafetensorLoader):  # type: ignore[misc]  # KerasHub carr
         tensors = self.safetensor_config["weight_map"]
         full_key = str(self.get_prefixed_key(key, tensors))
         if full_key not in tensors:
+            # A model saved without heads names its tensors without itself: roberta.x is x.
+            full_key = key.partition(".")[2]
+        if full_key not in tensors:
             # A SourceError is also a ValueError, so converters may use this to test for a tensor.
             raise SourceError(
                 f"{self.preset}: tensor {key} is missing from the safetensors files; they are "
-                "incomplete, or of another model"
+                "incomplete, or of another model, or in a form that KerasHub's converter does not "
+                "read (then name a KerasHub preset of the model)"
             )
         return full_key
 

@@ -31,6 +31,12 @@ _DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
     "use_sliding_window": False,
 }
+# Other names of keys that converters insist on, as newer or other configs have them.
+_OTHER_NAMES = {
+    "num_experts": "num_local_experts",
+    "num_hidden_layers": "encoder_layers",
+    "num_key_value_heads": "num_attention_heads",
+}
 
 
 class NotedConfig(dict[str, Any]):
@@ -42,17 +48,20 @@ class NotedConfig(dict[str, Any]):
             for key, value in content.items()
         )
         self.keys_read: set[str] = set()
+        self.hidden: set[str] = set()
+        """Keys that the converter is not to see, and that are checked all the same."""
 
     def __getitem__(self, key: str) -> Any:
         self.keys_read.add(key)
         return super().__getitem__(key)
 
     def __missing__(self, key: str) -> Any:
-        if key == "num_key_value_heads":
-            return self["num_attention_heads"]
-        return _DEFAULTS[key]
+        other = _OTHER_NAMES.get(key)
+        return _DEFAULTS[key] if other is None or other not in self else self[other]
 
     def get(self, key: str, default: Any = None) -> Any:
+        if key in self.hidden:
+            return default
         self.keys_read.add(key)
         return super().get(key, default)
 
@@ -83,6 +92,26 @@ def normalized_config(content: Mapping[str, Any]) -> NotedConfig:
     if isinstance(config.get("text_config"), dict):
         config["text_config"] = normalized_config(config["text_config"])
     return NotedConfig(config)
+
+
+def scaled_positions(config: NotedConfig, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a backbone for a linear scaling of positions, which its converter does not read.
+
+    Also hides scalings from a converter that knows Llama 3's alone: its complaint names no key.
+    KerasHub's Llama has an argument for a linear one, too, but computes without it.
+
+    Args:
+        parameters: of the backbone's class, by name.
+    """
+    scaling = config.get("rope_scaling")
+    config.keys_read.discard("rope_scaling")
+    kind = scaling.get("rope_type") if isinstance(scaling, dict) else None
+    if kind == "linear" and "factor" in scaling and "rope_scaling_factor" in parameters:
+        config.hidden.add("rope_scaling")
+        return {"rope_scaling_factor": scaling["factor"]}
+    if kind not in (None, "llama3") and "rope_frequency_adjustment_factor" in parameters:
+        config.hidden.add("rope_scaling")
+    return {}
 
 
 _EPSILON_KEYS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps")
@@ -123,6 +152,15 @@ def check_config(preset: PresetFiles, config: NotedConfig, backbone: Any, genera
             (beside, _ENCODERS_RULES[part]) if part in _ENCODERS_RULES else (text, _RULES)
         )
         path = f"{inside}.{key}" if inside else key
+        shared = _shared_value(config, inside, key, read)
+        if shared is not None:
+            if shared == value:
+                continue
+            raise SourceError(
+                f"{where}: {path} is {_shown(value)}, but KerasHub's {name} takes decoder.{key} "
+                f"for both, {_shown(shared)}, and so would answer differently; such a model cannot "
+                "be quantized"
+            )
         if key in rules:
             expected = rules[key](value, model)
             if expected is not None:
@@ -136,6 +174,14 @@ def check_config(preset: PresetFiles, config: NotedConfig, backbone: Any, genera
                 "ignores; if it has no part in what the model computes, remove it from "
                 f"{CONFIG_FILE}, otherwise such a model cannot be quantized"
             )
+
+
+def _shared_value(config: NotedConfig, inside: str, key: str, read: bool) -> Any:
+    """The decoder's value of a setting, where a converter takes it for the encoder too."""
+    decoder = dict(config).get("decoder")
+    if inside != "encoder" or read or not isinstance(decoder, NotedConfig):
+        return None
+    return dict(decoder).get(key) if key in decoder.keys_read else None
 
 
 def _shown(value: Any) -> str:
@@ -231,7 +277,9 @@ def _epsilon(value: Any, model: _Model) -> str | None:
     norms = [layer for layer in model.layers if "Norm" in type(layer).__name__]
     # KerasHub's Qwen3 gives the norms of each head's queries and keys a constant of their own.
     # Those are large, and with 1e-05 for 1e-06 the logits differ from transformers' by 0.00001.
-    norms = [norm for norm in norms if model.head_dim not in [w.shape[-1] for w in norm.weights]]
+    if value <= 1e-5:
+        heads = model.head_dim
+        norms = [norm for norm in norms if heads not in [w.shape[-1] for w in norm.weights]]
     found = [getattr(norm, "epsilon", getattr(norm, "_epsilon", None)) for norm in norms]
     other = [e for e in found if e is not None and not math.isclose(e, value, rel_tol=1e-6)]
     return f"has norms with {min(other):g}" if other else None
@@ -240,7 +288,7 @@ def _epsilon(value: Any, model: _Model) -> str | None:
 _POINTS = np.array([-4.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 4.0], np.float32)
 # The two forms of gelu differ by less than 0.0005, and KerasHub takes one for the other.
 _ACTIVATIONS = {
-    r"gelu(_new|_fast|_python|_pytorch_tanh|_accurate|_10)?": keras.activations.gelu,
+    r"gelu(_new|_fast|_python|_pytorch_tanh|_accurate|_approximate|_10)?": keras.activations.gelu,
     r"silu|swish": keras.activations.silu,
     r"relu": keras.activations.relu,
     r"tanh": keras.activations.tanh,
@@ -291,10 +339,23 @@ def _rope_theta(value: Any, model: _Model) -> str | None:
     return f"rotates positions by {' and '.join(f'{theta:g}' for theta in found)}"
 
 
-def _rope_scaling(value: Any, _model: _Model) -> str | None:
+def _rope_scaling(value: Any, model: _Model) -> str | None:
     # One that the converter reads arrives here key by key.
     named = value.get("rope_type", value.get("type")) if isinstance(value, dict) else value
-    return None if named in (None, "default") else "has no such scaling of positions"
+    if named in (None, "default"):
+        return None
+    if named == "linear" and _stretches(model) == {("linear", float(value.get("factor", 1)))}:
+        return None
+    return (
+        "has no such scaling of positions (remove rope_scaling if the model was trained without, "
+        "and texts stay as short as then)"
+    )
+
+
+def _stretches(model: _Model) -> set[tuple[str, float]]:
+    """How positions are scaled, and by which factor, in all layers that rotate by them."""
+    layers = [layer for layer in model.layers if type(layer).__name__ == "RotaryEmbedding"]
+    return {(layer.rope_type, float(layer.scaling_factor)) for layer in layers}
 
 
 def _rope_type(value: Any, model: _Model) -> str | None:
@@ -322,10 +383,13 @@ def _layer_types(value: Any, model: _Model) -> str | None:
     window = model.value("sliding_window")
     if len(set(value or ())) <= 1 and (not any(wanted) or window):
         return None
-    if not any(wanted):  # other kinds, which the converter must have read
-        config = model.config if "layer_types" in model.config else model.config["text_config"]
-        return None if "layer_types" in config.keys_read else "has one kind of attention"
-    return None if wanted == _slides(model) else "lets other layers see a window only"
+    if any(wanted) and (slides := _slides(model)):
+        return None if wanted == slides else "lets other layers see a window only"
+    # Of other kinds, or where blocks do not tell: the converter must have read them.
+    parts = [model.config, *(p for p in dict(model.config).values() if isinstance(p, NotedConfig))]
+    if all("layer_types" in part.keys_read for part in parts if "layer_types" in part):
+        return None
+    return "lets other layers see a window only" if any(wanted) else "has one kind of attention"
 
 
 def _sliding_window_pattern(value: Any, model: _Model) -> str | None:
@@ -348,9 +412,43 @@ def _n_inner(value: Any, model: _Model) -> str | None:
 
 
 def _query_scale(value: Any, model: _Model) -> str | None:
-    backbone = model.backbone
-    expected = sorted({backbone.head_dim, backbone.hidden_dim // backbone.num_query_heads})
-    return None if value in (None, *expected) else f"scales queries by {expected[0]}"
+    found = set(model.attributes("query_pre_attn_scalar"))
+    for layer in model.layers:
+        # What the backbone says of itself is not always what its attention does: KerasHub's Gemma
+        # does not hand it on.
+        if "Attention" in type(layer).__name__ and hasattr(layer, "query_head_dim_normalize"):
+            own = layer.hidden_dim // layer.num_query_heads
+            found.add(layer.head_dim if layer.query_head_dim_normalize else own)
+    if value is None or not found or found == {value}:
+        return None
+    scales = " and ".join(str(scale) for scale in sorted(found))
+    return (
+        f"scales queries by {scales} (in presets of its own too: name one to quantize it as it is)"
+    )
+
+
+def _attention_bias(value: Any, model: _Model) -> str | None:
+    kinds = (keras.layers.Dense, keras.layers.EinsumDense)
+    parts = [layer for layer in model.layers if isinstance(layer, kinds)]
+    found = any(layer.bias is not None for layer in parts if "attention" in layer.path)
+    return None if bool(value) == found else f"has {'' if found else 'no '}biases in its attention"
+
+
+def _cross_attention(value: Any, model: _Model) -> str | None:
+    encoder = dict(model.config).get("encoder") or {}
+    expected = encoder.get("hidden_size")
+    return None if value in (None, expected) else f"has {expected} there"
+
+
+def _is_decoder(value: Any, model: _Model) -> str | None:
+    # Said of one half of a model that has both.
+    halves = isinstance(dict(model.config).get("decoder"), NotedConfig)
+    return None if not value or halves or model.generates else "lets all positions see each other"
+
+
+def _position_embedding(value: Any, model: _Model) -> str | None:
+    expected = getattr(model.backbone, "position_embedding_type", "absolute")
+    return None if value in (None, expected) else f"is made for {expected!r}"
 
 
 def _rotary_factor(value: Any, model: _Model) -> str | None:
@@ -397,9 +495,14 @@ _RULES: dict[str, Callable[[Any, _Model], str | None]] = {
     "query_pre_attn_scalar": _query_scale,
     "partial_rotary_factor": _rotary_factor,
     "full_attention_interval": _full_attention_interval,
-    "position_embedding_type": _must_be("absolute"),
+    "position_embedding_type": _position_embedding,
+    "attention_bias": _attention_bias,
+    "qkv_bias": _attention_bias,
+    "cross_attention_hidden_size": _cross_attention,
     "scale_attn_weights": _must_be(True),
+    "decoder_sparse_step": _must_be(1),
     "is_causal": _must_be(True),
+    "is_decoder": _is_decoder,
     "decoder_attention_heads": _decoder_heads,
     "normalize_embedding": _must_be(True),
     "extra_pos_embeddings": _must_be(2),
@@ -410,6 +513,7 @@ _VISION_RULES: dict[str, Callable[[Any, _Model], str | None]] = {
     **dict.fromkeys(_EPSILON_KEYS, _epsilon),
     **dict.fromkeys(("hidden_act", "hidden_activation"), _vision_activation),
     "rope_type": _rope_type,
+    "rope_theta": _must_be(10000.0),
 }
 _ENCODERS_RULES = {
     "vision_config": _VISION_RULES,

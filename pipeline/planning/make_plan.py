@@ -58,6 +58,9 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
     graph = find_blocks(skeleton)
     layers, policies = plan_layers(preset, skeleton, graph, recipe)
     check_share(preset, recipe, layers)
+    if preset.format == "huggingface":
+        # Before the weights: a tensor that is missing or left over does not say which key it is of.
+        check_converted(preset, skeleton.backbone, skeleton.predicts_tokens)
     source = open_source(preset, skeleton)
     # Refuses sources that lack weights; their values are read part by part below.
     casts = source.casts()
@@ -66,7 +69,6 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
     small_files = preset.json_files
     if preset.format == "huggingface":
         # Refuses now what could not be written at the end.
-        check_converted(preset, skeleton.backbone, skeleton.predicts_tokens)
         small_files = converted_files(preset, skeleton)
         notes += conversion_notes(small_files, policies)
     task = _task_name(skeleton, small_files, policies)

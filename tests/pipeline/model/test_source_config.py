@@ -34,8 +34,15 @@ def checked(tmp_path: Path) -> Callable[[dict[str, Any]], Skeleton]:
     return build
 
 
+# KerasHub scales their queries as those of the smaller models.
+OTHERWISE = {"gemma-2-27b": "query_pre_attn_scalar is 144", "gemma-3-27b": "scalar is 168"}
+
+
 @pytest.mark.parametrize(
-    "name", by_default(PUBLISHED, ["llama-3.2", "gemma-3-270m", "gemma-3-4b", "smollm2"])
+    "name",
+    by_default(
+        sorted(PUBLISHED.keys() - OTHERWISE), ["llama-3.2", "gemma-3-270m", "gemma-3-4b", "smollm2"]
+    ),
 )
 def test_published_models_are_taken(
     name: str, checked: Callable[[dict[str, Any]], Skeleton]
@@ -43,15 +50,27 @@ def test_published_models_are_taken(
     checked(PUBLISHED[name])
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_published_models_that_kerashub_computes_otherwise_are_refused(
+    name: str, checked: Callable[[dict[str, Any]], Skeleton]
+) -> None:
+    with pytest.raises(SourceError, match=f"{OTHERWISE[name]}.* presets of its own"):
+        checked(PUBLISHED[name])
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "expected"),
     [
-        ("llama", {"attention_bias": True}, "attention_bias is True, which .* ignores"),
+        ("llama", {"attention_bias": True}, "attention_bias is True, but .* has no biases"),
         ("llama", {"head_dim": 16}, "head_dim is 16, but .* gives every head 8 values"),
         ("llama", {"hidden_act": "relu"}, "hidden_act is 'relu', but .* another activation"),
         ("llama", {"logits_scale": 4.0}, "logits_scale is 4.0, which .* remove it from"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, but"),
-        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "valid llama3 config"),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "has no such scaling"),
+        # KerasHub's Llama has an argument for it, and computes without.
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "has no such scaling"),
+        ("qwen3", {"rms_norm_eps": 1e-3}, "rms_norm_eps is 0.001, .* norms with 1e-05"),
         ("mistral", {"tie_word_embeddings": True}, "always has a head of its own"),
         ("qwen2", {"is_causal": False}, "is_causal is False"),
         ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "has no such scaling"),
@@ -62,6 +81,9 @@ def test_published_models_are_taken(
         ),
         ("gemma", {"rope_theta": 1e6}, "rope_theta is 1000000.0, but .* rotates positions by 1000"),
         ("gemma2", {"query_pre_attn_scalar": 99}, "query_pre_attn_scalar is 99"),
+        # KerasHub's Gemma does not hand on to its attention what the backbone was told.
+        ("gemma2", {"head_dim": 16}, "query_pre_attn_scalar is 8, .* scales queries by 16"),
+        ("bert", {"is_decoder": True}, "is_decoder is True, but .* lets all positions see"),
         ("gemma3_text", {"sliding_window_pattern": 2}, "lets other layers see a window only"),
         ("gpt2", {"layer_norm_epsilon": 1e-3}, "layer_norm_epsilon is 0.001, .* norms with 1e-05"),
         # KerasHub's Gemma gives it to one of its norms.
