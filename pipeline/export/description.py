@@ -55,6 +55,19 @@ class ExportDescription:
             notes.append(
                 f"no tokenizer is exported, since {config.folder.url} has none; copy it there"
             )
+        if not checkpoint.generates:
+            named = ", ".join(checkpoint.config_json()["architectures"]) or "the base model"
+            notes.append(
+                f"{named} is exported, without the head that its task may have: heads are not "
+                "quantized, and KerasHub's converters have no place for them"
+            )
+        if checkpoint.format == "compressed-tensors" and any(
+            not found.symmetric for found in checkpoint.formats.values()
+        ):
+            notes.append(
+                "transformers 5.23 and 5.24 refuse zero points as compressed-tensors packs them; "
+                "older ones and vLLM take them, and all take symmetric schemes"
+            )
         if checkpoint.format != "dense":
             notes += _kernel_notes(tensors)
         return cls(

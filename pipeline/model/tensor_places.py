@@ -2,7 +2,9 @@
 
 The converter runs on a skeleton and names a tensor and a hook for each variable. A hook that is fed
 the numbers 0, 1, 2, … instead of weights shows where each element of the tensor lands. So no
-architecture is named here; what a converter computes, rather than moves, is refused.
+architecture is named here; what a converter computes, rather than moves, is refused. Only two ways
+of encoders to compute are known: leaving out a table's first rows, and adding a row for the kind of
+text; both are undone by zeros.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import keras
 import numpy as np
 from keras_hub.src.utils.transformers.safetensor_utils import SafetensorLoader
 from numpy.typing import NDArray
@@ -35,7 +38,8 @@ class TensorPlace:
 
     Attributes:
         shape: as transformers stores it.
-        variables: paths of those that it holds; several where the checkpoint fuses layers.
+        variables: paths of those that it holds; several where the checkpoint fuses layers, none
+            where it needs a table of zeros.
         input_axis: of a matrix that layers multiply with: 1 for [out_features, in_features], 0 for
             its transpose (GPT-2's Conv1D); None for other tensors.
     """
@@ -56,12 +60,14 @@ class TensorPlaces:
     """The tensors of a checkpoint of one backbone.
 
     Attributes:
-        backbone: of a float skeleton used for nothing else: the converter may assign to it.
+        skeleton: in float, used for nothing else: the converter may assign to it.
         conversions: by variable path.
+        zeros: shapes of tensors that transformers adds and KerasHub has no variable for, by name.
     """
 
     skeleton: Skeleton
     conversions: Mapping[str, Conversion]
+    zeros: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     _known: dict[Hashable, tuple[tuple[int, ...], int | None]] = field(
         default_factory=dict, repr=False
     )
@@ -86,7 +92,10 @@ class TensorPlaces:
         for path, conversion in self.conversions.items():
             if conversion.constant is None:
                 users.setdefault(conversion.tensor, []).append(path)
-        return {name: self._place(name, tuple(paths)) for name, paths in users.items()}
+        found = {name: self._place(name, tuple(paths)) for name, paths in users.items()}
+        for name, shape in self.zeros.items():
+            found[name] = TensorPlace(name=name, shape=shape, variables=(), input_axis=None)
+        return found
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -155,7 +164,10 @@ class TensorPlaces:
                     num_elements += index.size
                 orientations.add(_input_axis(index, self.layouts.get(path), shape))
             else:
-                if num_elements == seen.size and seen.all() and len(orientations) == 1:
+                # Of a longer table than the variable, its first rows.
+                unread = int(seen.argmax())
+                moved = num_elements == seen.size - unread and seen[unread:].all()
+                if moved and len(orientations) == 1:
                     [orientation] = orientations
                     if orientation != _SPREAD:
                         return shape, orientation
@@ -183,6 +195,9 @@ class TensorPlaces:
         if len(paths) == 1:
             yield first
             yield first[::-1]
+        if len(paths) == 1 and len(first) == 2:
+            for rows in range(1, _MAX_UNREAD_ROWS + 1):
+                yield first[0] + rows, first[1]
 
     def _index(self, conversion: Conversion, shape: tuple[int, ...], path: str) -> Index | None:
         """The tensor's element, by its flat index, for each element of the variable.
@@ -200,6 +215,9 @@ class TensorPlaces:
         return None
 
 
+_MAX_UNREAD_ROWS = 4
+"""RoBERTa counts its positions from 2: of the rows before, one is never read, and one is that of
+padding."""
 _SPREAD = -1
 """Neither rows nor columns of the tensor are a layer's inputs."""
 
@@ -273,9 +291,41 @@ def find_places(config: PresetFiles, skeleton: Skeleton) -> TensorPlaces:
         converter.convert_weights(backbone, loader, config.parse("config.json"))
     conversions = dict(loader.conversions)
     for variable in backbone.variables:
-        if variable._value is not None and id(variable) not in before:
-            conversions[str(variable.path)] = Conversion(constant=np.asarray(variable.value))
-    return TensorPlaces(skeleton, conversions)
+        if variable._value is None or id(variable) in before:
+            continue
+        path, value = str(variable.path), np.asarray(variable.value)
+        if path not in conversions:
+            conversions[path] = Conversion(constant=value)
+        elif not np.array_equal(value, _stand_in(variable.shape, str(value.dtype))):
+            raise loader.computes(conversions[path].tensor)
+    return TensorPlaces(skeleton, conversions, _kinds_of_text(config, skeleton, conversions))
+
+
+def _stand_in(shape: Sequence[int], dtype: str) -> NDArray[Any]:
+    """Values by which to tell whether a converter that computes with a variable changes it."""
+    size = math.prod(int(length) for length in shape)
+    return (np.arange(size) % 251 + 1).reshape(shape).astype(dtype)
+
+
+_KINDS_OF_TEXT = "embeddings.token_type_embeddings.weight"
+_WORDS = "embeddings.word_embeddings.weight"
+
+
+def _kinds_of_text(
+    config: PresetFiles, skeleton: Skeleton, conversions: Mapping[str, Conversion]
+) -> dict[str, tuple[int, ...]]:
+    """The table of kinds of text, where KerasHub has none: its rows are added, so they are zeros.
+
+    KerasHub adds XLM-R's only row to its positions; RoBERTa's is zeros to begin with.
+    """
+    num_kinds = config.parse("config.json").get("type_vocab_size")
+    tensors = {conversion.tensor: path for path, conversion in conversions.items()}
+    words = next((name for name in tensors if name.endswith(_WORDS)), None)
+    if not num_kinds or words is None or any(name.endswith(_KINDS_OF_TEXT) for name in tensors):
+        return {}
+    shapes = {str(variable.path): variable.shape for variable in skeleton.backbone.variables}
+    name = words.removesuffix(_WORDS) + _KINDS_OF_TEXT
+    return {name: (int(num_kinds), int(shapes[tensors[words]][1]))}
 
 
 class _NamesOnly(SafetensorLoader):  # type: ignore[misc]  # KerasHub carries no types
@@ -294,13 +344,22 @@ class _NamesOnly(SafetensorLoader):  # type: ignore[misc]  # KerasHub carries no
         self.fname = None
         self.conversions: dict[str, Conversion] = {}
 
-    def get_tensor(self, hf_weight_key: str) -> Any:
-        raise ExportError(
-            f"{self.preset}: KerasHub's converter computes with {hf_weight_key} itself, so the way "
-            "back is unknown; models of this family cannot be exported"
+    def computes(self, tensor: str) -> ExportError:
+        return ExportError(
+            f"{self.preset}: KerasHub's converter computes with {tensor} itself, so the way back "
+            "is unknown; models of this family cannot be exported"
         )
+
+    def get_tensor(self, hf_weight_key: str) -> Any:
+        if hf_weight_key.endswith(_KINDS_OF_TEXT):
+            return np.zeros((1, 1), np.float32)
+        raise self.computes(hf_weight_key)
 
     def port_weight(
         self, keras_variable: Any, hf_weight_key: str, hook_fn: Hook | None = None
     ) -> None:
         self.conversions[str(keras_variable.path)] = Conversion(tensor=hf_weight_key, hook=hook_fn)
+        # Keras asks for this if the converter computes with the variable.
+        keras_variable._initializer = lambda shape, dtype: keras.ops.convert_to_tensor(
+            _stand_in(shape, "float32"), dtype
+        )

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.errors import ExportError, SourceError
 from pipeline.export.checkpoint import Checkpoint, plan_checkpoint
+from pipeline.export.description import ExportDescription
 from pipeline.export.packing import unpack_bits
 from pipeline.model.preset import read_preset
 from pipeline.plan import read_plan
@@ -132,6 +133,37 @@ def test_a_preset_needs_no_hugging_face_folder_where_kerashub_writes_the_config(
     assert found.config.made
     assert found.config_json()["architectures"] == ["LlamaForCausalLM"]
     assert found.config.small_files() == {}
+
+
+def notes_of(found: Checkpoint) -> str:
+    return "\n".join(ExportDescription.of(found).notes)
+
+
+def test_what_not_every_runtime_reads_is_noted(run: ObjectStore) -> None:
+    assert "transformers 5.23 and 5.24 refuse" in notes_of(checkpoint(run, "compressed-tensors"))
+    assert "5.23" not in notes_of(checkpoint(run, "dense"))
+    symmetric = checkpoint_of(small("Llama3"), GPTQ | {"symmetric": True})
+    assert "5.23" not in notes_of(symmetric)
+
+
+def test_an_encoder_is_exported_without_its_head(tmp_path: Path) -> None:
+    preset = small("Bert")
+    config = json.loads((preset / "config.json").read_text())["config"]
+    tiny_huggingface(
+        tmp_path,
+        "bert",
+        architectures=["BertForMaskedLM"],
+        vocab_size=config["vocabulary_size"],
+        num_hidden_layers=config["num_layers"],
+        num_attention_heads=config["num_heads"],
+        hidden_size=config["hidden_dim"],
+        intermediate_size=config["intermediate_dim"],
+        max_position_embeddings=config["max_sequence_length"],
+        type_vocab_size=config["num_segments"],
+    )
+    found = checkpoint_of(preset, INT4, like_url=str(tmp_path))
+    assert found.config_json()["architectures"] == ["BertModel"]
+    assert "BertModel is exported, without the head" in notes_of(found)
 
 
 def test_fused_layers_go_into_one_matrix() -> None:
