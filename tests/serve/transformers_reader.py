@@ -3,8 +3,8 @@
     python transformers_reader.py
 
 Standard input is a JSON list of {"folder", "inputs", "outputs"}: a checkpoint, a file of token ids,
-and where to save the logits for them (of a base model, its last hidden states). Standard output is
-JSON: the class of each model, and of its first quantized layer what it stores.
+and where to save the logits for them (of a base model, its last hidden states). The last line of
+standard output is a JSON list: the class of each model.
 """
 
 import json
@@ -38,7 +38,8 @@ def main():
         model = load(job["folder"])
         token_ids = torch.from_numpy(np.load(job["inputs"])).long()
         with torch.no_grad():
-            answer = model(token_ids)
+            more = {"decoder_input_ids": token_ids} if model.config.is_encoder_decoder else {}
+            answer = model(token_ids, **more)
         values = answer.logits if hasattr(answer, "logits") else answer.last_hidden_state
         np.save(job["outputs"], values.float().numpy())
         described.append(type(model).__name__)
