@@ -122,11 +122,6 @@ class Contents:
         weights = (".h5", ".safetensors", ".keras")
         return sum(f.digest.size_bytes for n, f in self.files.items() if n.endswith(weights))
 
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether text can be given to it."""
-        return any(name.startswith(("tokenizer", "vocab", "merges")) for name in self.files)
-
 
 def read_run(store: ObjectStore, run_url: str) -> FinishedRun:
     """Read all that is known of a finished run.

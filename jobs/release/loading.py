@@ -144,18 +144,25 @@ def _generates(contents: Contents) -> bool:
     return isinstance(named, list) and str(named[0]).endswith(_GENERATING)
 
 
+def _reads_text(contents: Contents) -> bool:
+    """Whether transformers and vLLM find a tokenizer that needs nothing more to be installed."""
+    names = contents.files.keys()
+    return bool({"tokenizer.json", "vocab.txt"} & names) or {"vocab.json", "merges.txt"} <= names
+
+
 def _transformers(contents: Contents, place: Place) -> LoadCommand:
     model = "AutoModelForCausalLM" if _generates(contents) else "AutoModel"
     given = _quoted(place.name) + ("" if place.is_main else f", revision={_quoted(place.revision)}")
     lines = [f"# pip install {_NEEDS[contents.form]}"]
     lines += ["import transformers", ""]
     lines.append(f'model = transformers.{model}.from_pretrained({given}, dtype="auto")')
-    if contents.has_tokenizer:
+    if _reads_text(contents):
         lines.append(f"tokenizer = transformers.AutoTokenizer.from_pretrained({given})")
-    if contents.has_tokenizer and _generates(contents):
+    if _reads_text(contents) and _generates(contents):
         lines.append(f'tokens = tokenizer({_quoted(_PROMPT)}, return_tensors="pt")')
         lines.append("print(tokenizer.decode(model.generate(**tokens, max_new_tokens=16)[0]))")
-    return LoadCommand(reader="transformers", language="python", lines=tuple(lines))
+    note = "" if _reads_text(contents) else "It takes token ids: no tokenizer.json comes with it."
+    return LoadCommand(reader="transformers", language="python", lines=tuple(lines), note=note)
 
 
 def _gptqmodel(contents: Contents, place: Place) -> LoadCommand:
@@ -165,7 +172,7 @@ def _gptqmodel(contents: Contents, place: Place) -> LoadCommand:
         lines += _download(place)
         name = "folder"
     lines += ["from gptqmodel import GPTQModel", "", f"model = GPTQModel.load({name})"]
-    if contents.has_tokenizer and _generates(contents):
+    if _reads_text(contents) and _generates(contents):
         lines.append(f"print(model.tokenizer.decode(model.generate({_quoted(_PROMPT)})[0]))")
     return LoadCommand(reader="GPTQModel", language="python", lines=tuple(lines))
 
@@ -174,7 +181,7 @@ def _vllm(contents: Contents, place: Place) -> list[LoadCommand]:
     """None where vLLM has no kernel for some matrix, or could not take text."""
     assert contents.export is not None
     tensors = contents.export.tensors
-    if not (_generates(contents) and contents.has_tokenizer and all(t.kernel for t in tensors)):
+    if not (_generates(contents) and _reads_text(contents) and all(t.kernel for t in tensors)):
         return []
     kernels = sorted({t.kernel for t in tensors if t.kernel != "dense"})
     note = f"Its kernels for these matrices: {', '.join(kernels)}." if kernels else ""
