@@ -112,7 +112,9 @@ class _Layer:
     input_of_row: NDArray[np.intp]
 
     @classmethod
-    def of(cls, problem: LayerProblem, statistics: CalibrationStatistics) -> _Layer:
+    def of(
+        cls, problem: LayerProblem, statistics: CalibrationStatistics, gram_CC: Array | None
+    ) -> _Layer:
         weight_RC, row_groups = problem.weight_RC, problem.row_groups
         input_of_row = np.arange(weight_RC.shape[1], dtype=np.intp)
         if row_groups is not None:
@@ -121,11 +123,8 @@ class _Layer:
             # hold all that Keras' own criterion uses.
             weight_RC = np.ascontiguousarray(row_groups.to_stored(weight_RC))
             input_of_row = row_groups.input_of_row()
-            statistics = _spread(statistics, input_of_row)
+            statistics, gram_CC = _spread(statistics, input_of_row), None
         magnitude_C, energy_C = _sizes(statistics)
-        gram_CC = None
-        if isinstance(statistics, HessianSum):
-            gram_CC = jnp.asarray(statistics.gram_CC) * (2.0 / statistics.num_rows)
         return cls(
             problem,
             weight_RC,
@@ -165,8 +164,14 @@ def solve_awq(
     Raises:
         SchemeError: layers that share scales, but store them in different dtypes.
     """
+    gram_CC = None
+    if isinstance(statistics, HessianSum):
+        gram_CC = jnp.asarray(statistics.gram_CC) * (2.0 / statistics.num_rows)
     if not scheme.foldable:
-        return [_solve([_Layer.of(layer, statistics)], statistics, scheme)[0] for layer in layers]
+        return [
+            _solve([_Layer.of(layer, statistics, gram_CC)], statistics.num_rows, scheme)[0]
+            for layer in layers
+        ]
     if len({layer.scale_dtype for layer in layers}) > 1:
         stored = ", ".join(f"{layer.name} in {layer.scale_dtype}" for layer in layers)
         raise SchemeError(
@@ -176,12 +181,13 @@ def solve_awq(
     magnitude_C, _ = _sizes(statistics)
     if scale_of_input_C is not None:
         magnitude_C = _shared(magnitude_C, scale_of_input_C)
-    return _solve([_Layer.of(one, statistics) for one in layers], statistics, scheme, magnitude_C)
+    together = [_Layer.of(layer, statistics, gram_CC) for layer in layers]
+    return _solve(together, statistics.num_rows, scheme, magnitude_C)
 
 
 def _solve(
     layers: Sequence[_Layer],
-    statistics: CalibrationStatistics,
+    num_rows: int,
     scheme: AWQScheme,
     magnitude_C: Float32 | None = None,
 ) -> list[SolveResult]:
@@ -222,7 +228,7 @@ def _solve(
             if last == 0:
                 reason = "no input scales that can be folded; clipping lowered the output error"
     return [
-        _result(layer, chosen, rtn_loss, scheme, statistics.num_rows, best_ratio, kept, reason)
+        _result(layer, chosen, rtn_loss, scheme, num_rows, best_ratio, kept, reason)
         for layer, chosen, rtn_loss in zip(layers, best, rtn_losses, strict=True)
     ]
 

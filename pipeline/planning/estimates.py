@@ -112,8 +112,12 @@ def _hidden(plan: Plan) -> int:
 
 def _solve_size(part: PartPlan) -> int:
     """The largest weight and Hessian of one solve, in numbers."""
-    kernels = [layer for layer in part.layers if layer.scheme and layer.kind == "kernel"]
-    return max((x.in_features * (x.out_features + x.in_features) for x in kernels), default=0)
+    kernels = {x.name: x for x in part.layers if x.scheme and x.kind == "kernel"}
+    sizes = [(x.in_features, x.out_features) for x in kernels.values()]
+    # Layers that share foldable input scales are solved at once.
+    folded = [group for group in part.groups if group.fold is not None]
+    sizes += [(g.in_features, sum(kernels[n].out_features for n in g.targets)) for g in folded]
+    return max((inputs * (outputs + inputs) for inputs, outputs in sizes), default=0)
 
 
 def _solve_flops(part: PartPlan) -> float:

@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.calibration.windows import TokenWindows
-from pipeline.fidelity import Fidelity, average
+from pipeline.evaluation.batches import EvaluationSet
+from pipeline.fidelity import Fidelity, fidelity_of
 from pipeline.plan import Plan, read_plan
 from pipeline.storage.object_store import open_store
 from pipeline.worker.evaluate import evaluate
@@ -48,6 +49,7 @@ def rows(bits: list[int], group_size: int) -> dict[str, dict[str, Any]]:
         found[f"gptq {width}"] = gptq(width, group_size, **BEST)
     return found | {
         "awq 4": {"mode": "awq", "group_size": group_size},
+        "awq 4, foldable": {"mode": "awq", "group_size": group_size, "foldable": True},
         "int8": {"mode": "int8"},
         "int4": {"mode": "int4", "block_size": group_size},
         "float8": {"mode": "float8"},
@@ -114,7 +116,10 @@ def rounding(plan: Plan, preset: Path, windows: TokenWindows, bits: int, group: 
     model = ModelState(plan, str(preset))
     result = rounded_model(model, bits, group)
     source = source_model(model)
-    return average(evaluate(source, result, windows.tokens, windows.mask, predicts_tokens=True))
+    given = EvaluationSet(windows=windows)
+    numbers = range(len(given.batches))
+    found = evaluate(source, result, model.layout, given, numbers, predicts_tokens=True)
+    return fidelity_of(given, found)
 
 
 def main() -> None:

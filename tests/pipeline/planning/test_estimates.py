@@ -166,6 +166,25 @@ def test_more_workers_share_the_activations_only() -> None:
     assert (one.flops, one.source_bytes) == (four.flops, four.source_bytes)
 
 
+def test_layers_that_share_foldable_scales_are_held_at_once() -> None:
+    def solved(name: str) -> int:
+        plan = planned(name).plan
+        wide = [
+            dataclasses.replace(
+                part,
+                layers=tuple(
+                    dataclasses.replace(x, out_features=1024) if x.in_features == 64 else x
+                    for x in part.layers
+                ),
+            )
+            for part in plan.parts
+        ]
+        return estimate(dataclasses.replace(plan, parts=tuple(wide), tokens=None), 1).worker_bytes
+
+    # Of query, key and value two more, in three copies of float32.
+    assert solved("awq-foldable") - solved("awq") == 3 * 4 * 64 * 2 * 1024
+
+
 def test_flops_are_those_of_the_formulas() -> None:
     plan = planned("gptq").plan
     found = estimate(plan, 1)
