@@ -26,15 +26,15 @@ from keras_hub.src.utils.transformers.safetensor_utils import SafetensorLoader
 from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
-from pipeline.model.preset import CONFIG_FILE, PresetFiles, keras_errors
-from pipeline.model.sentence_transformers import embedder_arguments, is_sentence_transformer
-from pipeline.model.source_config import (
+from pipeline.model.noted_config import (
     NotedConfig,
-    check_config,
     normalized_config,
     scaled_positions,
     taken_over,
 )
+from pipeline.model.preset import CONFIG_FILE, PresetFiles, keras_errors
+from pipeline.model.sentence_transformers import embedder_arguments, is_sentence_transformer
+from pipeline.model.source_config import check_config
 from quantizer.keras_format.generated_names import apart
 
 _DTYPES = ("float32", "float16", "bfloat16")
