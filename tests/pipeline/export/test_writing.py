@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,11 @@ from pipeline.model.preset import read_preset
 from pipeline.plan import read_plan
 from pipeline.run.commits import read_manifest
 from pipeline.run.records import file_key
+from pipeline.storage import record
 from pipeline.storage.object_store import ObjectStore, open_store
 from tests.models.tiny_huggingface import tiny_huggingface
 from tests.pipeline.export.runs import finished_run
+from tests.pipeline.presets import shared_preset
 from tests.selection import by_default
 
 
@@ -65,6 +68,27 @@ def test_equal_exports_have_equal_bytes(write: Write, tmp_path: Path) -> None:
     write(first)
     write(second)
     assert everything(first) == everything(second)
+
+
+def test_memory_is_that_of_one_part_however_many_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A file is asked for as many bytes as a record may have, and Python sets them aside.
+    monkeypatch.setattr(record, "MAX_RECORD_BYTES", 1 << 20)
+    peak_bytes = {}
+    for num_blocks in (2, 6):
+        # Blocks of 3 MB in float, beside which what grows with the number of names is small.
+        source = shared_preset("Llama3", num_blocks=num_blocks, intermediate_dim=4096)
+        run, manifest = finished_run(source, str(tmp_path / f"{num_blocks}"), {"mode": "int8"})
+        artifact = read_preset(f"{run.root_url}/artifact")
+        checkpoint = plan_checkpoint(read_plan(run), artifact, "dense")
+        store = open_store(str(tmp_path / f"{num_blocks} dense"))
+        tracemalloc.start()
+        made = write_checkpoint(checkpoint, run, manifest, store)
+        peak_bytes[num_blocks] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak_bytes[6] < 1.1 * peak_bytes[2]
+    assert peak_bytes[6] < made.num_bytes
 
 
 class KilledError(Exception):
