@@ -14,6 +14,7 @@ from rich.text import Text
 from jobs.logging import is_json, log_event, print_json, set_run, status, url_name
 from jobs.quantities import size
 from jobs.reachable import absolute, check_writable, reachable
+from jobs.release.cards import update_cards
 from jobs.summary import left_in_float, schemes_table, summarized_schemes
 from pipeline.errors import PipelineError, PlanMismatchError
 from pipeline.executor.allocation import allocate, this_machine, worker_environment
@@ -68,6 +69,7 @@ def run_file(
             chosen = sum(layer.scheme is not None for layer in plan.layers)
             with status(f"quantizing {chosen} layers"):
                 manifest = process.run(quantize_plain, plan, output_url)
+        update_cards(store)
     _print_result(manifest, store, as_json=as_json)
 
 

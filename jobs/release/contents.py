@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from jobs.logging import url_name
 from jobs.reachable import finished_manifest
 from jobs.release.origin import CARD_FILE, Origin, find_origin
 from pipeline.errors import DamagedObjectError, ExportError
 from pipeline.export.manifest import EXPORT_KEY, ExportManifest
+from pipeline.export.settings import EXPORTS_PREFIX
 from pipeline.model.preset import is_legal
 from pipeline.plain.plan import MODEL_KEY, is_plain, layer_records
 from pipeline.plan import Plan, read_plan
@@ -33,7 +35,6 @@ from pipeline.run.records import (
 from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.storage.record import MAX_RECORD_BYTES
 
-EXPORTS_PREFIX = "exports/"
 EVAL_FILE = "eval.json"
 SUMS_FILE = "SHA256SUMS"
 
@@ -83,7 +84,9 @@ class FinishedRun:
 
     @functools.cached_property
     def origin(self) -> Origin:
-        """What the source says of itself."""
+        """What the source says of itself; of a single file, its name."""
+        if self.plan is None:
+            return Origin(name=url_name(self.source_url))
         files = artifact_files(self)
         names = {_SOURCES_CARD: CARD_FILE}
         carried = (name for name in files if is_legal(name) or name in names)
@@ -206,7 +209,7 @@ def export_contents(run: FinishedRun, store: ObjectStore) -> Contents:
             "quantfleet export"
         )
     export = ExportManifest.read(store, EXPORT_KEY)
-    if export.request.source_manifest_sha256 != run.manifest.record_sha256:
+    if not _is_of(run, export):
         raise ExportError(
             f"{store.url(EXPORT_KEY)}: an export of another run than {run.store.root_url}; export "
             "this one to a folder of its own"
@@ -235,11 +238,15 @@ def export_contents(run: FinishedRun, store: ObjectStore) -> Contents:
 
 
 def find_exports(run: FinishedRun) -> tuple[Contents, ...]:
-    """The finished exports below a run."""
+    """The finished exports below a run; those of an earlier result in its place are left out."""
     ends = f"/{EXPORT_KEY}"
-    folders = [
-        key.removesuffix(ends) for key in run.store.list(EXPORTS_PREFIX) if key.endswith(ends)
-    ]
+    keys = [key for key in run.store.list(EXPORTS_PREFIX) if key.endswith(ends)]
     return tuple(
-        export_contents(run, open_store(f"{run.store.root_url}/{folder}")) for folder in folders
+        export_contents(run, open_store(f"{run.store.root_url}/{key.removesuffix(ends)}"))
+        for key in keys
+        if _is_of(run, ExportManifest.read(run.store, key))
     )
+
+
+def _is_of(run: FinishedRun, export: ExportManifest) -> bool:
+    return export.request.source_manifest_sha256 == run.manifest.record_sha256

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import keras
 import pytest
 import yaml
 
@@ -14,11 +15,12 @@ from jobs.release.contents import FinishedRun, artifact_contents, export_content
 from jobs.release.loading import Place
 from jobs.release.model_card import CardSettings, model_card
 from pipeline.export.manifest import EXPORT_KEY
-from pipeline.recipe.recipe import Calibration, Rule
+from pipeline.plain.run import carry_out, make_plan
+from pipeline.recipe.recipe import Calibration, Recipe, Rule
 from pipeline.run.commits import damaged_files, read_manifest
 from pipeline.run.records import LayerRecord
 from pipeline.storage.object_store import ObjectStore, open_store
-from quantizer.schemes import GPTQScheme
+from quantizer.schemes import GPTQScheme, Int8Scheme
 from tests.jobs.release.runs import copied, evaluate, finished
 
 
@@ -263,3 +265,19 @@ def test_figures_that_this_version_does_not_know_are_told(run: ObjectStore) -> N
     assert "| arc: acc stderr | 0.1 | 0.1 | – |" in card
     assert "| arc: flips | – | 3 | – |" in card
     assert "recovery |" not in card.split("| --- |")[1]
+
+
+def test_a_plain_keras_model_gets_a_card_too(tmp_path: Path) -> None:
+    inputs = keras.Input((16,))
+    model = keras.Model(inputs, keras.layers.Dense(8, name="top")(inputs))
+    model.save(tmp_path / "small.keras")
+    recipe = Recipe(name="int8", scheme=Int8Scheme())
+    store = open_store(str(tmp_path / "out"))
+    carry_out(make_plan(str(tmp_path / "small.keras"), recipe, 1), store)
+    update_cards(store)
+    card = store.get("README.md")
+    assert head(card)["library_name"] == "keras"
+    assert b'keras.saving.load_model(folder + "/model.keras")' in card
+    assert str(tmp_path).encode() not in card
+    assert b"name no license" in card
+    assert json.loads(store.get("eval.json"))["form"] == "keras"
