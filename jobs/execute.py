@@ -17,7 +17,9 @@ from jobs.metrics import RunMetrics
 from jobs.progress import watch
 from jobs.quantities import size
 from jobs.summary import Summary
+from pipeline.calibration.windows import TokenWindows
 from pipeline.errors import CalibrationTextError, PipelineError
+from pipeline.evaluation.batches import EvaluationSet
 from pipeline.executor.allocation import allocate, may_have_gpu, this_machine, worker_environment
 from pipeline.executor.local_process import LocalProcess, local_process
 from pipeline.executor.protocol import (
@@ -29,10 +31,10 @@ from pipeline.executor.protocol import (
     NodeRoom,
     WorkerLostError,
 )
-from pipeline.fidelity import Fidelity, average
+from pipeline.fidelity import Fidelity, fidelity_of
 from pipeline.plan import Plan
 from pipeline.planning.estimates import Estimate
-from pipeline.remote_planning import Identity, evaluation_windows, start_worker
+from pipeline.remote_planning import Identity, evaluation_windows, question_rows, start_worker
 from pipeline.run import lease
 from pipeline.run.commits import Finding, quarantine, read_manifest
 from pipeline.run.driver import KEEP_EVERY, differences, quantize
@@ -188,17 +190,18 @@ def check_identity(plan: Plan, found: Identity, source_url: str, *, finished: bo
         )
 
 
-def read_windows(
+def read_evaluation_set(
     runner: FunctionRunner,
     source_url: str,
     plan: Plan,
+    *,
     texts: tuple[str, ...],
     num_windows: int,
-    *,
+    tasks: tuple[str, ...] = (),
     chat: bool | None = None,
     named: str,
-) -> bytes:
-    """Token windows, as long as calibration's, to judge a result by; serialized.
+) -> EvaluationSet | None:
+    """What to judge a result by: windows as long as calibration's, and tasks; None for neither.
 
     Args:
         chat: how conversations are read; None as the plan's calibration reads its own.
@@ -206,36 +209,45 @@ def read_windows(
 
     Raises:
         CalibrationTextError: texts that are missing, unreadable or too few.
+        TaskError: files that hold no questions, or a model that cannot answer any.
     """
+    if not texts and not tasks:
+        return None
+    # Questions first: reading them is quick.
+    questions = runner.run(question_rows, source_url, tasks) if tasks else ()
+    if not texts:
+        return EvaluationSet(tasks=questions)
     length = None if plan.tokens is None else plan.tokens.sequence_length
     given = plan.recipe.calibration
     if chat is None and given is not None:
         chat = given.chat
     inputs = {} if given is None else given.inputs
     try:
-        return runner.run(evaluation_windows, source_url, texts, num_windows, length, chat, inputs)
+        windows = runner.run(
+            evaluation_windows, source_url, texts, num_windows, length, chat, inputs
+        )
     except CalibrationTextError as error:
         raise CalibrationTextError(f"{named}: {error}") from None
+    return EvaluationSet(windows=TokenWindows.from_bytes(windows), tasks=questions)
 
 
-def evaluate(executor: Executor, windows: bytes, num_windows: int) -> Fidelity:
-    """Compare a finished result with its source, with the windows spread over the workers."""
+def evaluate(executor: Executor, given: EvaluationSet) -> Fidelity:
+    """Compare a finished result with its source, with the batches spread over the workers."""
     for _ in range(_MOST_LOSSES):
-        workers = min(executor.num_workers, num_windows)
+        number = len(given.batches)
+        workers = min(executor.num_workers, number)
         try:
             with status("comparing the result with its source"):
                 measured = executor.fetch(
                     [
-                        executor.submit(
-                            w, WorkerApi.evaluate, windows, range(w, num_windows, workers)
-                        )
+                        executor.submit(w, WorkerApi.evaluate, given, range(w, number, workers))
                         for w in range(workers)
                     ]
                 )
         except WorkerLostError:
             executor.recover()
         else:
-            return average([measured[i % workers][i // workers] for i in range(num_windows)])
+            return fidelity_of(given, [measured[i % workers][i // workers] for i in range(number)])
     raise ExecutorError(
         f"workers were lost {_MOST_LOSSES} times while they evaluated; check the memory and logs "
         "of the cluster's nodes, then run quantfleet evaluate"

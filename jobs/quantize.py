@@ -16,7 +16,7 @@ from jobs.execute import (
     evaluate,
     execute,
     open_compute,
-    read_windows,
+    read_evaluation_set,
 )
 from jobs.logging import is_json, log_event, print_json, set_run, status, url_name
 from jobs.metrics import RunMetrics
@@ -34,6 +34,7 @@ from jobs.summary import Summary, plan_table, summary_table
 from jobs.termination import Terminated
 from pipeline.artifact.loading import load_hints
 from pipeline.errors import PipelineError, UnusableResultError
+from pipeline.evaluation.batches import EvaluationSet
 from pipeline.executor.protocol import Allocation, ComputeSpec, FunctionRunner
 from pipeline.export.description import MadeExport
 from pipeline.export.settings import ExportSettings
@@ -63,9 +64,15 @@ class Job:
     output_url: str
     evaluation_texts: tuple[str, ...] = ()
     evaluation_windows: int = 8
+    tasks: tuple[str, ...] = ()
     chat: bool | None = None
     exports: tuple[ExportSettings, ...] = ()
     options: DriverOptions = field(default_factory=DriverOptions)
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether there is anything to judge the result by."""
+        return bool(self.evaluation_texts or self.tasks)
 
 
 def run_job(
@@ -95,7 +102,7 @@ def run_job(
         exports = foresee_exports(runner, job.source_url, recipe, job.exports, dry_run=dry_run)
         plan, windows = runner.run(plan_run, job.source_url, recipe, compute.allocation.threads)
         # Before anything is claimed: a mistyped file must not cost a run.
-        judged_on = None if dry_run else _evaluation_windows(job, plan, runner)
+        judged_on = None if dry_run else _evaluation_set(job, plan, runner)
         return _PlannedJob(plan=plan, windows=windows, judged_on=judged_on, exports=exports)
 
     with open_compute(
@@ -103,7 +110,7 @@ def run_job(
     ) as compute:
         _log_allocation(compute.allocation, spec, address, plan_only=dry_run)
         with status("planning: reading the preset, checking every layer, cutting texts"):
-            has_work = not finished or bool(job.evaluation_texts or job.exports)
+            has_work = not finished or job.is_evaluated or bool(job.exports)
             planned = compute.plan(plan_all, with_workers=has_work and not dry_run)
         plan, judged_on = planned.plan, planned.judged_on
         costs = estimate(plan, compute.allocation.workers)
@@ -125,12 +132,13 @@ class _PlannedJob:
     """A job's plan, and what is known of its result before it is made.
 
     Attributes:
-        windows, judged_on: to calibrate and to evaluate on, serialized.
+        windows: to calibrate on, serialized.
+        judged_on: what to evaluate the result on.
     """
 
     plan: Plan
     windows: bytes | None
-    judged_on: bytes | None
+    judged_on: EvaluationSet | None
     exports: ForeseenExports
 
 
@@ -167,7 +175,7 @@ def resume_job(
     plan = read_plan(store)
     source_url = absolute(job.source_url) or plan.source_url
     set_run(run=url_name(output_url), model=url_name(source_url), recipe=plan.recipe.name)
-    if finished and not job.evaluation_texts:
+    if finished and not job.is_evaluated:
         _log_finished_before(output_url)
         found, costs = read_manifest(store), estimate(plan, 1)
         made: tuple[MadeExport, ...] = ()
@@ -180,10 +188,10 @@ def resume_job(
     job = dataclasses.replace(job, source_url=source_url, output_url=output_url)
     check_preset(reachable(source_url, CONFIG_FILE))
 
-    def check_source(runner: FunctionRunner) -> bytes | None:
+    def check_source(runner: FunctionRunner) -> EvaluationSet | None:
         found = runner.run(identity, source_url, compute.allocation.threads)
         check_identity(plan, found, source_url, finished=finished)
-        return _evaluation_windows(job, plan, runner)
+        return _evaluation_set(job, plan, runner)
 
     spec = dataclasses.replace(spec, threads=spec.threads or int(plan.machine["threads"]))
     with open_compute(spec, source_url, output_url, address=address) as compute:
@@ -214,7 +222,7 @@ def _finish(
     store: ObjectStore,
     compute: Compute,
     costs: Estimate,
-    judged_on: bytes | None,
+    judged_on: EvaluationSet | None,
     *,
     as_json: bool,
 ) -> None:
@@ -232,7 +240,7 @@ def _finish(
                 _log_finished_before(job.output_url)
             execution = execute(plan, store, compute, held, metrics, job.options)
         if judged_on is not None:
-            fidelity = evaluate(compute.executor, judged_on, job.evaluation_windows)
+            fidelity = evaluate(compute.executor, judged_on)
             Evaluation.of(execution.manifest.record_sha256, judged_on, fidelity).save(store)
             metrics.judged(fidelity)
         made: tuple[MadeExport, ...] = ()
@@ -258,13 +266,16 @@ def _log_finished_before(output_url: str) -> None:
     log_event("finished before", f"{output_url}: finished before; nothing to do")
 
 
-def _evaluation_windows(job: Job, plan: Plan, runner: FunctionRunner) -> bytes | None:
-    if not job.evaluation_texts:
-        return None
-    texts, num_windows = job.evaluation_texts, job.evaluation_windows
-    named = f"--evaluate-on, with --windows {num_windows}"
-    return read_windows(
-        runner, job.source_url, plan, texts, num_windows, chat=job.chat, named=named
+def _evaluation_set(job: Job, plan: Plan, runner: FunctionRunner) -> EvaluationSet | None:
+    return read_evaluation_set(
+        runner,
+        job.source_url,
+        plan,
+        texts=job.evaluation_texts,
+        num_windows=job.evaluation_windows,
+        tasks=job.tasks,
+        chat=job.chat,
+        named=f"--evaluate-on, with --windows {job.evaluation_windows}",
     )
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from jobs.quantities import count, size
 from pipeline.errors import DamagedObjectError
+from pipeline.evaluation.answers import TaskFidelity
 from pipeline.executor.protocol import Allocation
 from pipeline.fidelity import Fidelity
 from pipeline.model.preset import PresetFiles
@@ -262,7 +263,7 @@ def summary_table(summary: Summary) -> RenderableType:
             "calibration: their weights are rounded to nearest",
         )
     if summary.fidelity is not None:
-        facts.add_row("quality", _quality(summary.fidelity))
+        _add_quality(facts, summary.fidelity)
     if summary.seconds:
         stages = ", ".join(f"{name} {value:.1f}" for name, value in summary.seconds.items())
         facts.add_row("seconds", f"{summary.wall_seconds:.1f} in all; by stage: {stages}")
@@ -280,15 +281,38 @@ def summary_table(summary: Summary) -> RenderableType:
     return Group(schemes, facts, *notes)
 
 
-def _quality(fidelity: Fidelity) -> str:
+def _add_quality(facts: Table, fidelity: Fidelity) -> None:
     if fidelity.not_finite is not None:
-        return fidelity.not_finite
+        facts.add_row("quality", fidelity.not_finite)
+        return
+    if fidelity.num_windows:
+        facts.add_row("quality", _quality(fidelity))
+    for task in fidelity.tasks:
+        facts.add_row(Text(f"task {task.name}"), _answers(task))
+
+
+def _quality(fidelity: Fidelity) -> str:
     if fidelity.cosine is not None:
         return f"mean cosine {fidelity.cosine:.5f} over {fidelity.count} vectors"
+    p99 = fidelity.divergence_p99
+    tail = "" if p99 is None else f" (p99 {p99:.4f})"
     return (
         f"perplexity {fidelity.source_perplexity:.3f} → {fidelity.result_perplexity:.3f}, KL "
-        f"{fidelity.divergence:.4f} nats, same next token {fidelity.agreement:.1%} "
+        f"{fidelity.divergence:.4f} nats{tail}, same next token {fidelity.agreement:.1%} "
         f"({fidelity.count} tokens in {fidelity.num_windows} windows)"
+    )
+
+
+def _answers(task: TaskFidelity) -> str:
+    stderr = task.result.acc_stderr
+    error = "" if stderr is None else f" ± {stderr:.1%}"
+    recovery = "" if task.recovery is None else f", recovery {task.recovery:.1%}"
+    cut = f"; {task.truncated} choices were too long, and cut on the left" if task.truncated else ""
+    return (
+        f"acc {task.source.acc:.1%} → {task.result.acc:.1%}{error}{recovery}, acc_norm "
+        f"{task.source.acc_norm:.1%} → {task.result.acc_norm:.1%}, {task.flips} of "
+        f"{task.num_questions} questions flipped, {task.changed} answered otherwise, KL "
+        f"{task.divergence:.4f} nats{cut}"
     )
 
 

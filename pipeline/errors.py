@@ -28,6 +28,10 @@ class CalibrationInputError(PipelineError):
     """Arrays for a model's inputs that are missing, unreadable, or not what the model takes."""
 
 
+class TaskError(PipelineError):
+    """Questions that are missing or unreadable, or that a model cannot answer."""
+
+
 class StorageError(PipelineError):
     """Object storage that cannot be used; the message names the URL and the remedy."""
 

@@ -1,16 +1,25 @@
-"""How close the result is to its source: sums over text windows, and their means.
+"""How close the result is to its source: sums over text windows, their means, and tasks.
 
-Causal language models are compared by the perplexity of both and by the divergence
-KL(source ‖ result) of their next-token distributions, other models by the cosine between their
-outputs. `pipeline.worker.evaluate` computes the sums.
+Causal language models are compared by the perplexity of both, by the divergence
+KL(source ‖ result) of their next-token distributions, and by what they answer to multiple-choice
+questions; other models by the cosine between their outputs. `pipeline.worker.evaluate` computes
+what these figures are made of.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.evaluation.answers import ChoiceLikelihood, TaskFidelity
+from pipeline.evaluation.batches import EvaluationSet
+from pipeline.evaluation.choices import TaskRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +30,7 @@ class WindowFidelity:
         count: predicted tokens; for an encoder, compared vectors.
         source_loss, result_loss: Σ -log p(next token), natural.
         divergence: Σ KL(source ‖ result), in nats.
+        divergences: of each predicted token.
         agreement: tokens for which both models rank the same next token first.
         source_broken_at, result_broken_at: where values first are not finite; "" if all are.
     """
@@ -31,6 +41,9 @@ class WindowFidelity:
     divergence: float = 0.0
     cosine: float = 0.0
     agreement: int = 0
+    divergences: NDArray[np.float32] = field(
+        default_factory=lambda: np.zeros(0, np.float32), compare=False, repr=False
+    )
     source_broken_at: str = ""
     result_broken_at: str = ""
 
@@ -40,10 +53,14 @@ class Fidelity:
     """Means over all windows: of a causal model all but the cosine, of an encoder that alone.
 
     Attributes:
-        count: predicted tokens; for an encoder, compared vectors.
+        num_windows, count: of text, and of predicted tokens; for an encoder, of compared vectors.
+            Both are 0 where tasks alone were evaluated.
         divergence: nats per token.
+        divergence_p99: the least divergence that 99% of the tokens do not exceed; None in figures
+            of older versions.
         agreement: between 0 and 1.
         not_finite: where the result gives values that are not finite, in words; None if nowhere.
+        tasks: in the order in which they were given.
     """
 
     num_windows: int
@@ -54,26 +71,82 @@ class Fidelity:
     agreement: float | None = None
     cosine: float | None = None
     not_finite: str | None = None
+    divergence_p99: float | None = None
+    tasks: tuple[TaskFidelity, ...] = ()
 
-    def figures(self) -> dict[str, float | int | str | None]:
+    def figures(self) -> dict[str, Any]:
         """Plain JSON values.
 
         NaN and infinity become null, since JSON has no way to write them. What older versions do
         not know is left out where there is nothing to say.
         """
-        figures = dataclasses.asdict(self)
-        if self.not_finite is None:
-            del figures["not_finite"]
-        return {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in figures.items()
-        }
+        figures: dict[str, Any] = _finite(dataclasses.asdict(self))
+        for name in ("not_finite", "divergence_p99"):
+            if getattr(self, name) is None:
+                del figures[name]
+        if not self.tasks:
+            del figures["tasks"]
+        return figures
+
+    @classmethod
+    def from_figures(cls, figures: Mapping[str, Any]) -> Self:
+        """What is known of a result from `figures`; null stands for what is not a number."""
+        tasks = tuple(map(TaskFidelity.from_figures, figures.get("tasks", ())))
+        return cls(**{**figures, "tasks": tasks})
 
 
-def average(windows: Sequence[WindowFidelity]) -> Fidelity:
-    """Means over windows, summed in their order."""
+def _finite(value: Any) -> Any:
+    """JSON values without NaN and infinity; lists for tuples, as JSON reads them."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Answered = tuple[TaskRows, Sequence[ChoiceLikelihood]]
+"""A task, and the likelihoods of its choices."""
+
+
+def average(windows: Sequence[WindowFidelity], answered: Sequence[Answered] = ()) -> Fidelity:
+    """Means over windows, summed in their order, and the figures of tasks."""
+    fidelity = _average(windows) if windows else Fidelity(num_windows=0, count=0)
+    tasks = tuple(TaskFidelity.of(rows, choices) for rows, choices in answered)
+    broken = [
+        _not_finite(choices, f"choices of {rows.name}", "choice") for rows, choices in answered
+    ]
+    not_finite = next(filter(None, [fidelity.not_finite, *broken]), None)
+    return dataclasses.replace(fidelity, tasks=tasks, not_finite=not_finite)
+
+
+RowFidelity = WindowFidelity | ChoiceLikelihood
+"""What was found of a row of a batch."""
+
+
+def fidelity_of(given: EvaluationSet, found: Sequence[Sequence[RowFidelity]]) -> Fidelity:
+    """The figures of everything that was evaluated.
+
+    Args:
+        found: of each row of each of the batches, in their order.
+    """
+    windows: list[WindowFidelity] = []
+    choices: list[dict[int, ChoiceLikelihood]] = [{} for _ in given.tasks]
+    for batch, rows in zip(given.batches, found, strict=True):
+        for row, one in zip(batch.rows, rows, strict=True):
+            if isinstance(one, WindowFidelity):
+                windows.append(one)
+            elif batch.task is not None:
+                choices[batch.task][row] = one
+    answered = [
+        (task, [by_row[row] for row in range(len(task.rows))])
+        for task, by_row in zip(given.tasks, choices, strict=True)
+    ]
+    return average(windows, answered)
+
+
+def _average(windows: Sequence[WindowFidelity]) -> Fidelity:
     count = sum(window.count for window in windows)
-    not_finite = _not_finite(windows)
+    not_finite = _not_finite(windows, "windows", "window")
     if not any(window.source_loss for window in windows):
         cosine = math.fsum(w.cosine for w in windows) / count
         return Fidelity(num_windows=len(windows), count=count, cosine=cosine, not_finite=not_finite)
@@ -85,7 +158,16 @@ def average(windows: Sequence[WindowFidelity]) -> Fidelity:
         divergence=math.fsum(w.divergence for w in windows) / count,
         agreement=sum(w.agreement for w in windows) / count,
         not_finite=not_finite,
+        divergence_p99=_percentile(np.concatenate([w.divergences for w in windows])),
     )
+
+
+def _percentile(divergences: NDArray[np.float32]) -> float | None:
+    """The nearest rank: no value between two that occurred; NaN counts as the greatest."""
+    if not len(divergences):
+        return None
+    rank = math.ceil(0.99 * len(divergences)) - 1
+    return float(np.sort(divergences)[rank])
 
 
 def _perplexity(loss: float) -> float:
@@ -96,13 +178,13 @@ def _perplexity(loss: float) -> float:
         return math.inf
 
 
-def _not_finite(windows: Sequence[WindowFidelity]) -> str | None:
-    broken = [i for i, window in enumerate(windows) if window.result_broken_at]
+def _not_finite(compared: Sequence[RowFidelity], what: str, one: str) -> str | None:
+    broken = [i for i, found in enumerate(compared) if found.result_broken_at]
     if not broken:
         return None
-    first = windows[broken[0]]
+    first = compared[broken[0]]
     words = (
-        f"values that are not finite in {len(broken)} of {len(windows)} windows; in window "
+        f"values that are not finite in {len(broken)} of {len(compared)} {what}; in {one} "
         f"{broken[0]} they first appear in {first.result_broken_at}"
     )
     if first.source_broken_at:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.errors import PipelineError
+from pipeline.evaluation.choices import TaskRows, task_rows
+from pipeline.evaluation.tasks import read_tasks
 from pipeline.executor.protocol import ExecutorError
 from pipeline.export.description import ExportDescription, MadeExport
 from pipeline.export.settings import ExportSettings
@@ -111,6 +113,21 @@ def evaluation_windows(
         sampling="sequential",
     )
     return token_windows(preset, skeleton, calibration).to_bytes()
+
+
+def question_rows(source_url: str, tasks: tuple[str, ...]) -> tuple[TaskRows, ...]:
+    """Files of questions, as the tokens that a model reads.
+
+    Raises:
+        PipelineError: files that are missing or hold no questions, or a model that cannot answer.
+    """
+    from pipeline.model.preset import read_preset
+    from pipeline.model.skeleton import build_skeleton
+    from pipeline.planning.token_windows import question_tokens
+
+    preset = read_preset(source_url)
+    tokens = question_tokens(preset, build_skeleton(preset))
+    return tuple(task_rows(task, tokens) for task in read_tasks(tasks))
 
 
 def plan_plain(source_url: str, recipe: Recipe, threads: int) -> PlainPlan:

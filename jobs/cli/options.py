@@ -37,6 +37,12 @@ EvaluateOn = Annotated[
     list[str] | None,
     typer.Option(help="Texts to evaluate on, other than the calibration texts; repeatable."),
 ]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Multiple-choice questions for source and result, in a .jsonl file; repeatable."
+    ),
+]
 Chat = Annotated[
     bool | None,
     typer.Option(

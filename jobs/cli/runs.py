@@ -52,6 +52,7 @@ def quantize(
         ),
     ] = False,
     evaluate_on: options.EvaluateOn = None,
+    tasks: options.Tasks = None,
     chat: options.Chat = None,
     windows: options.Windows = 8,
     export: Annotated[
@@ -85,6 +86,7 @@ def quantize(
                 "--texts": texts,
                 "--sequence-length": sequence_length,
                 "--evaluate-on": evaluate_on,
+                "--tasks": tasks,
                 "--export": export,
                 "--address": address,
                 "--workers": workers,
@@ -98,6 +100,7 @@ def quantize(
         output_url=output,
         evaluation_texts=tuple(evaluate_on or ()),
         evaluation_windows=windows,
+        tasks=tuple(tasks or ()),
         chat=chat,
         exports=_exports(export or (), like),
         options=DriverOptions(keep_every=keep_every, wait=wait, lease_seconds=lease_seconds),
@@ -149,6 +152,7 @@ def resume(
 def evaluate(
     output: options.FinishedRun,
     evaluate_on: options.EvaluateOn = None,
+    tasks: options.Tasks = None,
     chat: options.Chat = None,
     windows: options.Windows = 8,
     source: options.Source = None,
@@ -157,16 +161,19 @@ def evaluate(
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Compare a finished result with its source, on texts."""
+    """Compare a finished result with its source, on texts, multiple-choice questions or both."""
     from jobs.quantize import Job, resume_job
 
-    if not evaluate_on:
-        raise PipelineError("nothing to evaluate on; give --evaluate-on texts.jsonl")
+    if not evaluate_on and not tasks:
+        raise PipelineError(
+            "nothing to evaluate on; give --evaluate-on texts.jsonl, or --tasks questions.jsonl"
+        )
     job = Job(
         source_url=source or "",
         output_url=output,
-        evaluation_texts=tuple(evaluate_on),
+        evaluation_texts=tuple(evaluate_on or ()),
         evaluation_windows=windows,
+        tasks=tuple(tasks or ()),
         chat=chat,
     )
     spec = ComputeSpec(workers=workers, device=device)

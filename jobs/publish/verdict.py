@@ -9,6 +9,7 @@ from typing import Any
 from jobs.catalog.entries import Gate
 from jobs.catalog.request import checked_id
 from pipeline.errors import DamagedObjectError, MissingObjectError
+from pipeline.evaluation.answers import TaskFidelity
 from pipeline.fidelity import Fidelity
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.record import StoredRecord
@@ -82,8 +83,19 @@ def failures(gate: Gate | None, fidelity: Fidelity | None) -> tuple[str, ...]:
 
 def _failures(gate: Gate, fidelity: Fidelity | None) -> Iterator[str]:
     if fidelity is None:
-        yield "it was not evaluated; give evaluate_on"
+        yield f"it was not evaluated; give {' and '.join(sorted(gate.judges))}"
         return
+    if fidelity.num_windows:
+        yield from _failures_on_texts(gate, fidelity)
+    elif "evaluate_on" in gate.judges:
+        yield "it was not evaluated on texts; give evaluate_on"
+    if "tasks" in gate.judges and not fidelity.tasks:
+        yield "it was given no tasks; give tasks"
+    for task in fidelity.tasks:
+        yield from _failures_on_task(gate, task)
+
+
+def _failures_on_texts(gate: Gate, fidelity: Fidelity) -> Iterator[str]:
     if gate.max_perplexity_increase is not None:
         before, after = fidelity.source_perplexity, fidelity.result_perplexity
         if before is None or after is None:
@@ -98,6 +110,14 @@ def _failures(gate: Gate, fidelity: Fidelity | None) -> Iterator[str]:
             yield _absent("divergence", "max_divergence", "min_cosine")
         elif not fidelity.divergence <= gate.max_divergence:
             yield f"divergence {fidelity.divergence:.4g} nats, more than {gate.max_divergence:.4g}"
+    if gate.min_agreement is not None:
+        if fidelity.agreement is None:
+            yield _absent("agreement", "min_agreement", "min_cosine")
+        elif not fidelity.agreement >= gate.min_agreement:
+            yield (
+                f"same next token {fidelity.agreement:.2%}, less often than "
+                f"{gate.min_agreement:.2%}"
+            )
     if gate.min_cosine is not None:
         if fidelity.cosine is None:
             yield _absent("cosine", "min_cosine", "max_perplexity_increase or max_divergence")
@@ -105,11 +125,32 @@ def _failures(gate: Gate, fidelity: Fidelity | None) -> Iterator[str]:
             yield f"cosine {fidelity.cosine:.5f}, less than {gate.min_cosine:.5f}"
 
 
+def _failures_on_task(gate: Gate, task: TaskFidelity) -> Iterator[str]:
+    found = f"task {task.name}: accuracy {task.source.acc:.4g} → {task.result.acc:.4g}"
+    if gate.min_recovery is not None:
+        if task.recovery is None:
+            yield (
+                f"task {task.name}: the source has no answer right, so that its recovery cannot be "
+                "measured; give other tasks, or remove min_recovery"
+            )
+        elif not task.recovery >= gate.min_recovery:
+            yield (
+                f"{found}, of {task.num_questions} questions: recovery {task.recovery:.4g}, less "
+                f"than {gate.min_recovery:.4g}"
+            )
+    share = task.flips / task.num_questions
+    if gate.max_flips is not None and not share <= gate.max_flips:
+        yield (
+            f"{found}, with {task.flips} of {task.num_questions} answers flipped between right and "
+            f"wrong: {share:.2%}, more than {gate.max_flips:.2%}"
+        )
+
+
 def _absent(figure: str, limit: str, instead: str) -> str:
     return f"no {figure} is measured of a model of this kind; replace {limit} by {instead}"
 
 
-def quality_figures(fidelity: Fidelity | None) -> dict[str, float | int | str | None] | None:
+def quality_figures(fidelity: Fidelity | None) -> dict[str, Any] | None:
     """A result's quality as plain JSON values; None if it was not evaluated."""
     return None if fidelity is None else fidelity.figures()
 
@@ -120,6 +161,15 @@ def quality_text(quality: Mapping[str, Any] | None) -> str:
         return "–"
     if quality.get("not_finite") is not None:
         return "not finite"
+    tasks = [
+        f"{task['name']} {task['source']['acc']:.4g} → {task['result']['acc']:.4g}"
+        for task in quality.get("tasks", ())
+    ]
+    on_texts = [_text_quality(quality)] if quality["num_windows"] else []
+    return ", ".join([*on_texts, *tasks])
+
+
+def _text_quality(quality: Mapping[str, Any]) -> str:
     before, after = quality["source_perplexity"], quality["result_perplexity"]
     if before is not None and after is not None:
         return f"perplexity {before:.4g} → {after:.4g}"

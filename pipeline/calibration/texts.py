@@ -11,7 +11,6 @@ A row may hold a conversation, a list of messages, where another holds a text.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from urllib.parse import parse_qsl
 from pipeline.calibration.chat import ChatTemplate, contents_alone
 from pipeline.errors import CalibrationTextError
 from pipeline.recipe.recipe import Calibration
+from pipeline.storage.json_lines import read_json_lines
 from pipeline.storage.user_files import driver_errors, find_given_files, open_given_file
 
 _T = TypeVar("_T")
@@ -173,27 +173,13 @@ def _read_on(items: Iterator[_T], source: str) -> Iterator[_T]:
 
 
 def _json_lines(file: str, rows: _Rows) -> Iterator[str]:
-    with driver_errors(file, CalibrationTextError):
-        stream = open_given_file(file, decompress=True)
-    with closing(stream):
-        lines = iter(lambda: stream.readline(MAX_DOCUMENT_BYTES + 1), b"")
-        for number, line in enumerate(_read_on(lines, file), 1):
-            where = f"{file}:{number}"
-            _check_size(line, where)
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise CalibrationTextError(
-                    f"{where}: not JSON: {error}; write one object per line, in UTF-8"
-                ) from None
-            if not isinstance(row, dict):
-                raise CalibrationTextError(
-                    f"{where}: holds {type(row).__name__}, not an object such as "
-                    '{"text": "..."}; write one object per line'
-                )
-            yield rows.document(row, where)
+    found = read_json_lines(
+        file,
+        example='{"text": "..."}',
+        max_bytes=MAX_DOCUMENT_BYTES,
+        error_type=CalibrationTextError,
+    )
+    return (rows.document(row, where) for where, row in found)
 
 
 def _whole_text(file: str, rows: _Rows) -> Iterator[str]:  # noqa: ARG001 - plain text has none

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -218,6 +218,16 @@ class TokenWindows:
                     f"token windows: input {name} has the shape {list(array.shape)} where there "
                     f"are {len(self.lengths)} windows; make them again"
                 )
+
+    def chosen(self, rows: Sequence[int]) -> TokenWindows:
+        """Some of the windows, in this order."""
+        indices = list(rows)
+        return replace(
+            self,
+            tokens=self.tokens[indices],
+            lengths=self.lengths[indices],
+            inputs={name: array[indices] for name, array in self.inputs.items()},
+        )
 
     @property
     def mask(self) -> NDArray[np.bool_]:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from pipeline.calibration.arrays import read_arrays
 from pipeline.calibration.texts import read_texts
 from pipeline.calibration.windows import Tokenize, TokenWindows, make_windows
-from pipeline.errors import RecipeError
+from pipeline.errors import RecipeError, TaskError
+from pipeline.evaluation.choices import Tokens
 from pipeline.model.chat_template import find_chat_template
 from pipeline.model.inputs import InputLayout, input_layout
 from pipeline.model.preset import PresetFiles
 from pipeline.model.skeleton import Skeleton
-from pipeline.model.tokenizer import ConversationTokenizer, decoder_packing, preset_tokenizer
+from pipeline.model.tokenizer import (
+    ConversationTokenizer,
+    adds_start,
+    decoder_packing,
+    preset_tokenizer,
+)
 from pipeline.recipe.recipe import Calibration
+
+_MOST_WHERE_UNKNOWN = 2048
+"""Tokens of a question, for models without a limit of their own; as lm-evaluation-harness has."""
 
 
 def token_windows(
@@ -46,14 +53,11 @@ def token_windows(
     template = find_chat_template(preset, tokenizer.special_texts) if calibration.chat else None
     texts = read_texts(calibration, template)
     special = tokenizer.special_ids
-    preprocessor: dict[str, Any] = {}
-    if "preprocessor.json" in preset.json_files:
-        preprocessor = preset.parse("preprocessor.json").get("config", {})
     start = special.get("start", special.get("cls"))
     decoder_start: tuple[int, ...] = ()
     if layout.takes_two_texts:
         start, decoder_start = decoder_packing(tokenizer, type(skeleton.backbone))
-    start = start if preprocessor.get("add_start_token", True) else None
+    start = start if adds_start(preset) else None
     end = special.get("end", special.get("sep"))
     tokenize: Tokenize = tokenizer
     if template is not None:
@@ -72,6 +76,38 @@ def token_windows(
         vocabulary_size=getattr(skeleton.backbone, "vocabulary_size", None),
         decoder_start=decoder_start,
         inputs=inputs,
+    )
+
+
+def question_tokens(preset: PresetFiles, skeleton: Skeleton) -> Tokens:
+    """How a model reads questions; as its own preprocessor begins a text.
+
+    Raises:
+        TaskError: it continues no text, or takes more than text.
+    """
+    layout = input_layout(skeleton)
+    reason = ""
+    if not skeleton.predicts_tokens:
+        reason = "it predicts no tokens"
+    elif layout.takes_two_texts:
+        reason = "it answers a text with another, and does not continue it"
+    elif missing := layout.missing(()):
+        reason = f"it takes {missing[0]!r} besides text" if not layout.encoders else ""
+    if reason:
+        raise TaskError(
+            f"{preset.url}: the model cannot answer tasks, since {reason}; evaluate it on texts "
+            "alone, without tasks"
+        )
+    tokenizer = preset_tokenizer(preset)
+    special = tokenizer.special_ids
+    start = special.get("start", special.get("cls"))
+    size = getattr(skeleton.backbone, "vocabulary_size", None) or tokenizer.vocabulary_size
+    return Tokens(
+        tokenize=tokenizer,
+        start=start if adds_start(preset) else None,
+        instead=special.get("start", special.get("end")),
+        most=most_tokens(skeleton) or _MOST_WHERE_UNKNOWN,
+        vocabulary_size=size,
     )
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Self
 
-from pipeline.calibration.windows import TokenWindows
-from pipeline.canonical import digest_of, sha256
+from pipeline.canonical import digest_of
+from pipeline.errors import DamagedObjectError
+from pipeline.evaluation.batches import EvaluationSet
 from pipeline.fidelity import Fidelity
 from pipeline.run.records import Digest
 from pipeline.storage.object_store import ObjectStore
@@ -21,7 +22,7 @@ EVALUATIONS_PREFIX = "evaluations/"
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(StoredRecord):
-    """A result beside its source on one set of texts.
+    """A result beside its source on one set of texts and tasks.
 
     Attributes:
         manifest_sha256: of the result.
@@ -35,18 +36,20 @@ class Evaluation(StoredRecord):
     figures: dict[str, Any]
 
     @classmethod
-    def of(cls, manifest_sha256: str, windows: bytes, fidelity: Fidelity) -> Self:
-        """The evaluation of a result on token windows, serialized."""
-        read = TokenWindows.from_bytes(windows)
+    def of(cls, manifest_sha256: str, given: EvaluationSet, fidelity: Fidelity) -> Self:
+        """The evaluation of a result on token windows, tasks or both."""
+        measured_on: dict[str, Any] = {}
+        if (windows := given.windows) is not None:
+            measured_on = {
+                "texts_sha256": windows.fingerprint,
+                "tokens_sha256": windows.digest,
+                "num_windows": len(windows.lengths),
+                "sequence_length": windows.tokens.shape[1],
+            }
+        if given.tasks:
+            measured_on["tasks"] = {task.name: task.sha256 for task in given.tasks}
         return cls(
-            manifest_sha256=manifest_sha256,
-            measured_on={
-                "texts_sha256": read.fingerprint,
-                "tokens_sha256": sha256(windows),
-                "num_windows": len(read.lengths),
-                "sequence_length": read.tokens.shape[1],
-            },
-            figures=fidelity.figures(),
+            manifest_sha256=manifest_sha256, measured_on=measured_on, figures=fidelity.figures()
         )
 
     @property
@@ -68,5 +71,8 @@ def find_evaluations(run: ObjectStore, manifest_sha256: str) -> tuple[Evaluation
     Raises:
         DamagedObjectError: one of them cannot be read.
     """
-    found = (Evaluation.read(run, key) for key in run.list(EVALUATIONS_PREFIX))
+    try:
+        found = [Evaluation.read(run, key) for key in run.list(EVALUATIONS_PREFIX)]
+    except DamagedObjectError as error:
+        raise DamagedObjectError(f"{error}; delete it, and evaluate again") from None
     return tuple(one for one in found if one.manifest_sha256 == manifest_sha256)

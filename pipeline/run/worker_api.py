@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from numpy.typing import NDArray
 
+from pipeline.evaluation.answers import ChoiceLikelihood
+from pipeline.evaluation.batches import EvaluationSet
 from pipeline.executor.protocol import concurrent
 from pipeline.fidelity import WindowFidelity
 from pipeline.run.activations import SavedShard
@@ -125,5 +127,7 @@ class WorkerApi(Protocol):
     def finalize(self, records: Mapping[int, PartRecord]) -> Manifest:
         """Write the artifact's small files and the manifest; all parts must be committed."""
 
-    def evaluate(self, windows: bytes, indices: Sequence[int]) -> list[WindowFidelity]:
-        """Compare source and finished artifact on some of the serialized token windows."""
+    def evaluate(
+        self, given: EvaluationSet, numbers: Sequence[int]
+    ) -> list[list[WindowFidelity] | list[ChoiceLikelihood]]:
+        """Compare source and finished artifact on some batches, by number; by row of each."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,73 +18,102 @@ from jax import Array
 from keras import tree
 from numpy.typing import NDArray
 
-from pipeline.calibration.windows import TokenWindows
+from pipeline.evaluation.answers import ChoiceLikelihood
+from pipeline.evaluation.batches import Batch, EvaluationSet
+from pipeline.evaluation.choices import TaskRows
 from pipeline.fidelity import WindowFidelity
 from pipeline.model.inputs import InputBatch, InputLayout
 from pipeline.worker.streamed_model import BatchValues, StreamedModel
 
-_TOKENS_PER_BATCH = 2048
+_TOKENS_PER_PASS = 1 << 15
+"""What a worker holds activations of; more pass in turn."""
 
 
 def evaluate(
     source: StreamedModel,
     artifact: StreamedModel,
     layout: InputLayout,
-    windows: TokenWindows,
-    indices: Sequence[int],
+    given: EvaluationSet,
+    numbers: Sequence[int],
     *,
     predicts_tokens: bool,
-) -> list[WindowFidelity]:
-    """Run both models over windows, and compare their outputs.
+) -> list[list[WindowFidelity] | list[ChoiceLikelihood]]:
+    """Run both models over batches, and compare their outputs.
 
     Args:
-        indices: of the windows.
+        numbers: of the batches.
         predicts_tokens: whether the output is the next token's logits; of an encoder–decoder, of
             the decoder's tokens.
+
+    Returns:
+        What was found of each row of each batch.
     """
-    size = max(1, _TOKENS_PER_BATCH // max(1, windows.tokens.shape[1]))
-    chosen = [indices[a : a + size] for a in range(0, len(indices), size)]
-    batches = [layout.batch(windows, some, len(some)) for some in chosen]
-    (source_values, source_broken), (result_values, result_broken) = (
-        _last_values(model, batches) for model in (source, artifact)
-    )
-    last_values = [source_values, result_values]
+    batches = [given.batches[number] for number in numbers]
+    return [
+        found
+        for some in _passes(batches)
+        for found in _compare(
+            source, artifact, layout, given, some, predicts_tokens=predicts_tokens
+        )
+    ]
+
+
+def _passes(batches: Sequence[Batch]) -> Iterator[list[Batch]]:
+    """Batches that pass the blocks together: each pass reads every block once more."""
+    some: list[Batch] = []
+    for batch in batches:
+        if some and sum(one.num_tokens for one in some) + batch.num_tokens > _TOKENS_PER_PASS:
+            yield some
+            some = []
+        some.append(batch)
+    if some:
+        yield some
+
+
+def _compare(
+    source: StreamedModel,
+    artifact: StreamedModel,
+    layout: InputLayout,
+    given: EvaluationSet,
+    batches: Sequence[Batch],
+    *,
+    predicts_tokens: bool,
+) -> Iterator[list[WindowFidelity] | list[ChoiceLikelihood]]:
+    read = [given.windows_of(batch) for batch in batches]
+    inputs = [layout.batch(windows, slice(None), len(windows.lengths)) for windows in read]
+    last = [_last_values(model, inputs) for model in (source, artifact)]
     heads = [source.head(), artifact.head()]
-    fidelities = []
-    for i, index in enumerate(indices):
-        one = layout.batch(windows, [index], 1)
-        before, after = (
-            head({n: v[i : i + 1] for n, v in values.items()}, one)
-            for head, values in zip(heads, last_values, strict=True)
-        )
-        source_broken[i] = source_broken[i] or _broken_output(before, one)
-        result_broken[i] = result_broken[i] or _broken_output(after, one)
-        if predicts_tokens:
-            sums = _logit_sums(before, after, one.tokens, one.mask)
-            source_loss, result_loss, divergence, agreement, count = map(float, sums)
-            fidelity = WindowFidelity(
-                count=int(count),
-                source_loss=source_loss,
-                result_loss=result_loss,
-                divergence=divergence,
-                agreement=int(agreement),
+    row = 0
+    for batch, windows in zip(batches, read, strict=True):
+        found: list[Any] = []
+        for place, number in enumerate(batch.rows):
+            one = layout.batch(windows, [place], 1)
+            outputs, broken = [], []
+            for head, (values, places) in zip(heads, last, strict=True):
+                outputs.append(head(values[row], one))
+                broken.append(places[row] or _broken_output(outputs[-1], one))
+            before, after = outputs
+            if batch.task is not None:
+                compared: Any = _choice(before, after, given.tasks[batch.task], number, one)
+            elif predicts_tokens:
+                compared = _compare_logits(before, after, one)
+            else:
+                compared = _compare_vectors(before, after, one)
+            found.append(
+                dataclasses.replace(
+                    compared, source_broken_at=broken[0], result_broken_at=broken[1]
+                )
             )
-        else:
-            fidelity = _compare_vectors(before, after, one)
-        fidelities.append(
-            dataclasses.replace(
-                fidelity, source_broken_at=source_broken[i], result_broken_at=result_broken[i]
-            )
-        )
-    return fidelities
+            row += 1
+        yield found
 
 
 def _last_values(
     model: StreamedModel, batches: Sequence[InputBatch]
-) -> tuple[BatchValues, list[str]]:
-    """What the blocks leave to the head, [windows, …] each, by number.
+) -> tuple[list[BatchValues], list[str]]:
+    """What the blocks leave to the head, by number, each [1, …], for every row of the batches.
 
-    Also, for each window, the first block that gives values which are not finite; "" if none does.
+    Also, for each row, the first block that gives values which are not finite; "" if none does.
     """
     states = model.embed(batches)
     broken = [[""] * len(batch.mask) for batch in batches]
@@ -95,10 +124,12 @@ def _last_values(
             for given in call.gives:
                 for row in np.flatnonzero(_broken_windows(state[given], batch)):
                     places[row] = places[row] or f"block {call.block} ({name})"
-    values = {
-        number: np.concatenate([state[number] for state in states])
-        for number in model.graph.head_takes
-    }
+    taken = model.graph.head_takes
+    values = [
+        {number: state[number][row : row + 1] for number in taken}
+        for batch, state in zip(batches, states, strict=True)
+        for row in range(len(batch.mask))
+    ]
     return values, [place for places in broken for place in places]
 
 
@@ -117,21 +148,65 @@ def _broken_output(output: Any, window: InputBatch) -> str:
     return "the output" if any(_broken_windows(value, window).any() for value in values) else ""
 
 
+def _compare_logits(source: Array, artifact: Array, window: InputBatch) -> WindowFidelity:
+    keep = window.mask[:, 1:] & window.mask[:, :-1]
+    *sums, agreement, divergences = _logit_sums(source, artifact, window.tokens, keep)
+    source_loss, result_loss, divergence = map(float, sums)
+    return WindowFidelity(
+        count=int(keep.sum()),
+        source_loss=source_loss,
+        result_loss=result_loss,
+        divergence=divergence,
+        agreement=int(agreement),
+        divergences=np.asarray(divergences)[keep],
+    )
+
+
 @jax.jit
-def _logit_sums(source: Array, artifact: Array, tokens: Array, mask: Array) -> tuple[Array, ...]:
-    """The sums of `WindowFidelity`, its count last; logits are [1, positions, vocabulary]."""
-    # Images may stand before the text.
-    source, artifact = (logits[:, -tokens.shape[1] :] for logits in (source, artifact))
-    keep = (mask[:, 1:] & mask[:, :-1]).astype(jnp.float32)
-    log_p = jax.nn.log_softmax(source[:, :-1].astype(jnp.float32))
-    log_q = jax.nn.log_softmax(artifact[:, :-1].astype(jnp.float32))
-    following = tokens[:, 1:, None]
-    losses = [-jnp.take_along_axis(log, following, axis=-1)[..., 0] for log in (log_p, log_q)]
-    divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+def _logit_sums(source: Array, artifact: Array, tokens: Array, keep: Array) -> tuple[Array, ...]:
+    """The sums of `WindowFidelity`, and each token's divergence [1, positions - 1].
+
+    Args:
+        source, artifact: logits [1, positions, vocabulary].
+        keep: [1, positions - 1]: which tokens, from the second, are predicted.
+    """
+    log_p, log_q = (_log_softmax(logits, tokens)[:, :-1] for logits in (source, artifact))
+    losses = [-_of_tokens(log, tokens[:, 1:]) for log in (log_p, log_q)]
+    divergences = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
     same = jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)
-    terms = (*losses, divergence, same.astype(jnp.float32), jnp.ones_like(divergence))
+    terms = (*losses, divergences, same.astype(jnp.float32))
     # Padding may hold anything.
-    return tuple(jnp.sum(jnp.where(keep > 0, term, 0)) for term in terms)
+    return *(jnp.sum(jnp.where(keep, term, 0)) for term in terms), divergences
+
+
+def _log_softmax(logits: Array, tokens: Array) -> Array:
+    # Images may stand before the text.
+    return jax.nn.log_softmax(logits[:, -tokens.shape[1] :].astype(jnp.float32))
+
+
+def _of_tokens(log_p: Array, tokens: Array) -> Array:
+    return jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
+
+
+def _choice(
+    source: Array, artifact: Array, task: TaskRows, row: int, read: InputBatch
+) -> ChoiceLikelihood:
+    """The likelihood of a task's row; its last token is predicted, and not read."""
+    length = len(task.rows[row]) - 1
+    following = np.zeros_like(read.tokens)
+    following[0, :length] = task.rows[row][1:]
+    scored = np.zeros(read.tokens.shape, bool)
+    scored[0, length - task.scored[row] : length] = True
+    sums = (_likelihood(logits, following, scored) for logits in (source, artifact))
+    before, after = map(float, sums)
+    return ChoiceLikelihood(source=before, result=after)
+
+
+@jax.jit
+def _likelihood(logits: Array, following: Array, scored: Array) -> Array:
+    """Σ log p(following token) where scored; logits are [1, positions, vocabulary]."""
+    log_p = _of_tokens(_log_softmax(logits, following), following)
+    return jnp.sum(jnp.where(scored, log_p, 0))
 
 
 def _compare_vectors(source: Any, artifact: Any, window: InputBatch) -> WindowFidelity:

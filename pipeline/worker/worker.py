@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from pipeline.artifact.parts import encode_solved_part, finalize
 from pipeline.calibration.windows import TokenWindows
 from pipeline.errors import DamagedObjectError, MissingObjectError
+from pipeline.evaluation.answers import ChoiceLikelihood
+from pipeline.evaluation.batches import EvaluationSet
 from pipeline.executor.protocol import WorkerLostError
 from pipeline.fidelity import WindowFidelity
 from pipeline.model.blocks import Call
@@ -278,14 +280,16 @@ class Worker(WorkerApi):
             self._plan, self._store, self._model.preset_files(), self._model.parts, records
         )
 
-    def evaluate(self, windows: bytes, indices: Sequence[int]) -> list[WindowFidelity]:
+    def evaluate(
+        self, given: EvaluationSet, numbers: Sequence[int]
+    ) -> list[list[WindowFidelity] | list[ChoiceLikelihood]]:
         source, artifact = source_model(self._model), artifact_model(self._model, self._store)
         return evaluate(
             source,
             artifact,
             self._model.layout,
-            TokenWindows.from_bytes(windows),
-            indices,
+            given,
+            numbers,
             predicts_tokens=self._model.skeleton.predicts_tokens,
         )
 

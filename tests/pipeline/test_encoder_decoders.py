@@ -13,7 +13,8 @@ import pytest
 
 from pipeline.calibration.windows import TokenWindows
 from pipeline.errors import SourceError
-from pipeline.fidelity import average
+from pipeline.evaluation.batches import EvaluationSet
+from pipeline.fidelity import fidelity_of
 from pipeline.model.blocks import find_blocks
 from pipeline.model.inputs import input_layout
 from pipeline.model.preset import read_preset
@@ -152,7 +153,8 @@ def test_perplexity_is_over_the_decoder_s_tokens() -> None:
     assert windows is not None
     store = open_store("memory://test-encoder-decoders/judged")
     worker = run(given, "Bart", store)
-    found = average(worker.evaluate(windows.to_bytes(), [0, 2]))
+    judged_on = EvaluationSet(windows=windows.chosen([0, 2]))
+    found = fidelity_of(judged_on, worker.evaluate(judged_on, [0]))
 
     source = shared_family("Bart")
     task = keras_hub.models.BartSeq2SeqLM.from_preset(str(source))
@@ -178,7 +180,8 @@ def test_a_sound_model_is_calibrated_on_given_features(tmp_path: Path) -> None:
     assert np.array_equal(given.windows.inputs["encoder_features"], features)
     (tmp_path / "features.npy").unlink()  # workers read the run's own copy
     worker = run(given, "Whisper", open_store(f"file://{tmp_path}/run"))
-    found = average(worker.evaluate(given.windows.to_bytes(), [0, 1, 2]))
+    judged_on = EvaluationSet(windows=given.windows)
+    found = fidelity_of(judged_on, worker.evaluate(judged_on, [0]))
     assert found.cosine is not None
     assert 0.9 < found.cosine < 1
     assert given.plan.task == "WhisperBackbone"

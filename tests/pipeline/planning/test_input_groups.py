@@ -11,7 +11,8 @@ import pytest
 from keras.src.utils.naming import reset_uids
 
 from pipeline.errors import CalibrationInputError, RecipeError, SourceError
-from pipeline.fidelity import average
+from pipeline.evaluation.batches import EvaluationSet
+from pipeline.fidelity import fidelity_of
 from pipeline.model.blocks import find_blocks
 from pipeline.model.inputs import input_layout
 from pipeline.model.preset import read_preset
@@ -107,7 +108,8 @@ def test_a_model_of_images_is_calibrated_on_arrays(classifier: Path) -> None:
     )
     assert float(keras.ops.convert_to_numpy(query.inputs_scale).item()) != 1.0
     assert 0 < np.abs(answers[0] - answers[1]).max() < 0.1 * np.abs(answers[0]).max()
-    found = average(worker.evaluate(given.windows.to_bytes(), range(6)))
+    given_set = EvaluationSet(windows=given.windows)
+    found = fidelity_of(given_set, worker.evaluate(given_set, range(len(given_set.batches))))
     cosines = [
         np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(*answers, strict=True)
     ]

@@ -3,6 +3,7 @@ import pytest
 
 from pipeline.calibration.windows import TokenWindows
 from pipeline.errors import DamagedObjectError
+from pipeline.evaluation.batches import EvaluationSet
 from pipeline.fidelity import Fidelity
 from pipeline.run.evaluations import EVALUATIONS_PREFIX, Evaluation, find_evaluations
 from pipeline.storage.object_store import open_store
@@ -10,12 +11,12 @@ from pipeline.storage.object_store import open_store
 RESULT, OTHER = "1" * 64, "2" * 64
 
 
-def windows(token: int = 1) -> bytes:
+def windows(token: int = 1) -> EvaluationSet:
     tokens = np.full((3, 8), token, np.int32)
     lengths = np.full(3, 8, np.int32)
-    return TokenWindows(
-        tokens=tokens, lengths=lengths, fingerprint="f" * 64, num_documents=2
-    ).to_bytes()
+    return EvaluationSet(
+        windows=TokenWindows(tokens=tokens, lengths=lengths, fingerprint="f" * 64, num_documents=2)
+    )
 
 
 def fidelity(perplexity: float) -> Fidelity:

@@ -1,0 +1,92 @@
+"""What source and result both read, cut into batches.
+
+A batch has the same rows whoever computes it, since a product's rounding may depend on its shape:
+whole batches are shared out, and the figures are the same for any number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from pipeline.calibration.windows import TokenWindows
+from pipeline.evaluation.choices import TaskRows
+
+_TOKENS_PER_BATCH = 1024
+_SHORTEST = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows that pass a model together.
+
+    Attributes:
+        task: its number; None for windows of text.
+        rows: numbers among the task's rows, or among the windows.
+        length: tokens of each, with padding.
+    """
+
+    task: int | None
+    rows: tuple[int, ...]
+    length: int
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.rows) * self.length
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EvaluationSet:
+    """What a result is evaluated on.
+
+    Attributes:
+        windows: of text; None for none.
+    """
+
+    windows: TokenWindows | None = None
+    tasks: tuple[TaskRows, ...] = ()
+
+    @cached_property
+    def batches(self) -> tuple[Batch, ...]:
+        """All rows: windows in their order, then each task's choices by length.
+
+        Lengths are rounded up to powers of two, since each is compiled for.
+        """
+        found = []
+        if self.windows is not None:
+            num_windows, length = self.windows.tokens.shape
+            found += _cut(None, range(num_windows), length)
+        for number, task in enumerate(self.tasks):
+            by_length: dict[int, list[int]] = {}
+            for row, tokens in enumerate(task.rows):
+                by_length.setdefault(_padded(len(tokens) - 1), []).append(row)
+            for length, rows in sorted(by_length.items()):
+                found += _cut(number, rows, length)
+        return tuple(found)
+
+    def windows_of(self, batch: Batch) -> TokenWindows:
+        """What a batch's rows read: of a task, all tokens but the last, padded."""
+        if batch.task is None:
+            assert self.windows is not None
+            return self.windows.chosen(batch.rows)
+        rows = [self.tasks[batch.task].rows[row][:-1] for row in batch.rows]
+        tokens = np.zeros((len(rows), batch.length), np.int32)
+        for padded, row in zip(tokens, rows, strict=True):
+            padded[: len(row)] = row
+        lengths = np.array([len(row) for row in rows], np.int32)
+        return TokenWindows(tokens=tokens, lengths=lengths, fingerprint="", num_documents=0)
+
+
+def _padded(length: int) -> int:
+    return max(_SHORTEST, 1 << (length - 1).bit_length())
+
+
+def _cut(task: int | None, rows: Sequence[int], length: int) -> list[Batch]:
+    size = max(1, _TOKENS_PER_BATCH // max(1, length))
+    return [
+        Batch(task=task, rows=tuple(rows[a : a + size]), length=length)
+        for a in range(0, len(rows), size)
+    ]
