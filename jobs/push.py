@@ -114,7 +114,8 @@ def push_run(job: PushJob, *, dry_run: bool, as_json: bool) -> None:
             found = repository.make(private=job.private)
         missing = [file for file in files if not _is_there(found, file)]
     if missing or stale:
-        message = f"{run.origin.name}, {run.recipe.name}: {contents.form}, by quantfleet"
+        named = " ".join(run.origin.name.split())[:100]
+        message = f"{named}, {run.recipe.name}: {contents.form}, by quantfleet"
         _send(repository, found, missing, stale, message)
         _check(repository, files, private=job.private)
     if as_json:

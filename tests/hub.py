@@ -119,6 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if refused.code:
                     headers["X-Error-Code"] = refused.code
                 content = json.dumps({"error": refused.message}).encode()
+                if refused.message.startswith("<"):  # of a proxy between
+                    headers, content = {}, refused.message.encode()
                 self._send(refused.status, content, headers)
                 return
         if isinstance(answer, tuple):

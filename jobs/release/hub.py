@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import logging
 import os
 import re
@@ -249,7 +250,8 @@ class Repository:
         if isinstance(error, errors.OfflineModeIsEnabled):
             return HubError(f"{where}: HF_HUB_OFFLINE forbids it; unset it")
         if answered is None:
-            if isinstance(error, ValueError):  # of what it was given: metadata of the card
+            if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+                # Of what it was given, such as the metadata of a card.
                 return HubRequestError(f"{where}: {_one_line(error)}")
             cause = type(error.__cause__ or error).__name__
             return HubError(

@@ -20,6 +20,7 @@ from jobs.release.markdown import Markdown, block, code, render, yaml_text
 from jobs.release.origin import LICENSE_ID, REPOSITORY, License
 from jobs.release.quality import measured_on, quality_rows
 from pipeline.errors import PipelineError
+from pipeline.export.code_formats import code_format
 from pipeline.storage.record import STRICT
 from quantizer.schemes import Scheme
 
@@ -84,6 +85,7 @@ def model_card(contents: Contents, settings: CardSettings, place: Place) -> byte
         legal_files=[name for name in origin.legal_files if name in contents.files],
         sizes=_sizes(contents),
         evaluations=[(o, quality_rows(o), measured_on(o)) for o in run.evaluations],
+        rounds_inputs=contents.export is not None and _rounds_inputs(run),
         in_float=list(_in_float(run)),
         notes=[_without_source(run, note) for note in (run.plan.notes if run.plan else ())],
         recipe=block(yaml_text(published_recipe(run)), "yaml"),
@@ -115,6 +117,11 @@ def _front_matter(contents: Contents, base_model: str, stated: License) -> Markd
         "quantized_by": "quantfleet",
     }
     return Markdown(yaml_text({key: value for key, value in values.items() if value}))
+
+
+def _rounds_inputs(run: FinishedRun) -> bool:
+    formats = (code_format(layer.scheme) for layer in run.layers if layer.scheme is not None)
+    return any(one is not None and one.activations != "float" for one in formats)
 
 
 def _pipeline_tag(contents: Contents) -> str:

@@ -16,7 +16,9 @@ from huggingface_hub.utils._http import default_client_factory
 from jobs.cli.main import main
 from jobs.push import PushJob, push_run
 from jobs.release.cards import update_cards
-from pipeline.storage.object_store import ObjectStore
+from pipeline.run.commits import read_manifest
+from pipeline.run.records import FileDigest
+from pipeline.storage.object_store import ObjectStore, open_store
 from tests.hub import OWNER, READ_TOKEN, TOKEN, FakeHub, Repo, fake_hub
 from tests.jobs.release.runs import copied, evaluate, finished
 
@@ -173,6 +175,33 @@ def test_a_card_that_a_person_edited_is_pushed_as_it_is(hub: FakeHub, run: Objec
     check_sums(hub.repos[NAME])
 
 
+def test_the_card_of_the_source_makes_room(hub: FakeHub, run: ObjectStore) -> None:
+    """As in the artifact of a KerasHub preset, whose small files all come along."""
+    card = b"---\nlicense: mit\n---\n# The source's own card\n"
+    manifest = read_manifest(run)
+    for name, content in {"README.md": card, "eval.json": b"of the source"}.items():
+        run.put(f"artifact/{name}", content)
+        digest = FileDigest(sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
+        manifest.files[f"artifact/{name}"] = digest
+    run.put(manifest.key, manifest.to_json())
+    push(run)
+    repo = hub.repos[NAME]
+    check_sums(repo)
+    assert repo.content("SOURCE_README.md") == card
+    assert b"quantized by quantfleet" in repo.content("README.md")
+    assert json.loads(repo.content("eval.json"))["version"] == 1
+
+
+def test_a_run_is_pushed_from_a_store_without_a_disk(hub: FakeHub, run: ObjectStore) -> None:
+    remote = open_store("memory://pushed/run")
+    for key in run.list():
+        remote.put(key, run.get(key))
+    push(run)
+    whole = hub.repos.pop(NAME).contents()
+    push(remote)
+    assert hub.repos[NAME].contents() == whole
+
+
 def test_a_damaged_file_is_not_sent(
     hub: FakeHub, run: ObjectStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,10 +275,11 @@ def test_a_push_that_dies_at_any_request_ends_the_same_when_it_is_repeated(
         ({"repos/create": (404, "no such org")}, 3, "no such owner or repository"),
         ({"/commit/": (412, "A commit has happened since")}, 3, "someone else changed"),
         ({"/commit/": (500, "<html>oops</html>")}, 3, "HTTP 500"),
+        ({"validate-yaml": (502, "<html>oops</html>")}, 3, "broke off (JSONDecodeError)"),
         ({"validate-yaml": (400, "license is wrong")}, 2, "license is wrong"),
         ({"/preupload/": (413, "too large")}, 2, "HTTP 413"),
     ],
-    ids=["401", "403", "404", "412", "500", "metadata", "413"],
+    ids=["401", "403", "404", "412", "500", "502", "metadata", "413"],
 )
 def test_what_the_hub_answers_costs_one_line(
     hub: FakeHub,
