@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +12,20 @@ from typing import NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from jobs.catalog.request import REQUESTS_PREFIX, RUNS_PREFIX
+from jobs.catalog.request import REQUESTS_PREFIX, RUNS_PREFIX, run_store
 from jobs.logging import log_event, print_json, status
-from jobs.publish.releases import MODELS_PREFIX, find_current, history, published_names
+from jobs.publish.releases import (
+    MODELS_PREFIX,
+    Release,
+    find_current,
+    history,
+    published_names,
+)
 from jobs.publish.verified_files import verified_files_key
 from jobs.quantities import size
 from pipeline.errors import PipelineError
+from pipeline.export.manifest import EXPORT_KEY
+from pipeline.export.settings import EXPORTS_PREFIX
 from pipeline.run import lease
 from pipeline.run.garbage import Garbage, find_garbage, find_runs, remove, whole_run
 from pipeline.storage.object_store import ObjectStore, open_store
@@ -66,6 +75,7 @@ def collect(
     unreferenced = _unreferenced_runs(root, unpublished=unpublished) if is_catalog_root else {}
     runs = {run.rstrip("/") for run in find_runs(root)}
     runs |= {f"{RUNS_PREFIX}{run_id}" for run_id in unreferenced}
+    exports = _UnnamedExports(root) if is_catalog_root else None
     if not runs:
         raise PipelineError(f"{url}: no run is there or below it (no plan.json)")
     swept = []
@@ -74,7 +84,8 @@ def collect(
         whole = unreferenced.get(run.removeprefix(RUNS_PREFIX))
         with status(f"searching {run_url}"):
             try:
-                swept.append(_sweep(root, open_store(run_url), whole, delete, lease_seconds))
+                store = open_store(run_url)
+                swept.append(_sweep(root, store, whole, exports, delete, lease_seconds))
             except PipelineError as error:
                 swept.append(SweptRun(url=run_url, skipped=str(error)))
     if as_json:
@@ -120,24 +131,64 @@ def _unreferenced_runs(root: ObjectStore, *, unpublished: bool) -> dict[str, _Un
     }
 
 
-def _needed(root: ObjectStore, names: tuple[str, str]) -> set[str]:
-    """The runs of a model's and recipe's current release and of the newest ones."""
+def _kept(root: ObjectStore, names: tuple[str, str]) -> tuple[Release, ...]:
+    """A model's and recipe's current release and the newest ones."""
     current = find_current(root, *names)
     if current is None:
-        return set()
-    newest = history(root, *names)[-current.release.keep :]
-    return {current.release.run_id, *(release.run_id for release in newest)}
+        return ()
+    return (current.release, *history(root, *names)[-current.release.keep :])
+
+
+def _needed(root: ObjectStore, names: tuple[str, str]) -> set[str]:
+    """The runs of a model's and recipe's current release and of the newest ones."""
+    return {release.run_id for release in _kept(root, names)}
+
+
+# Of exports that `fulfil` makes; others were made by a person.
+_EXPORT = re.compile(rf"({EXPORTS_PREFIX}[a-z-]+-[0-9a-f]{{12}})/")
+
+
+@dataclass(frozen=True)
+class _UnnamedExports:
+    """The exports below a catalog's root that no release names which is kept."""
+
+    root: ObjectStore
+
+    def of(self, store: ObjectStore) -> tuple[Garbage, ...]:
+        """Those of one run that was published; others may still be published.
+
+        Raises:
+            DamagedObjectError: a release cannot be read, so what it refers to is unknown.
+        """
+        found = {
+            key: match[1] for key in store.list(EXPORTS_PREFIX) if (match := _EXPORT.match(key))
+        }
+        if not found:
+            return ()
+        kept = [r for names in published_names(self.root) for r in _kept(self.root, names)]
+        if store.root_url not in {run_store(self.root, r.run_id).root_url for r in kept}:
+            return ()
+        named = {f"{self.root.root_url}/{export.folder}" for r in kept for export in r.exports}
+        return tuple(
+            Garbage(key=key, reason="export that no kept release names", size_bytes=store.size(key))
+            # Each export.json first, so that no reader takes the rest for a finished export.
+            for key in sorted(found, key=lambda key: (not key.endswith(f"/{EXPORT_KEY}"), key))
+            if store.url(found[key]) not in named
+        )
 
 
 def _sweep(
     root: ObjectStore,
     store: ObjectStore,
     whole: _UnreferencedRun | None,
+    exports: _UnnamedExports | None,
     delete: bool,
     lease_seconds: float,
 ) -> SweptRun:
     def garbage() -> tuple[Garbage, ...]:
-        return find_garbage(store) if whole is None else whole_run(store, whole.reason)
+        if whole is not None:
+            return whole_run(store, whole.reason)
+        return find_garbage(store) + (() if exports is None else exports.of(store))
 
     url = store.root_url
     if not delete:

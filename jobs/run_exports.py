@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from jobs.execute import Compute
@@ -42,10 +41,14 @@ class ForeseenExports:
             found["export"] = self._otherwise()
         return found
 
-    def show(self) -> None:
-        """Print a table for each export that was asked for, else a line."""
+    def show(self, name: str = "") -> None:
+        """Print a table for each export that was asked for, else a line.
+
+        Args:
+            name: of the run, where there are several.
+        """
         for one in self.asked:
-            title = f"exported as {one.format}"
+            title = " ".join(filter(None, (name, f"exported as {one.format}")))
             log_event("export", "", one.facts(), table=kernels_table(one.tensors, title))
             log_notes(one)
         if self.otherwise is not None:
@@ -106,18 +109,18 @@ def make_exports(
     Raises:
         PipelineError: one cannot be made; what was written stays, and is gone on with.
     """
-    wanted = (*asked, *pending_exports(run))
-    made = []
-    for settings in dict.fromkeys(wanted):
-        url = f"{run.root_url}/{settings.folder}"
-        make = partial(_make, run.root_url, settings, url)
-        with status(f"exporting as {settings.format}, one block at a time"):
-            made.append(compute.plan(make, with_workers=False))
-    return tuple(made)
+    wanted = tuple(dict.fromkeys((*asked, *pending_exports(run))))
+    if not wanted:
+        return ()
 
+    def make(runner: FunctionRunner) -> tuple[MadeExport, ...]:
+        return tuple(
+            runner.run(export_result, run.root_url, one, f"{run.root_url}/{one.folder}")
+            for one in wanted
+        )
 
-def _make(run_url: str, settings: ExportSettings, url: str, runner: FunctionRunner) -> MadeExport:
-    return runner.run(export_result, run_url, settings, url)
+    with status(f"exporting as {' and '.join(one.format for one in wanted)}, a block at a time"):
+        return compute.plan(make, with_workers=False)
 
 
 def pending_exports(run: ObjectStore) -> tuple[ExportSettings, ...]:

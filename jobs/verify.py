@@ -13,6 +13,7 @@ from jobs.logging import log_event, print_json, status
 from jobs.reachable import finished_manifest
 from pipeline.artifact.loading import load_hints
 from pipeline.errors import ArtifactError, DamagedObjectError
+from pipeline.export.manifest import find_exports, verify_export
 from pipeline.plain.plan import MODEL_KEY, is_plain
 from pipeline.run.commits import damaged_files
 from pipeline.run.records import ARTIFACT_PREFIX, MANIFEST_KEY, Manifest
@@ -20,10 +21,10 @@ from pipeline.storage.object_store import ObjectStore, open_store
 
 
 def verify_run(output_url: str, *, stock: bool, as_json: bool) -> None:
-    """Read and hash everything that the manifest names, then load it with stock KerasHub.
+    """Read and hash everything that manifest and exports name, then load it with stock KerasHub.
 
     Raises:
-        DamagedObjectError: the run is not finished, or a file differs from the manifest.
+        DamagedObjectError: the run is not finished, or a file differs from its manifest.
         ArtifactError: stock KerasHub does not load it, or its outputs are not finite.
     """
     store = open_store(output_url)
@@ -37,6 +38,8 @@ def verify_run(output_url: str, *, stock: bool, as_json: bool) -> None:
             f"{len(damaged)} of {len(manifest.files) + len(manifest.records)} objects are damaged; "
             "quantize again into an empty folder"
         )
+    with status("reading and hashing every export"):
+        exports = _verify_exports(store, manifest)
     num_bytes = sum(entry.size_bytes for entry in manifest.files.values())
     load = _load_plain if is_plain(manifest) else _load
     loaded = load(store, manifest) if stock else None
@@ -44,18 +47,38 @@ def verify_run(output_url: str, *, stock: bool, as_json: bool) -> None:
         "files": len(manifest.files),
         "bytes": num_bytes,
         "plan_digest": manifest.plan_digest,
+        "exports": exports,
         "stock": loaded,
     }
     text = (
         f"{store.url(MANIFEST_KEY)}: {len(manifest.files)} files, {num_bytes:,} bytes, all match "
         "the manifest"
     )
+    if exports:
+        text += f"; so do those of {', '.join(exports)}"
     if as_json:
         print_json(found)
     else:
         log_event("verified", "; ".join(filter(None, (text, loaded))), found)
         for hint in () if is_plain(manifest) else load_hints(store):
             log_event("loadable", hint)
+
+
+def _verify_exports(store: ObjectStore, manifest: Manifest) -> list[str]:
+    """Read and hash the exports below a run; returns their folders.
+
+    Raises:
+        DamagedObjectError: a file differs from its export.json, or an export is of another result.
+    """
+    found = find_exports(store)
+    for folder, export in found.items():
+        if export.request.source_manifest_sha256 != manifest.record_sha256:
+            raise DamagedObjectError(
+                f"{store.url(folder)}: exported from another result than is here now; delete the "
+                "folder, and export again"
+            )
+        verify_export(open_store(store.url(folder)), export)
+    return list(found)
 
 
 def _load(store: ObjectStore, manifest: Manifest) -> str:

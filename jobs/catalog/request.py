@@ -22,6 +22,7 @@ from jobs.catalog.entries import Gate
 from pipeline.canonical import digest_of, sha256
 from pipeline.errors import CalibrationTextError, MissingObjectError, PipelineError, SourceError
 from pipeline.executor.protocol import ComputeSpec
+from pipeline.export.settings import ExportSettings
 from pipeline.model.preset import decides_model
 from pipeline.recipe.recipe import Recipe
 from pipeline.storage.local_store import file_version
@@ -31,9 +32,6 @@ from pipeline.storage.user_files import find_given_files
 
 REQUESTS_PREFIX = "requests/"
 RUNS_PREFIX = "runs/"
-
-EVALUATED_ON = ("evaluation_texts", "evaluation_windows", "tasks")
-"""The fields of a request that say what its result is evaluated on."""
 
 _ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,199}")
 # As in `pipeline.machine.versions`, which needs JAX.
@@ -50,12 +48,15 @@ class Request(StoredRecord):
         model, recipe_name: the names under which the result is published.
         aliases: other models' names under which it is published too.
         recipe: as `Recipe.to_dict` returns it.
-        evaluation_texts, evaluation_windows, tasks: what the result is evaluated on; it is not
-            evaluated without texts or tasks.
+        evaluation_texts, evaluation_windows: what the result is evaluated on; it is not evaluated
+            without texts.
         needs: what its run takes of a cluster.
         keep: how many of the newest releases keep their artifacts.
+        exports: what to export a result as that passes its gate; omitted where there are none.
+        exports_like: fingerprints, by file, of the folders that exports take config and tokenizer
+            from; omitted where there are none.
         source, texts, evaluation: fingerprints, by file, of the source, the calibration texts and
-            what the result is evaluated on.
+            the evaluation texts.
         versions: of the packages that compute the result.
     """
 
@@ -69,16 +70,18 @@ class Request(StoredRecord):
     gate: Gate | None = None
     needs: ComputeSpec = field(default_factory=ComputeSpec)
     keep: int = 3
-    tasks: tuple[str, ...] = ()
     source: dict[str, str]
     texts: dict[str, str]
     evaluation: dict[str, str]
     versions: dict[str, str]
+    exports: tuple[ExportSettings, ...] = ()
+    exports_like: dict[str, str] = field(default_factory=dict)
 
     def content(self) -> dict[str, Any]:
         values = super().content()
-        if not self.tasks:
-            del values["tasks"]  # older versions did not know it
+        for name in ("exports", "exports_like"):
+            if not values[name]:
+                del values[name]  # older versions did not know it
         return values
 
     @cached_property
@@ -201,6 +204,7 @@ def catalog_runs(catalog: Catalog) -> Iterator[CatalogRun]:
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         # All sources at once: the stores' latency adds up otherwise.
         urls = dict.fromkeys(entry.preset for entry in catalog.entries)
+        urls |= dict.fromkeys(url for entry in catalog.entries for url in _like_urls(entry))
         sources = {url: pool.submit(source_fingerprint, url) for url in urls}
 
         @functools.cache
@@ -219,9 +223,13 @@ def catalog_runs(catalog: Catalog) -> Iterator[CatalogRun]:
                         recipe,
                         source=source,
                         texts=texts(() if calibration is None else calibration.sources).result(),
-                        evaluation=texts(entry.settings.evaluate_on or ()).result()
-                        | texts(entry.settings.tasks or ()).result(),
+                        evaluation=texts(entry.settings.evaluate_on or ()).result(),
                         versions=versions,
+                        exports_like={
+                            f"{url}/{name}": token
+                            for url in _like_urls(entry)
+                            for name, token in sources[url].result()[0].items()
+                        },
                     )
                 except PipelineError as problem:
                     yield CatalogRun(entry=entry, recipe=recipe, problem=problem)
@@ -242,15 +250,22 @@ def _request(entry: Entry, recipe: Recipe, **fingerprints: dict[str, str]) -> Re
         recipe=recipe.to_dict(),
         evaluation_texts=settings.evaluate_on or (),
         evaluation_windows=settings.windows,
-        tasks=settings.tasks or (),
         gate=settings.gate,
         needs=ComputeSpec(
             **resources.model_dump(exclude={"memory"}),
             memory_bytes=None if memory is None else int(memory),
         ),
         keep=settings.retention.keep,
+        exports=tuple(
+            ExportSettings(format=one.format, dtype=one.dtype, like_url=one.like)
+            for one in dict.fromkeys(settings.export)
+        ),
         **fingerprints,
     )
+
+
+def _like_urls(entry: Entry) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(one.like for one in entry.settings.export if one.like is not None))
 
 
 def source_fingerprint(url: str) -> tuple[dict[str, str], int]:

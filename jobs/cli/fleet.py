@@ -67,7 +67,14 @@ def nightly(
     """Make what is stale, say why it was, and publish what passes its gate."""
     from jobs import execute
     from jobs.fleet import fulfil as fulfilling
-    from jobs.fleet.nightly import exit_code_of, log_outcome, outcomes_table, preview, run_stale
+    from jobs.fleet.nightly import (
+        exit_code_of,
+        foresee,
+        log_outcome,
+        outcomes_table,
+        preview,
+        run_stale,
+    )
     from jobs.fleet.staleness import decide
     from jobs.metrics import nightly_ended
     from pipeline.executor.ray_cluster import connect
@@ -77,7 +84,8 @@ def nightly(
         decisions = decide(root, catalog, save_verified=not dry_run)
 
     if dry_run:
-        outcomes = [preview(decision) for decision in decisions]
+        plan_only = partial(execute.open_compute, address=address, plan_only=True)
+        outcomes = [foresee(preview(decision), plan_only) for decision in decisions]
         for outcome in outcomes:
             log_outcome(outcome)
     else:
@@ -94,6 +102,9 @@ def nightly(
         print_json([outcome.to_dict() for outcome in outcomes])
     elif not is_json():  # each was logged when it was known
         print_table(STDERR, outcomes_table(outcomes))
+        for outcome in outcomes:
+            if outcome.foreseen is not None:
+                outcome.foreseen.show(outcome.decision.run.name)
     raise typer.Exit(exit_code_of(outcomes))
 
 
@@ -290,7 +301,7 @@ def rollback(
 def _print_current(current: Current, *, as_json: bool) -> None:
     release = current.release
     if as_json:
-        print_json(current)
+        print_json(current.content())
     else:
         log_event(
             "current",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from jobs.catalog.request import EVALUATED_ON, Request, request_key, run_store
+from jobs.catalog.request import Request, request_key, run_store
 from jobs.execute import (
     Compute,
     DriverOptions,
@@ -18,21 +18,24 @@ from jobs.execute import (
     check_memory,
     evaluate,
     execute,
-    read_evaluation_set,
+    read_windows,
 )
+from jobs.export import log_exported
 from jobs.logging import log_event, set_run, status
 from jobs.metrics import RunMetrics
+from jobs.publish.published_exports import PublishedExport, verify_published
 from jobs.publish.releases import Release, find_current, publish
 from jobs.publish.verdict import Verdict, failures, find_verdict, quality_figures, save_verdict
 from jobs.publish.verified_files import VerifiedFiles
+from jobs.run_exports import foresee_exports
 from pipeline.errors import DamagedObjectError, MissingObjectError, PipelineError
-from pipeline.evaluation.batches import EvaluationSet
 from pipeline.executor.protocol import FunctionRunner
+from pipeline.export.description import MadeExport
 from pipeline.fidelity import Fidelity
 from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.planning.estimates import estimate
 from pipeline.recipe.recipe_file import recipe_from_dict
-from pipeline.remote_planning import identity, plan_run
+from pipeline.remote_planning import export_result, identity, plan_run
 from pipeline.run.commits import Finding, damaged_files, read_manifest
 from pipeline.run.driver import claim
 from pipeline.run.evaluations import Evaluation
@@ -95,7 +98,7 @@ def fulfil(
         if artifact is None:
             artifact = _quantize(root, request, compute, held, options)
         fidelity = None
-        if request.evaluation_texts or request.tasks:
+        if request.evaluation_texts:
             fidelity = _known_fidelity(root, request, artifact)
             if fidelity is None:
                 fidelity = _evaluate(root, request, artifact, compute)
@@ -104,7 +107,11 @@ def fulfil(
         _verify(root, artifact)
         save_verdict(root, verdict)
         held.check()
-        releases = publish(root, request, verdict) if verdict.passed else ()
+        releases: tuple[Release, ...] = ()
+        if verdict.passed:
+            exports = _export(root, request, artifact, compute, options)
+            held.check()
+            releases = publish(root, request, verdict, exports)
         if compute.has_workers:
             if fidelity is not None:
                 compute.metrics.judged(fidelity)
@@ -219,7 +226,7 @@ def _quantize(
     run_compute = compute.for_run(store)
     threads = run_compute.allocation.threads
     with status("planning: reading the preset, checking every layer, cutting texts"):
-        plan, windows = run_compute.plan(lambda runner: _plan_all(request, store, runner, threads))
+        plan, windows = run_compute.plan(lambda runner: _plan(request, store, runner, threads))
     if not store.exists(PLAN_KEY):
         current = find_current(root, request.model, request.recipe_name)
         same_plan = current is not None and current.release.plan_digest == plan.digest
@@ -241,15 +248,6 @@ def _quantize(
     return _Artifact(run_id=request.run_id, plan=plan, manifest=execution.manifest, solved=True)
 
 
-def _plan_all(
-    request: Request, store: ObjectStore, runner: FunctionRunner, threads: int
-) -> tuple[Plan, bytes | None]:
-    """See `_plan`; what the result will be judged by is read too, to find mistakes in it now."""
-    plan, windows = _plan(request, store, runner, threads)
-    _evaluation_set(request, plan, runner)
-    return plan, windows
-
-
 def _plan(
     request: Request, store: ObjectStore, runner: FunctionRunner, threads: int
 ) -> tuple[Plan, bytes | None]:
@@ -257,56 +255,51 @@ def _plan(
 
     Only a new one reads the whole source; parts are checked against either when they are read.
     """
+    recipe = recipe_from_dict(request.recipe, where=request.request_id)
+    # Before hours are spent on what cannot be exported.
+    foresee_exports(runner, request.source_url, recipe, request.exports, dry_run=False).warn(recipe)
     if store.exists(PLAN_KEY):
         plan = read_plan(store)
         found = runner.run(identity, request.source_url, threads)
         check_identity(plan, found, request.source_url, finished=False)
         return plan, None
-    recipe = recipe_from_dict(request.recipe, where=request.request_id)
     return runner.run(plan_run, request.source_url, recipe, threads)
 
 
 def _evaluate(
     root: ObjectStore, request: Request, artifact: _Artifact, compute: _RequestCompute
 ) -> Fidelity:
-    """Compare a finished result with its source, on the texts and tasks that a request names."""
+    """Compare a finished result with its source, on the texts that the request names."""
     store = run_store(root, artifact.run_id)
     run_compute = compute.for_run(store)
-    given = run_compute.plan(lambda runner: _evaluation_set(request, artifact.plan, runner))
-    assert given is not None
-    fidelity = evaluate(run_compute.executor, given)
-    Evaluation.of(artifact.manifest.record_sha256, given, fidelity).save(store)
+    texts, num_windows = request.evaluation_texts, request.evaluation_windows
+    named = f"evaluate_on, with {num_windows} windows"
+    windows = run_compute.plan(
+        lambda runner: read_windows(
+            runner, request.source_url, artifact.plan, texts, num_windows, named=named
+        )
+    )
+    fidelity = evaluate(run_compute.executor, windows, num_windows)
+    Evaluation.of(artifact.manifest.record_sha256, windows, fidelity).save(store)
     return fidelity
 
 
-def _evaluation_set(request: Request, plan: Plan, runner: FunctionRunner) -> EvaluationSet | None:
-    return read_evaluation_set(
-        runner,
-        request.source_url,
-        plan,
-        texts=request.evaluation_texts,
-        num_windows=request.evaluation_windows,
-        tasks=request.tasks,
-        named=f"evaluate_on, with {request.evaluation_windows} windows",
-    )
-
-
 def _known_fidelity(root: ObjectStore, request: Request, artifact: _Artifact) -> Fidelity | None:
-    """The artifact's quality on what the request names; None if it is not known."""
+    """The artifact's quality on the texts that the request names; None if it is not known."""
     manifest_sha256 = artifact.manifest.record_sha256
     verdict = find_verdict(root, request.request_id)
     if verdict is not None and verdict.manifest_sha256 == manifest_sha256 and verdict.quality:
-        return Fidelity.from_figures(verdict.quality)
+        return Fidelity(**verdict.quality)
     current = find_current(root, request.model, request.recipe_name)
     if current is None or current.release.manifest_sha256 != manifest_sha256:
         return None
     before = _fulfilled_request(root, current.release)
     same = before is not None and all(
         getattr(before, name) == getattr(request, name)
-        for name in (*EVALUATED_ON, "evaluation")
+        for name in ("evaluation_texts", "evaluation_windows", "evaluation")
     )
     quality = current.release.quality
-    return Fidelity.from_figures(quality) if same and quality else None
+    return Fidelity(**quality) if same and quality else None
 
 
 def _judge(request: Request, artifact: _Artifact, fidelity: Fidelity | None) -> Verdict:
@@ -347,11 +340,49 @@ def _verify(root: ObjectStore, artifact: _Artifact) -> None:
     VerifiedFiles.of(artifact.run_id, artifact.manifest, versions).save(root)
 
 
+def _export(
+    root: ObjectStore,
+    request: Request,
+    artifact: _Artifact,
+    compute: _RequestCompute,
+    options: DriverOptions,
+) -> tuple[PublishedExport, ...]:
+    """Make what the request wants exported, or find it made, and read all of it once more.
+
+    Each export lies in a folder of the run that is named for all that decides its bytes, so one
+    with other settings is another one, and those of earlier releases stay as they are.
+
+    Raises:
+        ExportError: a result that cannot be exported so.
+        DamagedObjectError: something was damaged since it was written.
+    """
+    if not request.exports:
+        return ()
+    store = run_store(root, artifact.run_id)
+
+    def make(runner: FunctionRunner) -> list[MadeExport]:
+        return [runner.run(export_result, store.root_url, one, None) for one in request.exports]
+
+    with contextlib.ExitStack() as stack:
+        if artifact.run_id != request.run_id:
+            # Another run's folder is written to: `quantfleet gc` is to leave it alone meanwhile.
+            stack.enter_context(options.acquire_lease(store))
+        with status("exporting, one block at a time"):
+            made = compute.for_run(store).plan(make, with_workers=False)
+        versions = store.versions()
+        published = [PublishedExport.of(root, one) for one in made]
+        manifests = {one: verify_published(root, one) for one in published}
+        VerifiedFiles.of(artifact.run_id, artifact.manifest, versions, manifests).save(root)
+    for one in made:
+        log_exported(one)
+    return tuple(published)
+
+
 def fulfilled_json(done: Fulfilled) -> dict[str, object]:
     """Plain JSON values, for machines."""
     return {
         "request_id": done.request.request_id,
         "solved": done.solved,
         "verdict": dataclasses.asdict(done.verdict),
-        "releases": [dataclasses.asdict(release) for release in done.releases],
+        "releases": [release.content() for release in done.releases],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.catalog.request import Request, save_request
+from jobs.execute import OpenCompute
 from jobs.fleet.fulfil import Fulfilled, GateFailedError
 from jobs.fleet.staleness import Decision
 from jobs.logging import is_json, log_event, set_run
 from jobs.publish.verdict import quality_text
 from jobs.quantities import size
+from jobs.run_exports import ForeseenExports, foresee_exports
 from pipeline.errors import LeaseHeldError, PipelineError
 from pipeline.storage.object_store import ObjectStore
 from quantizer.errors import QuantizationError
@@ -34,6 +37,7 @@ class Outcome:
     Attributes:
         text: more, in words.
         exit_code: 0 if what the catalog asks for is published, or another process is making it.
+        foreseen: what its exports would be, in a dry run; None if it has none.
     """
 
     decision: Decision
@@ -42,6 +46,7 @@ class Outcome:
     exit_code: int = 0
     quality: dict[str, Any] | None = None
     solved: bool = False
+    foreseen: ForeseenExports | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -59,6 +64,7 @@ class Outcome:
             "solved": self.solved,
             "quality": self.quality,
             "text": self.text,
+            **({} if self.foreseen is None else self.foreseen.to_dict()),
         }
 
 
@@ -79,6 +85,26 @@ def preview(decision: Decision) -> Outcome:
         case "unreachable":
             problem = decision.run.problem
             return known(result="failed", exit_code=3 if problem is None else problem.exit_code)
+
+
+def foresee(outcome: Outcome, open_compute: OpenCompute) -> Outcome:
+    """What a run that is still to do would export, found without reading a weight."""
+    request = outcome.decision.run.request
+    if outcome.result != "to do" or request is None or not request.exports:
+        return outcome
+    recipe = outcome.decision.run.recipe
+    try:
+        with open_compute(request.needs, request.source_url, request.run_id) as compute:
+            foreseen = compute.plan(
+                lambda runner: foresee_exports(
+                    runner, request.source_url, recipe, request.exports, dry_run=True
+                ),
+                with_workers=False,
+            )
+    except (PipelineError, QuantizationError) as error:
+        code = error.exit_code if isinstance(error, PipelineError) else PipelineError.exit_code
+        return dataclasses.replace(outcome, result="failed", text=str(error), exit_code=code)
+    return dataclasses.replace(outcome, foreseen=foreseen)
 
 
 def run_stale(

@@ -9,7 +9,6 @@ from typing import Literal
 
 from jobs.catalog.catalog_file import Catalog
 from jobs.catalog.request import (
-    EVALUATED_ON,
     RUNS_PREFIX,
     CatalogRun,
     Request,
@@ -112,7 +111,9 @@ def decide_run(
     else:
         release = current.release
         files = None if listed is None else listed.get(release.run_id, {})
-        check = check_artifact(root, release.run_id, release.manifest_sha256, files)
+        check = check_artifact(
+            root, release.run_id, release.manifest_sha256, files, exports=release.exports
+        )
         if save_verified and check.verified is not None:
             check.verified.save(root)
         state, reasons = _published(root, request, current, verdict, check)
@@ -184,10 +185,15 @@ def changes(before: Request, now: Request) -> Iterator[str]:
     ]
     if newer:
         yield f"versions changed: {', '.join(newer)}"
-    if any(getattr(before, name) != getattr(now, name) for name in EVALUATED_ON):
+    evaluations = [(one.evaluation_texts, one.evaluation_windows) for one in (before, now)]
+    if evaluations[0] != evaluations[1]:
         yield "evaluation changed: its settings"
     elif found := _differing(before.evaluation, now.evaluation):
         yield f"evaluation changed: {found}"
+    if before.exports != now.exports:
+        yield "exports changed: their settings"
+    elif found := _differing(before.exports_like, now.exports_like):
+        yield f"exports changed: {found}"
     for name, change in (
         ("gate", "gate changed"),
         ("needs", "resources changed"),

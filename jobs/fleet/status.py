@@ -16,6 +16,7 @@ from rich.text import Text
 from jobs.catalog.catalog_file import Catalog
 from jobs.catalog.request import REQUESTS_PREFIX, Request, request_key, run_store
 from jobs.logging import url_name
+from jobs.publish.published_exports import PublishedExport
 from jobs.publish.releases import Current, find_current, published_names
 from jobs.publish.verdict import JudgedRun, find_verdict, quality_text
 from jobs.quantities import duration, size
@@ -106,6 +107,7 @@ class Row:
     Attributes:
         run: None if only the release is known.
         quality: what `jobs.publish.verdict.quality_figures` returns.
+        exports: that were published with a release.
         text: why the gate failed, or what is wrong.
     """
 
@@ -119,6 +121,7 @@ class Row:
     source_bytes: int | None = None
     stored_bytes: int | None = None
     quality: dict[str, Any] | None = None
+    exports: tuple[PublishedExport, ...] = ()
     text: str = ""
 
 
@@ -160,7 +163,8 @@ def _released(model: str, recipe: str, current: Current | str) -> Row:
         return Row(model=model, recipe=recipe, state="damaged", text=current)
     text = f"set aside: {', '.join(current.set_aside)}" if current.set_aside else ""
     row = _judged(current.release, "published", text)
-    return dataclasses.replace(row, release=current.release.number)
+    release = current.release
+    return dataclasses.replace(row, release=release.number, exports=release.exports)
 
 
 def _judged(run: JudgedRun, state: Literal["published", "gate failed"], text: str) -> Row:
@@ -245,7 +249,10 @@ def _with_run_status(row: Row, store: ObjectStore) -> Row:
 
 def status_table(rows: Sequence[Row]) -> Table:
     """One line per row; empty columns are left out, since terminals are narrow."""
-    titles = ("model", "recipe", "state", "parts", "left", "heartbeat", "weights", "quality", "")
+    titles = (
+        *("model", "recipe", "state", "parts", "left", "heartbeat"),
+        *("weights", "quality", "exports", ""),
+    )
     lines = [_line(row) for row in rows]
     shown = [i for i in range(len(titles)) if any(line[i] not in ("", "–") for line in lines)]
     table = Table(*(titles[i] for i in shown))
@@ -269,4 +276,6 @@ def _line(row: Row) -> tuple[str, ...]:
     if row.stored_bytes is not None and row.source_bytes is not None:
         weights = f"{size(row.source_bytes)} → {weights}"
     quality = quality_text(row.quality)
-    return row.model, row.recipe, state, parts, left, heartbeat, weights, quality, row.text
+    exports = ", ".join(one.format for one in row.exports)
+    shown = weights, quality, exports, row.text
+    return row.model, row.recipe, state, parts, left, heartbeat, *shown

@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from jobs.catalog.entries import NAME_PATTERN
 from jobs.catalog.request import Request, run_prefix, run_store
+from jobs.publish.published_exports import PublishedExport, verify_published
 from jobs.publish.verdict import JudgedRun, Verdict
 from pipeline.errors import DamagedObjectError, MissingObjectError, ObjectExistsError, PipelineError
 from pipeline.run import lease
@@ -32,11 +34,19 @@ class Release(JudgedRun):
         number: from 1, in the order of publication under this name.
         artifact: key, below the catalog's root, of the folder with its files.
         keep: how many of the newest releases keep their artifacts.
+        exports: checkpoints of it for other runtimes; omitted where there are none.
     """
 
     number: int
     artifact: str
     keep: int
+    exports: tuple[PublishedExport, ...] = ()
+
+    def content(self) -> dict[str, Any]:
+        values = super().content()
+        if not self.exports:
+            del values["exports"]  # older versions did not know them
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +61,9 @@ class Current(StoredRecord):
     release: Release
     moves: int
     set_aside: tuple[str, ...] = ()
+
+    def content(self) -> dict[str, Any]:
+        return super().content() | {"release": self.release.content()}
 
 
 def release_prefix(model: str, recipe_name: str) -> str:
@@ -91,22 +104,36 @@ def published_names(root: ObjectStore) -> tuple[tuple[str, str], ...]:
     return tuple((p[1], p[2]) for p in paths if len(p) == 4 and p[3] == "current.json")
 
 
-def publish(root: ObjectStore, request: Request, verdict: Verdict) -> tuple[Release, ...]:
+def publish(
+    root: ObjectStore,
+    request: Request,
+    verdict: Verdict,
+    exports: tuple[PublishedExport, ...] = (),
+) -> tuple[Release, ...]:
     """Make a verified result that passed its gate the current release under all its names.
 
     Doing so twice, or from two processes, publishes once.
+
+    Args:
+        exports: of the result, verified too.
     """
     assert verdict.passed
     assert verdict.request_id == request.request_id
     releases = []
     for name in request.names:
-        release = _add_release(root, name, request, verdict)
+        release = _add_release(root, name, request, verdict, exports)
         set_current(root, release)
         releases.append(release)
     return tuple(releases)
 
 
-def _add_release(root: ObjectStore, name: str, request: Request, verdict: Verdict) -> Release:
+def _add_release(
+    root: ObjectStore,
+    name: str,
+    request: Request,
+    verdict: Verdict,
+    exports: tuple[PublishedExport, ...],
+) -> Release:
     """Add a result to a name's history, unless it is the newest entry already."""
     while True:
         past = history(root, name, request.recipe_name)
@@ -125,6 +152,7 @@ def _add_release(root: ObjectStore, name: str, request: Request, verdict: Verdic
             quality=verdict.quality,
             gate=verdict.gate,
             keep=request.keep,
+            exports=exports,
         )
         if past and dataclasses.replace(past[-1], number=number) == release:
             return past[-1]
@@ -232,6 +260,8 @@ def _promote_verified(root: ObjectStore, release: Release) -> Current:
                 f"{len(damaged)} objects of release {release.number} are damaged, the first: "
                 f"{damaged[0].problem}"
             )
+        for export in release.exports:
+            verify_published(root, export)
         return set_current(root, release, by_person=True)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.errors import DamagedObjectError, ObjectExistsError
+from pipeline.errors import DamagedObjectError, ObjectExistsError, PlanMismatchError
 from pipeline.export.checkpoint import Checkpoint, plan_checkpoint
 from pipeline.export.description import ExportDescription, MadeExport
 from pipeline.export.settings import ExportSettings
@@ -35,7 +35,8 @@ def export_run(run: ObjectStore, settings: ExportSettings, to_url: str | None = 
 
     Args:
         to_url: the folder; None for one below the run that is named for all that decides the
-            export's bytes. Nobody else writes there, so what is damaged in it is made again.
+            export's bytes. Nobody else writes there, so what is damaged in it, or left of an
+            interrupted deletion, is made again.
 
     Raises:
         ExportError: something that this format cannot hold.
@@ -49,7 +50,7 @@ def export_run(run: ObjectStore, settings: ExportSettings, to_url: str | None = 
     store = open_store(to_url or own_url)
     try:
         made = write_checkpoint(checkpoint, run, manifest, store)
-    except (DamagedObjectError, ObjectExistsError):
+    except (DamagedObjectError, ObjectExistsError, PlanMismatchError):
         if to_url is not None:
             raise
         discard(store, request)

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from pipeline.errors import DamagedObjectError, MissingObjectError
 from pipeline.export.kernels import ExportedTensor
+from pipeline.export.settings import EXPORTS_PREFIX
 from pipeline.run.records import Digest, FileDigest
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.record import StoredRecord
@@ -46,6 +47,19 @@ class ExportManifest(StoredRecord):
     def num_bytes(self) -> int:
         """Of all files but this one."""
         return sum(file.size_bytes for file in self.files.values())
+
+
+def find_exports(run: ObjectStore) -> dict[str, ExportManifest]:
+    """The finished exports below a run, by the key of their folder.
+
+    Args:
+        run: opened at the run's root.
+
+    Raises:
+        DamagedObjectError: an export.json cannot be read.
+    """
+    keys = (key for key in run.list(EXPORTS_PREFIX) if key.endswith(f"/{EXPORT_KEY}"))
+    return {key.removesuffix(f"/{EXPORT_KEY}"): ExportManifest.read(run, key) for key in keys}
 
 
 def verify_export(store: ObjectStore, manifest: ExportManifest) -> None:
