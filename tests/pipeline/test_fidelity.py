@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.fidelity import WindowFidelity, average
+from pipeline.fidelity import Fidelity, WindowFidelity, average
 
 
 def test_means_weigh_by_tokens_not_by_windows() -> None:
@@ -45,6 +45,28 @@ def test_the_first_values_that_are_not_finite_are_named() -> None:
 def test_a_loss_beyond_any_perplexity_is_infinite() -> None:
     found = average([WindowFidelity(count=1, source_loss=1.0, result_loss=1e4)])
     assert found.result_perplexity == math.inf
+
+
+def test_the_99th_percentile_is_of_all_tokens_whatever_their_windows() -> None:
+    tokens = np.random.default_rng(0).permutation(np.arange(1, 201, dtype=np.float32))
+    for cut in ([200], [1, 199], [50] * 4):
+        parts = np.split(tokens, np.cumsum(cut)[:-1])
+        found = average(
+            [
+                WindowFidelity(count=len(p), source_loss=1.0, divergences=p, divergence=p.sum())
+                for p in parts
+            ]
+        )
+        assert found.divergence_p99 == 198.0
+        assert found.divergence == pytest.approx(tokens.mean())
+
+
+def test_figures_of_older_versions_are_read_and_written_as_they_were() -> None:
+    figures = {
+        "num_windows": 8, "count": 9, "source_perplexity": 20.0, "result_perplexity": None,
+        "divergence": 0.1, "agreement": 0.9, "cosine": None,
+    }  # fmt: skip
+    assert Fidelity.from_figures(figures).figures() == figures
 
 
 def test_a_million_windows_are_summed_exactly() -> None:

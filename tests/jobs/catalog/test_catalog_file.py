@@ -161,6 +161,16 @@ MISTAKES = {
         "    gate: {min_cosine: 0.99}\n",
         6, "a has a gate but no evaluate_on",
     ),
+    "a gate on tasks, and none": (
+        "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int8]\n"
+        "    evaluate_on: [s3://b/t.txt]\n    gate: {min_recovery: 0.98}\n",
+        7, "a has a gate but no tasks; add tasks: [FILE.jsonl]",
+    ),
+    "a gate on texts, and none": (
+        "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int8]\n"
+        "    tasks: [s3://b/t.jsonl]\n    gate: {max_divergence: 0.1}\n",
+        7, "a has a gate but no evaluate_on",
+    ),
     "a gate without a limit": (
         "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int8]\n"
         "    evaluate_on: [s3://b/t.txt]\n    gate: {}\n",

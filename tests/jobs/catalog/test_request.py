@@ -51,6 +51,8 @@ PASSING: dict[str, tuple[dict[str, Any], str]] = {
     "gate": ({"gate": Gate(min_cosine=0.8)}, "gate changed"),
     "evaluation": ({"evaluation": {"t.txt": "4"}}, "evaluation changed: t.txt"),
     "windows": ({"evaluation_windows": 9}, "evaluation changed: its settings"),
+    "tasks": ({"tasks": ("q.jsonl",)}, "evaluation changed: its settings"),
+    "limits": ({"gate": Gate(min_cosine=0.9, max_flips=0.1)}, "gate changed"),
     "url": ({"source_url": "s3://other/a"}, "source moved"),
     "workers": ({"needs": ComputeSpec(workers=3)}, "resources changed"),
     "aliases": ({"aliases": ("b",)}, "aliases changed"),
@@ -66,6 +68,18 @@ def test_what_decides_bytes_decides_the_run(change: str) -> None:
     assert (other.run_id != REQUEST.run_id) == (change in DECISIVE)
     assert list(changes(REQUEST, other)) == [said]
     assert list(changes(REQUEST, dataclasses.replace(REQUEST))) == []
+
+
+def test_what_older_versions_did_not_know_is_not_stored_unless_it_is_asked_for() -> None:
+    """Ids are digests of what is stored: releases of older versions stay fulfilled."""
+    stored = REQUEST.content()
+    assert "tasks" not in stored
+    assert stored["gate"] == {
+        "max_perplexity_increase": None,
+        "max_divergence": None,
+        "min_cosine": 0.9,
+    }
+    assert REQUEST.request_id == "a-int8-28b7ffb5c437"
 
 
 def test_a_request_survives_a_round_trip_and_rejects_tampering() -> None:

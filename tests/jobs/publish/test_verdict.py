@@ -9,6 +9,7 @@ import pytest
 
 from jobs.catalog.entries import Gate
 from jobs.publish.verdict import failures, quality_figures, quality_text
+from pipeline.evaluation.answers import Accuracy, TaskFidelity
 from pipeline.fidelity import Fidelity
 
 CAUSAL = Fidelity(
@@ -16,6 +17,18 @@ CAUSAL = Fidelity(
     agreement=0.9,
 )  # fmt: skip
 ENCODER = Fidelity(num_windows=2, count=9, cosine=0.99)
+HALF, LESS, NONE = (
+    Accuracy(acc=acc, acc_stderr=0.05, acc_norm=acc, acc_norm_stderr=0.05)
+    for acc in (0.5, 0.45, 0.0)
+)
+ARC = TaskFidelity(
+    name="arc", num_questions=100, truncated=0, source=HALF, result=LESS, flips=7, changed=9,
+    recovery=0.9, divergence=0.1,
+)  # fmt: skip
+TASKS = Fidelity(num_windows=0, count=0, tasks=(ARC,))
+UNKNOWING = dataclasses.replace(
+    TASKS, tasks=(dataclasses.replace(ARC, source=NONE, recovery=None),)
+)
 NAN = Fidelity(
     num_windows=2, count=9, source_perplexity=20.0, result_perplexity=math.nan, divergence=math.nan
 )
@@ -40,7 +53,25 @@ BROKEN = dataclasses.replace(NAN, not_finite="values that are not finite in 1 of
         (Gate(max_divergence=9.0, max_perplexity_increase=9.0), NAN, ["nan", "nan"]),
         (Gate(max_divergence=9.0, max_perplexity_increase=9.0), BROKEN, ["not finite in 1 of 2"]),
         (None, BROKEN, ["not finite in 1 of 2"]),
-        (Gate(min_cosine=0.9), None, ["it was not evaluated"]),
+        (Gate(min_cosine=0.9), None, ["it was not evaluated; give evaluate_on"]),
+        (Gate(min_agreement=0.9), CAUSAL, []),
+        (Gate(min_agreement=0.95), CAUSAL, ["same next token 90.00%, less often than 95.00%"]),
+        (Gate(min_agreement=0.95), ENCODER, ["no agreement is measured"]),
+        (Gate(min_recovery=0.9, max_flips=0.1), TASKS, []),
+        (
+            Gate(min_recovery=0.99),
+            TASKS,
+            ["task arc: accuracy 0.5 → 0.45, of 100 questions"],
+        ),
+        (
+            Gate(max_flips=0.05),
+            TASKS,
+            ["7 of 100 answers flipped between right and wrong: 7."],
+        ),
+        (Gate(min_recovery=0.9), CAUSAL, ["it was given no tasks"]),
+        (Gate(min_recovery=0.9), None, ["it was not evaluated; give tasks"]),
+        (Gate(max_divergence=9.0), TASKS, ["it was not evaluated on texts; give evaluate_on"]),
+        (Gate(min_recovery=0.9), UNKNOWING, ["the source has no answer right"]),
     ],
 )
 def test_exceeded_limits_are_reported(
@@ -49,6 +80,12 @@ def test_exceeded_limits_are_reported(
     found = failures(gate, fidelity)
     assert len(found) == len(said)
     assert all(wanted in text for wanted, text in zip(said, found, strict=True)), found
+
+
+def test_a_result_s_tasks_stand_beside_its_perplexity() -> None:
+    both = dataclasses.replace(CAUSAL, tasks=(ARC,))
+    assert quality_text(quality_figures(both)) == "perplexity 20 → 21, arc 0.5 → 0.45"
+    assert quality_text(quality_figures(TASKS)) == "arc 0.5 → 0.45"
 
 
 def test_nan_is_written_as_null() -> None:
