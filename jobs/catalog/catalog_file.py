@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from jobs.catalog.entries import CatalogFile, Export, Model, Settings
+from jobs.catalog.entries import CatalogFile, Export, Gate, Model, Settings
 from pipeline.errors import PipelineError, RecipeError, StorageError
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.recipe_file import load_recipe, recipe_from_dict
@@ -30,6 +30,7 @@ from pipeline.storage.user_files import read_given_text
 
 _WRITTEN = ("models", "requests", "runs")
 """The folders below a catalog's root."""
+_FILES = {"evaluate_on": "texts", "tasks": "FILE.jsonl"}
 
 
 class CatalogError(PipelineError):
@@ -216,17 +217,8 @@ class _Resolver:
             raise self._error(
                 path, f"{model.name} has no recipes; add recipes: [...], here or to defaults"
             )
-        if model.gate is not None and model.evaluate_on is None:
-            raise self._error(
-                (*path, "gate"),
-                f"{model.name} has a gate but no evaluate_on; add evaluate_on: [texts]",
-            )
-        if model.gate is not None and not model.gate.model_dump(exclude_none=True):
-            raise self._error(
-                (*path, "gate"),
-                "the gate sets no limit; give max_perplexity_increase, max_divergence or "
-                "min_cosine",
-            )
+        if model.gate is not None:
+            self._check_gate(model, model.gate, (*path, "gate"))
         recipes: dict[str, Recipe] = {}
         for index, given in enumerate(model.recipes):
             at: YamlPath = (*path, "recipes", index)
@@ -242,8 +234,10 @@ class _Resolver:
                 check_apart(preset, f"{self._root_url.rstrip('/')}/{written}")
         except PipelineError as error:
             raise self._error((*path, "preset"), str(error)) from None
-        at = (*path, "evaluate_on")
-        texts = tuple(self._absolute(text, at) for text in model.evaluate_on or ())
+        texts, tasks = (
+            tuple(self._absolute(url, (*path, key)) for url in getattr(model, key) or ())
+            for key in ("evaluate_on", "tasks")
+        )
         exports = tuple(
             self._with_absolute_like(export, (*path, "export", index))
             for index, export in enumerate(model.export)
@@ -253,8 +247,27 @@ class _Resolver:
             preset=preset,
             aliases=aliases,
             recipes=tuple(recipes.values()),
-            settings=model.model_copy(update={"evaluate_on": texts or None, "export": exports}),
+            settings=model.model_copy(
+                update={
+                    "evaluate_on": texts or None,
+                    "tasks": tasks or None,
+                    "export": exports,
+                }
+            ),
         )
+
+    def _check_gate(self, model: Model, gate: Gate, at: YamlPath) -> None:
+        if not gate.judges:
+            raise self._error(
+                at,
+                "the gate sets no limit; give max_perplexity_increase, max_divergence, "
+                "min_agreement or min_cosine, or, for tasks, min_recovery or max_flips",
+            )
+        for key in sorted(gate.judges):
+            if getattr(model, key) is None:
+                raise self._error(
+                    at, f"{model.name} has a gate but no {key}; add {key}: [{_FILES[key]}]"
+                )
 
     def _with_absolute_like(self, export: Export, at: YamlPath) -> Export:
         if export.like is None:

@@ -12,9 +12,11 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     StrictBool,
     StrictInt,
     StrictStr,
+    model_serializer,
 )
 
 from pipeline.executor.protocol import Device
@@ -70,6 +72,9 @@ class CalibrationChanges(_Mapping):
     chat: StrictBool | None = None
 
 
+_ON_TASKS = ("min_recovery", "max_flips")
+
+
 class Gate(_Mapping):
     """The limits that a result must meet to be published; None means no limit."""
 
@@ -79,6 +84,25 @@ class Gate(_Mapping):
     """Mean KL(source ‖ result), in nats per token. For causal language models."""
     min_cosine: Annotated[_Number, Field(ge=-1, le=1)] | None = None
     """Mean cosine similarity of the source's and the result's outputs. For all other models."""
+    min_agreement: Annotated[_Number, Field(ge=0, le=1)] | None = None
+    """Share of tokens of which both rank the same next one first. For causal language models."""
+    min_recovery: Annotated[_Number, Field(ge=0)] | None = None
+    """Of each task: the result's accuracy over the source's; 0.98 lets 0.50 become 0.49."""
+    max_flips: Annotated[_Number, Field(ge=0, le=1)] | None = None
+    """Of each task: the share of questions that only one of the two answers rightly."""
+
+    @model_serializer(mode="wrap")
+    def _without_later_limits(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Older versions did not know them, and ids are digests of what is stored.
+        values: dict[str, Any] = dump(self)
+        later = ("min_agreement", *_ON_TASKS)
+        return {k: value for k, value in values.items() if value is not None or k not in later}
+
+    @property
+    def judges(self) -> set[str]:
+        """The catalog's keys that name what the limits are on: evaluate_on, tasks."""
+        limits = self.model_dump(exclude_none=True)
+        return {"tasks" if name in _ON_TASKS else "evaluate_on" for name in limits}
 
 
 def _as_mapping(value: Any) -> Any:
@@ -140,6 +164,8 @@ class Settings(_Mapping):
     """Texts to evaluate the result on, other than the calibration texts."""
     windows: Annotated[StrictInt, Field(ge=1, le=1_000_000)] = 8
     """Token windows to evaluate on."""
+    tasks: _Texts | None = None
+    """Files of multiple-choice questions that source and result are to answer."""
     gate: Gate | None = None
     export: _Exports = ()
     """Formats, such as compressed-tensors, or mappings; made of what passes its gate."""

@@ -33,6 +33,9 @@ from pipeline.storage.user_files import find_given_files
 REQUESTS_PREFIX = "requests/"
 RUNS_PREFIX = "runs/"
 
+EVALUATED_ON = ("evaluation_texts", "evaluation_windows", "tasks")
+"""The fields of a request that say what its result is evaluated on."""
+
 _ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,199}")
 # As in `pipeline.machine.versions`, which needs JAX.
 PACKAGES = ("quantfleet", "jax", "jaxlib", "keras", "keras-hub", "numpy", "ml-dtypes", "h5py")
@@ -48,15 +51,15 @@ class Request(StoredRecord):
         model, recipe_name: the names under which the result is published.
         aliases: other models' names under which it is published too.
         recipe: as `Recipe.to_dict` returns it.
-        evaluation_texts, evaluation_windows: what the result is evaluated on; it is not evaluated
-            without texts.
+        evaluation_texts, evaluation_windows, tasks: what the result is evaluated on; it is not
+            evaluated without texts or tasks.
         needs: what its run takes of a cluster.
         keep: how many of the newest releases keep their artifacts.
         exports: what to export a result as that passes its gate; omitted where there are none.
         exports_like: fingerprints, by file, of the folders that exports take config and tokenizer
             from; omitted where there are none.
         source, texts, evaluation: fingerprints, by file, of the source, the calibration texts and
-            the evaluation texts.
+            what the result is evaluated on.
         versions: of the packages that compute the result.
     """
 
@@ -70,6 +73,7 @@ class Request(StoredRecord):
     gate: Gate | None = None
     needs: ComputeSpec = field(default_factory=ComputeSpec)
     keep: int = 3
+    tasks: tuple[str, ...] = ()
     source: dict[str, str]
     texts: dict[str, str]
     evaluation: dict[str, str]
@@ -79,7 +83,7 @@ class Request(StoredRecord):
 
     def content(self) -> dict[str, Any]:
         values = super().content()
-        for name in ("exports", "exports_like"):
+        for name in ("tasks", "exports", "exports_like"):
             if not values[name]:
                 del values[name]  # older versions did not know it
         return values
@@ -223,7 +227,8 @@ def catalog_runs(catalog: Catalog) -> Iterator[CatalogRun]:
                         recipe,
                         source=source,
                         texts=texts(() if calibration is None else calibration.sources).result(),
-                        evaluation=texts(entry.settings.evaluate_on or ()).result(),
+                        evaluation=texts(entry.settings.evaluate_on or ()).result()
+                        | texts(entry.settings.tasks or ()).result(),
                         versions=versions,
                         exports_like={
                             f"{url}/{name}": token
@@ -250,6 +255,7 @@ def _request(entry: Entry, recipe: Recipe, **fingerprints: dict[str, str]) -> Re
         recipe=recipe.to_dict(),
         evaluation_texts=settings.evaluate_on or (),
         evaluation_windows=settings.windows,
+        tasks=settings.tasks or (),
         gate=settings.gate,
         needs=ComputeSpec(
             **resources.model_dump(exclude={"memory"}),

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from jobs.catalog.request import Request, request_key, run_store
+from jobs.catalog.request import EVALUATED_ON, Request, request_key, run_store
 from jobs.execute import (
     Compute,
     DriverOptions,
@@ -18,7 +18,7 @@ from jobs.execute import (
     check_memory,
     evaluate,
     execute,
-    read_windows,
+    read_evaluation_set,
 )
 from jobs.export import log_exported
 from jobs.logging import log_event, set_run, status
@@ -29,6 +29,7 @@ from jobs.publish.verdict import Verdict, failures, find_verdict, quality_figure
 from jobs.publish.verified_files import VerifiedFiles
 from jobs.run_exports import foresee_exports
 from pipeline.errors import DamagedObjectError, MissingObjectError, PipelineError
+from pipeline.evaluation.batches import EvaluationSet
 from pipeline.executor.protocol import FunctionRunner
 from pipeline.export.description import MadeExport
 from pipeline.fidelity import Fidelity
@@ -98,7 +99,7 @@ def fulfil(
         if artifact is None:
             artifact = _quantize(root, request, compute, held, options)
         fidelity = None
-        if request.evaluation_texts:
+        if request.evaluation_texts or request.tasks:
             fidelity = _known_fidelity(root, request, artifact)
             if fidelity is None:
                 fidelity = _evaluate(root, request, artifact, compute)
@@ -226,7 +227,7 @@ def _quantize(
     run_compute = compute.for_run(store)
     threads = run_compute.allocation.threads
     with status("planning: reading the preset, checking every layer, cutting texts"):
-        plan, windows = run_compute.plan(lambda runner: _plan(request, store, runner, threads))
+        plan, windows = run_compute.plan(lambda runner: _plan_all(request, store, runner, threads))
     if not store.exists(PLAN_KEY):
         current = find_current(root, request.model, request.recipe_name)
         same_plan = current is not None and current.release.plan_digest == plan.digest
@@ -246,6 +247,15 @@ def _quantize(
     execution = execute(plan, store, run_compute, held, compute.metrics, options, damaged=damaged)
     execution.summarize(costs, None)
     return _Artifact(run_id=request.run_id, plan=plan, manifest=execution.manifest, solved=True)
+
+
+def _plan_all(
+    request: Request, store: ObjectStore, runner: FunctionRunner, threads: int
+) -> tuple[Plan, bytes | None]:
+    """See `_plan`; what the result will be judged by is read too, to find mistakes in it now."""
+    plan, windows = _plan(request, store, runner, threads)
+    _evaluation_set(request, plan, runner)
+    return plan, windows
 
 
 def _plan(
@@ -269,37 +279,43 @@ def _plan(
 def _evaluate(
     root: ObjectStore, request: Request, artifact: _Artifact, compute: _RequestCompute
 ) -> Fidelity:
-    """Compare a finished result with its source, on the texts that the request names."""
+    """Compare a finished result with its source, on the texts and tasks that a request names."""
     store = run_store(root, artifact.run_id)
     run_compute = compute.for_run(store)
-    texts, num_windows = request.evaluation_texts, request.evaluation_windows
-    named = f"evaluate_on, with {num_windows} windows"
-    windows = run_compute.plan(
-        lambda runner: read_windows(
-            runner, request.source_url, artifact.plan, texts, num_windows, named=named
-        )
-    )
-    fidelity = evaluate(run_compute.executor, windows, num_windows)
-    Evaluation.of(artifact.manifest.record_sha256, windows, fidelity).save(store)
+    given = run_compute.plan(lambda runner: _evaluation_set(request, artifact.plan, runner))
+    assert given is not None
+    fidelity = evaluate(run_compute.executor, given)
+    Evaluation.of(artifact.manifest.record_sha256, given, fidelity).save(store)
     return fidelity
 
 
+def _evaluation_set(request: Request, plan: Plan, runner: FunctionRunner) -> EvaluationSet | None:
+    return read_evaluation_set(
+        runner,
+        request.source_url,
+        plan,
+        texts=request.evaluation_texts,
+        num_windows=request.evaluation_windows,
+        tasks=request.tasks,
+        named=f"evaluate_on, with {request.evaluation_windows} windows",
+    )
+
+
 def _known_fidelity(root: ObjectStore, request: Request, artifact: _Artifact) -> Fidelity | None:
-    """The artifact's quality on the texts that the request names; None if it is not known."""
+    """The artifact's quality on what the request names; None if it is not known."""
     manifest_sha256 = artifact.manifest.record_sha256
     verdict = find_verdict(root, request.request_id)
     if verdict is not None and verdict.manifest_sha256 == manifest_sha256 and verdict.quality:
-        return Fidelity(**verdict.quality)
+        return Fidelity.from_figures(verdict.quality)
     current = find_current(root, request.model, request.recipe_name)
     if current is None or current.release.manifest_sha256 != manifest_sha256:
         return None
     before = _fulfilled_request(root, current.release)
     same = before is not None and all(
-        getattr(before, name) == getattr(request, name)
-        for name in ("evaluation_texts", "evaluation_windows", "evaluation")
+        getattr(before, name) == getattr(request, name) for name in (*EVALUATED_ON, "evaluation")
     )
     quality = current.release.quality
-    return Fidelity(**quality) if same and quality else None
+    return Fidelity.from_figures(quality) if same and quality else None
 
 
 def _judge(request: Request, artifact: _Artifact, fidelity: Fidelity | None) -> Verdict:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from jobs.catalog.catalog_file import Catalog
 from jobs.catalog.request import (
+    EVALUATED_ON,
     RUNS_PREFIX,
     CatalogRun,
     Request,
@@ -185,8 +186,7 @@ def changes(before: Request, now: Request) -> Iterator[str]:
     ]
     if newer:
         yield f"versions changed: {', '.join(newer)}"
-    evaluations = [(one.evaluation_texts, one.evaluation_windows) for one in (before, now)]
-    if evaluations[0] != evaluations[1]:
+    if any(getattr(before, name) != getattr(now, name) for name in EVALUATED_ON):
         yield "evaluation changed: its settings"
     elif found := _differing(before.evaluation, now.evaluation):
         yield f"evaluation changed: {found}"
