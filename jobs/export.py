@@ -16,6 +16,8 @@ from rich.text import Text
 from jobs.logging import log_event, print_json, print_result, status
 from jobs.quantities import size
 from jobs.reachable import finished_manifest
+from jobs.release.cards import write_card
+from jobs.release.contents import export_contents, read_run
 from pipeline.errors import ExportError
 from pipeline.export.code_formats import ExportFormat
 from pipeline.export.settings import ExportDtype, ExportSettings
@@ -80,6 +82,7 @@ def export_run(job: ExportJob, *, dry_run: bool, as_json: bool) -> None:
         return
     with status("exporting, one block at a time"):
         made = exporting.export_run(run, job.settings, job.target_url)
+        write_card(export_contents(read_run(run, job.run_url), open_store(made.url)))
     log_notes(made.description)
     if as_json:
         print_json(exported_json(made) | {"tensors": made.manifest.tensors})

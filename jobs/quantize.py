@@ -21,6 +21,7 @@ from jobs.execute import (
 from jobs.logging import is_json, log_event, print_json, set_run, status, url_name
 from jobs.metrics import RunMetrics
 from jobs.reachable import absolute, check_writable, reachable
+from jobs.release.cards import update_cards
 from jobs.run_exports import (
     ForeseenExports,
     exports_json,
@@ -182,6 +183,7 @@ def resume_job(
         if pending_exports(store):
             with open_compute(spec, source_url, output_url, address=address) as compute:
                 made = make_exports(compute, store)
+        update_cards(store)
         summary = Summary.of(plan, store, found, costs, {}, wall_seconds=0.0, fidelity=None)
         _print_summary(summary, store, made, as_json=as_json)
         return
@@ -254,7 +256,9 @@ def _finish(
         command = f"quantfleet resume {shlex.quote(job.output_url)}"
         log_event("resumable", f"to go on from the last committed block: {command}")
         raise
-    _print_summary(execution.summarize(costs, fidelity), store, made, as_json=as_json)
+    summary = execution.summarize(costs, fidelity)
+    update_cards(store)
+    _print_summary(summary, store, made, as_json=as_json)
     if fidelity is not None and fidelity.not_finite is not None:
         raise UnusableResultError(
             f"{job.output_url}: the result gives {fidelity.not_finite}; keep what stays in float "

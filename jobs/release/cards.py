@@ -6,6 +6,7 @@ is known. A card that a person has edited is left as it is.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -105,19 +106,29 @@ def write_card(
     if settings is None:
         settings = CardSettings() if record is None else record.settings
     edited = None if overwrite else edited_card(contents)
-    store.put(EVAL_FILE, eval_json(contents))
+    _write(store, EVAL_FILE, eval_json(contents))
     if edited is None:
         place = Place(folder=ARTIFACT_PREFIX.rstrip("/") if contents.form == "kerashub" else ".")
         card = model_card(contents, settings, place)
-        written = (sha256(card), *(() if record is None else record.readme_sha256[:1]))
-        store.put(CARD_RECORD_KEY, CardRecord(settings=settings, readme_sha256=written).to_json())
-        store.put(CARD_FILE, card)
+        before = () if record is None else record.readme_sha256
+        written = tuple(dict.fromkeys((sha256(card), *before[:1])))
+        record = CardRecord(settings=settings, readme_sha256=written)
+        _write(store, CARD_RECORD_KEY, record.to_json())
+        _write(store, CARD_FILE, card)
     return WrittenCard(
         url=store.url(CARD_FILE),
         form=contents.form,
         edited=edited is not None,
         evaluations=len(contents.run.evaluations),
     )
+
+
+def _write(store: ObjectStore, key: str, content: bytes) -> None:
+    """Write an object, unless it has this content."""
+    with contextlib.suppress(MissingObjectError):
+        if store.get(key) == content:
+            return
+    store.put(key, content)
 
 
 def write_cards(run: FinishedRun) -> tuple[WrittenCard, ...]:
