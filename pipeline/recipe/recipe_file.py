@@ -123,10 +123,15 @@ def builtin_recipes() -> Mapping[str, Recipe]:
         ),
         _recipe("gptq-w8", _gptq(8, 128)),
         *(_recipe(f"awq-w4-g{size}", AWQScheme(group_size=size)) for size in (128, 64, 32)),
-        # Symmetric, since every runtime has kernels for that, in both formats of checkpoints.
+        # gptq is symmetric here, since every runtime has kernels for that, in both formats of
+        # checkpoints; Keras' awq is not.
         *(
             _servable(f"gptq-w{bits}-g{size}-sym", _gptq(bits, size, symmetric=True))
             for bits, size in ((4, 128), (4, 64), (4, 32), (8, 128))
+        ),
+        *(
+            _servable(f"awq-w4-g{size}-foldable", AWQScheme(group_size=size, foldable=True))
+            for size in (128, 64, 32)
         ),
     )
     return {recipe.name: recipe for recipe in sorted(recipes, key=lambda recipe: recipe.name)}
