@@ -24,6 +24,7 @@ from jobs.reachable import absolute, check_writable, reachable
 from jobs.release.cards import update_cards
 from jobs.run_exports import (
     ForeseenExports,
+    check_exports,
     exports_json,
     foresee_exports,
     log_exports,
@@ -102,6 +103,7 @@ def run_job(
         # Before all else, since it reads no weights.
         exports = foresee_exports(runner, job.source_url, recipe, job.exports, dry_run=dry_run)
         plan, windows = runner.run(plan_run, job.source_url, recipe, compute.allocation.threads)
+        check_exports(runner, job.source_url, plan, job.exports)
         # Before anything is claimed: a mistyped file must not cost a run.
         judged_on = None if dry_run else _evaluation_set(job, plan, runner)
         return _PlannedJob(plan=plan, windows=windows, judged_on=judged_on, exports=exports)

@@ -14,8 +14,14 @@ from pipeline.executor.protocol import FunctionRunner
 from pipeline.export.description import ExportDescription, MadeExport
 from pipeline.export.manifest import EXPORT_KEY
 from pipeline.export.settings import ExportSettings, wanted_exports
+from pipeline.plan import Plan
 from pipeline.recipe.recipe import Recipe
-from pipeline.remote_planning import export_result, preview_exports, servability
+from pipeline.remote_planning import (
+    check_planned_exports,
+    export_result,
+    preview_exports,
+    servability,
+)
 from pipeline.storage.object_store import ObjectStore
 
 
@@ -96,6 +102,19 @@ def foresee_exports(
     if dry_run or recipe.servable:
         return ForeseenExports(otherwise=runner.run(servability, source_url, recipe))
     return ForeseenExports()
+
+
+def check_exports(
+    runner: FunctionRunner, source_url: str, plan: Plan, exports: tuple[ExportSettings, ...]
+) -> None:
+    """Check what only a plan knows of the exports that were asked for, before it is carried out.
+
+    Raises:
+        ExportError: one is impossible, and what to do instead.
+    """
+    folds = any(group.fold is not None for part in plan.parts for group in part.groups)
+    if exports and folds:
+        runner.run(check_planned_exports, source_url, plan, exports)
 
 
 def make_exports(

@@ -168,6 +168,20 @@ def preview_exports(
     return tuple(preview_export(preset, recipe, settings) for settings in exports)
 
 
+def check_planned_exports(source_url: str, plan: Plan, exports: tuple[ExportSettings, ...]) -> None:
+    """Check exports of a planned run; no weights are read.
+
+    Raises:
+        PipelineError: one of them is impossible.
+    """
+    from pipeline.model.preset import read_preset
+    from pipeline.planning.export_preview import check_planned_export
+
+    preset = read_preset(source_url)
+    for settings in exports:
+        check_planned_export(preset, plan, settings)
+
+
 def servability(source_url: str, recipe: Recipe) -> ExportDescription | str:
     """What the default export of a run would be; or, in words, why there can be none."""
     try:

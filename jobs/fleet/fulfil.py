@@ -27,7 +27,8 @@ from jobs.publish.published_exports import PublishedExport, verify_published
 from jobs.publish.releases import Release, find_current, publish
 from jobs.publish.verdict import Verdict, failures, find_verdict, quality_figures, save_verdict
 from jobs.publish.verified_files import VerifiedFiles
-from jobs.run_exports import foresee_exports
+from jobs.release.cards import update_cards
+from jobs.run_exports import check_exports, foresee_exports
 from pipeline.errors import DamagedObjectError, MissingObjectError, PipelineError
 from pipeline.evaluation.batches import EvaluationSet
 from pipeline.executor.protocol import FunctionRunner
@@ -108,11 +109,10 @@ def fulfil(
         _verify(root, artifact)
         save_verdict(root, verdict)
         held.check()
-        releases: tuple[Release, ...] = ()
-        if verdict.passed:
-            exports = _export(root, request, artifact, compute, options)
-            held.check()
-            releases = publish(root, request, verdict, exports)
+        exports = _export(root, request, artifact, compute, options) if verdict.passed else ()
+        update_cards(run_store(root, artifact.run_id))
+        held.check()
+        releases = publish(root, request, verdict, exports) if verdict.passed else ()
         if compute.has_workers:
             if fidelity is not None:
                 compute.metrics.judged(fidelity)
@@ -254,6 +254,7 @@ def _plan_all(
 ) -> tuple[Plan, bytes | None]:
     """See `_plan`; what the result will be judged by is read too, to find mistakes in it now."""
     plan, windows = _plan(request, store, runner, threads)
+    check_exports(runner, request.source_url, plan, request.exports)
     _evaluation_set(request, plan, runner)
     return plan, windows
 

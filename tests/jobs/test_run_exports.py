@@ -12,7 +12,7 @@ import yaml
 
 import jobs.quantize
 from jobs.cli.main import main
-from pipeline.errors import PipelineError
+from pipeline.errors import ExportError, PipelineError
 from pipeline.export.manifest import EXPORT_KEY
 from pipeline.plan import PLAN_KEY
 from pipeline.run.records import MANIFEST_KEY
@@ -89,6 +89,23 @@ def test_what_cannot_be_exported_is_refused_before_any_weight_is_read(
     assert command("quantize", model(architecture), *given, "--export", "compressed-tensors") == 2
     [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("quantfleet: ")]
     assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_input_scales_that_cannot_be_folded_are_refused_before_the_run(
+    command: Command,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def without_place(*_: Any) -> None:
+        raise ExportError("no place for it")
+
+    monkeypatch.setattr("pipeline.export.checkpoint.folds_of", without_place)
+    given = ("--recipe", recipe(tmp_path, scheme=AWQ | {"foldable": True}))
+    export = ("--export", "compressed-tensors", "--output", tmp_path / "out")
+    assert command("quantize", model(), *given, *export) == 2
+    assert "no place for it" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
