@@ -293,7 +293,7 @@ def lay_out(
         source_url: of what the artifact is made from.
     """
     skeleton = build_skeleton(artifact)
-    config = checkpoint_config(skeleton, source_url, like_url)
+    config = checkpoint_config(artifact, skeleton, source_url, like_url)
     parts = cut_parts(skeleton.stored, [block.layer for block in find_blocks(skeleton).blocks])
     plain = build_skeleton(artifact, "float32")
     in_float = cut_parts(plain.stored, [block.layer for block in find_blocks(plain).blocks])

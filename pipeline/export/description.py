@@ -17,8 +17,6 @@ from pipeline.export.manifest import ExportManifest
 if TYPE_CHECKING:
     from pipeline.export.checkpoint import Checkpoint
 
-_TOKENIZER = ("tokenizer", "vocab", "merges")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ExportDescription:
@@ -43,17 +41,21 @@ class ExportDescription:
     def of(cls, checkpoint: Checkpoint) -> Self:
         """Describe a planned checkpoint."""
         config, tensors = checkpoint.config, checkpoint.report()
-        tokenizer = any(name.startswith(_TOKENIZER) for name in config.small_files())
         notes: list[str] = []
         if config.made:
             notes.append(
-                "config.json is the one that KerasHub writes, without a tokenizer, since the "
-                "source is no Hugging Face folder, or is gone; name one of this model with --like "
-                "for both"
+                "config.json is the one that KerasHub writes, since the source is no Hugging Face "
+                "folder, or is gone; name one of this model with --like for the published one"
             )
-        elif not tokenizer:
+        if config.tokenizer:
             notes.append(
-                f"no tokenizer is exported, since {config.folder.url} has none; copy it there"
+                "the tokenizer is the artifact's own, written for transformers: it splits texts as "
+                "KerasHub does, and has no chat template"
+            )
+        elif not config.has_tokenizer:
+            notes.append(
+                "no tokenizer is exported, since there is none that can be written for "
+                "transformers; copy the model's own there, or name its folder with --like"
             )
         if not checkpoint.generates:
             named = ", ".join(checkpoint.config_json()["architectures"]) or "the base model"
@@ -74,7 +76,7 @@ class ExportDescription:
             format=checkpoint.format,
             dtype=str(checkpoint.dtype),
             config_from=config.folder.url,
-            tokenizer=tokenizer,
+            tokenizer=config.has_tokenizer,
             notes=tuple(notes),
             tensors=tensors,
         )

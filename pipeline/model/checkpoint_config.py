@@ -12,12 +12,13 @@ import inspect
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from keras_hub.src.utils.transformers.export import hf_exporter
 
 from pipeline.errors import ExportError, MissingObjectError, SourceError
+from pipeline.model.checkpoint_tokenizer import checkpoint_tokenizer
 from pipeline.model.huggingface import convert_config
 from pipeline.model.preset import (
     CONFIG_FILE,
@@ -34,6 +35,7 @@ _COPIED = (
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "generation_config.json"),
     *("LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
+_OF_TOKENIZERS = re.compile("tokenizer|vocab|merges")
 # Of a model, not of its architecture: no setting of the backbone, or not one that decides answers.
 _NOT_COMPARED = ("dtype", "name", "trainable", "dropout", "attention_dropout")
 
@@ -45,10 +47,12 @@ class CheckpointConfig:
     Attributes:
         folder: of Hugging Face; of one that KerasHub describes, it holds a config.json alone.
         made: whether KerasHub wrote the config.
+        tokenizer: files of the artifact's own tokenizer, where the folder has none.
     """
 
     folder: PresetFiles
     made: bool
+    tokenizer: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def content(self) -> dict[str, Any]:
@@ -60,20 +64,31 @@ class CheckpointConfig:
         """Whether the folder lists the names of its tensors."""
         return not {SAFETENSORS_FILE, SAFETENSORS_INDEX_FILE}.isdisjoint(self.folder.sizes)
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is one, of the folder or of the artifact."""
+        return bool(self.tokenizer) or any(map(_OF_TOKENIZERS.match, self._copied))
+
     def small_files(self) -> dict[str, bytes]:
         """Tokenizer, generation settings and licence, by name."""
+        folder = self.folder
+        copied = {name: folder.json_files.get(name) or folder.read(name) for name in self._copied}
+        return {**self.tokenizer, **copied}
+
+    @property
+    def _copied(self) -> list[str]:
         names = sorted({*self.folder.json_files, *self.folder.assets})
-        copied = (name for name in names if any(fnmatch.fnmatch(name, one) for one in _COPIED))
-        return {name: self.folder.json_files.get(name) or self.folder.read(name) for name in copied}
+        return [name for name in names if any(fnmatch.fnmatch(name, one) for one in _COPIED)]
 
 
 def checkpoint_config(
-    skeleton: Skeleton, source_url: str, like_url: str | None
+    artifact: PresetFiles, skeleton: Skeleton, source_url: str, like_url: str | None
 ) -> CheckpointConfig:
     """Find the config of a checkpoint, and check that it describes the model.
 
     Args:
-        skeleton: of the model.
+        artifact: of KerasHub; its tokenizer is taken if the folder has none.
+        skeleton: of the same model.
         source_url: what the model was quantized from; it may be gone.
         like_url: a folder to take config and tokenizer from instead.
 
@@ -89,19 +104,21 @@ def checkpoint_config(
                 f"{like_url}: a KerasHub preset; --like takes a Hugging Face folder, with "
                 "config.json and tokenizer"
             )
-        return _checked(skeleton, CheckpointConfig(folder=folder, made=False))
+        return _checked(skeleton, _with_tokenizer(folder, artifact))
     source = _source(source_url)
     if source is not None and source.format == "huggingface":
-        return _checked(skeleton, CheckpointConfig(folder=source, made=False))
+        return _checked(skeleton, _with_tokenizer(source, artifact))
     if backbone not in hf_exporter.MODEL_CONFIGS:
         raise ExportError(
             f"{source_url}: not a Hugging Face folder, and KerasHub writes no config.json for a "
             f"{backbone}; name a Hugging Face folder of this model with --like (its config.json "
             "and tokenizer are enough)"
         )
+    tokenizer = checkpoint_tokenizer(artifact)
     content = {
         **_architecture(skeleton, backbone),
         **hf_exporter.MODEL_CONFIGS[backbone](skeleton.backbone),
+        **tokenizer.ids,
     }
     data = json.dumps(content).encode()
     made = PresetFiles(
@@ -111,7 +128,16 @@ def checkpoint_config(
         sizes={CONFIG_FILE: len(data)},
         store=open_store("memory://described-by-kerashub"),
     )
-    return _checked(skeleton, CheckpointConfig(folder=made, made=True))
+    found = CheckpointConfig(folder=made, made=True, tokenizer=tokenizer.files)
+    return _checked(skeleton, found)
+
+
+def _with_tokenizer(folder: PresetFiles, artifact: PresetFiles) -> CheckpointConfig:
+    """A folder's own tokenizer, or else the artifact's."""
+    found = CheckpointConfig(folder=folder, made=False)
+    if found.has_tokenizer:
+        return found
+    return replace(found, tokenizer=checkpoint_tokenizer(artifact).files)
 
 
 def _source(url: str) -> PresetFiles | None:

@@ -119,6 +119,14 @@ def preset_tokenizer(preset: PresetFiles) -> PresetTokenizer:
     )
 
 
+def adds_start(preset: PresetFiles) -> bool:
+    """Whether a preset's preprocessor begins each text with its start token, if it has one."""
+    if "preprocessor.json" not in preset.json_files:
+        return True
+    config = preset.parse("preprocessor.json").get("config", {})
+    return bool(config.get("add_start_token", True))
+
+
 def decoder_packing(
     tokenizer: PresetTokenizer, backbone_class: type
 ) -> tuple[int | None, tuple[int, ...]]:

@@ -18,6 +18,7 @@ from pipeline.artifact.verification import ask_stock
 from pipeline.export.checkpoint import plan_checkpoint
 from pipeline.export.code_formats import ExportFormat
 from pipeline.export.writing import write_checkpoint
+from pipeline.model.checkpoint_tokenizer import checkpoint_tokenizer
 from pipeline.model.preset import read_preset
 from pipeline.plan import read_plan
 from pipeline.storage.object_store import open_store
@@ -236,3 +237,19 @@ def _tensors(folder: Path) -> dict[str, NDArray[Any]]:
         with safe_open(path, "numpy") as file:
             found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return found
+
+
+def test_written_tokenizers_split_texts_as_kerashub_does(tmp_path: Path) -> None:
+    texts = ["The man, and the  dog; it's 1234\n\nhere", "naïve café 東京 🙂", " a b"]
+    jobs, expected = [], []
+    for architecture in ("Llama3", "GPT2", "Qwen3"):
+        preset, folder = shared_preset(architecture), tmp_path / architecture
+        folder.mkdir()
+        for name, data in checkpoint_tokenizer(read_preset(str(preset))).files.items():
+            (folder / name).write_bytes(data)
+        jobs.append({"folder": str(folder), "texts": texts})
+        tokenizer = keras_hub.tokenizers.Tokenizer.from_preset(str(preset))
+        start = getattr(tokenizer, "start_token_id", None)
+        before = [] if start is None else [start]
+        expected.append([before + [int(token) for token in tokenizer(text)] for text in texts])
+    assert ask("transformers", jobs) == expected

@@ -3,8 +3,9 @@
     python transformers_reader.py
 
 Standard input is a JSON list of {"folder", "inputs", "outputs"}: a checkpoint, a file of token ids,
-and where to save the logits for them (of a base model, its last hidden states). The last line of
-standard output is a JSON list: the class of each model.
+and where to save the logits for them (of a base model, its last hidden states); or of {"folder",
+"texts"}. The last line of standard output is a JSON list: the class of each model, or each text's
+token ids.
 """
 
 import json
@@ -35,6 +36,10 @@ def main():
     torch.set_num_threads(1)
     described = []
     for job in json.load(sys.stdin):
+        if "texts" in job:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(job["folder"])
+            described.append([tokenizer(text).input_ids for text in job["texts"]])
+            continue
         model = load(job["folder"])
         token_ids = torch.from_numpy(np.load(job["inputs"])).long()
         with torch.no_grad():

@@ -132,7 +132,9 @@ def test_a_preset_needs_no_hugging_face_folder_where_kerashub_writes_the_config(
     found = checkpoint_of(small("Llama3"), INT4)
     assert found.config.made
     assert found.config_json()["architectures"] == ["LlamaForCausalLM"]
-    assert found.config.small_files() == {}
+    assert set(found.config.small_files()) == {"tokenizer.json", "tokenizer_config.json"}
+    assert found.config_json()["bos_token_id"] == 0
+    assert "has no chat template" in notes_of(found)
 
 
 def notes_of(found: Checkpoint) -> str:
