@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.catalog.catalog_file import Catalog, CatalogError, parse_catalog, read_catalog
+from jobs.catalog.entries import Export
 
 HEAD = "root: s3://bucket/fleet\n"
 
@@ -82,6 +83,26 @@ models:
     a, b = parse_catalog(text, where="catalog.yaml", folder=None).entries
     assert [recipe.allow_partial for recipe in (*a.recipes, *b.recipes)] == [True] * 2 + [False] * 2
     assert "allow_partial" not in b.recipes[0].to_dict()
+
+
+def test_exports_are_named_or_spelled_out_and_a_models_own_replace_the_defaults(
+    tmp_path: Path,
+) -> None:
+    catalog = parsed(
+        """\
+root: s3://bucket/fleet
+defaults: {recipes: [int8], export: compressed-tensors}
+models:
+  - {name: a, preset: s3://bucket/a}
+  - {name: b, preset: s3://bucket/b, export: []}
+  - {name: c, preset: s3://bucket/c, export: [gptq, {format: dense, dtype: float16, like: c}]}
+""",
+        tmp_path,
+    )
+    a, b, c = (entry.settings.export for entry in catalog.entries)
+    assert (a, b) == ((Export(format="compressed-tensors"),), ())
+    like = str(tmp_path / "c")
+    assert c == (Export(format="gptq"), Export(format="dense", dtype="float16", like=like))
 
 
 def test_relative_paths_are_relative_to_the_catalogs_folder(tmp_path: Path) -> None:
@@ -210,6 +231,15 @@ MISTAKES = {
     ),
     "a relative path and no folder": (
         "models:\n  - {name: a, preset: here/a, recipes: [int8]}\n", 3, "write a full URL",
+    ),
+    "an unknown format": (
+        "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int8]\n    export: [gguf]\n",
+        6, "models[0].export[0].format must be 'compressed-tensors', 'gptq' or 'dense', got 'gguf'",
+    ),
+    "an unknown key of an export": (
+        "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int8]\n"
+        "    export: {format: gptq, bits: 4}\n",
+        6, "the keys here are format, dtype, like",
     ),
     "no mapping": ("- a\n", 1, "must be a mapping"),
     "keys twice": ("models: []\nmodels: []\n", 3, "models is given twice"),

@@ -23,6 +23,7 @@ from jobs.catalog.request import (
 from jobs.fleet.staleness import changes
 from pipeline.errors import DamagedObjectError, PipelineError, SourceError
 from pipeline.executor.protocol import ComputeSpec
+from pipeline.export.settings import ExportSettings
 from pipeline.storage.object_store import open_store
 
 REQUEST = Request(
@@ -57,6 +58,11 @@ PASSING: dict[str, tuple[dict[str, Any], str]] = {
     "workers": ({"needs": ComputeSpec(workers=3)}, "resources changed"),
     "aliases": ({"aliases": ("b",)}, "aliases changed"),
     "keep": ({"keep": 9}, "retention changed"),
+    "exports": ({"exports": (ExportSettings(),)}, "exports changed: their settings"),
+    "like": (
+        {"exports_like": {"s3://b/config.json": "1"}},
+        "exports changed: s3://b/config.json added",
+    ),
 }
 
 
@@ -73,7 +79,7 @@ def test_what_decides_bytes_decides_the_run(change: str) -> None:
 def test_what_older_versions_did_not_know_is_not_stored_unless_it_is_asked_for() -> None:
     """Ids are digests of what is stored: releases of older versions stay fulfilled."""
     stored = REQUEST.content()
-    assert "tasks" not in stored
+    assert not {"tasks", "exports", "exports_like"} & set(stored)
     assert stored["gate"] == {
         "max_perplexity_increase": None,
         "max_divergence": None,
