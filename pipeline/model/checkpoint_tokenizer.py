@@ -1,9 +1,9 @@
 """The tokenizer of a KerasHub preset as transformers reads it.
 
 Byte-level BPE is written as KerasHub itself runs it, by the package `tokenizers`: a text gets the
-tokens that it got in calibration, even where a published tokenizer splits it otherwise. SentencePiece
-is left out: transformers 5 reads its files by rules of its own for each family, and splits texts
-otherwise than the file says.
+tokens that it got in calibration, even where a published tokenizer splits it otherwise. Files of
+SentencePiece are left out: transformers 5 reads them by rules of its own for each family, and
+splits texts otherwise than the file says.
 """
 
 from __future__ import annotations
