@@ -1,5 +1,6 @@
 """The environment of all tests, set before a test module is imported, and what they share."""
 
+import gc
 import os
 import signal
 from typing import TYPE_CHECKING
@@ -25,17 +26,50 @@ settings.load_profile("quantfleet")
 def pytest_configure(config: pytest.Config) -> None:
     """Share compiled programs among all test processes and their children, in pytest's cache.
 
-    Many tests trace what others have traced, and then need not compile it again. `make clean`
-    empties the cache. JAX reads these variables when it is imported, which few tests need.
+    Many tests trace what others have traced, and then need not compile it again: also what takes
+    no time, since a process that has just started compiles hundreds of those. `make clean` empties
+    the cache. JAX reads these variables when it is imported, which few tests need.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # As in the background of a shell: children would inherit it, and tests interrupt those.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     assert config.cache is not None
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("compiled"))
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    # JAX locks the folder only if its size is limited; without, readers meet half-written files.
-    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(1 << 30)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    # Without a limit to its size, of which JAX would look through the whole folder at each program,
+    # nothing is locked: who meets a file that another process is writing is to compile, silently.
+    unlucky = "ignore:Error reading persistent compilation cache entry:UserWarning"
+    given = os.environ.get("PYTHONWARNINGS", "")
+    if unlucky not in given.split(","):
+        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (given, unlucky)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the modules that start clusters: they take long, and wait more than they compute.
+
+    So one process of pytest runs them beside whatever the others do, and its clusters serve all.
+    """
+    waiting = {item.path for item in items if any(map(item.get_closest_marker, ("ray", "radosgw")))}
+    items.sort(key=lambda item: item.path not in waiting)
+
+
+def pytest_collection_finish() -> None:
+    """Leave out of garbage collections all test modules, and later what each of them has kept.
+
+    Keras collects whenever a layer loses a variable, as each does that is quantized, and that takes
+    a second where all lives that a session of tests has imported, built and compiled.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept() -> Iterator[None]:
+    """See `pytest_collection_finish`."""
+    yield
+    # Here, and not before the next module: its filters may turn our warnings into errors.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +79,15 @@ def s3() -> Iterator["S3Server"]:
 
     with serve_s3() as server:
         server.create_bucket("quantfleet")
+        yield server
+
+
+@pytest.fixture(scope="session")
+def radosgw() -> Iterator["S3Server"]:
+    """Another, real one, for tests marked so; each makes its own buckets."""
+    from tests.radosgw import serve_radosgw
+
+    with serve_radosgw() as server:
         yield server
 
 

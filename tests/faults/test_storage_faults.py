@@ -21,8 +21,7 @@ from pipeline.storage.backend import Patience
 from pipeline.storage.object_store import ObjectStore, open_store
 from tests.fault_proxy import FAULTS, FaultProxy, spoil
 from tests.pipeline.tiny_runs import CrashError, crash_at, execute, lasting, planned
-from tests.radosgw import serve_radosgw
-from tests.s3 import S3Server, serve_s3
+from tests.s3 import S3Server
 from tests.selection import by_default
 
 QUICK = Patience(deadline_seconds=60, read_seconds=1, longest_pause_seconds=0.2)
@@ -32,10 +31,15 @@ _WEIGHTS = {fault: 1 if fault == "hang" else 6 for fault in FAULTS}
 _numbers = itertools.count()
 
 
-@pytest.fixture(scope="module", params=["moto", pytest.param("radosgw", marks=pytest.mark.radosgw)])
-def server(request: pytest.FixtureRequest) -> Iterator[S3Server]:
-    with serve_s3() if request.param == "moto" else serve_radosgw() as server:
-        yield server
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("s3", id="moto"),
+        pytest.param("radosgw", marks=pytest.mark.radosgw, id="radosgw"),
+    ],
+)
+def server(request: pytest.FixtureRequest) -> S3Server:
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")

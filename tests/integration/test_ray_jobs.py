@@ -33,7 +33,6 @@ from tests.integration.ray_head import (
 )
 from tests.models.tiny import tiny_preset
 from tests.pipeline.tiny_runs import TEXT
-from tests.radosgw import serve_radosgw
 from tests.s3 import ACCESS_KEY, SECRET_KEY, S3Server, serve_s3
 
 pytestmark = [
@@ -44,7 +43,7 @@ pytestmark = [
         reason="Ray's dashboard is not installed; install ray[default]",
     ),
 ]
-BUCKET = "quantfleet"
+BUCKET = "quantfleet-jobs"
 ARCHITECTURES = {"llama": "Llama3", "gpt": "GPT2", "gemma": "Gemma", "qwen": "Qwen3"}
 NUM_BLOCKS = {"llama": 4, "gpt": 12}
 
@@ -65,13 +64,17 @@ class Outcome:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(serve_s3, marks=pytest.mark.slow, id="moto"),
-        pytest.param(serve_radosgw, marks=pytest.mark.radosgw, id="radosgw"),
+        pytest.param("moto", marks=pytest.mark.slow, id="moto"),
+        pytest.param("radosgw", marks=pytest.mark.radosgw, id="radosgw"),
     ],
 )
 def s3(request: pytest.FixtureRequest) -> Iterator[S3Server]:
-    """Instead of the one that tests share: nothing may lie there yet."""
-    with request.param() as server:
+    """Instead of the one that tests share, in whose bucket something may lie."""
+    with ExitStack() as stack:
+        if request.param == "moto":
+            server = stack.enter_context(serve_s3())
+        else:
+            server = request.getfixturevalue("radosgw")
         server.create_bucket(BUCKET)
         yield server
 

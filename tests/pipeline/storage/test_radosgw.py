@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from pipeline.errors import StorageError
 from pipeline.storage.object_store import open_store
 from tests.pipeline.storage.test_object_store import TestS3Store as _S3Contract
 from tests.pipeline.storage.test_object_store import bucket as bucket
-from tests.radosgw import serve_radosgw
 from tests.s3 import S3Server
 
 pytestmark = pytest.mark.radosgw
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with serve_radosgw() as server:
-        yield server
+def server(radosgw: S3Server) -> S3Server:
+    return radosgw
 
 
 class TestRadosgwStore(_S3Contract):
