@@ -103,6 +103,6 @@ lock:  ## resolve requirements.lock again (needs uv)
 		--python-version 3.11 --generate-hashes --extra test --group build \
 		$(LOCK_FLAGS) pyproject.toml -o requirements.lock
 
-clean:  ## remove the environment and every cache
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+clean:  ## remove the environments and every cache
+	rm -rf $(VENV) $(SERVE) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

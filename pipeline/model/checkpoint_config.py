@@ -34,6 +34,8 @@ _COPIED = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.*"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "generation_config.json"),
     *("LICENSE*", "NOTICE*", "USE_POLICY*"),
+    # How sentence-transformers makes one vector of an encoder's outputs.
+    *("modules.json", "1_Pooling/config.json", "*sentence_*.json"),
 )
 _OF_TOKENIZERS = re.compile("tokenizer|vocab|merges")
 # Of a model, not of its architecture: no setting of the backbone, or not one that decides answers.
@@ -70,7 +72,7 @@ class CheckpointConfig:
         return bool(self.tokenizer) or any(map(_OF_TOKENIZERS.match, self._copied))
 
     def small_files(self) -> dict[str, bytes]:
-        """Tokenizer, generation settings and licence, by name."""
+        """Tokenizer, settings of generation or pooling, and licence, by name."""
         folder = self.folder
         copied = {name: folder.json_files.get(name) or folder.read(name) for name in self._copied}
         return {**self.tokenizer, **copied}

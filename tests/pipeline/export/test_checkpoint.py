@@ -13,6 +13,7 @@ from pipeline.errors import ExportError, SourceError
 from pipeline.export.checkpoint import Checkpoint, plan_checkpoint
 from pipeline.export.description import ExportDescription
 from pipeline.export.packing import unpack_bits
+from pipeline.model.checkpoint_config import CheckpointConfig
 from pipeline.model.preset import read_preset
 from pipeline.plan import read_plan
 from pipeline.run.commits import committed_file
@@ -115,6 +116,16 @@ def test_float_tensors_and_scales_take_the_dtype_asked_for(run: ObjectStore) -> 
 def test_tokenizer_and_licence_go_along_and_the_source_s_card_does_not(run: ObjectStore) -> None:
     files = checkpoint(run, "dense").config.small_files()
     assert set(files) == {"special_tokens_map.json", "LICENSE", "generation_config.json"}
+
+
+def test_pooling_goes_along_with_an_encoder(tmp_path: Path) -> None:
+    wanted = {"modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"}
+    wanted |= {"1_Pooling/config.json"}
+    for name in (*wanted, "config.json", "2_Other/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"model_type": "bert"}')
+    folder = read_preset(str(tmp_path))
+    assert set(CheckpointConfig(folder=folder, made=False).small_files()) == wanted
 
 
 def test_a_report_says_what_serves_each_matrix(run: ObjectStore) -> None:
