@@ -135,6 +135,11 @@ def _rope_type(value: Any, model: ModelSettings) -> str | None:
     return None if value in known else "has no such scaling of positions"
 
 
+def _vision_rope_type(value: Any, model: ModelSettings) -> str | None:
+    # That of two axes, which transformers 5 names where it was understood before.
+    return None if value == "axial" else _rope_type(value, model)
+
+
 def _tied(value: Any, model: ModelSettings) -> str | None:
     tied = model.attributes("tie_weights")
     if not model.generates or not tied or bool(value) in tied:
@@ -182,11 +187,13 @@ def _n_inner(value: Any, model: ModelSettings) -> str | None:
 
 
 def _query_scale(value: Any, model: ModelSettings) -> str | None:
-    found = set(model.attributes("query_pre_attn_scalar"))
+    found = set()
     for layer in model.layers:
-        # What the backbone says of itself is not always what its attention does: KerasHub's Gemma
-        # does not hand it on.
-        if "Attention" in type(layer).__name__ and hasattr(layer, "query_head_dim_normalize"):
+        if "Attention" not in type(layer).__name__:
+            continue  # A backbone may say what it does not hand on to its attention: Gemma's does.
+        if hasattr(layer, "query_pre_attn_scalar"):
+            found.add(layer.query_pre_attn_scalar)
+        elif hasattr(layer, "query_head_dim_normalize"):
             own = layer.hidden_dim // layer.num_query_heads
             found.add(layer.head_dim if layer.query_head_dim_normalize else own)
     if value is None or not found or found == {value}:
@@ -282,11 +289,13 @@ RULES: dict[str, Callable[[Any, ModelSettings], str | None]] = {
 _VISION_RULES: dict[str, Callable[[Any, ModelSettings], str | None]] = {
     **dict.fromkeys(EPSILON_KEYS, _epsilon),
     **dict.fromkeys(("hidden_act", "hidden_activation"), _vision_activation),
-    "rope_type": _rope_type,
-    "rope_theta": _must_be(10000.0),
+    "rope_type": _vision_rope_type,
 }
 ENCODERS_RULES = {
     "vision_config": _VISION_RULES,
     "audio_config": {**_VISION_RULES, "hidden_act": _must_be("silu")},
 }
 """The same for the encoders of images and sounds."""
+
+ENCODERS_CONSTANTS = {"rope_theta": 10000.0}
+"""What KerasHub's encoders compute with where no converter reads the key."""

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.errors import SourceError
-from pipeline.model.config_rules import ENCODERS_RULES, RULES, ModelSettings
+from pipeline.model.config_rules import ENCODERS_CONSTANTS, ENCODERS_RULES, RULES, ModelSettings
 from pipeline.model.noted_config import NotedConfig
 from pipeline.model.preset import CONFIG_FILE, PresetFiles
 
@@ -55,6 +55,8 @@ def check_config(preset: PresetFiles, config: NotedConfig, backbone: Any, genera
                     f"{where}: {path} is {_shown(value)}, but KerasHub's {name} {expected}, and so "
                     "would answer differently; such a model cannot be quantized"
                 )
+        elif part in ENCODERS_RULES and ENCODERS_CONSTANTS.get(key) == value:
+            continue
         elif not read and value not in _OFF and not _HARMLESS.fullmatch(key):
             raise SourceError(
                 f"{where}: {path} is {_shown(value)}, which KerasHub's converter for {name} "

@@ -32,6 +32,7 @@ _HEADS = {
     r"(predictions|sop_classifier)\..+": "the heads of ALBERT's pretraining",
     r"vocab_(transform|layer_norm|projector)\..+": "the head of DistilBERT's pretraining",
     r"lm_head\.(bias|(dense|layer_norm|decoder)\..+)": "the head of RoBERTa's pretraining",
+    r"contact_head\..+": "the head of ESM that predicts contacts",
 }
 _MASK = re.compile(r"(.*\.)?(attn|attention)\.bias")
 # The head, and the tables of encoder and decoder where they share one.

@@ -1,17 +1,29 @@
-"""What is read from Hugging Face folders computes what transformers computes."""
+"""What is read from Hugging Face folders computes what transformers computes, before and after.
+
+Every converter of KerasHub for text is here but those whose models are refused in any form: Gemma
+3n, GPT-OSS (published in four bits alone), SmolLM3, T5Gemma 2 and Gemma 4's assistants.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+from pipeline.calibration.windows import TokenWindows
 from pipeline.model.huggingface import check_converted
+from pipeline.model.inputs import InputBatch, input_layout
 from pipeline.model.preset import read_preset
-from pipeline.model.skeleton import build_skeleton
+from pipeline.model.skeleton import Skeleton, build_skeleton
 from pipeline.weights.source import open_source
+from pipeline.worker.streamed_model import artifact_model
+from quantizer.schemes import Int8Scheme
+from tests.integration.quantized import answer_to, finished_run, recipe
 from tests.models.transformers_answers import (
     CASES,
     folder_of,
@@ -23,9 +35,51 @@ from tests.selection import by_default
 
 # KerasHub's BERT has the other form of gelu.
 TOLERANCES = {"bert": 4e-4}
+ROUNDED = 0.1
+"""Of int8 weights and inputs, in models this small, relative to the largest answer."""
+LINEAR_ATTENTION = ["qwen3_5", "qwen3_5_moe, as saved"]  # which compiles slowly
 
 
-@pytest.mark.parametrize("name", by_default(CASES, ["llama with a large epsilon", "xlm-roberta"]))
+def cases(default: Collection[str], exhaustive: Collection[str]) -> list[Any]:
+    """All cases: slow, but for these."""
+    unmarked = [case for case in CASES if case in (*default, *exhaustive)]
+    slow = [pytest.param(case, marks=pytest.mark.slow) for case in CASES if case not in unmarked]
+    return [*by_default(unmarked, default), *slow]
+
+
+def asked(skeleton: Skeleton) -> InputBatch:
+    """The tokens, and a black image at most; both halves of a model that has two take the same."""
+    given, layout = tokens(), input_layout(skeleton)
+    windows = TokenWindows(
+        tokens=given,
+        lengths=np.full(1, given.shape[1], np.int32),
+        fingerprint="",
+        num_documents=0,
+        decoder_start=(0,) if layout.takes_two_texts else (),
+    )
+    batch = layout.batch(windows, slice(None), 1)
+    if layout.takes_two_texts:
+        same = {name: given for name in batch.arrays if name.endswith("token_ids")}
+        masks = {name: np.ones_like(given) for name in batch.arrays if name.endswith("mask")}
+        mask = np.ones_like(given, bool)
+        batch = replace(batch, arrays={**same, **masks}, tokens=given, mask=mask, other_mask=mask)
+    return batch
+
+
+def relative(found: Any, name: str) -> float:
+    """The largest difference from what transformers answers, by the largest answer."""
+    output = found["sequence_output"] if isinstance(found, dict) else found
+    expected = stored_answer(name)
+    return float(np.abs(sampled(np.asarray(output)) - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.filterwarnings(
+    "ignore:(?s).*using a softmax over axis:UserWarning"
+)  # Gemma 4's encoder
+@pytest.mark.parametrize(
+    "name",
+    cases(["llama with a large epsilon", "xlm-roberta"], sorted({*CASES} - {*LINEAR_ATTENTION})),
+)
 def test_transformers_answers_the_same(name: str, tmp_path: Path) -> None:
     preset = read_preset(str(folder_of(name, tmp_path)))
     skeleton = build_skeleton(preset)
@@ -36,13 +90,18 @@ def test_transformers_answers_the_same(name: str, tmp_path: Path) -> None:
     for variable in skeleton.model.variables:
         if variable.path in values:
             variable.assign(values[variable.path])
-    given = tokens()
-    inputs = {"token_ids": given, "padding_mask": np.ones_like(given)}
-    inputs["segment_ids"] = np.zeros_like(given)
     model = skeleton.task if skeleton.predicts_tokens else skeleton.backbone
-    taken = {key: inputs[key] for key in skeleton.backbone.input}
-    output = jax.jit(lambda: model(taken))()  # in one compilation
-    if isinstance(output, dict):
-        output = output["sequence_output"]
-    found, expected = sampled(np.asarray(output)), stored_answer(name)
-    assert np.abs(found - expected).max() < TOLERANCES.get(name, 3e-5) * np.abs(expected).max()
+    given = asked(skeleton).arrays
+    taken = {key: given[key] for key in skeleton.backbone.input}
+    found = jax.jit(lambda: model(taken))()  # in one compilation
+    assert relative(found, name) < TOLERANCES.get(name, 3e-5)
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*using a softmax over axis:UserWarning")
+@pytest.mark.parametrize("name", cases([], ["llama, as saved", "mistral with scaled positions"]))
+def test_what_is_quantized_is_what_transformers_computes(name: str, tmp_path: Path) -> None:
+    """The same after quantization, as near as eight bits are."""
+    wanted = recipe(Int8Scheme()).model_copy(update={"allow_partial": True})
+    run = finished_run(folder_of(name, tmp_path / "source"), wanted, tmp_path / "run")
+    found = answer_to(artifact_model(run.model, run.store), asked(run.model.skeleton))
+    assert 1e-4 < relative(found, name) < ROUNDED

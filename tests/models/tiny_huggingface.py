@@ -371,7 +371,7 @@ def tiny_huggingface(
         dtype or {"bfloat16": ml_dtypes.bfloat16}.get(config.get("torch_dtype"), "f4")
     )
     tensors = {
-        name: np.asarray(_random(index, name, shape)).astype(wanted)
+        name: np.asarray(random_tensor(index, name, shape)).astype(wanted)
         for index, (name, shape) in enumerate(sorted(tensor_shapes(config).items()))
     }
     save_file({**tensors, **(extra or {})}, path / "model.safetensors", metadata={"format": "pt"})
@@ -383,7 +383,8 @@ def write_json(file: Path, content: Any) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _random(index: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+def random_tensor(index: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The tensor of that number in a sorted list of names."""
     noise = np.random.default_rng([7, index]).standard_normal(shape, np.float32)
     if len(shape) > 1:
         return noise * shape[-1] ** -0.5
