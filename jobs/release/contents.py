@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from jobs.logging import url_name
+from jobs.logging import log_event, url_name
 from jobs.reachable import finished_manifest
 from jobs.release.origin import CARD_FILE, Origin, find_origin
-from pipeline.errors import DamagedObjectError, ExportError
+from pipeline.errors import DamagedObjectError, ExportError, MissingObjectError
 from pipeline.export.manifest import EXPORT_KEY, ExportManifest
 from pipeline.export.settings import EXPORTS_PREFIX
-from pipeline.model.preset import is_legal
+from pipeline.model.preset import CONFIG_FILE, is_legal
 from pipeline.plain.plan import MODEL_KEY, is_plain, layer_records
 from pipeline.plan import Plan, read_plan
 from pipeline.recipe.recipe import Recipe
@@ -219,13 +220,6 @@ def export_contents(run: FinishedRun, store: ObjectStore) -> Contents:
         for name, digest in sorted(export.files.items())
     }
     form: Any = export.request.format
-    try:
-        config = json.loads(files["config.json"].read())
-    except (KeyError, ValueError, RecursionError) as error:
-        raise DamagedObjectError(
-            f"{store.url('config.json')}: cannot be read ({type(error).__name__}); delete the "
-            "folder, and export again"
-        ) from None
     return Contents(
         run=run,
         form=form,
@@ -233,19 +227,27 @@ def export_contents(run: FinishedRun, store: ObjectStore) -> Contents:
         digest_of=EXPORT_KEY,
         digest=export.record_sha256,
         export=export,
-        config=config if isinstance(config, dict) else {},
+        config=json.loads(files[CONFIG_FILE].read()),
     )
 
 
 def find_exports(run: FinishedRun) -> tuple[Contents, ...]:
-    """The finished exports below a run; those of an earlier result in its place are left out."""
+    """The finished exports below a run; those of an earlier result in its place are left out.
+
+    So are damaged ones, which are told of: nobody may have use for them.
+    """
+    found = []
     ends = f"/{EXPORT_KEY}"
-    keys = [key for key in run.store.list(EXPORTS_PREFIX) if key.endswith(ends)]
-    return tuple(
-        export_contents(run, open_store(f"{run.store.root_url}/{key.removesuffix(ends)}"))
-        for key in keys
-        if _is_of(run, ExportManifest.read(run.store, key))
-    )
+    for key in run.store.list(EXPORTS_PREFIX):
+        if not key.endswith(ends):
+            continue
+        store = open_store(f"{run.store.root_url}/{key.removesuffix(ends)}")
+        try:
+            if _is_of(run, ExportManifest.read(store, EXPORT_KEY)):
+                found.append(export_contents(run, store))
+        except (DamagedObjectError, MissingObjectError) as error:
+            log_event("damaged", f"left out: {error}", level=logging.WARNING)
+    return tuple(found)
 
 
 def _is_of(run: FinishedRun, export: ExportManifest) -> bool:

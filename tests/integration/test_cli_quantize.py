@@ -441,6 +441,8 @@ def test_quantize_evaluates_and_says_how_to_load(command: Command, tmp_path: Pat
     fidelity = json.loads(command.out)["fidelity"]
     assert fidelity["num_windows"] == 2
     assert 0 <= fidelity["divergence"] < 0.1
+    assert json.loads((output / "eval.json").read_text())["evaluations"][0]["figures"] == fidelity
+    assert "| perplexity |" in (output / "README.md").read_text()
     assert command("evaluate", output, "--evaluate-on", text_file(), "--windows", 2) == 0
     assert f"Llama3CausalLM.from_preset('{output}/artifact')" in command.err
     assert command("verify", output, "--no-stock") == 0

@@ -60,10 +60,11 @@ def test_an_export_lies_below_its_run_unless_told_otherwise(
 ) -> None:
     assert command(run.root_url, "--format", "dense", "--dtype", "float32") == 0
     assert f"exports/dense/{EXPORT_KEY}" in run.list()
+    assert b"library_name: transformers" in run.get("exports/dense/README.md")
     assert command(run.root_url, "--to", str(tmp_path), "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["files"] == 5
-    assert (tmp_path / EXPORT_KEY).exists()
+    assert {EXPORT_KEY, "README.md", "eval.json"} < {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize(

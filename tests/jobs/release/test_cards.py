@@ -204,6 +204,17 @@ def test_an_export_of_another_run_is_refused(
         )
 
 
+def test_a_damaged_export_costs_the_others_nothing(
+    run: ObjectStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.put("exports/ct/config.json", b"{")
+    update_cards(run)
+    assert "exports/ct/config.json is damaged" in capsys.readouterr().err
+    assert run.exists("README.md")
+    assert not run.exists("exports/ct/README.md")
+    assert command(run.root_url, "--to", f"{run.root_url}/exports/ct") == 4
+
+
 def changed(run: ObjectStore, **recipe: Any) -> FinishedRun:
     read = read_run(run, run.root_url)
     return dataclasses.replace(read, recipe=read.recipe.model_copy(update=recipe))
