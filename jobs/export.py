@@ -111,9 +111,9 @@ def log_exported(made: MadeExport) -> None:
     )
 
 
-def log_notes(described: ExportDescription) -> None:
-    """Say what a person should know before an export is served."""
-    for note in described.notes:
+def log_notes(*described: ExportDescription) -> None:
+    """Say what a person should know before exports are served; each note once."""
+    for note in dict.fromkeys(note for one in described for note in one.notes):
         log_event("note", note)
 
 

@@ -62,8 +62,7 @@ class ForeseenExports:
 
     def warn(self, recipe: Recipe) -> None:
         """Before hours are spent, say what no runtime would serve well."""
-        for one in self.asked:
-            log_notes(one)
+        log_notes(*self.asked)
         if isinstance(self.otherwise, str):
             text = f"recipe {recipe.name} is meant to be served, but: {self._otherwise()}"
             log_event("note", text, level=logging.WARNING)
