@@ -20,7 +20,7 @@ from jobs.summary import Summary
 from pipeline.calibration.windows import TokenWindows
 from pipeline.errors import CalibrationTextError, PipelineError
 from pipeline.evaluation.batches import EvaluationSet
-from pipeline.executor.allocation import allocate, may_have_gpu, this_machine, worker_environment
+from pipeline.executor.allocation import allocate, may_have_gpu, this_machine
 from pipeline.executor.local_process import LocalProcess, local_process
 from pipeline.executor.protocol import (
     Allocation,
@@ -31,6 +31,7 @@ from pipeline.executor.protocol import (
     NodeRoom,
     WorkerLostError,
 )
+from pipeline.executor.worker_environment import worker_environment
 from pipeline.fidelity import Fidelity, fidelity_of
 from pipeline.plan import Plan
 from pipeline.planning.estimates import Estimate

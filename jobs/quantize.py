@@ -197,7 +197,7 @@ def resume_job(
         check_identity(plan, found, source_url, finished=finished)
         return _evaluation_set(job, plan, runner)
 
-    spec = dataclasses.replace(spec, threads=spec.threads or int(plan.machine["threads"]))
+    spec = plan.resuming(spec, finished=finished)
     with open_compute(spec, source_url, output_url, address=address) as compute:
         _log_allocation(compute.allocation, spec, address)
         with status("checking that source and machine are what they were"):

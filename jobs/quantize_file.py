@@ -17,9 +17,10 @@ from jobs.reachable import absolute, check_writable, reachable
 from jobs.release.cards import update_cards
 from jobs.summary import left_in_float, schemes_table, summarized_schemes
 from pipeline.errors import PipelineError, PlanMismatchError
-from pipeline.executor.allocation import allocate, this_machine, worker_environment
+from pipeline.executor.allocation import allocate, this_machine
 from pipeline.executor.local_process import local_process
 from pipeline.executor.protocol import ComputeSpec
+from pipeline.executor.worker_environment import worker_environment
 from pipeline.plain.plan import MODEL_KEY, PlainPlan, layer_records
 from pipeline.recipe.recipe import Recipe
 from pipeline.remote_planning import plan_plain, quantize_plain

@@ -7,7 +7,7 @@ out. The number of workers decides none, and is no part of it. Reading a plan ne
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Self
 
@@ -15,6 +15,7 @@ from pydantic import ConfigDict
 
 from pipeline.canonical import digest_of
 from pipeline.errors import DamagedObjectError
+from pipeline.executor.protocol import ComputeSpec
 from pipeline.fold import Fold
 from pipeline.recipe.recipe import (
     LayerKind,
@@ -167,7 +168,8 @@ class Plan(StoredRecord):
         model, task: the classes of the backbone, and of what stock KerasHub loads.
         recipe: without a calibration that no scheme needs.
         tokens: the calibration; None if no layer needs any.
-        machine: platform, device and threads of each worker; others may round differently.
+        machine: what each worker computes on (see `pipeline.machine`); others may round
+            differently.
         versions: of the packages that compute the result.
         policies: dtype policy by layer path, as the artifact's JSON names them.
         weights_format: 2 compresses float8 kernels in the weights files; 1 stores them as they
@@ -202,6 +204,27 @@ class Plan(StoredRecord):
             if group["fold"] is None:
                 del group["fold"]
         return values
+
+    @property
+    def threads(self) -> int | None:
+        """Of each worker's matrix products; None if they decide nothing, as on GPUs."""
+        threads = self.machine.get("threads")
+        return None if threads is None else int(threads)
+
+    @property
+    def device(self) -> Literal["cpu", "gpu"]:
+        """What its workers compute on."""
+        return "cpu" if self.machine["platform"] == "cpu" else "gpu"
+
+    def resuming(self, spec: ComputeSpec, *, finished: bool) -> ComputeSpec:
+        """What to ask of a cluster to go on with the run, where the user leaves it open.
+
+        Args:
+            finished: it is only to be evaluated, which any device can do.
+        """
+        threads = spec.threads or self.threads
+        device = spec.device if finished or spec.device != "auto" else self.device
+        return replace(spec, threads=threads, device=device)
 
     @property
     def num_blocks(self) -> int:

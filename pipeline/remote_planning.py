@@ -35,14 +35,16 @@ def start_worker(source_url: str, run_url: str) -> Callable[[], WorkerApi]:
     """Import what takes long; returns a function that opens the worker, once the run is claimed.
 
     Raises:
-        ExecutorError: Keras runs on another backend.
+        ExecutorError: Keras runs on another backend, or not on the GPU that the process is given.
     """
     import keras
 
+    from pipeline.machine import check_device
     from pipeline.worker.worker import Worker
 
     if keras.backend.backend() != "jax":
         raise ExecutorError(f"a worker started with Keras on {keras.backend.backend()}, not JAX")
+    check_device()
     # The plan comes from storage: it is too large for an argument that restarts must find again.
     return lambda: Worker(read_plan(open_store(run_url)), source_url, run_url)
 

@@ -135,6 +135,8 @@ class Resources(_Mapping):
     threads: Annotated[StrictInt, Field(ge=1, le=10_000)] | None = None
     """Per worker. They affect rounding, and so are part of the request."""
     device: Device = "auto"
+    accelerator: Annotated[StrictStr, Field(min_length=1)] | None = None
+    """The kind of GPU, as Ray names it, such as H100; needed where a cluster has several."""
     memory: Annotated[ByteSize, BeforeValidator(_size)] | None = None
     """Per worker, such as 8GiB. A run whose plan needs more is rejected."""
 

@@ -100,7 +100,15 @@ class Request(StoredRecord):
             "threads": self.needs.threads,
             "device": self.needs.device,
         }
+        if self.needs.accelerator is not None:
+            decisive["accelerator"] = self.needs.accelerator
         return f"{self._name}-{digest_of(decisive)[:12]}"
+
+    def content(self) -> dict[str, Any]:
+        values = super().content()
+        if self.needs.accelerator is None:
+            del values["needs"]["accelerator"]  # older versions knew no such field
+        return values
 
     @cached_property
     def request_id(self) -> str:

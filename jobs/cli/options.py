@@ -33,6 +33,10 @@ Threads = Annotated[
     typer.Option(min=1, help="Threads per worker. They affect rounding, so the plan fixes them."),
 ]
 Device = Annotated[protocol.Device, typer.Option(help="What workers compute on.")]
+Accelerator = Annotated[
+    str | None,
+    typer.Option(help="Kind of GPU, as Ray names it, such as H100, if the cluster has several."),
+]
 EvaluateOn = Annotated[
     list[str] | None,
     typer.Option(help="Texts to evaluate on, other than the calibration texts; repeatable."),

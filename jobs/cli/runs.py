@@ -66,6 +66,7 @@ def quantize(
     workers: options.Workers = None,
     threads: options.Threads = None,
     device: options.Device = "auto",
+    accelerator: options.Accelerator = None,
     keep_every: options.KeepEvery = 8,
     wait: options.Wait = True,
     lease_seconds: options.LeaseSeconds = 60.0,
@@ -90,6 +91,7 @@ def quantize(
                 "--export": export,
                 "--address": address,
                 "--workers": workers,
+                "--accelerator": accelerator,
             },
         )
     from jobs.execute import DriverOptions
@@ -105,7 +107,7 @@ def quantize(
         exports=_exports(export or (), like),
         options=DriverOptions(keep_every=keep_every, wait=wait, lease_seconds=lease_seconds),
     )
-    spec = ComputeSpec(workers=workers, threads=threads, device=device)
+    spec = ComputeSpec(workers=workers, threads=threads, device=device, accelerator=accelerator)
     changed = _recipe(recipe, texts, num_samples, sequence_length, chat)
     if dtype is not None:
         changed = changed.model_copy(update={"dtype": dtype})
@@ -129,6 +131,7 @@ def resume(
     workers: options.Workers = None,
     threads: options.Threads = None,
     device: options.Device = "auto",
+    accelerator: options.Accelerator = None,
     keep_every: options.KeepEvery = 8,
     wait: options.Wait = True,
     lease_seconds: options.LeaseSeconds = 60.0,
@@ -144,7 +147,7 @@ def resume(
         output_url=output,
         options=DriverOptions(keep_every=keep_every, wait=wait, lease_seconds=lease_seconds),
     )
-    spec = ComputeSpec(workers=workers, threads=threads, device=device)
+    spec = ComputeSpec(workers=workers, threads=threads, device=device, accelerator=accelerator)
     resume_job(job, spec, address, as_json=as_json)
 
 
@@ -159,6 +162,7 @@ def evaluate(
     address: options.Address = None,
     workers: options.Workers = None,
     device: options.Device = "auto",
+    accelerator: options.Accelerator = None,
     as_json: options.Json = False,
 ) -> None:
     """Compare a finished result with its source, on texts, multiple-choice questions or both."""
@@ -176,7 +180,7 @@ def evaluate(
         tasks=tuple(tasks or ()),
         chat=chat,
     )
-    spec = ComputeSpec(workers=workers, device=device)
+    spec = ComputeSpec(workers=workers, device=device, accelerator=accelerator)
     resume_job(job, spec, address, as_json=as_json, must_be_finished=True)
 
 

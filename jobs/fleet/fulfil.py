@@ -145,10 +145,9 @@ class _RequestCompute:
             # Workers on another run would keep what this one needs.
             self.stack.close()
             spec = self.request.needs
-            if spec.threads is None and store.exists(PLAN_KEY):
-                # As the run was started: their number decides rounding.
-                threads = int(read_plan(store).machine["threads"])
-                spec = dataclasses.replace(spec, threads=threads)
+            if store.exists(PLAN_KEY):
+                # As the run was started: it decides rounding.
+                spec = read_plan(store).resuming(spec, finished=store.exists(MANIFEST_KEY))
             opened = self.open_compute(spec, self.request.source_url, store.root_url)
             self.opened = store.root_url, self.stack.enter_context(opened)
         return self.opened[1]

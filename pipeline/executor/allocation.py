@@ -1,4 +1,4 @@
-"""What workers a run gets of the nodes that there are, and the environment that they start with.
+"""What workers a run gets of the nodes that there are.
 
 Decided without Ray, so that planning need not wait for it.
 """
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pipeline.executor.protocol import Allocation, ComputeSpec, ExecutorError, NodeRoom
-from pipeline.storage.backend import PATIENCE_VARIABLE
 
 _OBJECT_STORE_SHARE = 0.3
 """Of the available memory: what Ray takes for the objects that workers exchange."""
@@ -19,45 +18,53 @@ _OBJECT_STORE_SHARE = 0.3
 
 @dataclass(frozen=True, kw_only=True)
 class NodeResources:
-    """What one node has for workers."""
+    """What one node has for workers.
+
+    Attributes:
+        accelerator: the kind of its GPUs, as Ray names it, such as H100; "" if it is not known.
+    """
 
     cpus: int
     gpus: int = 0
     memory_bytes: int = 0
+    accelerator: str = ""
 
 
 def allocate(spec: ComputeSpec, nodes: Sequence[NodeResources]) -> Allocation:
     """Give a run what it asks for, or else one worker per node with all its CPUs, or one per GPU.
 
+    Of GPUs all workers get the same kind: others round differently. Nodes without them do not count
+    then, since no worker can be there.
+
     Raises:
-        ExecutorError: the nodes have less than is asked for.
+        ExecutorError: the nodes have less than is asked for, or GPUs of several kinds of which the
+            user names none.
     """
-    gpus = sum(node.gpus for node in nodes)
-    cpus = [node.cpus for node in nodes if node.cpus]
-    workers, threads = spec.workers, spec.threads
-    if not cpus:
+    if not any(node.cpus for node in nodes):
         raise ExecutorError("the cluster has no CPU for workers; add a node, or wait for one")
-    if spec.device == "gpu" and not gpus:
+    on_gpus = spec.device != "cpu" and any(node.gpus for node in nodes)
+    if spec.device == "gpu" and not on_gpus:
         raise ExecutorError("the cluster has no GPU; use --device cpu, or add a node with one")
-    if gpus and spec.device != "cpu":
-        threads = threads or max(1, sum(cpus) // gpus)
-        workers = workers or gpus
-        if workers > gpus:
-            raise ExecutorError(f"{workers} workers need as many GPUs; the cluster has {gpus}")
-        room = [node.gpus for node in nodes]
-    else:
-        threads = threads or _most_threads(cpus, workers or len(cpus))
-        room = [node.cpus // threads for node in nodes]
-        workers = workers or max(1, sum(room))
-        if workers > sum(room):
-            raise ExecutorError(
-                f"{workers} workers of {threads} threads do not fit the cluster's {sum(cpus)} CPUs "
-                f"(room for {sum(room)}); ask for fewer --workers or --threads"
-            )
+    if on_gpus:
+        nodes = _of_one_kind([node for node in nodes if node.gpus], spec.accelerator)
+        _check_gpus(nodes, spec.workers)
+    # Where the user does not say: one per node, or one per GPU.
+    each = (_room(node, 1, on_gpus=True) if on_gpus else min(node.cpus, 1) for node in nodes)
+    workers = spec.workers or sum(each)
+    threads = spec.threads or _most_threads(nodes, workers, on_gpus=on_gpus)
+    room = [_room(node, threads, on_gpus=on_gpus) for node in nodes]
+    workers = spec.workers or max(1, sum(room))
+    if workers > sum(room):
+        raise ExecutorError(
+            f"{workers} workers of {threads} threads do not fit the cluster's "
+            f"{sum(node.cpus for node in nodes)} CPUs{' beside GPUs' if on_gpus else ''} "
+            f"(room for {sum(room)}); ask for fewer --workers or --threads"
+        )
     return Allocation(
         workers=workers,
         threads=threads,
-        gpus=1 if gpus and spec.device != "cpu" else 0,
+        gpus=1 if on_gpus else 0,
+        accelerator=nodes[0].accelerator if on_gpus else "",
         nodes=tuple(
             NodeRoom(
                 workers=min(count, workers),
@@ -72,9 +79,53 @@ def allocate(spec: ComputeSpec, nodes: Sequence[NodeResources]) -> Allocation:
     )
 
 
-def _most_threads(cpus: Sequence[int], workers: int) -> int:
-    """The most threads per worker, such that so many workers fit the nodes; at least one."""
-    fitting = (t for t in range(min(cpus), 1, -1) if sum(c // t for c in cpus) >= workers)
+def _of_one_kind(nodes: Sequence[NodeResources], wanted: str | None) -> list[NodeResources]:
+    """The nodes with GPUs of the kind that the user wants, or else of the only kind there is."""
+    kinds = sorted({node.accelerator for node in nodes})
+    found = ", ".join(
+        f"{_number_of_gpus([node for node in nodes if node.accelerator == kind])} × "
+        f"{kind or 'of an unknown kind'}"
+        for kind in kinds
+    )
+    if wanted is not None and wanted not in kinds:
+        raise ExecutorError(
+            f"--accelerator {wanted}: the cluster has no such GPU, but {found}; name one of these"
+        )
+    if wanted is None and len(kinds) > 1:
+        raise ExecutorError(
+            f"the cluster has GPUs of several kinds, which round differently: {found}; say which "
+            f"the run is to take, such as --accelerator {next(filter(None, kinds))}"
+        )
+    return [node for node in nodes if wanted is None or node.accelerator == wanted]
+
+
+def _check_gpus(nodes: Sequence[NodeResources], workers: int | None) -> None:
+    gpus, room = _number_of_gpus(nodes), sum(_room(node, 1, on_gpus=True) for node in nodes)
+    if workers is not None and workers > gpus:
+        raise ExecutorError(f"{workers} workers need as many GPUs; the cluster has {gpus}")
+    if not room:
+        raise ExecutorError("the cluster's nodes with GPUs have no CPU for workers; give them some")
+
+
+def _number_of_gpus(nodes: Sequence[NodeResources]) -> int:
+    return sum(node.gpus for node in nodes)
+
+
+def _room(node: NodeResources, threads: int, *, on_gpus: bool) -> int:
+    """How many workers of so many threads fit a node."""
+    return min(node.gpus, node.cpus // threads) if on_gpus else node.cpus // threads
+
+
+def _most_threads(nodes: Sequence[NodeResources], workers: int, *, on_gpus: bool) -> int:
+    """The most threads per worker, such that so many workers fit the nodes; at least one.
+
+    No more than the smallest node has CPUs, so that each can hold one.
+    """
+    fitting = (
+        threads
+        for threads in range(min(node.cpus for node in nodes if node.cpus), 1, -1)
+        if sum(_room(node, threads, on_gpus=on_gpus) for node in nodes) >= workers
+    )
     return next(fitting, 1)
 
 
@@ -88,8 +139,11 @@ def this_machine(spec: ComputeSpec) -> NodeResources:
 
 
 def may_have_gpu() -> bool:
-    """Whether this machine may have a GPU; how many there are, and of which kind, Ray finds out."""
-    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
+    """Whether this machine may have a GPU; how many there are, and of which kind, Ray finds out.
+
+    One of NVIDIA's: workers compute on no others.
+    """
+    return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def _usable_cpus() -> int:
@@ -149,53 +203,3 @@ def _read(file: Path) -> str:
         return file.read_text("ascii").strip()
     except OSError:
         return ""
-
-
-_JAX_DEFAULTS = {
-    "JAX_ENABLE_X64": "0",
-    "JAX_DEFAULT_MATMUL_PRECISION": "default",
-    "JAX_NUMPY_DTYPE_PROMOTION": "standard",
-    "JAX_NUMPY_RANK_PROMOTION": "allow",
-    "JAX_DISABLE_JIT": "0",
-    "JAX_DEBUG_NANS": "0",
-    "JAX_DEBUG_INFS": "0",
-    "JAX_TRANSFER_GUARD": "allow",
-}
-"""JAX's settings that decide types and rounding, or what it refuses, as if nobody had set any."""
-
-
-def worker_environment(allocation: Allocation) -> dict[str, str]:
-    """Environment variables of every process that computes; no secrets among them."""
-    # In the home directory: programs from where others may write are not to be trusted.
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = home / "quantfleet" / "xla"
-    environment = {
-        # Without it Keras takes TensorFlow.
-        "KERAS_BACKEND": "jax",
-        # Keras reads its dtype and epsilon from a file there, by default in the home directory.
-        "KERAS_HOME": str(home / "quantfleet" / "keras"),
-        "KERAS_NNX_ENABLED": "false",
-        **_JAX_DEFAULTS,
-        # May change how products are rounded: the same for all workers, and named in the plan.
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-        # The size of XLA's thread pool, on which the rounding of its products depends.
-        "NPROC": str(allocation.threads),
-        "OMP_NUM_THREADS": str(allocation.threads),
-        "OPENBLAS_NUM_THREADS": str(allocation.threads),
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        # glibc would keep what each thread has freed apart from the others.
-        "MALLOC_ARENA_MAX": "1",
-        # Large pages where the kernel has them: a worker touches gigabytes anew, and on a virtual
-        # machine a page fault is slow. Of two settings the last counts: the user's.
-        "GLIBC_TUNABLES": ":".join(
-            filter(None, ("glibc.malloc.hugetlb=1", os.environ.get("GLIBC_TUNABLES")))
-        ),
-    }
-    if not allocation.gpus:
-        environment["JAX_PLATFORMS"] = "cpu"
-    if PATIENCE_VARIABLE in os.environ:
-        environment[PATIENCE_VARIABLE] = os.environ[PATIENCE_VARIABLE]
-    return environment

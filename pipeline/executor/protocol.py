@@ -36,6 +36,8 @@ class ComputeSpec:
     Attributes:
         workers, threads: how many workers, and threads of each one's matrix products.
         memory_bytes: the most that a worker may use.
+        accelerator: the kind of GPU, as Ray names it, such as H100; None for the only kind there
+            is.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -44,6 +46,14 @@ class ComputeSpec:
     threads: int | None = None
     device: Device = "auto"
     memory_bytes: int | None = None
+    accelerator: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.accelerator is not None and self.device == "cpu":
+            raise ExecutorError(
+                f"accelerator {self.accelerator} is a kind of GPU, and the device is to be cpu; "
+                "leave out one of the two"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,19 +69,26 @@ class Allocation:
     """What a run gets.
 
     Attributes:
-        threads: of each worker's matrix products; their number decides rounding.
+        threads: of each worker's matrix products, whose rounding their number decides on CPUs.
         gpus: of each worker: 0 or 1.
+        accelerator: the kind of these GPUs, as Ray names it; "" if it is not known.
         nodes: those with room for workers.
     """
 
     workers: int
     threads: int
     gpus: int = 0
+    accelerator: str = ""
     nodes: tuple[NodeRoom, ...] = ()
 
-    def to_dict(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, int | str]:
         """Plain JSON values, without the nodes."""
-        return {"workers": self.workers, "threads": self.threads, "gpus": self.gpus}
+        found: dict[str, int | str] = {
+            "workers": self.workers,
+            "threads": self.threads,
+            "gpus": self.gpus,
+        }
+        return found | ({"accelerator": self.accelerator} if self.accelerator else {})
 
 
 class Handle(Generic[T]):

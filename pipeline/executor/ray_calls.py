@@ -183,10 +183,13 @@ def _outcome(object_ref: Any) -> tuple[Any, Exception | None]:
         if not (isinstance(error, exceptions.RayActorError) and error.actor_init_failed):
             return None, LostCallError(type(error).__name__)
         # Ray does not restart an actor whose constructor failed.
-        reason = str(error).strip().splitlines()[-1].strip()[:300]
+        reason = str(error).strip().splitlines()[-1].strip()
+        _, own, told = reason.partition(f"{ExecutorError.__name__}: ")
+        if own:  # which says what to do
+            return None, ExecutorError(f"a worker cannot start: {told}")
         return None, ExecutorError(
-            f"a worker cannot start ({reason}); check that quantfleet is installed alike on all "
-            "nodes of the cluster, then resume"
+            f"a worker cannot start ({reason[:300]}); check that quantfleet is installed alike on "
+            "all nodes of the cluster, then resume"
         )
     except exceptions.RayError as error:
         reason = " ".join(str(error).split())[:300]

@@ -21,6 +21,10 @@ from pipeline.executor.allocation import NodeResources, allocate
 from pipeline.executor.protocol import Allocation, ComputeSpec, ExecutorError
 from pipeline.executor.ray_room import cannot_start, usable_folder
 
+ACCELERATOR_PREFIX = "accelerator_type:"
+"""Of the resource by which Ray 2.60 names the kind of a node's GPUs."""
+ACCELERATOR_AMOUNT = 0.001
+"""What an actor of a kind takes of that resource, of which each such node has 1."""
 _CODE = Path(__file__).parents[2]
 _CHECK_SECONDS = 5.0
 _HEAD_SECONDS = 30.0
@@ -143,6 +147,8 @@ def allocate_on_cluster(spec: ComputeSpec) -> Allocation:
     """
     patience = _patience_seconds()
     bundle = {"CPU": float(spec.threads or 1)} | ({"GPU": 1.0} if spec.device == "gpu" else {})
+    if spec.device == "gpu" and spec.accelerator is not None:
+        bundle |= {f"{ACCELERATOR_PREFIX}{spec.accelerator}": ACCELERATOR_AMOUNT}
     wanted = spec.workers or 1
     if patience and _room(bundle) < wanted:
         request_resources(bundles=[bundle] * wanted)
@@ -164,10 +170,17 @@ def allocate_on_cluster(spec: ComputeSpec) -> Allocation:
             cpus=int(resources.get("CPU", 0)),
             gpus=int(resources.get("GPU", 0)),
             memory_bytes=int(resources.get("memory", 0)),
+            accelerator=_accelerator(resources),
         )
         for resources in _live_nodes()
     ]
     return allocate(spec, nodes)
+
+
+def _accelerator(resources: dict[str, float]) -> str:
+    """The kind of a node's GPUs; Ray takes all of one node for alike."""
+    names = (name for name in sorted(resources) if name.startswith(ACCELERATOR_PREFIX))
+    return next(names, "").removeprefix(ACCELERATOR_PREFIX)
 
 
 def _live_nodes() -> list[dict[str, float]]:

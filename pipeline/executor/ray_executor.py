@@ -14,7 +14,6 @@ from typing import Any, Concatenate, cast
 
 import ray
 
-from pipeline.executor.allocation import worker_environment
 from pipeline.executor.protocol import (
     Allocation,
     ExecutorError,
@@ -26,6 +25,7 @@ from pipeline.executor.protocol import (
 )
 from pipeline.executor.ray_calls import PING_GROUP, Call, PendingCalls, ask_all, result_of
 from pipeline.executor.ray_cluster import GcsMonitor
+from pipeline.executor.worker_environment import worker_environment
 
 _CONCURRENT_GROUP = "concurrent"
 _MOST_RUNS = 4
@@ -65,6 +65,7 @@ class RayExecutor:
         options: dict[str, Any] = {
             "num_cpus": allocation.threads,
             "num_gpus": allocation.gpus,
+            "accelerator_type": allocation.accelerator or None,
             "max_restarts": -1,
             # Lost calls are repeated here: Ray's own repetitions outlive a worker's death, whose
             # shards must be restored first, and it prints them on standard output.

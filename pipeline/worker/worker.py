@@ -21,6 +21,7 @@ from pipeline.evaluation.answers import ChoiceLikelihood
 from pipeline.evaluation.batches import EvaluationSet
 from pipeline.executor.protocol import WorkerLostError
 from pipeline.fidelity import WindowFidelity
+from pipeline.machine import check_machine
 from pipeline.model.blocks import Call
 from pipeline.model.inputs import InputBatch
 from pipeline.plan import LayerPlan, Plan
@@ -160,7 +161,7 @@ class Worker(WorkerApi):
         return self._model.read(part)
 
     def restore(self, block: int, shards: Sequence[int], start: int) -> None:
-        self._compiled.begin()
+        self._begin()
         missing = [index for index in shards if not self._shards.has(index, block)]
         for index in set(shards) - set(missing):
             for batch in self._shards.get(index, block):
@@ -261,7 +262,7 @@ class Worker(WorkerApi):
         self._finish_block(block, shards, self._weights(block, values, solved))
 
     def quantize_alone(self, part: int) -> PartRecord:
-        self._compiled.begin()
+        self._begin()
         values = self._model.read(part)
         paths = [layer.path for layer in self._plan.parts[part].layers if layer.scheme]
         return self.commit(part, "", values, self.solve(part, paths, values, None))
@@ -292,6 +293,11 @@ class Worker(WorkerApi):
             numbers,
             predicts_tokens=self._model.skeleton.predicts_tokens,
         )
+
+    def _begin(self) -> None:
+        """Before anything is computed that the run stores; evaluation may be done anywhere."""
+        check_machine(self._plan.machine)
+        self._compiled.begin()
 
     def _layers(self, part: int, paths: Iterable[str]) -> list[LayerPlan]:
         layers = {layer.path: layer for layer in self._plan.parts[part].layers}

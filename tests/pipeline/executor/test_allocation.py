@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 
 from pipeline.executor import allocation
-from pipeline.executor.allocation import NodeResources, allocate, this_machine, worker_environment
-from pipeline.executor.protocol import Allocation, ComputeSpec, ExecutorError, NodeRoom
+from pipeline.executor.allocation import NodeResources, allocate, this_machine
+from pipeline.executor.protocol import ComputeSpec, ExecutorError, NodeRoom
 
 GIB = 1 << 30
 EIGHT = NodeResources(cpus=8, memory_bytes=16 * GIB)
 TWO = NodeResources(cpus=2, memory_bytes=4 * GIB)
 TWO_GPUS = NodeResources(cpus=8, gpus=2, memory_bytes=16 * GIB)
+ONE_GPU = NodeResources(cpus=8, gpus=1, memory_bytes=16 * GIB)
+H100 = NodeResources(cpus=8, gpus=1, memory_bytes=16 * GIB, accelerator="H100")
+L4 = NodeResources(cpus=4, gpus=2, memory_bytes=16 * GIB, accelerator="L4")
 
 
 @pytest.mark.parametrize(
@@ -32,6 +35,13 @@ TWO_GPUS = NodeResources(cpus=8, gpus=2, memory_bytes=16 * GIB)
         ([TWO_GPUS], ComputeSpec(), (2, 4, 1)),
         ([TWO_GPUS, EIGHT], ComputeSpec(workers=1, device="gpu"), (1, 8, 1)),
         ([TWO_GPUS], ComputeSpec(device="cpu"), (1, 8, 0)),
+        # A worker's threads have to fit a node with a GPU: others lend it none.
+        ([ONE_GPU] * 4 + [EIGHT] * 8, ComputeSpec(), (4, 8, 1)),
+        ([TWO_GPUS, ONE_GPU], ComputeSpec(), (3, 4, 1)),
+        ([TWO_GPUS, EIGHT], ComputeSpec(threads=8), (1, 8, 1)),
+        ([NodeResources(cpus=1, gpus=4), TWO], ComputeSpec(), (1, 1, 1)),
+        ([NodeResources(cpus=0, gpus=1), ONE_GPU], ComputeSpec(), (1, 8, 1)),
+        ([H100, H100, L4], ComputeSpec(accelerator="H100"), (2, 8, 1)),
     ],
 )
 def test_workers_threads_and_gpus(
@@ -48,6 +58,27 @@ def test_workers_threads_and_gpus(
         ([EIGHT], ComputeSpec(device="gpu"), "no GPU; use --device cpu"),
         ([TWO_GPUS], ComputeSpec(workers=3), "3 workers need as many GPUs; the cluster has 2"),
         ([NodeResources(cpus=0)], ComputeSpec(), "no CPU for workers"),
+        (
+            [NodeResources(cpus=0, gpus=1), EIGHT],
+            ComputeSpec(),
+            "nodes with GPUs have no CPU for workers",
+        ),
+        (
+            [TWO_GPUS, EIGHT],
+            ComputeSpec(workers=2, threads=8),
+            r"2 workers of 8 threads do not fit.*8 CPUs beside GPUs \(room for 1\)",
+        ),
+        (
+            [L4, H100, H100],
+            ComputeSpec(),
+            r"several kinds, which round differently: 2 × H100, 2 × L4; say .*--accelerator H100",
+        ),
+        ([L4, ONE_GPU], ComputeSpec(), r"1 × of an unknown kind, 2 × L4; .*--accelerator L4"),
+        (
+            [L4],
+            ComputeSpec(accelerator="H100"),
+            "--accelerator H100: the cluster has no such GPU, but 2 × L4",
+        ),
     ],
 )
 def test_more_than_there_is_is_refused(
@@ -148,13 +179,17 @@ def test_control_groups_limit_this_machine(
     assert 0 < limited.memory_bytes <= min(free.memory_bytes, 2 * GIB)
 
 
-def test_a_worker_is_given_its_backend_and_threads_and_no_secret(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary")
-    given = worker_environment(Allocation(workers=2, threads=3))
-    assert given["KERAS_BACKEND"] == "jax"
-    assert given["NPROC"] == given["OMP_NUM_THREADS"] == "3"
-    assert given["JAX_PLATFORMS"] == "cpu"
-    assert "canary" not in str(given)
-    assert "JAX_PLATFORMS" not in worker_environment(Allocation(workers=1, threads=1, gpus=1))
+def test_the_kind_of_gpu_is_part_of_what_a_run_gets() -> None:
+    assert allocate(ComputeSpec(device="gpu"), [H100, EIGHT]).accelerator == "H100"
+    assert allocate(ComputeSpec(accelerator="L4"), [H100, L4]).to_dict() == {
+        "workers": 2,
+        "threads": 2,
+        "gpus": 1,
+        "accelerator": "L4",
+    }
+    assert allocate(ComputeSpec(), [EIGHT]).to_dict() == {"workers": 1, "threads": 8, "gpus": 0}
+
+
+def test_a_kind_of_gpu_for_workers_on_cpus_is_refused() -> None:
+    with pytest.raises(ExecutorError, match="accelerator H100 is a kind of GPU"):
+        ComputeSpec(device="cpu", accelerator="H100")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import SourceError
-from pipeline.executor.allocation import worker_environment
 from pipeline.executor.local_process import local_process
 from pipeline.executor.protocol import Allocation, ExecutorError
+from pipeline.executor.worker_environment import worker_environment
 
 
 def environment_of(name: str) -> tuple[int, str | None]:

@@ -12,8 +12,8 @@ from typing import Literal
 
 import pytest
 
-from pipeline.executor.allocation import worker_environment
 from pipeline.executor.protocol import Allocation
+from pipeline.executor.worker_environment import worker_environment
 from pipeline.model.preset import read_preset
 from pipeline.plan import Plan
 from pipeline.planning.estimates import bits_per_weight, estimate
