@@ -15,10 +15,11 @@ PIP := $(BIN)/python -m pip install --no-input --quiet
 LOCKED := $(VENV)/.locked
 READY  := $(VENV)/.ready
 TORCH  := $(VENV)/.torch
+CUDA   := $(VENV)/.cuda
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv torch test test-all test-s3 test-serve lint format demo bench lock clean
+.PHONY: help venv venv-gpu torch test test-all test-s3 test-serve lint format demo bench lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "%-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +34,13 @@ $(LOCKED): requirements.lock
 # The lock pins the build backend too: nothing is fetched here.
 $(READY): $(LOCKED) pyproject.toml
 	$(PIP) --no-deps --no-build-isolation --no-index --editable .
+	@touch $@
+
+venv-gpu: $(CUDA)  ## the same, with CUDA 12 for nodes with NVIDIA's driver, from infra/container/gpu.lock
+
+# Beside the lock, which is for all platforms: 5 GB that only GPU nodes need.
+$(CUDA): $(READY) infra/container/gpu.lock
+	$(PIP) --no-deps --require-hashes -r infra/container/gpu.lock
 	@touch $@
 
 torch: $(TORCH)  ## install PyTorch, the second backend that the tests load artifacts on

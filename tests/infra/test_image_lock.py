@@ -103,3 +103,12 @@ def test_googles_client_fits_the_lock_and_is_checked_by_hash() -> None:
 
 def _read(name: str) -> str:
     return Path(INFRA / "container" / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("extra", ["cuda12", "cuda13"])
+def test_the_extras_for_gpus_are_those_of_the_jax_that_is_asked_for(extra: str) -> None:
+    [jax] = (name for name in PROJECT["project"]["dependencies"] if name.startswith("jax>"))
+    wanted = jax.replace("jax", f"jax[{extra}]", 1)
+    assert PROJECT["project"]["optional-dependencies"][extra] == [wanted]
+    # pip only warns of an extra that a package does not have, and installs none of it.
+    assert extra in (metadata.metadata("jax").get_all("Provides-Extra") or ())
