@@ -44,7 +44,7 @@ from pipeline.model.preset import CONFIG_FILE, check_preset
 from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.planning.estimates import Estimate, estimate
 from pipeline.recipe.recipe import Recipe
-from pipeline.remote_planning import identity, plan_run
+from pipeline.remote_planning import identity, plan_by_metadata, plan_on
 from pipeline.run.commits import read_manifest
 from pipeline.run.driver import claim
 from pipeline.run.evaluations import Evaluation
@@ -102,7 +102,11 @@ def run_job(
     def plan_all(runner: FunctionRunner) -> _PlannedJob:
         # Before all else, since it reads no weights.
         exports = foresee_exports(runner, job.source_url, recipe, job.exports, dry_run=dry_run)
-        plan, windows = runner.run(plan_run, job.source_url, recipe, compute.allocation.threads)
+        given = job.source_url, recipe, compute.allocation.threads
+        if dry_run:
+            plan, windows, _ = runner.run(plan_by_metadata, *given)
+        else:
+            plan, windows = plan_on(runner, *given)
         check_exports(runner, job.source_url, plan, job.exports)
         # Before anything is claimed: a mistyped file must not cost a run.
         judged_on = None if dry_run else _evaluation_set(job, plan, runner)
@@ -302,7 +306,8 @@ def _print_plan(
 ) -> None:
     plan = planned.plan
     values = {
-        "plan_digest": plan.digest,
+        # Which follows from the weights, too.
+        "plan_digest": plan.digest if plan.is_complete else None,
         "share": dataclasses.asdict(plan.share),
         "estimate": dataclasses.asdict(costs) | {"flops": costs.flops},
     }

@@ -118,7 +118,7 @@ class PartPlan:
     Attributes:
         name: the block's name; "rest" for part 0.
         source_bytes: size of its variables in the source.
-        source_sha256: of their values (see `pipeline.weights.source.values_digest`).
+        source_sha256: of their values (see `pipeline.weights.digests`); "" in a dry run's plan.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -236,6 +236,16 @@ class Plan(StoredRecord):
         return Share.of(self.recipe, [layer for part in self.parts for layer in part.layers])
 
     @property
+    def is_complete(self) -> bool:
+        """Whether it names all of its source's weights; without that, it has no digest."""
+        return all(part.source_sha256 for part in self.parts)
+
+    def of_source(self, digests: Sequence[str]) -> Plan:
+        """The same plan, for weights with these digests, part by part."""
+        parts = zip(self.parts, digests, strict=True)
+        return replace(self, parts=tuple(replace(x, source_sha256=digest) for x, digest in parts))
+
+    @property
     def chained(self) -> bool:
         """Whether a block's result depends on the blocks before it."""
         return self.tokens is not None
@@ -248,6 +258,7 @@ class Plan(StoredRecord):
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything that decides the result."""
+        assert self.is_complete, "a dry run's plan has no digest"
         values = self.content()
         del values["source_url"]
         return digest_of(values)

@@ -5,13 +5,14 @@ The driver imports this module, so JAX, Keras and all that needs them are import
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from pipeline.errors import PipelineError
 from pipeline.evaluation.choices import TaskRows, task_rows
 from pipeline.evaluation.tasks import read_tasks
-from pipeline.executor.protocol import ExecutorError
+from pipeline.executor.protocol import ExecutorError, FunctionRunner
 from pipeline.export.description import ExportDescription, MadeExport
 from pipeline.export.settings import ExportSettings
 from pipeline.plain.plan import PlainPlan
@@ -20,6 +21,10 @@ from pipeline.recipe.recipe import Calibration, Recipe
 from pipeline.run.records import Manifest
 from pipeline.run.worker_api import WorkerApi
 from pipeline.storage.object_store import open_store
+from pipeline.weights.digests import SizedPath, VariableDigest, part_digests, shares
+
+Variables: TypeAlias = tuple[tuple[SizedPath, ...], ...]
+"""Of each part, the paths of its stored variables, and their bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +60,68 @@ def plan_run(source_url: str, recipe: Recipe, threads: int) -> tuple[Plan, bytes
     Raises:
         PipelineError: a source, recipe or calibration that cannot be carried out.
     """
+    plan, windows, _ = _plan(source_url, recipe, threads, read_weights=True)
+    return plan, windows
+
+
+def plan_by_metadata(
+    source_url: str, recipe: Recipe, threads: int
+) -> tuple[Plan, bytes | None, Variables]:
+    """The same without the weights' digests (see `Plan.is_complete`), and what there is to read.
+
+    Raises:
+        PipelineError: as `plan_run`.
+    """
+    return _plan(source_url, recipe, threads, read_weights=False)
+
+
+def _plan(
+    source_url: str, recipe: Recipe, threads: int, *, read_weights: bool
+) -> tuple[Plan, bytes | None, Variables]:
     from pipeline.model.preset import read_preset
     from pipeline.planning.make_plan import make_plan
 
-    planned = make_plan(read_preset(source_url), recipe, threads=threads)
-    return planned.plan, None if planned.windows is None else planned.windows.to_bytes()
+    preset = read_preset(source_url)
+    found = make_plan(preset, recipe, threads=threads, read_weights=read_weights)
+    windows = None if found.windows is None else found.windows.to_bytes()
+    return found.plan, windows, found.variables
+
+
+def read_share(
+    source_url: str, dtype: str | None, share: Sequence[SizedPath], threads: int
+) -> dict[str, VariableDigest]:
+    """The digests of some of a source's variables, in the dtype that the recipe asks for.
+
+    Raises:
+        SourceError: values that cannot be read, or are not finite.
+    """
+    from pipeline.model.preset import read_preset
+    from pipeline.weights.digests import read_in_threads
+    from pipeline.weights.source import open_source
+
+    source = open_source(read_preset(source_url).in_dtype(dtype))
+    source.variables()  # before threads share it
+    return read_in_threads(source, share, threads).result()
+
+
+def plan_on(
+    runner: FunctionRunner, source_url: str, recipe: Recipe, threads: int
+) -> tuple[Plan, bytes | None]:
+    """`plan_run`, with the weights read by all processes of a runner.
+
+    One process cuts the texts while it reads. Where there are several, one plans by metadata
+    first, so that what cannot be done is refused before any weight is read.
+    """
+    if runner.num_processes == 1:
+        return runner.run(plan_run, source_url, recipe, threads)
+    plan, windows, variables = runner.run(plan_by_metadata, source_url, recipe, threads)
+    every = [variable for of_part in variables for variable in of_part]
+    read = runner.run_each(
+        read_share,
+        [(source_url, recipe.dtype, x, threads) for x in shares(every, runner.num_processes)],
+    )
+    found = {path: digest for share in read for path, digest in share.items()}
+    return plan.of_source(part_digests(variables, found)), windows
 
 
 def identity(source_url: str, threads: int) -> Identity:

@@ -37,7 +37,7 @@ from pipeline.fidelity import Fidelity
 from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.planning.estimates import estimate
 from pipeline.recipe.recipe_file import recipe_from_dict
-from pipeline.remote_planning import export_result, identity, plan_run
+from pipeline.remote_planning import export_result, identity, plan_on
 from pipeline.run.commits import Finding, damaged_files, read_manifest
 from pipeline.run.driver import claim
 from pipeline.run.evaluations import Evaluation
@@ -273,7 +273,7 @@ def _plan(
         found = runner.run(identity, request.source_url, threads)
         check_identity(plan, found, request.source_url, finished=False)
         return plan, None
-    return runner.run(plan_run, request.source_url, recipe, threads)
+    return plan_on(runner, request.source_url, recipe, threads)
 
 
 def _evaluate(

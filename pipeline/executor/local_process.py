@@ -10,9 +10,9 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from pipeline.executor.protocol import ExecutorError, P, T
 
@@ -50,6 +50,14 @@ class LocalProcess:
             raise outcome
         result: T = outcome
         return result
+
+    @property
+    def num_processes(self) -> int:
+        return 1
+
+    def run_each(self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> list[T]:
+        """Call a function with one argument after the other."""
+        return [self.run(function, *args) for args in arguments]
 
     def stop(self) -> None:
         """End the child, whatever it does."""

@@ -107,14 +107,24 @@ def concurrent(method: Callable[P, T]) -> Callable[P, T]:
 
 
 class FunctionRunner(Protocol):
-    """A process that has JAX and Keras; the driver imports neither."""
+    """Processes that have JAX and Keras; the driver imports neither."""
+
+    @property
+    def num_processes(self) -> int:
+        """How many there are."""
 
     def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a module's function there.
+        """Call a module's function in one of them.
 
         Raises:
             ExecutorError: the process is lost again and again.
             Exception: what the function raised.
+        """
+
+    def run_each(self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> list[T]:
+        """Call a module's function with each of several arguments, spread over the processes.
+
+        Raises: as `run`.
         """
 
 

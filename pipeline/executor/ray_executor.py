@@ -86,11 +86,27 @@ class RayExecutor:
 
     def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a module's function in the first worker's process."""
+        result: T = self._run_each([((function, *args), kwargs)])[0]
+        return result
+
+    @property
+    def num_processes(self) -> int:
+        return self.num_workers
+
+    def run_each(self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> list[T]:
+        """Call a module's function in the workers' processes, turn by turn."""
+        return self._run_each([((function, *args), {}) for args in arguments])
+
+    def _run_each(self, calls: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]) -> list[Any]:
         for _ in range(_MOST_RUNS):
-            method = self._actors[0].run.options(num_returns=2)
-            call: Call[T] = Call(worker=0, method=method, args=(function, *args), kwargs=kwargs)
+            submitted: list[Call[Any]] = []
+            for i, (args, kwargs) in enumerate(calls):
+                worker = i % len(self._actors)
+                method = self._actors[worker].run.options(num_returns=2)
+                call: Call[Any] = Call(worker=worker, method=method, args=args, kwargs=kwargs)
+                submitted.append(self._calls.submit(call))
             try:
-                return self.fetch([self._calls.submit(call)])[0]
+                return self.fetch(submitted)
             except WorkerLostError as error:
                 last = error
                 self.recover()

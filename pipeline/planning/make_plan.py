@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import jax
@@ -31,24 +30,35 @@ from pipeline.planning.folds import with_folds
 from pipeline.planning.input_groups import embedded_shapes, input_groups
 from pipeline.planning.layer_plans import check_share, plan_layers
 from pipeline.planning.token_windows import token_windows
-from pipeline.recipe.recipe import Calibration, Recipe, statistics_of
-from pipeline.weights.source import Source, open_source, values_digest
+from pipeline.recipe.recipe import Recipe, statistics_of
+from pipeline.weights.digests import SizedPath, part_digests, read_in_threads
+from pipeline.weights.source import open_source
 from quantizer.schemes import Float8Scheme
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A plan, and the token windows that it names."""
+    """A plan, and the token windows that it names.
+
+    Attributes:
+        variables: of each part, the paths of its stored variables, and their bytes.
+    """
 
     plan: Plan
     windows: TokenWindows | None
+    variables: tuple[tuple[SizedPath, ...], ...]
 
 
-def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
+def make_plan(
+    preset: PresetFiles, recipe: Recipe, *, threads: int, read_weights: bool = True
+) -> Planned:
     """Decide everything about a run.
 
     Args:
-        threads: of each worker's matrix products, which decide their rounding.
+        threads: of each worker's matrix products, which decide their rounding on a CPU; as many
+            read weights here.
+        read_weights: False leaves their digests out of the plan (see `Plan.is_complete`), and
+            reads no more of the files than where each variable is.
 
     Raises:
         PipelineError: a source, recipe or calibration that cannot be used.
@@ -76,7 +86,18 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
     calibration = recipe.calibration if any(map(statistics_of, schemes)) else None
     if calibration is not None:
         _refuse_shared_blocks(skeleton, graph)
-    windows, digests = _read(preset, skeleton, source, graph, calibration)
+    paths = [source.rest_paths(graph), *(source.layer_paths(b.layer) for b in graph.blocks)]
+    variables = tuple(map(source.sized, paths))
+    windows, digests = None, {}
+    # Texts are cut meanwhile; if they are too short, that is said before all of a model is read.
+    unread = [variable for of_part in variables for variable in of_part] if read_weights else []
+    reading = read_in_threads(source, unread, threads)
+    try:
+        if calibration is not None:
+            windows = token_windows(preset, skeleton, calibration)
+        digests = reading.result()
+    finally:
+        reading.cancel()
     tokens: TokensPlan | None = None
     groups: list[tuple[InputGroup, ...]] = [()] * len(graph.blocks)
     if windows is not None:
@@ -93,14 +114,16 @@ def make_plan(preset: PresetFiles, recipe: Recipe, *, threads: int) -> Planned:
         task=task,
         recipe=Recipe.model_validate(recipe.to_dict()),
         tokens=tokens,
-        parts=_parts(skeleton, graph, layers, digests, groups),
+        parts=_parts(skeleton, graph, layers, groups),
         machine=machine(threads),
         versions=versions(),
         policies=policies,
         weights_format=2 if any(isinstance(scheme, Float8Scheme) for scheme in schemes) else 1,
         notes=tuple(notes),
     )
-    return Planned(plan=plan, windows=windows)
+    if read_weights:
+        plan = plan.of_source(part_digests(variables, digests))
+    return Planned(plan=plan, windows=windows, variables=variables)
 
 
 def _refuse_shared_blocks(skeleton: Skeleton, graph: BlockGraph) -> None:
@@ -111,28 +134,6 @@ def _refuse_shared_blocks(skeleton: Skeleton, graph: BlockGraph) -> None:
             f"{type(skeleton.backbone).__name__} can be quantized by a recipe that needs no "
             "calibration: int8 or int4"
         )
-
-
-def _read(
-    preset: PresetFiles,
-    skeleton: Skeleton,
-    source: Source,
-    graph: BlockGraph,
-    calibration: Calibration | None,
-) -> tuple[TokenWindows | None, list[str]]:
-    """The token windows, and the digest of each part's weights, read side by side."""
-    paths = [source.rest_paths(graph), *(source.layer_paths(b.layer) for b in graph.blocks)]
-    # One thread, to leave a core to the tokenizer.
-    pool = ThreadPoolExecutor(1, thread_name_prefix="digests")
-    try:
-        digests = pool.map(lambda of_part: values_digest(source.read(of_part)), paths)
-        windows = None
-        if calibration is not None:
-            windows = token_windows(preset, skeleton, calibration)
-        return windows, list(digests)
-    finally:
-        # If the texts are too short, say so before all of a large model is read.
-        pool.shutdown(cancel_futures=True)
 
 
 def _tokens_plan(graph: BlockGraph, layout: InputLayout, windows: TokenWindows) -> TokensPlan:
@@ -159,7 +160,6 @@ def _parts(
     skeleton: Skeleton,
     graph: BlockGraph,
     layers: Sequence[tuple[LayerPlan, ...]],
-    digests: Sequence[str],
     groups: Sequence[tuple[InputGroup, ...]],
 ) -> tuple[PartPlan, ...]:
     in_blocks = {id(v) for block in graph.blocks for v in block.layer.weights}
@@ -171,7 +171,7 @@ def _parts(
             part=part,
             name=name,
             source_bytes=sum(int(np.prod(v.shape)) * np.dtype(v.dtype).itemsize for v in held),
-            source_sha256=digests[part],
+            source_sha256="",
             layers=layers[part],
             groups=groups[part - 1] if part else (),
         )

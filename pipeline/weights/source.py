@@ -17,6 +17,7 @@ from pipeline.errors import SourceError
 from pipeline.model.blocks import BlockGraph
 from pipeline.model.preset import PresetFiles, decides_model
 from pipeline.model.skeleton import Skeleton, build_skeleton
+from pipeline.weights.digests import SizedPath
 from pipeline.weights.hdf5 import Hdf5Weights
 from pipeline.weights.safetensors import SafetensorsWeights
 from pipeline.weights.weight_files import SourceVariable, WeightFiles, num_not_finite
@@ -49,6 +50,10 @@ class Source:
         Raises:
             SourceError: a file or dataset is missing, damaged, or of another model.
         """
+        return self._variables
+
+    @cached_property
+    def _variables(self) -> Mapping[str, SourceVariable]:
         return self.weights.locate(self.paths)
 
     def check_complete(self) -> None:
@@ -122,6 +127,11 @@ class Source:
         inside = {path for block in graph.blocks for path in self.layer_paths(block.layer)}
         return tuple(path for path in self.paths if path not in inside)
 
+    def sized(self, paths: Iterable[str]) -> tuple[SizedPath, ...]:
+        """Variables, each with its bytes as stored."""
+        found = self.variables()
+        return tuple((path, found[path].num_bytes) for path in paths)
+
     def files_digest(self) -> str:
         """SHA-256 of JSON and vocabularies, and of the names and sizes of weights files."""
         entries = {}
@@ -133,19 +143,6 @@ class Source:
             known = None if content is None else sha256(content)
             entries[name] = [self.preset.sizes[name], known]
         return sha256(json.dumps(entries, sort_keys=True).encode())
-
-
-def values_digest(values: Mapping[str, NDArray[Any]]) -> str:
-    """SHA-256 of variables' values by path, independent of how they are stored."""
-    entries = {
-        path: [
-            str(value.dtype),
-            list(value.shape),
-            sha256(np.ascontiguousarray(value).view(np.uint8).data),
-        ]
-        for path, value in values.items()
-    }
-    return sha256(json.dumps(entries, sort_keys=True).encode())
 
 
 def open_source(preset: PresetFiles, skeleton: Skeleton | None = None) -> Source:

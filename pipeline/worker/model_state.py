@@ -23,7 +23,8 @@ from pipeline.model.targets import Target, outputs_with
 from pipeline.plan import Plan
 from pipeline.recipe.recipe import statistics_of
 from pipeline.run.worker_api import Values
-from pipeline.weights.source import open_source, values_digest
+from pipeline.weights.digests import values_digest
+from pipeline.weights.source import open_source
 from pipeline.worker.block_program import BlockProgram
 from quantizer import kernel_layout
 from quantizer.keras_format.variables import decode_kernel

@@ -25,6 +25,13 @@ class LocalExecutor:
     def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return function(*args, **kwargs)
 
+    @property
+    def num_processes(self) -> int:
+        return max(1, self.num_workers)
+
+    def run_each(self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> list[T]:
+        return [function(*args) for args in arguments]
+
     def submit(
         self,
         worker: int,

@@ -17,7 +17,8 @@ from pipeline.errors import SourceError
 from pipeline.model.blocks import find_blocks
 from pipeline.model.preset import PresetFiles, read_preset
 from pipeline.storage.object_store import open_store
-from pipeline.weights.source import Source, open_source, values_digest
+from pipeline.weights.digests import values_digest
+from pipeline.weights.source import Source, open_source
 from pipeline.weights.weight_files import num_not_finite
 from tests.benchmarks.minilm import preset_folder
 from tests.models.tiny import ARCHITECTURES

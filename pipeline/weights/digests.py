@@ -1,0 +1,127 @@
+"""What a plan says of its source's weights: their digests, found by many threads and processes.
+
+A part of the model is named by the SHA-256 of a JSON object that has, by each variable's path, its
+dtype, shape, and the SHA-256 of its values in C order. Values are those that the model is given:
+cast to its dtypes, and finite. So the name depends neither on how files are cut or compressed, nor
+on who reads which variable when. All of it has to be read before a plan is written, since the
+plan's own digest, and with it every record of the run, follows from it. A dry run reads no values,
+and its plan has no digest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.canonical import sha256
+
+_PIECE_BYTES = 128 << 20
+"""Read and hashed at once by a thread, unless one variable is larger."""
+_MOST_THREADS = 8
+"""More would hold more pieces in memory than a disk or a network can keep filled."""
+
+VariableDigest: TypeAlias = tuple[str, tuple[int, ...], str]
+"""dtype, shape, and the SHA-256 of the values."""
+SizedPath: TypeAlias = tuple[str, int]
+"""A variable's path, and its bytes as stored."""
+
+
+class ReadsValues(Protocol):
+    """A source, of which only this is needed here."""
+
+    def read(self, paths: Iterable[str]) -> dict[str, NDArray[Any]]: ...
+
+
+def variable_digest(value: NDArray[Any]) -> VariableDigest:
+    """What identifies one variable's value."""
+    data = np.ascontiguousarray(value).view(np.uint8).data
+    return str(value.dtype), value.shape, sha256(data)
+
+
+def part_digest(variables: Mapping[str, VariableDigest]) -> str:
+    """What identifies a part of a model, by the paths of its variables."""
+    return sha256(json.dumps(variables, sort_keys=True).encode())
+
+
+def values_digest(values: Mapping[str, NDArray[Any]]) -> str:
+    """What identifies a part of a model whose values are at hand."""
+    return part_digest({path: variable_digest(value) for path, value in values.items()})
+
+
+def part_digests(
+    parts: Sequence[Sequence[SizedPath]], found: Mapping[str, VariableDigest]
+) -> list[str]:
+    """What identifies each part of a model, once all its variables are read."""
+    return [part_digest({path: found[path] for path, _ in held}) for held in parts]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Values being read and hashed by threads (see `read_in_threads`)."""
+
+    pool: ThreadPoolExecutor
+    pieces: Sequence[Future[dict[str, VariableDigest]]]
+
+    def result(self) -> dict[str, VariableDigest]:
+        """Wait for all of it.
+
+        Raises:
+            SourceError: values that cannot be read, or are not finite.
+        """
+        found: dict[str, VariableDigest] = {}
+        try:
+            for piece in self.pieces:
+                found |= piece.result()
+        finally:
+            self.cancel()
+        return found
+
+    def cancel(self) -> None:
+        """Read no more than what was begun."""
+        self.pool.shutdown(cancel_futures=True)
+
+
+def read_in_threads(source: ReadsValues, variables: Sequence[SizedPath], threads: int) -> Reading:
+    """Begin to read and hash variables, piece by piece."""
+    pool = ThreadPoolExecutor(min(max(1, threads), _MOST_THREADS), thread_name_prefix="digests")
+
+    def digests(paths: tuple[str, ...]) -> dict[str, VariableDigest]:
+        values = source.read(paths)
+        # Each is freed as soon as it is hashed.
+        return {path: variable_digest(values.pop(path)) for path in paths}
+
+    return Reading(pool, [pool.submit(digests, paths) for paths in _pieces(variables)])
+
+
+def _pieces(variables: Sequence[SizedPath]) -> list[tuple[str, ...]]:
+    """Paths in their order, cut where a piece would become too large."""
+    pieces: list[list[str]] = []
+    held = _PIECE_BYTES
+    for path, num_bytes in variables:
+        if held + num_bytes > _PIECE_BYTES:
+            pieces.append([])
+            held = 0
+        pieces[-1].append(path)
+        held += num_bytes
+    return list(map(tuple, pieces))
+
+
+def shares(variables: Sequence[SizedPath], number: int) -> list[list[SizedPath]]:
+    """Cut variables, in their order, into at most `number` shares of about the same bytes.
+
+    In their order, since neighbours are in one file.
+    """
+    total = sum(num_bytes for _, num_bytes in variables)
+    cut: list[list[SizedPath]] = [[] for _ in range(number)]
+    before = 0
+    for path, num_bytes in variables:
+        middle = before + num_bytes / 2
+        cut[min(number - 1, int(middle * number / max(total, 1)))].append((path, num_bytes))
+        before += num_bytes
+    return [share for share in cut if share]
