@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import threading
@@ -20,7 +21,13 @@ from pipeline.errors import SourceError
 from pipeline.model.preset import PresetFiles, read_preset
 from pipeline.planning.make_plan import make_plan
 from pipeline.remote_planning import plan_on, read_share
-from pipeline.weights.digests import part_digests, read_in_threads, shares, values_digest
+from pipeline.weights.digests import (
+    part_digests,
+    read_in_threads,
+    shares,
+    values_digest,
+    variable_digest,
+)
 from pipeline.weights.source import open_source
 from tests.models.tiny_huggingface import tiny_huggingface
 from tests.pipeline.local_executor import LocalExecutor
@@ -36,6 +43,19 @@ def test_a_part_is_named_by_its_values_alone() -> None:
         {"a": ["float16", [0], bytes_of["a"]], "b": ["float32", [3, 2], bytes_of["b"]]}
     )
     assert values_digest(values) == hashlib.sha256(expected.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_how_a_value_lies_in_memory_makes_no_difference(dtype: str) -> None:
+    given = np.random.default_rng(0).standard_normal((2, 130, 3, 140)).astype(dtype)
+    for axes in itertools.permutations(range(4)):
+        moved = given.transpose(axes)
+        for value in (moved, moved[::2, 1:], moved.reshape(moved.shape[0], -1)[:, ::-1]):
+            expected = hashlib.sha256(value.tobytes()).hexdigest()
+            assert variable_digest(value) == (dtype, value.shape, expected)
+    for shape in ((), (0, 3), (3, 0), (1, 1)):
+        value = np.ones(shape, dtype).T
+        assert variable_digest(value)[2] == hashlib.sha256(value.tobytes()).hexdigest()
 
 
 class Counted:
