@@ -25,6 +25,7 @@ from pipeline.executor.local_process import LocalProcess, local_process
 from pipeline.executor.protocol import (
     Allocation,
     ComputeSpec,
+    DeviceMemory,
     Executor,
     ExecutorError,
     FunctionRunner,
@@ -35,7 +36,13 @@ from pipeline.executor.worker_environment import worker_environment
 from pipeline.fidelity import Fidelity, fidelity_of
 from pipeline.plan import Plan
 from pipeline.planning.estimates import Estimate
-from pipeline.remote_planning import Identity, evaluation_windows, question_rows, start_worker
+from pipeline.remote_planning import (
+    Identity,
+    evaluation_windows,
+    found_device_memory,
+    question_rows,
+    start_worker,
+)
 from pipeline.run import lease
 from pipeline.run.commits import Finding, quarantine, read_manifest
 from pipeline.run.driver import KEEP_EVERY, differences, quantize
@@ -90,6 +97,14 @@ class Compute:
     @property
     def has_workers(self) -> bool:
         return "executor" in self.__dict__
+
+    def check_room(self, costs: Estimate) -> None:
+        """Refuse a run that would not fit the memory of its nodes, or of the workers' GPUs."""
+        check_memory(costs, self.allocation.nodes)
+        if self.allocation.gpus:
+            executor = self.executor
+            found = executor.run_each(found_device_memory, [()] * executor.num_processes)
+            check_device_memory(costs, found)
 
     def plan(self, work: Callable[[FunctionRunner], _T], *, with_workers: bool = True) -> _T:
         """Do work that needs JAX and Keras but no plan, and start the workers meanwhile.
@@ -168,6 +183,18 @@ def check_memory(costs: Estimate, nodes: Sequence[NodeRoom]) -> None:
                 f"too little memory: a worker needs about {size(costs.worker_bytes)}, and a node "
                 f"that may run {node.workers} of them has {size(node.memory_bytes)}; {remedy} "
                 "nodes with more memory"
+            )
+
+
+def check_device_memory(costs: Estimate, devices: Sequence[DeviceMemory]) -> None:
+    """Refuse a run whose workers would not fit into the memory of their devices."""
+    for device in devices:
+        if device.num_bytes is not None and costs.device_bytes > device.num_bytes:
+            raise ExecutorError(
+                f"too little GPU memory: a worker needs about {size(costs.device_bytes)}, and on "
+                f"{device.node} it has {size(device.num_bytes)} of its {device.kind}; use more "
+                "--workers, so that each holds fewer windows, lower num_samples, or use GPUs with "
+                "more memory"
             )
 
 

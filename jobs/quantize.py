@@ -12,7 +12,6 @@ from jobs.execute import (
     Compute,
     DriverOptions,
     check_identity,
-    check_memory,
     evaluate,
     execute,
     open_compute,
@@ -124,7 +123,7 @@ def run_job(
         if dry_run:
             _print_plan(planned, costs, compute.allocation, as_json=as_json)
         if not finished:
-            check_memory(costs, compute.allocation.nodes)
+            compute.check_room(costs)
         if dry_run:
             return
         planned.exports.warn(recipe)
@@ -207,7 +206,7 @@ def resume_job(
         with status("checking that source and machine are what they were"):
             judged_on = compute.plan(check_source)
         costs = estimate(plan, compute.allocation.workers)
-        check_memory(costs, compute.allocation.nodes)
+        compute.check_room(costs)
         _finish(plan, job, store, compute, costs, judged_on, as_json=as_json)
 
 

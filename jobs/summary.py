@@ -381,6 +381,8 @@ def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> Renderabl
     facts.add_row("written, about", size(costs.result_bytes))
     facts.add_row("activations", size(costs.activation_bytes))
     facts.add_row("peak of a worker, about", size(costs.worker_bytes))
+    if costs.device_bytes:
+        facts.add_row("peak of its GPU, about", size(costs.device_bytes))
     facts.add_row(
         "flops",
         f"{count(costs.flops)} (forward {count(costs.forward_flops)}, Hessians "

@@ -12,7 +12,7 @@ from typing import TypeAlias
 from pipeline.errors import PipelineError
 from pipeline.evaluation.choices import TaskRows, task_rows
 from pipeline.evaluation.tasks import read_tasks
-from pipeline.executor.protocol import ExecutorError, FunctionRunner
+from pipeline.executor.protocol import DeviceMemory, ExecutorError, FunctionRunner
 from pipeline.export.description import ExportDescription, MadeExport
 from pipeline.export.settings import ExportSettings
 from pipeline.plain.plan import PlainPlan
@@ -141,6 +141,13 @@ def identity(source_url: str, threads: int) -> Identity:
         machine=machine(threads),
         versions=versions(),
     )
+
+
+def found_device_memory() -> DeviceMemory:
+    """What a worker may use of its device."""
+    from pipeline.worker.device_memory import device_memory
+
+    return device_memory()
 
 
 def evaluation_windows(

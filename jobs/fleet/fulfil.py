@@ -15,7 +15,6 @@ from jobs.execute import (
     DriverOptions,
     OpenCompute,
     check_identity,
-    check_memory,
     evaluate,
     execute,
     read_evaluation_set,
@@ -240,7 +239,7 @@ def _quantize(
             return twin
         plan = claim(store, plan, windows)
     costs = estimate(plan, run_compute.allocation.workers)
-    check_memory(costs, run_compute.allocation.nodes)
+    run_compute.check_room(costs)
     for finding in damaged:
         log_event("damaged", f"made again: {finding.problem}", level=logging.WARNING)
     execution = execute(plan, store, run_compute, held, compute.metrics, options, damaged=damaged)

@@ -91,6 +91,20 @@ class Allocation:
         return found | ({"accelerator": self.accelerator} if self.accelerator else {})
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeviceMemory:
+    """What a worker may use of its device.
+
+    Attributes:
+        node, kind: where it is, and what it is.
+        num_bytes: None where the device does not say, as a CPU, whose memory is the node's.
+    """
+
+    node: str
+    kind: str
+    num_bytes: int | None
+
+
 class Handle(Generic[T]):
     """Stands for the result of a call that a worker may not have begun."""
 

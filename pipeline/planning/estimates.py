@@ -24,6 +24,12 @@ _GRAM_COPIES = 6
 _LAYER_COPIES = 4
 _SCORE_COPIES = 2
 _HEAD_FEATURES = 64
+# Of a GPU's memory: cuBLAS' workspaces, and what compiled programs keep.
+_DEVICE_PROGRAMS_BYTES = 512 << 20
+# The block with the kernels that are solved so far, and as it was before.
+_DEVICE_BLOCK_COPIES = 2
+# A shard's sum, a micro-batch's, and their sum.
+_DEVICE_GRAM_COPIES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +41,7 @@ class Estimate:
         result_bytes: of the artifact's weights, roughly.
         activation_bytes: of all calibration shards between two blocks.
         worker_bytes: peak memory of the worker that holds most.
+        device_bytes: peak memory of that worker's GPU; 0 on CPUs, where it is the worker's own.
         forward_flops, gram_flops, solve_flops: of all blocks.
     """
 
@@ -42,6 +49,7 @@ class Estimate:
     result_bytes: int
     activation_bytes: int
     worker_bytes: int
+    device_bytes: int
     forward_flops: float
     gram_flops: float
     solve_flops: float
@@ -61,6 +69,7 @@ def estimate(plan: Plan, workers: int) -> Estimate:
         result_bytes=_result_bytes(plan),
         activation_bytes=num_tokens * _hidden(plan) * _FLOAT_BYTES,
         worker_bytes=_worker_bytes(plan, workers),
+        device_bytes=0 if plan.device == "cpu" else _device_bytes(plan, workers),
         # Every layer runs once, on the output of the quantized ones before it.
         forward_flops=float(sum(2 * part.num_weights * num_tokens for part in blocks)),
         # Above the diagonal in four bands: 10/16 of the whole product.
@@ -74,27 +83,67 @@ def _worker_bytes(plan: Plan, workers: int) -> int:
     rest, *blocks = (part.num_weights * _FLOAT_BYTES for part in plan.parts)
     weights = max(_REST_COPIES * rest, _BLOCK_COPIES * max(blocks))
     solve = _SOLVE_COPIES * _FLOAT_BYTES * max(map(_solve_size, plan.parts))
-    tokens = plan.tokens
-    if tokens is None:
+    if plan.tokens is None:
         return _PROCESS_BYTES + weights + solve
-    num_shards = len(tokens.shards)
-    held = max(sum(map(len, share)) for share in split(num_shards, workers))
-    windows = held * max(stop - start for start, stop in tokens.shards)
-    hidden = _hidden(plan)
-    gram = max((C**2 for C in _gram_sizes(plan)), default=0) * _FLOAT_BYTES
-    grams = (_GRAM_COPIES + num_shards.bit_length()) * gram
-    widest = max(g.in_features for part in plan.parts for g in part.groups)
-    # Between two stages of a block: hidden states, residuals, and the input of the layers.
-    activations = windows * tokens.sequence_length * (3 * hidden + widest)
-    batch = tokens.micro_batch * tokens.sequence_length
-    layer = _LAYER_COPIES * batch * widest
-    scores = _SCORE_COPIES * batch * tokens.sequence_length * -(-hidden // _HEAD_FEATURES)
+    held = _calibration(plan, workers)
+    grams = (_GRAM_COPIES + len(plan.tokens.shards).bit_length()) * held.gram_bytes
     return (
         _PROCESS_BYTES
         + _PROGRAMS_BYTES
         + weights
         + max(solve, grams)
-        + (activations + max(layer, scores)) * _FLOAT_BYTES
+        + held.activation_bytes
+        + held.transient_bytes
+    )
+
+
+def _device_bytes(plan: Plan, workers: int) -> int:
+    """The peak of a worker's GPU, where activations stay between the stages of a block."""
+    rest, *blocks = (part.num_weights * _FLOAT_BYTES for part in plan.parts)
+    weights = max(rest, _DEVICE_BLOCK_COPIES * max(blocks))
+    solve = _SOLVE_COPIES * _FLOAT_BYTES * max(map(_solve_size, plan.parts))
+    if plan.tokens is None:
+        return _DEVICE_PROGRAMS_BYTES + weights + solve
+    held = _calibration(plan, workers)
+    return (
+        _DEVICE_PROGRAMS_BYTES
+        + weights
+        + max(solve, _DEVICE_GRAM_COPIES * held.gram_bytes)
+        + held.activation_bytes
+        + held.transient_bytes
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Calibration:
+    """What calibrating a block needs besides its weights, of the worker that holds most.
+
+    Attributes:
+        gram_bytes: of the largest Gram.
+        activation_bytes: of all its windows between two stages of a block.
+        transient_bytes: of a micro-batch inside a layer.
+    """
+
+    gram_bytes: int
+    activation_bytes: int
+    transient_bytes: int
+
+
+def _calibration(plan: Plan, workers: int) -> _Calibration:
+    tokens = plan.tokens
+    assert tokens is not None
+    held = max(sum(map(len, share)) for share in split(len(tokens.shards), workers))
+    windows = held * max(stop - start for start, stop in tokens.shards)
+    hidden = _hidden(plan)
+    widest = max(g.in_features for part in plan.parts for g in part.groups)
+    batch = tokens.micro_batch * tokens.sequence_length
+    layer = _LAYER_COPIES * batch * widest
+    scores = _SCORE_COPIES * batch * tokens.sequence_length * -(-hidden // _HEAD_FEATURES)
+    return _Calibration(
+        gram_bytes=max((C**2 for C in _gram_sizes(plan)), default=0) * _FLOAT_BYTES,
+        # Hidden states, residuals, and the input of the layers.
+        activation_bytes=windows * tokens.sequence_length * (3 * hidden + widest) * _FLOAT_BYTES,
+        transient_bytes=max(layer, scores) * _FLOAT_BYTES,
     )
 
 

@@ -32,6 +32,7 @@ from pipeline.run.records import Manifest, PartRecord
 from pipeline.run.worker_api import SolvedLayer, SolvedSlices, Values, WorkerApi
 from pipeline.storage.object_store import open_store
 from pipeline.worker.block_program import BlockProgram
+from pipeline.worker.device_memory import device_errors
 from pipeline.worker.evaluate import evaluate
 from pipeline.worker.memory import FreedMemory
 from pipeline.worker.model_state import ModelState, in_order
@@ -160,6 +161,7 @@ class Worker(WorkerApi):
     def read(self, part: int) -> dict[str, NDArray[Any]]:
         return self._model.read(part)
 
+    @device_errors()
     def restore(self, block: int, shards: Sequence[int], start: int) -> None:
         self._begin()
         missing = [index for index in shards if not self._shards.has(index, block)]
@@ -182,6 +184,7 @@ class Worker(WorkerApi):
             weights = self._on_device(done, self._model.read(done + 1), kernels)
             self._finish_block(done, missing, weights)
 
+    @device_errors()
     def capture(
         self, block: int, stage: int, subtree: range, values: Values, *solved: Sequence[SolvedLayer]
     ) -> CalibrationStatistics:
@@ -202,11 +205,13 @@ class Worker(WorkerApi):
 
         return reduce_subtree(subtree, leaf, self.merge)
 
+    @device_errors()
     def merge(
         self, left: CalibrationStatistics, right: CalibrationStatistics
     ) -> CalibrationStatistics:
         return left.merge(right)  # type: ignore[arg-type]
 
+    @device_errors()
     def solve(
         self,
         part: int,
@@ -221,6 +226,7 @@ class Worker(WorkerApi):
         fold = folds[0] if folds else None  # layers solved at once share an input, or have none
         return solve_layers(self._model.targets(part), layers, values, statistics, fold)
 
+    @device_errors()
     def solve_slices(
         self,
         part: int,
@@ -236,6 +242,7 @@ class Worker(WorkerApi):
             for x in layers
         }
 
+    @device_errors()
     def join(
         self, part: int, paths: Sequence[str], values: Values, *solved: Mapping[str, SolvedSlices]
     ) -> list[SolvedLayer]:
@@ -256,11 +263,13 @@ class Worker(WorkerApi):
         commit_part(self._store, record, data)
         return record
 
+    @device_errors()
     def propagate(
         self, block: int, shards: Sequence[int], values: Values, *solved: Sequence[SolvedLayer]
     ) -> None:
         self._finish_block(block, shards, self._weights(block, values, solved))
 
+    @device_errors()
     def quantize_alone(self, part: int) -> PartRecord:
         self._begin()
         values = self._model.read(part)
@@ -281,6 +290,7 @@ class Worker(WorkerApi):
             self._plan, self._store, self._model.preset_files(), self._model.parts, records
         )
 
+    @device_errors()
     def evaluate(
         self, given: EvaluationSet, numbers: Sequence[int]
     ) -> list[list[WindowFidelity] | list[ChoiceLikelihood]]:

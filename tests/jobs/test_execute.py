@@ -2,9 +2,9 @@ import dataclasses
 
 import pytest
 
-from jobs.execute import check_identity, check_memory
+from jobs.execute import check_device_memory, check_identity, check_memory
 from pipeline.errors import PipelineError
-from pipeline.executor.protocol import ExecutorError, NodeRoom
+from pipeline.executor.protocol import DeviceMemory, ExecutorError, NodeRoom
 from pipeline.planning.estimates import Estimate, estimate
 from pipeline.remote_planning import Identity
 from tests.pipeline.tiny_runs import planned
@@ -37,6 +37,22 @@ def test_the_tightest_node_decides_and_the_remedy_fits(nodes: list[NodeRoom], re
         check_memory(needing(2 * GIB), nodes)
     assert remedy in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_gpu_that_is_too_small_is_named() -> None:
+    costs = dataclasses.replace(estimate(planned("gptq").plan, 1), device_bytes=30 * GIB)
+    large, small = (
+        DeviceMemory(node=f"node-{size}", kind="NVIDIA H100", num_bytes=size * GIB)
+        for size in (72, 24)
+    )
+    unknown = DeviceMemory(node="node-3", kind="cpu", num_bytes=None)
+    check_device_memory(costs, [large, unknown])
+    with pytest.raises(
+        ExecutorError,
+        match=r"needs about 30\.0 GiB, and on node-24 it has 24\.0 GiB of its NVIDIA H100; use "
+        r"more --workers.*lower num_samples",
+    ):
+        check_device_memory(costs, [large, small])
 
 
 def here(**other: object) -> Identity:
