@@ -358,7 +358,8 @@ def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> Renderabl
     layers = Table(
         *("layer", "scheme"),
         *(Column(name, justify="right") for name in ("in × out", "row slices", "layers")),
-        title=f"{plan.model}: {plan.num_blocks} blocks",
+        title=f"{plan.model}: {plan.num_blocks} blocks"
+        + (f", plan {plan.digest[:12]}" if plan.is_complete else ""),
     )
     rows: Counter[tuple[str, str, str, int]] = Counter()
     for part in plan.parts:

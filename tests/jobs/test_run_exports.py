@@ -84,7 +84,7 @@ def test_what_cannot_be_exported_is_refused_before_any_weight_is_read(
     def read(*_: Any, **__: Any) -> None:
         raise AssertionError("the plan digests all weights")
 
-    monkeypatch.setattr("jobs.quantize.plan_run", read)
+    monkeypatch.setattr("jobs.quantize.plan_on", read)
     given = ("--recipe", recipe(tmp_path, scheme=scheme), "--output", tmp_path / "out")
     assert command("quantize", model(architecture), *given, "--export", "compressed-tensors") == 2
     [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("quantfleet: ")]
