@@ -86,6 +86,8 @@ class Request(StoredRecord):
         for name in ("tasks", "exports", "exports_like"):
             if not values[name]:
                 del values[name]  # older versions did not know it
+        if self.needs.accelerator is None:
+            del values["needs"]["accelerator"]  # nor this
         return values
 
     @cached_property
@@ -103,12 +105,6 @@ class Request(StoredRecord):
         if self.needs.accelerator is not None:
             decisive["accelerator"] = self.needs.accelerator
         return f"{self._name}-{digest_of(decisive)[:12]}"
-
-    def content(self) -> dict[str, Any]:
-        values = super().content()
-        if self.needs.accelerator is None:
-            del values["needs"]["accelerator"]  # older versions knew no such field
-        return values
 
     @cached_property
     def request_id(self) -> str:
