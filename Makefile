@@ -19,7 +19,7 @@ CUDA   := $(VENV)/.cuda
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv venv-gpu torch test test-all test-s3 test-serve lint format demo bench lock clean
+.PHONY: help venv venv-gpu torch test test-all test-s3 test-serve lint format demo bench check-cuda lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "%-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -100,6 +100,9 @@ demo: $(READY)  ## quantize a real language model, evaluate it, and generate wit
 		--output out/demo/quantized --evaluate-on out/demo/texts/evaluation.jsonl --windows 4
 	$(BIN)/quantfleet verify out/demo/quantized --no-stock
 	$(BIN)/python -I tests/demo/generate.py out/demo/quantized/artifact
+
+check-cuda: $(CUDA)  ## compile the programs of an 8B block for an H100, on any machine (installs 5 GB)
+	$(BIN)/python -m tests.cuda.programs
 
 bench: $(READY)  ## time the solver
 	$(BIN)/python -m tests.benchmarks.solver

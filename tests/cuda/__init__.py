@@ -1,0 +1,1 @@
+"""What can be said of GPUs on a machine that has none."""

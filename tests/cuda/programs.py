@@ -1,0 +1,259 @@
+"""Compile every program of a block of Llama's 8B shape for an H100, on a machine without one.
+
+    make check-cuda
+
+Prints for each its temporary memory, kernels and calls of libraries, and fails where a product is
+not cuBLAS'. No speed is measured (see `topology`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 1024,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "max_position_embeddings": 131072,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One program.
+
+    Attributes:
+        calls: how often it calls each library's function.
+        triton: how many products it has Triton do.
+        kernels: fusions and calls in it; what a loop repeats is counted once.
+    """
+
+    name: str
+    temporary_bytes: int
+    calls: Counter[str]
+    triton: int
+    kernels: int
+    seconds: float
+
+    @classmethod
+    def of(cls, name: str, lowered: Any) -> Compiled:
+        start = time.monotonic()
+        compiled = lowered.compile()
+        text = compiled.as_text()
+        return cls(
+            name,
+            int(compiled.memory_analysis().temp_size_in_bytes),
+            Counter(re.findall(r'custom_call_target="([^"]+)"', text)),
+            len(re.findall(r"__triton_gemm|__triton_nested_gemm_fusion", text)),
+            len(re.findall(r"= \S+ (?:fusion|custom-call|copy|sort|reduce|cholesky)\(", text)),
+            time.monotonic() - start,
+        )
+
+    def row(self) -> str:
+        calls = ", ".join(f"{count} × {name}" for name, count in sorted(self.calls.items()))
+        return (
+            f"{self.name:44} {self.temporary_bytes / _GIB:7.2f} GiB {self.kernels:5} kernels  "
+            f"{calls or '–'}{f', {self.triton} × Triton' if self.triton else ''}"
+        )
+
+
+def compile_block(where: Any, length: int) -> list[Compiled]:
+    """The stages of a block, on one window of so many tokens."""
+    import jax
+
+    from pipeline.model.blocks import find_blocks
+    from pipeline.model.inputs import input_layout
+    from pipeline.model.preset import read_preset
+    from pipeline.model.skeleton import build_skeleton
+    from pipeline.planning.input_groups import embedded_shapes, taken_by
+    from pipeline.worker.block_program import BlockProgram
+    from tests.cuda.topology import placed
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(_CONFIG))
+        skeleton = build_skeleton(read_preset(folder), "float32")
+    graph = find_blocks(skeleton)
+    values = embedded_shapes(graph, input_layout(skeleton), _windows(length), 1)
+    block = graph.blocks[0]
+    taken = taken_by(block.calls[0], dict(values))
+    program = BlockProgram(block, {target.name: "hessian" for target in block.targets}, taken)
+    weights = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in block.layer.weights]
+    found, live = [], tuple(taken)
+    names = [" and ".join(x.rpartition("/")[2] for x in g.targets) for g in program.groups]
+    for stage, name in zip(program._stages, [*names, "the block's output"], strict=True):
+        given = placed([weights[i] for i in stage.reads] + list(live), where)
+        lowered = stage.run.lower(*given)
+        found.append(Compiled.of(f"{length} tokens: up to {name}", lowered))
+        live = tuple(lowered.out_info[stage.num_results :])
+        live = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in live)
+    return found
+
+
+def _windows(length: int) -> Any:
+    import numpy as np
+
+    from pipeline.calibration.windows import TokenWindows
+
+    return TokenWindows(
+        tokens=np.zeros((1, length), np.int32),
+        lengths=np.full(1, length, np.int32),
+        fingerprint="",
+        num_documents=1,
+    )
+
+
+def compile_statistics(where: Any, in_features: int) -> list[Compiled]:
+    """A Gram's update by 2,048 rows, and its end."""
+    import jax
+    import jax.numpy as jnp
+
+    from pipeline.worker import statistics
+    from tests.cuda.topology import placed
+
+    edges = statistics._bands(in_features)
+    bands = tuple(jax.ShapeDtypeStruct((b - a, in_features - a), jnp.float32) for a, b in edges)
+    rows = jax.ShapeDtypeStruct((1, 2048, in_features), jnp.float32)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    carry, rows, number = placed(((*bands, number), rows, number), where)
+    add = statistics._add.lower(carry, rows, None, number, "hessian", (-1,))
+    whole = statistics._whole.lower(placed(bands, where))
+    return [
+        Compiled.of(f"Gram of {in_features}, 2,048 rows more", add),
+        Compiled.of(f"Gram of {in_features}, whole", whole),
+    ]
+
+
+class _Jit:
+    """Stands for `jax.jit` in the quantizer: what it compiles ahead is compiled for the device."""
+
+    def __init__(self, jit: Any, where: Any, found: dict[str, Compiled]) -> None:
+        self.jit, self.where, self.found = jit, where, found
+
+    def __call__(self, function: Any = None, **options: Any) -> Any:
+        if function is None:
+            return lambda later: self(later, **options)
+        compiled, outer = self.jit(function, **options), self
+
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return compiled(*args, **kwargs)
+
+        def trace(*args: Any, **kwargs: Any) -> Any:
+            from tests.cuda.topology import placed
+
+            traced = compiled.trace(*placed(args, outer.where), **placed(kwargs, outer.where))
+            outer.compile(function.__name__, traced)
+            return _Traced(traced.out_info)
+
+        call.trace = trace  # type: ignore[attr-defined]
+        return call
+
+    def compile(self, name: str, traced: Any) -> None:
+        lowered = traced.lower()
+        text = lowered.as_text()
+        if text not in self.found:
+            self.found[text] = Compiled.of(f"solver: {name}", lowered)
+
+
+@dataclass(frozen=True)
+class _Traced:
+    out_info: Any
+
+    def lower(self) -> _Traced:
+        return self
+
+    def compile(self) -> None:
+        """It is done."""
+
+
+def compile_solver(where: Any, shapes: Sequence[tuple[int, int]]) -> list[Compiled]:
+    """What solving weights of these shapes runs."""
+    import jax
+
+    assert not any(name.startswith("quantizer") for name in sys.modules)
+    found: dict[str, Compiled] = {}
+    original, backend = jax.jit, jax.default_backend
+    jax.jit = _Jit(original, where, found)
+    jax.default_backend = lambda: "gpu"
+    try:
+        solve = importlib.import_module("quantizer.gptq.solve")
+        schemes = importlib.import_module("quantizer.schemes")
+        scheme = schemes.GPTQScheme(
+            weight_bits=4,
+            group_size=128,
+            activation_order=True,
+            scale_search=True,
+            refinement_sweeps=2,
+        )
+        for out_features, in_features in shapes:
+            solve.compile_solver(out_features, in_features, scheme, scale_dtype="bfloat16")
+    finally:
+        jax.jit, jax.default_backend = original, backend
+    return list(found.values())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[2048, 8192], help="of a window")
+    parser.add_argument("--no-solver", action="store_true", help="which takes two minutes")
+    arguments = parser.parse_args()
+    from pipeline.executor.worker_environment import with_gpu_flags
+
+    # Before JAX is imported; as workers on GPUs have it.
+    os.environ |= {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    os.environ["XLA_FLAGS"] = with_gpu_flags(os.environ.get("XLA_FLAGS", ""))
+    from tests.cuda.topology import h100
+
+    where = h100()
+    [device] = where.device_set
+    print(f"{device.device_kind}, {os.environ['XLA_FLAGS']}")
+    found: list[Compiled] = []
+
+    def show(compiled: Sequence[Compiled]) -> None:
+        found.extend(compiled)
+        for one in compiled:
+            print(one.row(), flush=True)
+
+    if not arguments.no_solver:
+        show(compile_solver(where, [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]))
+        print(f"{len(found)} programs of the solver")
+    for length in arguments.tokens:
+        show(compile_block(where, length))
+    for in_features in (4096, 14336):
+        show(compile_statistics(where, in_features))
+    triton = [one.name for one in found if one.triton]
+    if triton:
+        print(f"{len(triton)} programs with products by Triton, the first: {triton[0]}")
+        return 1
+    print(f"{len(found)} programs, no product by Triton")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
