@@ -171,6 +171,8 @@ class Plan(StoredRecord):
         machine: what each worker computes on (see `pipeline.machine`); others may round
             differently.
         versions: of the packages that compute the result.
+        forward_dtype: in which the model is run to calibrate it. Plans in float32, as all on CPUs,
+            do not mention it, since older versions knew no other.
         policies: dtype policy by layer path, as the artifact's JSON names them.
         weights_format: 2 compresses float8 kernels in the weights files; 1 stores them as they
             are. Plans of format 1 do not mention it, since older versions knew no other.
@@ -189,12 +191,15 @@ class Plan(StoredRecord):
     versions: dict[str, str]
     policies: dict[str, str] = field(default_factory=dict)
     weights_format: Literal[1, 2] = 1
+    forward_dtype: Literal["float32", "bfloat16"] = "float32"
     notes: tuple[str, ...] = ()
 
     def content(self) -> dict[str, Any]:
         values = super().content()
         if self.weights_format == 1:
             del values["weights_format"]
+        if self.forward_dtype == "float32":
+            del values["forward_dtype"]
         if not self.notes:
             del values["notes"]
         for layer in (layer for part in values["parts"] for layer in part["layers"]):

@@ -47,15 +47,15 @@ class ModelState:
 
     @cached_property
     def graph(self) -> BlockGraph:
-        """The model that is calibrated, which computes in float32."""
-        return find_blocks(self._float32_skeleton)
+        """The model that is calibrated, which computes in the plan's dtype."""
+        return find_blocks(self._forward_skeleton)
 
     @cached_property
-    def _float32_skeleton(self) -> Skeleton:
+    def _forward_skeleton(self) -> Skeleton:
         # Skeletons grow with the number of blocks: one serves both purposes where it can.
-        if self._base_policy == "float32":
+        if self._base_policy == self.plan.forward_dtype:
             return self.skeleton
-        return build_skeleton(self._preset, "float32")
+        return build_skeleton(self._preset, self.plan.forward_dtype)
 
     @cached_property
     def _base_policy(self) -> str:
@@ -80,7 +80,7 @@ class ModelState:
     def evaluation_models(self) -> tuple[tuple[Skeleton, BlockGraph], tuple[Skeleton, BlockGraph]]:
         """Source and artifact in their own dtypes, as stock Keras runs them."""
         base, source = self._base_policy, self.skeleton
-        graph = self.graph if base == "float32" else find_blocks(source)
+        graph = self.graph if base == self.plan.forward_dtype else find_blocks(source)
         artifact = self._quantized_skeleton(base)
         return (source, graph), (artifact, find_blocks(artifact))
 

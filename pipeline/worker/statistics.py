@@ -71,17 +71,19 @@ def _add(
 ) -> Carry:
     last = tuple(range(-len(input_axes), 0))
     moved = jnp.moveaxis(inputs, input_axes, last)
-    rows = moved.reshape(*moved.shape[: -len(last)], -1).astype(jnp.float32)
+    rows = moved.reshape(*moved.shape[: -len(last)], -1)
+    if statistics != "hessian" or rows.dtype != jnp.bfloat16:
+        rows = rows.astype(jnp.float32)
     if mask is None:
         num_rows = carry[-1] + num_all
     else:
         # Not a product with the mask, since padding may hold infinity.
-        rows = jnp.where(mask[..., None], rows, 0.0)
+        rows = jnp.where(mask[..., None], rows, jnp.zeros((), rows.dtype))
         num_rows = carry[-1] + jnp.sum(mask, dtype=jnp.int32)
     rows_NC = rows.reshape(-1, rows.shape[-1])
     if statistics == "hessian":
         sums = (
-            band + jnp.matmul(rows_NC[:, a:b].T, rows_NC[:, a:], precision=lax.Precision.HIGHEST)
+            band + _product(rows_NC[:, a:b].T, rows_NC[:, a:])
             for band, (a, b) in zip(carry, _bands(rows_NC.shape[1]), strict=False)
         )
         return *sums, num_rows
@@ -91,6 +93,17 @@ def _add(
         carry[1] + jnp.sum(jnp.square(size_NC), axis=0),
         jnp.maximum(carry[2], jnp.max(size_NC, axis=0)),
         num_rows,
+    )
+
+
+def _product(left: Array, right: Array) -> Array:
+    """In float32, of which nothing is lost before the sum.
+
+    Products of bfloat16 are exact in float32, in which tensor cores add them up; of float32 they
+    are so only at the highest precision, without TF32.
+    """
+    return jnp.matmul(
+        left, right, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
 
 
