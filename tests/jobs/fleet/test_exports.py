@@ -11,7 +11,6 @@ import pytest
 
 from pipeline.storage.object_store import ObjectStore, open_store
 from tests.jobs.fleet.tiny_catalog import TinyCatalog, tiny_catalog
-from tests.selection import by_default
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +151,7 @@ class KilledError(BaseException):
 WRITES = ("create", "put", "replace", "delete")
 
 
-@pytest.mark.parametrize("which", by_default(["some", "every"], ["some"]))
+@pytest.mark.parametrize("which", ["some", pytest.param("every", marks=pytest.mark.slow)])
 def test_a_night_killed_at_any_write_after_the_run_ends_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
 ) -> None:
