@@ -28,11 +28,11 @@ from numpy.typing import NDArray
 from pipeline.artifact.parts import decode_part
 from pipeline.model.blocks import BlockGraph
 from pipeline.model.inputs import InputBatch
-from pipeline.plan import Plan
+from pipeline.plan import LayerPlan, Plan
 from pipeline.run.commits import committed_file
 from pipeline.storage.object_store import ObjectStore
 from pipeline.worker.model_state import ModelState
-from quantizer.schemes import Float8Scheme, Int8Scheme, Scheme
+from quantizer.schemes import Float8Scheme, Int4Scheme, Int8Scheme
 
 Pairs = list[tuple[Any, NDArray[Any]]]
 """A model's variables, each with its value."""
@@ -121,20 +121,19 @@ def _numbered(numbers: Sequence[int], outputs: Any) -> BatchValues:
     return dict(zip(numbers, map(np.asarray, tree.flatten(outputs)), strict=True))
 
 
-def _rounds_inputs(scheme: Scheme | None) -> bool:
-    """Whether a layer's inputs are rounded at run time."""
-    if isinstance(scheme, Int8Scheme):
-        return scheme.quantize_activations
-    return isinstance(scheme, Float8Scheme)
+def _rounds_inputs(layer: LayerPlan) -> bool:
+    """Whether stock Keras rounds what the layer is given at run time."""
+    if isinstance(layer.scheme, Int8Scheme):
+        return layer.scheme.quantize_activations
+    if isinstance(layer.scheme, Int4Scheme):
+        # A table of tokens that is the head too rounds to int8 (ReversibleEmbedding of 3.15).
+        return layer.kind != "kernel"
+    return isinstance(layer.scheme, Float8Scheme)
 
 
 def _one_by_one(plan: Plan) -> frozenset[int]:
     """Which parts of an artifact must not be compiled, to give what `model(inputs)` gives."""
-    rounding = {
-        part.part
-        for part in plan.parts
-        if any(_rounds_inputs(layer.scheme) for layer in part.layers)
-    }
+    rounding = {part.part for part in plan.parts if any(map(_rounds_inputs, part.layers))}
     # A block's rounding depends on the last bits of all that is before it; nothing comes after
     # the head.
     return frozenset(range(len(plan.parts)) if rounding - {0} else rounding)
