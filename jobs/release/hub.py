@@ -107,7 +107,12 @@ class Repository:
     def url(self) -> str:
         """For people, to open."""
         tree = "" if self.revision == "main" else f"/tree/{self.revision}"
-        return f"{self._api.endpoint}/{self.name}{tree}"
+        return f"{self._hub}/{self.name}{tree}"
+
+    @property
+    def _hub(self) -> str:
+        """The hub's address, without a name and password that it may be reached with."""
+        return re.sub(r"//[^/@]*@", "//", self._api.endpoint)
 
     def find(self, *, private: bool) -> HubTree | None:
         """What is there; None if there is no such repository, or no such branch of it.
@@ -165,9 +170,7 @@ class Repository:
                 self._api.create_branch(self.name, branch=self.revision, exist_ok=True)
         found = self.find(private=private)
         if found is None:
-            raise HubError(
-                f"{self._api.endpoint}: {self.name} was made, but is not there; try again"
-            )
+            raise HubError(f"{self._hub}: {self.name} was made, but is not there; try again")
         return found
 
     def read(self, name: str, commit: str) -> bytes:
@@ -246,7 +249,7 @@ class Repository:
         # An upload wraps what happened to it.
         causes: list[Any] = [error, error.__cause__]
         answered = next((e for e in causes if isinstance(e, errors.HfHubHTTPError)), None)
-        where = f"{self._api.endpoint}: {_one_line(doing)}, {self.name}"
+        where = f"{self._hub}: {_one_line(doing)}, {self.name}"
         if isinstance(error, errors.OfflineModeIsEnabled):
             return HubError(f"{where}: HF_HUB_OFFLINE forbids it; unset it")
         if answered is None:

@@ -154,7 +154,7 @@ def _bits(scheme: Scheme) -> int:
 
 def _sizes(contents: Contents) -> list[tuple[str, str]]:
     run = contents.run
-    rows = [("source", size(run.source_bytes)), ("this folder", size(contents.stored_bytes))]
+    rows = [("source", size(run.source_bytes)), ("stored", size(contents.stored_bytes))]
     if contents.export is None and run.loaded_bytes is not None:
         rows.append(("in memory, loaded by stock KerasHub", size(run.loaded_bytes)))
     return rows

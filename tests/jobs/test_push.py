@@ -315,11 +315,12 @@ def test_a_token_that_may_only_read_is_refused_before_anything_is_sent(
 def test_a_hub_out_of_reach_costs_one_line(
     run: ObjectStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_ENDPOINT", "http://user:password@127.0.0.1:9")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert command(run.root_url, TARGET) == 3
     [line] = capsys.readouterr().err.strip().splitlines()
     assert "the hub cannot be reached, or broke off (ConnectError)" in line
+    assert "password" not in line
 
 
 def test_a_repository_for_everybody_is_not_private(
