@@ -26,6 +26,7 @@ from pipeline.export.formats import (
     quantization_config,
 )
 from pipeline.export.kernels import ExportedTensor, ServingKernel, serving_kernel
+from pipeline.export.tensor_names import tensor_names
 from pipeline.fold import Fold
 from pipeline.model.blocks import find_blocks
 from pipeline.model.checkpoint_config import CheckpointConfig, checkpoint_config, config_json
@@ -34,14 +35,10 @@ from pipeline.model.skeleton import build_skeleton
 from pipeline.model.tensor_places import TensorPlace, TensorPlaces, find_places
 from pipeline.model.weight_layout import StoredVariable
 from pipeline.plan import Plan
-from pipeline.weights.safetensors import SafetensorsWeights
 from quantizer.keras_format.variables import decode_embedding, decode_kernel
 from quantizer.schemes import AWQScheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
 
 _TABLES = ("embeddings", "reverse_embeddings")
-# The attribute by which transformers' language models hold their base model, by what that calls its
-# blocks. Published checkpoints may leave it out, but the names of quantized modules may not.
-_BASE_MODELS = {"layers": "model", "encoder.layers": "model", "h": "transformer"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,40 +312,13 @@ def lay_out(
         in_float=in_float,
         places=places,
         schemes=schemes,
-        names=_names(config, places, generates=skeleton.predicts_tokens),
+        names=tensor_names(config, places, generates=skeleton.predicts_tokens),
         formats={},
     )
     if as_format != "dense":
         checkpoint = replace(checkpoint, formats=_formats(checkpoint))
         check_format(as_format, checkpoint.formats)
     return checkpoint
-
-
-def _names(config: CheckpointConfig, places: TensorPlaces, *, generates: bool) -> dict[str, str]:
-    """What transformers calls each tensor.
-
-    KerasHub's converters leave out the base model's name within its task where published
-    checkpoints differ in it.
-    """
-    own = list(places.tensors)
-    if not generates:
-        # A base model: nothing encloses it.
-        base = f"{config.content['model_type']}."
-        return {name: name.removeprefix(base) for name in own}
-    found = {name: name for name in own}
-    if config.has_tensors:
-        known = SafetensorsWeights(config.folder).tensor_names
-        for name in own:
-            ends = (one for one in known if one == name or one.endswith(f".{name}"))
-            found[name] = min(ends, key=len, default=name)
-    for blocks, base in _BASE_MODELS.items():
-        if any(full.startswith(f"{blocks}.") for full in found.values()):
-            head = "lm_head."
-            found = {
-                name: full if full.startswith(head) else f"{base}.{full}"
-                for name, full in found.items()
-            }
-    return found
 
 
 def _formats(checkpoint: Checkpoint) -> dict[str, CodeFormat]:
