@@ -108,7 +108,7 @@ def rehearse(
         raise ArtifactError(
             f"{preset.url}: KerasHub's {type(skeleton.backbone).__name__} does not hand its dtype "
             "on to its layers, so that no preset of it can hold them quantized; it cannot be "
-            "quantized until KerasHub does"
+            "quantized until KerasHub does (docs/support.md lists what can)"
         )
     cut_parts(quantized.stored, [layers[place[id(block)]] for block in blocks])
     return frozenset(unreached)
@@ -136,7 +136,7 @@ def _cannot_build(
         return ArtifactError(
             f"{preset.url}: stock KerasHub cannot build a {name} of which any layer has a dtype of "
             f"its own ({reason}), so that no preset of it can hold quantized ones; it cannot be "
-            "quantized until KerasHub can"
+            "quantized until KerasHub can (docs/support.md lists what can)"
         )
     modes = sorted({policy.partition("/")[0] for policy in policies.values()})
     int8 = layer_policy(Int8Scheme())

@@ -389,7 +389,8 @@ def _head(skeleton: Skeleton, cut: _Cut) -> tuple[keras.Model, tuple[int, ...], 
         if len(calls) != 1:
             raise SourceError(
                 f"{task.name}: calls its backbone {len(calls)} times where once is expected; this "
-                f"{type(task).__name__} cannot be quantized block by block"
+                f"{type(task).__name__} cannot be quantized block by block (docs/support.md lists "
+                "what can)"
             )
         outputs = dict(
             zip(map(id, calls[0].output_tensors), tree.flatten(backbone.output), strict=True)

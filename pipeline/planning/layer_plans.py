@@ -56,7 +56,8 @@ def _refuse_shared_layers(skeleton: Skeleton, graph: BlockGraph) -> None:
                 raise SourceError(
                     f"{skeleton.backbone.name}: {other} and {block.name} hold the same layer, "
                     f"{target.path}, so that the blocks of a {model} cannot be told apart; only "
-                    "models whose blocks have layers of their own can be quantized block by block"
+                    "models whose blocks have layers of their own can be quantized block by block "
+                    "(docs/support.md lists them)"
                 )
 
 

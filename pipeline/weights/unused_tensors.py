@@ -37,6 +37,7 @@ _HEADS = {
 _MASK = re.compile(r"(.*\.)?(attn|attention)\.bias")
 # The head, and the tables of encoder and decoder where they share one.
 _TIED_HEAD = r"(lm_head|embed_out|(encoder|decoder)\.embed_tokens)\.weight"
+_CLASSIFIER = re.compile(r"(pre_)?classifier\..+")
 # Zeros that are added change nothing; old checkpoints of RoBERTa have them, for example.
 _ADDED = re.compile(r"(.*\.)?((final_logits_)?bias|token_type_embeddings\.weight)")
 _MAX_ADDED_WEIGHTS = 1 << 20
@@ -69,10 +70,16 @@ def check_unused(
     if lost:
         shown = ", ".join(f"{name} {list(unused[name])}" for name in lost[:3])
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        remedy = "such a model cannot be quantized"
+        if all(_CLASSIFIER.fullmatch(name) for name in lost):
+            remedy = (
+                "save it as a KerasHub preset with its head (docs/reference.md, Classifiers), and "
+                "quantize that"
+            )
         raise SourceError(
             f"{preset.url}: KerasHub's model has no place for {shown}{more}, and would answer "
-            "differently without; such a model cannot be quantized (if only the rest is wanted, "
-            "remove them from the safetensors files)"
+            f"differently without; {remedy} (if only the rest is wanted, remove them from the "
+            "safetensors files)"
         )
 
 

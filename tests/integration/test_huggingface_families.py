@@ -162,3 +162,26 @@ def test_float16_without_int8_layers_says_what_to_choose(tmp_path: Path) -> None
     # The source is still itself, so a run of it can be resumed.
     assert plan.source_files_sha256 == open_source(source.in_dtype("float32")).files_digest()
     assert plan.notes == ("21 variables are cast from float32 to bfloat16",)
+
+
+@pytest.mark.exhaustive
+def test_a_classifier_keeps_its_head_in_a_preset(tmp_path: Path) -> None:
+    """As docs/reference.md says."""
+    rng = np.random.default_rng(0)
+    shapes = {"classifier.weight": (3, 32), "classifier.bias": (3,)}
+    head = {name: rng.normal(size=shape).astype("f4") for name, shape in shapes.items()}
+    folder = tiny_huggingface(tmp_path / "in", "bert", extra=head, torch_dtype="float32")
+    task_class: Any = keras_hub.models.TextClassifier
+    task = task_class.from_preset(str(folder), num_classes=3, preprocessor=None)
+    task.output_dense.kernel.assign(head["classifier.weight"].T)
+    task.output_dense.bias.assign(head["classifier.bias"])
+    task.save_to_preset(str(tmp_path / "preset"))
+    run = finished_run(tmp_path / "preset", recipe(Int8Scheme()), tmp_path / "run")
+    assert run.plan.task == "BertTextClassifier"
+    quantized = task_class.from_preset(str(run.artifact))
+    for kept, source in zip(quantized.output_dense.weights, task.output_dense.weights, strict=True):
+        assert np.array_equal(kept, source)
+    tokens = some_tokens(run)
+    inputs = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
+    inputs["segment_ids"] = np.zeros_like(tokens)
+    assert distance(quantized(inputs), task(inputs)) < 0.1

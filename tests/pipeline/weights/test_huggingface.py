@@ -95,6 +95,14 @@ def test_a_tensor_that_nobody_reads_is_refused_unless_it_is_harmless(
         source.check_complete()
 
 
+def test_a_classifier_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    head = {
+        f"classifier.{n}": np.ones(s, np.float32) for n, s in (("weight", (2, 32)), ("bias", 2))
+    }
+    with pytest.raises(SourceError, match=r"classifier\.bias \[2\].* preset with its head"):
+        source_of(tiny_huggingface(tmp_path, "bert", extra=head)).check_complete()
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_head_of_a_tied_model_is_a_copy(tied: bool, tmp_path: Path) -> None:
     head = {"lm_head.weight": np.ones((320, 32), np.float32)}
