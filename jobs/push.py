@@ -34,7 +34,7 @@ from jobs.release.model_card import CardSettings, model_card
 from jobs.release.origin import CARD_FILE
 from jobs.release.quality import eval_json
 from pipeline.canonical import sha256
-from pipeline.errors import ExportError
+from pipeline.errors import ExportError, UnusableResultError
 from pipeline.export.code_formats import ExportFormat
 from pipeline.export.manifest import EXPORT_KEY
 from pipeline.storage.object_store import open_store
@@ -82,11 +82,13 @@ def push_run(job: PushJob, *, dry_run: bool, as_json: bool) -> None:
 
     Raises:
         DamagedObjectError: the run is not finished, or a file is not what was committed.
+        UnusableResultError: an evaluation found answers that are not finite.
         HubError, HubRequestError: the hub refuses, or cannot be reached.
     """
     repository = Repository(repository_of(job.repository_url), job.revision)
     with status("reading what is known of the run"):
         run = read_run(open_store(absolute(job.run_url)), job.run_url)
+        _check_usable(run)
         contents = _chosen(run, job.what)
         files = _files(contents, repository)
     for note in run.origin.notes:
@@ -112,6 +114,8 @@ def push_run(job: PushJob, *, dry_run: bool, as_json: bool) -> None:
     if found is None:
         with status(f"making {repository.name}"):
             found = repository.make(private=job.private)
+        # A new branch begins with what the main one holds.
+        stale = _stale(repository, found, files)
         missing = [file for file in files if not _is_there(found, file)]
     if missing or stale:
         named = " ".join(run.origin.name.split())[:100]
@@ -123,6 +127,15 @@ def push_run(job: PushJob, *, dry_run: bool, as_json: bool) -> None:
     else:
         sent = f"{len(missing)} of {len(files)} files sent" if missing or stale else "nothing to do"
         log_event("pushed", f"{repository.url}: {sent}, {size(num_bytes)} in all", summary)
+
+
+def _check_usable(run: FinishedRun) -> None:
+    broken = (evaluation.figures.get("not_finite") for evaluation in run.evaluations)
+    if reason := next(filter(None, broken), None):
+        raise UnusableResultError(
+            f"{run.store.root_url}: the result gives {reason}, so it is not pushed; quantize again "
+            "in bfloat16 or float32 (--dtype), or by another scheme"
+        )
 
 
 def _chosen(run: FinishedRun, what: str) -> Contents:

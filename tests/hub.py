@@ -83,8 +83,8 @@ def git_blob(content: bytes) -> str:
 
 
 class _RefusedError(Exception):
-    def __init__(self, status: int, message: str, code: str = "") -> None:
-        self.status, self.message, self.code = status, message, code
+    def __init__(self, status: int, message: str, code: str = "", **body: str) -> None:
+        self.status, self.message, self.code, self.body = status, message, code, body
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -118,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
                 headers = {"X-Error-Message": refused.message}
                 if refused.code:
                     headers["X-Error-Code"] = refused.code
-                content = json.dumps({"error": refused.message}).encode()
+                content = json.dumps({"error": refused.message, **refused.body}).encode()
                 if refused.message.startswith("<"):  # of a proxy between
                     headers, content = {}, refused.message.encode()
                 self._send(refused.status, content, headers)
@@ -210,7 +210,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._may_write(asked["organization"])
         name = f"{asked['organization']}/{asked['name']}"
         if name in self.hub.repos:
-            raise _RefusedError(409, "You already created this model repo")
+            url = f"{self.hub.endpoint}/{name}"
+            raise _RefusedError(409, "You already created this model repo", url=url)
         self.hub.add(name, private=asked.get("visibility") == "private")
         return {"url": f"{self.hub.endpoint}/{name}"}
 

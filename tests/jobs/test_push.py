@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from jobs.cli.main import main
 from jobs.push import PushJob, push_run
 from jobs.release.cards import update_cards
 from pipeline.run.commits import read_manifest
+from pipeline.run.evaluations import find_evaluations
 from pipeline.run.records import FileDigest
 from pipeline.storage.object_store import ObjectStore, open_store
 from tests.hub import OWNER, READ_TOKEN, TOKEN, FakeHub, Repo, fake_hub
@@ -165,6 +167,29 @@ def test_a_branch_and_a_private_repository_are_made_if_asked(
     check_sums(repo, "w4")
     card = repo.content("README.md", "w4").decode()
     assert 'snapshot_download("someone/tiny", revision="w4")' in card
+
+
+def test_a_new_branch_keeps_nothing_of_the_release_that_it_begins_with(
+    hub: FakeHub, run: ObjectStore
+) -> None:
+    push(run)
+    push(run, "compressed-tensors", revision="vllm")
+    repo = hub.repos[NAME]
+    check_sums(repo)
+    check_sums(repo, "vllm")
+    assert any(name.endswith(".h5") for name in repo.head())
+    assert not any(name.endswith(".h5") for name in repo.head("vllm"))
+
+
+def test_a_result_that_gives_no_numbers_is_not_pushed(
+    hub: FakeHub, run: ObjectStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [one] = find_evaluations(run, read_manifest(run).record_sha256)
+    broken = {**one.figures, "not_finite": "values that are not finite in 2 of 2 windows"}
+    dataclasses.replace(one, figures=broken).save(run)
+    assert command(run.root_url, TARGET) == 5
+    assert "not finite in 2 of 2 windows, so it is not pushed" in capsys.readouterr().err
+    assert hub.requests == []
 
 
 def test_a_card_that_a_person_edited_is_pushed_as_it_is(hub: FakeHub, run: ObjectStore) -> None:
