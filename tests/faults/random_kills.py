@@ -159,11 +159,13 @@ class Tally:
     seconds: list[float] = field(default_factory=list)
 
 
-def start(work: Path, output: str, address: str) -> subprocess.Popen[bytes]:
+def start(work: Path, output: str, address: str, *, before: str = "") -> subprocess.Popen[bytes]:
+    """Args: before: statements that the driver executes before the command."""
+    program = f"{before}\nfrom jobs.cli.main import main\nmain()"
     with (work / "drivers.log").open("ab") as log:
         return subprocess.Popen(
             [
-                *(sys.executable, "-m", "jobs.cli.main", "quantize", str(source())),
+                *(sys.executable, "-c", program, "quantize", str(source())),
                 *("--recipe", str(work / "recipe.yaml"), "--output", output),
                 *("--address", address, "--workers", "2", "--threads", "1"),
                 *("--keep-every", "1", "--lease-seconds", "6"),

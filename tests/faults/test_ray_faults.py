@@ -21,8 +21,8 @@ from pipeline.remote_planning import start_worker
 from pipeline.run.driver import claim, quantize
 from pipeline.run.events import Step
 from pipeline.storage.object_store import open_store
+from tests.faults.lossy_run import run_lossy
 from tests.faults.random_kills import Fleet, fleet, left, start
-from tests.integration.ray_cluster import serve_ray
 from tests.pipeline.tiny_runs import NUM_BLOCKS, lasting, planned, recipe, source
 
 pytestmark = [
@@ -33,6 +33,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 ALLOCATION = Allocation(workers=2, threads=1)
+_SOON_WITHOUT_HEAD = """
+import pipeline.executor.ray_cluster as cluster
+cluster._CHECK_SECONDS, cluster._HEAD_SECONDS = 1.0, 5.0
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -105,20 +109,16 @@ def test_a_node_that_is_replaced_is_waited_for(
 
 
 @pytest.mark.timeout(600)  # those of which Ray says nothing are noticed after 10 to 15 s each
-def test_lost_messages_change_nothing(
-    expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failing = (
-        '{"*":{"num_failures":-1,"req_failure_prob":5,"resp_failure_prob":5,'
-        '"in_flight_failure_prob":5}}'
-    )
-    monkeypatch.setenv("RAY_testing_rpc_failure", failing)
-    steps: list[Step] = []
-    lossy = serve_ray({"RAY_testing_rpc_failure": failing}, attempts=5)
-    with lossy as cluster, connect(cluster.address):
-        assert run(tmp_path / "run", steps.append) == expected
+def test_lost_messages_change_nothing(expected: dict[str, bytes], tmp_path: Path) -> None:
+    given = planned("gptq")
+    assert given.windows is not None
+    (tmp_path / "plan.json").write_bytes(given.plan.to_json())
+    (tmp_path / "windows").write_bytes(given.windows.to_bytes())
+    output = tmp_path / "run"
+    events = run_lossy(tmp_path / "plan.json", tmp_path / "windows", source(), output, attempts=5)
+    assert lasting(open_store(str(output))) == expected
     # Lost calls are repeated; hardly any block is started again for them.
-    assert [step.event for step in steps].count("lost") <= 2
+    assert events.count("lost") <= 2
 
 
 def test_nodes_that_come_late_are_waited_for_and_no_longer(
@@ -154,7 +154,7 @@ def test_a_cluster_without_its_head_is_given_up_in_order_and_the_run_resumes_on_
     with fleet() as nodes:
         assert start(tmp_path, whole, nodes.address).wait() == 0
         log.unlink()
-        driver = start(tmp_path, cut, nodes.address)
+        driver = start(tmp_path, cut, nodes.address, before=_SOON_WITHOUT_HEAD)
         store = open_store(cut)
         while not any(store.list("records/")):
             time.sleep(0.05)

@@ -35,39 +35,29 @@ class RunningCluster:
 
 
 @contextmanager
-def serve_ray(
-    environment: dict[str, str] | None = None, *, attempts: int = 1
-) -> Iterator[RunningCluster]:
-    """Start a cluster, and end it.
-
-    Args:
-        environment: variables of all its processes, beside this one's.
-        attempts: more than one where the environment injects faults, to which Ray's own start may
-            fall.
-    """
-    for _ in range(attempts):
-        process = subprocess.Popen(
-            [sys.executable, "-c", _CLUSTER, str(NUM_CPUS)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=quiet_environment() | (environment or {}),
-            cwd=Path(__file__).parents[2],
-        )
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            # Ray, too, may print lines.
-            lines = (line.split() for line in process.stdout)
-            found = next((words for words in lines if words[:1] == ["cluster"]), None)
-            if found is not None:
-                yield RunningCluster(found[1], Path(found[2]))
-                return
-        finally:
-            process.stdin.close()
-            process.stdout.close()
-            process.wait(timeout=60)
-    raise RuntimeError(f"Ray did not start in {attempts} attempts; its messages are above")
+def serve_ray(environment: dict[str, str] | None = None) -> Iterator[RunningCluster]:
+    """Args: environment: variables of all its processes, beside this one's."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _CLUSTER, str(NUM_CPUS)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=quiet_environment() | (environment or {}),
+        cwd=Path(__file__).parents[2],
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        # Ray, too, may print lines.
+        lines = (line.split() for line in process.stdout)
+        found = next((words for words in lines if words[:1] == ["cluster"]), None)
+        if found is None:
+            raise RuntimeError("Ray did not start; its messages are above")
+        yield RunningCluster(found[1], Path(found[2]))
+    finally:
+        process.stdin.close()
+        process.stdout.close()
+        process.wait(timeout=60)
 
 
 def quiet_environment() -> dict[str, str]:
