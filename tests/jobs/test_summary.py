@@ -11,6 +11,7 @@ from rich.console import Console
 
 from jobs.summary import Summary, plan_table, summary_table
 from pipeline.errors import DamagedObjectError
+from pipeline.evaluation.answers import Accuracy, TaskFidelity
 from pipeline.executor.protocol import Allocation
 from pipeline.fidelity import Fidelity
 from pipeline.model.preset import read_preset
@@ -146,6 +147,27 @@ def test_the_table_shows_sizes_quality_and_time() -> None:
     text = shown_summary(summary)
     for part in ("10.000 → 11.000", "KL 0.1000", "50.0%", "4.0 in all", summary.manifest_sha256):
         assert part in text
+
+
+def test_tasks_and_the_worst_tokens_stand_with_the_quality() -> None:
+    _, summary = finished("int8")
+    before, after = (
+        Accuracy(acc=acc, acc_stderr=0.0501, acc_norm=acc, acc_norm_stderr=0.05)
+        for acc in (0.5, 0.45)
+    )
+    task = TaskFidelity(
+        name="arc", num_questions=100, truncated=3, source=before, result=after, flips=7,
+        changed=9, recovery=0.9, divergence=0.1,
+    )  # fmt: skip
+    assert summary.fidelity is not None
+    both = dataclasses.replace(summary.fidelity, divergence_p99=0.75, tasks=(task,))
+    shown = " ".join(shown_summary(dataclasses.replace(summary, fidelity=both)).split())
+    assert "KL 0.1000 nats (p99 0.7500), same next token 50.0%" in shown
+    assert "task arc acc 50.0% → 45.0% ± 5.0%, recovery 90.0%" in shown
+    assert "7 of 100 questions flipped, 9 answered otherwise" in shown
+    assert "3 choices were too long, and cut on the left" in shown
+    alone = dataclasses.replace(both, num_windows=0, count=0, source_perplexity=None)
+    assert "perplexity" not in shown_summary(dataclasses.replace(summary, fidelity=alone))
 
 
 def test_inputs_that_calibration_never_saw_are_counted(tmp_path: Path) -> None:
