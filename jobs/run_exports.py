@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jobs.execute import Compute
 from jobs.export import exported_json, kernels_table, log_exported, log_notes
 from jobs.logging import log_event, status
+from pipeline.errors import ExportError
 from pipeline.executor.protocol import FunctionRunner
 from pipeline.export.description import ExportDescription, MadeExport
 from pipeline.export.manifest import EXPORT_KEY
@@ -23,6 +25,12 @@ from pipeline.remote_planning import (
     servability,
 )
 from pipeline.storage.object_store import ObjectStore
+
+# What asks for an export, before the format's name: of `quantfleet export`, of `quantize`, and in a
+# catalog.
+_EXPORTS_OPTION = "--format "
+_OPTION = "--export "
+CATALOG_OPTION = "export: "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,33 +95,57 @@ def foresee_exports(
     exports: tuple[ExportSettings, ...],
     *,
     dry_run: bool,
+    option: str = _OPTION,
 ) -> ForeseenExports:
     """Find out what would serve a run's result, where somebody asks for that.
 
     Args:
         dry_run: somebody wants to know what can be known.
+        option: what asks for an export here, before the format's name.
 
     Raises:
         ExportError: what was asked for is impossible, and what to do instead.
     """
     if exports:
-        return ForeseenExports(asked=runner.run(preview_exports, source_url, recipe, exports))
+        with _named(option):
+            return ForeseenExports(asked=runner.run(preview_exports, source_url, recipe, exports))
     if dry_run or recipe.servable:
-        return ForeseenExports(otherwise=runner.run(servability, source_url, recipe))
+        otherwise = runner.run(servability, source_url, recipe)
+        if isinstance(otherwise, str):
+            otherwise = otherwise.replace(_EXPORTS_OPTION, option)
+        return ForeseenExports(otherwise=otherwise)
     return ForeseenExports()
 
 
+@contextlib.contextmanager
+def _named(option: str) -> Iterator[None]:
+    """Let a refusal name as its remedy what a person can give here."""
+    try:
+        yield
+    except ExportError as error:
+        raise ExportError(str(error).replace(_EXPORTS_OPTION, option)) from None
+
+
 def check_exports(
-    runner: FunctionRunner, source_url: str, plan: Plan, exports: tuple[ExportSettings, ...]
+    runner: FunctionRunner,
+    source_url: str,
+    plan: Plan,
+    exports: tuple[ExportSettings, ...],
+    *,
+    option: str = _OPTION,
 ) -> None:
     """Check what only a plan knows of the exports that were asked for, before it is carried out.
+
+    Args:
+        option: as for `foresee_exports`.
 
     Raises:
         ExportError: one is impossible, and what to do instead.
     """
     folds = any(group.fold is not None for part in plan.parts for group in part.groups)
     if exports and folds:
-        runner.run(check_planned_exports, source_url, plan, exports)
+        with _named(option):
+            runner.run(check_planned_exports, source_url, plan, exports)
 
 
 def make_exports(

@@ -27,7 +27,7 @@ from jobs.publish.releases import Release, find_current, publish
 from jobs.publish.verdict import Verdict, failures, find_verdict, quality_figures, save_verdict
 from jobs.publish.verified_files import VerifiedFiles
 from jobs.release.cards import update_cards
-from jobs.run_exports import check_exports, foresee_exports
+from jobs.run_exports import CATALOG_OPTION, check_exports, foresee_exports
 from pipeline.errors import DamagedObjectError, MissingObjectError, PipelineError
 from pipeline.evaluation.batches import EvaluationSet
 from pipeline.executor.protocol import FunctionRunner
@@ -252,7 +252,7 @@ def _plan_all(
 ) -> tuple[Plan, bytes | None]:
     """See `_plan`; what the result will be judged by is read too, to find mistakes in it now."""
     plan, windows = _plan(request, store, runner, threads)
-    check_exports(runner, request.source_url, plan, request.exports)
+    check_exports(runner, request.source_url, plan, request.exports, option=CATALOG_OPTION)
     _evaluation_set(request, plan, runner)
     return plan, windows
 
@@ -266,7 +266,15 @@ def _plan(
     """
     recipe = recipe_from_dict(request.recipe, where=request.request_id)
     # Before hours are spent on what cannot be exported.
-    foresee_exports(runner, request.source_url, recipe, request.exports, dry_run=False).warn(recipe)
+    foreseen = foresee_exports(
+        runner,
+        request.source_url,
+        recipe,
+        request.exports,
+        dry_run=False,
+        option=CATALOG_OPTION,
+    )
+    foreseen.warn(recipe)
     if store.exists(PLAN_KEY):
         plan = read_plan(store)
         found = runner.run(identity, request.source_url, threads)

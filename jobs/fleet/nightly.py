@@ -19,7 +19,7 @@ from jobs.fleet.staleness import Decision
 from jobs.logging import is_json, log_event, set_run
 from jobs.publish.verdict import quality_text
 from jobs.quantities import size
-from jobs.run_exports import ForeseenExports, foresee_exports
+from jobs.run_exports import CATALOG_OPTION, ForeseenExports, foresee_exports
 from pipeline.errors import LeaseHeldError, PipelineError
 from pipeline.storage.object_store import ObjectStore
 from quantizer.errors import QuantizationError
@@ -97,7 +97,12 @@ def foresee(outcome: Outcome, open_compute: OpenCompute) -> Outcome:
         with open_compute(request.needs, request.source_url, request.run_id) as compute:
             foreseen = compute.plan(
                 lambda runner: foresee_exports(
-                    runner, request.source_url, recipe, request.exports, dry_run=True
+                    runner,
+                    request.source_url,
+                    recipe,
+                    request.exports,
+                    dry_run=True,
+                    option=CATALOG_OPTION,
                 ),
                 with_workers=False,
             )

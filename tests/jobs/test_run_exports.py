@@ -89,6 +89,8 @@ def test_what_cannot_be_exported_is_refused_before_any_weight_is_read(
     assert command("quantize", model(architecture), *given, "--export", "compressed-tensors") == 2
     [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("quantfleet: ")]
     assert message in line
+    assert "--export " in line or "--like" in line
+    assert "--format" not in line
     assert not (tmp_path / "out").exists()
 
 

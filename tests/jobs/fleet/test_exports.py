@@ -98,6 +98,18 @@ def test_exports_follow_their_release_through_its_life(published: TinyCatalog) -
     assert release(catalog)["exports"] == [export]
     assert export_files(catalog, export) == before
 
+    # A source that was only written again leads to the same run's exports.
+    weights = catalog.folder / "presets" / "alpha" / "model.weights.h5"
+    data = weights.read_bytes()
+    weights.unlink()
+    weights.write_bytes(data)
+    _, found = catalog.nightly()
+    assert found["alpha int8"]["reasons"] == ["source changed: model.weights.h5"]
+    again = release(catalog)
+    assert (again["run_id"], again["exports"]) == (first["run_id"], [export])
+    assert catalog.work.solves == 0
+    assert catalog.nightly()[1]["alpha int8"]["result"] == "up to date"
+
     # Nothing is promoted whose export is damaged.
     (path.parent / "model-00001-of-00003.safetensors").write_bytes(b"")
     assert catalog.call("promote", root, "alpha", "int8", first["run_id"])[0] == 4
@@ -131,6 +143,7 @@ def test_what_cannot_be_exported_is_refused_before_it_is_quantized(
             code, found = catalog.nightly(*arguments)
             assert (code, found["alpha small"]["result"]) == (2, "failed")
             assert message in found["alpha small"]["text"]
+            assert "export: " in found["alpha small"]["text"]
             assert not any("/plan.json" in key for key in catalog.root.list())
 
 
