@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import gc
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,24 +19,39 @@ from tests.integration.ray_cluster import quiet_environment
 pytestmark = [pytest.mark.ray, pytest.mark.exhaustive]
 
 
+# In a process of its own, without JAX: nodes are forked.
+_CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4})
+for kind, gpus in (("H100", 2), ("L4", 1)):
+    cluster.add_node(num_cpus=4, num_gpus=gpus, resources={f"accelerator_type:{kind}": 1})
+print("cluster", cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
 @pytest.fixture(scope="module")
 def mixed_cluster() -> Iterator[None]:
     """Connected to a cluster of a node with two H100, one with an L4, and one of CPUs."""
-    from ray.cluster_utils import Cluster
-
-    with pytest.MonkeyPatch.context() as patch:
+    process = subprocess.Popen(
+        [sys.executable, "-c", _CLUSTER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=quiet_environment(),
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process, pytest.MonkeyPatch.context() as patch:
+        # Ray, too, may print lines.
+        lines = (line.split() for line in process.stdout)
+        [address] = next(words[1:] for words in lines if words[:1] == ["cluster"])
         for name, value in quiet_environment().items():
             patch.setenv(name, value)
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4})
-        try:
-            for kind, gpus in (("H100", 2), ("L4", 1)):
-                accelerator = {f"accelerator_type:{kind}": 1}
-                cluster.add_node(num_cpus=4, num_gpus=gpus, resources=accelerator)
-            with connect(cluster.address):
-                yield
-        finally:
-            cluster.shutdown()
-            gc.collect()  # Ray leaves sockets to the collector, which warns whoever is there then
+        with connect(address):
+            yield
 
 
 @pytest.mark.usefixtures("mixed_cluster")

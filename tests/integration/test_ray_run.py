@@ -25,7 +25,7 @@ from pipeline.executor.ray_cluster import allocate_on_cluster
 from pipeline.executor.ray_executor import RayExecutor
 from pipeline.fidelity import Fidelity
 from pipeline.plan import read_plan
-from pipeline.remote_planning import plan_run, start_worker
+from pipeline.remote_planning import plan_on, plan_run, start_worker
 from pipeline.run.commits import read_manifest
 from pipeline.run.driver import claim, quantize
 from pipeline.run.events import Step
@@ -57,7 +57,8 @@ def executor_of(workers: int, output: Path) -> Iterator[tuple[RayExecutor, objec
         Allocation(workers=workers, threads=1), partial(start_worker, str(source()), str(output))
     )
     try:
-        plan, windows = executor.run(plan_run, str(source()), recipe("gptq"), 1)
+        # All of them read the weights; the plan is the same.
+        plan, windows = plan_on(executor, str(source()), recipe("gptq"), 1)
         claim(open_store(str(output)), plan, windows)
         yield executor, plan
     finally:
