@@ -6,6 +6,7 @@ unless it was made by one of the functions here.
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from typing import Any
@@ -53,7 +54,13 @@ def yaml_text(value: object) -> str:
 
 def render(template: str, **values: Any) -> str:
     """Fill a template of this folder."""
-    environment = jinja2.Environment(
+    filled = _environment().get_template(template).render(values)
+    return re.sub(r"\n{3,}", "\n\n", filled)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
         loader=jinja2.PackageLoader("jobs.release", ""),
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: value if isinstance(value, Markdown) else escaped(value),
@@ -61,8 +68,6 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    filled = environment.get_template(template).render(values)
-    return re.sub(r"\n{3,}", "\n\n", filled)
 
 
 def _one_line(value: object) -> str:

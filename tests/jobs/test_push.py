@@ -247,7 +247,7 @@ class KilledError(BaseException):
 @pytest.mark.parametrize(
     ("answered", "every"),
     [
-        pytest.param(True, 5, id="after some"),
+        pytest.param(True, 8, id="after some"),
         pytest.param(False, 2, id="before many", marks=pytest.mark.exhaustive),
         pytest.param(True, 1, id="after all", marks=pytest.mark.slow),
         pytest.param(False, 1, id="before all", marks=pytest.mark.slow),
