@@ -44,7 +44,7 @@ pytestmark = [
     ),
 ]
 BUCKET = "quantfleet-jobs"
-ARCHITECTURES = {"llama": "Llama3", "gpt": "GPT2", "gemma": "Gemma", "qwen": "Qwen3"}
+ARCHITECTURES = {"llama": "Llama3", "gpt": "GPT2", "qwen": "Qwen3"}
 NUM_BLOCKS = {"llama": 4, "gpt": 12}
 
 
@@ -97,7 +97,7 @@ def nodes(head: Head) -> Iterator[dict[str, Node]]:
 
 @pytest.fixture(scope="module")
 def catalog(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four models, seven runs, everything in S3; the first two take long enough to be disturbed."""
+    """Three models, four runs, everything in S3; the first two take long enough to be disturbed."""
     folder = tmp_path_factory.mktemp("catalog")
     client = s3.client()
     for name, architecture in ARCHITECTURES.items():
@@ -118,14 +118,12 @@ def catalog(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     hopeless = {**gptq, "name": "gptq-w2", "scheme": {"mode": "gptq", "weight_bits": 2}}
     hopeless["scheme"]["group_size"] = -1
     models = [
-        {"name": name, "preset": f"s3://{BUCKET}/presets/{name}", "recipes": ["int8", gptq]}
+        {"name": name, "preset": f"s3://{BUCKET}/presets/{name}", "recipes": [gptq]}
         for name in ARCHITECTURES
     ]
-    models[0]["recipes"] = [gptq]
     models[0]["priority"] = 9
-    models[1] |= {"recipes": [gptq, "int8"], "priority": 8}
-    models[2]["recipes"] = ["int4", "int8"]
-    models[3] |= {
+    models[1]["priority"] = 8
+    models[2] |= {
         "recipes": ["int8", hopeless],
         "evaluate_on": [f"s3://{BUCKET}/texts/b.txt"],
         "windows": 2,
@@ -227,7 +225,7 @@ def test_a_catalog_is_carried_out_though_a_driver_and_a_node_are_killed(
     assert dry.status == 0, dry.err
     assert {one["result"] for one in dry.found} == {"to do"}
     by_name = {f"{one['model']} {one['recipe']}": one for one in dry.found}
-    assert len(by_name) == 7
+    assert len(by_name) == 4
     first, second = by_name["llama gptq"], by_name["gpt gptq"]
     given = ("submit", catalog, "--address", head.address, "--at-once", 2, "--poll-seconds", 1)
 
@@ -256,7 +254,7 @@ def test_a_catalog_is_carried_out_though_a_driver_and_a_node_are_killed(
 
     # Everything is in storage: status needs no cluster, and a night has nothing to do.
     status = call(head, "status", catalog, "--json", RAY_ADDRESS="")
-    assert [row["state"] for row in status.found].count("published") == 6
+    assert [row["state"] for row in status.found].count("published") == 3
     assert [row["state"] for row in status.found].count("gate failed") == 1
     again = call(head, "nightly", catalog, "--json")
     assert again.status == 5
@@ -271,7 +269,8 @@ def test_a_catalog_is_carried_out_though_a_driver_and_a_node_are_killed(
 
     with capsys.disabled():
         read = {f"{one['model']} {one['recipe']}": one["bytes_read"] for one in again.found}
-        print(f"\n7 runs, {used} lost, in {time.monotonic() - start:.0f} s; read to decide: {read}")
+        took = time.monotonic() - start
+        print(f"\n{len(tasks)} runs, {used} lost, in {took:.0f} s; read to decide: {read}")
 
     # Stock KerasHub loads each from where its pointer leads.
     client = s3.client()
