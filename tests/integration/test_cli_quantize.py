@@ -443,7 +443,14 @@ def test_quantize_evaluates_and_says_how_to_load(command: Command, tmp_path: Pat
     assert 0 <= fidelity["divergence"] < 0.1
     assert json.loads((output / "eval.json").read_text())["evaluations"][0]["figures"] == fidelity
     assert "| perplexity |" in (output / "README.md").read_text()
-    assert command("evaluate", output, "--evaluate-on", text_file(), "--windows", 2) == 0
+    questions = tmp_path / "common.jsonl"
+    questions.write_text('{"question": "The dog is", "choices": ["lazy", "a box"], "answer": 3}')
+    assert command("evaluate", output, "--tasks", questions) == 2
+    assert f"{questions}:1: 'answer' is '3', but there are 2 choices" in command.complaint
+    questions.write_text('{"question": "The dog is", "choices": ["lazy", "a box"], "answer": 0}')
+    assert command("evaluate", output, "--tasks", questions) == 0
+    assert "task common  acc " in command.err
+    assert len(json.loads((output / "eval.json").read_text())["evaluations"]) == 2
     assert f"Llama3CausalLM.from_preset('{output}/artifact')" in command.err
     assert command("verify", output, "--no-stock") == 0
 
