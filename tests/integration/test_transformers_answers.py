@@ -6,7 +6,7 @@ Every converter of KerasHub for text is here but those whose models are refused 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,16 +35,22 @@ from tests.selection import by_default
 
 # KerasHub's BERT has the other form of gelu.
 TOLERANCES = {"bert": 4e-4}
-ROUNDED = 0.1
-"""Of int8 weights and inputs, in models this small, relative to the largest answer."""
+ROUNDED = 0.15
+"""Of int8 weights and inputs, in models this small: the difference's norm by the answer's."""
 LINEAR_ATTENTION = ["qwen3_5", "qwen3_5_moe, as saved"]  # which compiles slowly
+# Whose answers say little after rounding: it changes the choice of experts, and Gemma 4 of random
+# weights makes most of it; artifacts of embedders answer with one vector.
+NOT_ROUNDED = {case for case in CASES if case.startswith(("mixtral", "qwen2_moe", "qwen3_moe"))}
+NOT_ROUNDED |= {"bert", "gemma4", "xlm-roberta", *LINEAR_ATTENTION}
 
 
-def cases(default: Collection[str], exhaustive: Collection[str]) -> list[Any]:
-    """All cases: slow, but for these."""
-    unmarked = [case for case in CASES if case in (*default, *exhaustive)]
-    slow = [pytest.param(case, marks=pytest.mark.slow) for case in CASES if case not in unmarked]
-    return [*by_default(unmarked, default), *slow]
+EIGHT_BITS = ["llama, as saved", "mistral with scaled positions"]
+
+
+def cases(default: Collection[str], exhaustive: Collection[str], slow: Iterable[str]) -> list[Any]:
+    """Cases with the marks that say when they run."""
+    often = [case for case in CASES if case in (*default, *exhaustive)]
+    return [*by_default(often, default), *(pytest.param(c, marks=pytest.mark.slow) for c in slow)]
 
 
 def asked(skeleton: Skeleton) -> InputBatch:
@@ -78,7 +84,11 @@ def relative(found: Any, name: str) -> float:
 )  # Gemma 4's encoder
 @pytest.mark.parametrize(
     "name",
-    cases(["llama with a large epsilon", "xlm-roberta"], sorted({*CASES} - {*LINEAR_ATTENTION})),
+    cases(
+        ["llama with a large epsilon", "xlm-roberta"],
+        {*CASES} - {*LINEAR_ATTENTION},
+        LINEAR_ATTENTION,
+    ),
 )
 def test_transformers_answers_the_same(name: str, tmp_path: Path) -> None:
     preset = read_preset(str(folder_of(name, tmp_path)))
@@ -98,10 +108,15 @@ def test_transformers_answers_the_same(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:(?s).*using a softmax over axis:UserWarning")
-@pytest.mark.parametrize("name", cases([], ["llama, as saved", "mistral with scaled positions"]))
+@pytest.mark.parametrize(
+    "name", cases([], EIGHT_BITS, sorted({*CASES} - {*EIGHT_BITS} - NOT_ROUNDED))
+)
 def test_what_is_quantized_is_what_transformers_computes(name: str, tmp_path: Path) -> None:
     """The same after quantization, as near as eight bits are."""
     wanted = recipe(Int8Scheme()).model_copy(update={"allow_partial": True})
     run = finished_run(folder_of(name, tmp_path / "source"), wanted, tmp_path / "run")
     found = answer_to(artifact_model(run.model, run.store), asked(run.model.skeleton))
-    assert 1e-4 < relative(found, name) < ROUNDED
+    output = found["sequence_output"] if isinstance(found, dict) else found
+    expected = stored_answer(name)
+    error = sampled(np.asarray(output, "float64")) - expected
+    assert 1e-4 < np.linalg.norm(error) / np.linalg.norm(expected) < ROUNDED
