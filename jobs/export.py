@@ -20,6 +20,7 @@ from jobs.release.cards import write_card
 from jobs.release.contents import export_contents, read_run
 from pipeline.errors import ExportError
 from pipeline.export.code_formats import ExportFormat
+from pipeline.export.manifest import forget_progress
 from pipeline.export.settings import ExportDtype, ExportSettings
 from pipeline.storage.object_store import open_store
 
@@ -82,6 +83,7 @@ def export_run(job: ExportJob, *, dry_run: bool, as_json: bool) -> None:
         return
     with status("exporting, one block at a time"):
         made = exporting.export_run(run, job.settings, job.target_url)
+        forget_progress(open_store(made.url))
         write_card(export_contents(read_run(run, job.run_url), open_store(made.url)))
     log_notes(made.description)
     if as_json:

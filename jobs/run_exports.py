@@ -11,10 +11,15 @@ from typing import Any
 from jobs.execute import Compute
 from jobs.export import exported_json, kernels_table, log_exported, log_notes
 from jobs.logging import log_event, status
-from pipeline.errors import ExportError
+from pipeline.errors import (
+    DamagedObjectError,
+    ExportError,
+    ObjectExistsError,
+    PlanMismatchError,
+)
 from pipeline.executor.protocol import FunctionRunner
 from pipeline.export.description import ExportDescription, MadeExport
-from pipeline.export.manifest import EXPORT_KEY
+from pipeline.export.manifest import EXPORT_KEY, REQUEST_KEY, discard, forget_progress
 from pipeline.export.settings import ExportSettings, wanted_exports
 from pipeline.plan import Plan
 from pipeline.recipe.recipe import Recipe
@@ -22,9 +27,10 @@ from pipeline.remote_planning import (
     check_planned_exports,
     export_result,
     preview_exports,
+    request_of_export,
     servability,
 )
-from pipeline.storage.object_store import ObjectStore
+from pipeline.storage.object_store import ObjectStore, open_store
 
 # What asks for an export, before the format's name: of `quantfleet export`, of `quantize`, and in a
 # catalog.
@@ -164,19 +170,49 @@ def make_exports(
         return ()
 
     def make(runner: FunctionRunner) -> tuple[MadeExport, ...]:
-        return tuple(
-            runner.run(export_result, run.root_url, one, f"{run.root_url}/{one.folder}")
-            for one in wanted
-        )
+        return tuple(_make(runner, run, one, f"{run.root_url}/{one.folder}") for one in wanted)
 
     with status(f"exporting as {' and '.join(one.format for one in wanted)}, a block at a time"):
         return compute.plan(make, with_workers=False)
 
 
+def _make(
+    runner: FunctionRunner, run: ObjectStore, settings: ExportSettings, to_url: str
+) -> MadeExport:
+    made = runner.run(export_result, run.root_url, settings, to_url)
+    # Here, since workers may not delete.
+    forget_progress(open_store(to_url))
+    return made
+
+
+def make_own_export(
+    runner: FunctionRunner, run: ObjectStore, settings: ExportSettings
+) -> MadeExport:
+    """Make an export in a folder of the run that is named for all that decides its bytes.
+
+    Nobody else writes there, so what is damaged in it, or left of an interrupted deletion, is made
+    again. Hold the run's lease.
+
+    Raises:
+        PipelineError: it cannot be made.
+    """
+    request = runner.run(request_of_export, run.root_url, settings)
+    url = f"{run.root_url}/{settings.folder}-{request.record_sha256[:12]}"
+    try:
+        return _make(runner, run, settings, url)
+    except (DamagedObjectError, ObjectExistsError, PlanMismatchError):
+        discard(open_store(url), request)
+        return _make(runner, run, settings, url)
+
+
 def pending_exports(run: ObjectStore) -> tuple[ExportSettings, ...]:
     """The exports that a run was started with, and that are not finished."""
-    wanted = wanted_exports(run)
-    return tuple(one for one in wanted if not run.exists(f"{one.folder}/{EXPORT_KEY}"))
+    return tuple(
+        one
+        for one in wanted_exports(run)
+        # The request goes last of what a finished export leaves behind.
+        if not run.exists(f"{one.folder}/{EXPORT_KEY}") or run.exists(f"{one.folder}/{REQUEST_KEY}")
+    )
 
 
 def want_exports(run: ObjectStore, exports: Sequence[ExportSettings]) -> None:

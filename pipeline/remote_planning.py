@@ -14,6 +14,7 @@ from pipeline.evaluation.choices import TaskRows, task_rows
 from pipeline.evaluation.tasks import read_tasks
 from pipeline.executor.protocol import DeviceMemory, ExecutorError, FunctionRunner
 from pipeline.export.description import ExportDescription, MadeExport
+from pipeline.export.manifest import ExportRequest
 from pipeline.export.settings import ExportSettings
 from pipeline.plain.plan import PlainPlan
 from pipeline.plan import Plan, read_plan
@@ -261,7 +262,18 @@ def servability(source_url: str, recipe: Recipe) -> ExportDescription | str:
         return str(error)
 
 
-def export_result(run_url: str, settings: ExportSettings, to_url: str | None) -> MadeExport:
+def request_of_export(run_url: str, settings: ExportSettings) -> ExportRequest:
+    """Everything that decides the bytes of a finished run's export.
+
+    Raises:
+        PipelineError: it is not finished, or cannot be exported so.
+    """
+    from pipeline.export.exporting import request_of
+
+    return request_of(open_store(run_url), settings)
+
+
+def export_result(run_url: str, settings: ExportSettings, to_url: str) -> MadeExport:
     """Export a finished run; see `pipeline.export.exporting.export_run`.
 
     Raises:

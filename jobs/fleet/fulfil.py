@@ -27,7 +27,7 @@ from jobs.publish.releases import Release, find_current, publish
 from jobs.publish.verdict import Verdict, failures, find_verdict, quality_figures, save_verdict
 from jobs.publish.verified_files import VerifiedFiles
 from jobs.release.cards import update_cards
-from jobs.run_exports import CATALOG_OPTION, check_exports, foresee_exports
+from jobs.run_exports import CATALOG_OPTION, check_exports, foresee_exports, make_own_export
 from pipeline.errors import DamagedObjectError, MissingObjectError, PipelineError
 from pipeline.evaluation.batches import EvaluationSet
 from pipeline.executor.protocol import FunctionRunner
@@ -36,7 +36,7 @@ from pipeline.fidelity import Fidelity
 from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.planning.estimates import estimate
 from pipeline.recipe.recipe_file import recipe_from_dict
-from pipeline.remote_planning import export_result, identity, plan_on
+from pipeline.remote_planning import identity, plan_on
 from pipeline.run.commits import Finding, damaged_files, read_manifest
 from pipeline.run.driver import claim
 from pipeline.run.evaluations import Evaluation
@@ -384,7 +384,7 @@ def _export(
     store = run_store(root, artifact.run_id)
 
     def make(runner: FunctionRunner) -> list[MadeExport]:
-        return [runner.run(export_result, store.root_url, one, None) for one in request.exports]
+        return [make_own_export(runner, store, one) for one in request.exports]
 
     with contextlib.ExitStack() as stack:
         if artifact.run_id != request.run_id:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pipeline.errors import DamagedObjectError, ObjectExistsError, PlanMismatchError
 from pipeline.export.checkpoint import Checkpoint, plan_checkpoint
 from pipeline.export.description import ExportDescription, MadeExport
+from pipeline.export.manifest import ExportRequest
 from pipeline.export.settings import ExportSettings
-from pipeline.export.writing import discard, export_request, write_checkpoint
+from pipeline.export.writing import export_request, write_checkpoint
 from pipeline.model.preset import read_preset
 from pipeline.plan import read_plan
 from pipeline.run.commits import read_manifest
@@ -30,13 +30,17 @@ def checkpoint_of_run(run: ObjectStore, settings: ExportSettings) -> Checkpoint:
     )
 
 
-def export_run(run: ObjectStore, settings: ExportSettings, to_url: str | None = None) -> MadeExport:
-    """Write the export of a finished run, or go on with it, one part in memory at a time.
+def request_of(run: ObjectStore, settings: ExportSettings) -> ExportRequest:
+    """Everything that decides the bytes of a finished run's export.
 
-    Args:
-        to_url: the folder; None for one below the run that is named for all that decides the
-            export's bytes. Nobody else writes there, so what is damaged in it, or left of an
-            interrupted deletion, is made again.
+    Raises:
+        PipelineError: as `export_run`.
+    """
+    return export_request(checkpoint_of_run(run, settings), read_manifest(run))
+
+
+def export_run(run: ObjectStore, settings: ExportSettings, to_url: str) -> MadeExport:
+    """Write the export of a finished run, or go on with it, one part in memory at a time.
 
     Raises:
         ExportError: something that this format cannot hold.
@@ -45,16 +49,8 @@ def export_run(run: ObjectStore, settings: ExportSettings, to_url: str | None = 
     """
     manifest = read_manifest(run)
     checkpoint = checkpoint_of_run(run, settings)
-    request = export_request(checkpoint, manifest)
-    own_url = f"{run.root_url}/{settings.folder}-{request.record_sha256[:12]}"
-    store = open_store(to_url or own_url)
-    try:
-        made = write_checkpoint(checkpoint, run, manifest, store)
-    except (DamagedObjectError, ObjectExistsError, PlanMismatchError):
-        if to_url is not None:
-            raise
-        discard(store, request)
-        made = write_checkpoint(checkpoint, run, manifest, store)
+    store = open_store(to_url)
+    made = write_checkpoint(checkpoint, run, manifest, store)
     return MadeExport(
         url=store.root_url, description=ExportDescription.of(checkpoint), manifest=made
     )

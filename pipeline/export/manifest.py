@@ -16,6 +16,9 @@ from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.record import StoredRecord
 
 EXPORT_KEY = "export.json"
+PROGRESS_PREFIX = "export-"
+REQUEST_KEY = f"{PROGRESS_PREFIX}request.json"
+"""What an unfinished export is of, and how; the other keys of progress name its finished parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,3 +79,22 @@ def verify_export(store: ObjectStore, manifest: ExportManifest) -> None:
             store.verify(name, sha256=file.sha256, size=file.size_bytes)
         except (DamagedObjectError, MissingObjectError) as error:
             raise DamagedObjectError(f"{error}; delete the folder, and export again") from None
+
+
+def discard(store: ObjectStore, request: ExportRequest) -> None:
+    """Delete a damaged export, so that it can be written again to the same folder.
+
+    The folder stays the request's all the while, so an interruption leaves nothing unknown.
+    """
+    store.create(REQUEST_KEY, request.to_json())
+    # No reader may take the rest for a finished export.
+    store.delete(EXPORT_KEY)
+    for key in store.list():
+        if key != REQUEST_KEY:
+            store.delete(key)
+
+
+def forget_progress(store: ObjectStore) -> None:
+    """Delete what a finished export was gone on from."""
+    for key in store.list(PROGRESS_PREFIX):
+        store.delete(key)

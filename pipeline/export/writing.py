@@ -15,15 +15,19 @@ from pydantic import ConfigDict, Field
 from pipeline.canonical import canonical_json, digest_of, sha256
 from pipeline.errors import MissingObjectError, ObjectExistsError, PlanMismatchError
 from pipeline.export.checkpoint import Checkpoint
-from pipeline.export.manifest import EXPORT_KEY, ExportManifest, ExportRequest, verify_export
+from pipeline.export.manifest import (
+    EXPORT_KEY,
+    PROGRESS_PREFIX,
+    REQUEST_KEY,
+    ExportManifest,
+    ExportRequest,
+    verify_export,
+)
 from pipeline.export.safetensors_file import safetensors_bytes
 from pipeline.run.commits import committed_file
 from pipeline.run.records import FileDigest, Manifest
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.record import STRICT, StoredRecord
-
-_PROGRESS_PREFIX = "export-"
-_REQUEST_KEY = f"{_PROGRESS_PREFIX}request.json"
 
 Report = Callable[[int, int], None]
 """Called after each part with its number and the number of parts."""
@@ -49,6 +53,8 @@ def write_checkpoint(
 ) -> ExportManifest:
     """Export a finished run, from wherever an earlier attempt stopped.
 
+    Nothing is deleted, since workers may not: `forget_progress` removes what is not needed then.
+
     Args:
         run: opened at the run's root; `manifest` is its own.
         store: opened at the folder to write.
@@ -63,7 +69,6 @@ def write_checkpoint(
     finished = _claim(store, request)
     if finished is not None:
         verify_export(store, finished)
-        _forget_progress(store)
         return finished
     files: dict[str, FileDigest] = {}
     weight_map: dict[str, str] = {}
@@ -83,7 +88,6 @@ def write_checkpoint(
     made = ExportManifest(request=request, files=files, tensors=checkpoint.report())
     verify_export(store, made)
     store.create(EXPORT_KEY, made.to_json())
-    _forget_progress(store)
     return made
 
 
@@ -108,19 +112,6 @@ def export_request(checkpoint: Checkpoint, manifest: Manifest) -> ExportRequest:
     )
 
 
-def discard(store: ObjectStore, request: ExportRequest) -> None:
-    """Delete a damaged export, so that it can be written again to the same folder.
-
-    The folder stays the request's all the while, so an interruption leaves nothing unknown.
-    """
-    store.create(_REQUEST_KEY, request.to_json())
-    # No reader may take the rest for a finished export.
-    store.delete(EXPORT_KEY)
-    for key in store.list():
-        if key != _REQUEST_KEY:
-            store.delete(key)
-
-
 def _claim(store: ObjectStore, request: ExportRequest) -> ExportManifest | None:
     """Make the folder this export's; returns the manifest if it is finished."""
     if store.exists(EXPORT_KEY):
@@ -128,7 +119,7 @@ def _claim(store: ObjectStore, request: ExportRequest) -> ExportManifest | None:
         if found.request != request:
             raise _other_export(store, EXPORT_KEY)
         return found
-    if not store.exists(_REQUEST_KEY):
+    if not store.exists(REQUEST_KEY):
         foreign = store.list()
         if foreign:
             raise PlanMismatchError(
@@ -136,21 +127,21 @@ def _claim(store: ObjectStore, request: ExportRequest) -> ExportManifest | None:
                 "with --to"
             )
     try:
-        store.create(_REQUEST_KEY, request.to_json())
+        store.create(REQUEST_KEY, request.to_json())
     except ObjectExistsError:
-        raise _other_export(store, _REQUEST_KEY) from None
+        raise _other_export(store, REQUEST_KEY) from None
     return None
 
 
 def _other_export(store: ObjectStore, key: str) -> PlanMismatchError:
     return PlanMismatchError(
-        f"{store.url(key)} is of an export of another run, or with other options; name another "
-        "folder with --to"
+        f"{store.url(key)} is of an export of another run, or with other options; delete the "
+        "folder, or name another one with quantfleet export --to"
     )
 
 
 def _part_key(number: int) -> str:
-    return f"{_PROGRESS_PREFIX}part-{number:05d}.json"
+    return f"{PROGRESS_PREFIX}part-{number:05d}.json"
 
 
 def _committed(store: ObjectStore, number: int, file: str) -> _PartRecord | None:
@@ -177,8 +168,3 @@ def _write_part(
 
 def _digest(data: bytes) -> FileDigest:
     return FileDigest(sha256=sha256(data), size_bytes=len(data))
-
-
-def _forget_progress(store: ObjectStore) -> None:
-    for key in store.list(_PROGRESS_PREFIX):
-        store.delete(key)

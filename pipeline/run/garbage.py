@@ -62,13 +62,15 @@ def find_garbage(store: ObjectStore) -> tuple[Garbage, ...]:
 def whole_run(store: ObjectStore, reason: str) -> tuple[Garbage, ...]:
     """The whole run at the store's root, in the order in which to delete it.
 
-    The manifest goes first, so that no reader takes the rest for a finished run; the plan late, so
-    that an interrupted deletion is found again; the leases last, since the caller holds one.
+    Manifests go first, so that no reader takes the rest for a finished run or export; the plan
+    late, so that an interrupted deletion is found again; the leases last, since the caller holds
+    one.
     """
 
     def order(key: str) -> tuple[int, str]:
         ranks = {MANIFEST_KEY: 0, PLAN_KEY: 2}
-        return (3 if key.startswith(lease.PREFIX) else ranks.get(key, 1), key)
+        rank = 0 if key.endswith("/export.json") else ranks.get(key, 1)
+        return (3 if key.startswith(lease.PREFIX) else rank, key)
 
     known = store.versions()
     return tuple(

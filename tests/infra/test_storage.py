@@ -19,7 +19,10 @@ import yaml
 from jobs.gc import collect
 from jobs.publish.verified_files import verified_files_key
 from pipeline.errors import StorageError
+from pipeline.export.manifest import EXPORT_KEY, REQUEST_KEY, discard, forget_progress
+from pipeline.export.settings import ExportSettings
 from pipeline.plan import PLAN_KEY
+from pipeline.remote_planning import export_result
 from pipeline.storage.object_store import open_store
 from tests.infra.validators import INFRA
 from tests.pipeline.tiny_runs import execute, planned
@@ -78,7 +81,7 @@ def test_drivers_delete_nothing_that_was_published_or_decided(key: str) -> None:
     assert not may("driver", "s3:DeleteObject", key)
 
 
-@pytest.mark.parametrize("part", ["activations", "artifact", "records", "tokens"])
+@pytest.mark.parametrize("part", ["activations", "artifact", "exports", "records", "tokens"])
 def test_drivers_clear_what_no_run_needs_and_what_is_damaged(part: str) -> None:
     assert may("driver", "s3:DeleteObject", f"{RUN}/{part}/x")
 
@@ -176,6 +179,24 @@ def test_a_whole_run_needs_no_more_than_the_drivers_role(as_role: Callable[[str]
     store.delete(damaged)
     with pytest.raises(StorageError, match="AccessDenied"):
         store.delete(PLAN_KEY)
+
+
+@pytest.mark.exhaustive
+def test_an_export_needs_no_more_than_the_workers_role_and_the_drivers_to_clear_up(
+    as_role: Callable[[str], None],
+) -> None:
+    run_url = f"s3://{BUCKET}/{ROOT}/runs/tiny-int8-11111111"
+    as_role("driver")
+    execute(planned("int8"), open_store(run_url), keep_every=1)
+    as_role("worker")
+    made = export_result(run_url, ExportSettings(format="dense"), f"{run_url}/exports/dense")
+    as_role("driver")
+    store = open_store(made.url)
+    assert store.exists(REQUEST_KEY)
+    forget_progress(store)
+    assert set(store.list()) == {*made.manifest.files, EXPORT_KEY}
+    discard(store, made.manifest.request)
+    assert store.list() == (REQUEST_KEY,)
 
 
 def test_the_collectors_role_is_enough_to_delete_a_run(

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.errors import DamagedObjectError, PlanMismatchError
 from pipeline.export.checkpoint import Checkpoint, plan_checkpoint
-from pipeline.export.manifest import EXPORT_KEY, ExportManifest
+from pipeline.export.manifest import EXPORT_KEY, ExportManifest, forget_progress
 from pipeline.export.writing import write_checkpoint
 from pipeline.model.preset import read_preset
 from pipeline.plan import read_plan
@@ -42,7 +42,9 @@ Write = Callable[..., ExportManifest]
 @pytest.fixture
 def write(run: ObjectStore, checkpoint: Checkpoint) -> Write:
     def written(store: ObjectStore, other: Checkpoint = checkpoint) -> ExportManifest:
-        return write_checkpoint(other, run, read_manifest(run), store)
+        made = write_checkpoint(other, run, read_manifest(run), store)
+        forget_progress(store)
+        return made
 
     return written
 
@@ -164,7 +166,7 @@ def test_a_folder_of_another_export_is_left_alone(
     before = everything(store)
     dense = replace(checkpoint, format="dense", formats={})
     with pytest.raises(
-        PlanMismatchError, match="with other options; name another folder with --to"
+        PlanMismatchError, match="with other options; delete the folder, or name another one with"
     ):
         write(store, dense)
     assert everything(store) == before
