@@ -50,9 +50,11 @@ $(TORCH): $(READY)
 	$(PIP) "torch==2.13.*"
 	@touch $@
 
-# Two processes: most of the work is single-threaded tracing and compiling. Each runs neighbouring
-# tests, which share fixtures, and takes over half of what the other has left when it is done.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations=30
+# One process more than CI has cores: most of the work is single-threaded tracing and compiling, but
+# tests of clusters and leases wait. Each process runs neighbouring tests, which share fixtures, and
+# takes over half of what another has left when it is done.
+PROCESSES ?= 3
+PYTEST := $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal --durations=30
 
 test: lint  ## lint, types and the default tests
 	$(PYTEST)
