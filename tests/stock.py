@@ -24,11 +24,13 @@ def kernel_layer(form, dtype="float32", seed=0):
     """A built layer of that form with random kernel and bias, and an input for it."""
     equation, input_shape, output_shape = KERNEL_FORMS[form]
     rng = np.random.default_rng(seed)
+    # Not at random, which JAX would compile for each shape.
+    given = {"kernel_initializer": "zeros", "dtype": dtype}
     if equation is None:
-        layer = keras.layers.Dense(output_shape, dtype=dtype, name="dense")
+        layer = keras.layers.Dense(output_shape, name="dense", **given)
     else:
         layer = keras.layers.EinsumDense(
-            equation, output_shape, bias_axes=equation[-1], dtype=dtype, name="einsum"
+            equation, output_shape, bias_axes=equation[-1], name="einsum", **given
         )
     layer.build(input_shape)
     for variable in layer.weights:

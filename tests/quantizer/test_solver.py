@@ -26,6 +26,7 @@ from quantizer import (
 )
 from quantizer.gptq import solve as gptq
 from quantizer.keras_format.kernel_layout import KernelLayout
+from tests.selection import covering
 from tests.stock import kernel_layer
 
 SCHEMES = {
@@ -64,8 +65,9 @@ def statistics_of(scheme, layer, inputs):
     return kind.of(kernel_layout(layer).flatten_inputs(np.repeat(inputs, 4, axis=0)))
 
 
-@pytest.mark.parametrize("form", ["dense", "llama output", "gemma query"])
-@pytest.mark.parametrize("mode", SCHEMES)
+@pytest.mark.parametrize(
+    ("mode", "form"), covering(SCHEMES, ["dense", "llama output", "gemma query"])
+)
 def test_a_layer_is_validated_and_transposed_once(mode, form, calls):
     layer, inputs = kernel_layer(form)
     statistics = statistics_of(SCHEMES[mode], layer, inputs)
