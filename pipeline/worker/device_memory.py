@@ -41,7 +41,6 @@ def device_errors() -> Iterator[None]:
         reason = reason.removeprefix(_EXHAUSTED).lstrip(": ").rstrip(".")[:200]
         raise ExecutorError(
             f"{platform.node()}: too little memory on its device, {jax.devices()[0].device_kind} "
-            f"({reason}); resume with more --workers, so that each holds fewer windows, or on "
-            "devices of this kind with more room; or start a new run with a lower num_samples or "
-            "sequence_length"
+            f"({reason}); resume with more --workers, so that each holds fewer windows, or start a "
+            "new run with a lower num_samples or sequence_length"
         ) from error
