@@ -138,7 +138,6 @@ def test_transformers_answers_as_stock_keras_does(
     name: str, model: Model, in_transformers: dict[str, NDArray[np.float32]]
 ) -> None:
     keras, found = model.by_scheme[name].logits, in_transformers[f"compressed-tensors {name}"]
-    print(name, distance(found, keras), model.perplexity(found), model.perplexity(keras))
     assert distance(found, keras) < 1e-4
     assert model.perplexity(found) == pytest.approx(model.perplexity(keras), rel=1e-4)
 
@@ -151,8 +150,6 @@ def test_where_inputs_are_rounded_runtimes_differ_by_that_rounding(
     # rounding costs. Keras divides the largest input by 127, compressed-tensors by 127.5.
     keras = model.by_scheme[name].logits
     found, dense = (in_transformers[f"{one} {name}"] for one in ("compressed-tensors", "dense"))
-    print(name, distance(found, keras), distance(dense, keras))
-    print(*map(model.perplexity, (keras, found, dense)))
     assert np.abs(found - keras).mean() <= 2 * np.abs(dense - keras).mean()
     assert model.perplexity(found) == pytest.approx(model.perplexity(keras), rel=0.03)
 
@@ -161,7 +158,6 @@ def test_where_inputs_are_rounded_runtimes_differ_by_that_rounding(
 def test_vllm_has_the_perplexity_of_stock_keras(
     name: str, model: Model, in_vllm: dict[str, dict[str, Any]]
 ) -> None:
-    print(name, in_vllm[name], model.perplexity(model.by_scheme[name].logits))
     assert in_vllm[name]["layers"]
     expected = model.perplexity(model.by_scheme[name].logits)
     assert in_vllm[name]["perplexity"] == pytest.approx(expected, rel=0.01)
@@ -177,6 +173,5 @@ def test_gptqmodel_answers_as_stock_keras_does(name: str, model: Model) -> None:
     [job] = model.jobs("gptq", [name])
     ask("gptqmodel", [job])
     found, keras = np.load(job["outputs"]), model.by_scheme[name].logits
-    print(name, distance(found, keras), model.perplexity(found), model.perplexity(keras))
     # It computes in float16.
     assert model.perplexity(found) == pytest.approx(model.perplexity(keras), rel=0.01)
