@@ -19,19 +19,18 @@ from jobs.execute import (
     execute,
     read_evaluation_set,
 )
-from jobs.export import log_exported
+from jobs.fleet.release_exports import release_exports
 from jobs.logging import log_event, set_run, status
 from jobs.metrics import RunMetrics
-from jobs.publish.published_exports import PublishedExport, verify_published
+from jobs.publish.published_exports import PublishedExport
 from jobs.publish.releases import Release, find_current, publish
 from jobs.publish.verdict import Verdict, failures, find_verdict, quality_figures, save_verdict
 from jobs.publish.verified_files import VerifiedFiles
 from jobs.release.cards import update_cards
-from jobs.run_exports import CATALOG_OPTION, check_exports, foresee_exports, make_own_export
+from jobs.run_exports import CATALOG_OPTION, check_exports, foresee_exports
 from pipeline.errors import DamagedObjectError, MissingObjectError, PipelineError
 from pipeline.evaluation.batches import EvaluationSet
 from pipeline.executor.protocol import FunctionRunner
-from pipeline.export.description import MadeExport
 from pipeline.fidelity import Fidelity
 from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.planning.estimates import estimate
@@ -108,7 +107,16 @@ def fulfil(
         _verify(root, artifact)
         save_verdict(root, verdict)
         held.check()
-        exports = _export(root, request, artifact, compute, options) if verdict.passed else ()
+        exports: tuple[PublishedExport, ...] = ()
+        if verdict.passed:
+            exports = release_exports(
+                root,
+                request,
+                artifact.run_id,
+                artifact.manifest,
+                compute.for_run,
+                options,
+            )
         update_cards(run_store(root, artifact.run_id))
         held.check()
         releases = publish(root, request, verdict, exports) if verdict.passed else ()
@@ -361,44 +369,6 @@ def _verify(root: ObjectStore, artifact: _Artifact) -> None:
             "published: start again, which makes them again"
         )
     VerifiedFiles.of(artifact.run_id, artifact.manifest, versions).save(root)
-
-
-def _export(
-    root: ObjectStore,
-    request: Request,
-    artifact: _Artifact,
-    compute: _RequestCompute,
-    options: DriverOptions,
-) -> tuple[PublishedExport, ...]:
-    """Make what the request wants exported, or find it made, and read all of it once more.
-
-    Each export lies in a folder of the run that is named for all that decides its bytes, so one
-    with other settings is another one, and those of earlier releases stay as they are.
-
-    Raises:
-        ExportError: a result that cannot be exported so.
-        DamagedObjectError: something was damaged since it was written.
-    """
-    if not request.exports:
-        return ()
-    store = run_store(root, artifact.run_id)
-
-    def make(runner: FunctionRunner) -> list[MadeExport]:
-        return [make_own_export(runner, store, one) for one in request.exports]
-
-    with contextlib.ExitStack() as stack:
-        if artifact.run_id != request.run_id:
-            # Another run's folder is written to: `quantfleet gc` is to leave it alone meanwhile.
-            stack.enter_context(options.acquire_lease(store))
-        with status("exporting, one block at a time"):
-            made = compute.for_run(store).plan(make, with_workers=False)
-        versions = store.versions()
-        published = [PublishedExport.of(root, one) for one in made]
-        manifests = {one: verify_published(root, one) for one in published}
-        VerifiedFiles.of(artifact.run_id, artifact.manifest, versions, manifests).save(root)
-    for one in made:
-        log_exported(one)
-    return tuple(published)
 
 
 def fulfilled_json(done: Fulfilled) -> dict[str, object]:
