@@ -53,7 +53,8 @@ class EvaluationSet:
     def batches(self) -> tuple[Batch, ...]:
         """All rows: windows in their order, then each task's choices by length.
 
-        Lengths are rounded up to powers of two, since each is compiled for.
+        Lengths are rounded up to powers of two, since each is compiled for, but not beyond what
+        the model reads: it may have no more positions.
         """
         found = []
         if self.windows is not None:
@@ -62,7 +63,7 @@ class EvaluationSet:
         for number, task in enumerate(self.tasks):
             by_length: dict[int, list[int]] = {}
             for row, tokens in enumerate(task.rows):
-                by_length.setdefault(_padded(len(tokens) - 1), []).append(row)
+                by_length.setdefault(_padded(len(tokens) - 1, task.most), []).append(row)
             for length, rows in sorted(by_length.items()):
                 found += _cut(number, rows, length)
         return tuple(found)
@@ -80,8 +81,8 @@ class EvaluationSet:
         return TokenWindows(tokens=tokens, lengths=lengths, fingerprint="", num_documents=0)
 
 
-def _padded(length: int) -> int:
-    return max(_SHORTEST, 1 << (length - 1).bit_length())
+def _padded(length: int, most: int) -> int:
+    return min(most, max(_SHORTEST, 1 << (length - 1).bit_length()))
 
 
 def _cut(task: int | None, rows: Sequence[int], length: int) -> list[Batch]:

@@ -51,6 +51,7 @@ class TaskRows:
         characters: [rows]: length of the choice's text.
         num_choices, answers: [questions].
         truncated: how many rows were too long, and lost tokens on the left.
+        most: tokens that the model can read.
     """
 
     name: str
@@ -61,6 +62,7 @@ class TaskRows:
     num_choices: NDArray[np.int32]
     answers: NDArray[np.int32]
     truncated: int
+    most: int
 
 
 def task_rows(task: Task, tokens: Tokens) -> TaskRows:
@@ -95,6 +97,7 @@ def task_rows(task: Task, tokens: Tokens) -> TaskRows:
         num_choices=np.array([len(q.choices) for q in task.questions], np.int32),
         answers=np.array([q.answer for q in task.questions], np.int32),
         truncated=truncated,
+        most=tokens.most,
     )
 
 

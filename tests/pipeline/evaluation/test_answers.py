@@ -32,6 +32,7 @@ def rows(answers: list[int] = ANSWERS) -> TaskRows:
         num_choices=np.array([2, 3, 2, 2], np.int32),
         answers=np.array(answers, np.int32),
         truncated=1,
+        most=100,
     )
 
 
