@@ -272,7 +272,7 @@ def _finish(
 
 
 def _log_finished_before(output_url: str) -> None:
-    log_event("finished before", f"{output_url}: finished before; nothing to do")
+    log_event("finished before", f"{output_url}: finished before; nothing to quantize")
 
 
 def _evaluation_set(job: Job, plan: Plan, runner: FunctionRunner) -> EvaluationSet | None:

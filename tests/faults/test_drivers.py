@@ -92,7 +92,7 @@ def test_of_two_drivers_one_works_and_the_other_finds_it_done(
     said = [end(driver) for driver in drivers]
     assert lasting(output) == undisturbed
     assert committed_times(output) == NUM_BLOCKS + 1, said
-    assert sum("finished before; nothing to do" in one for one in said) == 1, said
+    assert sum("finished before; nothing to quantize" in one for one in said) == 1, said
 
 
 def test_a_driver_told_to_end_does_so_in_time_and_is_followed_at_once(
