@@ -23,9 +23,19 @@ _LABELS = {
     "agreement": "same most likely token",
     "cosine": "cosine of outputs, mean",
 }
+# Of a task, in the order in which people ask.
+_LABELS_OF_TASKS = {
+    "source": "",  # a row for each figure in it
+    "flips": "answers that became right or wrong",
+    "changed": "answers that changed",
+    "divergence": "KL divergence over the choices, mean, nats a question",
+    "num_questions": "questions",
+    "truncated": "choices that were too long, and cut on the left",
+}
 _MEASURED_ON = {
     "texts_sha256": "SHA-256 of the texts",
     "tokens_sha256": "of their token windows",
+    "tasks": "SHA-256 of the questions",
     "num_windows": "windows",
     "sequence_length": "tokens in each",
     "count": "predicted tokens, or vectors, compared",
@@ -48,13 +58,17 @@ class QualityRow:
 
 def quality_rows(evaluation: Evaluation) -> tuple[QualityRow, ...]:
     """A row for each figure: of both models where both were measured, else of the result alone."""
-    known = {name: place for place, name in enumerate(_LABELS)}
-    figures = evaluation.figures.items()  # in the order of their names
+    return tuple(_rows(_ordered(evaluation.figures, _LABELS), "", _LABELS))
+
+
+def _ordered(figures: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, Any]:
+    """Figures in the order of their labels; those without one last, by name, as they are stored."""
+    known = {name: place for place, name in enumerate(labels)}
 
     def order(figure: tuple[str, Any]) -> int:
         return known.get(figure[0].removeprefix("source_"), len(known))
 
-    return tuple(_rows(dict(sorted(figures, key=order)), ""))
+    return dict(sorted(figures.items(), key=order))
 
 
 def measured_on(evaluation: Evaluation) -> tuple[tuple[str, Any], ...]:
@@ -74,7 +88,9 @@ def _flat(values: Any, inside: str) -> Iterator[tuple[str, Any]]:
             yield label, value
 
 
-def _rows(figures: Mapping[str, Any], inside: str) -> Iterator[QualityRow]:
+def _rows(
+    figures: Mapping[str, Any], inside: str, labels: Mapping[str, str]
+) -> Iterator[QualityRow]:
     for name, value in figures.items():
         if name.startswith("result") or name in _NOT_ROWS:
             continue  # beside its source, or said elsewhere
@@ -85,14 +101,16 @@ def _rows(figures: Mapping[str, Any], inside: str) -> Iterator[QualityRow]:
                 yield from _pair(label, figure, value[figure], beside.get(figure))
             continue
         plain = name.removeprefix("source_")
-        label = f"{inside}{_LABELS.get(plain, plain.replace('_', ' '))}"
+        label = f"{inside}{labels.get(plain, plain.replace('_', ' '))}"
         if isinstance(value, Mapping):
-            yield from _rows(value, f"{label}: ")
+            yield from _rows(value, f"{label}: ", labels)
         elif isinstance(value, list | tuple):
             for number, item in enumerate(value):
                 if isinstance(item, Mapping):
                     named = {key: v for key, v in item.items() if key != "name"}
-                    yield from _rows(named, f"{item.get('name', f'{label} {number}')}: ")
+                    given = labels if name != "tasks" else _LABELS_OF_TASKS
+                    where = f"{item.get('name', f'{label} {number}')}: "
+                    yield from _rows(_ordered(named, given), where, given)
         elif plain != name and f"result_{plain}" in figures:
             yield from _pair(label, plain, value, figures[f"result_{plain}"])
         elif _is_number(value):

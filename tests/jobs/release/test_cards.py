@@ -266,7 +266,7 @@ def test_figures_that_this_version_does_not_know_are_told(run: ObjectStore) -> N
     read = read_run(run, run.root_url)
     [one] = read.evaluations
     before, after = {"acc": 0.5, "acc_stderr": 0.1}, {"acc": 0.45, "acc_stderr": 0.1}
-    counts = {"num_questions": 20, "flips": 3, "recovery": 0.9}
+    counts = {"num_questions": 20, "flips": 3, "recovery": 0.9, "divergence": 0.25}
     tasks = [{"name": "arc", "source": before, "result": after, **counts}]
     figures = {**one.figures, "divergence_p99": 1.5, "tasks": tasks}
     read = dataclasses.replace(read, evaluations=(dataclasses.replace(one, figures=figures),))
@@ -274,7 +274,10 @@ def test_figures_that_this_version_does_not_know_are_told(run: ObjectStore) -> N
     assert "| KL divergence, 99th percentile, nats a token | – | 1.5 | – |" in card
     assert "| arc: acc | 50.00% | 45.00% | 90.0% |" in card
     assert "| arc: acc stderr | 0.1 | 0.1 | – |" in card
-    assert "| arc: flips | – | 3 | – |" in card
+    assert "| arc: answers that became right or wrong | – | 3 | – |" in card
+    # Unlike that of a text's tokens.
+    assert "| arc: KL divergence over the choices, mean, nats a question | – | 0.25 | – |" in card
+    assert card.index("arc: acc ") < card.index("arc: answers") < card.index("arc: questions")
     assert "recovery |" not in card.split("| --- |")[1]
 
 
