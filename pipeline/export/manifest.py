@@ -84,9 +84,10 @@ def verify_export(store: ObjectStore, manifest: ExportManifest) -> None:
 def discard(store: ObjectStore, request: ExportRequest) -> None:
     """Delete a damaged export, so that it can be written again to the same folder.
 
-    The folder stays the request's all the while, so an interruption leaves nothing unknown.
+    The folder stays the request's all the while, so an interruption leaves nothing unknown. What
+    it was said to be before may be damaged too.
     """
-    store.create(REQUEST_KEY, request.to_json())
+    store.put(REQUEST_KEY, request.to_json())
     # No reader may take the rest for a finished export.
     store.delete(EXPORT_KEY)
     for key in store.list():

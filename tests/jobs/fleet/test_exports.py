@@ -66,6 +66,7 @@ def test_exports_follow_their_release_through_its_life(published: TinyCatalog) -
     assert export_files(catalog, export) == before
     assert release(catalog) == first
     path.unlink()
+    (path.parent / "export-request.json").write_bytes(b"{")
     assert catalog.nightly()[1]["alpha int8"]["result"] == "published"
     assert export_files(catalog, export) == before
 
