@@ -45,7 +45,13 @@ def compute_dtypes(model: Any) -> set[str]:
     return {str(layer.compute_dtype) for layer in layers}
 
 
-@pytest.mark.parametrize("scheme", by_default([*SCHEMES], ["int8"]))
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        *by_default(["gptq4", "int8"], ["int8"]),
+        *(pytest.param(s, marks=pytest.mark.slow) for s in SCHEMES if s not in ("gptq4", "int8")),
+    ],
+)
 def test_an_artifact_answers_in_its_own_dtype_and_in_another(scheme: str, tmp_path: Path) -> None:
     wanted = recipe(SCHEMES[scheme], embeddings=Int8Scheme())
     run = finished_run(shared_preset("Llama3"), wanted, tmp_path)
