@@ -43,8 +43,8 @@ class CardRecord(StoredRecord):
     """What a card was written with, and how to tell whether a person has edited it.
 
     Attributes:
-        readme_sha256: of what was written last, and of what was there before, in case that writing
-            was interrupted.
+        readme_sha256: of the card, and of the one that it was written over, in case that this was
+            interrupted.
     """
 
     settings: CardSettings
@@ -110,8 +110,7 @@ def write_card(
     if edited is None:
         place = Place(folder=ARTIFACT_PREFIX.rstrip("/") if contents.form == "kerashub" else ".")
         card = model_card(contents, settings, place)
-        before = () if record is None else record.readme_sha256
-        written = tuple(dict.fromkeys((sha256(card), *before[:1])))
+        written = tuple(dict.fromkeys((sha256(card), *_digest_there(store))))
         record = CardRecord(settings=settings, readme_sha256=written)
         _write(store, CARD_RECORD_KEY, record.to_json())
         _write(store, CARD_FILE, card)
@@ -121,6 +120,13 @@ def write_card(
         edited=edited is not None,
         evaluations=len(contents.run.evaluations),
     )
+
+
+def _digest_there(store: ObjectStore) -> tuple[str, ...]:
+    try:
+        return (sha256(store.get(CARD_FILE)),)
+    except MissingObjectError:
+        return ()
 
 
 def _write(store: ObjectStore, key: str, content: bytes) -> None:

@@ -135,8 +135,6 @@ def test_a_card_whose_writing_was_interrupted_is_not_taken_for_an_edited_one(
 ) -> None:
     update_cards(run)
     before = run.get("README.md")
-    evaluate(run)
-    contents = artifact_contents(read_run(run, run.root_url))
     put = type(run).put
 
     def dying(store: ObjectStore, key: str, data: bytes) -> None:
@@ -144,11 +142,14 @@ def test_a_card_whose_writing_was_interrupted_is_not_taken_for_an_edited_one(
             raise KeyboardInterrupt
         put(store, key, data)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(type(run), "put", dying)
-        with pytest.raises(KeyboardInterrupt):
-            write_card(contents)
-    assert run.get("README.md") == before
+    for perplexity in (22.0, 23.0):
+        evaluate(run, perplexity)
+        contents = artifact_contents(read_run(run, run.root_url))
+        with monkeypatch.context() as patched:
+            patched.setattr(type(run), "put", dying)
+            with pytest.raises(KeyboardInterrupt):
+                write_card(contents)
+        assert run.get("README.md") == before
     assert not write_card(contents).edited
     assert run.get("README.md") != before
 
