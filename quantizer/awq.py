@@ -159,7 +159,8 @@ def solve_awq(
         layers: of one input; if the scheme is foldable they share one vector of input scales, the
             one with the least output error in all of them together.
         scale_of_input_C: of a foldable scheme, the number of each input's scale: inputs of one
-            number share it. One number for all leaves nothing to scale. None: each has its own.
+            number share it. One number for all leaves nothing to scale, so that each layer is
+            solved as if alone. None: each input has its own.
 
     Raises:
         SchemeError: layers that share scales, but store them in different dtypes.
@@ -172,16 +173,21 @@ def solve_awq(
             _solve([_Layer.of(layer, statistics, gram_CC)], statistics.num_rows, scheme)[0]
             for layer in layers
         ]
+    together = [_Layer.of(layer, statistics, gram_CC) for layer in layers]
+    magnitude_C, _ = _sizes(statistics)
+    if scale_of_input_C is not None:
+        magnitude_C = _shared(magnitude_C, scale_of_input_C)
+        if (scale_of_input_C == scale_of_input_C[0]).all():
+            # They share nothing, and must not depend on which of them are solved at once.
+            return [
+                _solve([layer], statistics.num_rows, scheme, magnitude_C)[0] for layer in together
+            ]
     if len({layer.scale_dtype for layer in layers}) > 1:
         stored = ", ".join(f"{layer.name} in {layer.scale_dtype}" for layer in layers)
         raise SchemeError(
             f"one vector of input scales cannot be stored in several dtypes: {stored}; give these "
             "layers one dtype, or leave foldable out"
         )
-    magnitude_C, _ = _sizes(statistics)
-    if scale_of_input_C is not None:
-        magnitude_C = _shared(magnitude_C, scale_of_input_C)
-    together = [_Layer.of(layer, statistics, gram_CC) for layer in layers]
     return _solve(together, statistics.num_rows, scheme, magnitude_C)
 
 

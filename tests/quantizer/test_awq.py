@@ -5,6 +5,7 @@ import pytest
 
 from quantizer import AWQScheme, Int4Scheme, SchemeError, solve, solve_stack
 from quantizer.awq import solve_awq
+from quantizer.hessian import HessianSum
 from quantizer.solver import check_layer
 from tests import reference
 from tests.quantizer.problems import PROBLEMS, Problem, make
@@ -172,6 +173,28 @@ def test_without_a_place_for_scales_only_the_ranges_are_searched():
         assert solution.report.ratio == 0
         assert "clipping lowered" in solution.report.reason
         assert solution.report.output_error < solution.report.rtn_output_error
+
+
+def test_layers_without_scales_do_not_depend_on_each_other():
+    """Workers share them out, and there may be any number of these."""
+    rng = np.random.default_rng(0)
+    # All inputs move together, so that errors of one sign add up: clipping helps some layers only.
+    inputs = 3 * rng.normal(size=(256, 1)) + 0.3 * rng.normal(size=(256, 64))
+    hessian = HessianSum((inputs.T @ inputs).astype(np.float32), 256)
+    rng = np.random.default_rng(1)
+    normal, tailed, long_tailed = rng.normal(size=(64, 64)), *rng.exponential(size=(2, 64, 64))
+    weights = [4 * normal, tailed, long_tailed**2]
+    dtypes = ("float32", "float32", "bfloat16")
+    layers = [
+        check_layer(weight.astype(np.float32), FOLDABLE, scale_dtype=dtype)
+        for weight, dtype in zip(weights, dtypes, strict=True)
+    ]
+    nowhere = np.zeros(64, np.intp)
+    alone = [solve_awq([layer], hessian, FOLDABLE, nowhere)[0] for layer in layers]
+    assert {solution.report.kept for solution in alone} == {"awq", "rtn"}
+    for one, other in zip(alone, solve_awq(layers, hessian, FOLDABLE, nowhere), strict=True):
+        np.testing.assert_array_equal(one.weight.codes_RC, other.weight.codes_RC)
+        assert one.report == other.report
 
 
 def test_one_vector_of_scales_has_one_dtype():
