@@ -151,7 +151,10 @@ def _make_directory(path: Path) -> None:
             raise StorageError(
                 f"{path}: a file of this name is where a directory is needed; move it"
             )
-        path.mkdir(exist_ok=True)
+        try:
+            path.mkdir(exist_ok=True)
+        except FileNotFoundError:  # although its parent is there, such as /proc
+            raise StorageError(f"{path}: no folder can be made there; choose another") from None
         _sync_directory(path.parent)
 
 

@@ -358,6 +358,12 @@ class TestLocalStore(StoreContract):
         with pytest.raises(StorageError, match="a directory of this name is in the way"):
             store.put("b", DATA)
 
+    def test_a_place_that_holds_no_folders_is_named(self):
+        store = open_store("/proc/nowhere")
+        for write in (store.put, store.create):
+            with pytest.raises(StorageError, match="/proc/nowhere: no folder can be made there"):
+                write("a", DATA)
+
     def test_a_full_disk_says_so(self, store, monkeypatch):
         def full(descriptor):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
