@@ -26,7 +26,6 @@ from pipeline.export.settings import ExportDtype
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 Name = Annotated[StrictStr, Field(pattern=NAME_PATTERN)]
-_Texts = Annotated[tuple[Annotated[StrictStr, Field(min_length=1)], ...], Field(min_length=1)]
 
 
 def _number(value: Any) -> Any:
@@ -57,6 +56,7 @@ def _without_password(url: str) -> str:
 
 
 _Url = Annotated[StrictStr, Field(min_length=1), AfterValidator(_without_password)]
+_Files = Annotated[tuple[_Url, ...], Field(min_length=1)]
 
 
 class _Mapping(BaseModel):
@@ -66,7 +66,7 @@ class _Mapping(BaseModel):
 class CalibrationChanges(_Mapping):
     """Calibration settings that replace a recipe's own, for recipes that calibrate."""
 
-    texts: _Texts | None = None
+    texts: _Files | None = None
     num_samples: Annotated[StrictInt, Field(ge=1, le=1_000_000)] | None = None
     sequence_length: Annotated[StrictInt, Field(ge=2, le=1_000_000)] | None = None
     chat: StrictBool | None = None
@@ -162,11 +162,11 @@ class Settings(_Mapping):
     """Of what stays in float; it replaces the recipes' own, and the model's."""
     allow_partial: StrictBool = False
     """Whether less than half of the weights that the recipes ask for may be quantized."""
-    evaluate_on: _Texts | None = None
+    evaluate_on: _Files | None = None
     """Texts to evaluate the result on, other than the calibration texts."""
     windows: Annotated[StrictInt, Field(ge=1, le=1_000_000)] = 8
     """Token windows to evaluate on."""
-    tasks: _Texts | None = None
+    tasks: _Files | None = None
     """Files of multiple-choice questions that source and result are to answer."""
     gate: Gate | None = None
     export: _Exports = ()

@@ -224,6 +224,11 @@ MISTAKES = {
         "models:\n  - {name: a, preset: 's3://me:secret@b/p', recipes: [int8]}\n",
         3, "contains a password",
     ),
+    "a password in a task's address": (
+        "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int8]\n"
+        "    tasks: ['https://me:secret@host/t.jsonl']\n",
+        6, "tasks[0]: the URL contains a password",
+    ),
     "memory that is no size": (
         "models:\n  - name: a\n    preset: p\n    recipes: [int8]\n"
         "    resources: {memory: plenty}\n",
