@@ -284,6 +284,7 @@ class Repository:
 
 
 def _one_line(text: object) -> str:
-    """Without what a URL is asked with, which may be a signature."""
-    line = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", " ".join(str(text).split()))
+    """Without a URL's name and password, and what it is asked with, which may be a signature."""
+    line = re.sub(r"(https?://)[^\s/@]*@", r"\1", " ".join(str(text).split()))
+    line = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", line)
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."

@@ -74,7 +74,7 @@ def _ordered(figures: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str,
 def measured_on(evaluation: Evaluation) -> tuple[tuple[str, Any], ...]:
     """What an evaluation was measured on: pairs of a label and a value."""
     count = evaluation.figures.get("count")
-    given = evaluation.measured_on | ({} if count is None else {"count": count})
+    given = evaluation.measured_on | ({"count": count} if count else {})
     return tuple(_flat(given, ""))
 
 

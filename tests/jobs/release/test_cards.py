@@ -14,6 +14,7 @@ from jobs.release.cards import update_cards, write_card
 from jobs.release.contents import FinishedRun, artifact_contents, export_contents, read_run
 from jobs.release.loading import Place
 from jobs.release.model_card import CardSettings, model_card
+from jobs.release.quality import measured_on
 from pipeline.export.manifest import EXPORT_KEY
 from pipeline.plain.run import carry_out, make_plan
 from pipeline.recipe.recipe import Calibration, Recipe, Rule
@@ -280,6 +281,10 @@ def test_figures_that_this_version_does_not_know_are_told(run: ObjectStore) -> N
     assert "| arc: KL divergence over the choices, mean, nats a question | – | 0.25 | – |" in card
     assert card.index("arc: acc ") < card.index("arc: answers") < card.index("arc: questions")
     assert "recovery |" not in card.split("| --- |")[1]
+    compared = "predicted tokens, or vectors, compared"
+    assert (compared, 14) in measured_on(one)
+    on_tasks_alone = dataclasses.replace(one, figures={**figures, "count": 0})
+    assert compared not in dict(measured_on(on_tasks_alone))
 
 
 def test_a_plain_keras_model_gets_a_card_too(tmp_path: Path) -> None:
