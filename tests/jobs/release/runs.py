@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from pipeline.export.exporting import export_run
+from pipeline.export.manifest import forget_progress
 from pipeline.export.settings import ExportSettings
 from pipeline.fidelity import Fidelity
 from pipeline.run.commits import read_manifest
@@ -43,7 +44,10 @@ def finished() -> Path:
         # KerasHub leaves the vocabulary open.
         warnings.simplefilter("ignore", ResourceWarning)
         run, _ = finished_run(source, str(folder / "run"), {"mode": "int4", "block_size": 16})
-    export_run(run, ExportSettings(format="compressed-tensors"), f"{run.root_url}/exports/ct")
+    made = export_run(
+        run, ExportSettings(format="compressed-tensors"), f"{run.root_url}/exports/ct"
+    )
+    forget_progress(open_store(made.url))
     return folder / "run"
 
 
