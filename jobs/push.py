@@ -37,6 +37,7 @@ from pipeline.canonical import sha256
 from pipeline.errors import ExportError, UnusableResultError
 from pipeline.export.code_formats import ExportFormat
 from pipeline.export.manifest import EXPORT_KEY
+from pipeline.run.evaluations import not_finite
 from pipeline.storage.object_store import open_store
 
 if TYPE_CHECKING:
@@ -130,8 +131,7 @@ def push_run(job: PushJob, *, dry_run: bool, as_json: bool) -> None:
 
 
 def _check_usable(run: FinishedRun) -> None:
-    broken = (evaluation.figures.get("not_finite") for evaluation in run.evaluations)
-    if reason := next(filter(None, broken), None):
+    if reason := not_finite(run.evaluations):
         raise UnusableResultError(
             f"{run.store.root_url}: the result gives {reason}, so it is not pushed; quantize again "
             "in bfloat16 or float32 (--dtype), or by another scheme"

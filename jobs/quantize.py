@@ -250,9 +250,7 @@ def _finish(
             fidelity = evaluate(compute.executor, judged_on)
             Evaluation.of(execution.manifest.record_sha256, judged_on, fidelity).save(store)
             metrics.judged(fidelity)
-        made: tuple[MadeExport, ...] = ()
-        if fidelity is None or fidelity.not_finite is None:
-            made = make_exports(compute, store, job.exports)
+        made = make_exports(compute, store, job.exports)
         if held is not None:  # or there was nothing to do
             metrics.ended("finished")
     except (Exception, KeyboardInterrupt, Terminated) as end:

@@ -30,6 +30,8 @@ from pipeline.remote_planning import (
     request_of_export,
     servability,
 )
+from pipeline.run.commits import read_manifest
+from pipeline.run.evaluations import find_evaluations, not_finite
 from pipeline.storage.object_store import ObjectStore, open_store
 
 # What asks for an export, before the format's name: of `quantfleet export`, of `quantize`, and in a
@@ -159,6 +161,8 @@ def make_exports(
 ) -> tuple[MadeExport, ...]:
     """Make the exports of a finished run that are asked for now, or were before and are missing.
 
+    None of a result that an evaluation found to give values that are not finite.
+
     Args:
         run: opened at the run's root.
 
@@ -167,6 +171,11 @@ def make_exports(
     """
     wanted = tuple(dict.fromkeys((*asked, *pending_exports(run))))
     if not wanted:
+        return ()
+    evaluations = find_evaluations(run, read_manifest(run).record_sha256)
+    if reason := not_finite(evaluations):
+        text = f"not exported, since the result gives {reason}"
+        log_event("note", text, level=logging.WARNING)
         return ()
 
     def make(runner: FunctionRunner) -> tuple[MadeExport, ...]:

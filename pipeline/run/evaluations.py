@@ -6,6 +6,7 @@ texts or by a later version. Other machines round otherwise, so the latest evalu
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -76,3 +77,9 @@ def find_evaluations(run: ObjectStore, manifest_sha256: str) -> tuple[Evaluation
     except DamagedObjectError as error:
         raise DamagedObjectError(f"{error}; delete it, and evaluate again") from None
     return tuple(one for one in found if one.manifest_sha256 == manifest_sha256)
+
+
+def not_finite(evaluations: Iterable[Evaluation]) -> str | None:
+    """Where a result gives values that are not finite, in words; None if none was found to."""
+    found = (evaluation.figures.get("not_finite") for evaluation in evaluations)
+    return next(filter(None, found), None)

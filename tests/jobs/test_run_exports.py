@@ -12,9 +12,13 @@ import yaml
 
 import jobs.quantize
 from jobs.cli.main import main
+from jobs.run_exports import want_exports
 from pipeline.errors import ExportError, PipelineError
 from pipeline.export.manifest import EXPORT_KEY
+from pipeline.export.settings import ExportSettings
 from pipeline.plan import PLAN_KEY
+from pipeline.run.commits import read_manifest
+from pipeline.run.evaluations import Evaluation
 from pipeline.run.records import MANIFEST_KEY
 from pipeline.storage.object_store import ObjectStore, open_store
 from tests.jobs.fleet.tiny_catalog import CountingCompute
@@ -206,6 +210,23 @@ def test_whoever_resumes_a_run_killed_at_any_write_finishes_its_exports(
     started = (output / PLAN_KEY).exists()
     assert command(*(["resume", str(output)] if started else quantize(output))) == 0
     assert exported(open_store(str(output))) == exported(open_store(str(tmp_path / "whole")))
+
+
+def test_no_one_exports_what_was_found_not_finite(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("quantize", model(), "--recipe", "int8", "--output", tmp_path / "out") == 0
+    store = open_store(str(tmp_path / "out"))
+    Evaluation(
+        manifest_sha256=read_manifest(store).record_sha256,
+        measured_on={},
+        figures={"not_finite": "values that are not finite in 1 of 2 windows"},
+    ).save(store)
+    want_exports(store, [ExportSettings(format="dense")])
+    assert command("resume", tmp_path / "out") == 0
+    err = capsys.readouterr().err
+    assert "not exported, since the result gives values that are not finite in 1 of 2" in err
+    assert set(exported(store)) == {"exports/dense.json"}
 
 
 def test_an_export_needs_a_preset_and_like_an_export(
