@@ -123,7 +123,8 @@ class TaskFidelity:
 
 
 def _greatest(values: Sequence[NDArray[np.float64]]) -> NDArray[np.int64]:
-    return np.array([int(np.argmax(one)) for one in values])
+    """Each question's choice; -1, which is never right, where a likelihood is not a number."""
+    return np.array([-1 if np.isnan(one).any() else int(np.argmax(one)) for one in values])
 
 
 def _divergence(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> float:

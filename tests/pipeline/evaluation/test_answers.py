@@ -51,6 +51,14 @@ def test_accuracies_and_their_errors_are_lm_eval_s() -> None:
     assert (found.num_questions, found.truncated) == (4, 1)
 
 
+def test_a_likelihood_that_is_no_number_answers_nothing() -> None:
+    broken = [dataclasses.replace(one, source=math.nan) for one in likelihoods()]
+    found = TaskFidelity.of(rows(), broken)
+    assert found.source.acc == found.source.acc_norm == 0
+    assert found.recovery is None
+    assert found.changed == 4
+
+
 def test_flips_are_of_rightness_and_changes_of_answers() -> None:
     found = TaskFidelity.of(rows(), likelihoods())
     assert found.flips == 3
