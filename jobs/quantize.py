@@ -75,6 +75,19 @@ class Job:
         """Whether there is anything to judge the result by."""
         return bool(self.evaluation_texts or self.tasks)
 
+    @property
+    def resume_command(self) -> str:
+        """What ends as this job would have; the run itself knows its exports."""
+        words = ["quantfleet", "resume", self.output_url]
+        for text in self.evaluation_texts:
+            words += ["--evaluate-on", text]
+        if self.evaluation_texts:
+            words += ["--windows", str(self.evaluation_windows)]
+            words += {None: [], True: ["--chat"], False: ["--no-chat"]}[self.chat]
+        for task in self.tasks:
+            words += ["--tasks", task]
+        return shlex.join(words)
+
 
 def run_job(
     job: Job,
@@ -95,7 +108,7 @@ def run_job(
     store = reachable(job.output_url, PLAN_KEY)
     check_preset(reachable(job.source_url, CONFIG_FILE))
     finished = store.exists(MANIFEST_KEY)
-    if not finished:
+    if not finished or job.is_evaluated or job.exports:
         check_writable(store)
 
     def plan_all(runner: FunctionRunner) -> _PlannedJob:
@@ -178,6 +191,8 @@ def resume_job(
             f"{store.url(MANIFEST_KEY)} is missing: the run is not finished; finish it with "
             f"quantfleet resume {shlex.quote(output_url)}"
         )
+    if not finished or job.is_evaluated:
+        check_writable(store)  # before anything is computed
     plan = read_plan(store)
     source_url = absolute(job.source_url) or plan.source_url
     set_run(run=url_name(output_url), model=url_name(source_url), recipe=plan.recipe.name)
@@ -256,8 +271,7 @@ def _finish(
     except (Exception, KeyboardInterrupt, Terminated) as end:
         if compute.has_workers:
             metrics.ended("failed" if isinstance(end, Exception) else "interrupted")
-        command = f"quantfleet resume {shlex.quote(job.output_url)}"
-        log_event("resumable", f"to go on from the last committed block: {command}")
+        log_event("resumable", f"to go on from the last committed block: {job.resume_command}")
         raise
     summary = execution.summarize(costs, fidelity)
     update_cards(store)

@@ -127,6 +127,10 @@ def quantize(
 def resume(
     output: Annotated[str, typer.Argument(help="Folder or URL of the run.")],
     source: options.Source = None,
+    evaluate_on: options.EvaluateOn = None,
+    tasks: options.Tasks = None,
+    chat: options.Chat = None,
+    windows: options.Windows = 8,
     address: options.Address = None,
     workers: options.Workers = None,
     threads: options.Threads = None,
@@ -138,13 +142,17 @@ def resume(
     _patience: options.StoragePatience = None,
     as_json: options.Json = False,
 ) -> None:
-    """Continue a run from its last committed block."""
+    """Continue a run from its last committed block, then evaluate its result if asked to."""
     from jobs.execute import DriverOptions
     from jobs.quantize import Job, resume_job
 
     job = Job(
         source_url=source or "",
         output_url=output,
+        evaluation_texts=tuple(evaluate_on or ()),
+        evaluation_windows=windows,
+        tasks=tuple(tasks or ()),
+        chat=chat,
         options=DriverOptions(keep_every=keep_every, wait=wait, lease_seconds=lease_seconds),
     )
     spec = ComputeSpec(workers=workers, threads=threads, device=device, accelerator=accelerator)
