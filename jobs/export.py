@@ -104,11 +104,12 @@ def exported_json(made: MadeExport) -> dict[str, object]:
 
 def log_exported(made: MadeExport) -> None:
     """Say what was written, in a line."""
+    described = made.description
+    kernels = "" if described.format == "dense" else f"; vLLM's kernels: {described.kernels}"
     log_event(
         "exported",
         f"{made.url.removeprefix('file://')}: {len(made.manifest.files)} files, "
-        f"{size(made.manifest.num_bytes)}, {made.description.format}; "
-        f"vLLM's kernels: {made.description.kernels}",
+        f"{size(made.manifest.num_bytes)}, {described.format}{kernels}",
         exported_json(made),
     )
 
