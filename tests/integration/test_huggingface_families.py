@@ -80,7 +80,7 @@ def folder_of(family: str, path: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     "family",
     [
-        *by_default(sorted({*CONFIGS} - {*ENCODERS_ALONE, "qwen3_5"}), ["mistral"]),
+        *by_default(sorted({*CONFIGS} - {*ENCODERS_ALONE, "qwen3_5"}), []),
         pytest.param("qwen3_5", marks=pytest.mark.slow),  # its linear attention compiles slowly
     ],
 )

@@ -84,10 +84,10 @@ def of_one_worker(driver: None, tmp_path_factory: pytest.TempPathFactory) -> dic
 @pytest.mark.parametrize(
     ("workers", "killed_after"),
     [
-        (2, 1),
-        pytest.param(2, 0, marks=pytest.mark.exhaustive),
+        pytest.param(2, 1, marks=pytest.mark.exhaustive),
         pytest.param(3, None, marks=pytest.mark.exhaustive),
         # Deaths at any moment are shown without Ray, in tests/faults/test_kill_everywhere.py.
+        pytest.param(2, 0, marks=pytest.mark.slow),
         pytest.param(2, 2, marks=pytest.mark.slow),
         pytest.param(4, 1, marks=pytest.mark.slow),
     ],

@@ -165,7 +165,13 @@ class KilledError(BaseException):
 WRITES = ("create", "put", "replace", "delete")
 
 
-@pytest.mark.parametrize("which", ["some", pytest.param("every", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "which",
+    [
+        pytest.param("some", marks=pytest.mark.exhaustive),
+        pytest.param("every", marks=pytest.mark.slow),
+    ],
+)
 def test_a_night_killed_at_any_write_after_the_run_ends_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
 ) -> None:

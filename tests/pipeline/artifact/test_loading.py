@@ -77,6 +77,7 @@ def test_what_is_saved_in_halves_computes_in_float32(tmp_path: Path) -> None:
     assert distance(answer(loaded(other)), answer(loaded(own))) < 0.1
 
 
+@pytest.mark.exhaustive
 def test_a_dtype_by_its_name_makes_kerashub_drop_the_saved_ones(tmp_path: Path) -> None:
     """Should this fail with a newer KerasHub, the other lines can be shorter."""
     run = finished_run(shared_preset("Llama3"), recipe(SCHEMES["int8"]), tmp_path)

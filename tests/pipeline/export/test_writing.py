@@ -72,6 +72,7 @@ def test_equal_exports_have_equal_bytes(write: Write, tmp_path: Path) -> None:
     assert everything(first) == everything(second)
 
 
+@pytest.mark.exhaustive
 def test_memory_is_that_of_one_part_however_many_there_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,6 +110,7 @@ def test_what_is_outside_the_blocks_is_listed() -> None:
     assert graph.head_inputs == ("mask_positions",)
 
 
+@pytest.mark.exhaustive
 def test_a_backbone_without_task_ends_in_its_own_outputs() -> None:
     backbone = stock_task("Bert").backbone
     graph = find_blocks(wrap(backbone))

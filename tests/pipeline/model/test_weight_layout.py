@@ -61,7 +61,7 @@ def quantized_layers():
     "scheme",
     by_default(
         [Int8Scheme(), Int4Scheme(block_size=2), Int4Scheme(block_size=-1)],
-        [Int4Scheme(block_size=2)],
+        [Int8Scheme()],
     ),
 )
 def test_layout_of_quantized_layers_is_that_of_the_file_keras_writes(scheme, tmp_path):

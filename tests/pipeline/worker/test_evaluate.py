@@ -85,6 +85,7 @@ def stock_likelihoods(preset: Path) -> list[float]:
     ]
 
 
+@pytest.mark.exhaustive
 def test_choices_are_as_likely_as_stock_keras_finds_them(run: FinishedRun) -> None:
     given = judged_on(run.source)
     numbers = [i for i, batch in enumerate(given.batches) if batch.task == 0]
@@ -110,6 +111,7 @@ def test_any_number_of_workers_finds_the_same(run: FinishedRun, monkeypatch) -> 
     assert evaluate_on_workers(workers(run, 2), given).figures() == figures
 
 
+@pytest.mark.exhaustive
 def test_a_lost_worker_s_share_is_evaluated_again(run: FinishedRun, monkeypatch) -> None:
     given = EvaluationSet(tasks=judged_on(run.source).tasks)
     executor = workers(run, 2)

@@ -60,8 +60,8 @@ CASES = [
     ("dead inputs", scheme(2, -1, True, False, True, sweeps=1)),
     ("three panels", scheme(4, 64, False, True, True, sweeps=2)),
 ]
-DEFAULT = {6, 8, 9, 15, 18}
-"""Numbers of the cases that run by default: those that other tests need, and several panels."""
+DEFAULT = {6, 8, 9, 15}
+"""Numbers of the cases that run by default: those that other tests need, and two slices."""
 MARKED_CASES = [
     pytest.param(*case, marks=() if number in DEFAULT else pytest.mark.exhaustive)
     for number, case in enumerate(CASES)
