@@ -85,7 +85,7 @@ $(SERVE)/vllm/.installed: $(SERVE)/vllm/.ready
 SERVED_BY := $(SERVE)/transformers/.ready $(SERVE)/gptqmodel/.ready $(SERVE)/vllm/.installed
 
 test-serve: $(READY) $(SERVED_BY)  ## exported checkpoints in transformers, vLLM and GPTQModel (downloads them)
-	$(BIN)/python -m pytest -m serve tests/serve
+	$(BIN)/python -m pytest -m serve -o faulthandler_timeout=3600 tests/serve
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check
