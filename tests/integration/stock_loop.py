@@ -3,9 +3,10 @@
     KERAS_BACKEND=… python -I stock_loop.py …/pipeline/artifact/stock_reader.py
 
 Each request is a line of JSON: {"preset", "outputs"}, with "inputs", a file of arrays by name or of
-token ids alone, or "texts", a list of strings; and "task", the class to load if there is no
-task.json to name it. Each response is a line of JSON: {"quantized"}, the mode of each quantized
-layer, or {"error"}. The model's output is written to the file `outputs`.
+token ids alone, and "eagerly", whether the model runs uncompiled, or "texts", a list of
+strings; and "task", the class to load if there is no task.json to name it. Each response is a line
+of JSON: {"quantized"}, the mode of each quantized layer, or {"error"}. The model's output is
+written to the file `outputs`.
 """
 
 import importlib.util
@@ -43,6 +44,7 @@ def _answer(job, run_model):
         found = keras.ops.convert_to_numpy(_embedded(task, job["texts"]))
     else:
         arrays = dict(np.load(job["inputs"], allow_pickle=False))
+        task.run_eagerly = job["eagerly"]
         found = run_model(task, arrays.get("", arrays))
     np.save(job["outputs"], np.asarray(found, "float32"))
     modes = {

@@ -114,8 +114,7 @@ def test_models_with_images_are_quantized_in_their_own_dtype(
     run = finished_run(source, recipe(scheme), tmp_path / "run")
     cast = "39 variables are cast from bfloat16 to float32"  # those of Gemma 3's encoder
     assert (cast in run.plan.notes) == (family == "gemma3")
-    # int8 rounds inputs, and the stock model is compiled, which rounds bfloat16 otherwise.
-    assert_same(run, stock, tolerance=0.12 if isinstance(scheme, Int8Scheme) else 0.05)
+    assert_same(run, stock, tolerance=0.05)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # that the head has no weights
