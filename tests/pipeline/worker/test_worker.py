@@ -14,7 +14,8 @@ from pipeline.run.driver import claim
 from pipeline.run.records import PartRecord, file_key, record_key
 from pipeline.run.worker_api import SolvedLayer
 from pipeline.storage.object_store import ObjectStore, open_store
-from pipeline.worker.worker import LostShardError, Worker
+from pipeline.worker.shards import LostShardError
+from pipeline.worker.worker import Worker
 from quantizer import CalibrationStatistics
 from tests.pipeline.tiny_runs import QuickWorker, execute, planned, source
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.worker.worker import CalibrationShards, LostShardError, MicroBatch
+from pipeline.worker.shards import CalibrationShards, LostShardError, MicroBatch
 
 
 class Counting:

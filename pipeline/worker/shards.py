@@ -1,0 +1,119 @@
+"""The calibration shards that a worker holds: windows on their way through the blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.executor.protocol import WorkerLostError
+from pipeline.model.blocks import Call
+from pipeline.model.inputs import InputBatch
+from pipeline.worker.block_program import BlockProgram
+
+
+class LostShardError(WorkerLostError):
+    """A restarted worker was asked for a shard that it has not restored."""
+
+
+@dataclass
+class MicroBatch:
+    """Windows that pass the blocks together.
+
+    What entered a block is kept until the windows have passed it, so that they can go back within
+    it at any time. A call that is repeated, or comes late, therefore does no harm: a stage that
+    runs again, with the weights that later stages are given, has the same bits.
+
+    Attributes:
+        values: what the block or any later one uses, by number (see `pipeline.model.blocks`).
+        batch: what the windows are made of.
+        block, stage: the block that it is in, and the next stage of that block.
+        live: what that stage begins with.
+    """
+
+    values: dict[int, NDArray[Any]]
+    batch: InputBatch
+    block: int = 0
+    stage: int = 0
+    live: tuple[Any, ...] = ()
+
+    def rewind(self) -> None:
+        """Go back to where it entered its block."""
+        self.stage, self.live = 0, ()
+
+    def taken(self, call: Call) -> tuple[NDArray[Any], ...]:
+        """What a call takes of the values."""
+        return tuple(self.values[number] for number in call.takes)
+
+    def run_stage(
+        self, call: Call, program: BlockProgram, stage: int, weights: Sequence[Any]
+    ) -> tuple[Any, ...]:
+        """Run the block up to this stage, and return the stage's results.
+
+        Args:
+            weights: of the whole block, quantized up to this stage.
+        """
+        if self.stage > stage:
+            self.rewind()
+        if self.stage == 0:
+            self.live = self.taken(call)
+        while self.stage <= stage:
+            results, self.live = program.run_stage(self.stage, weights, self.live)
+            self.stage += 1
+        return results
+
+    def finish_block(
+        self, call: Call, program: BlockProgram, weights: Sequence[Any]
+    ) -> dict[int, NDArray[Any]]:
+        """Run the rest of the block; returns the values beside those that it has given."""
+        given = self.run_stage(call, program, len(program.groups), weights)
+        return self.values | dict(zip(call.gives, map(np.asarray, given), strict=True))
+
+    def enter(self, block: int, values: dict[int, NDArray[Any]]) -> None:
+        """Enter a block with these values."""
+        self.values, self.block = values, block
+        self.rewind()
+
+
+class CalibrationShards:
+    """The shards that a worker holds, by index."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, list[MicroBatch]] = {}
+
+    def put(self, index: int, batches: list[MicroBatch]) -> None:
+        self._held[index] = batches
+
+    def has(self, index: int, block: int) -> bool:
+        """Whether all of a shard is in `block`."""
+        held = self._held.get(index)
+        return held is not None and all(batch.block == block for batch in held)
+
+    def get(self, index: int, block: int) -> list[MicroBatch]:
+        """A shard, all of which is in `block`.
+
+        Raises:
+            LostShardError: it is elsewhere, or not held at all.
+        """
+        return list(self._between(index, block, block))
+
+    def unfinished(self, index: int, block: int) -> Iterator[MicroBatch]:
+        """The micro-batches of a shard that have not finished `block`; the others just have.
+
+        Raises:
+            LostShardError: any is elsewhere.
+        """
+        held = self._between(index, block, block + 1)
+        return (batch for batch in held if batch.block == block)
+
+    def _between(self, index: int, first: int, last: int) -> list[MicroBatch]:
+        held = self._held.get(index)
+        if held is None:
+            raise LostShardError(f"shard {index} is needed in block {first}, but not held here")
+        blocks = sorted({batch.block for batch in held})
+        if not first <= blocks[0] <= blocks[-1] <= last:
+            raise LostShardError(f"shard {index} is needed in block {first}, but is in {blocks}")
+        return held
