@@ -95,10 +95,13 @@ class HessianSum:
                 zero.
         """
         _check_sum(self.gram_CC.shape, (in_features, in_features), self.num_rows, name)
-        # Summing needs no copy, and a sum is finite only if all of its terms are.
+        # No copy is needed: a sum is finite only if all of its terms are, and where it overflows
+        # the extremes tell.
         with np.errstate(over="ignore", invalid="ignore"):
             total = float(self.gram_CC.sum())
-        if not np.isfinite(total) and not np.isfinite(float(abs(self.gram_CC).max())):
+            if not np.isfinite(total):
+                total = float(self.gram_CC.max()) - float(self.gram_CC.min())
+        if not np.isfinite(total):
             raise UnusableStatisticsError(
                 f"{name}: the Hessian contains NaN or infinity. Calibrate in a wider dtype "
                 "(float32), or look for non-finite activations in the model."

@@ -32,11 +32,11 @@ class OnDevice:
     def max(self) -> jax.Array:
         return self._array.max()
 
+    def min(self) -> jax.Array:
+        return self._array.min()
+
     def diagonal(self) -> jax.Array:
         return self._array.diagonal()
-
-    def __abs__(self) -> OnDevice:
-        return OnDevice(abs(self._array))
 
     def __add__(self, other: OnDevice) -> OnDevice:
         return OnDevice(self._array + other._array)
