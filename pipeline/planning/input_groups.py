@@ -16,6 +16,7 @@ from pipeline.model.preset import keras_errors
 from pipeline.model.targets import call_with, outputs_with, recorded_inputs
 from pipeline.plan import InputGroup, LayerPlan
 from pipeline.recipe.recipe import statistics_of
+from pipeline.worker.block_memory import BlockMemory
 from pipeline.worker.block_program import BlockProgram
 
 Shapes = dict[int, Any]
@@ -31,8 +32,8 @@ def input_groups(
     layers: Sequence[Sequence[LayerPlan]],
     windows: TokenWindows,
     micro_batch: int,
-) -> list[tuple[InputGroup, ...]]:
-    """The input groups of every block, given the layers of each.
+) -> tuple[list[tuple[InputGroup, ...]], BlockMemory]:
+    """The input groups of every block, given the layers of each, and what any block needs.
 
     Raises:
         PipelineError: the model cannot take the windows, or a layer cannot be calibrated.
@@ -41,7 +42,7 @@ def input_groups(
     values = embedded_shapes(graph, layout, windows, micro_batch)
     # Blocks of one signature, schemes and inputs have the same groups.
     programs: dict[tuple[Any, ...], BlockProgram] = {}
-    found = []
+    found, memory = [], BlockMemory()
     for call, planned in zip(graph.calls, layers, strict=True):
         taken = taken_by(call, values)
         statistics = {layer.name: statistics_of(layer.scheme) for layer in planned}
@@ -51,9 +52,10 @@ def input_groups(
             for shape in program.input_shapes:
                 batch.rows(shape)  # refuses layers whose padding cannot be told
             _check_all_called(graph.blocks[call.block], statistics, program)
+            memory = memory.most(program.memory)
         found.append(programs[key].groups)
         values |= zip(call.gives, programs[key].outputs, strict=True)
-    return found
+    return found, memory
 
 
 def kernels_read_apart(graph: BlockGraph, layout: InputLayout) -> frozenset[str]:

@@ -22,6 +22,7 @@ from pipeline.model.blocks import Block
 from pipeline.model.targets import Target, call_with, recorded_inputs
 from pipeline.plan import InputGroup
 from pipeline.recipe.recipe import StatisticsKind
+from pipeline.worker.block_memory import BlockMemory, derived_values
 from quantizer import kernel_layout
 
 
@@ -35,12 +36,14 @@ class BlockProgram:
             counted from their ends.
         group_shapes: of each of a group's inputs, the other axes: [batch, positions] for most.
         outputs: shapes and dtypes of what the block's call gives, for one micro-batch.
+        memory: what it needs device memory for.
     """
 
     groups: tuple[InputGroup, ...]
     input_axes: tuple[tuple[int, ...], ...]
     group_shapes: tuple[tuple[tuple[int, ...], ...], ...]
     outputs: tuple[jax.ShapeDtypeStruct, ...]
+    memory: BlockMemory
 
     def __init__(
         self,
@@ -66,6 +69,7 @@ class BlockProgram:
             jax.ShapeDtypeStruct(found.shape, found.dtype)
             for found in traced.out_avals[len(traced.out_avals) - num_outputs :]
         )
+        self.memory = BlockMemory.of(traced.jaxpr)
         sizes = [*map(len, self.group_shapes), num_outputs]
         self._stages = _cut(traced, num_values=len(weights), sizes=sizes)
         self._refuse_loops(traced.jaxpr, sizes)
@@ -166,6 +170,8 @@ class _Stage:
 def _cut(traced: ClosedJaxpr, *, num_values: int, sizes: Sequence[int]) -> tuple[_Stage, ...]:
     """Cut a traced program into stages that give its results, in their order.
 
+    What a later stage needs is kept for it, or computed there again (see `derived_values`).
+
     Args:
         traced: (values, *inputs) → results. A result may only be used by equations after it and
             after the results before it.
@@ -174,16 +180,23 @@ def _cut(traced: ClosedJaxpr, *, num_values: int, sizes: Sequence[int]) -> tuple
     """
     whole = traced.jaxpr
     values, inputs = whole.invars[:num_values], whole.invars[num_values:]
+    derived = derived_values(whole, inputs)
     stages = []
     live: list[Any] = list(inputs)
     start = 0
     results = _by_stage(whole, sizes)
     for index, (end, result) in enumerate(zip(_ends(whole, results), results, strict=True)):
         equations = whole.eqns[start:end]
+        again = [derived[v].equations for v in _used(equations, result) if v in derived]
+        missing = sorted(i for i in frozenset().union(*again) if i < start)
+        repeated = [x for x in map(whole.eqns.__getitem__, missing) if set(x.outvars) - set(live)]
+        equations = [*repeated, *equations]
         used = _used(equations, result)
         used_later = _used(whole.eqns[end:], [v for later in results[index + 1 :] for v in later])
+        kept = used_later - derived.keys()
+        kept |= {v for made in used_later & derived.keys() for v in derived[made].inputs}
         defined = [*live, *(v for equation in equations for v in equation.outvars)]
-        left = [v for v in dict.fromkeys(defined) if v in used_later]
+        left = [v for v in dict.fromkeys(defined) if v in kept]
         reads = [i for i, value in enumerate(values) if value in used]
         constants = [
             (v, constant)
