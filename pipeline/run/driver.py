@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Concatenate, TypeAlias
+from typing import Concatenate
 
 from pipeline.errors import DamagedObjectError, PipelineError, PlanMismatchError
 from pipeline.executor.protocol import Executor, ExecutorError, P, T, WorkerLostError, argument
@@ -18,9 +18,8 @@ from pipeline.run import activations
 from pipeline.run.commits import committed_parts, quarantine
 from pipeline.run.events import Report, Step
 from pipeline.run.records import Manifest, PartRecord
-from pipeline.run.worker_api import SolvedLayer, Values, WorkerApi
+from pipeline.run.worker_api import HeldSum, InputSum, SolvedLayer, Values, WorkerApi
 from pipeline.storage.object_store import ObjectStore
-from quantizer.hessian import CalibrationStatistics
 
 KEEP_EVERY = 8
 """Blocks between activations kept in storage, where the user does not say."""
@@ -286,14 +285,20 @@ class _Drive:
             whole, cut = share_out(members, self.executor.num_workers)
             if group.fold is not None:
                 # They share one vector of input scales, which all of them decide.
-                whole, cut = [[layer.path for layer in members]], []
+                whole, cut = [[layer.path for layer in members]], [{}]
+            # Sent before its holder begins to solve, so that the others need not wait for that.
+            given = {
+                worker: self._sum_for(worker, total)
+                for worker, (paths, numbers) in enumerate(zip(whole, cut, strict=True))
+                if paths or numbers
+            }
             solved += [
-                self._submit(worker, WorkerApi.solve, number, paths, values, total)
+                self._submit(worker, WorkerApi.solve, number, paths, values, given[worker])
                 for worker, paths in enumerate(whole)
                 if paths
             ]
             slices = [
-                self._submit(worker, WorkerApi.solve_slices, number, numbers, values, total)
+                self._submit(worker, WorkerApi.solve_slices, number, numbers, values, given[worker])
                 for worker, numbers in enumerate(cut)
                 if numbers
             ]
@@ -304,24 +309,46 @@ class _Drive:
 
     def _capture(
         self, block: int, stage: int, values: Values, solved: list[list[SolvedLayer]]
-    ) -> CalibrationStatistics:
+    ) -> _Summed:
         """Submit the sum of one group's input over all shards."""
         by_subtree = [
-            (worker, self._submit(worker, WorkerApi.capture, block, stage, tree, values, *solved))
+            _Summed(
+                worker, self._submit(worker, WorkerApi.capture, block, stage, tree, values, *solved)
+            )
             for worker, share in enumerate(self.subtrees)
             for tree in share
         ]
 
         def merge(left: _Summed, right: _Summed) -> _Summed:
             # On the left one's worker: its sum need not travel.
-            worker, statistics = left
-            return worker, self._submit(worker, WorkerApi.merge, statistics, right[1])
+            sent = None if right.worker == left.worker else self._sent(right)
+            merged = self._submit(left.worker, WorkerApi.merge, left.held, right.held, sent)
+            return _Summed(left.worker, merged)
 
-        return join(by_subtree, merge)[1]
+        return join(by_subtree, merge)
+
+    def _sum_for(self, worker: int, total: _Summed) -> HeldSum | InputSum:
+        """A sum as a worker takes it: by name if it holds it."""
+        return total.held if worker == total.worker else self._sent(total)
+
+    def _sent(self, total: _Summed) -> InputSum:
+        """A sum itself, as its holder sends it, once."""
+        if total.sent is None:
+            total.sent = self._submit(total.worker, WorkerApi.send, total.held)
+        return total.sent
 
 
-_Summed: TypeAlias = tuple[int, CalibrationStatistics]
-"""The worker that holds a sum, and the sum."""
+@dataclass
+class _Summed:
+    """The worker that holds a sum, and its name.
+
+    Attributes:
+        sent: the sum itself, once another worker has needed it.
+    """
+
+    worker: int
+    held: HeldSum
+    sent: InputSum | None = None
 
 
 def share_out(

@@ -16,12 +16,12 @@ from pipeline.evaluation.answers import ChoiceLikelihood
 from pipeline.evaluation.batches import EvaluationSet
 from pipeline.executor.protocol import concurrent
 from pipeline.fidelity import WindowFidelity
+from pipeline.recipe.recipe import StatisticsKind
 from pipeline.run.activations import SavedShard
 from pipeline.run.records import Manifest, PartRecord
 
 if TYPE_CHECKING:
     from quantizer.gptq.solve import SolvedRows
-    from quantizer.hessian import CalibrationStatistics as Statistics
     from quantizer.result import Float32
 
 Values: TypeAlias = Mapping[str, NDArray[Any]]
@@ -58,11 +58,49 @@ class SolvedSlices:
     problem: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldSum:
+    """The name of a sum over the input of one group, which stays with the worker that made it.
+
+    It stands for a node of the reduction's tree, and so for the same bits on every worker.
+
+    Attributes:
+        block, stage: of the group.
+        leaves: the calibration shards that it covers.
+    """
+
+    block: int
+    stage: int
+    leaves: range
+
+    def is_part_of(self, other: HeldSum) -> bool:
+        """Whether the other covers the same shards, or these and more."""
+        same = (self.block, self.stage) == (other.block, other.stage)
+        first, last = self.leaves[0], self.leaves[-1]
+        return same and first in other.leaves and last in other.leaves
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSum:
+    """A sum itself, on a device or in NumPy.
+
+    Attributes:
+        arrays: of a Gram, its bands of rows from the diagonal on; of magnitudes, Σ|x|, Σx² and
+            max|x| by input feature.
+        num_rows: tokens that it covers.
+    """
+
+    kind: StatisticsKind
+    arrays: tuple[Any, ...]
+    num_rows: int
+
+
 class WorkerApi(Protocol):
     """One worker: it holds calibration shards, and captures, solves, commits and propagates.
 
     Every method may run twice, or again on a worker that has restarted: each is a function of its
-    arguments and of what is in storage, but for the shards, which `restore` makes anew.
+    arguments and of what is in storage, but for the shards, which `restore` makes anew, and for the
+    sums over them, which `capture` does.
     """
 
     @concurrent
@@ -78,23 +116,40 @@ class WorkerApi(Protocol):
 
     def capture(
         self, block: int, stage: int, subtree: range, values: Values, *solved: Sequence[SolvedLayer]
-    ) -> Statistics:
+    ) -> HeldSum:
         """Move shards to the input of the block's group `stage`, and sum it over a subtree of them.
+
+        The sum stays here until a later stage begins.
 
         Args:
             solved: the results for all groups before, and for layers that need no calibration.
         """
 
-    def merge(self, left: Statistics, right: Statistics) -> Statistics:
-        """Add two sums: one node of the reduction."""
+    def merge(self, left: HeldSum, right: HeldSum, sent: InputSum | None = None) -> HeldSum:
+        """Add two sums, one node of the reduction, and hold the result in place of them.
+
+        Args:
+            sent: the right one, if another worker holds it.
+        """
+
+    def send(self, held: HeldSum) -> InputSum:
+        """Copy a sum to the host, for another worker that is to merge it or solve with it."""
 
     def solve(
-        self, part: int, paths: Sequence[str], values: Values, statistics: Statistics | None
+        self, part: int, paths: Sequence[str], values: Values, total: HeldSum | InputSum | None
     ) -> list[SolvedLayer]:
-        """Quantize some of a part's layers: those of one input, or those that need none."""
+        """Quantize some of a part's layers: those of one input, or those that need none.
+
+        Args:
+            total: the sum over their input, by name if it is held here.
+        """
 
     def solve_slices(
-        self, part: int, slices: Mapping[str, Sequence[int]], values: Values, statistics: Statistics
+        self,
+        part: int,
+        slices: Mapping[str, Sequence[int]],
+        values: Values,
+        total: HeldSum | InputSum,
     ) -> dict[str, SolvedSlices]:
         """Quantize some row slices, by number, of layers of one input; both by layer path."""
 

@@ -1,14 +1,19 @@
-"""Calibration statistics of a layer's input, summed on the device.
+"""Calibration statistics of a layer's input, summed, merged and finished on the device.
 
 These programs are compiled apart from those that compute the input, so that summing changes no bit
 of the activations: a block that runs again without it, to resume, gives the same ones.
+
+On a CPU, where both read the same memory, sums are kept as NumPy's arrays: it adds them as fast,
+and has nothing to compile.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,82 +23,110 @@ from numpy.typing import NDArray
 
 from pipeline.plan import InputGroup
 from pipeline.recipe.recipe import StatisticsKind
+from pipeline.run.worker_api import InputSum
 from pipeline.worker.memory import make_room
 from quantizer import CalibrationStatistics, HessianSum, MagnitudeSum
 
 # A Gram is symmetric: cut into this many bands of rows, each is multiplied only from the diagonal
-# on, which takes 10/16 of the flops.
+# on, which takes 10/16 of the flops, and of the bytes until it is finished.
 _GRAM_BANDS = 4
 _MIN_BAND_ROWS = 128
 
-Carry = tuple[Array, ...]
-"""Unfinished statistics on the device: for a Hessian the bands of the Gram, for magnitudes sum, sum
-of squares and maximum per channel; last the number of rows."""
+Sums = tuple[Array, ...]
 
 
 def sum_inputs(
     inputs: Iterable[tuple[Array, NDArray[np.bool_]]],
     group: InputGroup,
     input_axes: tuple[int, ...],
-) -> CalibrationStatistics:
-    """Statistics over the micro-batches of a group's input.
+) -> InputSum:
+    """Sum the micro-batches of a group's input.
 
     Args:
         inputs: each as Keras gives it, [batch, sequence, …], and its mask, [batch, sequence]; rows
             where that is false are left out.
         input_axes: the axes that are contracted with the kernel, counted from the end.
     """
-    is_hessian, size = group.statistics == "hessian", group.in_features
-    if is_hessian:
+    kind, size = group.statistics, group.in_features
+    if kind == "hessian":
         make_room(4 * size**2)
-        sums = [jnp.zeros((b - a, size - a)) for a, b in _bands(size)]
+        sums = tuple(jnp.zeros((b - a, size - a)) for a, b in _bands(size))
     else:
-        sums = [jnp.zeros(size) for _ in range(3)]
-    carry: Carry = (*sums, jnp.int32(0))
+        sums = tuple(jnp.zeros(size) for _ in range(3))
+    num_rows = 0
     for array, mask in inputs:
         # A program of its own for no padding saves a pass over the rows.
-        padded = None if mask.all() else mask
-        carry = _add(carry, array, padded, mask.size, group.statistics, input_axes)
-    if is_hessian:
-        return HessianSum(np.asarray(_whole(carry[:-1])), int(carry[-1]))
-    total, square, largest, num_rows = map(np.asarray, carry)
-    return MagnitudeSum(total, square, largest, int(num_rows))
+        sums = _add(sums, array, None if mask.all() else mask, kind, input_axes)
+        num_rows += int(np.count_nonzero(mask))
+    return InputSum(kind=kind, arrays=_kept(sums), num_rows=num_rows)
+
+
+def merged(left: InputSum, right: InputSum) -> InputSum:
+    """The sum over both. On a device it takes the place of `left`, which is gone."""
+    rows = left.num_rows + right.num_rows
+    merge = _merge_in_place if isinstance(left.arrays[0], Array) else partial(_merge, np)
+    arrays = merge(left.arrays, right.arrays, left.kind)
+    return InputSum(kind=left.kind, arrays=arrays, num_rows=rows)
+
+
+def in_numpy(total: InputSum) -> InputSum:
+    """A sum that may be sent to another process."""
+    return dataclasses.replace(total, arrays=tuple(map(np.asarray, total.arrays)))
+
+
+def finished(total: InputSum) -> CalibrationStatistics:
+    """What solvers take; a Gram stays where it is, and magnitudes are too small to matter."""
+    if total.kind == "magnitudes":
+        sum_abs_C, sum_square_C, max_abs_C = map(np.asarray, total.arrays)
+        return MagnitudeSum(sum_abs_C, sum_square_C, max_abs_C, total.num_rows)
+    [gram_CC] = _kept((_whole(total.arrays),))
+    return HessianSum(gram_CC, total.num_rows)
+
+
+def _kept(arrays: Sums) -> tuple[Any, ...]:
+    """Arrays as they are kept: on the device, which for a CPU is memory that NumPy has too."""
+    return tuple(map(np.asarray, arrays)) if jax.default_backend() == "cpu" else arrays
 
 
 @partial(jax.jit, static_argnames=("statistics", "input_axes"), donate_argnums=(0,))
 def _add(
-    carry: Carry,
+    sums: Sums,
     inputs: Array,
     mask: Array | None,
-    num_all: Array,
     statistics: StatisticsKind,
     input_axes: tuple[int, ...],
-) -> Carry:
+) -> Sums:
+    """Add a micro-batch: to the bands of a Gram, or to sums, squares and maxima by channel."""
     last = tuple(range(-len(input_axes), 0))
     moved = jnp.moveaxis(inputs, input_axes, last)
     rows = moved.reshape(*moved.shape[: -len(last)], -1)
     if statistics != "hessian" or rows.dtype != jnp.bfloat16:
         rows = rows.astype(jnp.float32)
-    if mask is None:
-        num_rows = carry[-1] + num_all
-    else:
+    if mask is not None:
         # Not a product with the mask, since padding may hold infinity.
         rows = jnp.where(mask[..., None], rows, jnp.zeros((), rows.dtype))
-        num_rows = carry[-1] + jnp.sum(mask, dtype=jnp.int32)
     rows_NC = rows.reshape(-1, rows.shape[-1])
     if statistics == "hessian":
-        sums = (
+        return tuple(
             band + _product(rows_NC[:, a:b].T, rows_NC[:, a:])
-            for band, (a, b) in zip(carry, _bands(rows_NC.shape[1]), strict=False)
+            for band, (a, b) in zip(sums, _bands(rows_NC.shape[1]), strict=True)
         )
-        return *sums, num_rows
     size_NC = jnp.abs(rows_NC)
-    return (
-        carry[0] + jnp.sum(size_NC, axis=0),
-        carry[1] + jnp.sum(jnp.square(size_NC), axis=0),
-        jnp.maximum(carry[2], jnp.max(size_NC, axis=0)),
-        num_rows,
-    )
+    of_rows = jnp.sum(size_NC, axis=0), jnp.sum(jnp.square(size_NC), axis=0), jnp.max(size_NC, 0)
+    return _merge(jnp, sums, of_rows, statistics)
+
+
+def _merge(
+    numpy: Any, left: tuple[Any, ...], right: tuple[Any, ...], kind: StatisticsKind
+) -> tuple[Any, ...]:
+    """Add two sums' arrays, in NumPy or in JAX."""
+    if kind == "hessian":
+        return tuple(map(numpy.add, left, right))
+    total, square, largest = zip(left, right, strict=True)
+    return numpy.add(*total), numpy.add(*square), numpy.maximum(*largest)
+
+
+_merge_in_place = jax.jit(partial(_merge, jnp), static_argnames="kind", donate_argnums=0)
 
 
 def _product(left: Array, right: Array) -> Array:
@@ -108,7 +141,7 @@ def _product(left: Array, right: Array) -> Array:
 
 
 @jax.jit
-def _whole(bands: Carry) -> Array:
+def _whole(bands: Sums) -> Array:
     """The Gram, [C, C], exactly symmetric, from its bands."""
     upper = jnp.triu(
         jnp.concatenate(

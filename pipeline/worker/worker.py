@@ -25,16 +25,24 @@ from pipeline.reduction import reduce_subtree
 from pipeline.run import activations
 from pipeline.run.commits import commit_part, committed_file
 from pipeline.run.records import Manifest, PartRecord
-from pipeline.run.worker_api import SolvedLayer, SolvedSlices, Values, WorkerApi
+from pipeline.run.worker_api import (
+    HeldSum,
+    InputSum,
+    SolvedLayer,
+    SolvedSlices,
+    Values,
+    WorkerApi,
+)
 from pipeline.storage.object_store import open_store
 from pipeline.worker.block_program import BlockProgram
 from pipeline.worker.device_memory import device_errors
 from pipeline.worker.evaluate import evaluate
+from pipeline.worker.held_sums import HeldSums
 from pipeline.worker.memory import FreedMemory
 from pipeline.worker.model_state import ModelState, in_order
 from pipeline.worker.shards import CalibrationShards, LostShardError, MicroBatch
 from pipeline.worker.solve import CompiledAhead, join_layer, solve_layers, solve_slices
-from pipeline.worker.statistics import sum_inputs
+from pipeline.worker.statistics import finished, in_numpy, merged, sum_inputs
 from pipeline.worker.streamed_model import artifact_model, source_model
 from quantizer.hessian import CalibrationStatistics
 
@@ -47,6 +55,7 @@ class Worker(WorkerApi):
         self._store = open_store(run_url)
         self._model = ModelState(self._plan, source_url)
         self._shards = CalibrationShards()
+        self._sums = HeldSums()
         self._glue_values: Values = {}
         self._freed = FreedMemory()
         self._compiled = CompiledAhead(plan, self._model.targets, self._model.scale_dtype)
@@ -63,6 +72,7 @@ class Worker(WorkerApi):
                 batch.rewind()
         if not missing:
             return
+        self._sums.clear()
         rest = self._model.read(0)
         self._glue_values = {path: rest[path] for path in sorted(self._model.glue_paths)}
         planned = self._plan.tokens
@@ -80,10 +90,11 @@ class Worker(WorkerApi):
     @device_errors()
     def capture(
         self, block: int, stage: int, subtree: range, values: Values, *solved: Sequence[SolvedLayer]
-    ) -> CalibrationStatistics:
+    ) -> HeldSum:
+        self._sums.begin(block, stage)
         weights = self._weights(block, values, solved)
 
-        def leaf(index: int) -> CalibrationStatistics:
+        def leaf(index: int) -> InputSum:
             batches = self._shards.get(index, block)
             call, program = self._model.call(block), self._program(block, batches[0])
             shapes = program.group_shapes[stage]
@@ -96,13 +107,16 @@ class Worker(WorkerApi):
             )
             return sum_inputs(inputs, program.groups[stage], program.input_axes[stage])
 
-        return reduce_subtree(subtree, leaf, self.merge)
+        total = reduce_subtree(subtree, leaf, merged)
+        return self._sums.put(HeldSum(block=block, stage=stage, leaves=subtree), total)
 
     @device_errors()
-    def merge(
-        self, left: CalibrationStatistics, right: CalibrationStatistics
-    ) -> CalibrationStatistics:
-        return left.merge(right)  # type: ignore[arg-type]
+    def merge(self, left: HeldSum, right: HeldSum, sent: InputSum | None = None) -> HeldSum:
+        return self._sums.merge(left, right, sent)
+
+    @device_errors()
+    def send(self, held: HeldSum) -> InputSum:
+        return in_numpy(self._sums.get(held))
 
     @device_errors()
     def solve(
@@ -110,13 +124,14 @@ class Worker(WorkerApi):
         part: int,
         paths: Sequence[str],
         values: Values,
-        statistics: CalibrationStatistics | None,
+        total: HeldSum | InputSum | None,
     ) -> list[SolvedLayer]:
         layers = self._layers(part, paths)
         self._compiled.await_for(layers)
         names = {layer.name for layer in layers}
         folds = [g.fold for g in self._plan.parts[part].groups if names.intersection(g.targets)]
         fold = folds[0] if folds else None  # layers solved at once share an input, or have none
+        statistics = self._statistics(total)
         return solve_layers(self._model.targets(part), layers, values, statistics, fold)
 
     @device_errors()
@@ -125,11 +140,12 @@ class Worker(WorkerApi):
         part: int,
         slices: Mapping[str, Sequence[int]],
         values: Values,
-        statistics: CalibrationStatistics,
+        total: HeldSum | InputSum,
     ) -> dict[str, SolvedSlices]:
         layers = self._layers(part, slices)
         targets = self._model.targets(part)
         self._compiled.await_for(layers)
+        statistics = self._statistics(total)
         return {
             x.path: solve_slices(targets[x.path], x, values, statistics, slices[x.path])
             for x in layers
@@ -187,6 +203,7 @@ class Worker(WorkerApi):
     def evaluate(
         self, given: EvaluationSet, numbers: Sequence[int]
     ) -> list[list[WindowFidelity] | list[ChoiceLikelihood]]:
+        self._sums.clear()
         source, artifact = source_model(self._model), artifact_model(self._model, self._store)
         return evaluate(
             source,
@@ -201,6 +218,11 @@ class Worker(WorkerApi):
         """Before anything is computed that the run stores; evaluation may be done anywhere."""
         check_machine(self._plan.machine)
         self._compiled.begin()
+
+    def _statistics(self, total: HeldSum | InputSum | None) -> CalibrationStatistics | None:
+        if total is None:
+            return None
+        return finished(self._sums.get(total) if isinstance(total, HeldSum) else total)
 
     def _layers(self, part: int, paths: Iterable[str]) -> list[LayerPlan]:
         layers = {layer.path: layer for layer in self._plan.parts[part].layers}

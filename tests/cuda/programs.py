@@ -129,7 +129,7 @@ def _windows(length: int) -> Any:
 
 
 def compile_statistics(where: Any, in_features: int) -> list[Compiled]:
-    """A Gram's update by 2,048 rows, and its end."""
+    """A Gram's update by 2,048 rows, its merge with another, and its end."""
     import jax
     import jax.numpy as jnp
 
@@ -139,12 +139,13 @@ def compile_statistics(where: Any, in_features: int) -> list[Compiled]:
     edges = statistics._bands(in_features)
     bands = tuple(jax.ShapeDtypeStruct((b - a, in_features - a), jnp.float32) for a, b in edges)
     rows = jax.ShapeDtypeStruct((1, 2048, in_features), jnp.float32)
-    number = jax.ShapeDtypeStruct((), jnp.int32)
-    carry, rows, number = placed(((*bands, number), rows, number), where)
-    add = statistics._add.lower(carry, rows, None, number, "hessian", (-1,))
-    whole = statistics._whole.lower(placed(bands, where))
+    bands, rows = placed((bands, rows), where)
+    add = statistics._add.lower(bands, rows, None, "hessian", (-1,))
+    merge = statistics._merge_in_place.lower(bands, bands, "hessian")
+    whole = statistics._whole.lower(bands)
     return [
         Compiled.of(f"Gram of {in_features}, 2,048 rows more", add),
+        Compiled.of(f"Gram of {in_features}, merged", merge),
         Compiled.of(f"Gram of {in_features}, whole", whole),
     ]
 
