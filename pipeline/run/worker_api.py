@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.evaluation.answers import ChoiceLikelihood
 from pipeline.evaluation.batches import EvaluationSet
-from pipeline.executor.protocol import concurrent
+from pipeline.executor.protocol import ActivationPlace, concurrent
 from pipeline.fidelity import WindowFidelity
 from pipeline.recipe.recipe import StatisticsKind
 from pipeline.run.activations import SavedShard
@@ -22,7 +22,6 @@ from pipeline.run.records import Manifest, PartRecord
 
 if TYPE_CHECKING:
     from quantizer.gptq.solve import SolvedRows
-    from quantizer.result import Float32
 
 Values: TypeAlias = Mapping[str, NDArray[Any]]
 """A part's arrays in the source, by the path of their variable."""
@@ -33,15 +32,14 @@ class SolvedLayer:
     """One quantized layer, by Keras' path.
 
     Attributes:
-        variables: what stock Keras stores for it, by the layer's own names.
+        variables: what stock Keras stores for it, by the layer's own names; later layers meet the
+            kernel that they decode to.
         report: the solver's, as plain JSON values.
-        kernel: the dequantized kernel, as later layers meet it; None of an embedding.
     """
 
     path: str
     variables: dict[str, NDArray[Any]]
     report: dict[str, Any]
-    kernel: Float32 | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +105,14 @@ class WorkerApi(Protocol):
     def read(self, part: int) -> Values:
         """Read the source's arrays of one part."""
 
-    def restore(self, block: int, shards: Sequence[int], start: int) -> None:
+    def restore(
+        self, block: int, shards: Sequence[int], start: int, place: ActivationPlace = "device"
+    ) -> None:
         """Bring shards to where they enter `block`; one that is inside it only goes back.
 
         Args:
             start: the block before which stored activations are to be used; 0 for none.
+            place: where the activations of shards that are not held yet are to wait.
         """
 
     def capture(

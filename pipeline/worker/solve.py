@@ -24,7 +24,7 @@ from quantizer.gptq.solve import compile_solver, join_slices
 from quantizer.hessian import CalibrationStatistics, HessianSum, MagnitudeSum
 from quantizer.keras_format.kernel_layout import row_groups
 from quantizer.keras_format.layers import kernel_layout, solve_embedding
-from quantizer.keras_format.variables import decode_kernel, encode_kernel
+from quantizer.keras_format.variables import encode_kernel
 from quantizer.problem import LayerProblem
 from quantizer.result import SolveResult
 from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Scheme
@@ -167,12 +167,7 @@ def _encoded(target: Target, result: SolveResult, scheme: Scheme, obstacle: str)
             "num_rows": 0,
             "reason": f"not calibrated, rounded to nearest: {obstacle}",
         }
-    return SolvedLayer(
-        path=target.path,
-        variables=variables,
-        report=report,
-        kernel=decode_kernel(variables, layout, scheme),
-    )
+    return SolvedLayer(path=target.path, variables=variables, report=report)
 
 
 def _solve_embedding(target: Target, values: Values, scheme: Scheme) -> SolvedLayer:
@@ -184,7 +179,7 @@ def _solve_embedding(target: Target, values: Values, scheme: Scheme) -> SolvedLa
         scale_dtype=str(table.dtype),
         name=target.path,
     )
-    return SolvedLayer(path=target.path, variables=variables, report=report.to_dict(), kernel=None)
+    return SolvedLayer(path=target.path, variables=variables, report=report.to_dict())
 
 
 def _gptq(layer: LayerPlan) -> GPTQScheme:

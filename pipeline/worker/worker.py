@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from numpy.typing import NDArray
 
 from pipeline.artifact.parts import encode_solved_part, finalize
@@ -18,6 +19,7 @@ from pipeline.calibration.windows import TokenWindows
 from pipeline.errors import DamagedObjectError, MissingObjectError
 from pipeline.evaluation.answers import ChoiceLikelihood
 from pipeline.evaluation.batches import EvaluationSet
+from pipeline.executor.protocol import ActivationPlace
 from pipeline.fidelity import WindowFidelity
 from pipeline.machine import check_machine
 from pipeline.plan import LayerPlan, Plan
@@ -34,12 +36,14 @@ from pipeline.run.worker_api import (
     WorkerApi,
 )
 from pipeline.storage.object_store import open_store
+from pipeline.worker.activation_memory import ActivationMemory
 from pipeline.worker.block_program import BlockProgram
+from pipeline.worker.block_weights import BlockWeights
 from pipeline.worker.device_memory import device_errors
 from pipeline.worker.evaluate import evaluate
 from pipeline.worker.held_sums import HeldSums
 from pipeline.worker.memory import FreedMemory
-from pipeline.worker.model_state import ModelState, in_order
+from pipeline.worker.model_state import ModelState, place_weights
 from pipeline.worker.shards import CalibrationShards, LostShardError, MicroBatch
 from pipeline.worker.solve import CompiledAhead, join_layer, solve_layers, solve_slices
 from pipeline.worker.statistics import finished, in_numpy, merged, sum_inputs
@@ -54,6 +58,7 @@ class Worker(WorkerApi):
         self._plan = plan
         self._store = open_store(run_url)
         self._model = ModelState(self._plan, source_url)
+        self._weights = BlockWeights(self._model)
         self._shards = CalibrationShards()
         self._sums = HeldSums()
         self._glue_values: Values = {}
@@ -64,7 +69,9 @@ class Worker(WorkerApi):
         return self._model.read(part)
 
     @device_errors()
-    def restore(self, block: int, shards: Sequence[int], start: int) -> None:
+    def restore(
+        self, block: int, shards: Sequence[int], start: int, place: ActivationPlace = "device"
+    ) -> None:
         self._begin()
         missing = [index for index in shards if not self._shards.has(index, block)]
         for index in set(shards) - set(missing):
@@ -78,21 +85,21 @@ class Worker(WorkerApi):
         planned = self._plan.tokens
         assert planned is not None
         windows = TokenWindows.from_bytes(self._store.get(planned.key, sha256=planned.digest))
+        memory = ActivationMemory(place)
+        embed = place_weights(self._model.graph.embed.weights, rest)
         for index in missing:
-            self._shards.put(index, self._enter(rest, windows, index, start))
+            self._shards.put(index, self._enter(embed, windows, index, start, memory))
+        del embed, rest
         for done in range(start, block):
-            kernels = self._model.dequantized_kernels(
-                done + 1, committed_file(self._store, done + 1)
-            )
-            weights = self._on_device(done, self._model.read(done + 1), kernels)
-            self._finish_block(done, missing, weights)
+            solved = self._model.solved_variables(done + 1, committed_file(self._store, done + 1))
+            self._finish_block(done, missing, self._model.read(done + 1), solved)
 
     @device_errors()
     def capture(
         self, block: int, stage: int, subtree: range, values: Values, *solved: Sequence[SolvedLayer]
     ) -> HeldSum:
         self._sums.begin(block, stage)
-        weights = self._weights(block, values, solved)
+        weights = self._weights.of(block, values, _variables(solved))
 
         def leaf(index: int) -> InputSum:
             batches = self._shards.get(index, block)
@@ -176,7 +183,7 @@ class Worker(WorkerApi):
     def propagate(
         self, block: int, shards: Sequence[int], values: Values, *solved: Sequence[SolvedLayer]
     ) -> None:
-        self._finish_block(block, shards, self._weights(block, values, solved))
+        self._finish_block(block, shards, values, _variables(solved))
 
     @device_errors()
     def quantize_alone(self, part: int) -> PartRecord:
@@ -190,7 +197,7 @@ class Worker(WorkerApi):
         for index in shards:
             carried = self._model.graph.carried(self._model.call(block))
             batches = self._shards.get(index, block)
-            values = [[batch.values[number] for number in carried] for batch in batches]
+            values = [[np.asarray(batch.values[number]) for number in carried] for batch in batches]
             saved[index] = activations.save(self._store, block, index, values)
         return saved
 
@@ -204,6 +211,8 @@ class Worker(WorkerApi):
         self, given: EvaluationSet, numbers: Sequence[int]
     ) -> list[list[WindowFidelity] | list[ChoiceLikelihood]]:
         self._sums.clear()
+        self._shards.clear()
+        self._weights.free()
         source, artifact = source_model(self._model), artifact_model(self._model, self._store)
         return evaluate(
             source,
@@ -228,31 +237,24 @@ class Worker(WorkerApi):
         layers = {layer.path: layer for layer in self._plan.parts[part].layers}
         return [layers[path] for path in paths]
 
-    def _weights(
-        self, block: int, values: Values, solved: Sequence[Sequence[SolvedLayer]]
-    ) -> list[Any]:
-        """The block's weights on the device, with the kernels of the layers solved so far."""
-        targets = self._model.targets(block + 1)
-        kernels = {
-            targets[layer.path].kernel_path: layer.kernel
-            for layers in solved
-            for layer in layers
-            if layer.kernel is not None
-        }
-        return self._on_device(block, values, kernels)
-
-    def _on_device(
-        self, block: int, values: Values, kernels: Mapping[str, NDArray[np.float32]]
-    ) -> list[Any]:
-        variables = self._model.graph.blocks[block].layer.weights
-        return [jnp.asarray(value) for value in in_order(variables, values, kernels)]
-
-    def _finish_block(self, block: int, shards: Sequence[int], weights: Sequence[Any]) -> None:
+    def _finish_block(
+        self,
+        block: int,
+        shards: Sequence[int],
+        values: Values,
+        solved: Mapping[str, Mapping[str, NDArray[Any]]],
+    ) -> None:
+        """Send shards through the rest of a block, all of whose layers with a scheme are solved."""
+        unfinished = [x for index in shards for x in self._shards.unfinished(index, block)]
+        if not unfinished:
+            return
         call = self._model.call(block)
-        for index in shards:
-            for batch in self._shards.unfinished(index, block):
-                values = batch.finish_block(call, self._program(block, batch), weights)
-                batch.enter(block + 1, self._model.enter(block + 1, self._glue_values, values))
+        weights = self._weights.of(block, values, solved)
+        glue = self._model.glue_weights(block + 1, self._glue_values)
+        for batch in unfinished:
+            found = batch.finish_block(call, self._program(block, batch), weights)
+            batch.enter(block + 1, self._model.enter(block + 1, glue, found, batch.memory))
+        self._weights.free()
         self._freed.limit()
 
     def _program(self, block: int, batch: MicroBatch) -> BlockProgram:
@@ -261,12 +263,17 @@ class Worker(WorkerApi):
         )
 
     def _enter(
-        self, rest: Values, windows: TokenWindows, shard: int, block: int
+        self,
+        embed: Sequence[Array],
+        windows: TokenWindows,
+        shard: int,
+        block: int,
+        memory: ActivationMemory,
     ) -> list[MicroBatch]:
         """A shard's micro-batches where they enter a block: 0, or one whose activations are saved.
 
         Args:
-            rest: the source's arrays outside the blocks.
+            embed: the weights of what comes before the blocks, on the device.
         """
         plan = self._plan.tokens
         assert plan is not None
@@ -276,7 +283,9 @@ class Worker(WorkerApi):
             # The last micro-batch is filled up with masked windows.
             chosen = slice(a, min(a + plan.micro_batch, stop))
             batch = self._model.layout.batch(windows, chosen, plan.micro_batch)
-            batches.append(MicroBatch(values=self._model.embed(rest, batch), batch=batch))
+            found = self._model.embed(embed, batch)
+            values = dict(zip(found, memory.keep(list(found.values())), strict=True))
+            batches.append(MicroBatch(values=values, batch=batch, memory=memory))
         if block:
             try:
                 saved = activations.load(self._store, block, shard)
@@ -286,6 +295,12 @@ class Worker(WorkerApi):
             call = self._model.call(block)
             carried = self._model.graph.carried(call)
             for one, arrays in zip(batches, saved, strict=True):
-                values = one.values | dict(zip(carried, arrays, strict=True))
+                kept = memory.keep([jnp.asarray(array) for array in arrays])
+                values = one.values | dict(zip(carried, kept, strict=True))
                 one.enter(block, {number: values[number] for number in call.live})
         return batches
+
+
+def _variables(solved: Iterable[Sequence[SolvedLayer]]) -> dict[str, dict[str, NDArray[Any]]]:
+    """What is stored for each solved layer, by path."""
+    return {layer.path: layer.variables for layers in solved for layer in layers}

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 from quantizer.errors import LayerError
@@ -97,16 +96,17 @@ def decode_kernel(
 
 
 def decode_on_device(
-    variables: Mapping[str, ArrayLike], layout: KernelLayout, scheme: Scheme, dtype: str
+    variables: Mapping[str, NDArray[Any]], layout: KernelLayout, scheme: Scheme, dtype: str
 ) -> Array:
     """What `decode_kernel` gives, bit for bit, made on the device, and rounded to `dtype` there."""
     with jax.enable_x64(True):  # for quotients (see `_divided`)
-        return _decode_program(variables, layout, scheme, dtype)
+        decoded: Array = _decode_program(variables, layout, scheme, dtype)
+        return decoded
 
 
 @partial(jax.jit, static_argnames=("layout", "scheme", "dtype"))
 def _decode_program(
-    variables: Mapping[str, ArrayLike], layout: KernelLayout, scheme: Scheme, dtype: str
+    variables: Mapping[str, NDArray[Any]], layout: KernelLayout, scheme: Scheme, dtype: str
 ) -> Array:
     decoded: Array = _decoded(variables, layout, scheme, jnp)
     return decoded.astype(dtype)
