@@ -141,7 +141,6 @@ def _calibration(plan: Plan, workers: int) -> _Calibration:
     hidden = _hidden(plan)
     widest = max(g.in_features for part in plan.parts for g in part.groups)
     batch = tokens.micro_batch * tokens.sequence_length
-    layer = _LAYER_COPIES * batch * widest * _FLOAT_BYTES
     heads = -(-hidden // _HEAD_FEATURES)
     scores = batch * tokens.sequence_length * heads * _FLOAT_BYTES
     return _Calibration(
@@ -151,8 +150,19 @@ def _calibration(plan: Plan, workers: int) -> _Calibration:
         * tokens.sequence_length
         * (3 * hidden + widest)
         * _activation_bytes(plan),
-        transient_bytes=max(layer, _SCORE_COPIES * (tokens.largest_array_bytes or scores)),
+        transient_bytes=micro_batch_bytes(batch, widest, tokens.largest_array_bytes or scores),
     )
+
+
+def micro_batch_bytes(num_tokens: int, widest: int, largest_array_bytes: int) -> int:
+    """What a block needs for a micro-batch, beside its weights and what it takes and gives.
+
+    Args:
+        widest: of its layers, in input features.
+        largest_array_bytes: of the largest array in it.
+    """
+    layer = _LAYER_COPIES * num_tokens * widest * _FLOAT_BYTES
+    return max(layer, _SCORE_COPIES * largest_array_bytes)
 
 
 def _activation_bytes(plan: Plan) -> int:
