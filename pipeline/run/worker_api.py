@@ -71,6 +71,10 @@ class HeldSum:
     stage: int
     leaves: range
 
+    def __str__(self) -> str:
+        shards = f"shards {self.leaves[0]} to {self.leaves[-1]}"
+        return f"the sum over {shards} of block {self.block}'s input {self.stage}"
+
     def is_part_of(self, other: HeldSum) -> bool:
         """Whether the other covers the same shards, or these and more."""
         same = (self.block, self.stage) == (other.block, other.stage)
