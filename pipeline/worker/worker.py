@@ -179,6 +179,9 @@ class Worker(WorkerApi):
         commit_part(self._store, record, data)
         return record
 
+    def settle(self) -> None:
+        """Do nothing: that this is called means that the commits before it have ended."""
+
     @device_errors()
     def propagate(
         self, block: int, shards: Sequence[int], values: Values, *solved: Sequence[SolvedLayer]
