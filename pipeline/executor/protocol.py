@@ -101,11 +101,13 @@ class DeviceMemory:
     Attributes:
         node, kind: where it is, and what it is.
         num_bytes: None where the device does not say, as a CPU, whose memory is the node's.
+        peak_bytes: the most of it that was in use so far; None likewise.
     """
 
     node: str
     kind: str
     num_bytes: int | None
+    peak_bytes: int | None = None
 
 
 class Handle(Generic[T]):
