@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pipeline.plan import LayerPlan, PartPlan, Plan
 from pipeline.reduction import split
@@ -72,7 +73,7 @@ def estimate(plan: Plan, workers: int) -> Estimate:
     return Estimate(
         source_bytes=sum(part.source_bytes for part in plan.parts),
         result_bytes=_result_bytes(plan),
-        activation_bytes=num_tokens * _hidden(plan) * _activation_bytes(plan),
+        activation_bytes=num_tokens * hidden_features(plan) * _activation_bytes(plan),
         worker_bytes=_worker_bytes(plan, workers),
         device_bytes=0 if plan.device == "cpu" else _device_bytes(plan, workers),
         micro_batch_bytes=0 if tokens is None else _calibration(plan, workers).transient_bytes,
@@ -143,7 +144,7 @@ def _calibration(plan: Plan, workers: int) -> _Calibration:
     assert tokens is not None
     held = max(sum(map(len, share)) for share in split(len(tokens.shards), workers))
     windows = held * max(stop - start for start, stop in tokens.shards)
-    hidden = _hidden(plan)
+    hidden = hidden_features(plan)
     widest = max(g.in_features for part in plan.parts for g in part.groups)
     batch = tokens.micro_batch * tokens.sequence_length
     heads = -(-hidden // _HEAD_FEATURES)
@@ -182,7 +183,7 @@ def _gram_sizes(plan: Plan) -> list[int]:
     return [group.in_features for group in groups if group.statistics == "hessian"]
 
 
-def _hidden(plan: Plan) -> int:
+def hidden_features(plan: Plan) -> int:
     """Features of the hidden states between blocks: the fewest that any kernel in a block takes."""
     kernels = [[x for x in part.layers if x.kind == "kernel"] for part in plan.parts[1:]]
     return max(min((x.in_features for x in block if x.in_features), default=0) for block in kernels)
@@ -208,18 +209,23 @@ def _solve_flops(part: PartPlan) -> float:
 
 
 def _result_bytes(plan: Plan) -> int:
-    ratios = [8 * part.source_bytes / part.num_weights for part in plan.parts if part.num_weights]
-    # Parts hold more than their layers' matrices, so that the lowest ratio is closest.
-    source_bits = 16 if min(ratios, default=32) < 24 else 32
+    bits = source_bits(plan)
     saved_bits = 0.0
     for part in plan.parts:
-        others = 8 * part.source_bytes / source_bits - part.num_weights
+        others = 8 * part.source_bytes / bits - part.num_weights
         for layer in part.layers:
             weights = layer.in_features * layer.out_features
             if layer.kind == "embedding" and others >= weights:
                 weights *= 2  # the reverse table of an untied head
-            saved_bits += weights * (source_bits - bits_per_weight(layer, plan, source_bits))
+            saved_bits += weights * (bits - bits_per_weight(layer, plan, bits))
     return sum(part.source_bytes for part in plan.parts) - int(saved_bits / 8)
+
+
+def source_bits(plan: Plan) -> Literal[16, 32]:
+    """Bits of most weights in the source."""
+    ratios = [8 * part.source_bytes / part.num_weights for part in plan.parts if part.num_weights]
+    # Parts hold more than their layers' matrices, so that the lowest ratio is closest.
+    return 16 if min(ratios, default=32) < 24 else 32
 
 
 def bits_per_weight(layer: LayerPlan, plan: Plan, source_bits: int) -> float:
