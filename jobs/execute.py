@@ -44,8 +44,9 @@ from pipeline.remote_planning import (
     start_worker,
 )
 from pipeline.run import lease
+from pipeline.run.claim import differences
 from pipeline.run.commits import Finding, quarantine, read_manifest
-from pipeline.run.driver import KEEP_EVERY, differences, quantize
+from pipeline.run.driver import KEEP_EVERY, quantize
 from pipeline.run.events import EventLog
 from pipeline.run.records import Manifest
 from pipeline.run.worker_api import WorkerApi

@@ -44,8 +44,8 @@ from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.planning.estimates import Estimate, estimate
 from pipeline.recipe.recipe import Recipe
 from pipeline.remote_planning import identity, plan_by_metadata, plan_on
+from pipeline.run.claim import claim
 from pipeline.run.commits import read_manifest
-from pipeline.run.driver import claim
 from pipeline.run.evaluations import Evaluation
 from pipeline.run.records import MANIFEST_KEY
 from pipeline.storage.object_store import ObjectStore

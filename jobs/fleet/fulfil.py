@@ -36,8 +36,8 @@ from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.planning.estimates import estimate
 from pipeline.recipe.recipe_file import recipe_from_dict
 from pipeline.remote_planning import identity, plan_on
+from pipeline.run.claim import claim
 from pipeline.run.commits import Finding, damaged_files, read_manifest
-from pipeline.run.driver import claim
 from pipeline.run.evaluations import Evaluation
 from pipeline.run.lease import Lease
 from pipeline.run.records import ARTIFACT_PREFIX, MANIFEST_KEY, Manifest

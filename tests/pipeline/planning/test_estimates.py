@@ -34,7 +34,7 @@ if limit:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 from pathlib import Path
 from tests.pipeline.local_executor import LocalExecutor
-from pipeline.run.driver import claim
+from pipeline.run.claim import claim
 from pipeline.plan import Plan
 from pipeline.run.driver import quantize
 from pipeline.storage.object_store import open_store
