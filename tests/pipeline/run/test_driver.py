@@ -147,6 +147,7 @@ def test_independent_parts_resume_too(part: int, store: ObjectStore) -> None:
         ("capture", 3),
         ("merge", 1),
         ("merge", 7),
+        ("send", 2),
         ("solve", 3),
         ("commit", 1),
         ("propagate", 1),
