@@ -133,6 +133,8 @@ def run_job(
             planned = compute.plan(plan_all, with_workers=has_work and not dry_run)
         plan, judged_on = planned.plan, planned.judged_on
         costs = estimate(plan, compute.allocation.workers)
+        if not finished:
+            costs = compute.placed(costs)
         if dry_run:
             _print_plan(planned, costs, compute.allocation, as_json=as_json)
         if not finished:
@@ -220,7 +222,7 @@ def resume_job(
         _log_allocation(compute.allocation, spec, address)
         with status("checking that source and machine are what they were"):
             judged_on = compute.plan(check_source)
-        costs = estimate(plan, compute.allocation.workers)
+        costs = compute.placed(estimate(plan, compute.allocation.workers))
         compute.check_room(costs)
         _finish(plan, job, store, compute, costs, judged_on, as_json=as_json)
 
@@ -260,7 +262,15 @@ def _finish(
                 held = None if store.exists(MANIFEST_KEY) else held
             if held is None:
                 _log_finished_before(job.output_url)
-            execution = execute(plan, store, compute, held, metrics, job.options)
+            execution = execute(
+                plan,
+                store,
+                compute,
+                held,
+                metrics,
+                job.options,
+                activations=costs.activations,
+            )
         if judged_on is not None:
             fidelity = evaluate(compute.executor, judged_on)
             Evaluation.of(execution.manifest.record_sha256, judged_on, fidelity).save(store)

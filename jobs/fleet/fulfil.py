@@ -246,11 +246,20 @@ def _quantize(
             )
             return twin
         plan = claim(store, plan, windows)
-    costs = estimate(plan, run_compute.allocation.workers)
+    costs = run_compute.placed(estimate(plan, run_compute.allocation.workers))
     run_compute.check_room(costs)
     for finding in damaged:
         log_event("damaged", f"made again: {finding.problem}", level=logging.WARNING)
-    execution = execute(plan, store, run_compute, held, compute.metrics, options, damaged=damaged)
+    execution = execute(
+        plan,
+        store,
+        run_compute,
+        held,
+        compute.metrics,
+        options,
+        activations=costs.activations,
+        damaged=damaged,
+    )
     execution.summarize(costs, None)
     return _Artifact(run_id=request.run_id, plan=plan, manifest=execution.manifest, solved=True)
 

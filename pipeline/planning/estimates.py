@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.executor.protocol import ActivationPlace
 from pipeline.plan import LayerPlan, PartPlan, Plan
 from pipeline.reduction import split
 from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme
@@ -30,8 +32,8 @@ _SCORE_COPIES = 2
 _HEAD_FEATURES = 64
 # Of a GPU's memory: cuBLAS' workspaces, and what compiled programs keep.
 _DEVICE_PROGRAMS_BYTES = 512 << 20
-# The block with the kernels that are solved so far, and as it was before.
-_DEVICE_BLOCK_COPIES = 2
+# Micro-batches that are brought to the device or back while another one is computed.
+_IN_FLIGHT = 2
 # The same, without the gaps that memory on the host has.
 _DEVICE_GRAM_COPIES = 2
 
@@ -44,6 +46,8 @@ class Estimate:
         source_bytes: of the source's weights, which are read once.
         result_bytes: of the artifact's weights, roughly.
         activation_bytes: of all calibration shards between two blocks.
+        held_bytes: of the activations of the worker that holds most, inside a block.
+        activations: where they wait between two stages of a block.
         worker_bytes: peak memory of the worker that holds most.
         device_bytes: peak memory of that worker's GPU; 0 on CPUs, where it is the worker's own.
         micro_batch_bytes: of these, what no number of workers lowers: of a micro-batch in a layer.
@@ -59,6 +63,18 @@ class Estimate:
     forward_flops: float
     gram_flops: float
     solve_flops: float
+    held_bytes: int = 0
+    activations: ActivationPlace = "device"
+
+    def beside_devices(self) -> Estimate:
+        """The costs if activations wait in the workers' host memory, not on their GPUs."""
+        assert self.activations == "device"
+        return dataclasses.replace(
+            self,
+            activations="host",
+            worker_bytes=self.worker_bytes + self.held_bytes,
+            device_bytes=self.device_bytes - self.held_bytes,
+        )
 
     @property
     def flops(self) -> float:
@@ -75,6 +91,7 @@ def estimate(plan: Plan, workers: int) -> Estimate:
         result_bytes=_result_bytes(plan),
         activation_bytes=num_tokens * hidden_features(plan) * _activation_bytes(plan),
         worker_bytes=_worker_bytes(plan, workers),
+        held_bytes=0 if tokens is None else _calibration(plan, workers).activation_bytes,
         device_bytes=0 if plan.device == "cpu" else _device_bytes(plan, workers),
         micro_batch_bytes=0 if tokens is None else _calibration(plan, workers).transient_bytes,
         # Every layer runs once, on the output of the quantized ones before it.
@@ -99,15 +116,17 @@ def _worker_bytes(plan: Plan, workers: int) -> int:
         + _PROGRAMS_BYTES
         + weights
         + max(solve + int(_HELD_GRAM * held.gram_bytes), grams)
-        + held.activation_bytes
-        + held.transient_bytes
+        # On a GPU they are there, as long as they fit.
+        + (held.activation_bytes + held.transient_bytes if plan.device == "cpu" else 0)
     )
 
 
 def _device_bytes(plan: Plan, workers: int) -> int:
     """The peak of a worker's GPU, where activations stay between the stages of a block."""
-    rest, *blocks = (part.num_weights * _FLOAT_BYTES for part in plan.parts)
-    weights = max(rest, _DEVICE_BLOCK_COPIES * max(blocks))
+    # Part by part, each array once; a layer is decoded in float32 before it takes its place.
+    layer = max(x.in_features * x.out_features for part in plan.parts for x in part.layers)
+    weights = max(part.num_weights for part in plan.parts) * _activation_bytes(plan)
+    weights += layer * _FLOAT_BYTES
     solve = _SOLVE_COPIES * _FLOAT_BYTES * max(map(_solve_size, plan.parts))
     if plan.tokens is None:
         return _DEVICE_PROGRAMS_BYTES + weights + solve
@@ -118,6 +137,7 @@ def _device_bytes(plan: Plan, workers: int) -> int:
         + weights
         + max(solve + int(_HELD_GRAM * held.gram_bytes), grams)
         + held.activation_bytes
+        + held.in_flight_bytes
         + held.transient_bytes
     )
 
@@ -130,12 +150,14 @@ class _Calibration:
         gram_bytes: of the largest Gram.
         levels: of the tree that sums are merged in, each of which may hold one.
         activation_bytes: of all its windows between two stages of a block.
+        in_flight_bytes: of the micro-batches that pass between host and device at once.
         transient_bytes: of a micro-batch inside a layer.
     """
 
     gram_bytes: int
     levels: int
     activation_bytes: int
+    in_flight_bytes: int
     transient_bytes: int
 
 
@@ -149,14 +171,13 @@ def _calibration(plan: Plan, workers: int) -> _Calibration:
     batch = tokens.micro_batch * tokens.sequence_length
     heads = -(-hidden // _HEAD_FEATURES)
     scores = batch * tokens.sequence_length * heads * _FLOAT_BYTES
+    # Hidden states, residuals, and the input of the layers.
+    activations = (3 * hidden + widest) * _activation_bytes(plan)
     return _Calibration(
         gram_bytes=max((C**2 for C in _gram_sizes(plan)), default=0) * _FLOAT_BYTES,
         levels=held.bit_length(),
-        # Hidden states, residuals, and the input of the layers.
-        activation_bytes=windows
-        * tokens.sequence_length
-        * (3 * hidden + widest)
-        * _activation_bytes(plan),
+        activation_bytes=windows * tokens.sequence_length * activations,
+        in_flight_bytes=_IN_FLIGHT * batch * activations,
         transient_bytes=micro_batch_bytes(batch, widest, tokens.largest_array_bytes or scores),
     )
 

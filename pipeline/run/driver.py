@@ -15,7 +15,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from pipeline.errors import DamagedObjectError, PipelineError
-from pipeline.executor.protocol import Executor, ExecutorError, Handle, WorkerLostError
+from pipeline.executor.protocol import (
+    ActivationPlace,
+    Executor,
+    ExecutorError,
+    Handle,
+    WorkerLostError,
+)
 from pipeline.plan import Plan
 from pipeline.reduction import split
 from pipeline.run import activations
@@ -40,6 +46,7 @@ def quantize(
     *,
     keep_every: int = KEEP_EVERY,
     check_lease: Callable[[], None] = lambda: None,
+    place: ActivationPlace = "device",
 ) -> Manifest:
     """Carry out a claimed plan, from wherever storage says it stands, to its manifest.
 
@@ -49,11 +56,12 @@ def quantize(
         check_lease: raises if another driver has taken over; called before anything is moved or
             deleted, and before a block's commit begins, when no other is under way: a driver
             commits at most one block after it has lost its lease.
+        place: where activations wait; results do not depend on it.
 
     Raises:
         PipelineError: what repetition does not mend; resuming goes on from the last block.
     """
-    drive = _Drive(plan, store, executor, report, keep_every, check_lease)
+    drive = _Drive(plan, store, executor, report, keep_every, check_lease, place)
     losses, committed = 0, -1
     # Once is enough until something is found damaged: the end of the run reads all of it again.
     verify = True
@@ -121,6 +129,7 @@ class _Drive:
     report: Report
     keep_every: int
     check_lease: Callable[[], None]
+    place: ActivationPlace
     records: dict[int, PartRecord] = field(default_factory=dict, init=False)
     committing: int | None = field(default=None, init=False)
     seconds: Counter[str] = field(default_factory=Counter, init=False)
@@ -209,7 +218,10 @@ class _Drive:
         start = activations.latest(self.store, first, num_shards)
         values = calls.read(first)
         executor.fetch(
-            [executor.submit(w, WorkerApi.restore, first, shards[w], start) for w in shards]
+            [
+                executor.submit(w, WorkerApi.restore, first, shards[w], start, self.place)
+                for w in shards
+            ]
         )
         commit: _Commit | None = None
         for block in range(first, plan.num_blocks):
