@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -115,6 +116,8 @@ class Worker(WorkerApi):
             return sum_inputs(inputs, program.groups[stage], program.input_axes[stage])
 
         total = reduce_subtree(subtree, leaf, merged)
+        # What fails, or takes long, shows here, and not where the sum is used.
+        jax.block_until_ready(total.arrays)
         return self._sums.put(HeldSum(block=block, stage=stage, leaves=subtree), total)
 
     @device_errors()
