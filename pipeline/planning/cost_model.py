@@ -30,8 +30,8 @@ from pipeline.plan import PartPlan, Plan
 from pipeline.planning.estimates import estimate, hidden_features
 from pipeline.planning.machines import Machine
 from pipeline.planning.run_cost import Ledger, RunCost, Stage
+from pipeline.planning.stage_constants import CONSTANTS
 from pipeline.planning.work import (
-    CONSTANTS,
     BlockWork,
     Evaluated,
     Work,

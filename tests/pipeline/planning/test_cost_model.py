@@ -9,7 +9,8 @@ import pytest
 from pipeline.planning.cost_model import run_cost
 from pipeline.planning.machines import known_machines
 from pipeline.planning.run_cost import STAGES, RunCost, Stage, resource_seconds
-from pipeline.planning.work import CONSTANTS, Evaluated, Work, block_work
+from pipeline.planning.stage_constants import CONSTANTS
+from pipeline.planning.work import Evaluated, Work, block_work
 from quantizer.schemes import Int8Scheme
 from tests.pipeline.planning.small_plans import plan, slow_machine, with_layers
 

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from pipeline.plan import InputGroup
+from pipeline.planning.stage_constants import CONSTANTS
 from pipeline.planning.work import (
-    CONSTANTS,
     GPU_BAND,
     Work,
     block_work,
