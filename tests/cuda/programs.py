@@ -3,8 +3,9 @@
     make check-cuda
 
 Prints for each its temporary memory, kernels and calls of libraries. Fails where a product is not
-cuBLAS', where a block in bfloat16 keeps attention scores, and where a block takes more memory for a
-window than its plan foresees. No speed is measured (see `topology`).
+cuBLAS', where the solver has too many programs or kernels, where a block in bfloat16 keeps
+attention scores, and where a block takes more memory for a window than its plan foresees. No speed
+is measured (see `topology`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 
 _VOCABULARY = 128256
 _GIB = 1 << 30
+_KERNELS = "fusion|custom-call|copy|sort|reduce|cholesky"
 # Of cuBLASLt, which plans count with what compiled programs keep.
 _WORKSPACE_BYTES = 32 << 20
 
@@ -39,6 +41,7 @@ class Compiled:
         calls: how often it calls each library's function.
         triton: how many products it has Triton do.
         kernels: fusions and calls in it; what a loop repeats is counted once.
+        loops: how many loops it has, each step of which the host starts.
         scores_bytes: of its largest array of float32 with two axes of a window's length and a
             third, as attention's scores have it.
     """
@@ -49,6 +52,7 @@ class Compiled:
     triton: int
     kernels: int
     seconds: float
+    loops: int
     scores_bytes: int = 0
 
     @classmethod
@@ -61,8 +65,9 @@ class Compiled:
             int(compiled.memory_analysis().temp_size_in_bytes),
             Counter(re.findall(r'custom_call_target="([^"]+)"', text)),
             len(re.findall(r"__triton_gemm|__triton_nested_gemm_fusion", text)),
-            len(re.findall(r"= \S+ (?:fusion|custom-call|copy|sort|reduce|cholesky)\(", text)),
+            len(re.findall(rf"= (?:\([^()]*\)|\S+) (?:{_KERNELS})\(", text)),
             time.monotonic() - start,
+            len(re.findall(r" while\(", text)),
             _scores_bytes(text, length) if length else 0,
         )
 
@@ -71,6 +76,7 @@ class Compiled:
         return (
             f"{self.name:56} {self.temporary_bytes / _GIB:7.2f} GiB {self.kernels:5} kernels  "
             f"{calls or '–'}{f', {self.triton} × Triton' if self.triton else ''}"
+            f"{f', {self.loops} loops' if self.loops else ''}"
             f"{f', {self.scores_bytes / _GIB:.2f} GiB of scores' if self.scores_bytes else ''}"
         )
 
@@ -224,8 +230,15 @@ class _Jit:
             return compiled(*args, **kwargs)
 
         def trace(*args: Any, **kwargs: Any) -> Any:
+            import jax
+
             from tests.cuda.topology import placed
 
+            # What is computed ahead, such as zeros, lies on this machine's CPU.
+            args, kwargs = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.Array) else x,
+                (args, kwargs),
+            )
             traced = compiled.trace(*placed(args, outer.where), **placed(kwargs, outer.where))
             outer.compile(function.__name__, traced)
             return _Traced(traced.out_info)
@@ -277,6 +290,38 @@ def compile_solver(where: Any, shapes: Sequence[tuple[int, int]]) -> list[Compil
     return list(found.values())
 
 
+# What a panel takes in the column loop and in refinement, by function.
+PANEL_PROGRAMS = (
+    ("_unsolved_panel", "_solve_panel", "_with_panel"),
+    ("_unrefined_panel", "_refine_panel", "_with_refined"),
+)
+_MOST_SOLVER_PROGRAMS = 60
+
+
+def solver_problems(found: Sequence[Compiled], widths: int) -> list[str]:
+    """What the programs of the solver have that they should not, for so many in_features."""
+    from quantizer.gptq.factor import PANEL, TILE
+
+    problems = []
+    if len(found) > _MOST_SOLVER_PROGRAMS:
+        problems.append(f"the solver has {len(found)} programs, over {_MOST_SOLVER_PROGRAMS}")
+    calls = sum((one.calls for one in found), Counter[str]())
+    if calls["cusolver_potrf_ffi"] != widths:
+        problems.append(f"{calls['cusolver_potrf_ffi']} calls of cuSOLVER factor {widths} widths")
+    for names in PANEL_PROGRAMS:
+        kernels = 0
+        for name in names:
+            alike = [one for one in found if one.name == f"solver: {name}"]
+            kernels += max(one.kernels for one in alike)
+            problems += [f"{one.name}: has loops" for one in alike if one.loops]
+        print(f"{' + '.join(names)}: {kernels * TILE / PANEL:.2f} kernels a tile")
+        if kernels > PANEL // TILE:
+            problems.append(
+                f"{names[1]}: {kernels} kernels for the {PANEL // TILE} tiles of a panel"
+            )
+    return problems
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tokens", type=int, nargs="*", default=[2048, 8192], help="of a window")
@@ -293,6 +338,7 @@ def main() -> int:
     [device] = where.device_set
     print(f"{device.device_kind}, {os.environ['XLA_FLAGS']}")
     found: list[Compiled] = []
+    problems: list[str] = []
 
     def show(compiled: Sequence[Compiled]) -> None:
         found.extend(compiled)
@@ -302,7 +348,7 @@ def main() -> int:
     if not arguments.no_solver:
         show(compile_solver(where, [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]))
         print(f"{len(found)} programs of the solver")
-    problems = []
+        problems += solver_problems(found, widths=2)
     for dtype in ("bfloat16", "float32"):
         for length in arguments.tokens:
             block = compile_block(where, length, dtype)
