@@ -34,7 +34,7 @@ _HEAD_FEATURES = 64
 _DEVICE_PROGRAMS_BYTES = 512 << 20
 # Micro-batches that are brought to the device or back while another one is computed.
 _IN_FLIGHT = 2
-# The same, without the gaps that memory on the host has.
+# A shard's Gram and a micro-batch's, without the gaps that memory on the host has.
 _DEVICE_GRAM_COPIES = 2
 
 
