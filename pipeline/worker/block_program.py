@@ -90,11 +90,13 @@ class BlockProgram:
             live: what the stage before left; for stage 0, what the block takes.
 
         Returns:
-            the group's inputs or what the block gives, and `live` for the next stage.
+            the group's inputs or what the block gives, and `live` for the next stage; of this what
+            was live before is the very same arrays.
         """
         program = self._stages[stage]
         found = program.run(*(weights[i] for i in program.reads), *live)
-        return tuple(found[: program.num_results]), tuple(found[program.num_results :])
+        known = (*live, *found)
+        return tuple(found[: program.num_results]), tuple(known[i] for i in program.leaves)
 
     def _trace(self, weights: Sequence[Array], inputs: Sequence[Array]) -> tuple[Array, ...]:
         """The inputs of each group, and what the block gives; sets the attributes."""
@@ -158,12 +160,14 @@ class _Stage:
     """A range of a traced program's equations, compiled on its own.
 
     Attributes:
-        run: (the values that it reads, live) → (*results, *live).
+        run: (the values that it reads, live) → (*results, what else it computes for later stages).
         reads: indices of these values among all of the program.
+        leaves: indices among live and what `run` returns; a program's copies would take memory.
     """
 
     run: Any
     reads: list[int]
+    leaves: list[int]
     num_results: int
 
 
@@ -197,6 +201,8 @@ def _cut(traced: ClosedJaxpr, *, num_values: int, sizes: Sequence[int]) -> tuple
         kept |= {v for made in used_later & derived.keys() for v in derived[made].inputs}
         defined = [*live, *(v for equation in equations for v in equation.outvars)]
         left = [v for v in dict.fromkeys(defined) if v in kept]
+        new = [v for v in left if v not in live and v not in result]
+        known = [*live, *result, *new]
         reads = [i for i, value in enumerate(values) if value in used]
         constants = [
             (v, constant)
@@ -206,13 +212,14 @@ def _cut(traced: ClosedJaxpr, *, num_values: int, sizes: Sequence[int]) -> tuple
         program = Jaxpr(
             constvars=[v for v, _ in constants],
             invars=[*(values[i] for i in reads), *live],
-            outvars=[*result, *left],
+            outvars=[*result, *new],
             eqns=equations,
             effects=whole.effects,
             debug_info=whole.debug_info.with_unknown_names(),
         )
         closed = ClosedJaxpr(program, [constant for _, constant in constants])
-        stages.append(_Stage(jax.jit(jaxpr_as_fun(closed)), reads, len(result)))
+        leaves = [known.index(v) for v in left]
+        stages.append(_Stage(jax.jit(jaxpr_as_fun(closed)), reads, leaves, len(result)))
         live, start = left, end
     return tuple(stages)
 

@@ -63,8 +63,9 @@ class MicroBatch:
         if self.stage == 0:
             self.live = self.taken(call)
         while self.stage <= stage:
-            results, live = program.run_stage(self.stage, weights, self.memory.fetch(self.live))
-            self.live = self.memory.keep(live)
+            here = self.memory.fetch(self.live)
+            results, live = program.run_stage(self.stage, weights, here)
+            self.live = self.memory.keep(live, dict(zip(map(id, here), self.live, strict=True)))
             self.stage += 1
         return results
 
