@@ -152,8 +152,8 @@ def compile_block(where: Any, length: int, dtype: str) -> CompiledBlock:
         given = placed([weights[i] for i in stage.reads] + list(live), where)
         lowered = stage.run.lower(*given)
         found.append(Compiled.of(f"{dtype}, {length}: up to {name}", lowered, length))
-        live = tuple(lowered.out_info[stage.num_results :])
-        live = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in live)
+        known = [*live, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in lowered.out_info)]
+        live = tuple(known[i] for i in stage.leaves)
     widest = max(group.in_features for group in program.groups)
     return CompiledBlock(
         dtype,
@@ -197,6 +197,63 @@ def compile_statistics(where: Any, in_features: int) -> list[Compiled]:
         Compiled.of(f"Gram of {in_features}, merged", merge),
         Compiled.of(f"Gram of {in_features}, whole", whole),
     ]
+
+
+@dataclass(frozen=True)
+class CompiledDecoding:
+    """The program that decodes a layer.
+
+    Attributes:
+        divides: whether it divides in float32, which GPUs do with errors in the last bit.
+    """
+
+    program: Compiled
+    divides: bool
+
+    def problems(self) -> list[str]:
+        if self.divides:
+            return [f"{self.program.name}: divides in float32"]
+        large = self.program.temporary_bytes > 1 << 20
+        return [f"{self.program.name}: keeps more than the kernel"] if large else []
+
+
+def compile_decoding(where: Any, in_features: int, out_features: int) -> list[CompiledDecoding]:
+    """A layer's kernel from what is stored of it, in each way to decode one."""
+    import jax
+    import jax.numpy as jnp
+
+    from quantizer import AWQScheme, GPTQScheme, Int8Scheme
+    from quantizer.keras_format.kernel_layout import dense_layout
+    from quantizer.keras_format.variables import _decode_program
+    from tests.cuda.topology import placed
+
+    def shape(dtype: Any, *sizes: int) -> Any:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    groups = in_features // 128
+    codes = {
+        "quantized_kernel": shape(jnp.uint8, out_features // 2, in_features),
+        "kernel_scale": shape(jnp.float32, out_features, groups),
+        "kernel_zero": shape(jnp.uint8, out_features, groups),
+        "g_idx": shape(jnp.float32, in_features),
+    }
+    channels = {
+        "kernel": shape(jnp.int8, in_features, out_features),
+        "kernel_scale": shape(jnp.float32, out_features),
+    }
+    compiled = []
+    for scheme, stored in (
+        (GPTQScheme(), codes),
+        (AWQScheme(), codes | {"awq_scales": shape(jnp.float32, in_features)}),
+        (Int8Scheme(), channels),
+    ):
+        layout = dense_layout((in_features, out_features))
+        with jax.enable_x64(True):
+            lowered = _decode_program.lower(placed(stored, where), layout, scheme, "bfloat16")
+        name = f"{in_features} × {out_features} decoded from {scheme.policy}"
+        divides = re.search(r"= f32\[\d+,\d+\]\S* divide\(", lowered.compile().as_text())
+        compiled.append(CompiledDecoding(Compiled.of(name, lowered), divides is not None))
+    return compiled
 
 
 def compile_evaluation(where: Any, length: int) -> Compiled:
@@ -360,6 +417,9 @@ def main() -> int:
             problems.append(f"{compared.name}: copies logits")
     for in_features in (4096, 14336):
         show(compile_statistics(where, in_features))
+    for decoding in compile_decoding(where, 4096, 14336):
+        show([decoding.program])
+        problems += decoding.problems()
     problems += [f"{one.name}: products by Triton" for one in found if one.triton]
     print(*problems, f"{len(found)} programs, {len(problems)} problems", sep="\n")
     return 1 if problems else 0
