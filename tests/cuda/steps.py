@@ -26,6 +26,9 @@ from pipeline.machine import check_device, machine
 from pipeline.plan import InputGroup
 from pipeline.worker.statistics import finished, sum_inputs
 from quantizer.gptq.solve import share_input
+from quantizer.keras_format.kernel_layout import dense_layout
+from quantizer.keras_format.variables import decode_kernel, decode_on_device
+from tests.stored_variables import random_variables
 
 Tell: TypeAlias = Callable[[dict[str, Any]], None]
 
@@ -64,6 +67,20 @@ def codes(tell: Tell, size: int, folder: str) -> None:
         }
         np.save(f"{folder}/codes{bits}.npy", weight.codes_RC)
         tell(found)
+    tell(found | {"decoded otherwise": _decoded_otherwise(size)})
+
+
+def _decoded_otherwise(size: int) -> list[str]:
+    """The schemes whose kernels the device decodes to other bits than NumPy."""
+    layout, rng = dense_layout((size, size)), np.random.default_rng(0)
+    other = []
+    for scheme in (quantizer.GPTQScheme(), quantizer.AWQScheme(), quantizer.Int8Scheme()):
+        variables = random_variables(layout, scheme, rng)
+        expected = decode_kernel(variables, layout, scheme)
+        found = decode_on_device(variables, layout, scheme, "float32")
+        if np.asarray(found).tobytes() != expected.tobytes():
+            other.append(scheme.policy)
+    return other
 
 
 def speed(tell: Tell, shapes: list[list[int]]) -> None:

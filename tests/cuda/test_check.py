@@ -111,6 +111,7 @@ def test_codes_and_speed_are_measured(tmp_path: Path) -> None:
     told: list[Found] = []
     steps.codes(told.append, 128, str(tmp_path))
     assert told[-1]["output error, 4 bits"] < 0.7 * told[-1]["output error, 3 bits"]
+    assert told[-1]["decoded otherwise"] == []
     assert {file.stem for file in tmp_path.iterdir()} == {"gram", "pivots", "codes4", "codes3"}
     steps.speed(told.append, [[64, 128]])
     assert 0 < told[-1]["64 × 128"]["then"] < told[-1]["64 × 128"]["first"]
@@ -137,3 +138,10 @@ def test_the_whole_check_is_complete_on_a_cpu(tmp_path: Path) -> None:
     assert not [name for name, one in report["steps"].items() if {"failed", "skipped"} & set(one)]
     same = [x["found"] for x in report["verdicts"] if x["what"].endswith("in two processes")]
     assert same == ["the same bytes"] * 2
+
+
+def test_kernels_that_a_device_decodes_to_other_bits_are_named() -> None:
+    [alike] = judge({"codes 1": {"decoded otherwise": []}}, Path(), on_gpu=True)
+    [unlike] = judge({"codes 1": {"decoded otherwise": ["int8"]}}, Path(), on_gpu=True)
+    assert (alike.found, alike.passed) == ("none", True)
+    assert (unlike.found, unlike.passed) == ("int8", False)
