@@ -87,7 +87,7 @@ def planned_on(plan: Plan, device: Device) -> Plan:
             micro_batch=micro_batch,
             shards=shard_bounds(tokens.num_samples, shard),
             attention="cudnn" if is_16_bit else "scores",
-            largest_array_bytes=0,
+            largest_array_bytes=_largest_array(plan, micro_batch, is_16_bit=is_16_bit),
         )
     parts = tuple(
         replace(part, layers=tuple(_sliced(layer, on_gpu) for layer in part.layers))
@@ -102,9 +102,22 @@ def planned_on(plan: Plan, device: Device) -> Plan:
     )
 
 
+def _largest_array(plan: Plan, micro_batch: int, *, is_16_bit: bool) -> int:
+    """Of what a GPU computes for a micro-batch: scores, or what the widest layer gives."""
+    assert plan.tokens is not None
+    num_tokens = micro_batch * plan.tokens.sequence_length
+    if not is_16_bit:
+        heads = -(-hidden_features(plan) // _HEAD_FEATURES)
+        return num_tokens * plan.tokens.sequence_length * heads * _FLOAT_BYTES
+    layers = (layer for part in plan.parts[1:] for layer in part.layers)
+    return 2 * num_tokens * max(max(x.in_features, x.out_features) for x in layers)
+
+
 def _sliced(layer: LayerPlan, on_gpu: bool) -> LayerPlan:
     # A CPU's slices are known where it plans; what is planned on a GPU is not costed on a CPU.
-    return replace(layer, slices=-(-layer.out_features // GPU_BAND)) if on_gpu else layer
+    if not on_gpu or not isinstance(layer.scheme, GPTQScheme):
+        return layer
+    return replace(layer, slices=-(-layer.out_features // GPU_BAND))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +143,7 @@ class GroupWork:
     Attributes:
         shared: what every worker that solves any of them does: the factor.
         rows: of each slice of rows, what solving it takes; slices can be anywhere.
-        sum_bytes: of the statistics of the input.
+        sum_bytes: of the statistics of the input; of a Gram its bands, which travel.
     """
 
     shared: Work
@@ -154,12 +167,15 @@ def block_work(plan: Plan, part: PartPlan, constants: Constants) -> BlockWork:
         rows = tuple(_rounding(layer) for layer in alone)
         groups.insert(0, GroupWork(shared=Work(), rows=rows, sum_bytes=0))
     solved = [x for x in part.layers if x.scheme is not None and x.kind == "kernel"]
-    weights = sum(x.in_features * x.out_features for x in solved)
+    weights = sum(x.num_weights for x in solved)
     forward, grams = Work(), Work()
     if plan.tokens is not None:
         forward = forward_work(plan, part, plan.tokens, constants)
         grams = Work.total(
-            [_gram_work(plan, group, plan.tokens, constants) for group in part.groups]
+            [
+                _gram_work(plan, group, plan.tokens, constants) * _num_inputs(group, layers)
+                for group in part.groups
+            ]
         )
     return BlockWork(
         forward=forward,
@@ -223,8 +239,12 @@ def _group_work(
     ]
     if on_gpu:
         rows += _banded_work(targets, constants)
-    sums = size**2 if hessian else 3 * size
-    return GroupWork(shared=shared, rows=tuple(rows), sum_bytes=_FLOAT_BYTES * sums)
+    number = _num_inputs(group, layers)
+    sum_bytes = _FLOAT_BYTES * number * int(_GRAM_SHARE * size**2 if hessian else 3 * size)
+    if number > 1:
+        # Whole matrices, each with a factor of its own, go to different workers.
+        rows, shared = [shared + Work.total(rows)] * number, Work()
+    return GroupWork(shared=shared, rows=tuple(rows), sum_bytes=sum_bytes)
 
 
 def _sliced_work(layer: LayerPlan, *, hessian: bool, constants: Constants) -> list[Work]:
@@ -289,15 +309,25 @@ def _gptq_rows(columns: int, rows: int, scheme: GPTQScheme, constants: Constants
 
 def _rounding(layer: LayerPlan) -> Work:
     """By one thread of the host, whatever else computes."""
-    return Work(seconds=layer.in_features * layer.out_features / _ROUNDED_PER_SECOND)
+    return Work(seconds=layer.num_weights / _ROUNDED_PER_SECOND)
+
+
+def _num_inputs(group: InputGroup, layers: dict[str, LayerPlan]) -> int:
+    """Inputs with statistics of their own: one, or where layers stack matrices one for each.
+
+    Each of these is counted as if it saw all tokens.
+    """
+    return max(
+        (x.num_weights - x.stacked_weights) // (x.in_features * x.out_features)
+        for x in (layers[name] for name in group.targets)
+    )
 
 
 def stored_bytes(plan: Plan, part: PartPlan) -> float:
     """Of one part of the artifact."""
     bits = source_bits(plan)
     saved = sum(
-        layer.in_features * layer.out_features * (bits - bits_per_weight(layer, plan, bits))
-        for layer in part.layers
+        layer.num_weights * (bits - bits_per_weight(layer, plan, bits)) for layer in part.layers
     )
     return max(part.source_bytes - saved / 8, 0.0)
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from pipeline.plan import InputGroup
+from pipeline.plan import InputGroup, LayerPlan
 from pipeline.planning.estimates import GPU_BAND
 from pipeline.planning.stage_constants import CONSTANTS
 from pipeline.planning.work import (
@@ -17,7 +17,7 @@ from pipeline.planning.work import (
 )
 from quantizer.gptq import path
 from quantizer.schemes import AWQScheme, GPTQScheme, Int8Scheme
-from tests.pipeline.planning.small_plans import block, layer, plan, with_layers
+from tests.pipeline.planning.small_plans import GPTQ, block, layer, plan, with_layers
 
 ONES = dataclasses.replace(
     CONSTANTS["cpu"],
@@ -61,7 +61,7 @@ def test_solving_is_a_factor_and_the_products_and_passes_of_the_rows() -> None:
     assert up.rows == (
         Work(float32_flops=2 * 64 * 64 * 128, memory_bytes=2 * 4 * 64 * 128, steps=64),
     )
-    assert down.sum_bytes == 4 * 128**2
+    assert down.sum_bytes == 4 * 128**2 * 10 / 16
     assert down.rows[0].steps == 128
 
 
@@ -71,6 +71,27 @@ def test_sweeps_go_over_all_columns_again() -> None:
     [thrice] = block_work(swept, swept.parts[1], ONES).solve[0].rows
     assert thrice.steps == 3 * once.steps
     assert thrice.float32_flops == 3 * once.float32_flops
+
+
+def test_a_layer_that_stacks_matrices_has_a_sum_and_a_factor_for_each() -> None:
+    class Bank(LayerPlan):
+        """Three matrices of its shape."""
+
+        @property
+        def num_weights(self) -> int:
+            return 3 * self.in_features * self.out_features
+
+    given = plan()
+    _, down = given.parts[1].layers
+    bank = Bank(path="up", name="up", kind="kernel", in_features=64, out_features=128, scheme=GPTQ)
+    stacked = dataclasses.replace(given.parts[1], layers=(bank, down))
+    one, three = (block_work(given, part, ONES) for part in (given.parts[1], stacked))
+    assert three.solve[0].shared == Work()
+    assert three.solve[0].rows == (one.solve[0].shared + one.solve[0].rows[0],) * 3
+    assert three.solve[0].sum_bytes == 3 * one.solve[0].sum_bytes
+    assert three.solve[1] == one.solve[1]
+    assert three.decode.memory_bytes == 2 * one.decode.memory_bytes
+    assert three.grams.float32_flops > one.grams.float32_flops
 
 
 def test_slices_add_up_to_their_layer() -> None:
