@@ -56,7 +56,7 @@ def judge(found: dict[str, Any], folder: Path, *, on_gpu: bool) -> list[Verdict]
     return [
         *verdicts,
         *_against_cpu(found, folder, on_gpu=on_gpu),
-        *_decoded(found.get("codes 1", {})),
+        *_otherwise(found.get("codes 1", {})),
         *_twice(found, "codes", ["codes 1", "codes 2"], ["gram", "pivots", *_codes_names()]),
         *_twice(found, "run", ["pair bfloat16 1", "pair bfloat16 2"], ["files"]),
         *_speed(found.get("speed", {}), on_gpu=on_gpu),
@@ -99,11 +99,15 @@ def _against_cpu(found: dict[str, Any], folder: Path, *, on_gpu: bool) -> list[V
     return verdicts
 
 
-def _decoded(found: dict[str, Any]) -> list[Verdict]:
-    if "decoded otherwise" not in found:
-        return []
-    text = ", ".join(found["decoded otherwise"]) or "none"
-    return [Verdict("decoded to other bits than on the host", text, "none", text == "none")]
+def _otherwise(found: dict[str, Any]) -> list[Verdict]:
+    meanings = {
+        "decoded otherwise": "decoded to other bits than on the host",
+        "solved otherwise": "rows that get other bits in other company",
+    }
+    texts = {
+        what: ", ".join(found[name]) or "none" for name, what in meanings.items() if name in found
+    }
+    return [Verdict(what, text, "none", text == "none") for what, text in texts.items()]
 
 
 def _twice(found: dict[str, Any], what: str, steps: list[str], names: list[str]) -> list[Verdict]:
