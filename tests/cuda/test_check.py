@@ -119,16 +119,22 @@ def test_codes_and_speed_are_measured(tmp_path: Path) -> None:
 
 @pytest.mark.exhaustive
 @pytest.mark.ray
-def test_a_pair_of_blocks_passes_the_command(tmp_path: Path) -> None:
+def test_a_pair_of_blocks_passes_the_command_and_a_single_process_alike(tmp_path: Path) -> None:
     check = Check(tmp_path, tiny=True)
-    wanted = [one for one in check.steps if one.name in ("model", "pair bfloat16 1")]
-    found = carry_out(wanted, 250, lambda found: None)
+    alone = Check(tmp_path, tiny=True, with_ray=False)
+
+    def steps_of(one: Check, *names: str) -> list[Step]:
+        return [step for step in one.steps if step.name in names]
+
+    found = carry_out(steps_of(check, "model", "pair bfloat16 1"), 250, lambda found: None)
     one = found["pair bfloat16 1"]
     assert "failed" not in one, one
     assert set(one["files"]) == {f"model_{i:05d}.weights.h5" for i in range(3)}
     assert one["block_seconds"] > 0
     assert {"capture", "solve", "commit"} <= one["stage_seconds"].keys()
     assert [x.passed for x in check.verdicts(found)] == [None] * 4
+    found = carry_out(steps_of(alone, "pair bfloat16 1"), 250, lambda found: None)
+    assert found["pair bfloat16 1"].get("files") == one["files"]
 
 
 @pytest.mark.slow
