@@ -332,7 +332,6 @@ def main() -> int:
     # Before JAX is imported; as workers on GPUs have it.
     os.environ |= {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
     os.environ["XLA_FLAGS"] = with_gpu_flags(os.environ.get("XLA_FLAGS", ""))
-    from tests.cuda.decoding import compile_decoding
     from tests.cuda.topology import h100
 
     where = h100()
@@ -350,6 +349,8 @@ def main() -> int:
         show(compile_solver(where, [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]))
         print(f"{len(found)} programs of the solver")
         problems += solver_problems(found, widths=2)
+    from tests.cuda.decoding import compile_decoding  # it imports the quantizer
+
     for dtype in ("bfloat16", "float32"):
         for length in arguments.tokens:
             block = compile_block(where, length, dtype)
