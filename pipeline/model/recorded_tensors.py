@@ -159,15 +159,24 @@ def _with_items(value: NDArray[Any], key: Any, items: Any) -> NDArray[Any]:
 
 
 def _stacked(parts: Sequence[Any], axis: int = 0) -> Shape:
-    [shape] = {part.shape for part in parts}
+    shape = _equal(parts, [part.shape for part in parts])
     place = axis % (len(shape) + 1)
     return *shape[:place], len(parts), *shape[place:]
 
 
 def _concatenated(parts: Sequence[Any], axis: int = 0) -> Shape:
     place = axis % len(parts[0].shape)
-    [others] = {(*part.shape[:place], *part.shape[place + 1 :]) for part in parts}
+    others = _equal(parts, [(*part.shape[:place], *part.shape[place + 1 :]) for part in parts])
     return *others[:place], sum(part.shape[place] for part in parts), *others[place:]
+
+
+def _equal(parts: Sequence[Any], shapes: Sequence[Shape]) -> Shape:
+    for part, shape in zip(parts, shapes, strict=True):
+        if shape != shapes[0]:
+            tensors = stored_tensors(part.step) if isinstance(part, RecordedTensor) else ()
+            name = tensors[0].name if tensors else "a part"
+            raise ValueError(f"{name} gives {shape}, where {shapes[0]} is expected")
+    return shapes[0]
 
 
 def _repeated(value: Any, repeats: int, axis: int) -> Shape:
