@@ -277,7 +277,7 @@ def carried_out(step: Step, read: ReadStored) -> NDArray[Any]:
 
     def made(given: Made) -> Any:
         if given.function is np.stack and _axis(given) == 0:
-            return _filled(given.shape, (value(part) for part in given.arguments[0]))
+            return stacked(given.shape, (value(part) for part in given.arguments[0]))
         arguments = [value(argument) for argument in given.arguments]
         if given.function is _with_items and left[id(given.arguments[0])]:
             arguments[0] = arguments[0].copy()
@@ -298,8 +298,12 @@ def _order_in_memory(value: NDArray[Any]) -> list[int]:
     return sorted(range(value.ndim), key=lambda axis: -value.strides[axis])
 
 
-def _filled(shape: Shape | None, parts: Iterator[NDArray[Any]]) -> NDArray[Any]:
-    """Parts that are stacked one by one, in the order in which each lies in memory."""
+def stacked(shape: Shape | None, parts: Iterator[NDArray[Any]]) -> NDArray[Any]:
+    """Parts that are stacked to an array of that shape, one by one, as each lies in memory.
+
+    Raises:
+        TypeError: they are not all of one dtype.
+    """
     assert shape is not None
     first = next(parts)
     order = _order_in_memory(first)
