@@ -13,8 +13,9 @@ from jobs.execute import check_device_memory, check_memory, place_activations
 from jobs.quantities import duration
 from pipeline.errors import PipelineError
 from pipeline.executor.protocol import Allocation, DeviceMemory, FunctionRunner, NodeRoom
+from pipeline.executor.worker_environment import GPU_MEMORY_SHARE
 from pipeline.plan import Plan
-from pipeline.planning.cost_model import GPU_MEMORY_SHARE, run_cost
+from pipeline.planning.cost_model import run_cost
 from pipeline.planning.estimates import Estimate, estimate
 from pipeline.planning.machines import Machine, Machines, known_machines, workers_on
 from pipeline.planning.micro_batch import in_fitting_micro_batches
