@@ -47,9 +47,9 @@ def check_device_memory(costs: Estimate, devices: Sequence[DeviceMemory]) -> Non
                 )
             if _without_windows(costs) > device.num_bytes:
                 remedy = (
-                    f"{size(_without_windows(costs))} of it whatever the windows, for the weights "
-                    "of a part and to solve its widest layer: exclude the widest layers, give them "
-                    "a scheme without calibration, such as int4,"
+                    f"{size(_without_windows(costs))} of it whatever the windows, for programs, "
+                    "the weights of a part and to solve its widest layer: exclude the widest "
+                    "layers, give them a scheme without calibration, such as int4,"
                 )
             raise ExecutorError(
                 f"too little GPU memory: a worker needs about {size(costs.device_bytes)}, and on "
