@@ -7,7 +7,7 @@ JAX.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from numpy.typing import NDArray
@@ -36,12 +36,15 @@ class SolvedLayer:
         variables: what stock Keras stores for it, by the layer's own names.
         report: the solver's, as plain JSON values.
         kernel: the dequantized kernel, as later layers meet it; None of an embedding.
+        codes: of a layer that stock Keras holds as floats: what these were decoded from, by the
+            name in the part's file of codes.
     """
 
     path: str
     variables: dict[str, NDArray[Any]]
     report: dict[str, Any]
     kernel: Float32 | None
+    codes: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
