@@ -20,16 +20,25 @@ from quantizer.keras_format.model_layers import (
     walk,
     watched_calls,
 )
+from quantizer.problem import KernelAxes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A layer that can be quantized."""
+    """What can be quantized: a layer, or a variable that holds the matrices of experts."""
 
     path: str
     name: str
     """The path within its block; outside the blocks, the path."""
     layer: keras.layers.Layer
+    variable: Any = None
+    """Of a bank of experts: the layer's variable [experts, in_features, out_features]. The path is
+    then that of the variable."""
+
+    @property
+    def num_experts(self) -> int:
+        """Matrices of one shape that the variable holds; 0 of a layer that is a matrix itself."""
+        return 0 if self.variable is None else int(self.variable.shape[0])
 
     @property
     def layer_kind(self) -> LayerKind:
@@ -37,21 +46,34 @@ class Target:
 
     @property
     def in_features(self) -> int:
-        """Inputs of the matrix; of an embedding, the length of its vectors."""
+        """Inputs of the matrix, or of each expert's; of an embedding, the length of its vectors."""
+        if self.variable is not None:
+            return int(self.variable.shape[1])
         if self.layer_kind == "embedding":
             return int(self.layer.output_dim)
         return kernel_layout(self.layer).in_features
 
     @property
     def out_features(self) -> int:
-        """Outputs of the matrix; of an embedding, the number of tokens."""
+        """Outputs of the matrix, or of each expert's; of an embedding, the number of tokens."""
+        if self.variable is not None:
+            return int(self.variable.shape[2])
         if self.layer_kind == "embedding":
             return int(self.layer.input_dim)
         return kernel_layout(self.layer).out_features
 
     @property
+    def axes(self) -> KernelAxes:
+        """The kernel as one matrix; a bank's rows are the outputs of all experts in turn."""
+        if self.variable is not None:
+            return KernelAxes(tuple(self.variable.shape), in_axes=(1,), out_axes=(0, 2))
+        return kernel_layout(self.layer)
+
+    @property
     def kernel_path(self) -> str:
         """Path of the kernel's variable, unless the layer is an embedding."""
+        if self.variable is not None:
+            return str(self.variable.path)
         return str(self.layer._kernel.path)
 
     @property
