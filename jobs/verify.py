@@ -89,6 +89,8 @@ def _load(store: ObjectStore, manifest: Manifest) -> str:
     with tempfile.TemporaryDirectory(prefix="quantfleet-verify-") as folder:
         with status("downloading the artifact"):
             for key, entry in sorted(manifest.files.items()):
+                if not key.startswith(ARTIFACT_PREFIX):
+                    continue
                 path = Path(folder, key.removeprefix(ARTIFACT_PREFIX))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(store.get(key, sha256=entry.sha256, size=entry.size_bytes))

@@ -210,8 +210,8 @@ def encode_solved_part(
     previous: str,
     values: Values,
     solved: Mapping[str, SolvedLayer],
-) -> tuple[PartRecord, bytes]:
-    """A part's record, and the bytes of its file.
+) -> tuple[PartRecord, dict[str, bytes]]:
+    """A part's record, and the files that it names, by storage key.
 
     Args:
         previous: digest of the record of the block before; "" where there is none.
@@ -247,7 +247,7 @@ def encode_solved_part(
             for layer in layers
         ),
     )
-    return record, data
+    return record, {record.file: data}
 
 
 def finalize(

@@ -84,7 +84,7 @@ def write_checkpoint(
     small["model.safetensors.index.json"] = canonical_json(index)
     for name, data in sorted(small.items()):
         store.create(name, data)
-        files[name] = _digest(data)
+        files[name] = FileDigest.of(data)
     made = ExportManifest(request=request, files=files, tensors=checkpoint.report())
     verify_export(store, made)
     store.create(EXPORT_KEY, made.to_json())
@@ -160,11 +160,7 @@ def _write_part(
     tensors = checkpoint.encode(number, committed_file(run, number))
     data = safetensors_bytes(tensors)
     sizes = {name: int(array.nbytes) for name, array in sorted(tensors.items())}
-    record = _PartRecord(number=number, file=_digest(data), tensors=sizes)
+    record = _PartRecord(number=number, file=FileDigest.of(data), tensors=sizes)
     store.create(checkpoint.file(number), data)
     store.create(_part_key(number), record.to_json())
     return record
-
-
-def _digest(data: bytes) -> FileDigest:
-    return FileDigest(sha256=sha256(data), size_bytes=len(data))

@@ -52,6 +52,11 @@ class FileDigest:
     sha256: Digest
     size_bytes: NumBytes
 
+    @classmethod
+    def of(cls, data: bytes) -> Self:
+        """Of these bytes."""
+        return cls(sha256=sha256(data), size_bytes=len(data))
+
 
 @dataclass(frozen=True, kw_only=True)
 class PartRecord(StoredRecord):
@@ -124,6 +129,11 @@ def file_key(part: int) -> str:
     return f"{ARTIFACT_PREFIX}model_{part:05d}.weights.h5"
 
 
+def is_weights_file(key: str) -> bool:
+    """Whether a storage key is that of a part's weights."""
+    return key.startswith(f"{ARTIFACT_PREFIX}model_") and key.endswith(".weights.h5")
+
+
 def codes_key(part: int) -> str:
     """Storage key of a part's codes, below the run's root."""
     return f"{CODES_PREFIX}model_{part:05d}.safetensors"
@@ -143,7 +153,7 @@ def manifest_of(
     """A run's manifest, from every part's record and the artifact's other files by storage key."""
     files = {key: file for record in parts.values() for key, file in record.files.items()}
     for key, data in other_files.items():
-        files[key] = FileDigest(sha256=sha256(data), size_bytes=len(data))
+        files[key] = FileDigest.of(data)
     return Manifest(
         plan_digest=plan_digest,
         files=files,

@@ -34,9 +34,9 @@ from pipeline.worker.memory import FreedMemory
 from pipeline.worker.model_state import ModelState, in_order
 from pipeline.worker.shards import CalibrationShards, LostShardError, MicroBatch
 from pipeline.worker.solve import CompiledAhead, join_layer, solve_layers, solve_slices
-from pipeline.worker.statistics import sum_inputs
+from pipeline.worker.statistics import sum_inputs, sum_routed
 from pipeline.worker.streamed_model import artifact_model, source_model
-from quantizer.hessian import CalibrationStatistics
+from quantizer.experts import InputStatistics
 
 
 class Worker(WorkerApi):
@@ -79,29 +79,37 @@ class Worker(WorkerApi):
 
     @device_errors()
     def capture(
-        self, block: int, stage: int, subtree: range, values: Values, *solved: Sequence[SolvedLayer]
-    ) -> CalibrationStatistics:
+        self,
+        block: int,
+        stage: int,
+        subtree: range,
+        values: Values,
+        *solved: Sequence[SolvedLayer],
+        experts: range | None = None,
+    ) -> InputStatistics:
         weights = self._weights(block, values, solved)
 
-        def leaf(index: int) -> CalibrationStatistics:
+        def leaf(index: int) -> InputStatistics:
             batches = self._shards.get(index, block)
             call, program = self._model.call(block), self._program(block, batches[0])
-            shapes = program.group_shapes[stage]
+            group, shapes = program.groups[stage], program.group_shapes[stage]
+            found = ((one.run_stage(call, program, stage, weights), one.batch) for one in batches)
+            if group.experts:
+                assert experts is not None
+                [shape] = shapes
+                routed = ((*results, batch.rows(shape)) for results, batch in found)
+                return sum_routed(routed, group.in_features, experts)
             inputs = (
-                (found, batch.batch.rows(shape))
-                for batch in batches
-                for found, shape in zip(
-                    batch.run_stage(call, program, stage, weights), shapes, strict=True
-                )
+                (result, batch.rows(shape))
+                for results, batch in found
+                for result, shape in zip(results, shapes, strict=True)
             )
-            return sum_inputs(inputs, program.groups[stage], program.input_axes[stage])
+            return sum_inputs(inputs, group, program.input_axes[stage])
 
         return reduce_subtree(subtree, leaf, self.merge)
 
     @device_errors()
-    def merge(
-        self, left: CalibrationStatistics, right: CalibrationStatistics
-    ) -> CalibrationStatistics:
+    def merge(self, left: InputStatistics, right: InputStatistics) -> InputStatistics:
         return left.merge(right)  # type: ignore[arg-type]
 
     @device_errors()
@@ -110,7 +118,7 @@ class Worker(WorkerApi):
         part: int,
         paths: Sequence[str],
         values: Values,
-        statistics: CalibrationStatistics | None,
+        statistics: InputStatistics | None,
     ) -> list[SolvedLayer]:
         layers = self._layers(part, paths)
         self._compiled.await_for(layers)
@@ -125,7 +133,7 @@ class Worker(WorkerApi):
         part: int,
         slices: Mapping[str, Sequence[int]],
         values: Values,
-        statistics: CalibrationStatistics,
+        statistics: InputStatistics,
     ) -> dict[str, SolvedSlices]:
         layers = self._layers(part, slices)
         targets = self._model.targets(part)
@@ -150,10 +158,10 @@ class Worker(WorkerApi):
         self, part: int, previous: str, values: Values, *solved: Sequence[SolvedLayer]
     ) -> PartRecord:
         results = {layer.path: layer for layers in solved for layer in layers}
-        record, data = encode_solved_part(
+        record, files = encode_solved_part(
             self._plan, self._model.parts[part], previous, values, results
         )
-        commit_part(self._store, record, data)
+        commit_part(self._store, record, files)
         return record
 
     @device_errors()
