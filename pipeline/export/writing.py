@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import ConfigDict, Field
 
+from pipeline.artifact.safetensors_file import safetensors_bytes
 from pipeline.canonical import canonical_json, digest_of, sha256
 from pipeline.errors import MissingObjectError, ObjectExistsError, PlanMismatchError
 from pipeline.export.checkpoint import Checkpoint
@@ -23,7 +24,6 @@ from pipeline.export.manifest import (
     ExportRequest,
     verify_export,
 )
-from pipeline.export.safetensors_file import safetensors_bytes
 from pipeline.run.commits import committed_file
 from pipeline.run.records import FileDigest, Manifest
 from pipeline.storage.object_store import ObjectStore
