@@ -52,7 +52,7 @@ class ExpertCodes:
     @property
     def in_features(self) -> int:
         """Of each expert's matrix."""
-        return self.codes_ERC.shape[2]
+        return int(self.codes_ERC.shape[2])
 
     def kernel(self, dtype: np.dtype[Any]) -> NDArray[Any]:
         """The variable, [experts, in_features, out_features], rounded to its dtype."""

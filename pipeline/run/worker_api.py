@@ -20,8 +20,10 @@ from pipeline.run.activations import SavedShard
 from pipeline.run.records import Manifest, PartRecord
 
 if TYPE_CHECKING:
+    from quantizer.experts import InputStatistics as Statistics
+    from quantizer.expert_codes import ExpertCodes
+    from quantizer.expert_solver import SolvedExpert
     from quantizer.gptq.solve import SolvedRows
-    from quantizer.hessian import CalibrationStatistics as Statistics
     from quantizer.result import Float32
 
 Values: TypeAlias = Mapping[str, NDArray[Any]]
@@ -36,28 +38,31 @@ class SolvedLayer:
         variables: what stock Keras stores for it, by the layer's own names.
         report: the solver's, as plain JSON values.
         kernel: the dequantized kernel, as later layers meet it; None of an embedding.
-        codes: of a layer that stock Keras holds as floats: what these were decoded from, by the
-            name in the part's file of codes.
+        codes: of a bank of experts, whose variable holds what they stand for as floats; it has no
+            variables of its own.
     """
 
     path: str
     variables: dict[str, NDArray[Any]]
     report: dict[str, Any]
     kernel: Float32 | None
-    codes: dict[str, NDArray[Any]] = field(default_factory=dict)
+    codes: ExpertCodes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SolvedSlices:
-    """Some of the row slices of a layer, by Keras' path.
+    """Some of the row slices of a layer, or of the experts of a bank, by Keras' path.
 
     Attributes:
         rows: each slice's result, by its number.
+        experts: of a bank of experts with inputs of their own, each one's result, by its number;
+            it has no rows.
         problem: why they could not be calibrated; "" if they were.
     """
 
     path: str
-    rows: dict[int, SolvedRows]
+    rows: dict[int, SolvedRows] = field(default_factory=dict)
+    experts: dict[int, SolvedExpert] = field(default_factory=dict)
     problem: str = ""
 
 
@@ -80,12 +85,19 @@ class WorkerApi(Protocol):
         """
 
     def capture(
-        self, block: int, stage: int, subtree: range, values: Values, *solved: Sequence[SolvedLayer]
+        self,
+        block: int,
+        stage: int,
+        subtree: range,
+        values: Values,
+        *solved: Sequence[SolvedLayer],
+        experts: range | None = None,
     ) -> Statistics:
         """Move shards to the input of the block's group `stage`, and sum it over a subtree of them.
 
         Args:
             solved: the results for all groups before, and for layers that need no calibration.
+            experts: which ones' inputs to sum, of a group of experts with inputs of their own.
         """
 
     def merge(self, left: Statistics, right: Statistics) -> Statistics:

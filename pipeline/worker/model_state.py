@@ -136,12 +136,17 @@ class ModelState:
         """The quantized kernels in a committed file, dequantized, by the path of their variable."""
         values = decode_part(self.parts[part], data)
         by_layer: dict[str, dict[str, NDArray[Any]]] = {}
+        by_path: dict[str, NDArray[Any]] = {}
         for stored in self.parts[part].variables:
-            by_layer.setdefault(stored.layer_path, {})[stored.name] = values[stored.name_path]
+            value = by_path[str(stored.variable.path)] = values[stored.name_path]
+            by_layer.setdefault(stored.layer_path, {})[stored.name] = value
         kernels = {}
         for layer in self.plan.parts[part].layers:
             if layer.scheme is not None and layer.kind == "kernel":
                 target = self.targets(part)[layer.path]
+                if layer.experts:  # which the file holds dequantized
+                    kernels[target.kernel_path] = by_path[target.kernel_path]
+                    continue
                 kernels[target.kernel_path] = decode_kernel(
                     by_layer[layer.path], kernel_layout(target.layer), layer.scheme
                 )
@@ -208,7 +213,9 @@ class ModelState:
         layers = self.plan.parts[block.index + 1].layers
         statistics = {layer.name: statistics_of(layer.scheme) for layer in layers}
         inputs = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in taken)
-        key = (block.signature, tuple(statistics.items()), inputs)
+        # By their order: Keras numbers some names.
+        kinds = tuple(statistics[target.name] for target in block.targets)
+        key = (block.signature, kinds, inputs)
         if key not in self._programs:
             self._programs[key] = BlockProgram(block, statistics, inputs)
         return self._programs[key]
