@@ -20,9 +20,9 @@ from pipeline.run.activations import SavedShard
 from pipeline.run.records import Manifest, PartRecord
 
 if TYPE_CHECKING:
-    from quantizer.experts import InputStatistics as Statistics
     from quantizer.expert_codes import ExpertCodes
     from quantizer.expert_solver import SolvedExpert
+    from quantizer.experts import InputStatistics as Statistics
     from quantizer.gptq.solve import SolvedRows
     from quantizer.result import Float32
 
