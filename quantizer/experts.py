@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
@@ -57,7 +58,39 @@ InputStatistics: TypeAlias = CalibrationStatistics | ExpertHessians
 """What calibration knows of the inputs of layers, or of experts."""
 
 
+_RANGE_BYTES = 256 << 20
+_PASS_BYTES = 1 << 30
+_MIN_RANGES = 16
+
+
+def num_expert_ranges(num_experts: int, in_features: int) -> int:
+    """How many ranges of experts to solve apart.
+
+    Their Hessians take 256 MiB at most where an expert's does, and there are enough ranges for
+    several workers.
+    """
+    in_a_range = max(1, _RANGE_BYTES // (4 * in_features**2))
+    return min(num_experts, max(_MIN_RANGES, -(-num_experts // in_a_range)))
+
+
 def expert_ranges(num_experts: int, num_ranges: int) -> list[range]:
     """Cut experts into ranges whose sizes differ by one at most."""
     edges = [num_experts * i // num_ranges for i in range(num_ranges + 1)]
     return [range(a, b) for a, b in pairwise(edges)]
+
+
+def expert_passes(ranges: Sequence[range], in_features: int) -> list[list[int]]:
+    """Numbers of the ranges whose statistics are summed at once: 1 GiB where a range's take less.
+
+    What is summed beside it changes no sum, so that this decides memory and time alone.
+    """
+    passes: list[list[int]] = [[]]
+    room = _PASS_BYTES
+    for number, experts in enumerate(ranges):
+        size = 4 * in_features**2 * len(experts)
+        if passes[-1] and size > room:
+            passes.append([])
+            room = _PASS_BYTES
+        passes[-1].append(number)
+        room -= size
+    return passes

@@ -20,7 +20,7 @@ from pipeline.run.events import Report, Step
 from pipeline.run.records import Manifest, PartRecord
 from pipeline.run.worker_api import SolvedLayer, Values, WorkerApi
 from pipeline.storage.object_store import ObjectStore
-from quantizer.hessian import CalibrationStatistics
+from quantizer.experts import InputStatistics, expert_passes, expert_ranges
 
 KEEP_EVERY = 8
 """Blocks between activations kept in storage, where the user does not say."""
@@ -281,8 +281,11 @@ class _Drive:
         alone = [layer.path for name, layer in schemed.items() if name not in calibrated]
         solved = [self._submit(0, WorkerApi.solve, number, alone, values, None)] if alone else []
         for stage, group in enumerate(part.groups):
-            total = self._capture(block, stage, values, solved)
             members = [schemed[name] for name in group.targets]
+            if group.experts:
+                solved.append(self._solve_experts(block, stage, members, values, solved))
+                continue
+            total = self._capture(block, stage, values, solved)
             whole, cut = share_out(members, self.executor.num_workers)
             if group.fold is not None:
                 # They share one vector of input scales, which all of them decide.
@@ -302,12 +305,50 @@ class _Drive:
                 solved.append(self._submit(0, WorkerApi.join, number, paths, values, *slices))
         return solved
 
+    def _solve_experts(
+        self,
+        block: int,
+        stage: int,
+        members: Sequence[LayerPlan],
+        values: Values,
+        solved: list[list[SolvedLayer]],
+    ) -> list[SolvedLayer]:
+        """Submit the solves of experts with inputs of their own, as many at once as memory allows.
+
+        Ranges of them are solved side by side.
+        """
+        number, num_workers, slices = block + 1, self.executor.num_workers, []
+        [(num_experts, num_ranges, in_features)] = {
+            (layer.experts, layer.slices, layer.in_features) for layer in members
+        }
+        ranges = expert_ranges(num_experts, num_ranges)
+        for together in expert_passes(ranges, in_features):
+            experts = range(ranges[together[0]].start, ranges[together[-1]].stop)
+            total = self._capture(block, stage, values, solved, experts)
+            for worker in range(min(num_workers, len(together))):
+                taken = {layer.path: together[worker::num_workers] for layer in members}
+                slices.append(
+                    self._submit(worker, WorkerApi.solve_slices, number, taken, values, total)
+                )
+        paths = [layer.path for layer in members]
+        return self._submit(0, WorkerApi.join, number, paths, values, *slices)
+
     def _capture(
-        self, block: int, stage: int, values: Values, solved: list[list[SolvedLayer]]
-    ) -> CalibrationStatistics:
-        """Submit the sum of one group's input over all shards."""
+        self,
+        block: int,
+        stage: int,
+        values: Values,
+        solved: list[list[SolvedLayer]],
+        experts: range | None = None,
+    ) -> InputStatistics:
+        """Submit the sum of one group's input, or of some experts', over all shards."""
         by_subtree = [
-            (worker, self._submit(worker, WorkerApi.capture, block, stage, tree, values, *solved))
+            (
+                worker,
+                self._submit(
+                    worker, WorkerApi.capture, block, stage, tree, values, *solved, experts=experts
+                ),
+            )
             for worker, share in enumerate(self.subtrees)
             for tree in share
         ]
@@ -320,7 +361,7 @@ class _Drive:
         return join(by_subtree, merge)[1]
 
 
-_Summed: TypeAlias = tuple[int, CalibrationStatistics]
+_Summed: TypeAlias = tuple[int, InputStatistics]
 """The worker that holds a sum, and the sum."""
 
 

@@ -25,7 +25,8 @@ class MicroBatch:
 
     What entered a block is kept until the windows have passed it, so that they can go back within
     it at any time. A call that is repeated, or comes late, therefore does no harm: a stage that
-    runs again, with the weights that later stages are given, has the same bits.
+    runs again, with the weights that later stages are given, has the same bits. So does a stage
+    that leaves too much to be kept, and runs for each use.
 
     Attributes:
         values: what the block or any later one uses, by number (see `pipeline.model.blocks`).
@@ -60,9 +61,11 @@ class MicroBatch:
             self.rewind()
         if self.stage == 0:
             self.live = self.taken(call)
-        while self.stage <= stage:
-            results, self.live = program.run_stage(self.stage, weights, self.live)
-            self.stage += 1
+        live = self.live
+        for number in range(self.stage, stage + 1):
+            results, live = program.run_stage(number, weights, live)
+            if program.leaves_little(number):
+                self.stage, self.live = number + 1, live
         return results
 
     def finish_block(

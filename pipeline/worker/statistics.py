@@ -20,11 +20,15 @@ from pipeline.plan import InputGroup
 from pipeline.recipe.recipe import StatisticsKind
 from pipeline.worker.memory import make_room
 from quantizer import CalibrationStatistics, HessianSum, MagnitudeSum
+from quantizer.experts import ExpertHessians
 
 # A Gram is symmetric: cut into this many bands of rows, each is multiplied only from the diagonal
 # on, which takes 10/16 of the flops.
 _GRAM_BANDS = 4
 _MIN_BAND_ROWS = 128
+# Of one expert, multiplied at once.
+_FEWEST_ROWS = 16
+_MOST_ROWS = 512
 
 Carry = tuple[Array, ...]
 """Unfinished statistics on the device: for a Hessian the bands of the Gram, for magnitudes sum, sum
@@ -58,6 +62,32 @@ def sum_inputs(
         return HessianSum(np.asarray(_whole(carry[:-1])), int(carry[-1]))
     total, square, largest, num_rows = map(np.asarray, carry)
     return MagnitudeSum(total, square, largest, int(num_rows))
+
+
+def sum_routed(
+    inputs: Iterable[tuple[Array, Array, NDArray[np.bool_]]], in_features: int, experts: range
+) -> ExpertHessians:
+    """Statistics of some experts over the micro-batches of the inputs of all.
+
+    Each is summed over the rows that the router sends to it. They are gathered in blocks of one
+    expert, so that a sum costs what these rows do, and not what all rows would for all experts.
+    Whatever other experts are summed beside it, an expert's sum has the same bits.
+
+    Args:
+        inputs: each as Keras gives it, [experts, rows, in_features]; the router's choice of experts
+            for each row, [rows, experts per row]; and a mask, [rows]: rows where that is false are
+            left out.
+    """
+    make_room(4 * len(experts) * in_features**2)
+    sums = [jnp.zeros((len(experts), b - a, in_features - a)) for a, b in _bands(in_features)]
+    carry = (*sums, jnp.zeros(len(experts), jnp.int32))
+    for array, choice, mask in inputs:
+        num_all, per_row = len(array), choice.shape[1]
+        block = _block_rows(mask.size * per_row, num_all)
+        carry = _add_routed(carry, array, choice, mask, experts.start, block_rows=block)
+    return ExpertHessians(
+        np.asarray(_whole(carry[:-1])), np.asarray(carry[-1], np.int64), experts.start
+    )
 
 
 @partial(jax.jit, static_argnames=("statistics", "input_axes"), donate_argnums=(0,))
@@ -96,6 +126,53 @@ def _add(
     )
 
 
+def _block_rows(num_pairs: int, num_experts: int) -> int:
+    """Rows of a block: a power of two, about as many as an expert has of a micro-batch."""
+    expected = max(1, num_pairs // num_experts)
+    return min(_MOST_ROWS, max(_FEWEST_ROWS, 1 << (expected - 1).bit_length()))
+
+
+@partial(jax.jit, static_argnames=("block_rows",), donate_argnums=(0,))
+def _add_routed(
+    carry: tuple[Array, ...],
+    inputs: Array,
+    choice: Array,
+    mask: Array,
+    first: Array,
+    *,
+    block_rows: int,
+) -> tuple[Array, ...]:
+    num_rows, per_row = choice.shape
+    in_features, num_experts = inputs.shape[-1], len(carry[-1])
+    # Pairs of a row and an expert, sorted by expert; those of other experts and padding come last.
+    expert_P = jnp.where(mask[:, None], choice - first, num_experts).reshape(-1)
+    expert_P = jnp.where(expert_P < 0, num_experts, jnp.minimum(expert_P, num_experts))
+    row_P = jnp.argsort(expert_P, stable=True) // per_row
+    count_E = jnp.bincount(expert_P, length=num_experts + 1)[:-1].astype(jnp.int32)
+    blocks_E = -(-count_E // block_rows)
+    end_E, end_block_E = jnp.cumsum(count_E), jnp.cumsum(blocks_E)
+
+    def add_block(block: Array, bands: tuple[Array, ...]) -> tuple[Array, ...]:
+        expert = jnp.searchsorted(end_block_E, block, side="right")
+        in_expert = block - (end_block_E[expert] - blocks_E[expert])
+        start = end_E[expert] - count_E[expert] + in_expert * block_rows
+        pair_B = start + jnp.arange(block_rows)
+        row_B = row_P[jnp.minimum(pair_B, num_rows * per_row - 1)]
+        rows_BC = inputs[first + expert, row_B]
+        if rows_BC.dtype != jnp.bfloat16:
+            rows_BC = rows_BC.astype(jnp.float32)
+        # Not a product with the mask, since rows of other experts may hold infinity.
+        kept_B1 = (pair_B < end_E[expert])[:, None]
+        rows_BC = jnp.where(kept_B1, rows_BC, jnp.zeros((), rows_BC.dtype))
+        return tuple(
+            band.at[expert].add(_product(rows_BC[:, a:b].T, rows_BC[:, a:]))
+            for band, (a, b) in zip(bands, _bands(in_features), strict=True)
+        )
+
+    bands = lax.fori_loop(0, end_block_E[-1], add_block, carry[:-1])
+    return *bands, carry[-1] + count_E
+
+
 def _product(left: Array, right: Array) -> Array:
     """In float32, of which nothing is lost before the sum.
 
@@ -109,13 +186,12 @@ def _product(left: Array, right: Array) -> Array:
 
 @jax.jit
 def _whole(bands: Carry) -> Array:
-    """The Gram, [C, C], exactly symmetric, from its bands."""
-    upper = jnp.triu(
-        jnp.concatenate(
-            [jnp.pad(band, ((0, 0), (bands[0].shape[1] - band.shape[1], 0))) for band in bands]
-        )
-    )
-    return upper + jnp.triu(upper, 1).T
+    """The Gram, [..., C, C], exactly symmetric, from its bands."""
+    size = bands[0].shape[-1]
+    before = [(0, 0)] * (bands[0].ndim - 1)
+    padded = [jnp.pad(band, (*before, (size - band.shape[-1], 0))) for band in bands]
+    upper = jnp.triu(jnp.concatenate(padded, axis=-2))
+    return upper + jnp.matrix_transpose(jnp.triu(upper, 1))
 
 
 def _bands(in_features: int) -> list[tuple[int, int]]:

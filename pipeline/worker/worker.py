@@ -36,7 +36,7 @@ from pipeline.worker.shards import CalibrationShards, LostShardError, MicroBatch
 from pipeline.worker.solve import CompiledAhead, join_layer, solve_layers, solve_slices
 from pipeline.worker.statistics import sum_inputs, sum_routed
 from pipeline.worker.streamed_model import artifact_model, source_model
-from quantizer.experts import InputStatistics
+from quantizer.experts import ExpertHessians, InputStatistics
 
 
 class Worker(WorkerApi):
@@ -120,6 +120,7 @@ class Worker(WorkerApi):
         values: Values,
         statistics: InputStatistics | None,
     ) -> list[SolvedLayer]:
+        assert not isinstance(statistics, ExpertHessians), "experts are solved in ranges"
         layers = self._layers(part, paths)
         self._compiled.await_for(layers)
         names = {layer.name for layer in layers}
