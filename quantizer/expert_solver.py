@@ -52,9 +52,17 @@ class SolvedExpert:
     obstacle: str = ""
 
 
+_ROWS_PER_INPUT = 4
+
+
 def token_floor(in_features: int) -> int:
-    """Rows from which on an expert's Hessian counts in full."""
-    return in_features
+    """Rows from which on an expert's Hessian counts in full: four for each input.
+
+    Tried on random Mixtrals, whose experts got from half a row to 20 rows for each input, at 3
+    bits: with fewer than two, plain GPTQ loses to rounding on other text (1.5 times its output
+    error at half a row). So scaled, it never does (0.85 at half a row, 0.77 at two).
+    """
+    return _ROWS_PER_INPUT * in_features
 
 
 def solve_experts(
