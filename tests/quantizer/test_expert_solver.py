@@ -13,7 +13,6 @@ from pipeline.canonical import canonical_json
 from quantizer import HessianSum, solve
 from quantizer.expert_codes import ExpertCodes
 from quantizer.expert_solver import (
-    SolvedExpert,
     join_experts,
     round_experts,
     shrunk,
