@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.plan import LayerPlan, PartPlan, Plan
+from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan
 from pipeline.reduction import split
+from quantizer.expert_solver import token_floor
+from quantizer.experts import expert_passes, expert_ranges
 from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme
 
 _FLOAT_BYTES = 4
@@ -25,6 +27,10 @@ _GRAM_COPIES = 6
 _LAYER_COPIES = 4
 _SCORE_COPIES = 2
 _HEAD_FEATURES = 64
+# What experts make of a micro-batch, before and after it is moved or multiplied.
+_EXPERT_COPIES = 2
+# Routers send some experts half as many tokens as others, and less.
+_UNEVEN = 2
 # Of a GPU's memory: cuBLAS' workspaces, and what compiled programs keep.
 _DEVICE_PROGRAMS_BYTES = 512 << 20
 # The block with the kernels that are solved so far, and as it was before.
@@ -39,16 +45,28 @@ class Estimate:
 
     Attributes:
         source_bytes: of the source's weights, which are read once.
-        result_bytes: of the artifact's weights, roughly.
+        result_bytes: of the artifact's weights, roughly; codes_bytes: of the experts' codes, which
+            are beside it.
+        weights: of all matrices; active_weights: of those that one token is multiplied with.
+        tokens_per_expert: that calibrate an expert with inputs of its own, on average; 0 if there
+            are none, or not calibrated.
+        advised_tokens: of calibration, so that most of these experts are calibrated well; 0 as for
+            tokens_per_expert.
         activation_bytes: of all calibration shards between two blocks.
         worker_bytes: peak memory of the worker that holds most.
         device_bytes: peak memory of that worker's GPU; 0 on CPUs, where it is the worker's own.
         micro_batch_bytes: of these, what no number of workers lowers: of a micro-batch in a layer.
-        forward_flops, gram_flops, solve_flops: of all blocks.
+        forward_flops, gram_flops, solve_flops: of all blocks. KerasHub computes every token by
+            every expert, and those before the experts' own inputs are computed again for each use.
     """
 
     source_bytes: int
     result_bytes: int
+    codes_bytes: int
+    weights: int
+    active_weights: int
+    tokens_per_expert: int
+    advised_tokens: int
     activation_bytes: int
     worker_bytes: int
     device_bytes: int
@@ -70,14 +88,28 @@ def estimate(plan: Plan, workers: int) -> Estimate:
     return Estimate(
         source_bytes=sum(part.source_bytes for part in plan.parts),
         result_bytes=_result_bytes(plan),
+        codes_bytes=_codes_bytes(plan),
+        weights=sum(part.num_weights for part in plan.parts),
+        active_weights=sum(_active(layer) for part in plan.parts for layer in part.layers),
+        tokens_per_expert=min(
+            (num_tokens * x.experts_per_token // x.experts for x in _routed(plan)), default=0
+        ),
+        advised_tokens=max(map(_advised_tokens, _routed(plan)), default=0),
         activation_bytes=num_tokens * _hidden(plan) * _activation_bytes(plan),
         worker_bytes=_worker_bytes(plan, workers),
         device_bytes=0 if plan.device == "cpu" else _device_bytes(plan, workers),
         micro_batch_bytes=0 if tokens is None else _calibration(plan, workers).transient_bytes,
         # Every layer runs once, on the output of the quantized ones before it.
-        forward_flops=float(sum(2 * part.num_weights * num_tokens for part in blocks)),
+        forward_flops=float(sum(2 * _run_weights(part) * num_tokens for part in blocks)),
         # Above the diagonal in four bands: 10/16 of the whole product.
-        gram_flops=float(sum(2 * C**2 * num_tokens * 10 / 16 for C in _gram_sizes(plan))),
+        gram_flops=float(
+            sum(
+                2 * group.in_features**2 * num_tokens * _uses(group, part) * 10 / 16
+                for part in blocks
+                for group in part.groups
+                if group.statistics == "hessian"
+            )
+        ),
         solve_flops=float(sum(_solve_flops(part) for part in blocks)),
     )
 
@@ -139,18 +171,22 @@ def _calibration(plan: Plan, workers: int) -> _Calibration:
     held = max(sum(map(len, share)) for share in split(len(tokens.shards), workers))
     windows = held * max(stop - start for start, stop in tokens.shards)
     hidden = _hidden(plan)
-    widest = max(g.in_features for part in plan.parts for g in part.groups)
+    # Inputs that experts have of their own are not kept.
+    groups = [group for part in plan.parts for group in part.groups]
+    widest = max(group.in_features for group in groups if not group.experts)
     batch = tokens.micro_batch * tokens.sequence_length
     heads = -(-hidden // _HEAD_FEATURES)
     scores = batch * tokens.sequence_length * heads * _FLOAT_BYTES
+    transient = micro_batch_bytes(batch, widest, tokens.largest_array_bytes or scores)
     return _Calibration(
-        gram_bytes=max((C**2 for C in _gram_sizes(plan)), default=0) * _FLOAT_BYTES,
+        gram_bytes=max((_gram_size(*one) for one in _hessian_groups(plan)), default=0)
+        * _FLOAT_BYTES,
         # Hidden states, residuals, and the input of the layers.
         activation_bytes=windows
         * tokens.sequence_length
         * (3 * hidden + widest)
         * _activation_bytes(plan),
-        transient_bytes=micro_batch_bytes(batch, widest, tokens.largest_array_bytes or scores),
+        transient_bytes=max(transient, *(batch * _expert_bytes(part) for part in plan.parts)),
     )
 
 
@@ -170,22 +206,84 @@ def _activation_bytes(plan: Plan) -> int:
     return _FLOAT_BYTES if plan.forward_dtype == "float32" else _FLOAT_BYTES // 2
 
 
-def _gram_sizes(plan: Plan) -> list[int]:
-    """The number of inputs of every Gram."""
-    groups = [group for part in plan.parts for group in part.groups]
-    return [group.in_features for group in groups if group.statistics == "hessian"]
+def _hessian_groups(plan: Plan) -> list[tuple[InputGroup, PartPlan]]:
+    return [(g, part) for part in plan.parts for g in part.groups if g.statistics == "hessian"]
+
+
+def _gram_size(group: InputGroup, part: PartPlan) -> int:
+    """Of what is summed at once for a group, in numbers."""
+    most = 1
+    if group.experts:
+        layer = _first(group, part)
+        ranges = expert_ranges(layer.experts, layer.slices)
+        passes = expert_passes(ranges, group.in_features)
+        most = max(sum(len(ranges[number]) for number in together) for together in passes)
+    return most * group.in_features**2
+
+
+def _first(group: InputGroup, part: PartPlan) -> LayerPlan:
+    return next(layer for layer in part.layers if layer.name == group.targets[0])
+
+
+def _uses(group: InputGroup, part: PartPlan) -> int:
+    """Rows that a token gives a group's input."""
+    return _first(group, part).experts_per_token if group.experts else 1
+
+
+def _routed(plan: Plan) -> list[LayerPlan]:
+    """The first layer of each group of experts that have inputs of their own."""
+    return [_first(group, part) for group, part in _hessian_groups(plan) if group.experts]
+
+
+def _advised_tokens(layer: LayerPlan) -> int:
+    floor = _UNEVEN * token_floor(layer.in_features)
+    return -(-floor * layer.experts // layer.experts_per_token)
+
+
+def _active(layer: LayerPlan) -> int:
+    """Weights of a layer that a token is multiplied with; of all experts if that is not known."""
+    if not layer.experts_per_token:
+        return layer.num_weights
+    return layer.num_weights // layer.experts * layer.experts_per_token
+
+
+def _run_weights(part: PartPlan) -> int:
+    """Weights of a block that its tokens are multiplied with, as often as they are."""
+    own = {name: group for group in part.groups if group.experts for name in group.targets}
+    before = sum(x.num_weights for x in part.layers if x.experts and x.name not in own)
+    again = 0
+    for group in part.groups:
+        if group.experts:
+            layer = _first(group, part)
+            ranges = expert_ranges(layer.experts, layer.slices)
+            again += before * len(expert_passes(ranges, group.in_features))
+    return part.num_weights + again
+
+
+def _expert_bytes(part: PartPlan) -> int:
+    """What the experts of a block make of a token."""
+    outputs = sum(layer.experts * layer.out_features for layer in part.layers)
+    return _EXPERT_COPIES * outputs * _FLOAT_BYTES
 
 
 def _hidden(plan: Plan) -> int:
-    """Features of the hidden states between blocks: the fewest that any kernel in a block takes."""
+    """Features of the hidden states between blocks: the fewest that any kernel in a block takes.
+
+    Experts, and layers beside them, may take fewer: there it is what the first kernel takes.
+    """
     kernels = [[x for x in part.layers if x.kind == "kernel"] for part in plan.parts[1:]]
-    return max(min((x.in_features for x in block if x.in_features), default=0) for block in kernels)
+    found = []
+    for block in kernels:
+        sizes = [layer.in_features for layer in block if layer.in_features]
+        experts = any(layer.experts for layer in block)
+        found.append(sizes[0] if experts else min(sizes, default=0))
+    return max(found)
 
 
 def _solve_size(part: PartPlan) -> int:
     """The largest weight and Hessian of one solve, in numbers."""
     kernels = {x.name: x for x in part.layers if x.scheme and x.kind == "kernel"}
-    sizes = [(x.in_features, x.out_features) for x in kernels.values()]
+    sizes = [(x.in_features, x.out_features * max(1, x.experts)) for x in kernels.values()]
     # Layers that share foldable input scales are solved at once.
     folded = [group for group in part.groups if group.fold is not None]
     sizes += [(g.in_features, sum(kernels[n].out_features for n in g.targets)) for g in folded]
@@ -193,22 +291,36 @@ def _solve_size(part: PartPlan) -> int:
 
 
 def _solve_flops(part: PartPlan) -> float:
-    rows = {layer.name: layer.out_features for layer in part.layers}
+    rows = {layer.name: layer.out_features * max(1, layer.experts) for layer in part.layers}
     return sum(
-        sum(rows[name] for name in g.targets) * g.in_features**2 + 2 / 3 * g.in_features**3
+        sum(rows[name] for name in g.targets) * g.in_features**2
+        + max(1, g.experts) * 2 / 3 * g.in_features**3
         for g in part.groups
         if g.statistics == "hessian"
     )
 
 
-def _result_bytes(plan: Plan) -> int:
+def _source_bits(plan: Plan) -> int:
+    """Of a weight in the source."""
     ratios = [8 * part.source_bytes / part.num_weights for part in plan.parts if part.num_weights]
     # Parts hold more than their layers' matrices, so that the lowest ratio is closest.
-    source_bits = 16 if min(ratios, default=32) < 24 else 32
+    return 16 if min(ratios, default=32) < 24 else 32
+
+
+def _codes_bytes(plan: Plan) -> int:
+    layers = [x for part in plan.parts for x in part.layers if x.experts and x.scheme]
+    source_bits = _source_bits(plan)
+    return int(sum(x.num_weights * bits_per_weight(x, plan, source_bits) / 8 for x in layers))
+
+
+def _result_bytes(plan: Plan) -> int:
+    source_bits = _source_bits(plan)
     saved_bits = 0.0
     for part in plan.parts:
         others = 8 * part.source_bytes / source_bits - part.num_weights
         for layer in part.layers:
+            if layer.experts:
+                continue  # which are stored as floats
             weights = layer.in_features * layer.out_features
             if layer.kind == "embedding" and others >= weights:
                 weights *= 2  # the reverse table of an untied head
