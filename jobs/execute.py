@@ -190,11 +190,17 @@ def check_device_memory(costs: Estimate, devices: Sequence[DeviceMemory]) -> Non
     """Refuse a run whose workers would not fit into the memory of their devices."""
     for device in devices:
         if device.num_bytes is not None and costs.device_bytes > device.num_bytes:
+            remedy = "use more --workers, so that each holds fewer windows, lower num_samples,"
+            if 2 * costs.micro_batch_bytes > device.num_bytes:
+                remedy = (
+                    f"{size(costs.micro_batch_bytes)} of it for a single micro-batch: lower "
+                    "sequence_length, compute in bfloat16 (--dtype), for which most models need "
+                    "no attention scores,"
+                )
             raise ExecutorError(
                 f"too little GPU memory: a worker needs about {size(costs.device_bytes)}, and on "
-                f"{device.node} it has {size(device.num_bytes)} of its {device.kind}; use more "
-                "--workers, so that each holds fewer windows, lower num_samples, or use GPUs with "
-                "more memory"
+                f"{device.node} it has {size(device.num_bytes)} of its {device.kind}; {remedy} or "
+                "use GPUs with more memory"
             )
 
 

@@ -19,7 +19,7 @@ from pipeline.evaluation.answers import TaskFidelity
 from pipeline.executor.protocol import Allocation
 from pipeline.fidelity import Fidelity
 from pipeline.model.preset import PresetFiles
-from pipeline.plan import LayerPlan, Plan, Share
+from pipeline.plan import LayerPlan, Plan, Share, TokensPlan
 from pipeline.planning.estimates import Estimate
 from pipeline.recipe.recipe import statistics_of, unmatched_patterns
 from pipeline.run.records import LayerRecord, Manifest, PartRecord
@@ -359,6 +359,15 @@ def _notes(layers: Iterable[LayerPlan | LayerRecord], *, quantized: bool) -> dic
     }
 
 
+def _forward(dtype: str, tokens: TokensPlan) -> str:
+    """How a GPU computes what calibrates the layers, and what that takes at once."""
+    attention = "by cuDNN" if tokens.attention == "cudnn" else "with all its scores in memory"
+    return (
+        f"{dtype}, attention {attention}; the largest array of a micro-batch has "
+        f"{size(tokens.largest_array_bytes)}"
+    )
+
+
 def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> RenderableType:
     """A plan before it runs: layers by scheme, calibration, costs, what stays in float and why."""
     layers = Table(
@@ -384,6 +393,8 @@ def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> Renderabl
             f"{len(tokens.shards)} shards (the leaves of the reduction), {tokens.micro_batch} "
             "windows at once",
         )
+        if plan.device == "gpu":
+            facts.add_row("computed in", _forward(plan.forward_dtype, tokens))
     facts.add_row("read", size(costs.source_bytes))
     facts.add_row("written, about", size(costs.result_bytes))
     facts.add_row("activations", size(costs.activation_bytes))

@@ -157,6 +157,9 @@ class TokensPlan:
         num_samples, sequence_length: number of windows, and of tokens in each.
         micro_batch: windows that pass a block together.
         shards: ranges [a, b) of windows, the leaves of the reduction tree.
+        attention: on a GPU, "cudnn" where cuDNN computes it, without scores; omitted elsewhere.
+        largest_array_bytes: on a GPU, of what a block computes for a micro-batch; attention's
+            scores where they are kept. Omitted on CPUs.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -168,6 +171,8 @@ class TokensPlan:
     sequence_length: int
     micro_batch: int
     shards: tuple[tuple[int, int], ...]
+    attention: Literal["scores", "cudnn"] = "scores"
+    largest_array_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +219,10 @@ class Plan(StoredRecord):
             del values["forward_dtype"]
         if not self.notes:
             del values["notes"]
+        if self.tokens is not None and self.tokens.attention == "scores":
+            del values["tokens"]["attention"]
+        if self.tokens is not None and not self.tokens.largest_array_bytes:
+            del values["tokens"]["largest_array_bytes"]
         for layer in (layer for part in values["parts"] for layer in part["layers"]):
             for name in ("stacked_weights", "experts", "experts_per_token"):
                 if not layer[name]:

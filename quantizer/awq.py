@@ -299,7 +299,7 @@ def _result(
 def _sizes(statistics: CalibrationStatistics) -> tuple[Float32, Float32]:
     """Each input's magnitude, and twice its mean square."""
     if isinstance(statistics, HessianSum):
-        energy_C = np.float32(2 / statistics.num_rows) * np.diagonal(statistics.gram_CC)
+        energy_C = np.float32(2 / statistics.num_rows) * statistics.diagonal()
         return np.sqrt(energy_C / 2), energy_C
     energy_C = np.float32(2 / statistics.num_rows) * statistics.sum_square_C
     return statistics.sum_abs_C / np.float32(statistics.num_rows), energy_C
@@ -316,7 +316,7 @@ def _shared(magnitude_C: Float32, scale_of_input_C: NDArray[np.intp]) -> Float32
 def _spread(statistics: CalibrationStatistics, input_of_row: NDArray[np.intp]) -> MagnitudeSum:
     """Input magnitudes by stored row; a Hessian gives them in root mean square."""
     if isinstance(statistics, HessianSum):
-        square_C = statistics.gram_CC.diagonal()
+        square_C = statistics.diagonal()
         root_C = np.sqrt(square_C / np.float32(statistics.num_rows))
         statistics = MagnitudeSum(
             root_C * np.float32(statistics.num_rows),

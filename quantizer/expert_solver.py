@@ -102,8 +102,8 @@ def shrunk(hessian: HessianSum, floor: int) -> HessianSum:
     if hessian.num_rows >= floor:
         return hessian
     share = np.float32(hessian.num_rows / floor)
-    gram_CC = hessian.gram_CC * share
-    np.fill_diagonal(gram_CC, hessian.gram_CC.diagonal())
+    gram_CC = np.asarray(hessian.gram_CC) * share
+    np.fill_diagonal(gram_CC, np.diagonal(np.asarray(hessian.gram_CC)))
     return replace(hessian, gram_CC=gram_CC)
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantizer.errors import CalibrationError
 from quantizer.hessian import CalibrationStatistics, HessianSum
+
+if TYPE_CHECKING:  # drivers compute nothing, and import no JAX
+    from jax import Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,7 @@ class ExpertHessians:
         first: number of the expert whose sum is the first.
     """
 
-    gram_ECC: NDArray[np.float32]
+    gram_ECC: NDArray[np.float32] | Array
     rows_E: NDArray[np.int64]
     first: int = 0
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from quantizer.errors import CalibrationError, UnusableStatisticsError
+
+if TYPE_CHECKING:  # drivers merge no sums, and import no JAX
+    from jax import Array
 
 Float32 = NDArray[np.float32]
 _Sum = TypeVar("_Sum")
@@ -47,7 +50,7 @@ def _rows(inputs: ArrayLike, mask: ArrayLike | None) -> Float32:
     return rows
 
 
-def check_mergeable(sum_C: Float32, other_C: Float32) -> None:
+def check_mergeable(sum_C: Float32 | Array, other_C: Float32 | Array) -> None:
     """Refuse sums over different numbers of input features, [in_features, ...] each."""
     if sum_C.shape != other_C.shape:
         raise CalibrationError(
@@ -57,9 +60,12 @@ def check_mergeable(sum_C: Float32, other_C: Float32) -> None:
 
 @dataclass(frozen=True, slots=True)
 class HessianSum:
-    """Σ xᵀx over calibration rows (tokens), [in_features, in_features], float32."""
+    """Σ xᵀx over calibration rows (tokens), [in_features, in_features], float32.
 
-    gram_CC: Float32
+    The Gram may be an array of JAX on a device, where all work on it is then done.
+    """
+
+    gram_CC: Float32 | Array
     num_rows: int
 
     @classmethod
@@ -77,6 +83,10 @@ class HessianSum:
         check_mergeable(self.gram_CC, other.gram_CC)
         return HessianSum(self.gram_CC + other.gram_CC, self.num_rows + other.num_rows)
 
+    def diagonal(self) -> Float32:
+        """Σx² by input feature, [in_features]: all of the Gram that leaves its device."""
+        return np.asarray(self.gram_CC.diagonal())
+
     def check(self, in_features: int, name: str) -> None:
         """Refuse a sum that no solver can use; `name` is the layer, for the message.
 
@@ -85,15 +95,18 @@ class HessianSum:
                 zero.
         """
         _check_sum(self.gram_CC.shape, (in_features, in_features), self.num_rows, name)
-        # Summing needs no copy, and a sum is finite only if all of its terms are.
+        # No copy is needed: a sum is finite only if all of its terms are, and where it overflows
+        # the extremes tell.
         with np.errstate(over="ignore", invalid="ignore"):
-            total = self.gram_CC.sum()
-        if not np.isfinite(total) and not np.isfinite(self.gram_CC).all():
+            total = float(self.gram_CC.sum())
+            if not np.isfinite(total):
+                total = float(self.gram_CC.max()) - float(self.gram_CC.min())
+        if not np.isfinite(total):
             raise UnusableStatisticsError(
                 f"{name}: the Hessian contains NaN or infinity. Calibrate in a wider dtype "
                 "(float32), or look for non-finite activations in the model."
             )
-        diagonal_C = np.diagonal(self.gram_CC)
+        diagonal_C = self.diagonal()
         if (diagonal_C < 0).any():
             raise UnusableStatisticsError(
                 f"{name}: the Hessian has a negative diagonal, so it is no sum of xᵀx; rebuild "

@@ -140,7 +140,7 @@ def output_error(
     """tr(Δ H Δᵀ), H = 2·gram/num_rows; with magnitudes alone, inputs are taken as uncorrelated."""
     delta_RC = weight_RC - decoded_RC
     if isinstance(statistics, HessianSum):
-        loss = np.sum((delta_RC @ statistics.gram_CC) * delta_RC, dtype=np.float64)
+        loss = np.sum((delta_RC @ np.asarray(statistics.gram_CC)) * delta_RC, dtype=np.float64)
     else:
         loss = np.sum(np.square(delta_RC) @ statistics.sum_square_C, dtype=np.float64)
     return max(float(loss) * 2 / statistics.num_rows, 0.0)

@@ -17,6 +17,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 Device = Literal["auto", "cpu", "gpu"]
+ActivationPlace = Literal["device", "host"]
+"""Where activations wait between two stages of a block: on their worker's device, or beside it."""
 
 
 class WorkerLostError(Exception):

@@ -20,7 +20,8 @@ _REST_COPIES = 3
 _SOLVE_COPIES = 3
 # A micro-batch's Gram while it is added to a shard's, besides one sum per level of the tree.
 _GRAM_COPIES = 6
-# A micro-batch inside a layer, and its attention's scores before and after the softmax.
+# A micro-batch inside a layer, and its attention's scores before and after the softmax; on a GPU
+# twice whatever is the largest array, as the compiler reports for blocks of 8B.
 _LAYER_COPIES = 4
 _SCORE_COPIES = 2
 _HEAD_FEATURES = 64
@@ -42,6 +43,7 @@ class Estimate:
         activation_bytes: of all calibration shards between two blocks.
         worker_bytes: peak memory of the worker that holds most.
         device_bytes: peak memory of that worker's GPU; 0 on CPUs, where it is the worker's own.
+        micro_batch_bytes: of these, what no number of workers lowers: of a micro-batch in a layer.
         forward_flops, gram_flops, solve_flops: of all blocks.
     """
 
@@ -50,6 +52,7 @@ class Estimate:
     activation_bytes: int
     worker_bytes: int
     device_bytes: int
+    micro_batch_bytes: int
     forward_flops: float
     gram_flops: float
     solve_flops: float
@@ -67,9 +70,10 @@ def estimate(plan: Plan, workers: int) -> Estimate:
     return Estimate(
         source_bytes=sum(part.source_bytes for part in plan.parts),
         result_bytes=_result_bytes(plan),
-        activation_bytes=num_tokens * _hidden(plan) * _FLOAT_BYTES,
+        activation_bytes=num_tokens * _hidden(plan) * _activation_bytes(plan),
         worker_bytes=_worker_bytes(plan, workers),
         device_bytes=0 if plan.device == "cpu" else _device_bytes(plan, workers),
+        micro_batch_bytes=0 if tokens is None else _calibration(plan, workers).transient_bytes,
         # Every layer runs once, on the output of the quantized ones before it.
         forward_flops=float(sum(2 * part.num_weights * num_tokens for part in blocks)),
         # Above the diagonal in four bands: 10/16 of the whole product.
@@ -137,14 +141,33 @@ def _calibration(plan: Plan, workers: int) -> _Calibration:
     hidden = _hidden(plan)
     widest = max(g.in_features for part in plan.parts for g in part.groups)
     batch = tokens.micro_batch * tokens.sequence_length
-    layer = _LAYER_COPIES * batch * widest
-    scores = _SCORE_COPIES * batch * tokens.sequence_length * -(-hidden // _HEAD_FEATURES)
+    heads = -(-hidden // _HEAD_FEATURES)
+    scores = batch * tokens.sequence_length * heads * _FLOAT_BYTES
     return _Calibration(
         gram_bytes=max((C**2 for C in _gram_sizes(plan)), default=0) * _FLOAT_BYTES,
         # Hidden states, residuals, and the input of the layers.
-        activation_bytes=windows * tokens.sequence_length * (3 * hidden + widest) * _FLOAT_BYTES,
-        transient_bytes=max(layer, scores) * _FLOAT_BYTES,
+        activation_bytes=windows
+        * tokens.sequence_length
+        * (3 * hidden + widest)
+        * _activation_bytes(plan),
+        transient_bytes=micro_batch_bytes(batch, widest, tokens.largest_array_bytes or scores),
     )
+
+
+def micro_batch_bytes(num_tokens: int, widest: int, largest_array_bytes: int) -> int:
+    """What a block needs for a micro-batch, beside its weights and what it takes and gives.
+
+    Args:
+        widest: of its layers, in input features.
+        largest_array_bytes: of the largest array in it.
+    """
+    layer = _LAYER_COPIES * num_tokens * widest * _FLOAT_BYTES
+    return max(layer, _SCORE_COPIES * largest_array_bytes)
+
+
+def _activation_bytes(plan: Plan) -> int:
+    """Of a number of the activations."""
+    return _FLOAT_BYTES if plan.forward_dtype == "float32" else _FLOAT_BYTES // 2
 
 
 def _gram_sizes(plan: Plan) -> list[int]:

@@ -17,6 +17,7 @@ from pipeline.model.preset import keras_errors
 from pipeline.model.targets import outputs_with
 from pipeline.plan import InputGroup, LayerPlan
 from pipeline.recipe.recipe import statistics_of
+from pipeline.worker.block_memory import BlockMemory
 from pipeline.worker.block_program import BlockProgram, trace_block
 from pipeline.worker.expert_products import expert_products
 
@@ -33,8 +34,8 @@ def input_groups(
     layers: Sequence[Sequence[LayerPlan]],
     windows: TokenWindows,
     micro_batch: int,
-) -> list[tuple[InputGroup, ...]]:
-    """The input groups of every block, given the layers of each.
+) -> tuple[list[tuple[InputGroup, ...]], BlockMemory]:
+    """The input groups of every block, given the layers of each, and what any block needs.
 
     Raises:
         PipelineError: the model cannot take the windows, or a layer cannot be calibrated.
@@ -43,7 +44,7 @@ def input_groups(
     values = embedded_shapes(graph, layout, windows, micro_batch)
     # Blocks of one signature, schemes and inputs have the same groups.
     programs: dict[tuple[Any, ...], BlockProgram] = {}
-    found = []
+    found, memory = [], BlockMemory()
     for call, planned in zip(graph.calls, layers, strict=True):
         block, taken = graph.blocks[call.block], taken_by(call, values)
         statistics = {layer.name: statistics_of(layer.scheme) for layer in planned}
@@ -55,9 +56,10 @@ def input_groups(
             for shape in program.input_shapes:
                 batch.rows(shape)  # refuses layers whose padding cannot be told
             _check_all_called(block, statistics, program)
+            memory = memory.most(program.memory)
         found.append(programs[key].groups_of(block))
         values |= zip(call.gives, programs[key].outputs, strict=True)
-    return found
+    return found, memory
 
 
 @dataclass(frozen=True)

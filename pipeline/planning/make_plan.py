@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
@@ -106,7 +106,13 @@ def make_plan(
         layout = input_layout(skeleton)
         tokens = _tokens_plan(graph, layout, windows)
         rest, *blocks = layers
-        groups = input_groups(graph, layout, blocks, windows, tokens.micro_batch)
+        groups, memory = input_groups(graph, layout, blocks, windows, tokens.micro_batch)
+        if jax.default_backend() != "cpu":
+            tokens = replace(
+                tokens,
+                attention=memory.attention,
+                largest_array_bytes=memory.largest_array_bytes,
+            )
         blocks, groups = with_folds(graph, layout, blocks, groups, windows, tokens.micro_batch)
         layers = [rest, *blocks]
     plan = Plan(

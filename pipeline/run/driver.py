@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Concatenate, TypeAlias
+from typing import Concatenate
 
 from pipeline.errors import DamagedObjectError, PipelineError, PlanMismatchError
 from pipeline.executor.protocol import Executor, ExecutorError, P, T, WorkerLostError, argument
@@ -18,9 +18,9 @@ from pipeline.run import activations
 from pipeline.run.commits import committed_parts, quarantine
 from pipeline.run.events import Report, Step
 from pipeline.run.records import Manifest, PartRecord
-from pipeline.run.worker_api import SolvedLayer, Values, WorkerApi
+from pipeline.run.worker_api import HeldSum, InputSum, SolvedLayer, Values, WorkerApi
 from pipeline.storage.object_store import ObjectStore
-from quantizer.experts import InputStatistics, expert_passes, expert_ranges
+from quantizer.experts import expert_passes, expert_ranges
 
 KEEP_EVERY = 8
 """Blocks between activations kept in storage, where the user does not say."""
@@ -289,14 +289,20 @@ class _Drive:
             whole, cut = share_out(members, self.executor.num_workers)
             if group.fold is not None:
                 # They share one vector of input scales, which all of them decide.
-                whole, cut = [[layer.path for layer in members]], []
+                whole, cut = [[layer.path for layer in members]], [{}]
+            # Sent before its holder begins to solve, so that the others need not wait for that.
+            given = {
+                worker: self._sum_for(worker, total)
+                for worker, (paths, numbers) in enumerate(zip(whole, cut, strict=True))
+                if paths or numbers
+            }
             solved += [
-                self._submit(worker, WorkerApi.solve, number, paths, values, total)
+                self._submit(worker, WorkerApi.solve, number, paths, values, given[worker])
                 for worker, paths in enumerate(whole)
                 if paths
             ]
             slices = [
-                self._submit(worker, WorkerApi.solve_slices, number, numbers, values, total)
+                self._submit(worker, WorkerApi.solve_slices, number, numbers, values, given[worker])
                 for worker, numbers in enumerate(cut)
                 if numbers
             ]
@@ -325,10 +331,14 @@ class _Drive:
         for together in expert_passes(ranges, in_features):
             experts = range(ranges[together[0]].start, ranges[together[-1]].stop)
             total = self._capture(block, stage, values, solved, experts)
-            for worker in range(min(num_workers, len(together))):
+            workers = range(min(num_workers, len(together)))
+            given = [self._sum_for(worker, total) for worker in workers]
+            for worker in workers:
                 taken = {layer.path: together[worker::num_workers] for layer in members}
                 slices.append(
-                    self._submit(worker, WorkerApi.solve_slices, number, taken, values, total)
+                    self._submit(
+                        worker, WorkerApi.solve_slices, number, taken, values, given[worker]
+                    )
                 )
         paths = [layer.path for layer in members]
         return self._submit(0, WorkerApi.join, number, paths, values, *slices)
@@ -340,10 +350,10 @@ class _Drive:
         values: Values,
         solved: list[list[SolvedLayer]],
         experts: range | None = None,
-    ) -> InputStatistics:
+    ) -> _Summed:
         """Submit the sum of one group's input, or of some experts', over all shards."""
         by_subtree = [
-            (
+            _Summed(
                 worker,
                 self._submit(
                     worker, WorkerApi.capture, block, stage, tree, values, *solved, experts=experts
@@ -355,14 +365,34 @@ class _Drive:
 
         def merge(left: _Summed, right: _Summed) -> _Summed:
             # On the left one's worker: its sum need not travel.
-            worker, statistics = left
-            return worker, self._submit(worker, WorkerApi.merge, statistics, right[1])
+            sent = None if right.worker == left.worker else self._sent(right)
+            merged = self._submit(left.worker, WorkerApi.merge, left.held, right.held, sent)
+            return _Summed(left.worker, merged)
 
-        return join(by_subtree, merge)[1]
+        return join(by_subtree, merge)
+
+    def _sum_for(self, worker: int, total: _Summed) -> HeldSum | InputSum:
+        """A sum as a worker takes it: by name if it holds it."""
+        return total.held if worker == total.worker else self._sent(total)
+
+    def _sent(self, total: _Summed) -> InputSum:
+        """A sum itself, as its holder sends it, once."""
+        if total.sent is None:
+            total.sent = self._submit(total.worker, WorkerApi.send, total.held)
+        return total.sent
 
 
-_Summed: TypeAlias = tuple[int, InputStatistics]
-"""The worker that holds a sum, and the sum."""
+@dataclass
+class _Summed:
+    """The worker that holds a sum, and its name.
+
+    Attributes:
+        sent: the sum itself, once another worker has needed it.
+    """
+
+    worker: int
+    held: HeldSum
+    sent: InputSum | None = None
 
 
 def share_out(

@@ -7,24 +7,23 @@ JAX.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from numpy.typing import NDArray
 
 from pipeline.evaluation.answers import ChoiceLikelihood
 from pipeline.evaluation.batches import EvaluationSet
-from pipeline.executor.protocol import concurrent
+from pipeline.executor.protocol import ActivationPlace, concurrent
 from pipeline.fidelity import WindowFidelity
+from pipeline.recipe.recipe import StatisticsKind
 from pipeline.run.activations import SavedShard
 from pipeline.run.records import Manifest, PartRecord
 
 if TYPE_CHECKING:
     from quantizer.expert_codes import ExpertCodes
     from quantizer.expert_solver import SolvedExpert
-    from quantizer.experts import InputStatistics as Statistics
     from quantizer.gptq.solve import SolvedRows
-    from quantizer.result import Float32
 
 Values: TypeAlias = Mapping[str, NDArray[Any]]
 """A part's arrays in the source, by the path of their variable."""
@@ -35,9 +34,9 @@ class SolvedLayer:
     """One quantized layer, by Keras' path.
 
     Attributes:
-        variables: what stock Keras stores for it, by the layer's own names.
+        variables: what stock Keras stores for it, by the layer's own names; later layers meet the
+            kernel that they decode to.
         report: the solver's, as plain JSON values.
-        kernel: the dequantized kernel, as later layers meet it; None of an embedding.
         codes: of a bank of experts, whose variable holds what they stand for as floats; it has no
             variables of its own.
     """
@@ -45,7 +44,6 @@ class SolvedLayer:
     path: str
     variables: dict[str, NDArray[Any]]
     report: dict[str, Any]
-    kernel: Float32 | None
     codes: ExpertCodes | None = None
 
 
@@ -66,22 +64,77 @@ class SolvedSlices:
     problem: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldSum:
+    """The name of a sum over the input of one group, which stays with the worker that made it.
+
+    It stands for a node of the reduction's tree, and so for the same bits on every worker.
+
+    Attributes:
+        block, stage: of the group.
+        leaves: the calibration shards that it covers.
+        experts: whose inputs it is over, where experts have inputs of their own.
+    """
+
+    block: int
+    stage: int
+    leaves: range
+    experts: range | None = None
+
+    def __str__(self) -> str:
+        shards = f"shards {self.leaves[0]} to {self.leaves[-1]}"
+        return f"the sum over {shards} of block {self.block}'s input {self.stage}"
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Sums are made in this order; those over some experts are made one after another."""
+        return self.block, self.stage, 0 if self.experts is None else self.experts.start
+
+    def is_part_of(self, other: HeldSum) -> bool:
+        """Whether the other covers the same shards, or these and more."""
+        same = replace(self, leaves=other.leaves) == other
+        first, last = self.leaves[0], self.leaves[-1]
+        return same and first in other.leaves and last in other.leaves
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSum:
+    """A sum itself, on a device or in NumPy.
+
+    Attributes:
+        arrays: of a Gram, its bands of rows from the diagonal on; of magnitudes, Σ|x|, Σx² and
+            max|x| by input feature. Of experts with inputs of their own, each array has an axis of
+            experts first, and the last one is the number of rows that each was sent.
+        num_rows: tokens that it covers.
+        experts: their numbers.
+    """
+
+    kind: StatisticsKind
+    arrays: tuple[Any, ...]
+    num_rows: int
+    experts: range | None = None
+
+
 class WorkerApi(Protocol):
     """One worker: it holds calibration shards, and captures, solves, commits and propagates.
 
     Every method may run twice, or again on a worker that has restarted: each is a function of its
-    arguments and of what is in storage, but for the shards, which `restore` makes anew.
+    arguments and of what is in storage, but for the shards, which `restore` makes anew, and for the
+    sums over them, which `capture` does.
     """
 
     @concurrent
     def read(self, part: int) -> Values:
         """Read the source's arrays of one part."""
 
-    def restore(self, block: int, shards: Sequence[int], start: int) -> None:
+    def restore(
+        self, block: int, shards: Sequence[int], start: int, place: ActivationPlace = "device"
+    ) -> None:
         """Bring shards to where they enter `block`; one that is inside it only goes back.
 
         Args:
             start: the block before which stored activations are to be used; 0 for none.
+            place: where the activations of shards that are not held yet are to wait.
         """
 
     def capture(
@@ -92,24 +145,41 @@ class WorkerApi(Protocol):
         values: Values,
         *solved: Sequence[SolvedLayer],
         experts: range | None = None,
-    ) -> Statistics:
+    ) -> HeldSum:
         """Move shards to the input of the block's group `stage`, and sum it over a subtree of them.
+
+        The sum stays here until a later stage begins.
 
         Args:
             solved: the results for all groups before, and for layers that need no calibration.
             experts: which ones' inputs to sum, of a group of experts with inputs of their own.
         """
 
-    def merge(self, left: Statistics, right: Statistics) -> Statistics:
-        """Add two sums: one node of the reduction."""
+    def merge(self, left: HeldSum, right: HeldSum, sent: InputSum | None = None) -> HeldSum:
+        """Add two sums, one node of the reduction, and hold the result in place of them.
+
+        Args:
+            sent: the right one, if another worker holds it.
+        """
+
+    def send(self, held: HeldSum) -> InputSum:
+        """Copy a sum to the host, for another worker that is to merge it or solve with it."""
 
     def solve(
-        self, part: int, paths: Sequence[str], values: Values, statistics: Statistics | None
+        self, part: int, paths: Sequence[str], values: Values, total: HeldSum | InputSum | None
     ) -> list[SolvedLayer]:
-        """Quantize some of a part's layers: those of one input, or those that need none."""
+        """Quantize some of a part's layers: those of one input, or those that need none.
+
+        Args:
+            total: the sum over their input, by name if it is held here.
+        """
 
     def solve_slices(
-        self, part: int, slices: Mapping[str, Sequence[int]], values: Values, statistics: Statistics
+        self,
+        part: int,
+        slices: Mapping[str, Sequence[int]],
+        values: Values,
+        total: HeldSum | InputSum,
     ) -> dict[str, SolvedSlices]:
         """Quantize some row slices, by number, of layers of one input; both by layer path."""
 

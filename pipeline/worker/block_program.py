@@ -21,6 +21,7 @@ from pipeline.model.blocks import Block
 from pipeline.model.targets import Target, call_with, recorded_inputs
 from pipeline.plan import InputGroup
 from pipeline.recipe.recipe import StatisticsKind
+from pipeline.worker.block_memory import BlockMemory, derived_values
 from pipeline.worker.expert_products import expert_products
 from quantizer import kernel_layout
 
@@ -36,12 +37,14 @@ class BlockProgram:
         group_shapes: of each of a group's inputs, the other axes: [batch, positions] for most, and
             [rows] of inputs that each expert has of its own.
         outputs: shapes and dtypes of what the block's call gives, for one micro-batch.
+        memory: what it needs device memory for.
     """
 
     groups: tuple[InputGroup, ...]
     input_axes: tuple[tuple[int, ...], ...]
     group_shapes: tuple[tuple[tuple[int, ...], ...], ...]
     outputs: tuple[jax.ShapeDtypeStruct, ...]
+    memory: BlockMemory
 
     def __init__(
         self,
@@ -65,6 +68,7 @@ class BlockProgram:
         traced, recorded = trace_block(block, inputs, calibrated)
         outputs = traced.jaxpr.outvars[len(recorded) :]
         self.outputs = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in outputs)
+        self.memory = BlockMemory.of(traced.jaxpr)
         called = _called(traced.jaxpr, recorded, calibrated, self._kernels)
         groups = _grouped(called, wanted)
         self.groups = tuple(group for group, _ in groups)
@@ -262,6 +266,8 @@ def _cut(
 ) -> tuple[_Stage, ...]:
     """Cut a traced program into stages.
 
+    What a later stage needs is kept for it, or computed there again (see `derived_values`).
+
     Args:
         traced: a function of (values, *inputs).
         num_values: how many of its arguments are values, passed to every stage anew.
@@ -271,15 +277,22 @@ def _cut(
     """
     whole = traced.jaxpr
     values, inputs = whole.invars[:num_values], whole.invars[num_values:]
+    derived = derived_values(whole, inputs)
     stages = []
     live: list[Any] = list(inputs)
     start = 0
     for index, (end, result) in enumerate(zip(_ends(whole, results), results, strict=True)):
         equations = whole.eqns[start:end]
+        again = [derived[v].equations for v in _used(equations, result) if v in derived]
+        missing = sorted(i for i in frozenset().union(*again) if i < start)
+        repeated = [x for x in map(whole.eqns.__getitem__, missing) if set(x.outvars) - set(live)]
+        equations = [*repeated, *equations]
         used = _used(equations, result)
         used_later = _used(whole.eqns[end:], [v for later in results[index + 1 :] for v in later])
+        kept = used_later - derived.keys()
+        kept |= {v for made in used_later & derived.keys() for v in derived[made].inputs}
         defined = [*live, *(v for equation in equations for v in equation.outvars)]
-        left = [v for v in dict.fromkeys(defined) if v in used_later]
+        left = [v for v in dict.fromkeys(defined) if v in kept]
         reads = [i for i, value in enumerate(values) if value in used]
         constants = [
             (v, constant)

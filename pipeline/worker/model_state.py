@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import keras
 import numpy as np
+from jax import Array
 from numpy.typing import NDArray
 
 from pipeline.artifact.parts import Part, cut_parts, decode_part
@@ -25,9 +26,8 @@ from pipeline.recipe.recipe import statistics_of
 from pipeline.run.worker_api import Values
 from pipeline.weights.digests import values_digest
 from pipeline.weights.source import open_source
+from pipeline.worker.activation_memory import ActivationMemory
 from pipeline.worker.block_program import BlockProgram
-from quantizer import kernel_layout
-from quantizer.keras_format.variables import decode_kernel
 
 
 class ModelState:
@@ -132,61 +132,70 @@ class ModelState:
             )
         return values
 
-    def dequantized_kernels(self, part: int, data: bytes) -> dict[str, NDArray[np.float32]]:
-        """The quantized kernels in a committed file, dequantized, by the path of their variable."""
+    def solved_variables(self, part: int, data: bytes) -> dict[str, dict[str, NDArray[Any]]]:
+        """What a committed file holds of the layers with a scheme, by path, by their own names."""
         values = decode_part(self.parts[part], data)
-        by_layer: dict[str, dict[str, NDArray[Any]]] = {}
-        by_path: dict[str, NDArray[Any]] = {}
+        parts = self.plan.parts[part]
+        solved: dict[str, dict[str, NDArray[Any]]] = {
+            layer.path: {} for layer in parts.layers if layer.scheme is not None
+        }
         for stored in self.parts[part].variables:
-            value = by_path[str(stored.variable.path)] = values[stored.name_path]
-            by_layer.setdefault(stored.layer_path, {})[stored.name] = value
-        kernels = {}
-        for layer in self.plan.parts[part].layers:
-            if layer.scheme is not None and layer.kind == "kernel":
-                target = self.targets(part)[layer.path]
-                if layer.experts:  # which the file holds dequantized
-                    kernels[target.kernel_path] = by_path[target.kernel_path]
-                    continue
-                kernels[target.kernel_path] = decode_kernel(
-                    by_layer[layer.path], kernel_layout(target.layer), layer.scheme
-                )
-        return kernels
+            # Experts are a variable of a layer; others are all variables of one.
+            for path in (stored.layer_path, str(stored.variable.path)):
+                if path in solved:
+                    solved[path][stored.name] = values[stored.name_path]
+        return solved
 
     @cached_property
     def layout(self) -> InputLayout:
         """What the model takes for token windows."""
         return input_layout(self.skeleton)
 
-    def embed(self, values: Values, batch: InputBatch) -> dict[int, NDArray[Any]]:
-        """What depends on no block, by the number of the value; `values` are of part 0."""
-        weights = in_order(self.graph.embed.weights, values, {})
+    def embed(self, weights: Sequence[Array], batch: InputBatch) -> dict[int, Array]:
+        """What depends on no block, by the number of the value.
+
+        Args:
+            weights: of `graph.embed`, on the device (see `place_weights`).
+        """
         inputs = batch.structured(self.graph.embed)
         embedded = self._compiled(self.graph.embed)(weights, inputs)
-        return dict(zip(self.graph.embedded, map(np.asarray, embedded), strict=True))
+        return dict(zip(self.graph.embedded, embedded, strict=True))
 
     def call(self, block: int) -> Call:
         """The only call of a block; a plan with calibration has no blocks that share weights."""
         [call] = self.graph.blocks[block].calls
         return call
 
+    def glue_weights(self, block: int, values: Values) -> list[Array]:
+        """On the device, the weights of the glue before a block; the number of blocks: the head.
+
+        Args:
+            values: at least those of part 0 that glue needs (see `glue_paths`).
+        """
+        glue = None if block == len(self.graph.blocks) else self.call(block).glue
+        return [] if glue is None else place_weights(glue.model.weights, values)
+
     def enter(
-        self, block: int, values: Values, given: Mapping[int, NDArray[Any]]
-    ) -> dict[int, NDArray[Any]]:
+        self,
+        block: int,
+        weights: Sequence[Array],
+        given: Mapping[int, Array],
+        memory: ActivationMemory,
+    ) -> dict[int, Array]:
         """Run the glue before a block, and keep what the block or anything after it uses.
 
         Args:
             block: where the values go; the number of blocks if they go to the head.
-            values: at least those of part 0 that glue needs (see `glue_paths`).
-            given: what was live before the glue, by the number of the value.
+            weights: of the glue (see `glue_weights`).
+            given: what was live before the glue, by the number of the value, kept in `memory`.
         """
         if block == len(self.graph.blocks):
             return {number: given[number] for number in self.graph.head_takes}
         call, found = self.call(block), dict(given)
         if call.glue is not None:
-            weights = in_order(call.glue.model.weights, values, {})
-            taken = [given[number] for number in call.glue.takes]
-            results = self._compiled(call.glue.model)(weights, taken)
-            found |= zip(call.glue.gives, map(np.asarray, results), strict=True)
+            taken = memory.fetch([given[number] for number in call.glue.takes])
+            results = self._compiled(call.glue.model)(weights, list(taken))
+            found |= zip(call.glue.gives, memory.keep(results), strict=True)
         return {number: found[number] for number in call.live}
 
     @cached_property
@@ -221,11 +230,27 @@ class ModelState:
         return self._programs[key]
 
 
-def in_order(
-    variables: Sequence[Any], values: Values, replaced: Mapping[str, NDArray[np.float32]]
-) -> list[NDArray[Any]]:
-    """Values of variables, in their order and dtype: those replaced, otherwise the source's."""
-    return [
-        np.asarray(replaced.get(variable.path, values[variable.path]), dtype=variable.dtype)
-        for variable in variables
-    ]
+def place_weights(variables: Sequence[Any], values: Values) -> list[Array]:
+    """Values of variables on the device, in their order and dtype.
+
+    What its own dtype holds exactly in fewer bytes is widened there; all else is rounded here.
+    """
+    dtypes = [np.dtype(variable.dtype) for variable in variables]
+    arrays = [values[variable.path] for variable in variables]
+    sent = jax.device_put(
+        [
+            array if np.can_cast(array.dtype, dtype) else array.astype(dtype)
+            for array, dtype in zip(arrays, dtypes, strict=True)
+        ]
+    )
+    narrow = [i for i, dtype in enumerate(dtypes) if sent[i].dtype != dtype]
+    if narrow:
+        widened = _in_dtypes([sent[i] for i in narrow], tuple(dtypes[i] for i in narrow))
+        for i, array in zip(narrow, widened, strict=True):
+            sent[i] = array
+    return list(sent)
+
+
+@partial(jax.jit, static_argnames=("dtypes",))
+def _in_dtypes(arrays: Sequence[Array], dtypes: tuple[np.dtype[Any], ...]) -> list[Array]:
+    return [array.astype(dtype) for array, dtype in zip(arrays, dtypes, strict=True)]

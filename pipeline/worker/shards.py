@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from jax import Array
 
 from pipeline.executor.protocol import WorkerLostError
 from pipeline.model.blocks import Call
 from pipeline.model.inputs import InputBatch
+from pipeline.worker.activation_memory import ActivationMemory
 from pipeline.worker.block_program import BlockProgram
 
 
@@ -30,13 +30,15 @@ class MicroBatch:
 
     Attributes:
         values: what the block or any later one uses, by number (see `pipeline.model.blocks`).
+        memory: where it and `live` are.
         batch: what the windows are made of.
         block, stage: the block that it is in, and the next stage of that block.
         live: what that stage begins with.
     """
 
-    values: dict[int, NDArray[Any]]
+    values: dict[int, Array]
     batch: InputBatch
+    memory: ActivationMemory
     block: int = 0
     stage: int = 0
     live: tuple[Any, ...] = ()
@@ -45,7 +47,7 @@ class MicroBatch:
         """Go back to where it entered its block."""
         self.stage, self.live = 0, ()
 
-    def taken(self, call: Call) -> tuple[NDArray[Any], ...]:
+    def taken(self, call: Call) -> tuple[Array, ...]:
         """What a call takes of the values."""
         return tuple(self.values[number] for number in call.takes)
 
@@ -63,19 +65,20 @@ class MicroBatch:
             self.live = self.taken(call)
         live = self.live
         for number in range(self.stage, stage + 1):
-            results, live = program.run_stage(number, weights, live)
+            results, live = program.run_stage(number, weights, self.memory.fetch(live))
             if program.leaves_little(number):
-                self.stage, self.live = number + 1, live
+                live = self.live = self.memory.keep(live)
+                self.stage = number + 1
         return results
 
     def finish_block(
         self, call: Call, program: BlockProgram, weights: Sequence[Any]
-    ) -> dict[int, NDArray[Any]]:
+    ) -> dict[int, Array]:
         """Run the rest of the block; returns the values beside those that it has given."""
         given = self.run_stage(call, program, len(program.groups), weights)
-        return self.values | dict(zip(call.gives, map(np.asarray, given), strict=True))
+        return self.values | dict(zip(call.gives, self.memory.keep(given), strict=True))
 
-    def enter(self, block: int, values: dict[int, NDArray[Any]]) -> None:
+    def enter(self, block: int, values: dict[int, Array]) -> None:
         """Enter a block with these values."""
         self.values, self.block = values, block
         self.rewind()
@@ -89,6 +92,10 @@ class CalibrationShards:
 
     def put(self, index: int, batches: list[MicroBatch]) -> None:
         self._held[index] = batches
+
+    def clear(self) -> None:
+        """Give their memory back, once the last block is solved."""
+        self._held.clear()
 
     def has(self, index: int, block: int) -> bool:
         """Whether all of a shard is in `block`."""

@@ -33,7 +33,7 @@ from quantizer.gptq.solve import compile_solver, join_slices
 from quantizer.hessian import CalibrationStatistics, HessianSum, MagnitudeSum
 from quantizer.keras_format.kernel_layout import row_groups
 from quantizer.keras_format.layers import kernel_layout, solve_embedding
-from quantizer.keras_format.variables import decode_kernel, encode_kernel
+from quantizer.keras_format.variables import encode_kernel
 from quantizer.problem import LayerProblem
 from quantizer.result import GroupedWeight, SolveResult
 from quantizer.schemes import (
@@ -190,12 +190,7 @@ def _encoded(
         return encoded_bank(target, result.weight, scheme, values, report.to_dict())
     layout = kernel_layout(target.layer)
     variables = encode_kernel(result.weight, layout, scheme)
-    return SolvedLayer(
-        path=target.path,
-        variables=variables,
-        report=report.to_dict(),
-        kernel=decode_kernel(variables, layout, scheme),
-    )
+    return SolvedLayer(path=target.path, variables=variables, report=report.to_dict())
 
 
 def _solve_embedding(target: Target, values: Values, scheme: Scheme) -> SolvedLayer:
@@ -207,7 +202,7 @@ def _solve_embedding(target: Target, values: Values, scheme: Scheme) -> SolvedLa
         scale_dtype=str(table.dtype),
         name=target.path,
     )
-    return SolvedLayer(path=target.path, variables=variables, report=report.to_dict(), kernel=None)
+    return SolvedLayer(path=target.path, variables=variables, report=report.to_dict())
 
 
 def _gptq(layer: LayerPlan) -> GPTQScheme:

@@ -90,8 +90,6 @@ def encoded_bank(
     Args:
         weight: of the matrix of all experts.
     """
-    dtype = values[target.kernel_path].dtype
-    codes = ExpertCodes.of(weight, scheme, target.num_experts, str(dtype))
-    return SolvedLayer(
-        path=target.path, variables={}, report=report, kernel=codes.kernel(dtype), codes=codes
-    )
+    dtype = str(values[target.kernel_path].dtype)
+    codes = ExpertCodes.of(weight, scheme, target.num_experts, dtype)
+    return SolvedLayer(path=target.path, variables={}, report=report, codes=codes)

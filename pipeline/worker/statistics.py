@@ -1,14 +1,19 @@
-"""Calibration statistics of a layer's input, summed on the device.
+"""Calibration statistics of a layer's input, summed, merged and finished on the device.
 
 These programs are compiled apart from those that compute the input, so that summing changes no bit
 of the activations: a block that runs again without it, to resume, gives the same ones.
+
+On a CPU, where both read the same memory, sums are kept as NumPy's arrays: it adds them as fast,
+and has nothing to compile.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,56 +23,83 @@ from numpy.typing import NDArray
 
 from pipeline.plan import InputGroup
 from pipeline.recipe.recipe import StatisticsKind
+from pipeline.run.worker_api import InputSum
 from pipeline.worker.memory import make_room
-from quantizer import CalibrationStatistics, HessianSum, MagnitudeSum
-from quantizer.experts import ExpertHessians
+from quantizer import HessianSum, MagnitudeSum
+from quantizer.experts import ExpertHessians, InputStatistics
 
 # A Gram is symmetric: cut into this many bands of rows, each is multiplied only from the diagonal
-# on, which takes 10/16 of the flops.
+# on, which takes 10/16 of the flops, and of the bytes until it is finished.
 _GRAM_BANDS = 4
 _MIN_BAND_ROWS = 128
 # Of one expert, multiplied at once.
 _FEWEST_ROWS = 16
 _MOST_ROWS = 512
 
-Carry = tuple[Array, ...]
-"""Unfinished statistics on the device: for a Hessian the bands of the Gram, for magnitudes sum, sum
-of squares and maximum per channel; last the number of rows."""
+Sums = tuple[Array, ...]
 
 
 def sum_inputs(
     inputs: Iterable[tuple[Array, NDArray[np.bool_]]],
     group: InputGroup,
     input_axes: tuple[int, ...],
-) -> CalibrationStatistics:
-    """Statistics over the micro-batches of a group's input.
+) -> InputSum:
+    """Sum the micro-batches of a group's input.
 
     Args:
         inputs: each as Keras gives it, [batch, sequence, …], and its mask, [batch, sequence]; rows
             where that is false are left out.
         input_axes: the axes that are contracted with the kernel, counted from the end.
     """
-    is_hessian, size = group.statistics == "hessian", group.in_features
-    if is_hessian:
+    kind, size = group.statistics, group.in_features
+    if kind == "hessian":
         make_room(4 * size**2)
-        sums = [jnp.zeros((b - a, size - a)) for a, b in _bands(size)]
+        sums = tuple(jnp.zeros((b - a, size - a)) for a, b in _bands(size))
     else:
-        sums = [jnp.zeros(size) for _ in range(3)]
-    carry: Carry = (*sums, jnp.int32(0))
+        sums = tuple(jnp.zeros(size) for _ in range(3))
+    num_rows = 0
     for array, mask in inputs:
         # A program of its own for no padding saves a pass over the rows.
-        padded = None if mask.all() else mask
-        carry = _add(carry, array, padded, mask.size, group.statistics, input_axes)
-    if is_hessian:
-        return HessianSum(np.asarray(_whole(carry[:-1])), int(carry[-1]))
-    total, square, largest, num_rows = map(np.asarray, carry)
-    return MagnitudeSum(total, square, largest, int(num_rows))
+        sums = _add(sums, array, None if mask.all() else mask, kind, input_axes)
+        num_rows += int(np.count_nonzero(mask))
+    return InputSum(kind=kind, arrays=_kept(sums), num_rows=num_rows)
+
+
+def merged(left: InputSum, right: InputSum) -> InputSum:
+    """The sum over both. On a device it takes the place of `left`, which is gone."""
+    rows = left.num_rows + right.num_rows
+    merge = _merge_in_place if isinstance(left.arrays[0], Array) else partial(_merge, np)
+    arrays = merge(left.arrays, right.arrays, left.kind)
+    return dataclasses.replace(left, arrays=arrays, num_rows=rows)
+
+
+def in_numpy(total: InputSum) -> InputSum:
+    """A sum that may be sent to another process."""
+    return dataclasses.replace(total, arrays=tuple(map(np.asarray, total.arrays)))
+
+
+def finished(total: InputSum) -> InputStatistics:
+    """What solvers take; a Gram stays where it is, and magnitudes are too small to matter."""
+    if total.kind == "magnitudes":
+        sum_abs_C, sum_square_C, max_abs_C = map(np.asarray, total.arrays)
+        return MagnitudeSum(sum_abs_C, sum_square_C, max_abs_C, total.num_rows)
+    if total.experts is not None:
+        *bands, rows_E = total.arrays
+        gram_ECC, rows_E = _kept((_whole(tuple(bands)), rows_E))
+        return ExpertHessians(gram_ECC, np.asarray(rows_E, np.int64), total.experts.start)
+    [gram_CC] = _kept((_whole(total.arrays),))
+    return HessianSum(gram_CC, total.num_rows)
+
+
+def _kept(arrays: Sums) -> tuple[Any, ...]:
+    """Arrays as they are kept: on the device, which for a CPU is memory that NumPy has too."""
+    return tuple(map(np.asarray, arrays)) if jax.default_backend() == "cpu" else arrays
 
 
 def sum_routed(
     inputs: Iterable[tuple[Array, Array, NDArray[np.bool_]]], in_features: int, experts: range
-) -> ExpertHessians:
-    """Statistics of some experts over the micro-batches of the inputs of all.
+) -> InputSum:
+    """Sum the micro-batches of the inputs of some experts, given those of all.
 
     Each is summed over the rows that the router sends to it. They are gathered in blocks of one
     expert, so that a sum costs what these rows do, and not what all rows would for all experts.
@@ -79,54 +111,58 @@ def sum_routed(
             left out.
     """
     make_room(4 * len(experts) * in_features**2)
-    sums = [jnp.zeros((len(experts), b - a, in_features - a)) for a, b in _bands(in_features)]
-    carry = (*sums, jnp.zeros(len(experts), jnp.int32))
+    bands = [jnp.zeros((len(experts), b - a, in_features - a)) for a, b in _bands(in_features)]
+    sums: Sums = (*bands, jnp.zeros(len(experts), jnp.int32))
+    num_rows = 0
     for array, choice, mask in inputs:
-        num_all, per_row = len(array), choice.shape[1]
-        block = _block_rows(mask.size * per_row, num_all)
-        carry = _add_routed(carry, array, choice, mask, experts.start, block_rows=block)
-    return ExpertHessians(
-        np.asarray(_whole(carry[:-1])), np.asarray(carry[-1], np.int64), experts.start
-    )
+        block = _block_rows(choice.size, num_experts=len(array))
+        sums = _add_routed(sums, array, choice, mask, experts.start, block_rows=block)
+        num_rows += int(np.count_nonzero(mask))
+    return InputSum(kind="hessian", arrays=_kept(sums), num_rows=num_rows, experts=experts)
 
 
 @partial(jax.jit, static_argnames=("statistics", "input_axes"), donate_argnums=(0,))
 def _add(
-    carry: Carry,
+    sums: Sums,
     inputs: Array,
     mask: Array | None,
-    num_all: Array,
     statistics: StatisticsKind,
     input_axes: tuple[int, ...],
-) -> Carry:
+) -> Sums:
+    """Add a micro-batch: to the bands of a Gram, or to sums, squares and maxima by channel."""
     last = tuple(range(-len(input_axes), 0))
     moved = jnp.moveaxis(inputs, input_axes, last)
     rows = moved.reshape(*moved.shape[: -len(last)], -1)
     if statistics != "hessian" or rows.dtype != jnp.bfloat16:
         rows = rows.astype(jnp.float32)
-    if mask is None:
-        num_rows = carry[-1] + num_all
-    else:
+    if mask is not None:
         # Not a product with the mask, since padding may hold infinity.
         rows = jnp.where(mask[..., None], rows, jnp.zeros((), rows.dtype))
-        num_rows = carry[-1] + jnp.sum(mask, dtype=jnp.int32)
     rows_NC = rows.reshape(-1, rows.shape[-1])
     if statistics == "hessian":
-        sums = (
+        return tuple(
             band + _product(rows_NC[:, a:b].T, rows_NC[:, a:])
-            for band, (a, b) in zip(carry, _bands(rows_NC.shape[1]), strict=False)
+            for band, (a, b) in zip(sums, _bands(rows_NC.shape[1]), strict=True)
         )
-        return *sums, num_rows
     size_NC = jnp.abs(rows_NC)
-    return (
-        carry[0] + jnp.sum(size_NC, axis=0),
-        carry[1] + jnp.sum(jnp.square(size_NC), axis=0),
-        jnp.maximum(carry[2], jnp.max(size_NC, axis=0)),
-        num_rows,
-    )
+    of_rows = jnp.sum(size_NC, axis=0), jnp.sum(jnp.square(size_NC), axis=0), jnp.max(size_NC, 0)
+    return _merge(jnp, sums, of_rows, statistics)
 
 
-def _block_rows(num_pairs: int, num_experts: int) -> int:
+def _merge(
+    numpy: Any, left: tuple[Any, ...], right: tuple[Any, ...], kind: StatisticsKind
+) -> tuple[Any, ...]:
+    """Add two sums' arrays, in NumPy or in JAX."""
+    if kind == "hessian":
+        return tuple(map(numpy.add, left, right))
+    total, square, largest = zip(left, right, strict=True)
+    return numpy.add(*total), numpy.add(*square), numpy.maximum(*largest)
+
+
+_merge_in_place = jax.jit(partial(_merge, jnp), static_argnames="kind", donate_argnums=0)
+
+
+def _block_rows(num_pairs: int, *, num_experts: int) -> int:
     """Rows of a block: a power of two, about as many as an expert has of a micro-batch."""
     expected = max(1, num_pairs // num_experts)
     return min(_MOST_ROWS, max(_FEWEST_ROWS, 1 << (expected - 1).bit_length()))
@@ -134,16 +170,16 @@ def _block_rows(num_pairs: int, num_experts: int) -> int:
 
 @partial(jax.jit, static_argnames=("block_rows",), donate_argnums=(0,))
 def _add_routed(
-    carry: tuple[Array, ...],
+    sums: Sums,
     inputs: Array,
     choice: Array,
     mask: Array,
     first: Array,
     *,
     block_rows: int,
-) -> tuple[Array, ...]:
+) -> Sums:
     num_rows, per_row = choice.shape
-    in_features, num_experts = inputs.shape[-1], len(carry[-1])
+    in_features, num_experts = inputs.shape[-1], len(sums[-1])
     # Pairs of a row and an expert, sorted by expert; those of other experts and padding come last.
     expert_P = jnp.where(mask[:, None], choice - first, num_experts).reshape(-1)
     expert_P = jnp.where(expert_P < 0, num_experts, jnp.minimum(expert_P, num_experts))
@@ -152,7 +188,7 @@ def _add_routed(
     blocks_E = -(-count_E // block_rows)
     end_E, end_block_E = jnp.cumsum(count_E), jnp.cumsum(blocks_E)
 
-    def add_block(block: Array, bands: tuple[Array, ...]) -> tuple[Array, ...]:
+    def add_block(block: Array, bands: Sums) -> Sums:
         expert = jnp.searchsorted(end_block_E, block, side="right")
         in_expert = block - (end_block_E[expert] - blocks_E[expert])
         start = end_E[expert] - count_E[expert] + in_expert * block_rows
@@ -169,8 +205,8 @@ def _add_routed(
             for band, (a, b) in zip(bands, _bands(in_features), strict=True)
         )
 
-    bands = lax.fori_loop(0, end_block_E[-1], add_block, carry[:-1])
-    return *bands, carry[-1] + count_E
+    bands = lax.fori_loop(0, end_block_E[-1], add_block, sums[:-1])
+    return *bands, sums[-1] + count_E
 
 
 def _product(left: Array, right: Array) -> Array:
@@ -185,7 +221,7 @@ def _product(left: Array, right: Array) -> Array:
 
 
 @jax.jit
-def _whole(bands: Carry) -> Array:
+def _whole(bands: Sums) -> Array:
     """The Gram, [..., C, C], exactly symmetric, from its bands."""
     size = bands[0].shape[-1]
     before = [(0, 0)] * (bands[0].ndim - 1)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from numpy.typing import NDArray
 
 from pipeline.artifact.parts import encode_solved_part, finalize
@@ -18,6 +19,7 @@ from pipeline.calibration.windows import TokenWindows
 from pipeline.errors import DamagedObjectError, MissingObjectError
 from pipeline.evaluation.answers import ChoiceLikelihood
 from pipeline.evaluation.batches import EvaluationSet
+from pipeline.executor.protocol import ActivationPlace
 from pipeline.fidelity import WindowFidelity
 from pipeline.machine import check_machine
 from pipeline.plan import LayerPlan, Plan
@@ -25,16 +27,26 @@ from pipeline.reduction import reduce_subtree
 from pipeline.run import activations
 from pipeline.run.commits import commit_part, committed_file
 from pipeline.run.records import Manifest, PartRecord
-from pipeline.run.worker_api import SolvedLayer, SolvedSlices, Values, WorkerApi
+from pipeline.run.worker_api import (
+    HeldSum,
+    InputSum,
+    SolvedLayer,
+    SolvedSlices,
+    Values,
+    WorkerApi,
+)
 from pipeline.storage.object_store import open_store
+from pipeline.worker.activation_memory import ActivationMemory
 from pipeline.worker.block_program import BlockProgram
+from pipeline.worker.block_weights import BlockWeights, Stored
 from pipeline.worker.device_memory import device_errors
 from pipeline.worker.evaluate import evaluate
+from pipeline.worker.held_sums import HeldSums
 from pipeline.worker.memory import FreedMemory
-from pipeline.worker.model_state import ModelState, in_order
+from pipeline.worker.model_state import ModelState, place_weights
 from pipeline.worker.shards import CalibrationShards, LostShardError, MicroBatch
 from pipeline.worker.solve import CompiledAhead, join_layer, solve_layers, solve_slices
-from pipeline.worker.statistics import sum_inputs, sum_routed
+from pipeline.worker.statistics import finished, in_numpy, merged, sum_inputs, sum_routed
 from pipeline.worker.streamed_model import artifact_model, source_model
 from quantizer.experts import ExpertHessians, InputStatistics
 
@@ -46,7 +58,9 @@ class Worker(WorkerApi):
         self._plan = plan
         self._store = open_store(run_url)
         self._model = ModelState(self._plan, source_url)
+        self._weights = BlockWeights(self._model)
         self._shards = CalibrationShards()
+        self._sums = HeldSums()
         self._glue_values: Values = {}
         self._freed = FreedMemory()
         self._compiled = CompiledAhead(plan, self._model.targets, self._model.scale_dtype)
@@ -55,7 +69,9 @@ class Worker(WorkerApi):
         return self._model.read(part)
 
     @device_errors()
-    def restore(self, block: int, shards: Sequence[int], start: int) -> None:
+    def restore(
+        self, block: int, shards: Sequence[int], start: int, place: ActivationPlace = "device"
+    ) -> None:
         self._begin()
         missing = [index for index in shards if not self._shards.has(index, block)]
         for index in set(shards) - set(missing):
@@ -63,19 +79,20 @@ class Worker(WorkerApi):
                 batch.rewind()
         if not missing:
             return
+        self._sums.clear()
         rest = self._model.read(0)
         self._glue_values = {path: rest[path] for path in sorted(self._model.glue_paths)}
         planned = self._plan.tokens
         assert planned is not None
         windows = TokenWindows.from_bytes(self._store.get(planned.key, sha256=planned.digest))
+        memory = ActivationMemory(place)
+        embed = place_weights(self._model.graph.embed.weights, rest)
         for index in missing:
-            self._shards.put(index, self._enter(rest, windows, index, start))
+            self._shards.put(index, self._enter(embed, windows, index, start, memory))
+        del embed, rest
         for done in range(start, block):
-            kernels = self._model.dequantized_kernels(
-                done + 1, committed_file(self._store, done + 1)
-            )
-            weights = self._on_device(done, self._model.read(done + 1), kernels)
-            self._finish_block(done, missing, weights)
+            solved = self._model.solved_variables(done + 1, committed_file(self._store, done + 1))
+            self._finish_block(done, missing, self._model.read(done + 1), solved)
 
     @device_errors()
     def capture(
@@ -86,10 +103,12 @@ class Worker(WorkerApi):
         values: Values,
         *solved: Sequence[SolvedLayer],
         experts: range | None = None,
-    ) -> InputStatistics:
-        weights = self._weights(block, values, solved)
+    ) -> HeldSum:
+        name = HeldSum(block=block, stage=stage, leaves=subtree, experts=experts)
+        self._sums.begin(name)
+        weights = self._weights.of(block, values, _stored(solved))
 
-        def leaf(index: int) -> InputStatistics:
+        def leaf(index: int) -> InputSum:
             batches = self._shards.get(index, block)
             call, program = self._model.call(block), self._program(block, batches[0])
             group, shapes = program.groups[stage], program.group_shapes[stage]
@@ -106,11 +125,15 @@ class Worker(WorkerApi):
             )
             return sum_inputs(inputs, group, program.input_axes[stage])
 
-        return reduce_subtree(subtree, leaf, self.merge)
+        return self._sums.put(name, reduce_subtree(subtree, leaf, merged))
 
     @device_errors()
-    def merge(self, left: InputStatistics, right: InputStatistics) -> InputStatistics:
-        return left.merge(right)  # type: ignore[arg-type]
+    def merge(self, left: HeldSum, right: HeldSum, sent: InputSum | None = None) -> HeldSum:
+        return self._sums.merge(left, right, sent)
+
+    @device_errors()
+    def send(self, held: HeldSum) -> InputSum:
+        return in_numpy(self._sums.get(held))
 
     @device_errors()
     def solve(
@@ -118,14 +141,15 @@ class Worker(WorkerApi):
         part: int,
         paths: Sequence[str],
         values: Values,
-        statistics: InputStatistics | None,
+        total: HeldSum | InputSum | None,
     ) -> list[SolvedLayer]:
-        assert not isinstance(statistics, ExpertHessians), "experts are solved in ranges"
         layers = self._layers(part, paths)
         self._compiled.await_for(layers)
         names = {layer.name for layer in layers}
         folds = [g.fold for g in self._plan.parts[part].groups if names.intersection(g.targets)]
         fold = folds[0] if folds else None  # layers solved at once share an input, or have none
+        statistics = self._statistics(total)
+        assert not isinstance(statistics, ExpertHessians), "experts are solved in ranges"
         return solve_layers(self._model.targets(part), layers, values, statistics, fold)
 
     @device_errors()
@@ -134,11 +158,12 @@ class Worker(WorkerApi):
         part: int,
         slices: Mapping[str, Sequence[int]],
         values: Values,
-        statistics: InputStatistics,
+        total: HeldSum | InputSum,
     ) -> dict[str, SolvedSlices]:
         layers = self._layers(part, slices)
         targets = self._model.targets(part)
         self._compiled.await_for(layers)
+        statistics = self._statistics(total)
         return {
             x.path: solve_slices(targets[x.path], x, values, statistics, slices[x.path])
             for x in layers
@@ -169,7 +194,7 @@ class Worker(WorkerApi):
     def propagate(
         self, block: int, shards: Sequence[int], values: Values, *solved: Sequence[SolvedLayer]
     ) -> None:
-        self._finish_block(block, shards, self._weights(block, values, solved))
+        self._finish_block(block, shards, values, _stored(solved))
 
     @device_errors()
     def quantize_alone(self, part: int) -> PartRecord:
@@ -183,7 +208,7 @@ class Worker(WorkerApi):
         for index in shards:
             carried = self._model.graph.carried(self._model.call(block))
             batches = self._shards.get(index, block)
-            values = [[batch.values[number] for number in carried] for batch in batches]
+            values = [[np.asarray(batch.values[number]) for number in carried] for batch in batches]
             saved[index] = activations.save(self._store, block, index, values)
         return saved
 
@@ -196,6 +221,9 @@ class Worker(WorkerApi):
     def evaluate(
         self, given: EvaluationSet, numbers: Sequence[int]
     ) -> list[list[WindowFidelity] | list[ChoiceLikelihood]]:
+        self._sums.clear()
+        self._shards.clear()
+        self._weights.free()
         source, artifact = source_model(self._model), artifact_model(self._model, self._store)
         return evaluate(
             source,
@@ -211,35 +239,33 @@ class Worker(WorkerApi):
         check_machine(self._plan.machine)
         self._compiled.begin()
 
+    def _statistics(self, total: HeldSum | InputSum | None) -> InputStatistics | None:
+        if total is None:
+            return None
+        return finished(self._sums.get(total) if isinstance(total, HeldSum) else total)
+
     def _layers(self, part: int, paths: Iterable[str]) -> list[LayerPlan]:
         layers = {layer.path: layer for layer in self._plan.parts[part].layers}
         return [layers[path] for path in paths]
 
-    def _weights(
-        self, block: int, values: Values, solved: Sequence[Sequence[SolvedLayer]]
-    ) -> list[Any]:
-        """The block's weights on the device, with the kernels of the layers solved so far."""
-        targets = self._model.targets(block + 1)
-        kernels = {
-            targets[layer.path].kernel_path: layer.kernel
-            for layers in solved
-            for layer in layers
-            if layer.kernel is not None
-        }
-        return self._on_device(block, values, kernels)
-
-    def _on_device(
-        self, block: int, values: Values, kernels: Mapping[str, NDArray[np.float32]]
-    ) -> list[Any]:
-        variables = self._model.graph.blocks[block].layer.weights
-        return [jnp.asarray(value) for value in in_order(variables, values, kernels)]
-
-    def _finish_block(self, block: int, shards: Sequence[int], weights: Sequence[Any]) -> None:
+    def _finish_block(
+        self,
+        block: int,
+        shards: Sequence[int],
+        values: Values,
+        solved: Mapping[str, Stored],
+    ) -> None:
+        """Send shards through the rest of a block, all of whose layers with a scheme are solved."""
+        unfinished = [x for index in shards for x in self._shards.unfinished(index, block)]
+        if not unfinished:
+            return
         call = self._model.call(block)
-        for index in shards:
-            for batch in self._shards.unfinished(index, block):
-                values = batch.finish_block(call, self._program(block, batch), weights)
-                batch.enter(block + 1, self._model.enter(block + 1, self._glue_values, values))
+        weights = self._weights.of(block, values, solved)
+        glue = self._model.glue_weights(block + 1, self._glue_values)
+        for batch in unfinished:
+            found = batch.finish_block(call, self._program(block, batch), weights)
+            batch.enter(block + 1, self._model.enter(block + 1, glue, found, batch.memory))
+        self._weights.free()
         self._freed.limit()
 
     def _program(self, block: int, batch: MicroBatch) -> BlockProgram:
@@ -248,12 +274,17 @@ class Worker(WorkerApi):
         )
 
     def _enter(
-        self, rest: Values, windows: TokenWindows, shard: int, block: int
+        self,
+        embed: Sequence[Array],
+        windows: TokenWindows,
+        shard: int,
+        block: int,
+        memory: ActivationMemory,
     ) -> list[MicroBatch]:
         """A shard's micro-batches where they enter a block: 0, or one whose activations are saved.
 
         Args:
-            rest: the source's arrays outside the blocks.
+            embed: the weights of what comes before the blocks, on the device.
         """
         plan = self._plan.tokens
         assert plan is not None
@@ -263,7 +294,9 @@ class Worker(WorkerApi):
             # The last micro-batch is filled up with masked windows.
             chosen = slice(a, min(a + plan.micro_batch, stop))
             batch = self._model.layout.batch(windows, chosen, plan.micro_batch)
-            batches.append(MicroBatch(values=self._model.embed(rest, batch), batch=batch))
+            found = self._model.embed(embed, batch)
+            values = dict(zip(found, memory.keep(list(found.values())), strict=True))
+            batches.append(MicroBatch(values=values, batch=batch, memory=memory))
         if block:
             try:
                 saved = activations.load(self._store, block, shard)
@@ -273,6 +306,12 @@ class Worker(WorkerApi):
             call = self._model.call(block)
             carried = self._model.graph.carried(call)
             for one, arrays in zip(batches, saved, strict=True):
-                values = one.values | dict(zip(carried, arrays, strict=True))
+                kept = memory.keep([jnp.asarray(array) for array in arrays])
+                values = one.values | dict(zip(carried, kept, strict=True))
                 one.enter(block, {number: values[number] for number in call.live})
         return batches
+
+
+def _stored(solved: Iterable[Sequence[SolvedLayer]]) -> dict[str, Stored]:
+    """What is stored for each solved layer, by path."""
+    return {layer.path: layer.codes or layer.variables for layers in solved for layer in layers}

@@ -221,11 +221,11 @@ def solve_slice(columns: Columns, factor: Factor, *, weight_bits: int) -> Solved
         )
         done.append(errors_P2R)
         codes.append(codes_P2R)
-    return _better(tuple(codes), factor.order_C, loss_2R, error_2R, num_inputs=num_inputs)
+    return better(tuple(codes), factor.order_C, loss_2R, error_2R, num_inputs=num_inputs)
 
 
 @program(static_argnames="num_inputs")
-def _better(
+def better(
     codes: tuple[Array, ...], order_C: Array, loss_2R: Array, error_2R: Array, *, num_inputs: int
 ) -> SolvedSlice:
     """The better of GPTQ and rounding, channel by channel, in the original input order."""
@@ -293,7 +293,7 @@ class Columns(NamedTuple):
         group = self.group_P[column]
         return self.scale_GR[group], self.zero_GR[group]
 
-    def part(self, first: Array, size: int) -> Columns:
+    def part(self, first: Array | int, size: int) -> Columns:
         """`size` columns of the panel."""
         weight_BR = rows_of(self.weight_PR, first, size)
         group_B = rows_of(self.group_P, first, size)

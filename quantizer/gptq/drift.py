@@ -82,7 +82,7 @@ def correct_target(
         raise CalibrationError(
             f"{name}: the drift contains NaN or infinity; look for non-finite activations"
         )
-    diagonal_C = np.diagonal(hessian.gram_CC)
+    diagonal_C = hessian.diagonal()
     live_C = diagonal_C > 0
     mean = float(diagonal_C[live_C].mean())
     for damping in dampings(hessian_damping):

@@ -17,7 +17,9 @@ step is a separate program, so that one serves all panels, and one all leaves, o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -64,13 +66,18 @@ def panel_bounds(size: int) -> list[tuple[int, int]]:
     return [(a, a + PANEL) for a in range(0, start, PANEL)] + [(start, end)]
 
 
+Blocks: TypeAlias = tuple[tuple[Array, ...], ...]
+"""Rows of a matrix's blocks."""
+
+
 @dataclass(frozen=True)
 class Factor:
     """H + damping, in solving order, as A D Aᵀ; shared by all layers of one input.
 
     Attributes:
         panels: for each panel of columns [a:b), its blocks of Aᵀ, [b - a, panel's width], one for
-            each panel up to itself: transposed, since XLA multiplies those a third faster.
+            each panel up to itself: transposed, since XLA multiplies those a third faster. On a
+            GPU all columns are one panel.
         pivot_C: D, [C'], with C' the padded in_features; 0 at dead inputs, where errors cost
             nothing.
         order_C: the input solved at each step, [C']; entries from in_features on are padding.
@@ -79,7 +86,7 @@ class Factor:
         damping: the same as a share of the mean diagonal; the scheme's, or more if that failed.
     """
 
-    panels: tuple[tuple[Array, ...], ...]
+    panels: Blocks
     pivot_C: Array
     order_C: Array
     dead_C: NDArray[np.bool_]
@@ -116,9 +123,7 @@ def arrange(gram_CC: Array, num_rows: Array, activation_order: bool) -> tuple[Ar
     return hessian_CC, order_C, dead_C, mean
 
 
-def factorize_shifted(
-    hessian_CC: Array, shift: Array
-) -> tuple[tuple[tuple[Array, ...], ...], Array]:
+def factorize_shifted(hessian_CC: Array, shift: Array) -> tuple[Blocks, Array]:
     """Blocked H + shift·I = A D Aᵀ, last panel first; a failure shows as NaN pivots.
 
     What is compiled does not grow with the layer's size.
@@ -188,9 +193,17 @@ def _squared(*scales: Array) -> Array:
 
 
 def factorize(
-    gram_CC: Array, num_rows: int, *, hessian_damping: float, activation_order: bool
+    gram_CC: Array,
+    num_rows: int,
+    *,
+    hessian_damping: float,
+    activation_order: bool,
+    shifted: Callable[[Array, Array], tuple[Blocks, Array]] = factorize_shifted,
 ) -> Factor | None:
     """Factor the Hessian 2·gram/num_rows, raising the damping until it can be.
+
+    Args:
+        shifted: factors it for one damping: `factorize_shifted` or `gpu_factor.factorize_whole`.
 
     Returns:
         The factor, or None when even a damping of 1 left it indefinite (gram_CC is then no
@@ -200,7 +213,7 @@ def factorize(
     del gram_CC  # as large as each copy that follows; the caller keeps no reference either
     for damping in dampings(hessian_damping):
         shift = jnp.float32(damping * float(mean))
-        panels, pivot_C = factorize_shifted(hessian_CC, shift)
+        panels, pivot_C = shifted(hessian_CC, shift)
         smallest = float(jnp.min(pivot_C))  # NaN fails the comparison below, too
         if smallest >= SMALLEST_PIVOT * float(mean):
             dead = np.asarray(dead_C)

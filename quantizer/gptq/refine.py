@@ -8,6 +8,7 @@ The nesting is that of the column loop: one product for each pair of panels, a s
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -20,24 +21,29 @@ from quantizer.gptq.column_loop import (
     rows_of,
     zeros,
 )
-from quantizer.gptq.factor import TILE, Factor, block_size, panel_bounds
+from quantizer.gptq.factor import TILE, Blocks, Factor, block_size, panel_bounds
 from quantizer.jit import product, program
 from quantizer.qparams import decode, encode
 
 
 @program()
-def damped_hessian(gram_CC: Array, num_rows: Array, shift: Array) -> tuple[tuple[Array, ...], ...]:
-    """2·gram/num_rows + shift·I in blocks of a panel each way, padded as the factor is.
+def damped_hessian(gram_CC: Array, num_rows: Array, shift: Array) -> Blocks:
+    """2·gram/num_rows + shift·I in blocks of a panel each way.
 
     Made once for all slices of one input, which would otherwise each keep a copy.
     """
+    bounds = panel_bounds(gram_CC.shape[0])
+    hessian_CC = damped(gram_CC, num_rows, shift)
+    return tuple(tuple(hessian_CC[a:b, c:d] for c, d in bounds) for a, b in bounds)
+
+
+def damped(gram_CC: Array, num_rows: Array, shift: Array) -> Array:
+    """2·gram/num_rows + shift·I, padded as the factor is."""
     size = gram_CC.shape[0]
-    bounds = panel_bounds(size)
-    padding = bounds[-1][1] - size
+    padding = panel_bounds(size)[-1][1] - size
     hessian_CC = gram_CC * (2.0 / num_rows) + shift * jnp.eye(size)
     # A padded input has no curvature.
-    hessian_CC = jnp.pad(hessian_CC, ((0, padding), (0, padding)))
-    return tuple(tuple(hessian_CC[a:b, c:d] for c, d in bounds) for a, b in bounds)
+    return jnp.pad(hessian_CC, ((0, padding), (0, padding)))
 
 
 @program()
@@ -123,49 +129,92 @@ def _sweep_panel(
     return missing_PR + moved_PR, change_R
 
 
+class Sweep(Protocol):
+    """One of the ways to visit all columns: `sweep_panels` or `gpu_loop.sweep_whole`."""
+
+    def __call__(
+        self,
+        panels: tuple[Columns, ...],
+        missing: tuple[Array, ...],
+        hessian: Blocks,
+        change_R: Array,
+        *,
+        num_inputs: int,
+        max_code: float,
+    ) -> tuple[tuple[Array, ...], Array]:
+        """w - ŵ once all columns are visited, and the damped loss's change.
+
+        Args:
+            panels: the columns, in the original order, cut and padded as the Hessian is.
+            missing: w - ŵ of each panel so far.
+            hessian: damped.
+            change_R: the change so far.
+        """
+
+
+def sweep_panels(
+    panels: tuple[Columns, ...],
+    missing: tuple[Array, ...],
+    hessian: Blocks,
+    change_R: Array,
+    *,
+    num_inputs: int,
+    max_code: float,
+) -> tuple[tuple[Array, ...], Array]:
+    """Visit all columns, with one product for each pair of panels."""
+    after = list(missing)
+    for p, (a, b) in enumerate(panel_bounds(num_inputs)):
+        correction_PR = zeros((b - a, *change_R.shape))
+        for block_PA, missing_AR in zip(hessian[p], after, strict=True):
+            correction_PR = add_product(block_PA, missing_AR, correction_PR)
+        num_tiles = -(-(min(num_inputs, b) - a) // TILE)
+        after[p], change_R = _sweep_panel(
+            panels[p],
+            after[p],
+            correction_PR,
+            hessian[p][p],
+            num_tiles,
+            change_R,
+            max_code=max_code,
+        )
+    return tuple(after), change_R
+
+
 def refine_slice(
     solved: SolvedSlice,
     columns: Columns,
     factor: Factor,
-    hessian: tuple[tuple[Array, ...], ...],
+    hessian: Blocks,
     *,
     weight_bits: int,
     sweeps: int,
+    sweep: Sweep = sweep_panels,
 ) -> SolvedSlice:
     """Lower the damped loss of a solved slice; channels whose undamped loss rises stay as given.
 
     Args:
-        solved: what `column_loop.solve_slice` found for these columns with this factor.
-        hessian: from `damped_hessian`, with the factor's shift.
+        solved: what was found for these columns with this factor.
+        hessian: damped by the factor's shift, cut as `sweep` needs it.
         sweeps: times that every column is revisited.
     """
     num_inputs, num_outputs = columns.weight_PR.shape
     max_code = 2.0**weight_bits - 1
-    bounds = panel_bounds(num_inputs)
-    order_C = _in_order(bounds[-1][1])
-    panels = tuple(panel_columns(columns, order_C, a, b - a) for a, b in bounds)
-    before = tuple(
-        _missing(panel, solved.codes_CR, a) for panel, (a, _) in zip(panels, bounds, strict=True)
+    heights = [row[0].shape[0] for row in hessian]
+    starts = [sum(heights[:p]) for p in range(len(heights))]
+    order_C = _in_order(sum(heights))
+    panels = tuple(
+        panel_columns(columns, order_C, a, height)
+        for a, height in zip(starts, heights, strict=True)
     )
-    missing = list(before)
-    change_R = zeros((num_outputs,))
+    before = tuple(
+        _missing(panel, solved.codes_CR, a) for panel, a in zip(panels, starts, strict=True)
+    )
+    after, change_R = before, zeros((num_outputs,))
     for _ in range(sweeps):
-        for p, (a, b) in enumerate(bounds):
-            correction_PR = zeros((b - a, num_outputs))
-            for block_PA, missing_AR in zip(hessian[p], missing, strict=True):
-                correction_PR = add_product(block_PA, missing_AR, correction_PR)
-            num_tiles = -(-(min(num_inputs, b) - a) // TILE)
-            missing[p], change_R = _sweep_panel(
-                panels[p],
-                missing[p],
-                correction_PR,
-                hessian[p][p],
-                num_tiles,
-                change_R,
-                max_code=max_code,
-            )
-    after, shift = tuple(missing), factor.shift
-    return _settled(solved, panels, before, after, change_R, shift, max_code)
+        after, change_R = sweep(
+            panels, after, hessian, change_R, num_inputs=num_inputs, max_code=max_code
+        )
+    return _settled(solved, panels, before, after, change_R, factor.shift, max_code)
 
 
 @program(static_argnums=0)

@@ -95,7 +95,7 @@ def share_input(hessian: HessianSum, scheme: GPTQScheme) -> SharedInput:
         activation_order=scheme.activation_order,
     )
     damped: _Blocks = ()
-    energy_C: Float32 = hessian.gram_CC.diagonal() * np.float32(2 / hessian.num_rows)
+    energy_C: Float32 = hessian.diagonal() * np.float32(2 / hessian.num_rows)
     dead_C = energy_C == 0
     if factor is not None:
         pivot_C = np.empty(factor.order_C.shape[0], np.float32)
@@ -178,7 +178,7 @@ def solve_on_grid(weight_RC: Float32, shared: SharedInput, grid: Grid) -> Solved
         solved=jax.device_get(solved),
         grid=grid,
         damping=None if factor is None else factor.damping,
-        dead_inputs=int(np.sum(hessian.gram_CC.diagonal() == 0)),
+        dead_inputs=int(np.sum(hessian.diagonal() == 0)),
         num_rows=hessian.num_rows,
     )
 

@@ -8,9 +8,13 @@ on what a committed file holds, so decoding starts from that file's own arrays.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, TypeVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from numpy.typing import NDArray
 
 from quantizer.errors import LayerError
@@ -88,53 +92,86 @@ def decode_kernel(
     Args:
         variables: by name, from `encode_kernel` or a file.
     """
+    return np.ascontiguousarray(_decoded(variables, layout, scheme, np))
+
+
+def decode_on_device(
+    variables: Mapping[str, NDArray[Any]], layout: KernelLayout, scheme: Scheme, dtype: str
+) -> Array:
+    """What `decode_kernel` gives, bit for bit, made on the device, and rounded to `dtype` there."""
+    with jax.enable_x64(True):  # for quotients (see `_divided`)
+        decoded: Array = _decode_program(variables, layout, scheme, dtype)
+        return decoded
+
+
+@partial(jax.jit, static_argnames=("layout", "scheme", "dtype"))
+def _decode_program(
+    variables: Mapping[str, NDArray[Any]], layout: KernelLayout, scheme: Scheme, dtype: str
+) -> Array:
+    decoded: Array = _decoded(variables, layout, scheme, jnp)
+    return decoded.astype(dtype)
+
+
+def _decoded(variables: Mapping[str, Any], layout: KernelLayout, scheme: Scheme, xp: Any) -> Any:
+    """The dequantized kernel, of arrays of NumPy or of `jax.numpy`, whichever `xp` is.
+
+    Both round alike: no operation can be fused with the next into one that rounds otherwise, as
+    differences of codes are small integers.
+    """
     match scheme:
         case GPTQScheme() | AWQScheme():
             num_columns = layout.in_features * layout.out_features // layout.keras_rows
-            codes: NDArray[Any] = variables["quantized_kernel"]
+            codes = variables["quantized_kernel"]
             if scheme.weight_bits == 4:
-                codes = unpack_nibbles(codes, num_columns, axis=0)
-            values = _decode_groups(codes, variables, axis=1)
+                codes = unpack_nibbles(codes, num_columns, axis=0, xp=xp)
+            values = _decode_groups(codes, variables, axis=1, xp=xp)
             if isinstance(scheme, AWQScheme):
-                values /= _float32(variables["awq_scales"])
-            return np.ascontiguousarray(values.T).reshape(layout.shape)
+                values = _divided(values, _float32(variables["awq_scales"]), xp)
+            return values.T.reshape(layout.shape)
         case Int8Scheme():
             scale_R = by_channel(variables["kernel_scale"], layout)
             matrix_RC = _float32(layout.to_matrix(variables["kernel"]))
-            return np.ascontiguousarray(layout.from_matrix(matrix_RC / scale_R[:, None]))
+            return layout.from_matrix(_divided(matrix_RC, scale_R[:, None], xp))
         case Int4Scheme():
-            codes = unpack_nibbles(variables["kernel"], layout.out_features, axis=-1)
+            codes = unpack_nibbles(variables["kernel"], layout.out_features, axis=-1, xp=xp)
             if "g_idx" in variables:
-                values = _decode_groups(codes, variables, axis=0)
+                values = _decode_groups(codes, variables, axis=0, xp=xp)
             else:
-                values = _float32(codes) / _float32(variables["kernel_scale"])
+                values = _divided(_float32(codes), _float32(variables["kernel_scale"]), xp)
             return values.reshape(layout.shape)
         case Float8Scheme():
             return _float32(variables["kernel"])
 
 
 def _decode_groups(
-    codes: NDArray[Any], variables: Mapping[str, NDArray[Any]], axis: int, prefix: str = "kernel"
-) -> Float32:
-    """(code - zero) · scale, with groups along `axis`."""
-    group = variables["g_idx"].astype(np.int64)
-    zero = np.take(_float32(variables[f"{prefix}_zero"]), group, axis)
-    scale = np.take(_float32(variables[f"{prefix}_scale"]), group, axis)
-    values: Float32 = (_float32(codes) - zero) * scale
-    return values
+    codes: Any, variables: Mapping[str, Any], axis: int, prefix: str = "kernel", xp: Any = np
+) -> Any:
+    """(code - zero) · scale, float32, with groups along `axis`."""
+    group = variables["g_idx"].astype(np.int32)
+    zero = xp.take(_float32(variables[f"{prefix}_zero"]), group, axis)
+    scale = xp.take(_float32(variables[f"{prefix}_scale"]), group, axis)
+    return (_float32(codes) - zero) * scale
 
 
-def _float32(array: NDArray[Any]) -> Float32:
+def _divided(values: Any, divisor: Any, xp: Any) -> Any:
+    """values / divisor of float32, rounded once."""
+    if xp is np:
+        return values / divisor
+    # In float32 XLA multiplies by the reciprocal of what it broadcasts, and rounds twice, and GPUs
+    # divide with errors in the last bit. In float64 neither shows: no quotient of two float32, of
+    # 24 bits, comes closer than 2^-48 to where rounding to float32 changes, and errors are 2^-51.
+    return (values.astype(np.float64) / divisor.astype(np.float64)).astype(np.float32)
+
+
+def _float32(array: Any) -> Any:
     return array.astype(np.float32)
 
 
-def by_channel(scale: NDArray[Any], layout: KernelLayout) -> Float32:
-    """The inverse of `KernelLayout.to_output`: one value per output channel."""
-    # Channel numbers, sent the same way, tell where each channel's scale went.
-    channel = layout.to_output(np.arange(layout.out_features))
-    scale_R = np.empty(layout.out_features, np.float32)
-    scale_R[channel.ravel()] = _float32(scale).ravel()
-    return scale_R
+def by_channel(scale: Any, layout: KernelLayout) -> Any:
+    """The inverse of `KernelLayout.to_output`, float32: one value per output channel."""
+    as_output = scale.reshape([layout.shape[axis] for axis in layout.scale_axes])
+    order = [layout.scale_axes.index(axis) for axis in layout.out_axes]
+    return _float32(as_output.transpose(order).reshape(-1))
 
 
 def embedding_scheme(scheme: Scheme, name: str) -> Int8Scheme | Int4Scheme:
@@ -206,7 +243,8 @@ def decode_embedding(
     if isinstance(scheme, Int4Scheme):
         codes = unpack_nibbles(codes, vector_length, axis)
     if f"{prefix}_zero" in variables:
-        return _decode_groups(codes, variables, axis, prefix)
+        grouped: Float32 = _decode_groups(codes, variables, axis, prefix)
+        return grouped
     scale = np.expand_dims(variables[f"{prefix}_scale"], axis)
     values: Float32 = _float32(codes) / _float32(scale)
     return values
@@ -226,11 +264,15 @@ def pack_nibbles(codes: NDArray[_Byte], axis: int) -> NDArray[_Byte]:
     return np.ascontiguousarray(np.moveaxis(packed.view(codes.dtype), 0, axis))
 
 
-def unpack_nibbles(packed: NDArray[_Byte], length: int, axis: int) -> NDArray[_Byte]:
-    """The inverse of `pack_nibbles`; `length` is the axis' unpacked length."""
-    front = np.ascontiguousarray(np.moveaxis(packed, axis, 0)).view(np.uint8)
-    nibbles = np.stack([front & 0x0F, front >> 4], axis=1).reshape(-1, *front.shape[1:])[:length]
+def unpack_nibbles(packed: Any, length: int, axis: int, xp: Any = np) -> Any:
+    """The inverse of `pack_nibbles`; `length` is the axis' unpacked length.
+
+    Args:
+        packed: an array of NumPy or of `jax.numpy`, whichever `xp` is.
+    """
+    front = xp.moveaxis(packed, axis, 0).view(np.uint8)
+    nibbles = xp.stack([front & 0x0F, front >> 4], axis=1).reshape(-1, *front.shape[1:])[:length]
     if packed.dtype == np.int8:
-        signed = (nibbles ^ 8).astype(np.int8) - np.int8(8)
-        return np.ascontiguousarray(np.moveaxis(signed, 0, axis))
-    return np.ascontiguousarray(np.moveaxis(nibbles, 0, axis)).astype(packed.dtype, copy=False)
+        nibbles = (nibbles ^ 8).astype(np.int8) - np.int8(8)
+    codes = xp.moveaxis(nibbles, 0, axis)
+    return np.ascontiguousarray(codes) if xp is np else codes

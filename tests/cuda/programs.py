@@ -2,8 +2,9 @@
 
     make check-cuda
 
-Prints for each its temporary memory, kernels and calls of libraries, and fails where a product is
-not cuBLAS'. No speed is measured (see `topology`).
+Prints for each its temporary memory, kernels and calls of libraries. Fails where a product is not
+cuBLAS', where a block in bfloat16 keeps attention scores, and where a block takes more memory for a
+window than its plan foresees. No speed is measured (see `topology`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import re
 import sys
@@ -42,6 +44,8 @@ _CONFIG = {
     "mlp_bias": False,
 }
 _GIB = 1 << 30
+# Of cuBLASLt, which plans count with what compiled programs keep.
+_WORKSPACE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Compiled:
         calls: how often it calls each library's function.
         triton: how many products it has Triton do.
         kernels: fusions and calls in it; what a loop repeats is counted once.
+        scores_bytes: of its largest array of float32 with two axes of a window's length and a
+            third, as attention's scores have it.
     """
 
     name: str
@@ -60,9 +66,10 @@ class Compiled:
     triton: int
     kernels: int
     seconds: float
+    scores_bytes: int = 0
 
     @classmethod
-    def of(cls, name: str, lowered: Any) -> Compiled:
+    def of(cls, name: str, lowered: Any, length: int = 0) -> Compiled:
         start = time.monotonic()
         compiled = lowered.compile()
         text = compiled.as_text()
@@ -73,17 +80,60 @@ class Compiled:
             len(re.findall(r"__triton_gemm|__triton_nested_gemm_fusion", text)),
             len(re.findall(r"= \S+ (?:fusion|custom-call|copy|sort|reduce|cholesky)\(", text)),
             time.monotonic() - start,
+            _scores_bytes(text, length) if length else 0,
         )
 
     def row(self) -> str:
         calls = ", ".join(f"{count} × {name}" for name, count in sorted(self.calls.items()))
         return (
-            f"{self.name:44} {self.temporary_bytes / _GIB:7.2f} GiB {self.kernels:5} kernels  "
+            f"{self.name:56} {self.temporary_bytes / _GIB:7.2f} GiB {self.kernels:5} kernels  "
             f"{calls or '–'}{f', {self.triton} × Triton' if self.triton else ''}"
+            f"{f', {self.scores_bytes / _GIB:.2f} GiB of scores' if self.scores_bytes else ''}"
         )
 
 
-def compile_block(where: Any, length: int) -> list[Compiled]:
+def _scores_bytes(text: str, length: int) -> int:
+    """Of a compiled program's text; what lies within one kernel is never in memory."""
+    fused = set(re.findall(r"\bcalls=%([\w.-]+)", text))
+    largest = 0
+    for computation in re.split(r"\n\s*\n", text):
+        header = re.match(r"\s*(?:ENTRY )?%([\w.-]+)", computation)
+        if header is None or header[1] in fused:
+            continue
+        for shape in re.findall(r"\bf32\[([\d,]+)\]", computation):
+            axes = list(map(int, shape.split(",")))
+            if axes.count(length) >= 2 and math.prod(axes) > length**2:
+                largest = max(largest, 4 * math.prod(axes))
+    return largest
+
+
+@dataclass(frozen=True)
+class CompiledBlock:
+    """A block's stages, for one window.
+
+    Attributes:
+        foreseen_bytes: what a plan foresees for a micro-batch in a layer.
+    """
+
+    dtype: str
+    length: int
+    stages: Sequence[Compiled]
+    memory: Any
+    foreseen_bytes: int
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.dtype == "bfloat16":
+            if self.memory.attention != "cudnn":
+                found.append("attention is not cuDNN's")
+            found += [f"{x.name}: keeps scores" for x in self.stages if x.scores_bytes]
+        needed = max(x.temporary_bytes for x in self.stages)
+        if needed > self.foreseen_bytes + _WORKSPACE_BYTES:
+            found.append(f"takes {needed / _GIB:.2f} GiB of {self.foreseen_bytes / _GIB:.2f}")
+        return [f"{self.dtype}, {self.length} tokens: {problem}" for problem in found]
+
+
+def compile_block(where: Any, length: int, dtype: str) -> CompiledBlock:
     """The stages of a block, on one window of so many tokens."""
     import jax
 
@@ -91,28 +141,37 @@ def compile_block(where: Any, length: int) -> list[Compiled]:
     from pipeline.model.inputs import input_layout
     from pipeline.model.preset import read_preset
     from pipeline.model.skeleton import build_skeleton
+    from pipeline.planning.estimates import micro_batch_bytes
     from pipeline.planning.input_groups import embedded_shapes, taken_by
     from pipeline.worker.block_program import BlockProgram
-    from tests.cuda.topology import placed
+    from tests.cuda.topology import placed, tracing_for_h100
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(_CONFIG))
-        skeleton = build_skeleton(read_preset(folder), "float32")
+        skeleton = build_skeleton(read_preset(folder), dtype)
     graph = find_blocks(skeleton)
     values = embedded_shapes(graph, input_layout(skeleton), _windows(length), 1)
     block = graph.blocks[0]
     taken = taken_by(block.calls[0], dict(values))
-    program = BlockProgram(block, {target.name: "hessian" for target in block.targets}, taken)
+    with tracing_for_h100():
+        program = BlockProgram(block, {target.name: "hessian" for target in block.targets}, taken)
     weights = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in block.layer.weights]
     found, live = [], tuple(taken)
     names = [" and ".join(x.rpartition("/")[2] for x in g.targets) for g in program.groups]
     for stage, name in zip(program._stages, [*names, "the block's output"], strict=True):
         given = placed([weights[i] for i in stage.reads] + list(live), where)
         lowered = stage.run.lower(*given)
-        found.append(Compiled.of(f"{length} tokens: up to {name}", lowered))
+        found.append(Compiled.of(f"{dtype}, {length}: up to {name}", lowered, length))
         live = tuple(lowered.out_info[stage.num_results :])
         live = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in live)
-    return found
+    widest = max(group.in_features for group in program.groups)
+    return CompiledBlock(
+        dtype,
+        length,
+        found,
+        program.memory,
+        micro_batch_bytes(length, widest, program.memory.largest_array_bytes),
+    )
 
 
 def _windows(length: int) -> Any:
@@ -129,7 +188,7 @@ def _windows(length: int) -> Any:
 
 
 def compile_statistics(where: Any, in_features: int) -> list[Compiled]:
-    """A Gram's update by 2,048 rows, and its end."""
+    """A Gram's update by 2,048 rows, its merge with another, and its end."""
     import jax
     import jax.numpy as jnp
 
@@ -139,12 +198,13 @@ def compile_statistics(where: Any, in_features: int) -> list[Compiled]:
     edges = statistics._bands(in_features)
     bands = tuple(jax.ShapeDtypeStruct((b - a, in_features - a), jnp.float32) for a, b in edges)
     rows = jax.ShapeDtypeStruct((1, 2048, in_features), jnp.float32)
-    number = jax.ShapeDtypeStruct((), jnp.int32)
-    carry, rows, number = placed(((*bands, number), rows, number), where)
-    add = statistics._add.lower(carry, rows, None, number, "hessian", (-1,))
-    whole = statistics._whole.lower(placed(bands, where))
+    bands, rows = placed((bands, rows), where)
+    add = statistics._add.lower(bands, rows, None, "hessian", (-1,))
+    merge = statistics._merge_in_place.lower(bands, bands, "hessian")
+    whole = statistics._whole.lower(bands)
     return [
         Compiled.of(f"Gram of {in_features}, 2,048 rows more", add),
+        Compiled.of(f"Gram of {in_features}, merged", merge),
         Compiled.of(f"Gram of {in_features}, whole", whole),
     ]
 
@@ -243,16 +303,17 @@ def main() -> int:
     if not arguments.no_solver:
         show(compile_solver(where, [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]))
         print(f"{len(found)} programs of the solver")
-    for length in arguments.tokens:
-        show(compile_block(where, length))
+    problems = []
+    for dtype in ("bfloat16", "float32"):
+        for length in arguments.tokens:
+            block = compile_block(where, length, dtype)
+            show(block.stages)
+            problems += block.problems()
     for in_features in (4096, 14336):
         show(compile_statistics(where, in_features))
-    triton = [one.name for one in found if one.triton]
-    if triton:
-        print(f"{len(triton)} programs with products by Triton, the first: {triton[0]}")
-        return 1
-    print(f"{len(found)} programs, no product by Triton")
-    return 0
+    problems += [f"{one.name}: products by Triton" for one in found if one.triton]
+    print(*problems, f"{len(found)} programs, {len(problems)} problems", sep="\n")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

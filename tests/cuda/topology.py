@@ -7,10 +7,15 @@ wheels (infra/container/gpu.lock), and no driver.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import jax
 from jax._src import xla_bridge
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -54,6 +59,25 @@ def h100() -> SingleDeviceSharding:
     xla_bridge.canonicalize_platform = canonicalize
     found = topologies.get_topology_desc(platform="cuda", target_config=_H100, topology="1x1x1")
     return SingleDeviceSharding(found.devices[0])
+
+
+@contextmanager
+def tracing_for_h100() -> Iterator[None]:
+    """Within it Keras and KerasHub choose as on an H100 what they have it compute.
+
+    They look at JAX's devices and at cuDNN. Nothing may run meanwhile.
+    """
+    device = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
+    asked = {
+        "check_cudnn_version": lambda: 90800,
+        "check_compute_capability": lambda wanted: tuple(map(int, wanted.split("."))) <= (9, 0),
+        "is_cuda_compute_capability_equal": lambda wanted: wanted == "9.0",
+    }
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(jax, "devices", lambda *_: [device]))
+        for name, answer in asked.items():
+            stack.enter_context(patch.object(fused_attention_stablehlo, name, answer))
+        yield
 
 
 def placed(shapes: Any, where: SingleDeviceSharding) -> Any:

@@ -53,6 +53,10 @@ def test_a_gpu_that_is_too_small_is_named() -> None:
         r"more --workers.*lower num_samples",
     ):
         check_device_memory(costs, [large, small])
+    # More workers would not help.
+    scores = dataclasses.replace(costs, micro_batch_bytes=16 * GIB)
+    with pytest.raises(ExecutorError, match=r"16\.0 GiB of it for a single.*lower sequence_length"):
+        check_device_memory(scores, [large, small])
 
 
 def here(**other: object) -> Identity:

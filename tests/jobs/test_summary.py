@@ -226,6 +226,26 @@ def test_a_plan_shows_layers_schemes_costs_and_workers() -> None:
     assert "calibration" not in shown("int8")
 
 
+def test_a_gpus_plan_shows_what_it_computes_in() -> None:
+    plan = planned("gptq").plan
+    assert "computed in" not in shown("gptq")
+    assert plan.tokens is not None
+    for attention, said in (("cudnn", "by cuDNN"), ("scores", "with all its scores in memory")):
+        tokens = dataclasses.replace(
+            plan.tokens,
+            attention=attention,
+            largest_array_bytes=8 << 30,  # type: ignore[arg-type]
+        )
+        on_gpu = dataclasses.replace(
+            plan, machine={"platform": "gpu", "device": "NVIDIA H100"}, tokens=tokens
+        )
+        stream = io.StringIO()
+        table = plan_table(on_gpu, estimate(on_gpu, 1), Allocation(workers=1, threads=1, gpus=1))
+        Console(file=stream, width=200).print(table)
+        expected = f"float32, attention {said}; the largest array of a micro-batch has 8.0 GiB"
+        assert expected in stream.getvalue()
+
+
 def test_every_reason_for_float_is_shown_once_with_a_layer() -> None:
     text = shown("gptq", "Bert")
     lines = [line for line in text.splitlines() if line.startswith("left in float: ")]

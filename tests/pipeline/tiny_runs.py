@@ -21,9 +21,12 @@ from pipeline.recipe.recipe_file import recipe_from_dict
 from pipeline.run.driver import claim, quantize
 from pipeline.run.events import Report, Step
 from pipeline.run.records import Manifest
+from pipeline.run.worker_api import HeldSum
 from pipeline.storage.object_store import ObjectStore
 from pipeline.worker.model_state import ModelState
+from pipeline.worker.statistics import finished
 from pipeline.worker.worker import Worker
+from quantizer import CalibrationStatistics
 from tests.pipeline.local_executor import LocalExecutor
 from tests.pipeline.presets import shared_preset
 
@@ -87,6 +90,18 @@ class QuickWorker(Worker):
             super().__init__(plan, source_url, run_url)
         finally:
             pipeline.worker.worker.ModelState = original  # type: ignore[misc]
+
+
+def captured(
+    worker: Worker, block: int, stage: int, subtree: range, values: Any, *solved: Any
+) -> CalibrationStatistics:
+    """The statistics that a worker captures."""
+    return statistics_of(worker, worker.capture(block, stage, subtree, values, *solved))
+
+
+def statistics_of(worker: Worker, held: HeldSum) -> CalibrationStatistics:
+    """The statistics that a worker holds."""
+    return finished(worker.send(held))
 
 
 class _Lost(Handle[Any]):

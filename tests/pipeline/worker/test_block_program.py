@@ -21,6 +21,7 @@ from tests.pipeline.presets import stock_task
 from tests.pipeline.tiny_runs import (
     NUM_BLOCKS,
     QuickWorker,
+    captured,
     execute,
     model_state,
     planned,
@@ -105,7 +106,7 @@ def test_captured_grams_are_those_of_the_inputs_in_stock_keras(
             layer.name for layer in part.layers if layer.scheme
         }
         for stage, group in enumerate(part.groups):
-            found = worker.capture(block, stage, range(1), values)
+            found = captured(worker, block, stage, range(1), values)
             assert isinstance(found, HessianSum)
             assert found.num_rows == mask.sum()
             for name in group.targets:
@@ -127,7 +128,7 @@ def test_magnitudes_leave_padding_out(tmp_path: Path) -> None:
     with recording({"query": query}) as seen:
         backbone({"token_ids": given.windows.tokens, "padding_mask": mask.astype(np.int32)})
     worker.restore(0, [0], 0)
-    found = worker.capture(0, 0, range(1), worker.read(1))
+    found = captured(worker, 0, 0, range(1), worker.read(1))
     assert isinstance(found, MagnitudeSum)
     assert found.num_rows == mask.sum()
     rows = np.abs(seen["query"][mask])

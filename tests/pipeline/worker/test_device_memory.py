@@ -15,8 +15,8 @@ from pipeline.executor.protocol import ExecutorError, Handle
 from pipeline.planning import estimates
 from pipeline.run.driver import claim, quantize
 from pipeline.storage.object_store import ObjectStore, open_store
+from pipeline.worker.block_weights import BlockWeights
 from pipeline.worker.device_memory import device_errors, device_memory
-from pipeline.worker.worker import Worker
 from tests.pipeline.local_executor import LocalExecutor
 from tests.pipeline.tiny_runs import QuickWorker, planned, source
 
@@ -60,7 +60,7 @@ def test_a_worker_without_room_for_a_block_says_so(
     def full(*_: Any) -> Any:
         return jnp.zeros(1 << 50).block_until_ready()
 
-    monkeypatch.setattr(Worker, "_on_device", full)
+    monkeypatch.setattr(BlockWeights, "of", full)
     executor = LocalExecutor([QuickWorker(given.plan, str(source()), store.root_url)])
     with pytest.raises(ExecutorError, match="too little memory on its device"):
         quantize(given.plan, store, executor, lambda step: None)

@@ -13,16 +13,17 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from pipeline.model.preset import read_preset
 from pipeline.planning.make_plan import Planned, make_plan
 from pipeline.recipe.recipe import Rule
+from pipeline.run.worker_api import Values
 from pipeline.storage.object_store import open_store
-from pipeline.worker.statistics import sum_routed
+from pipeline.worker.statistics import finished, sum_routed
 from pipeline.worker.worker import Worker
 from quantizer import HessianSum
-from quantizer.experts import ExpertHessians
+from quantizer.experts import ExpertHessians, InputStatistics
 from quantizer.keras_format.generated_names import apart
 from quantizer.schemes import GPTQScheme, Int8Scheme
 from tests.families.tiny_families import shared_family
@@ -139,19 +140,19 @@ def test_captured_statistics_are_of_the_rows_that_the_router_sends(
             for layer in of_experts:
                 rows = seen.inputs[layer.path]
                 if not group.experts:
-                    found = worker.capture(block, stage, range(1), values)
+                    found = captured(worker, block, stage, values)
                     assert isinstance(found, HessianSum)
                     assert found.num_rows == kept.sum()
                     assert_gram(found.gram_CC, rows.reshape(-1, rows.shape[-1])[kept])
                     continue
-                routed = worker.capture(block, stage, range(1), values, experts=range(4))
+                routed = captured(worker, block, stage, values, range(4))
                 assert isinstance(routed, ExpertHessians)
                 for expert in range(4):
                     chosen = kept & (seen.choices[block] == expert).any(1)
                     one = routed.of_expert(expert)
                     assert one.num_rows == chosen.sum()
                     assert_gram(one.gram_CC, rows[expert][chosen])
-                some = worker.capture(block, stage, range(1), values, experts=range(1, 3))
+                some = captured(worker, block, stage, values, range(1, 3))
                 assert isinstance(some, ExpertHessians)
                 for expert in range(1, 3):
                     np.testing.assert_array_equal(
@@ -161,7 +162,14 @@ def test_captured_statistics_are_of_the_rows_that_the_router_sends(
     assert set(seen.inputs) == set(banks)
 
 
-def assert_gram(found: NDArray[np.float32], rows: NDArray[np.float64]) -> None:
+def captured(
+    worker: Worker, block: int, stage: int, values: Values, experts: range | None = None
+) -> InputStatistics:
+    held = worker.capture(block, stage, range(1), values, experts=experts)
+    return finished(worker.send(held))
+
+
+def assert_gram(found: ArrayLike, rows: NDArray[np.float64]) -> None:
     expected = rows.T @ rows
     scale = np.abs(expected).max(initial=1e-30)
     np.testing.assert_allclose(found, expected, atol=3e-5 * scale, rtol=0)
@@ -182,7 +190,8 @@ def test_experts_are_summed_over_their_rows_alone(routed_to: range) -> None:
     rows[~member] = np.nan
     member &= mask
     batch = (jnp.asarray(rows), jnp.asarray(choice, jnp.int32), mask)
-    found = sum_routed([batch, batch], in_features, range(num_experts))
+    found = finished(sum_routed([batch, batch], in_features, range(num_experts)))
+    assert isinstance(found, ExpertHessians)
     np.testing.assert_array_equal(found.rows_E, 2 * member.sum(1))
     for expert in range(num_experts):
         taken = rows[expert][member[expert]].astype(np.float64)

@@ -23,6 +23,7 @@ from quantizer.schemes import GPTQScheme
 from tests.families.tiny_families import shared_family
 from tests.integration.quantized import recipe
 from tests.pipeline.artifacts import load
+from tests.pipeline.tiny_runs import captured
 
 
 @pytest.mark.exhaustive
@@ -48,7 +49,7 @@ def test_the_gram_is_the_sum_over_both_calls() -> None:
     assert [inputs.shape[1] for inputs in seen] == [given.windows.tokens.shape[1], 32]
     for stage, inputs in enumerate((seen, seen[:1])):
         rows = np.concatenate([rows.reshape(-1, 32) for rows in inputs])
-        found = worker.capture(0, stage, range(1), values)
+        found = captured(worker, 0, stage, range(1), values)
         assert isinstance(found, HessianSum)
         assert found.num_rows == len(rows)
         np.testing.assert_allclose(found.gram_CC, rows.T @ rows, rtol=1e-4, atol=1e-3)

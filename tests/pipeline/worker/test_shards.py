@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
+from pipeline.worker.activation_memory import ActivationMemory
 from pipeline.worker.shards import CalibrationShards, LostShardError, MicroBatch
 
 
@@ -30,7 +31,8 @@ class Counting:
 
 
 def batch() -> MicroBatch:
-    return MicroBatch(values={0: np.ones(1, np.float32)}, batch=SimpleNamespace())  # type: ignore[arg-type]
+    values = {0: jnp.ones(1)}
+    return MicroBatch(values=values, batch=SimpleNamespace(), memory=ActivationMemory("device"))  # type: ignore[arg-type]
 
 
 CALL: Any = SimpleNamespace(takes=(0,), gives=(1,))

@@ -17,7 +17,14 @@ from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.worker.shards import LostShardError
 from pipeline.worker.worker import Worker
 from quantizer import CalibrationStatistics
-from tests.pipeline.tiny_runs import QuickWorker, execute, planned, source
+from tests.pipeline.tiny_runs import (
+    QuickWorker,
+    captured,
+    execute,
+    planned,
+    source,
+    statistics_of,
+)
 
 _fresh = iter(range(1_000_000))
 
@@ -64,7 +71,7 @@ def test_every_token_of_the_windows_is_counted_and_no_other() -> None:
         claim(store, plan, given.windows.to_bytes())
         worker = QuickWorker(plan, str(source()), store.root_url)
         worker.restore(0, [0, 1], 0)
-        sums.append(worker.capture(0, 0, range(2), worker.read(1)))
+        sums.append(captured(worker, 0, 0, range(2), worker.read(1)))
     filled, plain = sums
     assert filled.num_rows == plain.num_rows == 18 * 128
     assert (filled.gram_CC == filled.gram_CC.T).all()
@@ -73,15 +80,15 @@ def test_every_token_of_the_windows_is_counted_and_no_other() -> None:
 
 def test_a_subtree_is_the_merge_of_its_shards(store: ObjectStore) -> None:
     values = worker_of(store).read(1)
-    parts = []
-    for shard in (0, 1):
-        one = worker_of(store)
+    first, second = worker_of(store), worker_of(store)
+    held = []
+    for shard, one in enumerate((first, second)):
         one.restore(0, [shard], 0)
-        parts.append(one.capture(0, 0, range(shard, shard + 1), values))
+        held.append(one.capture(0, 0, range(shard, shard + 1), values))
     whole = worker_of(store)
     whole.restore(0, [0, 1], 0)
-    expected = whole.capture(0, 0, range(2), values)
-    merged = whole.merge(*parts)
+    expected = captured(whole, 0, 0, range(2), values)
+    merged = statistics_of(first, first.merge(*held, second.send(held[1])))
     assert (merged.gram_CC == expected.gram_CC).all()
     assert merged.num_rows == expected.num_rows
 
@@ -146,12 +153,13 @@ def test_stages_can_be_repeated_in_any_order(store: ObjectStore) -> None:
     solved: list[list[SolvedLayer]] = []
     totals = []
     for stage, group in enumerate(groups):
-        totals.append(steady.capture(0, stage, range(1), values, *solved))
+        held = steady.capture(0, stage, range(1), values, *solved)
+        totals.append(statistics_of(steady, held))
         for again in [*range(stage, -1, -1), stage]:
-            found = shaken.capture(0, again, range(1), values, *solved[:again])
+            found = captured(shaken, 0, again, range(1), values, *solved[:again])
             assert same(found, totals[again])
         chosen = [paths[name] for name in group.targets]
-        solved.append(steady.solve(1, chosen, values, totals[stage]))
+        solved.append(steady.solve(1, chosen, values, held))
     steady.propagate(0, [0], values, *solved)
     shaken.restore(0, [0], 0)
     for _ in range(2):
@@ -165,12 +173,12 @@ def test_a_shard_inside_its_block_is_restored_without_reading(store: ObjectStore
     worker = worker_of(store)
     worker.restore(0, [0], 0)
     values = worker.read(1)
-    first = worker.capture(0, 0, range(1), values)
+    first = captured(worker, 0, 0, range(1), values)
     tokens = planned("gptq").plan.tokens
     assert tokens is not None
     store.delete(tokens.key)
     worker.restore(0, [0], 0)
-    assert same(worker.capture(0, 0, range(1), values), first)
+    assert same(captured(worker, 0, 0, range(1), values), first)
     with pytest.raises(MissingObjectError):
         worker.restore(0, [0, 1], 0)
 

@@ -68,7 +68,7 @@ def test_a_solve_compiles_nothing_that_was_compiled_ahead(
     assert compiled_by_solve(544, in_features, scheme, caplog) == set()
     # Of another shape, others are: the check can fail.
     refining = {"damped_hessian", "_sweep_panel", "_settled"} if refinement_sweeps else set()
-    solving = {"arrange", "find_grid", "columns_of", "_solve_panel", "_better"}
+    solving = {"arrange", "find_grid", "columns_of", "_solve_panel", "better"}
     assert compiled_by_solve(200, 136, scheme, caplog) >= solving | refining
 
 

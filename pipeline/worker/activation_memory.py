@@ -1,0 +1,47 @@
+"""Where a worker's activations wait between two stages: on its device, or in its host's memory.
+
+Which of the two is planned from the memory that devices have (see `pipeline.planning.estimates`).
+Results do not depend on it: the same arrays come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax import Array
+from jax.sharding import SingleDeviceSharding
+
+from pipeline.executor.protocol import ActivationPlace
+
+
+class ActivationMemory:
+    """Keeps what waits, and brings it back when its windows go on."""
+
+    def __init__(self, place: ActivationPlace) -> None:
+        self._on_device = place == "device"
+        self._under_way: Sequence[Array] = ()
+
+    def keep(self, arrays: Sequence[Array]) -> tuple[Any, ...]:
+        """Put away what the device has computed.
+
+        In host memory it is pinned, so that the device can copy it while it computes. No more than
+        one micro-batch is copied while the next one is computed, or the device would fill up.
+        """
+        if self._on_device:
+            return tuple(arrays)
+        kept: list[Array] = jax.device_put(list(arrays), self._sharding("pinned_host"))
+        jax.block_until_ready(self._under_way)
+        self._under_way = kept
+        return tuple(kept)
+
+    def fetch(self, arrays: Sequence[Array]) -> tuple[Any, ...]:
+        """Bring back what was put away, to be computed with."""
+        if self._on_device:
+            return tuple(arrays)
+        return tuple(jax.device_put(list(arrays), self._sharding("device")))
+
+    @staticmethod
+    def _sharding(memory_kind: str) -> SingleDeviceSharding:
+        return SingleDeviceSharding(jax.devices()[0], memory_kind=memory_kind)

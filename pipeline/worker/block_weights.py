@@ -1,0 +1,94 @@
+"""The weights of the block that a worker is in, on its device.
+
+Each array is sent there once. Of a layer that is solved the stored variables follow, and are
+decoded there: codes are a fraction of the float kernel that they stand for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+from jax import Array
+from numpy.typing import NDArray
+
+from pipeline.model.targets import Target
+from pipeline.plan import LayerPlan
+from pipeline.run.worker_api import Values
+from pipeline.worker.model_state import ModelState, place_weights
+from quantizer import kernel_layout
+from quantizer.expert_codes import ExpertCodes
+from quantizer.keras_format.variables import decode_on_device
+
+Stored: TypeAlias = Mapping[str, NDArray[Any]] | ExpertCodes
+"""Of a solved layer: what stock Keras stores for it, by name; or the codes of experts."""
+
+
+class BlockWeights:
+    """Holds the weights of one block at a time.
+
+    What they are depends on the block and on which of its layers are solved, and not on what was
+    asked before: all results of a layer are the same.
+    """
+
+    def __init__(self, model: ModelState) -> None:
+        self._model = model
+        self._block: int | None = None
+        # By the path of the variable, and whether it is a decoded kernel.
+        self._held: dict[str, tuple[bool, Array]] = {}
+
+    def of(self, block: int, values: Values, solved: Mapping[str, Stored]) -> list[Array]:
+        """A block's weights, in the order of its layer's.
+
+        Args:
+            values: the source's arrays of the block.
+            solved: what is stored for the layers solved so far, by path.
+        """
+        if block != self._block:
+            self.free()
+            self._block = block
+        targets = self._model.targets(block + 1)
+        layers = {
+            targets[layer.path].kernel_path: layer
+            for layer in self._model.plan.parts[block + 1].layers
+            if layer.path in solved and layer.kind == "kernel"
+        }
+        variables = self._model.graph.blocks[block].layer.weights
+        due = [v for v in variables if not self._holds(v.path, decoded=v.path in layers)]
+        for variable in due:
+            # Before others take their place.
+            self._held.pop(variable.path, None)
+        unsolved = [v for v in due if v.path not in layers]
+        for variable, array in zip(unsolved, place_weights(unsolved, values), strict=True):
+            self._held[variable.path] = (False, array)
+        for variable in due:
+            if variable.path in layers:
+                layer = layers[variable.path]
+                target, stored = targets[layer.path], solved[layer.path]
+                kernel = _decoded(target, layer, stored, values[variable.path].dtype, variable)
+                self._held[variable.path] = (True, kernel)
+        return [self._held[variable.path][1] for variable in variables]
+
+    def free(self) -> None:
+        """Give the device's memory back, once a block is left."""
+        self._block = None
+        self._held.clear()
+
+    def _holds(self, path: str, *, decoded: bool) -> bool:
+        return path in self._held and self._held[path][0] == decoded
+
+
+def _decoded(
+    target: Target, layer: LayerPlan, stored: Stored, dtype: np.dtype[Any], variable: Any
+) -> Array:
+    """The kernel of a solved layer on the device; experts are stored in the source's dtype."""
+    if isinstance(stored, ExpertCodes):
+        [kernel] = place_weights([variable], {variable.path: stored.kernel(dtype)})
+    elif target.num_experts:
+        [kernel] = place_weights([variable], dict.fromkeys([variable.path], *stored.values()))
+    else:
+        assert layer.scheme is not None
+        layout = kernel_layout(target.layer)
+        kernel = decode_on_device(stored, layout, layer.scheme, variable.dtype)
+    return kernel
