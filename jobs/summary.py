@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
+from jobs.expert_summary import ExpertSummary
 from jobs.quantities import count, size
 from pipeline.errors import DamagedObjectError
 from pipeline.evaluation.answers import TaskFidelity
@@ -65,6 +66,7 @@ class Summary:
         notes: the plan's.
         uncalibrated: why the layers that calibration gave nothing usable were rounded, by path.
         unseen_inputs: how many inputs were zero in all of calibration, by layer path.
+        experts: None where none is quantized.
     """
 
     plan_digest: str
@@ -85,6 +87,7 @@ class Summary:
     notes: tuple[str, ...]
     uncalibrated: dict[str, str]
     unseen_inputs: dict[str, int]
+    experts: ExpertSummary | None
     wall_seconds: float
     seconds: dict[str, float]
     flops: float
@@ -141,6 +144,7 @@ class Summary:
                 for layer in layers
                 if layer.account is not None and layer.account.get("dead_inputs")
             },
+            experts=ExpertSummary.of(plan, records),
             wall_seconds=wall_seconds,
             seconds=dict(seconds),
             flops=costs.flops,
@@ -253,6 +257,8 @@ def summary_table(summary: Summary) -> RenderableType:
         f"{size(summary.stored_bytes)}: blocks {size(summary.block_bytes)} ({bits:.1f} bits a "
         f"weight), embeddings {size(summary.embedding_bytes)}, rest {size(summary.rest_bytes)}",
     )
+    for name, text in summary.experts.rows() if summary.experts else ():
+        facts.add_row(name, text)
     if lost := summary.uncalibrated:
         facts.add_row("not calibrated", f"{len(lost)} layers, the first {next(iter(lost))}")
         facts.add_row("", Text(next(iter(lost.values()))))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -18,16 +19,21 @@ import pytest
 from numpy.typing import NDArray
 
 import pipeline.storage.memory_store
-from pipeline.artifact.codes_file import read_codes_file
+from jobs.expert_summary import ExpertSummary
+from jobs.verify import verify_run
+from pipeline.artifact.codes_file import codes_file_bytes, read_codes_file
 from pipeline.artifact.parts import decode_part
+from pipeline.artifact.verification import inspect_artifact
+from pipeline.errors import ArtifactError
 from pipeline.model.preset import read_preset
+from pipeline.model.weight_layout import weight_layout
 from pipeline.plan import LayerPlan
 from pipeline.planning.make_plan import Planned, make_plan
 from pipeline.recipe.recipe import Recipe, Rule
 from pipeline.run.commits import committed_file, read_manifest
 from pipeline.run.driver import claim
 from pipeline.run.garbage import find_garbage
-from pipeline.run.records import codes_key, file_key
+from pipeline.run.records import PartRecord, codes_key, file_key, record_key
 from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.worker.worker import Worker
 from quantizer import HessianSum, solve
@@ -116,10 +122,10 @@ def test_stock_keras_holds_what_the_codes_stand_for(family: str, scheme: str, ru
     assert banks.keys() == planned.keys()
     assert len(banks) >= 2 * run.plan.num_blocks
     source = {k: v for part in run.plan.parts for k, v in run.model.read(part.part).items()}
-    # Keras numbers some names, and so paths, anew for each model of a process.
-    ours, stock = run.model.skeleton.backbone, load(run.artifact).backbone
-    pairs = zip(ours.variables, stock.variables, strict=True)
-    loaded = {str(variable.path): np.asarray(other.value) for variable, other in pairs}
+    # Keras numbers some names, and so paths, anew for each model of a process; not in files.
+    stock = {x.name_path: x.variable for x in weight_layout(load(run.artifact).backbone)}
+    stored = (one for part in run.model.parts for one in part.variables)
+    loaded = {str(x.variable.path): np.asarray(stock[x.name_path].value) for x in stored}
     for path, bank in banks.items():
         layer = planned[path]
         assert bank.codes_ERC.shape == (layer.experts, layer.out_features, layer.in_features)
@@ -273,6 +279,60 @@ def kill_at(family: str, scheme: str, *, only_codes: bool) -> None:
             run(store, Killer(kill, at=number))
         run(store, Killer(kill))
         assert lasting(store) == expected, operations[number - 1]
+
+
+def test_codes_of_another_run_are_refused(run_of: Runs) -> None:
+    run = run_of("Mixtral", "gptq4")
+
+    def codes(part: int) -> bytes | None:
+        return run.store.get(codes_key(part)) if part else None
+
+    inspect_artifact(run.artifact, codes)
+    banks = read_codes_file(run.store.get(codes_key(2)))
+    path, bank = next(iter(banks.items()))
+    banks[path] = replace(bank, codes_ERC=bank.codes_ERC ^ 1)
+    with pytest.raises(ArtifactError, match=f"model_00002.*the values of {path}"):
+        inspect_artifact(run.artifact, lambda part: codes_file_bytes(banks) if part == 2 else None)
+
+
+@pytest.mark.exhaustive
+def test_verify_says_that_experts_are_loaded_as_float(
+    run_of: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of("Mixtral", "gptq4")
+    size = sum(run.store.size(key) for key in run.store.list("codes/"))
+    verify_run(str(run.folder), stock=True, as_json=False)
+    said = capsys.readouterr()
+    assert (
+        f"{size:,} bytes of these are codes of experts, which stock KerasHub loads as float"
+        in " ".join((said.out + said.err).split())
+    )
+
+
+def test_the_summary_says_where_codes_are_and_how_experts_were_reached(run_of: Runs) -> None:
+    run = run_of("Mixtral", "gptq4")
+    records = [
+        PartRecord.from_json(run.store.get(record_key(part.part))) for part in run.plan.parts
+    ]
+    found = ExpertSummary.of(run.plan, records)
+    assert found is not None
+    assert found.codes_bytes == sum(run.store.size(key) for key in run.store.list("codes/"))
+    # Each of 2 blocks has 4 experts of three 32 × 64 matrices.
+    assert found.num_weights == 2 * 4 * 3 * 32 * 64
+    assert found.experts == 2 * 4
+    assert found.tokens is not None
+    assert found.tokens[0] <= found.tokens[1] <= found.tokens[2] < 320
+    (_, codes), (_, tokens) = found.rows()
+    assert "stock KerasHub loads experts as float" in codes
+    assert f"{found.below_floor} of 8 had fewer than four for each input" in tokens
+    int8 = planned_for("Mixtral", "int8")
+    store = fresh()
+    execute(int8, store)
+    records = [PartRecord.from_json(store.get(key)) for key in store.list("records/")]
+    uncalibrated = ExpertSummary.of(int8.plan, records)
+    assert uncalibrated is not None
+    assert uncalibrated.tokens is None
+    assert len(uncalibrated.rows()) == 1
 
 
 def test_damaged_codes_are_found_made_again_and_collected() -> None:
