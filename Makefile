@@ -19,7 +19,7 @@ CUDA   := $(VENV)/.cuda
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv venv-gpu torch test test-all test-s3 test-serve lint format demo bench check-cuda lock clean
+.PHONY: help venv venv-gpu torch test test-all test-s3 test-serve lint format demo bench check-cuda check-gpu lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "%-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -105,6 +105,9 @@ demo: $(READY)  ## quantize a real language model, evaluate it, and generate wit
 
 check-cuda: $(CUDA)  ## compile the programs of an 8B block for an H100, on any machine (installs 5 GB)
 	$(BIN)/python -m tests.cuda.programs
+
+check-gpu: $(CUDA)  ## on a GPU, in eight minutes: right, the same twice, how fast, how much memory
+	$(BIN)/python -m tests.cuda.check out/check-gpu
 
 bench: $(READY)  ## time the solver
 	$(BIN)/python -m tests.benchmarks.solver

@@ -106,6 +106,13 @@ class Compute:
             found = executor.run_each(found_device_memory, [()] * executor.num_processes)
             check_device_memory(costs, found)
 
+    def device_peak_bytes(self) -> int | None:
+        """The most that any worker has used of its GPU so far; None if there are none."""
+        if not self.allocation.gpus:
+            return None
+        found = self.executor.run_each(found_device_memory, [()] * self.executor.num_processes)
+        return max((x.peak_bytes for x in found if x.peak_bytes is not None), default=None)
+
     def plan(self, work: Callable[[FunctionRunner], _T], *, with_workers: bool = True) -> _T:
         """Do work that needs JAX and Keras but no plan, and start the workers meanwhile.
 
@@ -294,6 +301,8 @@ class Execution:
 
     Attributes:
         wall_seconds: that it took, evaluation aside.
+        device_peak_bytes: the most that a worker used of its GPU; None without one, or if nothing
+            was done.
     """
 
     plan: Plan
@@ -301,6 +310,7 @@ class Execution:
     manifest: Manifest
     log: EventLog
     wall_seconds: float
+    device_peak_bytes: int | None
 
     def summarize(self, costs: Estimate, fidelity: Fidelity | None) -> Summary:
         """Sum it up, in the run's event log too."""
@@ -311,6 +321,7 @@ class Execution:
             costs,
             self.log.seconds,
             wall_seconds=self.wall_seconds,
+            device_peak_bytes=self.device_peak_bytes,
             fidelity=fidelity,
         )
         self.log.close(summary.to_dict())
@@ -351,4 +362,11 @@ def execute(
                 check_lease=held.check,
             )
     seconds = time.monotonic() - start
-    return Execution(plan=plan, store=store, manifest=manifest, log=log, wall_seconds=seconds)
+    return Execution(
+        plan=plan,
+        store=store,
+        manifest=manifest,
+        log=log,
+        wall_seconds=seconds,
+        device_peak_bytes=None if held is None else compute.device_peak_bytes(),
+    )

@@ -61,6 +61,8 @@ class Summary:
         wall_seconds: duration of this invocation without evaluation.
         seconds: worker seconds by stage in this invocation.
         flops: estimate of the plan.
+        device_bytes: estimate of the most that a worker needs of its GPU; 0 on CPUs.
+        device_peak_bytes: what it was in this invocation; None on CPUs, or if nothing was done.
         left_in_float: reason by layer path; layer_notes: what to know of a layer that was
             quantized.
         notes: the plan's.
@@ -92,6 +94,8 @@ class Summary:
     seconds: dict[str, float]
     flops: float
     fidelity: Fidelity | None
+    device_bytes: int = 0
+    device_peak_bytes: int | None = None
 
     @classmethod
     def of(
@@ -104,6 +108,7 @@ class Summary:
         *,
         wall_seconds: float,
         fidelity: Fidelity | None,
+        device_peak_bytes: int | None = None,
     ) -> Summary:
         """Summarize a finished run from its records."""
         records = [
@@ -148,6 +153,8 @@ class Summary:
             wall_seconds=wall_seconds,
             seconds=dict(seconds),
             flops=costs.flops,
+            device_bytes=costs.device_bytes,
+            device_peak_bytes=device_peak_bytes,
             fidelity=fidelity,
         )
 
@@ -278,6 +285,11 @@ def summary_table(summary: Summary) -> RenderableType:
             facts.add_row(
                 "flops", f"{count(summary.flops)}, {count(summary.flops / work)} a second"
             )
+    if summary.device_peak_bytes is not None:
+        facts.add_row(
+            "peak of a GPU",
+            f"{size(summary.device_peak_bytes)} of about {size(summary.device_bytes)} estimated",
+        )
     facts.add_row("manifest", f"sha256 {summary.manifest_sha256}")
     notes = [
         *left_in_float(summary.left_in_float),

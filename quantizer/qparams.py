@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -35,7 +36,16 @@ def contiguous_groups(in_features: int, group_size: int) -> NDArray[np.int32]:
     return (np.arange(in_features) // size).astype(np.int32)
 
 
-@program(static_argnames=("weight_bits", "group_size", "symmetric", "search", "scale_dtype"))
+@program(
+    static_argnames=(
+        "weight_bits",
+        "group_size",
+        "symmetric",
+        "search",
+        "scale_dtype",
+        "together",
+    )
+)
 def find_grid(
     weight_CR: Array,
     energy_CR: Array,
@@ -45,6 +55,7 @@ def find_grid(
     symmetric: bool,
     search: bool,
     scale_dtype: str,
+    together: bool = False,
 ) -> tuple[Array, Array]:
     """Scale and zero point of each group, from the weights before any is quantized.
 
@@ -57,6 +68,7 @@ def find_grid(
         energy_CR: weight of each squared error, [in_features, 1] or [in_features, out_features].
         scale_dtype: dtype in which the scale will be stored; it is rounded to it first, so
             that codes are found on the very grid that will be read back.
+        together: all groups at once, as a GPU does best, instead of each while it is in cache.
 
     Returns:
         scale_GR and zero_GR, [groups, out_features], float32 (zero points are whole).
@@ -76,7 +88,8 @@ def find_grid(
         scale_dtype=scale_dtype,
     )
     # One group at a time: all its shrunk ranges are tried while it is in cache.
-    grid: tuple[Array, Array] = lax.map(of_group, (weight_GSR, energy_GSR))
+    of_groups = jax.vmap(of_group) if together else partial(lax.map, of_group)
+    grid: tuple[Array, Array] = of_groups((weight_GSR, energy_GSR))
     return grid
 
 

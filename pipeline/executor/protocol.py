@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -100,11 +101,13 @@ class DeviceMemory:
     Attributes:
         node, kind: where it is, and what it is.
         num_bytes: None where the device does not say, as a CPU, whose memory is the node's.
+        peak_bytes: the most of it that was in use so far; None likewise.
     """
 
     node: str
     kind: str
     num_bytes: int | None
+    peak_bytes: int | None = None
 
 
 class Handle(Generic[T]):
@@ -116,10 +119,28 @@ def argument(handle: Handle[T]) -> T:
     return cast(T, handle)
 
 
-def concurrent(method: Callable[P, T]) -> Callable[P, T]:
-    """Mark a protocol's method that may run beside a worker's other calls."""
-    method.__dict__["concurrent"] = True
-    return method
+ConcurrencyGroup = Literal["read", "commit"]
+"""Calls that wait for storage, and so run beside those that compute."""
+
+
+def concurrent(group: ConcurrencyGroup) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Mark a protocol's method that may run beside a worker's other calls.
+
+    Args:
+        group: its calls wait for each other, in the order in which a worker was given them, and
+            for no other call.
+    """
+
+    def mark(method: Callable[P, T]) -> Callable[P, T]:
+        method.__dict__["concurrency_group"] = group
+        return method
+
+    return mark
+
+
+def group_of(method: Callable[..., object]) -> ConcurrencyGroup | None:
+    """The group of a `concurrent` method; None for others, which run one after another."""
+    return method.__dict__.get("concurrency_group")
 
 
 class FunctionRunner(Protocol):
@@ -161,8 +182,8 @@ class Executor(FunctionRunner, Protocol):
     ) -> Handle[T]:
         """Call a worker's method, named by its protocol's.
 
-        A worker runs one call at a time, and beside it one of a `concurrent` method. Handles among
-        the arguments (see `argument`) are replaced by their results.
+        A worker runs one call at a time, and beside it one of each group of `concurrent` methods.
+        Handles among the arguments (see `argument`) are replaced by their results.
         """
 
     def fetch(self, handles: Sequence[Handle[T]]) -> list[T]:
@@ -181,10 +202,11 @@ class Executor(FunctionRunner, Protocol):
 
 
 class TimedWorker:
-    """Calls a worker's methods by name and adds up how long they take."""
+    """Calls a worker's methods by name and adds up how long they take, from several threads."""
 
     def __init__(self, worker: object) -> None:
         self._worker = worker
+        self._lock = threading.Lock()
         self._seconds: Counter[str] = Counter()
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
@@ -192,8 +214,11 @@ class TimedWorker:
         try:
             return getattr(self._worker, method)(*args, **kwargs)
         finally:
-            self._seconds[method] += time.perf_counter() - start  # type: ignore[assignment]
+            seconds = time.perf_counter() - start
+            with self._lock:
+                self._seconds[method] += seconds  # type: ignore[assignment]
 
     def take_seconds(self) -> dict[str, float]:
-        taken, self._seconds = self._seconds, Counter()
+        with self._lock:
+            taken, self._seconds = self._seconds, Counter()
         return dict(taken)

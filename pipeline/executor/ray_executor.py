@@ -10,24 +10,25 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, cast
+from typing import Any, Concatenate, cast, get_args
 
 import ray
 
 from pipeline.executor.protocol import (
     Allocation,
+    ConcurrencyGroup,
     ExecutorError,
     Handle,
     P,
     T,
     TimedWorker,
     WorkerLostError,
+    group_of,
 )
 from pipeline.executor.ray_calls import PING_GROUP, Call, PendingCalls, ask_all, result_of
 from pipeline.executor.ray_cluster import GcsMonitor
 from pipeline.executor.worker_environment import worker_environment
 
-_CONCURRENT_GROUP = "concurrent"
 _MOST_RUNS = 4
 _WAIT_SECONDS = 1.0
 _PING_SECONDS = 5.0
@@ -72,8 +73,8 @@ class RayExecutor:
             "max_task_retries": 0,
             # A lost call holds up no other; a call that must come later is given its result.
             "allow_out_of_order_execution": True,
-            # The next block is read while this one is solved.
-            "concurrency_groups": {_CONCURRENT_GROUP: 1, PING_GROUP: 1},
+            # While a block is solved, the next one is read and the one before it committed.
+            "concurrency_groups": dict.fromkeys([*get_args(ConcurrencyGroup), PING_GROUP], 1),
             "runtime_env": {"env_vars": worker_environment(allocation)},
         }
         actor: Any = ray.remote(**options)(_WorkerActor)
@@ -122,8 +123,9 @@ class RayExecutor:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> Handle[T]:
-        group = _CONCURRENT_GROUP if "concurrent" in method.__dict__ else None
-        actor_method = self._actors[worker].call.options(num_returns=2, concurrency_group=group)
+        actor_method = self._actors[worker].call.options(
+            num_returns=2, concurrency_group=group_of(method)
+        )
         return self._calls.submit(
             Call(worker=worker, method=actor_method, args=(method.__name__, *args), kwargs=kwargs)
         )
@@ -241,7 +243,7 @@ class _WorkerActor:
         os.chdir(folder if Path(folder).is_dir() else "/")
         self._open_worker = start_worker()
         self._timed: TimedWorker | None = None
-        # Of a call and a concurrent one beside it.
+        # Of a call and the concurrent ones beside it.
         self._lock = threading.Lock()
         self._num_calls = 0
         self._incarnation = secrets.token_hex(8)

@@ -20,8 +20,10 @@ _BLOCK_COPIES = 5
 _REST_COPIES = 3
 # A solve holds weight and Hessian about three times (`tests.benchmarks.memory`).
 _SOLVE_COPIES = 3
-# A micro-batch's Gram while it is added to a shard's, besides one sum per level of the tree.
-_GRAM_COPIES = 6
+# Of a Gram, what a worker holds until it is solved: the bands from the diagonal on.
+_HELD_GRAM = 10 / 16
+# A shard's Gram and a micro-batch's while that is added, besides one sum per level of the tree.
+_GRAM_COPIES = 3
 # A micro-batch inside a layer, and its attention's scores before and after the softmax; on a GPU
 # twice whatever is the largest array, as the compiler reports for blocks of 8B.
 _LAYER_COPIES = 4
@@ -35,8 +37,8 @@ _UNEVEN = 2
 _DEVICE_PROGRAMS_BYTES = 512 << 20
 # The block with the kernels that are solved so far, and as it was before.
 _DEVICE_BLOCK_COPIES = 2
-# A shard's sum, a micro-batch's, and their sum.
-_DEVICE_GRAM_COPIES = 3
+# The same, without the gaps that memory on the host has.
+_DEVICE_GRAM_COPIES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +124,12 @@ def _worker_bytes(plan: Plan, workers: int) -> int:
     if plan.tokens is None:
         return _PROCESS_BYTES + weights + solve
     held = _calibration(plan, workers)
-    grams = (_GRAM_COPIES + len(plan.tokens.shards).bit_length()) * held.gram_bytes
+    grams = int((_GRAM_COPIES + _HELD_GRAM * held.levels) * held.gram_bytes)
     return (
         _PROCESS_BYTES
         + _PROGRAMS_BYTES
         + weights
-        + max(solve, grams)
+        + max(solve + int(_HELD_GRAM * held.gram_bytes), grams)
         + held.activation_bytes
         + held.transient_bytes
     )
@@ -141,10 +143,11 @@ def _device_bytes(plan: Plan, workers: int) -> int:
     if plan.tokens is None:
         return _DEVICE_PROGRAMS_BYTES + weights + solve
     held = _calibration(plan, workers)
+    grams = int((_DEVICE_GRAM_COPIES + _HELD_GRAM * held.levels) * held.gram_bytes)
     return (
         _DEVICE_PROGRAMS_BYTES
         + weights
-        + max(solve, _DEVICE_GRAM_COPIES * held.gram_bytes)
+        + max(solve + int(_HELD_GRAM * held.gram_bytes), grams)
         + held.activation_bytes
         + held.transient_bytes
     )
@@ -156,11 +159,13 @@ class _Calibration:
 
     Attributes:
         gram_bytes: of the largest Gram.
+        levels: of the tree that sums are merged in, each of which may hold one.
         activation_bytes: of all its windows between two stages of a block.
         transient_bytes: of a micro-batch inside a layer.
     """
 
     gram_bytes: int
+    levels: int
     activation_bytes: int
     transient_bytes: int
 
@@ -181,6 +186,7 @@ def _calibration(plan: Plan, workers: int) -> _Calibration:
     return _Calibration(
         gram_bytes=max((_gram_size(*one) for one in _hessian_groups(plan)), default=0)
         * _FLOAT_BYTES,
+        levels=held.bit_length(),
         # Hidden states, residuals, and the input of the layers.
         activation_bytes=windows
         * tokens.sequence_length

@@ -1,17 +1,31 @@
 """The driver of one run: a plan carried out block by block, each committed as soon as it is solved.
 
 It holds no arrays and no Keras. Storage decides where it starts, so resuming is running.
+
+While a block is calibrated and solved, the next one is read and the one before it committed. Its
+own commit begins, and calibration shards leave it, once the one before is committed: whatever dies,
+at most one block has to be solved again besides the one under way, and no shard is further ahead.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Concatenate
 
 from pipeline.errors import DamagedObjectError, PipelineError, PlanMismatchError
-from pipeline.executor.protocol import Executor, ExecutorError, P, T, WorkerLostError, argument
+from pipeline.executor.protocol import (
+    Executor,
+    ExecutorError,
+    Handle,
+    P,
+    T,
+    WorkerLostError,
+    argument,
+)
 from pipeline.plan import PLAN_KEY, LayerPlan, Plan, read_plan
 from pipeline.reduction import join, split
 from pipeline.run import activations
@@ -97,7 +111,8 @@ def quantize(
         store: opened at the run's root.
         keep_every: blocks between activations kept in storage.
         check_lease: raises if another driver has taken over; called before anything is moved or
-            deleted, and before every block.
+            deleted, and before a block's commit begins, when no other is under way: a driver
+            commits at most one block after it has lost its lease.
 
     Raises:
         PipelineError: what repetition does not mend; resuming goes on from the last block.
@@ -122,6 +137,11 @@ def quantize(
                     report(Step(event="fewer", text=change))
             else:
                 report(Step(event="damaged", text=f"{error}; it is recomputed"))
+        except Exception:
+            # What is solved need not be solved again by the run that resumes.
+            with suppress(PipelineError, WorkerLostError):
+                drive.settle()
+            raise
 
 
 def _give_up(error: Exception) -> PipelineError:
@@ -136,6 +156,19 @@ def _give_up(error: Exception) -> PipelineError:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Commit:
+    """The commit of a block, which may go on while the next block is under way.
+
+    Attributes:
+        record: what the commit returns.
+        seconds: of work on the block, by stage.
+    """
+
+    record: Handle[PartRecord]
+    seconds: Counter[str]
+
+
 @dataclass
 class _Drive:
     """See `quantize` for the fields that it is given.
@@ -143,6 +176,8 @@ class _Drive:
     Attributes:
         records: of the parts committed, as far as the current attempt has come.
         subtrees: of the reduction over calibration shards, by the worker that holds these.
+        committing: the part whose commit has begun, and whose record has not arrived.
+        seconds: of work by stage that no report has named yet.
     """
 
     plan: Plan
@@ -153,10 +188,13 @@ class _Drive:
     check_lease: Callable[[], None]
     records: dict[int, PartRecord] = field(default_factory=dict, init=False)
     subtrees: list[list[range]] = field(default_factory=list, init=False)
+    committing: int | None = field(default=None, init=False)
+    seconds: Counter[str] = field(default_factory=Counter, init=False)
 
     def attempt(self, *, verify: bool) -> Manifest:
         """Go from where storage stands to the manifest."""
         self.records = {}
+        self.settle()
         self._find_committed(verify=verify)
         self._quantize_alone()
         if self.plan.chained:
@@ -164,8 +202,19 @@ class _Drive:
         [manifest] = self.executor.fetch(
             [self.executor.submit(0, WorkerApi.finalize, self.records)]
         )
-        self.report(Step(event="sealed", seconds=self.executor.take_seconds()))
+        self.report(Step(event="sealed", seconds=dict(self._take_seconds())))
         return manifest
+
+    def settle(self) -> None:
+        """Wait for the commit that an attempt left under way, so that storage tells how it ended.
+
+        Raises:
+            WorkerLostError: its worker was lost.
+        """
+        if self.committing is not None:
+            # Workers may have been numbered anew since.
+            workers = range(self.executor.num_workers)
+            self.executor.fetch([self.executor.submit(w, WorkerApi.settle) for w in workers])
 
     def _find_committed(self, *, verify: bool) -> None:
         found = committed_parts(
@@ -180,15 +229,25 @@ class _Drive:
         if found.findings:
             self.check_lease()
             quarantine(self.store, found.findings)
+        if self.committing in found.parts:
+            self._committed(found.parts[self.committing], self._take_seconds())
+        self.committing = None
         if found.parts:
             text = f"{len(found.parts)} of {len(self.plan.parts)} parts were committed before"
             self.report(Step(event="resumed", parts=tuple(found.parts), text=text))
         self.records |= found.parts
 
-    def _committed(self, record: PartRecord) -> None:
+    def _committed(self, record: PartRecord, seconds: Mapping[str, float]) -> None:
         self.records[record.part] = record
-        seconds = self.executor.take_seconds()
-        self.report(Step(event="committed", part=record.part, record=record, seconds=seconds))
+        self.committing = None
+        spent = dict(seconds)
+        self.report(Step(event="committed", part=record.part, record=record, seconds=spent))
+
+    def _take_seconds(self) -> Counter[str]:
+        """Seconds of work by stage that no report has named yet, and no longer count."""
+        self.seconds.update(self.executor.take_seconds())
+        taken, self.seconds = self.seconds, Counter()
+        return taken
 
     def _quantize_alone(self) -> None:
         """Quantize parts that depend on no other: all without calibration, else only part 0."""
@@ -201,7 +260,7 @@ class _Drive:
                 for worker, part in enumerate(wave)
             ]
             for record in self.executor.fetch(handles):
-                self._committed(record)
+                self._committed(record, self._take_seconds())
 
     def _quantize_in_turn(self) -> None:
         """Quantize the blocks, each calibrated on the output of the quantized ones before it."""
@@ -222,25 +281,47 @@ class _Drive:
         executor.fetch(
             [executor.submit(w, WorkerApi.restore, first, shards[w], start) for w in shards]
         )
+        commit: _Commit | None = None
         for block in range(first, plan.num_blocks):
-            self.check_lease()
             last = block + 1 == plan.num_blocks
             following = values if last else self._read(block + 1)
             solved = self._solve(block, values)
-            previous = self.records[block].record_sha256 if block else ""
-            record = executor.submit(
-                block % executor.num_workers, WorkerApi.commit, block + 1, previous, values, *solved
-            )
-            moved = [
-                executor.submit(w, WorkerApi.propagate, block, shards[w], values, *solved)
-                for w in shards
-                if not last
-            ]
-            self._committed(executor.fetch([record])[0])
-            executor.fetch(moved)
-            if not last and (block + 1) % self.keep_every == 0:
-                self._keep(block + 1, shards)
+            if commit is not None:
+                self._conclude(commit)
+                if block % self.keep_every == 0:
+                    self._keep(block, shards)
+            record = self._begin_commit(block, values, solved)
+            if last:
+                executor.fetch([record])
+            else:
+                executor.fetch(
+                    [
+                        executor.submit(w, WorkerApi.propagate, block, shards[w], values, *solved)
+                        for w in shards
+                    ]
+                )
+            commit = _Commit(record=record, seconds=self._take_seconds())
             values = following
+        assert commit is not None
+        self._conclude(commit)
+
+    def _begin_commit(
+        self, block: int, values: Values, solved: Sequence[list[SolvedLayer]]
+    ) -> Handle[PartRecord]:
+        """Submit a block's commit; no other may be under way."""
+        self.check_lease()
+        self.committing = block + 1
+        previous = self.records[block].record_sha256 if block else ""
+        worker = block % self.executor.num_workers
+        return self.executor.submit(worker, WorkerApi.commit, block + 1, previous, values, *solved)
+
+    def _conclude(self, commit: _Commit) -> None:
+        """Wait for a block's record."""
+        [record] = self.executor.fetch([commit.record])
+        self.seconds.update(self.executor.take_seconds())
+        # All else that took time meanwhile was for the next block.
+        commit.seconds["commit"] += self.seconds.pop("commit", 0)
+        self._committed(record, commit.seconds)
 
     def _submit(
         self,
@@ -254,12 +335,14 @@ class _Drive:
 
     def _read(self, block: int) -> Values:
         """Have a block's arrays read, while the workers do other things."""
-        # By the worker that commits the block before, whose other work is short.
-        worker = (block - 1 if block else 0) % self.executor.num_workers
+        worker = block % self.executor.num_workers
         return self._submit(worker, WorkerApi.read, block + 1)
 
     def _keep(self, block: int, shards: dict[int, list[int]]) -> None:
-        """Store the activations that enter a block, and delete those stored before."""
+        """Store the activations that enter a block, and delete those stored before.
+
+        The block before must be committed, and the shards must not have left this one.
+        """
         kept = self.executor.fetch(
             [self.executor.submit(w, WorkerApi.keep, block, shards[w]) for w in shards]
         )

@@ -123,7 +123,7 @@ class WorkerApi(Protocol):
     sums over them, which `capture` does.
     """
 
-    @concurrent
+    @concurrent("read")
     def read(self, part: int) -> Values:
         """Read the source's arrays of one part."""
 
@@ -188,6 +188,7 @@ class WorkerApi(Protocol):
     ) -> list[SolvedLayer]:
         """Put layers together whose slices several workers solved."""
 
+    @concurrent("commit")
     def commit(
         self, part: int, previous: str, values: Values, *solved: Sequence[SolvedLayer]
     ) -> PartRecord:
@@ -197,6 +198,10 @@ class WorkerApi(Protocol):
             previous: digest of the record of the block before; "" where there is none.
             solved: the results for all of the part's layers with a scheme.
         """
+
+    @concurrent("commit")
+    def settle(self) -> None:
+        """Wait until no commit that was begun before is under way."""
 
     def propagate(
         self, block: int, shards: Sequence[int], values: Values, *solved: Sequence[SolvedLayer]

@@ -37,6 +37,9 @@ class Hdf5Weights:
     def file_names(self) -> tuple[str, ...]:
         return tuple(sorted({name for _, files in self._locations.values() for name in files}))
 
+    def prepare(self) -> None:
+        _ = self._locations
+
     def locate(self, paths: tuple[str, ...]) -> dict[str, SourceVariable]:
         return self._visit(paths, lambda variable, _: variable)
 

@@ -61,6 +61,9 @@ class SafetensorsWeights:
         """Names of all tensors in the files."""
         return tuple(sorted(self._tensors))
 
+    def prepare(self) -> None:
+        _ = self._conversions, self._variables
+
     def locate(self, paths: tuple[str, ...]) -> dict[str, SourceVariable]:
         return {path: self._locate(path) for path in paths}
 

@@ -44,6 +44,14 @@ class Source:
             )
         return tuple(paths)
 
+    def prepare(self) -> None:
+        """Find out what every reading needs, after which several threads may read.
+
+        Raises: as for `variables`.
+        """
+        _ = self.paths, self._dtypes
+        self.weights.prepare()
+
     def variables(self) -> Mapping[str, SourceVariable]:
         """Where each variable is stored, checked for shape and dtype.
 

@@ -40,6 +40,9 @@ class SourceVariable:
 class WeightFiles(Protocol):
     """The weights of one preset in one format."""
 
+    def prepare(self) -> None:
+        """Find out what every reading needs, after which several threads may read."""
+
     def locate(self, paths: tuple[str, ...]) -> dict[str, SourceVariable]:
         """Find variables and check their shapes and dtypes, without reading their values."""
 

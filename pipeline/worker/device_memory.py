@@ -22,6 +22,7 @@ def device_memory() -> DeviceMemory:
         node=platform.node(),
         kind=str(device.device_kind),
         num_bytes=statistics.get("bytes_limit"),
+        peak_bytes=statistics.get("peak_bytes_in_use"),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -33,8 +34,12 @@ from pipeline.worker.block_program import BlockProgram
 class ModelState:
     """A plan's model in this process; all of it can be rebuilt from plan and source.
 
+    One thread may compute while another reads and a third uses `parts`.
+
     Attributes:
         skeleton: the source, in its own dtype.
+        graph: the model that is calibrated, which computes in the plan's dtype.
+        parts: what each file of the artifact holds.
     """
 
     def __init__(self, plan: Plan, source_url: str) -> None:
@@ -42,13 +47,13 @@ class ModelState:
         self._preset = read_preset(source_url).in_dtype(plan.recipe.dtype)
         self.skeleton = build_skeleton(self._preset)
         self._source = open_source(self._preset, self.skeleton)
+        self._preparing = threading.Lock()
+        # Now, while there is one thread: Keras must not build one model while it traces another,
+        # and all that a worker does needs them.
+        self.graph: BlockGraph = find_blocks(self._forward_skeleton)
+        self.parts: tuple[Part, ...] = self._cut_parts()
         self._programs: dict[tuple[Any, ...], BlockProgram] = {}
         self._functions: dict[int, Any] = {}
-
-    @cached_property
-    def graph(self) -> BlockGraph:
-        """The model that is calibrated, which computes in the plan's dtype."""
-        return find_blocks(self._forward_skeleton)
 
     @cached_property
     def _forward_skeleton(self) -> Skeleton:
@@ -84,9 +89,7 @@ class ModelState:
         artifact = self._quantized_skeleton(base)
         return (source, graph), (artifact, find_blocks(artifact))
 
-    @cached_property
-    def parts(self) -> tuple[Part, ...]:
-        """What each file of the artifact holds."""
+    def _cut_parts(self) -> tuple[Part, ...]:
         quantized = self._quantized_skeleton(self._base_policy)
         # By name, which all skeletons of a preset share; finding the blocks again takes long.
         layers = [quantized.backbone.get_layer(block.name) for block in self.graph.blocks]
@@ -113,11 +116,13 @@ class ModelState:
         return {target.path: target for target in targets}
 
     def read(self, part: int) -> dict[str, NDArray[Any]]:
-        """The source's arrays of one part, by variable path.
+        """The source's arrays of one part, by variable path; threads may read side by side.
 
         Raises:
             SourceError: they cannot be read, or are not those that the plan was made for.
         """
+        with self._preparing:
+            self._source.prepare()
         if part:
             values = self._source.read_layer(self.graph.blocks[part - 1].layer)
         else:

@@ -190,6 +190,9 @@ class Worker(WorkerApi):
         commit_part(self._store, record, files)
         return record
 
+    def settle(self) -> None:
+        """Do nothing: that this is called means that the commits before it have ended."""
+
     @device_errors()
     def propagate(
         self, block: int, shards: Sequence[int], values: Values, *solved: Sequence[SolvedLayer]

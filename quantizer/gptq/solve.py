@@ -2,7 +2,7 @@
 
 The steps for layers of one input: factor their Hessian (`quantizer.gptq.factor`), find each
 slice's grid from the weights as given (`quantizer.qparams`), solve the slices two at a time
-(`quantizer.gptq.column_loop`), and join a weight's slices.
+(`quantizer.gptq.path`), and join a weight's slices. On a GPU slices are stacked first.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
-from quantizer.gptq.column_loop import Columns, SolvedSlice, round_slice, solve_slice
-from quantizer.gptq.factor import Factor, arrange, factorize, factorize_shifted
-from quantizer.gptq.refine import damped_hessian, refine_slice
+from quantizer.gptq.bands import pack, split, stacked
+from quantizer.gptq.column_loop import Columns, SolvedSlice, round_slice
+from quantizer.gptq.factor import Blocks, Factor, arrange, factorize
+from quantizer.gptq.path import Path, path_of
 from quantizer.hessian import HessianSum, energy_with_unseen
 from quantizer.problem import LayerProblem, RowGroups
 from quantizer.qparams import contiguous_groups, find_grid
 from quantizer.result import Float32, GroupedWeight, SolveReport, SolveResult, relative_error
 from quantizer.schemes import GPTQScheme
 
-_BAND = 32
+_STRIPE = 32
 _LARGEST_SLICE = 512
 _LARGEST_WIDE_SLICE = 256
 _WIDE = 1024
-_LARGEST_SLICE_ON_GPU = 16384
 _SLICE_STEP = 32
 # While one slice is in its column loop on one core, another's products keep the rest busy.
 _CONCURRENT_SLICES = 2
@@ -46,24 +46,24 @@ class Grid:
     group_C: NDArray[np.int32]
 
 
+def this_path() -> Path:
+    """How this machine solves."""
+    return path_of(jax.default_backend())
+
+
 def row_slices(out_features: int, in_features: int) -> list[tuple[int, int]]:
     """The fixed slices [a, b) of output channels that are solved independently.
 
     They depend on the type of machine and the weight's shape alone: a product's rounding depends
     on its shape, and any worker that solves a slice must get the same bits. On a CPU a slice's
     panel stays in cache, two slices take less memory than the Hessian, and all are of about one
-    size; a GPU is fastest with large ones.
+    size; for GPUs see `path.BAND`.
     """
-    if jax.default_backend() != "cpu":
-        largest = _LARGEST_SLICE_ON_GPU
-    else:
-        largest = _LARGEST_WIDE_SLICE if in_features > _WIDE else _LARGEST_SLICE
+    band = this_path().band
+    largest = band or (_LARGEST_WIDE_SLICE if in_features > _WIDE else _LARGEST_SLICE)
     count = -(-out_features // largest)
     size = -(-out_features // (count * _SLICE_STEP)) * _SLICE_STEP
     return [(a, min(a + size, out_features)) for a in range(0, out_features, size)]
-
-
-_Blocks = tuple[tuple[Array, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,24 +77,28 @@ class SharedInput:
             columns for an error at column k, which then costs its pivot D_k and not the diagonal
             H_kk. Without a factor nothing is corrected. An input that calibration never saw costs
             what the others do on average: it may well be used by other text.
+        path: how it was factored, and all of it is solved.
     """
 
     hessian: HessianSum
     scheme: GPTQScheme
     factor: Factor | None
-    damped: _Blocks
+    damped: Blocks
     energy_C: Float32
+    path: Path
 
 
 def share_input(hessian: HessianSum, scheme: GPTQScheme) -> SharedInput:
     """Factor the Hessian of an input, once for all of its layers."""
+    path = this_path()
     factor = factorize(
         jnp.asarray(hessian.gram_CC),
         hessian.num_rows,
         hessian_damping=scheme.hessian_damping,
         activation_order=scheme.activation_order,
+        shifted=path.factorize,
     )
-    damped: _Blocks = ()
+    damped: Blocks = ()
     energy_C: Float32 = hessian.diagonal() * np.float32(2 / hessian.num_rows)
     dead_C = energy_C == 0
     if factor is not None:
@@ -103,8 +107,9 @@ def share_input(hessian: HessianSum, scheme: GPTQScheme) -> SharedInput:
         energy_C, dead_C = pivot_C[: energy_C.shape[0]], factor.dead_C
         if scheme.refinement_sweeps:
             rows = jnp.float32(hessian.num_rows)
-            damped = damped_hessian(jnp.asarray(hessian.gram_CC), rows, factor.shift)
-    return SharedInput(hessian, scheme, factor, damped, energy_with_unseen(energy_C, dead_C))
+            damped = path.damp(jnp.asarray(hessian.gram_CC), rows, factor.shift)
+    energy_C = energy_with_unseen(energy_C, dead_C)
+    return SharedInput(hessian, scheme, factor, damped, energy_C, path)
 
 
 def grid_of(weight_RC: Float32, energy_RC: Float32, scheme: GPTQScheme, scale_dtype: str) -> Grid:
@@ -113,18 +118,18 @@ def grid_of(weight_RC: Float32, energy_RC: Float32, scheme: GPTQScheme, scale_dt
     Args:
         energy_RC: weight of each squared error, [1 or out_features, in_features].
     """
-    parts = [
-        _find_grid(
-            jnp.asarray(weight_RC[a:b].T),
-            jnp.asarray(energy_RC[a:b].T if len(energy_RC) > 1 else energy_RC.T),
-            scheme,
-            scale_dtype,
-        )
-        for a, b in row_slices(*weight_RC.shape)
-    ]
+    band = this_path().band
+
+    def of_rows(a: int, b: int) -> tuple[Array, Array]:
+        energy_CR = stacked([energy_RC[a:b]], band) if len(energy_RC) > 1 else energy_RC.T
+        weight_CR = jnp.asarray(stacked([weight_RC[a:b]], band))
+        return _find_grid(weight_CR, jnp.asarray(energy_CR), scheme, scale_dtype)
+
+    bounds = row_slices(*weight_RC.shape)
+    parts = [(b - a, *of_rows(a, b)) for a, b in bounds]
     return Grid(
-        np.concatenate([np.asarray(scale_GR).T for scale_GR, _ in parts]),
-        np.concatenate([np.asarray(zero_GR).T for _, zero_GR in parts]),
+        np.concatenate([np.asarray(scale_GR).T[:height] for height, scale_GR, _ in parts]),
+        np.concatenate([np.asarray(zero_GR).T[:height] for height, _, zero_GR in parts]),
         contiguous_groups(weight_RC.shape[1], scheme.group_size),
     )
 
@@ -140,6 +145,7 @@ def _find_grid(
         symmetric=scheme.symmetric,
         search=scheme.scale_search,
         scale_dtype=scale_dtype,
+        together=this_path().band is not None,
     )
 
 
@@ -162,35 +168,40 @@ class SolvedRows:
 
 def solve_on_grid(weight_RC: Float32, shared: SharedInput, grid: Grid) -> SolvedRows:
     """Solve one slice of output channels on a given grid."""
-    hessian, factor = shared.hessian, shared.factor
+    band = shared.path.band
     columns = Columns(
-        jnp.asarray(weight_RC.T),
+        jnp.asarray(stacked([weight_RC], band)),
         jnp.asarray(grid.group_C),
-        jnp.asarray(grid.scale_RG.T),
-        jnp.asarray(grid.zero_RG.T),
+        jnp.asarray(stacked([grid.scale_RG], band, filling=1.0)),
+        jnp.asarray(stacked([grid.zero_RG], band)),
     )
-    if factor is None:
-        hessian_CC = jnp.asarray(hessian.gram_CC) * (2.0 / hessian.num_rows)
-        solved = round_slice(columns, hessian_CC, weight_bits=shared.scheme.weight_bits)
-    else:
-        solved = _solve_columns(columns, factor, shared.damped, shared.scheme)
-    return SolvedRows(
-        solved=jax.device_get(solved),
-        grid=grid,
-        damping=None if factor is None else factor.damping,
-        dead_inputs=int(np.sum(hessian.diagonal() == 0)),
-        num_rows=hessian.num_rows,
-    )
+    return _solve_columns(columns, shared, [len(weight_RC)])[0]
 
 
 def _solve_columns(
-    columns: Columns, factor: Factor, damped: _Blocks, scheme: GPTQScheme
-) -> SolvedSlice:
-    bits, sweeps = scheme.weight_bits, scheme.refinement_sweeps
-    solved = solve_slice(columns, factor, weight_bits=bits)
-    if not sweeps:
-        return solved
-    return refine_slice(solved, columns, factor, damped, weight_bits=bits, sweeps=sweeps)
+    columns: Columns, shared: SharedInput, heights: Sequence[int]
+) -> list[SolvedRows]:
+    """Solve a stack of slices of these heights."""
+    hessian, scheme, factor = shared.hessian, shared.scheme, shared.factor
+    if factor is None:
+        hessian_CC = jnp.asarray(hessian.gram_CC) * (2.0 / hessian.num_rows)
+        solved = round_slice(columns, hessian_CC, weight_bits=scheme.weight_bits)
+    else:
+        solved = shared.path.solve_columns(columns, factor, shared.damped, scheme)
+    group_C, scale_GR, zero_GR = jax.device_get(columns[1:])
+    ends = np.cumsum(heights)
+    return [
+        SolvedRows(
+            solved=part,
+            grid=Grid(scale_GR.T[b - height : b], zero_GR.T[b - height : b], group_C),
+            damping=None if factor is None else factor.damping,
+            dead_inputs=int(np.sum(hessian.diagonal() == 0)),
+            num_rows=hessian.num_rows,
+        )
+        for part, b, height in zip(
+            split(jax.device_get(solved), heights), ends, heights, strict=True
+        )
+    ]
 
 
 def cut_rows(layer: LayerProblem) -> list[LayerProblem]:
@@ -201,13 +212,27 @@ def cut_rows(layer: LayerProblem) -> list[LayerProblem]:
 
 def solve_slices(slices: Sequence[LayerProblem], shared: SharedInput) -> list[SolvedRows]:
     """Solve row slices, of one layer or of several, that share an input."""
+    path, scheme = shared.path, shared.scheme
+    energy_C1 = jnp.asarray(shared.energy_C[:, None])
+    group_C = jnp.asarray(contiguous_groups(len(shared.energy_C), scheme.group_size))
+    packs = pack(slices, path.band)
 
-    def solve_rows(rows: LayerProblem) -> SolvedRows:
-        grid = grid_of(rows.weight_RC, shared.energy_C[None], shared.scheme, rows.scale_dtype)
-        return solve_on_grid(rows.weight_RC, shared, grid)
+    def solve_stack(members: Sequence[int]) -> list[SolvedRows]:
+        rows = [slices[number] for number in members]
+        weights = [one.weight_RC for one in rows]
+        weight_CR = jnp.asarray(stacked(weights, path.band))
+        grid = _find_grid(weight_CR, energy_C1, scheme, rows[0].scale_dtype)
+        columns = Columns(weight_CR, group_C, *grid)
+        return _solve_columns(columns, shared, [len(weight_RC) for weight_RC in weights])
 
     with ThreadPoolExecutor(_CONCURRENT_SLICES) as pool:
-        return list(pool.map(solve_rows, slices))
+        solved = list(pool.map(solve_stack, packs))
+    by_number = {
+        number: part
+        for members, parts in zip(packs, solved, strict=True)
+        for number, part in zip(members, parts, strict=True)
+    }
+    return [by_number[number] for number in range(len(slices))]
 
 
 def join_slices(weight_RC: Float32, parts: Sequence[SolvedRows], scheme: GPTQScheme) -> SolveResult:
@@ -264,9 +289,9 @@ def _transposed(codes: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     a = 0
     for codes_CR in codes:
         b = a + codes_CR.shape[1]
-        # In bands that stay in cache: a plain transposition misses it at every byte.
-        for band in range(0, codes_CR.shape[0], _BAND):
-            codes_RC[a:b, band : band + _BAND] = codes_CR[band : band + _BAND].T
+        # In stripes that stay in cache: a plain transposition misses it at every byte.
+        for stripe in range(0, codes_CR.shape[0], _STRIPE):
+            codes_RC[a:b, stripe : stripe + _STRIPE] = codes_CR[stripe : stripe + _STRIPE].T
         a = b
     return codes_RC
 
@@ -312,16 +337,18 @@ def compile_solver(
     out_features: int, in_features: int, scheme: GPTQScheme, *, scale_dtype: str
 ) -> None:
     """Compile ahead what solving weights of this shape runs; nothing is computed."""
+    path = this_path()
     number, gram_CC = _shape(), _shape(in_features, in_features)
     hessian_CC, order_C, _, mean = arrange(gram_CC, number, scheme.activation_order)
     alive_C = np.zeros(in_features, bool)
-    factor = Factor(*factorize_shifted(hessian_CC, mean), order_C, alive_C, number, 0.0)
-    damped = damped_hessian(gram_CC, number, number) if scheme.refinement_sweeps else ()
-    for height in sorted({b - a for a, b in row_slices(out_features, in_features)}):
+    factor = Factor(*path.factorize(hessian_CC, mean), order_C, alive_C, number, 0.0)
+    damped = path.damp(gram_CC, number, number) if scheme.refinement_sweeps else ()
+    slices = row_slices(out_features, in_features)
+    for height in sorted({path.band or b - a for a, b in slices}):
         weight_CR, energy_C1 = _shape(in_features, height), _shape(in_features, 1)
         grid = _find_grid(weight_CR, energy_C1, scheme, scale_dtype)
         columns = Columns(weight_CR, _shape(in_features, dtype=jnp.int32), *grid)
-        _solve_columns(columns, factor, damped, scheme)
+        path.solve_columns(columns, factor, damped, scheme)
 
 
 def _shape(*shape: int, dtype: Any = jnp.float32) -> Any:

@@ -15,6 +15,7 @@ from pipeline.storage import local_store
 from pipeline.storage.object_store import open_store
 from tests.faults.killing import Killer
 from tests.pipeline import tiny_runs
+from tests.pipeline.late_commits import LateCommits
 
 KEEP_EVERY = 1
 
@@ -37,8 +38,13 @@ class Given:
         return Planned(plan=Plan.from_json(self.plan_json), windows=windows, variables=())
 
 
-def run(folder: str, given: Given, at: int, *, after: bool) -> int:
-    """Quantize into a folder; the number of storage operations, of a process that lives."""
+def run(folder: str, given: Given, at: int, *, after: bool, late: bool) -> int:
+    """Quantize into a folder; the number of storage operations, of a process that lives.
+
+    Args:
+        late: a block is committed when the next one is solved.
+    """
+    make_executor = LateCommits if late else tiny_runs.CountingExecutor
     killer = Killer(lambda: os.kill(os.getpid(), signal.SIGKILL), at=at, after=after)
     original = local_store.LocalBackend
 
@@ -48,5 +54,11 @@ def run(folder: str, given: Given, at: int, *, after: bool) -> int:
         return killer.wrap(backend) if str(root) == folder else backend
 
     with mock.patch.object(local_store, "LocalBackend", watched):
-        tiny_runs.execute(given.planned(), open_store(folder), workers=2, keep_every=KEEP_EVERY)
+        tiny_runs.execute(
+            given.planned(),
+            open_store(folder),
+            workers=2,
+            keep_every=KEEP_EVERY,
+            make_executor=make_executor,
+        )
     return len(killer.seen)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import ray
 from ray import exceptions
 
+from pipeline.executor.protocol import Allocation
 from pipeline.executor.ray_calls import (
     PING_GROUP,
     Call,
@@ -19,6 +21,8 @@ from pipeline.executor.ray_calls import (
     ask_all,
     result_of,
 )
+from pipeline.executor.ray_executor import RayExecutor
+from pipeline.run.worker_api import WorkerApi
 
 pytestmark = pytest.mark.ray
 
@@ -164,3 +168,58 @@ def test_an_actor_that_is_gone_does_not_answer(actor: Any) -> None:
     assert set(ask_all([actor, other], "given")) == {0}
     with pytest.raises(LostCallError, match="ActorDiedError"):
         result_of(other.given.remote())
+
+
+class Waiting:
+    """A worker whose calls end only when others, which must not wait for them, have begun."""
+
+    def __init__(self) -> None:
+        self._begun: defaultdict[str, threading.Event] = defaultdict(threading.Event)
+        self.ended: list[str] = []
+
+    def _call(self, name: str, *awaited: str) -> list[str]:
+        self._begun[name].set()
+        for other in awaited:
+            assert self._begun[other].wait(60.0), f"{name} waits for {other}"
+        self.ended.append(name)
+        return list(self.ended)
+
+    def read(self, part: int) -> Any:
+        return self._call("read", "commit", "solve")
+
+    def commit(self, part: int, *given: Any) -> Any:
+        return self._call("commit", "read", "capture", "solve")
+
+    def settle(self) -> Any:
+        return self._call("settle")
+
+    def capture(self, *given: Any) -> Any:
+        return self._call("capture", "commit")
+
+    def solve(self, *given: Any) -> Any:
+        return self._call("solve", "read")
+
+
+def _waiting_worker() -> Callable[[], object]:
+    return Waiting
+
+
+@pytest.mark.usefixtures("driver")
+def test_a_worker_reads_and_commits_while_it_computes() -> None:
+    executor = RayExecutor(Allocation(workers=1, threads=1), _waiting_worker)
+    submit: Any = executor.submit
+    try:
+        calls = [
+            submit(0, WorkerApi.commit, 1, "", {}),
+            submit(0, WorkerApi.settle),
+            submit(0, WorkerApi.read, 3),
+            submit(0, WorkerApi.capture, 1, 0, range(1), {}),
+            submit(0, WorkerApi.solve, 2, [], {}, None),
+        ]
+        _, settled, *_ = executor.fetch(calls)
+        assert settled[-1] == "settle"
+        assert "commit" in settled
+        assert set(executor.take_seconds()) == {"commit", "settle", "read", "capture", "solve"}
+    finally:
+        for actor in executor._actors:
+            ray.kill(actor)

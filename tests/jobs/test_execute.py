@@ -1,10 +1,11 @@
 import dataclasses
+from typing import Any
 
 import pytest
 
-from jobs.execute import check_device_memory, check_identity, check_memory
+from jobs.execute import Compute, check_device_memory, check_identity, check_memory
 from pipeline.errors import PipelineError
-from pipeline.executor.protocol import DeviceMemory, ExecutorError, NodeRoom
+from pipeline.executor.protocol import Allocation, DeviceMemory, ExecutorError, NodeRoom
 from pipeline.planning.estimates import Estimate, estimate
 from pipeline.remote_planning import Identity
 from tests.pipeline.tiny_runs import planned
@@ -57,6 +58,27 @@ def test_a_gpu_that_is_too_small_is_named() -> None:
     scores = dataclasses.replace(costs, micro_batch_bytes=16 * GIB)
     with pytest.raises(ExecutorError, match=r"16\.0 GiB of it for a single.*lower sequence_length"):
         check_device_memory(scores, [large, small])
+
+
+class Measured:
+    """Stands for workers that say what they have used of their GPUs."""
+
+    num_processes = 2
+
+    def run_each(self, function: object, arguments: list[tuple[()]]) -> list[DeviceMemory]:
+        assert len(arguments) == self.num_processes
+        return [
+            DeviceMemory(node="n", kind="NVIDIA H100", num_bytes=9 * GIB, peak_bytes=peak * GIB)
+            for peak in (3, 5)
+        ]
+
+
+def test_a_run_on_gpus_says_what_it_used_of_them() -> None:
+    def start() -> Any:
+        return Measured()
+
+    assert Compute(Allocation(workers=2, threads=1, gpus=1), start).device_peak_bytes() == 5 * GIB
+    assert Compute(Allocation(workers=2, threads=1), start).device_peak_bytes() is None
 
 
 def here(**other: object) -> Identity:

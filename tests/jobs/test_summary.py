@@ -246,6 +246,13 @@ def test_a_gpus_plan_shows_what_it_computes_in() -> None:
         assert expected in stream.getvalue()
 
 
+def test_a_summary_compares_what_a_gpu_needed_with_the_estimate() -> None:
+    _, summary = finished("gptq")
+    assert "peak of a GPU" not in shown_summary(summary)
+    on_gpu = dataclasses.replace(summary, device_bytes=40 << 30, device_peak_bytes=30 << 30)
+    assert "30.0 GiB of about 40.0 GiB estimated" in shown_summary(on_gpu)
+
+
 def test_every_reason_for_float_is_shown_once_with_a_layer() -> None:
     text = shown("gptq", "Bert")
     lines = [line for line in text.splitlines() if line.startswith("left in float: ")]

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pipeline.worker.worker
 from pipeline.executor.protocol import Handle, TimedWorker, WorkerLostError
@@ -161,6 +161,9 @@ class CountingExecutor(LocalExecutor):
         return list(dict.fromkeys(part for method, part in self.done if method in wanted))
 
 
+ExecutorT = TypeVar("ExecutorT", bound=CountingExecutor)
+
+
 def execute(
     given: Planned,
     store: ObjectStore,
@@ -170,15 +173,18 @@ def execute(
     report: Report = lambda step: None,
     lose: Sequence[tuple[str, int]] = (),
     restart_after: int | None = None,
-) -> tuple[Manifest, CountingExecutor]:
+    make_executor: type[ExecutorT] = CountingExecutor,  # type: ignore[assignment]
+    make_worker: type[QuickWorker] = QuickWorker,
+    check_lease: Callable[[], None] = lambda: None,
+) -> tuple[Manifest, ExecutorT]:
     """Claim and quantize; a second call resumes.
 
     Args:
         restart_after: once this part is committed, every worker restarts, and no call fails.
     """
     claim(store, given.plan, None if given.windows is None else given.windows.to_bytes())
-    executor = CountingExecutor(
-        lambda: QuickWorker(given.plan, given.plan.source_url, store.root_url), workers, lose=lose
+    executor = make_executor(
+        lambda: make_worker(given.plan, given.plan.source_url, store.root_url), workers, lose=lose
     )
 
     def tell(step: Step) -> None:
@@ -187,7 +193,10 @@ def execute(
             for worker in range(workers):
                 executor.restart(worker)
 
-    return quantize(given.plan, store, executor, tell, keep_every=keep_every), executor
+    manifest = quantize(
+        given.plan, store, executor, tell, keep_every=keep_every, check_lease=check_lease
+    )
+    return manifest, executor
 
 
 def lasting(store: ObjectStore) -> dict[str, bytes]:

@@ -177,7 +177,7 @@ def test_a_worker_that_started_anew_unnoticed_is_given_its_shards_again(
 ) -> None:
     """Ray restarts an actor between two calls, and neither of them fails."""
     steps: list[Step] = []
-    execute(planned("gptq"), store, workers=2, report=steps.append, restart_after=2)
+    execute(planned("gptq"), store, workers=2, report=steps.append, restart_after=1)
     assert [step.event for step in steps].count("lost") == 1
     assert lasting(store) == expected("gptq")
 

@@ -1,23 +1,42 @@
 """The factor: H + shift as A D Aᵀ, the paper's corrections, and what happens when H resists."""
 
+from dataclasses import dataclass
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from quantizer import GPTQScheme, HessianSum, solve
-from quantizer.gptq.factor import block_size, dampings, factorize, panel_bounds
+from quantizer.gptq.factor import (
+    block_size,
+    dampings,
+    factorize,
+    factorize_shifted,
+    panel_bounds,
+)
+from quantizer.gptq.gpu_factor import factorize_whole
 from tests import reference
 from tests.quantizer.problems import make
 
 
-def factor_of(problem, *, hessian_damping=0.01, activation_order=False):
-    hessian = problem.hessian
-    return factorize(
-        jnp.asarray(hessian.gram_CC),
-        hessian.num_rows,
-        hessian_damping=hessian_damping,
-        activation_order=activation_order,
-    )
+@pytest.fixture(params=[factorize_shifted, factorize_whole], ids=["CPU", "GPU"])
+def factor_of(request):
+    def factor(problem, *, hessian_damping=0.01, activation_order=False):
+        hessian = problem.hessian
+        return factorize(
+            jnp.asarray(hessian.gram_CC),
+            hessian.num_rows,
+            hessian_damping=hessian_damping,
+            activation_order=activation_order,
+            shifted=request.param,
+        )
+
+    return factor
+
+
+@dataclass
+class Given:
+    hessian: HessianSum
 
 
 def unit_factor(factor):
@@ -38,7 +57,7 @@ SIZES = {"one panel": 200, "three panels": 1100}
 
 @pytest.mark.parametrize("activation_order", [False, True])
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_it_multiplies_out_to_the_damped_hessian(size, activation_order):
+def test_it_multiplies_out_to_the_damped_hessian(factor_of, size, activation_order):
     problem = make(1, size, 2 * size)
     factor = factor_of(problem, activation_order=activation_order)
     unit, pivots = unit_factor(factor), np.asarray(factor.pivot_C, np.float64)
@@ -57,7 +76,7 @@ def test_it_multiplies_out_to_the_damped_hessian(size, activation_order):
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_it_holds_the_corrections_of_the_paper(size):
+def test_it_holds_the_corrections_of_the_paper(factor_of, size):
     problem = make(1, size, 2 * size)
     factor = factor_of(problem)
     upper = reference.inverse_factor(reference.damped(problem.true_hessian, 0.01))
@@ -80,7 +99,7 @@ def test_panels_are_whole_blocks_and_those_of_the_padded_size():
         assert all((b - a) % block_size(b - a) == 0 for a, b in bounds)
 
 
-def test_padding_is_coupled_to_nothing():
+def test_padding_is_coupled_to_nothing(factor_of):
     factor = factor_of(make(1, 200, 400))
     unit = unit_factor(factor)
     assert unit.shape == (224, 224)
@@ -88,7 +107,7 @@ def test_padding_is_coupled_to_nothing():
     np.testing.assert_array_equal(np.asarray(factor.order_C)[200:], np.arange(200, 224))
 
 
-def test_dead_inputs_are_found_and_coupled_to_nothing():
+def test_dead_inputs_are_found_and_coupled_to_nothing(factor_of):
     problem = make(1, 200, 400, dead=5)
     factor = factor_of(problem)
     dead = ~problem.inputs_NC.any(0)
@@ -99,6 +118,18 @@ def test_dead_inputs_are_found_and_coupled_to_nothing():
     # Their share of the damping's mean is none.
     live = np.diagonal(problem.true_hessian)[~dead]
     assert float(factor.shift) == pytest.approx(0.01 * live.mean(), rel=1e-5)
+
+
+def test_it_fails_where_the_hessian_is_not_definite(factor_of):
+    gram = np.eye(32, dtype=np.float32)
+    gram[0, 1] = gram[1, 0] = 5.0
+    assert factor_of(Given(HessianSum(gram, 10))) is None
+
+
+def test_damping_is_raised_until_it_can_be_factored(factor_of):
+    factor = factor_of(make(1, 200, 40), hessian_damping=0.0)
+    assert 0 < factor.damping <= 0.01
+    assert np.isfinite(unit_factor(factor)).all()
 
 
 @pytest.mark.parametrize("hessian_damping", [0.0, 1e-6, 0.01, 0.3, 1.0])
