@@ -1,4 +1,4 @@
-"""What a run made of experts: where their codes are, and how many tokens reached them."""
+"""What a run is to make of experts, and what it made of them: codes, and tokens that reach them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from jobs.quantities import size
+from jobs.quantities import count, size
 from pipeline.plan import Plan
+from pipeline.planning.estimates import Estimate
 from pipeline.run.records import PartRecord
 
 
@@ -87,3 +88,32 @@ class ExpertSummary:
                 text += f"; {self.rounded} were rounded to nearest"
             rows.append(("tokens an expert", text))
         return rows
+
+
+def planned_experts(plan: Plan, costs: Estimate) -> list[tuple[str, str]]:
+    """For people, before a run: names and what to know; nothing of a model without experts."""
+    layers = [layer for part in plan.parts for layer in part.layers if layer.experts]
+    if not layers:
+        return []
+    chosen = {(layer.experts, layer.experts_per_token) for layer in layers}
+    numbers = ", ".join(f"{used or 'some'} of {number}" for number, used in sorted(chosen))
+    rows = [
+        (
+            "weights",
+            f"{count(costs.weights)}, of which a token needs {count(costs.active_weights)} "
+            f"({numbers} experts); KerasHub computes every token by every expert",
+        )
+    ]
+    if costs.codes_bytes:
+        text = f"codes {size(costs.codes_bytes)}, about, beside weights that hold experts as float"
+        rows.append(("experts", text))
+    if (tokens := plan.tokens) is not None and costs.advised_tokens:
+        text = f"about {costs.tokens_per_expert:,} of calibration on average"
+        if tokens.num_samples * tokens.sequence_length < costs.advised_tokens:
+            enough = -(-costs.advised_tokens // tokens.sequence_length)
+            text += (
+                f"; {costs.advised_tokens:,} tokens in all would do for most (num_samples: "
+                f"{enough}), with fewer the correlations between inputs count for less"
+            )
+        rows.append(("tokens an expert", text))
+    return rows

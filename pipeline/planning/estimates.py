@@ -293,7 +293,11 @@ def _solve_size(part: PartPlan) -> int:
     # Layers that share foldable input scales are solved at once.
     folded = [group for group in part.groups if group.fold is not None]
     sizes += [(g.in_features, sum(kernels[n].out_features for n in g.targets)) for g in folded]
-    return max((inputs * (outputs + inputs) for inputs, outputs in sizes), default=0)
+    solved = [inputs * (outputs + inputs) for inputs, outputs in sizes]
+    # Experts are solved one by one, beside the Hessians of those that were summed with them.
+    own = [(_first(group, part), group) for group in part.groups if group.experts]
+    solved += [x.num_weights + _gram_size(group, part) for x, group in own]
+    return max(solved, default=0)
 
 
 def _solve_flops(part: PartPlan) -> float:
