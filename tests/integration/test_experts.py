@@ -35,6 +35,7 @@ from pipeline.run.driver import claim
 from pipeline.run.garbage import find_garbage
 from pipeline.run.records import PartRecord, codes_key, file_key, record_key
 from pipeline.storage.object_store import ObjectStore, open_store
+from pipeline.worker.statistics import finished
 from pipeline.worker.worker import Worker
 from quantizer import HessianSum, solve
 from quantizer.expert_codes import ExpertCodes
@@ -187,7 +188,8 @@ def errors_on(run: FinishedRun, text: str, folder: Path) -> dict[str, tuple[floa
     found = {}
     for stage, group in enumerate(given.plan.parts[1].groups):
         experts = range(group.experts) if group.experts else None
-        statistics = worker.capture(0, stage, shards, values, experts=experts)
+        held = worker.capture(0, stage, shards, values, experts=experts)
+        statistics = finished(worker.send(held))
         for layer in (layers[name] for name in group.targets if layers[name].experts):
             pairs = []
             for number in range(layer.experts):
