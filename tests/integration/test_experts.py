@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 import pipeline.storage.memory_store
 from jobs.expert_summary import ExpertSummary
+from jobs.publish.verified_files import check_artifact
+from jobs.release.contents import artifact_contents, read_run
 from jobs.verify import verify_run
 from pipeline.artifact.codes_file import codes_file_bytes, read_codes_file
 from pipeline.artifact.parts import decode_part
@@ -281,6 +283,24 @@ def kill_at(family: str, scheme: str, *, only_codes: bool) -> None:
             run(store, Killer(kill, at=number))
         run(store, Killer(kill))
         assert lasting(store) == expected, operations[number - 1]
+
+
+def test_a_published_result_has_its_codes_and_a_release_of_the_artifact_does_not(
+    run_of: Runs,
+) -> None:
+    run = run_of("Mixtral", "gptq4")
+    names = artifact_contents(read_run(run.store, str(run.folder))).files
+    assert "model_00001.weights.h5" in names
+    assert not any("codes" in name for name in names)
+    root, run_id = fresh(), "mixtral-test-0123456789ab"
+    for key in run.store.list():
+        root.put(f"runs/{run_id}/{key}", run.store.get(key))
+    manifest_sha256 = read_manifest(run.store).record_sha256
+    assert check_artifact(root, run_id, manifest_sha256).problem == ""
+    root.put(f"runs/{run_id}/{codes_key(2)}", b"x")
+    assert check_artifact(root, run_id, manifest_sha256).problem == (
+        f"artifact damaged: {codes_key(2)}"
+    )
 
 
 def test_codes_of_another_run_are_refused(run_of: Runs) -> None:
