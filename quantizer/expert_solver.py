@@ -101,10 +101,9 @@ def shrunk(hessian: HessianSum, floor: int) -> HessianSum:
     """The sum with correlations scaled down by rows / floor, where there are fewer rows."""
     if hessian.num_rows >= floor:
         return hessian
-    share = np.float32(hessian.num_rows / floor)
-    gram_CC = np.asarray(hessian.gram_CC) * share
-    np.fill_diagonal(gram_CC, np.diagonal(np.asarray(hessian.gram_CC)))
-    return replace(hessian, gram_CC=gram_CC)
+    share_CC = np.full(hessian.gram_CC.shape, hessian.num_rows / floor, np.float32)
+    np.fill_diagonal(share_CC, 1)
+    return replace(hessian, gram_CC=hessian.gram_CC * share_CC)
 
 
 def round_experts(problem: LayerProblem, scheme: Int8Scheme | Int4Scheme) -> SolveResult:

@@ -242,7 +242,7 @@ class CompiledAhead:
         self, part: int, layer: LayerPlan, own_inputs: bool, pool: ThreadPoolExecutor
     ) -> None:
         program = _program(layer)
-        if not isinstance(layer.scheme, GPTQScheme) or program in self._compiling or layer.experts:
+        if not isinstance(layer.scheme, GPTQScheme) or program in self._compiling:
             return
         target = self._targets(part)[layer.path]
         # Otherwise the slices, and so the programs, depend on the kernel's layout.

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 import pipeline.storage.memory_store
 from jobs.expert_summary import ExpertSummary
+from jobs.publish.verified_files import check_artifact
+from jobs.release.contents import artifact_contents, read_run
 from jobs.verify import verify_run
 from pipeline.artifact.codes_file import codes_file_bytes, read_codes_file
 from pipeline.artifact.parts import decode_part
@@ -35,6 +37,7 @@ from pipeline.run.driver import claim
 from pipeline.run.garbage import find_garbage
 from pipeline.run.records import PartRecord, codes_key, file_key, record_key
 from pipeline.storage.object_store import ObjectStore, open_store
+from pipeline.worker.statistics import finished
 from pipeline.worker.worker import Worker
 from quantizer import HessianSum, solve
 from quantizer.expert_codes import ExpertCodes
@@ -187,7 +190,8 @@ def errors_on(run: FinishedRun, text: str, folder: Path) -> dict[str, tuple[floa
     found = {}
     for stage, group in enumerate(given.plan.parts[1].groups):
         experts = range(group.experts) if group.experts else None
-        statistics = worker.capture(0, stage, shards, values, experts=experts)
+        held = worker.capture(0, stage, shards, values, experts=experts)
+        statistics = finished(worker.send(held))
         for layer in (layers[name] for name in group.targets if layers[name].experts):
             pairs = []
             for number in range(layer.experts):
@@ -279,6 +283,24 @@ def kill_at(family: str, scheme: str, *, only_codes: bool) -> None:
             run(store, Killer(kill, at=number))
         run(store, Killer(kill))
         assert lasting(store) == expected, operations[number - 1]
+
+
+def test_a_published_result_has_its_codes_and_a_release_of_the_artifact_does_not(
+    run_of: Runs,
+) -> None:
+    run = run_of("Mixtral", "gptq4")
+    names = artifact_contents(read_run(run.store, str(run.folder))).files
+    assert "model_00001.weights.h5" in names
+    assert not any("codes" in name for name in names)
+    root, run_id = fresh(), "mixtral-test-0123456789ab"
+    for key in run.store.list():
+        root.put(f"runs/{run_id}/{key}", run.store.get(key))
+    manifest_sha256 = read_manifest(run.store).record_sha256
+    assert check_artifact(root, run_id, manifest_sha256).problem == ""
+    root.put(f"runs/{run_id}/{codes_key(2)}", b"x")
+    assert check_artifact(root, run_id, manifest_sha256).problem == (
+        f"artifact damaged: {codes_key(2)}"
+    )
 
 
 def test_codes_of_another_run_are_refused(run_of: Runs) -> None:
