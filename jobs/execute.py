@@ -23,6 +23,7 @@ from pipeline.evaluation.batches import EvaluationSet
 from pipeline.executor.allocation import allocate, may_have_gpu, this_machine
 from pipeline.executor.local_process import LocalProcess, local_process
 from pipeline.executor.protocol import (
+    ActivationPlace,
     Allocation,
     ComputeSpec,
     DeviceMemory,
@@ -44,8 +45,9 @@ from pipeline.remote_planning import (
     start_worker,
 )
 from pipeline.run import lease
+from pipeline.run.claim import differences
 from pipeline.run.commits import Finding, quarantine, read_manifest
-from pipeline.run.driver import KEEP_EVERY, differences, quantize
+from pipeline.run.driver import KEEP_EVERY, quantize
 from pipeline.run.events import EventLog
 from pipeline.run.records import Manifest
 from pipeline.run.worker_api import WorkerApi
@@ -98,13 +100,12 @@ class Compute:
     def has_workers(self) -> bool:
         return "executor" in self.__dict__
 
-    def check_room(self, costs: Estimate) -> None:
-        """Refuse a run that would not fit the memory of its nodes, or of the workers' GPUs."""
-        check_memory(costs, self.allocation.nodes)
-        if self.allocation.gpus:
-            executor = self.executor
-            found = executor.run_each(found_device_memory, [()] * executor.num_processes)
-            check_device_memory(costs, found)
+    @cached_property
+    def _gpus(self) -> list[DeviceMemory]:
+        """What the workers' GPUs have, by their own account."""
+        if not self.allocation.gpus:
+            return []
+        return self.executor.run_each(found_device_memory, [()] * self.executor.num_processes)
 
     def device_peak_bytes(self) -> int | None:
         """The most that any worker has used of its GPU so far; None if there are none."""
@@ -112,6 +113,25 @@ class Compute:
             return None
         found = self.executor.run_each(found_device_memory, [()] * self.executor.num_processes)
         return max((x.peak_bytes for x in found if x.peak_bytes is not None), default=None)
+
+    def placed(self, costs: Estimate) -> Estimate:
+        """The costs with activations where they have room: on the workers' GPUs, or beside them."""
+        return place_activations(costs, self._gpus)
+
+    def check_room(self, costs: Estimate) -> None:
+        """Refuse a run that would not fit the memory of its nodes, or of the workers' GPUs.
+
+        Args:
+            costs: as `placed` gives them.
+        """
+        check_memory(costs, self.allocation.nodes)
+        check_device_memory(costs, self._gpus)
+        if costs.activations == "host":
+            log_event(
+                "host memory",
+                f"activations, {size(costs.held_bytes)} of a worker, wait in pinned host memory: "
+                "its GPU has no room for them",
+            )
 
     def plan(self, work: Callable[[FunctionRunner], _T], *, with_workers: bool = True) -> _T:
         """Do work that needs JAX and Keras but no plan, and start the workers meanwhile.
@@ -193,11 +213,23 @@ def check_memory(costs: Estimate, nodes: Sequence[NodeRoom]) -> None:
             )
 
 
+def place_activations(costs: Estimate, devices: Sequence[DeviceMemory]) -> Estimate:
+    """Have activations wait in host memory if any worker's device has no room for them.
+
+    It is one place for all workers, and results do not depend on it.
+    """
+    known = [device.num_bytes for device in devices if device.num_bytes is not None]
+    has_room = not known or costs.device_bytes <= min(known)
+    return costs if has_room or not costs.held_bytes else costs.beside_devices()
+
+
 def check_device_memory(costs: Estimate, devices: Sequence[DeviceMemory]) -> None:
     """Refuse a run whose workers would not fit into the memory of their devices."""
     for device in devices:
         if device.num_bytes is not None and costs.device_bytes > device.num_bytes:
             remedy = "use more --workers, so that each holds fewer windows, lower num_samples,"
+            if costs.activations == "host":
+                remedy = "activations wait in host memory already; lower sequence_length,"
             if 2 * costs.micro_batch_bytes > device.num_bytes:
                 remedy = (
                     f"{size(costs.micro_batch_bytes)} of it for a single micro-batch: lower "
@@ -336,11 +368,13 @@ def execute(
     metrics: RunMetrics,
     options: DriverOptions,
     *,
+    activations: ActivationPlace,
     damaged: Sequence[Finding] = (),
 ) -> Execution:
     """Make what is missing or damaged of a claimed run.
 
     Args:
+        activations: where they wait (see `Estimate`).
         held: this driver's lease; None if the run is finished, and there is nothing to do.
         damaged: found in a finished run; it is moved aside and made again.
     """
@@ -360,6 +394,7 @@ def execute(
                 metrics.also(log.also(report)),
                 keep_every=options.keep_every,
                 check_lease=held.check,
+                place=activations,
             )
     seconds = time.monotonic() - start
     return Execution(

@@ -8,6 +8,9 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from rich.console import Group
+from rich.text import Text
+
 from jobs.execute import (
     Compute,
     DriverOptions,
@@ -21,6 +24,7 @@ from jobs.logging import is_json, log_event, print_json, set_run, status, url_na
 from jobs.metrics import RunMetrics
 from jobs.reachable import absolute, check_writable, reachable
 from jobs.release.cards import update_cards
+from jobs.run_costs import PricedMachine, Workers, cost_json, cost_of, cost_table
 from jobs.run_exports import (
     ForeseenExports,
     check_exports,
@@ -42,10 +46,11 @@ from pipeline.export.settings import ExportSettings
 from pipeline.model.preset import CONFIG_FILE, check_preset
 from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.planning.estimates import Estimate, estimate
+from pipeline.planning.run_cost import RunCost
 from pipeline.recipe.recipe import Recipe
 from pipeline.remote_planning import identity, plan_by_metadata, plan_on
+from pipeline.run.claim import claim
 from pipeline.run.commits import read_manifest
-from pipeline.run.driver import claim
 from pipeline.run.evaluations import Evaluation
 from pipeline.run.records import MANIFEST_KEY
 from pipeline.storage.object_store import ObjectStore
@@ -96,9 +101,13 @@ def run_job(
     address: str | None,
     *,
     as_json: bool,
-    dry_run: bool,
+    dry_run: PricedMachine | None = None,
 ) -> None:
-    """Plan, claim, quantize, evaluate and report."""
+    """Plan, claim, quantize, evaluate and report.
+
+    Args:
+        dry_run: where the plan is to be costed instead of carried out.
+    """
     job = dataclasses.replace(
         job, source_url=absolute(job.source_url), output_url=absolute(job.output_url)
     )
@@ -113,32 +122,38 @@ def run_job(
 
     def plan_all(runner: FunctionRunner) -> _PlannedJob:
         # Before all else, since it reads no weights.
-        exports = foresee_exports(runner, job.source_url, recipe, job.exports, dry_run=dry_run)
+        exports = foresee_exports(
+            runner, job.source_url, recipe, job.exports, dry_run=dry_run is not None
+        )
         given = job.source_url, recipe, compute.allocation.threads
-        if dry_run:
+        priced: Workers | str = ""
+        if dry_run is not None:
             plan, windows, _ = runner.run(plan_by_metadata, *given)
+            priced = dry_run.find(runner, compute.allocation)
         else:
             plan, windows = plan_on(runner, *given)
         check_exports(runner, job.source_url, plan, job.exports)
         # Before anything is claimed: a mistyped file must not cost a run.
-        judged_on = None if dry_run else _evaluation_set(job, plan, runner)
-        return _PlannedJob(plan=plan, windows=windows, judged_on=judged_on, exports=exports)
+        judged_on = None if dry_run is not None else _evaluation_set(job, plan, runner)
+        return _PlannedJob(
+            plan=plan, windows=windows, judged_on=judged_on, exports=exports, priced=priced
+        )
 
     with open_compute(
-        spec, job.source_url, job.output_url, address=address, plan_only=dry_run
+        spec, job.source_url, job.output_url, address=address, plan_only=dry_run is not None
     ) as compute:
-        _log_allocation(compute.allocation, spec, address, plan_only=dry_run)
+        _log_allocation(compute.allocation, spec, address, plan_only=dry_run is not None)
         with status("planning: reading the preset, checking every layer, cutting texts"):
             has_work = not finished or job.is_evaluated or bool(job.exports)
-            planned = compute.plan(plan_all, with_workers=has_work and not dry_run)
+            planned = compute.plan(plan_all, with_workers=has_work and dry_run is None)
         plan, judged_on = planned.plan, planned.judged_on
-        costs = estimate(plan, compute.allocation.workers)
-        if dry_run:
-            _print_plan(planned, costs, compute.allocation, as_json=as_json)
-        if not finished:
-            compute.check_room(costs)
-        if dry_run:
+        if dry_run is not None:
+            _report_plan(planned, job, compute, dry_run, finished=finished, as_json=as_json)
             return
+        costs = estimate(plan, compute.allocation.workers)
+        if not finished:
+            costs = compute.placed(costs)
+            compute.check_room(costs)
         planned.exports.warn(recipe)
         wanted = {settings.key: settings.to_json() for settings in job.exports}
         plan = claim(store, plan, planned.windows, beside=wanted)
@@ -153,12 +168,14 @@ class _PlannedJob:
     Attributes:
         windows: to calibrate on, serialized.
         judged_on: what to evaluate the result on.
+        priced: where it is costed, in a dry run (see `PricedMachine.find`).
     """
 
     plan: Plan
     windows: bytes | None
     judged_on: EvaluationSet | None
     exports: ForeseenExports
+    priced: Workers | str
 
 
 def resume_job(
@@ -220,7 +237,7 @@ def resume_job(
         _log_allocation(compute.allocation, spec, address)
         with status("checking that source and machine are what they were"):
             judged_on = compute.plan(check_source)
-        costs = estimate(plan, compute.allocation.workers)
+        costs = compute.placed(estimate(plan, compute.allocation.workers))
         compute.check_room(costs)
         _finish(plan, job, store, compute, costs, judged_on, as_json=as_json)
 
@@ -260,7 +277,15 @@ def _finish(
                 held = None if store.exists(MANIFEST_KEY) else held
             if held is None:
                 _log_finished_before(job.output_url)
-            execution = execute(plan, store, compute, held, metrics, job.options)
+            execution = execute(
+                plan,
+                store,
+                compute,
+                held,
+                metrics,
+                job.options,
+                activations=costs.activations,
+            )
         if judged_on is not None:
             fidelity = evaluate(compute.executor, judged_on)
             Evaluation.of(execution.manifest.record_sha256, judged_on, fidelity).save(store)
@@ -312,19 +337,61 @@ def _print_summary(
         log_exports(exports)
 
 
-def _print_plan(
-    planned: _PlannedJob, costs: Estimate, allocation: Allocation, *, as_json: bool
+def _report_plan(
+    planned: _PlannedJob,
+    job: Job,
+    compute: Compute,
+    dry_run: PricedMachine,
+    *,
+    finished: bool,
+    as_json: bool,
 ) -> None:
-    plan = planned.plan
+    """Print a plan and what it would cost, and refuse what would not fit."""
+    plan, allocation, named = planned.plan, compute.allocation, dry_run.named
+    if named is not None:
+        plan, allocation, costs = named.plan(plan), named.allocation, named.estimate(plan)
+    else:
+        costs = estimate(plan, allocation.workers)
+        if not finished:
+            costs = compute.placed(costs)
+    _print_plan(planned, plan, job, costs, allocation, as_json=as_json)
+    if named is not None:
+        named.check_room(costs)
+    elif not finished:
+        compute.check_room(costs)
+
+
+def _print_plan(
+    planned: _PlannedJob,
+    plan: Plan,
+    job: Job,
+    costs: Estimate,
+    allocation: Allocation,
+    *,
+    as_json: bool,
+) -> None:
+    num_windows = job.evaluation_windows if job.evaluation_texts else 0
+    priced = planned.priced
+    cost: RunCost | str
+    if isinstance(priced, Workers):
+        keep_every = job.options.keep_every
+        cost = cost_of(planned.plan, priced, num_windows=num_windows, keep_every=keep_every)
+    else:
+        cost = priced
     values = {
         # Which follows from the weights, too.
-        "plan_digest": plan.digest if plan.is_complete else None,
+        "plan_digest": planned.plan.digest if planned.plan.is_complete else None,
         "share": dataclasses.asdict(plan.share),
         "estimate": dataclasses.asdict(costs) | {"flops": costs.flops},
+        **cost_json(cost),
     }
     if as_json:
-        found = {"plan": plan.content(), "resources": allocation.to_dict()}
+        found = {"plan": planned.plan.content(), "resources": allocation.to_dict()}
         print_json(values | found | planned.exports.to_dict())
-    else:
-        log_event("planned", "", values, table=plan_table(plan, costs, allocation))
-        planned.exports.show()
+        return
+    shown = Text(cost) if isinstance(cost, str) else cost_table(cost)
+    table = Group(plan_table(plan, costs, allocation), shown)
+    log_event("planned", "", values, table=table)
+    planned.exports.show()
+    if job.tasks:
+        log_event("not counted", "the cost is without the questions of --tasks")

@@ -422,7 +422,11 @@ def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> Renderabl
         facts.add_row(name, text)
     facts.add_row("read", size(costs.source_bytes))
     facts.add_row("written, about", size(costs.result_bytes))
-    facts.add_row("activations", size(costs.activation_bytes))
+    waiting = ", beside the GPUs, which have no room for them"
+    facts.add_row(
+        "activations",
+        size(costs.activation_bytes) + (waiting if costs.activations == "host" else ""),
+    )
     facts.add_row("peak of a worker, about", size(costs.worker_bytes))
     if costs.device_bytes:
         facts.add_row("peak of its GPU, about", size(costs.device_bytes))

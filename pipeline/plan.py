@@ -70,8 +70,12 @@ class LayerPlan:
 
     @property
     def num_weights(self) -> int:
-        matrices = self.in_features * self.out_features * max(1, self.experts)
-        return matrices + self.stacked_weights
+        return self.in_features * self.num_rows + self.stacked_weights
+
+    @property
+    def num_rows(self) -> int:
+        """Output channels of the matrix, or of all experts' matrices."""
+        return self.out_features * max(1, self.experts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from pipeline.export.manifest import ExportRequest
 from pipeline.export.settings import ExportSettings
 from pipeline.plain.plan import PlainPlan
 from pipeline.plan import Plan, read_plan
+from pipeline.planning.machines import Machine
 from pipeline.recipe.recipe import Calibration, Recipe
 from pipeline.run.records import Manifest
 from pipeline.run.worker_api import WorkerApi
@@ -282,3 +283,10 @@ def export_result(run_url: str, settings: ExportSettings, to_url: str) -> MadeEx
     from pipeline.export.exporting import export_run
 
     return export_run(open_store(run_url), settings, to_url)
+
+
+def measured_machine(threads: int) -> Machine:
+    """The CPUs of this process, measured in about a second (see `pipeline.planning.machines`)."""
+    from pipeline.planning.measured_machine import measure_machine
+
+    return measure_machine(threads)

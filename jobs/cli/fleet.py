@@ -62,6 +62,8 @@ def nightly(
         bool,
         typer.Option("--dry-run", help="Print what is stale and why; run and write nothing."),
     ] = False,
+    on: options.On = None,
+    rates: options.Rates = None,
     as_json: options.Json = False,
 ) -> None:
     """Make what is stale, say why it was, and publish what passes its gate."""
@@ -77,15 +79,20 @@ def nightly(
     )
     from jobs.fleet.staleness import decide
     from jobs.metrics import nightly_ended
+    from jobs.run_costs import PricedMachine, costs_table, refuse_without_dry_run
     from pipeline.executor.ray_cluster import connect
 
+    refuse_without_dry_run(on, rates, dry_run=dry_run)
+    if rates is not None and on is None:
+        raise PipelineError(f"--rates {rates}: say for which machines, such as --on 8xH100")
+    priced = None if on is None else PricedMachine.of(on, rates)
     catalog, root = _opened(file, only)
     with status("looking for stale runs"):
         decisions = decide(root, catalog, save_verified=not dry_run)
 
     if dry_run:
         plan_only = partial(execute.open_compute, address=address, plan_only=True)
-        outcomes = [foresee(preview(decision), plan_only) for decision in decisions]
+        outcomes = [foresee(preview(decision), plan_only, priced) for decision in decisions]
         for outcome in outcomes:
             log_outcome(outcome)
     else:
@@ -105,6 +112,9 @@ def nightly(
         for outcome in outcomes:
             if outcome.foreseen is not None:
                 outcome.foreseen.show(outcome.decision.run.name)
+        costs = {o.decision.run.name: o.cost for o in outcomes if o.cost is not None}
+        if costs:
+            print_table(STDERR, costs_table(costs))
     raise typer.Exit(exit_code_of(outcomes))
 
 

@@ -78,6 +78,17 @@ Like = Annotated[
     str | None,
     typer.Option(help="Hugging Face folder of the model: exports take config and tokenizer of it."),
 ]
+On = Annotated[
+    str | None,
+    typer.Option(
+        help="With --dry-run: workers and machine to work the cost out for, such as 8xH100; "
+        "default: those at hand."
+    ),
+]
+Rates = Annotated[
+    str | None,
+    typer.Option(help="With --dry-run: a YAML file with rates and prices of machines."),
+]
 FinishedRun = Annotated[str, typer.Argument(help="Folder or URL of a finished run.")]
 CatalogFile = Annotated[str, typer.Argument(help="The catalog: a YAML file, or its URL.")]
 Only = Annotated[list[str] | None, typer.Option(help="Only these models; repeatable.")]

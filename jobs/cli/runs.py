@@ -74,6 +74,8 @@ def quantize(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and its cost; run nothing.")
     ] = False,
+    on: options.On = None,
+    rates: options.Rates = None,
     as_json: options.Json = False,
 ) -> None:
     """Quantize one model by one recipe, or continue where an earlier attempt stopped."""
@@ -92,11 +94,16 @@ def quantize(
                 "--address": address,
                 "--workers": workers,
                 "--accelerator": accelerator,
+                "--on": on,
+                "--rates": rates,
             },
         )
     from jobs.execute import DriverOptions
     from jobs.quantize import Job, run_job
+    from jobs.run_costs import PricedMachine, refuse_without_dry_run
 
+    refuse_without_dry_run(on, rates, dry_run=dry_run)
+    priced = PricedMachine.of(on, rates) if dry_run else None
     job = Job(
         source_url=preset,
         output_url=output,
@@ -120,7 +127,7 @@ def quantize(
 
         run_file(preset, output, changed, spec, as_json=as_json, dry_run=dry_run)
         return
-    run_job(job, changed, spec, address, as_json=as_json, dry_run=dry_run)
+    run_job(job, changed, spec, address, as_json=as_json, dry_run=priced)
 
 
 @app.command()

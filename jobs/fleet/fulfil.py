@@ -36,8 +36,8 @@ from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.planning.estimates import estimate
 from pipeline.recipe.recipe_file import recipe_from_dict
 from pipeline.remote_planning import identity, plan_on
+from pipeline.run.claim import claim
 from pipeline.run.commits import Finding, damaged_files, read_manifest
-from pipeline.run.driver import claim
 from pipeline.run.evaluations import Evaluation
 from pipeline.run.lease import Lease
 from pipeline.run.records import MANIFEST_KEY, Manifest, is_weights_file
@@ -246,11 +246,20 @@ def _quantize(
             )
             return twin
         plan = claim(store, plan, windows)
-    costs = estimate(plan, run_compute.allocation.workers)
+    costs = run_compute.placed(estimate(plan, run_compute.allocation.workers))
     run_compute.check_room(costs)
     for finding in damaged:
         log_event("damaged", f"made again: {finding.problem}", level=logging.WARNING)
-    execution = execute(plan, store, run_compute, held, compute.metrics, options, damaged=damaged)
+    execution = execute(
+        plan,
+        store,
+        run_compute,
+        held,
+        compute.metrics,
+        options,
+        activations=costs.activations,
+        damaged=damaged,
+    )
     execution.summarize(costs, None)
     return _Artifact(run_id=request.run_id, plan=plan, manifest=execution.manifest, solved=True)
 

@@ -19,8 +19,13 @@ from jobs.fleet.staleness import Decision
 from jobs.logging import is_json, log_event, set_run
 from jobs.publish.verdict import quality_text
 from jobs.quantities import size
+from jobs.run_costs import PricedMachine, cost_json, cost_of
 from jobs.run_exports import CATALOG_OPTION, ForeseenExports, foresee_exports
 from pipeline.errors import LeaseHeldError, PipelineError
+from pipeline.executor.protocol import FunctionRunner
+from pipeline.planning.run_cost import RunCost
+from pipeline.recipe.recipe import Recipe
+from pipeline.remote_planning import plan_by_metadata
 from pipeline.storage.object_store import ObjectStore
 from quantizer.errors import QuantizationError
 
@@ -38,6 +43,7 @@ class Outcome:
         text: more, in words.
         exit_code: 0 if what the catalog asks for is published, or another process is making it.
         foreseen: what its exports would be, in a dry run; None if it has none.
+        cost: of what is to do, on the machines that a dry run is asked about.
     """
 
     decision: Decision
@@ -47,6 +53,7 @@ class Outcome:
     quality: dict[str, Any] | None = None
     solved: bool = False
     foreseen: ForeseenExports | None = None
+    cost: RunCost | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -65,6 +72,7 @@ class Outcome:
             "quality": self.quality,
             "text": self.text,
             **({} if self.foreseen is None else self.foreseen.to_dict()),
+            **({} if self.cost is None else cost_json(self.cost)),
         }
 
 
@@ -87,29 +95,51 @@ def preview(decision: Decision) -> Outcome:
             return known(result="failed", exit_code=3 if problem is None else problem.exit_code)
 
 
-def foresee(outcome: Outcome, open_compute: OpenCompute) -> Outcome:
-    """What a run that is still to do would export, found without reading a weight."""
+def foresee(
+    outcome: Outcome, open_compute: OpenCompute, priced: PricedMachine | None = None
+) -> Outcome:
+    """What a run that is still to do would export and cost, found without reading a weight.
+
+    Args:
+        priced: the machines that costs are worked out for; None for no costs.
+    """
     request = outcome.decision.run.request
-    if outcome.result != "to do" or request is None or not request.exports:
+    if outcome.result != "to do" or request is None or not (request.exports or priced):
         return outcome
     recipe = outcome.decision.run.recipe
+
+    def find(runner: FunctionRunner) -> tuple[ForeseenExports | None, RunCost | None]:
+        foreseen = None
+        if request.exports:
+            foreseen = foresee_exports(
+                runner,
+                request.source_url,
+                recipe,
+                request.exports,
+                dry_run=True,
+                option=CATALOG_OPTION,
+            )
+        return foreseen, None if priced is None else _cost(runner, request, recipe, priced)
+
     try:
         with open_compute(request.needs, request.source_url, request.run_id) as compute:
-            foreseen = compute.plan(
-                lambda runner: foresee_exports(
-                    runner,
-                    request.source_url,
-                    recipe,
-                    request.exports,
-                    dry_run=True,
-                    option=CATALOG_OPTION,
-                ),
-                with_workers=False,
-            )
+            foreseen, cost = compute.plan(find, with_workers=False)
     except (PipelineError, QuantizationError) as error:
         code = error.exit_code if isinstance(error, PipelineError) else PipelineError.exit_code
         return dataclasses.replace(outcome, result="failed", text=str(error), exit_code=code)
-    return dataclasses.replace(outcome, foreseen=foreseen)
+    return dataclasses.replace(outcome, foreseen=foreseen, cost=cost)
+
+
+def _cost(
+    runner: FunctionRunner, request: Request, recipe: Recipe, priced: PricedMachine
+) -> RunCost | None:
+    """What a request's run costs on the workers that were named; None if none were."""
+    if priced.named is None:
+        return None
+    threads = request.needs.threads or 1
+    plan, _, _ = runner.run(plan_by_metadata, request.source_url, recipe, threads)
+    num_windows = request.evaluation_windows if request.evaluation_texts else 0
+    return cost_of(plan, priced.named, num_windows=num_windows)
 
 
 def run_stale(

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
+from pipeline.executor.protocol import ActivationPlace
 from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan
+from pipeline.planning.expert_costs import (
+    active_weights,
+    advised_tokens,
+    gram_size,
+    made_bytes,
+    rows_per_token,
+    run_weights,
+    tokens_per_expert,
+)
 from pipeline.reduction import split
-from quantizer.expert_solver import token_floor
-from quantizer.experts import expert_passes, expert_ranges
 from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme
 
 _FLOAT_BYTES = 4
@@ -29,14 +39,10 @@ _GRAM_COPIES = 3
 _LAYER_COPIES = 4
 _SCORE_COPIES = 2
 _HEAD_FEATURES = 64
-# What experts make of a micro-batch, before and after it is moved or multiplied.
-_EXPERT_COPIES = 2
-# Routers send some experts half as many tokens as others, and less.
-_UNEVEN = 2
 # Of a GPU's memory: cuBLAS' workspaces, and what compiled programs keep.
 _DEVICE_PROGRAMS_BYTES = 512 << 20
-# The block with the kernels that are solved so far, and as it was before.
-_DEVICE_BLOCK_COPIES = 2
+# Micro-batches that are brought to the device or back while another one is computed.
+_IN_FLIGHT = 2
 # The same, without the gaps that memory on the host has.
 _DEVICE_GRAM_COPIES = 2
 
@@ -50,16 +56,14 @@ class Estimate:
         result_bytes: of the artifact's weights, roughly; codes_bytes: of the experts' codes, which
             are beside it.
         weights: of all matrices; active_weights: of those that one token is multiplied with.
-        tokens_per_expert: that calibrate an expert with inputs of its own, on average; 0 if there
-            are none, or not calibrated.
-        advised_tokens: of calibration, so that most of these experts are calibrated well; 0 as for
-            tokens_per_expert.
+        tokens_per_expert, advised_tokens: see `pipeline.planning.expert_costs`.
         activation_bytes: of all calibration shards between two blocks.
+        held_bytes: of the activations of the worker that holds most, inside a block.
+        activations: where they wait between two stages of a block.
         worker_bytes: peak memory of the worker that holds most.
         device_bytes: peak memory of that worker's GPU; 0 on CPUs, where it is the worker's own.
         micro_batch_bytes: of these, what no number of workers lowers: of a micro-batch in a layer.
-        forward_flops, gram_flops, solve_flops: of all blocks. KerasHub computes every token by
-            every expert, and those before the experts' own inputs are computed again for each use.
+        forward_flops, gram_flops, solve_flops: of all blocks.
     """
 
     source_bytes: int
@@ -76,6 +80,18 @@ class Estimate:
     forward_flops: float
     gram_flops: float
     solve_flops: float
+    held_bytes: int = 0
+    activations: ActivationPlace = "device"
+
+    def beside_devices(self) -> Estimate:
+        """The costs if activations wait in the workers' host memory, not on their GPUs."""
+        assert self.activations == "device"
+        return dataclasses.replace(
+            self,
+            activations="host",
+            worker_bytes=self.worker_bytes + self.held_bytes,
+            device_bytes=self.device_bytes - self.held_bytes,
+        )
 
     @property
     def flops(self) -> float:
@@ -90,26 +106,23 @@ def estimate(plan: Plan, workers: int) -> Estimate:
     return Estimate(
         source_bytes=sum(part.source_bytes for part in plan.parts),
         result_bytes=_result_bytes(plan),
-        codes_bytes=_codes_bytes(plan),
+        codes_bytes=int(sum(codes_bytes(plan, part) for part in plan.parts)),
         weights=sum(part.num_weights for part in plan.parts),
-        active_weights=sum(_active(layer) for part in plan.parts for layer in part.layers),
-        tokens_per_expert=min(
-            (num_tokens * x.experts_per_token // x.experts for x in _routed(plan)), default=0
-        ),
-        advised_tokens=max(map(_advised_tokens, _routed(plan)), default=0),
-        activation_bytes=num_tokens * _hidden(plan) * _activation_bytes(plan),
+        active_weights=sum(active_weights(x) for part in plan.parts for x in part.layers),
+        tokens_per_expert=tokens_per_expert(plan),
+        advised_tokens=advised_tokens(plan),
+        activation_bytes=num_tokens * hidden_features(plan) * _activation_bytes(plan),
         worker_bytes=_worker_bytes(plan, workers),
+        held_bytes=0 if tokens is None else _calibration(plan, workers).activation_bytes,
         device_bytes=0 if plan.device == "cpu" else _device_bytes(plan, workers),
         micro_batch_bytes=0 if tokens is None else _calibration(plan, workers).transient_bytes,
         # Every layer runs once, on the output of the quantized ones before it.
-        forward_flops=float(sum(2 * _run_weights(part) * num_tokens for part in blocks)),
+        forward_flops=float(sum(2 * run_weights(part) * num_tokens for part in blocks)),
         # Above the diagonal in four bands: 10/16 of the whole product.
         gram_flops=float(
             sum(
-                2 * group.in_features**2 * num_tokens * _uses(group, part) * 10 / 16
-                for part in blocks
-                for group in part.groups
-                if group.statistics == "hessian"
+                2 * group.in_features**2 * num_tokens * rows_per_token(group, part) * 10 / 16
+                for group, part in _hessian_groups(plan)
             )
         ),
         solve_flops=float(sum(_solve_flops(part) for part in blocks)),
@@ -130,15 +143,17 @@ def _worker_bytes(plan: Plan, workers: int) -> int:
         + _PROGRAMS_BYTES
         + weights
         + max(solve + int(_HELD_GRAM * held.gram_bytes), grams)
-        + held.activation_bytes
-        + held.transient_bytes
+        # On a GPU they are there, as long as they fit.
+        + (held.activation_bytes + held.transient_bytes if plan.device == "cpu" else 0)
     )
 
 
 def _device_bytes(plan: Plan, workers: int) -> int:
     """The peak of a worker's GPU, where activations stay between the stages of a block."""
-    rest, *blocks = (part.num_weights * _FLOAT_BYTES for part in plan.parts)
-    weights = max(rest, _DEVICE_BLOCK_COPIES * max(blocks))
+    # Part by part, each array once; a layer is decoded in float32 before it takes its place.
+    layer = max(x.in_features * x.num_rows for part in plan.parts for x in part.layers)
+    weights = max(part.num_weights for part in plan.parts) * _activation_bytes(plan)
+    weights += layer * _FLOAT_BYTES
     solve = _SOLVE_COPIES * _FLOAT_BYTES * max(map(_solve_size, plan.parts))
     if plan.tokens is None:
         return _DEVICE_PROGRAMS_BYTES + weights + solve
@@ -149,6 +164,7 @@ def _device_bytes(plan: Plan, workers: int) -> int:
         + weights
         + max(solve + int(_HELD_GRAM * held.gram_bytes), grams)
         + held.activation_bytes
+        + held.in_flight_bytes
         + held.transient_bytes
     )
 
@@ -161,12 +177,14 @@ class _Calibration:
         gram_bytes: of the largest Gram.
         levels: of the tree that sums are merged in, each of which may hold one.
         activation_bytes: of all its windows between two stages of a block.
+        in_flight_bytes: of the micro-batches that pass between host and device at once.
         transient_bytes: of a micro-batch inside a layer.
     """
 
     gram_bytes: int
     levels: int
     activation_bytes: int
+    in_flight_bytes: int
     transient_bytes: int
 
 
@@ -175,24 +193,22 @@ def _calibration(plan: Plan, workers: int) -> _Calibration:
     assert tokens is not None
     held = max(sum(map(len, share)) for share in split(len(tokens.shards), workers))
     windows = held * max(stop - start for start, stop in tokens.shards)
-    hidden = _hidden(plan)
+    hidden = hidden_features(plan)
     # Inputs that experts have of their own are not kept.
-    groups = [group for part in plan.parts for group in part.groups]
-    widest = max(group.in_features for group in groups if not group.experts)
+    widest = max(g.in_features for part in plan.parts for g in part.groups if not g.experts)
     batch = tokens.micro_batch * tokens.sequence_length
     heads = -(-hidden // _HEAD_FEATURES)
     scores = batch * tokens.sequence_length * heads * _FLOAT_BYTES
+    # Hidden states, residuals, and the input of the layers.
+    activations = (3 * hidden + widest) * _activation_bytes(plan)
     transient = micro_batch_bytes(batch, widest, tokens.largest_array_bytes or scores)
     return _Calibration(
-        gram_bytes=max((_gram_size(*one) for one in _hessian_groups(plan)), default=0)
+        gram_bytes=max((gram_size(*one) for one in _hessian_groups(plan)), default=0)
         * _FLOAT_BYTES,
         levels=held.bit_length(),
-        # Hidden states, residuals, and the input of the layers.
-        activation_bytes=windows
-        * tokens.sequence_length
-        * (3 * hidden + widest)
-        * _activation_bytes(plan),
-        transient_bytes=max(transient, *(batch * _expert_bytes(part) for part in plan.parts)),
+        activation_bytes=windows * tokens.sequence_length * activations,
+        in_flight_bytes=_IN_FLIGHT * batch * activations,
+        transient_bytes=max(transient, *(batch * made_bytes(part) for part in plan.parts)),
     )
 
 
@@ -216,72 +232,16 @@ def _hessian_groups(plan: Plan) -> list[tuple[InputGroup, PartPlan]]:
     return [(g, part) for part in plan.parts for g in part.groups if g.statistics == "hessian"]
 
 
-def _gram_size(group: InputGroup, part: PartPlan) -> int:
-    """Of what is summed at once for a group, in numbers."""
-    most = 1
-    if group.experts:
-        layer = _first(group, part)
-        ranges = expert_ranges(layer.experts, layer.slices)
-        passes = expert_passes(ranges, group.in_features)
-        most = max(sum(len(ranges[number]) for number in together) for together in passes)
-    return most * group.in_features**2
-
-
-def _first(group: InputGroup, part: PartPlan) -> LayerPlan:
-    return next(layer for layer in part.layers if layer.name == group.targets[0])
-
-
-def _uses(group: InputGroup, part: PartPlan) -> int:
-    """Rows that a token gives a group's input."""
-    return _first(group, part).experts_per_token if group.experts else 1
-
-
-def _routed(plan: Plan) -> list[LayerPlan]:
-    """The first layer of each group of experts that have inputs of their own."""
-    return [_first(group, part) for group, part in _hessian_groups(plan) if group.experts]
-
-
-def _advised_tokens(layer: LayerPlan) -> int:
-    floor = _UNEVEN * token_floor(layer.in_features)
-    return -(-floor * layer.experts // layer.experts_per_token)
-
-
-def _active(layer: LayerPlan) -> int:
-    """Weights of a layer that a token is multiplied with; of all experts if that is not known."""
-    if not layer.experts_per_token:
-        return layer.num_weights
-    return layer.num_weights // layer.experts * layer.experts_per_token
-
-
-def _run_weights(part: PartPlan) -> int:
-    """Weights of a block that its tokens are multiplied with, as often as they are."""
-    own = {name: group for group in part.groups if group.experts for name in group.targets}
-    before = sum(x.num_weights for x in part.layers if x.experts and x.name not in own)
-    again = 0
-    for group in part.groups:
-        if group.experts:
-            layer = _first(group, part)
-            ranges = expert_ranges(layer.experts, layer.slices)
-            again += before * len(expert_passes(ranges, group.in_features))
-    return part.num_weights + again
-
-
-def _expert_bytes(part: PartPlan) -> int:
-    """What the experts of a block make of a token."""
-    outputs = sum(layer.experts * layer.out_features for layer in part.layers)
-    return _EXPERT_COPIES * outputs * _FLOAT_BYTES
-
-
-def _hidden(plan: Plan) -> int:
+def hidden_features(plan: Plan) -> int:
     """Features of the hidden states between blocks: the fewest that any kernel in a block takes.
 
     Experts, and layers beside them, may take fewer: there it is what the first kernel takes.
     """
-    kernels = [[x for x in part.layers if x.kind == "kernel"] for part in plan.parts[1:]]
     found = []
-    for block in kernels:
-        sizes = [layer.in_features for layer in block if layer.in_features]
-        experts = any(layer.experts for layer in block)
+    for part in plan.parts[1:]:
+        kernels = [x for x in part.layers if x.kind == "kernel" and x.in_features]
+        sizes = [layer.in_features for layer in kernels]
+        experts = any(layer.experts for layer in kernels)
         found.append(sizes[0] if experts else min(sizes, default=0))
     return max(found)
 
@@ -289,19 +249,19 @@ def _hidden(plan: Plan) -> int:
 def _solve_size(part: PartPlan) -> int:
     """The largest weight and Hessian of one solve, in numbers."""
     kernels = {x.name: x for x in part.layers if x.scheme and x.kind == "kernel"}
-    sizes = [(x.in_features, x.out_features * max(1, x.experts)) for x in kernels.values()]
+    sizes = [(x.in_features, x.num_rows) for x in kernels.values()]
     # Layers that share foldable input scales are solved at once.
     folded = [group for group in part.groups if group.fold is not None]
     sizes += [(g.in_features, sum(kernels[n].out_features for n in g.targets)) for g in folded]
     solved = [inputs * (outputs + inputs) for inputs, outputs in sizes]
     # Experts are solved one by one, beside the Hessians of those that were summed with them.
-    own = [(_first(group, part), group) for group in part.groups if group.experts]
-    solved += [x.num_weights + _gram_size(group, part) for x, group in own]
+    own = [group for group in part.groups if group.experts]
+    solved += [kernels[g.targets[0]].num_weights + gram_size(g, part) for g in own]
     return max(solved, default=0)
 
 
 def _solve_flops(part: PartPlan) -> float:
-    rows = {layer.name: layer.out_features * max(1, layer.experts) for layer in part.layers}
+    rows = {layer.name: layer.num_rows for layer in part.layers}
     return sum(
         sum(rows[name] for name in g.targets) * g.in_features**2
         + max(1, g.experts) * 2 / 3 * g.in_features**3
@@ -310,32 +270,33 @@ def _solve_flops(part: PartPlan) -> float:
     )
 
 
-def _source_bits(plan: Plan) -> int:
-    """Of a weight in the source."""
-    ratios = [8 * part.source_bytes / part.num_weights for part in plan.parts if part.num_weights]
-    # Parts hold more than their layers' matrices, so that the lowest ratio is closest.
-    return 16 if min(ratios, default=32) < 24 else 32
-
-
-def _codes_bytes(plan: Plan) -> int:
-    layers = [x for part in plan.parts for x in part.layers if x.experts and x.scheme]
-    source_bits = _source_bits(plan)
-    return int(sum(x.num_weights * bits_per_weight(x, plan, source_bits) / 8 for x in layers))
-
-
 def _result_bytes(plan: Plan) -> int:
-    source_bits = _source_bits(plan)
+    bits = source_bits(plan)
     saved_bits = 0.0
     for part in plan.parts:
-        others = 8 * part.source_bytes / source_bits - part.num_weights
+        others = 8 * part.source_bytes / bits - part.num_weights
         for layer in part.layers:
             if layer.experts:
                 continue  # which are stored as floats
             weights = layer.in_features * layer.out_features
             if layer.kind == "embedding" and others >= weights:
                 weights *= 2  # the reverse table of an untied head
-            saved_bits += weights * (source_bits - bits_per_weight(layer, plan, source_bits))
+            saved_bits += weights * (bits - bits_per_weight(layer, plan, bits))
     return sum(part.source_bytes for part in plan.parts) - int(saved_bits / 8)
+
+
+def codes_bytes(plan: Plan, part: PartPlan) -> float:
+    """Of the codes of a part's experts."""
+    bits = source_bits(plan)
+    layers = [layer for layer in part.layers if layer.experts and layer.scheme]
+    return sum(layer.num_weights * bits_per_weight(layer, plan, bits) / 8 for layer in layers)
+
+
+def source_bits(plan: Plan) -> Literal[16, 32]:
+    """Bits of most weights in the source."""
+    ratios = [8 * part.source_bytes / part.num_weights for part in plan.parts if part.num_weights]
+    # Parts hold more than their layers' matrices, so that the lowest ratio is closest.
+    return 16 if min(ratios, default=32) < 24 else 32
 
 
 def bits_per_weight(layer: LayerPlan, plan: Plan, source_bits: int) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -125,7 +126,10 @@ class Worker(WorkerApi):
             )
             return sum_inputs(inputs, group, program.input_axes[stage])
 
-        return self._sums.put(name, reduce_subtree(subtree, leaf, merged))
+        total = reduce_subtree(subtree, leaf, merged)
+        # What fails, or takes long, shows here, and not where the sum is used.
+        jax.block_until_ready(total.arrays)
+        return self._sums.put(name, total)
 
     @device_errors()
     def merge(self, left: HeldSum, right: HeldSum, sent: InputSum | None = None) -> HeldSum:

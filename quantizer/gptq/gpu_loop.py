@@ -37,7 +37,7 @@ def solve_whole(columns: Columns, factor: Factor, *, weight_bits: int) -> Solved
     ((unit_CC,),) = factor.panels
     padded = unit_CC.shape[0]
     ordered = panel_columns(columns, factor.order_C, 0, padded)
-    errors_C2R, codes_C2R = _unsolved(padded, num_outputs)
+    errors_C2R, codes_C2R = _unsolved(ordered.weight_PR)
     loss_2R = error_2R = zeros((2, num_outputs))
     max_code = 2.0**weight_bits - 1
     for a, b in panel_bounds(padded):
@@ -57,8 +57,9 @@ def _reach(end: int, padded: int) -> int:
     return min(-(-end // quarter) * quarter, padded)
 
 
-@program(static_argnums=(0, 1))
-def _unsolved(size: int, num_outputs: int) -> tuple[Array, Array]:
+@program()
+def _unsolved(ordered_CR: Array) -> tuple[Array, Array]:
+    size, num_outputs = ordered_CR.shape
     shape = (size, 2, num_outputs)
     return jnp.zeros(shape), jnp.zeros(shape, jnp.uint8)
 

@@ -24,7 +24,8 @@ import pipeline.worker.model_state
 from pipeline.recipe.recipe_file import load_recipe
 from pipeline.remote_planning import plan_run
 from pipeline.run import activations, lease
-from pipeline.run.driver import claim, quantize
+from pipeline.run.claim import claim
+from pipeline.run.driver import quantize
 from pipeline.storage.object_store import open_store
 from pipeline.worker.worker import Worker
 from tests.pipeline.local_executor import LocalExecutor

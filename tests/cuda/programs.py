@@ -25,24 +25,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-_CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 1024,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "max_position_embeddings": 131072,
-    "attention_bias": False,
-    "mlp_bias": False,
-}
+_VOCABULARY = 128256
 _GIB = 1 << 30
 # Of cuBLASLt, which plans count with what compiled programs keep.
 _WORKSPACE_BYTES = 32 << 20
@@ -144,10 +127,11 @@ def compile_block(where: Any, length: int, dtype: str) -> CompiledBlock:
     from pipeline.planning.estimates import micro_batch_bytes
     from pipeline.planning.input_groups import embedded_shapes, taken_by
     from pipeline.worker.block_program import BlockProgram
+    from tests.cuda.llama import LLAMA_8B
     from tests.cuda.topology import placed, tracing_for_h100
 
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(_CONFIG))
+        (Path(folder) / "config.json").write_text(json.dumps(LLAMA_8B.config(_VOCABULARY)))
         skeleton = build_skeleton(read_preset(folder), dtype)
     graph = find_blocks(skeleton)
     values = embedded_shapes(graph, input_layout(skeleton), _windows(length), 1)
@@ -207,6 +191,21 @@ def compile_statistics(where: Any, in_features: int) -> list[Compiled]:
         Compiled.of(f"Gram of {in_features}, merged", merge),
         Compiled.of(f"Gram of {in_features}, whole", whole),
     ]
+
+
+def compile_evaluation(where: Any, length: int) -> Compiled:
+    """The comparison of source and artifact on a window; attention is as in `compile_block`."""
+    import jax
+    import jax.numpy as jnp
+
+    from pipeline.worker.evaluate import _logit_sums
+    from tests.cuda.topology import placed
+
+    logits = jax.ShapeDtypeStruct((1, length, _VOCABULARY), jnp.bfloat16)
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    keep = jax.ShapeDtypeStruct((1, length - 1), jnp.bool_)
+    lowered = _logit_sums.lower(*placed((logits, logits, tokens, keep), where))
+    return Compiled.of(f"evaluation of {length} tokens", lowered)
 
 
 class _Jit:
@@ -309,6 +308,10 @@ def main() -> int:
             block = compile_block(where, length, dtype)
             show(block.stages)
             problems += block.problems()
+    for length in arguments.tokens:
+        show([compared := compile_evaluation(where, length)])
+        if compared.temporary_bytes > length * _VOCABULARY:
+            problems.append(f"{compared.name}: copies logits")
     for in_features in (4096, 14336):
         show(compile_statistics(where, in_features))
     problems += [f"{one.name}: products by Triton" for one in found if one.triton]

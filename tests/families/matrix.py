@@ -23,7 +23,8 @@ from pipeline.model.preset import read_preset
 from pipeline.model.skeleton import build_skeleton
 from pipeline.planning.make_plan import Planned, make_plan
 from pipeline.recipe.recipe import Calibration, Recipe
-from pipeline.run.driver import claim, quantize
+from pipeline.run.claim import claim
+from pipeline.run.driver import quantize
 from pipeline.run.records import Manifest
 from pipeline.storage.object_store import open_store
 from pipeline.worker.worker import Worker

@@ -20,7 +20,8 @@ from pipeline.executor.ray_cluster import connect
 from pipeline.executor.ray_executor import RayExecutor
 from pipeline.plan import Plan
 from pipeline.remote_planning import start_worker
-from pipeline.run.driver import claim, quantize
+from pipeline.run.claim import claim
+from pipeline.run.driver import quantize
 from pipeline.run.events import Step
 from pipeline.storage.object_store import open_store
 from tests.integration.ray_cluster import quiet_environment

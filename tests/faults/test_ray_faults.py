@@ -18,7 +18,8 @@ from pipeline.executor.protocol import Allocation, ComputeSpec, ExecutorError
 from pipeline.executor.ray_cluster import allocate_on_cluster, connect
 from pipeline.executor.ray_executor import RayExecutor
 from pipeline.remote_planning import start_worker
-from pipeline.run.driver import claim, quantize
+from pipeline.run.claim import claim
+from pipeline.run.driver import quantize
 from pipeline.run.events import Step
 from pipeline.storage.object_store import open_store
 from tests.faults.lossy_run import run_lossy

@@ -25,7 +25,8 @@ from pipeline.model.preset import read_preset
 from pipeline.plan import Plan
 from pipeline.planning.make_plan import make_plan
 from pipeline.recipe.recipe_file import recipe_from_dict
-from pipeline.run.driver import claim, quantize
+from pipeline.run.claim import claim
+from pipeline.run.driver import quantize
 from pipeline.run.records import Manifest, PartRecord
 from pipeline.storage.object_store import open_store
 from pipeline.storage.record import StoredRecord

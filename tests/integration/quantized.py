@@ -21,7 +21,8 @@ from pipeline.model.preset import read_preset
 from pipeline.plan import Plan
 from pipeline.planning.make_plan import make_plan
 from pipeline.recipe.recipe import Calibration, Recipe, Rule
-from pipeline.run.driver import claim, quantize
+from pipeline.run.claim import claim
+from pipeline.run.driver import quantize
 from pipeline.run.records import LayerRecord, PartRecord, record_key
 from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.worker.model_state import ModelState

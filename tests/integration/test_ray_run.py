@@ -26,8 +26,9 @@ from pipeline.executor.ray_executor import RayExecutor
 from pipeline.fidelity import Fidelity
 from pipeline.plan import read_plan
 from pipeline.remote_planning import plan_on, plan_run, start_worker
+from pipeline.run.claim import claim
 from pipeline.run.commits import read_manifest
-from pipeline.run.driver import claim, quantize
+from pipeline.run.driver import quantize
 from pipeline.run.events import Step
 from pipeline.storage.object_store import open_store
 from tests.integration.ray_cluster import NUM_CPUS, RunningCluster, quiet_environment

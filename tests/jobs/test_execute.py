@@ -3,7 +3,13 @@ from typing import Any
 
 import pytest
 
-from jobs.execute import Compute, check_device_memory, check_identity, check_memory
+from jobs.execute import (
+    Compute,
+    check_device_memory,
+    check_identity,
+    check_memory,
+    place_activations,
+)
 from pipeline.errors import PipelineError
 from pipeline.executor.protocol import Allocation, DeviceMemory, ExecutorError, NodeRoom
 from pipeline.planning.estimates import Estimate, estimate
@@ -58,6 +64,34 @@ def test_a_gpu_that_is_too_small_is_named() -> None:
     scores = dataclasses.replace(costs, micro_batch_bytes=16 * GIB)
     with pytest.raises(ExecutorError, match=r"16\.0 GiB of it for a single.*lower sequence_length"):
         check_device_memory(scores, [large, small])
+
+
+def test_activations_wait_on_the_devices_if_all_have_room_for_them() -> None:
+    plan = planned("gptq").plan
+    on_gpu = dataclasses.replace(plan, machine={"platform": "gpu", "device": "NVIDIA H100"})
+    costs = estimate(on_gpu, 1)
+    assert costs.activations == "device"
+
+    def gpu(num_bytes: int | None) -> DeviceMemory:
+        return DeviceMemory(node="node", kind="NVIDIA H100", num_bytes=num_bytes)
+
+    enough, little = gpu(costs.device_bytes), gpu(costs.device_bytes - 1)
+    for devices in ([], [enough], [enough, gpu(None)]):
+        assert place_activations(costs, devices) == costs
+    beside = place_activations(costs, [enough, little])
+    assert beside.activations == "host"
+    # They count where they are, and so no longer for the device.
+    assert beside.device_bytes == costs.device_bytes - costs.held_bytes
+    assert beside.worker_bytes == costs.worker_bytes + costs.held_bytes
+    check_device_memory(beside, [enough, little])
+    with pytest.raises(ExecutorError, match="more memory") as raised:
+        check_memory(beside, rooms((1, costs.worker_bytes)))
+    assert "\n" not in str(raised.value)
+    # What does not fit even so is refused for what it needs then.
+    with pytest.raises(ExecutorError, match="wait in host memory already; lower sequence_length"):
+        check_device_memory(beside, [gpu(beside.device_bytes - 1)])
+    uncalibrated = estimate(dataclasses.replace(on_gpu, tokens=None), 1)
+    assert place_activations(uncalibrated, [gpu(1)]) == uncalibrated
 
 
 class Measured:

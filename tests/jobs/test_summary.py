@@ -244,6 +244,11 @@ def test_a_gpus_plan_shows_what_it_computes_in() -> None:
         Console(file=stream, width=200).print(table)
         expected = f"float32, attention {said}; the largest array of a micro-batch has 8.0 GiB"
         assert expected in stream.getvalue()
+        assert "beside the GPUs" not in stream.getvalue()
+        costs = estimate(on_gpu, 1).beside_devices()
+        table = plan_table(on_gpu, costs, Allocation(workers=1, threads=1, gpus=1))
+        Console(file=stream, width=200).print(table)
+        assert "B, beside the GPUs, which have no room for them" in stream.getvalue()
 
 
 def test_a_summary_compares_what_a_gpu_needed_with_the_estimate() -> None:

@@ -21,7 +21,8 @@ from pipeline.model.preset import read_preset
 from pipeline.model.skeleton import build_skeleton
 from pipeline.planning.make_plan import Planned, make_plan
 from pipeline.recipe.recipe import Calibration, Recipe
-from pipeline.run.driver import claim, quantize
+from pipeline.run.claim import claim
+from pipeline.run.driver import quantize
 from pipeline.run.events import Step
 from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.worker.worker import Worker

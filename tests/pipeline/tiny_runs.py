@@ -18,7 +18,8 @@ from pipeline.plan import Plan
 from pipeline.planning.make_plan import Planned, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.recipe_file import recipe_from_dict
-from pipeline.run.driver import claim, quantize
+from pipeline.run.claim import claim
+from pipeline.run.driver import quantize
 from pipeline.run.events import Report, Step
 from pipeline.run.records import Manifest
 from pipeline.run.worker_api import HeldSum

@@ -14,7 +14,8 @@ from pipeline.model.preset_json import quantized_json
 from pipeline.plan import Plan
 from pipeline.planning.make_plan import Planned, make_plan
 from pipeline.recipe.recipe_file import recipe_from_dict
-from pipeline.run.driver import claim, quantize
+from pipeline.run.claim import claim
+from pipeline.run.driver import quantize
 from pipeline.run.records import Manifest
 from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.worker.worker import Worker

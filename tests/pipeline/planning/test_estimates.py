@@ -37,7 +37,7 @@ if limit:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 from pathlib import Path
 from tests.pipeline.local_executor import LocalExecutor
-from pipeline.run.driver import claim
+from pipeline.run.claim import claim
 from pipeline.plan import Plan
 from pipeline.run.driver import quantize
 from pipeline.storage.object_store import open_store
@@ -195,6 +195,19 @@ def test_more_workers_share_the_activations_only() -> None:
     one, four = estimate(plan, 1), estimate(plan, 4)
     assert one.worker_bytes > four.worker_bytes
     assert (one.flops, one.source_bytes) == (four.flops, four.source_bytes)
+
+
+def test_what_waits_beside_a_gpu_counts_for_its_node_alone() -> None:
+    plan = planned("gptq").plan
+    on_gpu = dataclasses.replace(plan, machine={"platform": "gpu", "device": "H100"})
+    on_cpu, resident = estimate(plan, 1), estimate(on_gpu, 1)
+    assert on_cpu.held_bytes == resident.held_bytes == 20 * 128 * (3 * 64 + 128) * 4 * 32 // 20
+    beside = resident.beside_devices()
+    assert resident.worker_bytes < beside.worker_bytes <= on_cpu.worker_bytes
+    # A micro-batch that is computed, and two on their way, are on the device either way.
+    two, four = (estimate(on_gpu, workers).beside_devices() for workers in (1, 2))
+    assert two.device_bytes == four.device_bytes
+    assert two.worker_bytes > four.worker_bytes
 
 
 def test_layers_that_share_foldable_scales_are_held_at_once() -> None:

@@ -21,7 +21,8 @@ from pipeline.plan import Plan
 from pipeline.planning.input_groups import block_uses
 from pipeline.planning.make_plan import Planned, make_plan
 from pipeline.recipe.recipe import Calibration, Recipe
-from pipeline.run.driver import claim, quantize
+from pipeline.run.claim import claim
+from pipeline.run.driver import quantize
 from pipeline.storage.object_store import open_store
 from pipeline.worker.worker import Worker
 from quantizer.schemes import Float8Scheme, GPTQScheme, Int8Scheme

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.plan import LayerPlan
-from pipeline.run.driver import share_out
+from pipeline.run.block_calls import share_out
 from quantizer.schemes import GPTQScheme
 
 

@@ -14,8 +14,9 @@ from pipeline.errors import DamagedObjectError, SourceError
 from pipeline.model.preset import read_preset
 from pipeline.plan import PLAN_KEY, read_plan
 from pipeline.planning.make_plan import make_plan
+from pipeline.run.claim import claim
 from pipeline.run.commits import read_manifest
-from pipeline.run.driver import claim, quantize
+from pipeline.run.driver import quantize
 from pipeline.run.events import Step
 from pipeline.run.records import MANIFEST_KEY, file_key, record_key
 from pipeline.storage.object_store import ObjectStore, open_store

@@ -19,8 +19,9 @@ from pipeline.executor.protocol import ExecutorError, Handle
 from pipeline.model.preset import read_preset
 from pipeline.plan import PLAN_KEY
 from pipeline.planning.make_plan import Planned, make_plan
+from pipeline.run.claim import claim
 from pipeline.run.commits import read_manifest
-from pipeline.run.driver import claim, quantize
+from pipeline.run.driver import quantize
 from pipeline.run.events import Step
 from pipeline.run.records import MANIFEST_KEY, file_key, record_key
 from pipeline.storage.object_store import ObjectStore, open_store
@@ -146,6 +147,7 @@ def test_independent_parts_resume_too(part: int, store: ObjectStore) -> None:
         ("capture", 3),
         ("merge", 1),
         ("merge", 7),
+        ("send", 2),
         ("solve", 3),
         ("commit", 1),
         ("propagate", 1),

@@ -15,7 +15,8 @@ import pytest
 from pipeline.executor.protocol import Handle
 from pipeline.planning.make_plan import Planned
 from pipeline.reduction import split
-from pipeline.run.driver import claim, quantize
+from pipeline.run.claim import claim
+from pipeline.run.driver import quantize
 from pipeline.run.events import Step
 from pipeline.run.worker_api import HeldSum
 from pipeline.storage.object_store import ObjectStore, open_store

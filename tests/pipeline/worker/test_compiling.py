@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.plan import Plan
-from pipeline.run.driver import claim
+from pipeline.run.claim import claim
 from pipeline.storage.object_store import open_store
 from pipeline.worker import solve as compiling
 from pipeline.worker.solve import CompiledAhead

@@ -13,7 +13,8 @@ import pytest
 
 from pipeline.executor.protocol import ExecutorError, Handle
 from pipeline.planning import estimates
-from pipeline.run.driver import claim, quantize
+from pipeline.run.claim import claim
+from pipeline.run.driver import quantize
 from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.worker.block_weights import BlockWeights
 from pipeline.worker.device_memory import device_errors, device_memory

@@ -14,7 +14,8 @@ import pipeline.planning.make_plan
 from pipeline.model.preset import read_preset
 from pipeline.plan import InputGroup, Plan
 from pipeline.planning.make_plan import Planned, make_plan
-from pipeline.run.driver import claim, quantize
+from pipeline.run.claim import claim
+from pipeline.run.driver import quantize
 from pipeline.run.records import Manifest
 from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.worker.statistics import finished, sum_inputs

@@ -10,7 +10,7 @@ import pytest
 from pipeline.canonical import sha256
 from pipeline.errors import DivergenceError, MissingObjectError
 from pipeline.run import activations
-from pipeline.run.driver import claim
+from pipeline.run.claim import claim
 from pipeline.run.records import PartRecord, file_key, record_key
 from pipeline.run.worker_api import SolvedLayer
 from pipeline.storage.object_store import ObjectStore, open_store

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 
 from quantizer import GPTQScheme, HessianSum, solve
 from quantizer import qparams as grid
+from quantizer.gptq import block_kernel, factor, gpu_factor, gpu_loop, refine
 from quantizer.gptq import column_loop as gptq
 from quantizer.gptq import column_loop as panels
-from quantizer.gptq import factor, refine
 from quantizer.gptq import factor as cholesky
+from quantizer.gptq import solve as solver
+from quantizer.gptq.path import GPU
 from quantizer.gptq.solve import compile_solver
 
 # They clear what JAX has compiled, which other tests would have to compile again.
@@ -22,7 +25,7 @@ pytestmark = pytest.mark.exhaustive
 # `quantizer.jit` leaves what it wraps at hand.
 PROGRAMS = {
     value.__name__
-    for module in (cholesky, factor, gptq, grid, panels, refine)
+    for module in (cholesky, factor, gptq, gpu_factor, gpu_loop, grid, panels, refine)
     for value in vars(module).values()
     if hasattr(value, "__wrapped__")
 }
@@ -70,6 +73,22 @@ def test_a_solve_compiles_nothing_that_was_compiled_ahead(
     refining = {"damped_hessian", "_sweep_panel", "_settled"} if refinement_sweeps else set()
     solving = {"arrange", "find_grid", "columns_of", "_solve_panel", "better"}
     assert compiled_by_solve(200, 136, scheme, caplog) >= solving | refining
+
+
+def test_a_solve_on_gpus_compiles_nothing_that_was_compiled_ahead(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_kernel, "TILE", 2)
+    monkeypatch.setattr(block_kernel, "STEP", 2)
+    monkeypatch.setattr(solver, "this_path", lambda: replace(GPU, band=64))
+    scheme = GPTQScheme(group_size=16, activation_order=True, refinement_sweeps=1)
+    jax.clear_caches()
+    compile_solver(100, 80, scheme, scale_dtype="bfloat16")
+    assert compiled_by_solve(100, 80, scheme, caplog) == set()
+    # Kernels are compiled once for panels of a size, whatever the layer's.
+    assert not compiled_by_solve(24, 80, scheme, caplog)
+    factoring = {"arrange", "factorize_whole", "damped_whole"}
+    assert compiled_by_solve(24, 64, scheme, caplog) >= {"find_grid", "_solve_panel"} | factoring
 
 
 def test_one_program_solves_the_panels_of_all_bits_and_widths(

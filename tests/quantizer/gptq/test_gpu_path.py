@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from quantizer import GPTQScheme, HessianSum, SolveResult, row_slices, solve, solve_stack
-from quantizer.gptq import block_kernel
+from quantizer.gptq import block_kernel, factor, gpu_loop
 from quantizer.gptq import solve as gptq
 from quantizer.gptq.bands import pack
 from quantizer.gptq.path import CPU, GPU, Path, path_of
@@ -17,7 +17,7 @@ from quantizer.problem import LayerProblem
 from quantizer.qparams import encode
 from tests import reference
 from tests.quantizer.gptq.test_column_loop import options_of, scheme
-from tests.quantizer.problems import PROBLEMS, make
+from tests.quantizer.problems import Problem, make
 
 # A band of 2,048 rows, which small layers do not fill, takes long to interpret.
 SMALL = dataclasses.replace(GPU, band=96)
@@ -26,8 +26,8 @@ SMALL = dataclasses.replace(GPU, band=96)
 @pytest.fixture(autouse=True)
 def small_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same kernels with shorter code, which compiles in a fifth of the time."""
-    monkeypatch.setattr(block_kernel, "TILE", 4)
-    monkeypatch.setattr(block_kernel, "STEP", 2)
+    monkeypatch.setattr(block_kernel, "TILE", 2)
+    monkeypatch.setattr(block_kernel, "STEP", 1)
 
 
 @pytest.fixture
@@ -35,46 +35,51 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gptq, "this_path", lambda: SMALL)
 
 
-def solved(path: Path, problem: str, options: GPTQScheme, monkeypatch) -> SolveResult:
+def solved(path: Path, given: Problem, options: GPTQScheme, monkeypatch) -> SolveResult:
     with monkeypatch.context() as patch:
         patch.setattr(gptq, "this_path", lambda: path)
-        given = PROBLEMS[problem]
         return solve(given.weight_RC, given.hessian, options)
 
 
 CASES = [
-    ("ragged group", scheme(3, 64, False, True, True, sweeps=2)),
-    pytest.param("dead inputs", scheme(2, -1, True, False, True), marks=pytest.mark.exhaustive),
+    (make(64, 150, 300), scheme(3, 64, False, True, True, sweeps=1)),
     pytest.param(
-        "three panels", scheme(4, 64, False, True, True, sweeps=2), marks=pytest.mark.exhaustive
+        make(64, 250, 400), scheme(3, 64, False, True, True, sweeps=2), marks=pytest.mark.exhaustive
+    ),
+    pytest.param(
+        make(40, 64, 128, dead=7), scheme(2, -1, True, False, True), marks=pytest.mark.exhaustive
     ),
 ]
 
 
-@pytest.mark.parametrize(("problem", "options"), CASES)
-def test_codes_and_loss_are_those_of_cpus_and_of_the_paper(problem, options, monkeypatch):
-    gpu = solved(SMALL, problem, options, monkeypatch)
-    cpu = solved(CPU, problem, options, monkeypatch)
+@pytest.mark.parametrize(
+    ("given", "options"), CASES, ids=["two blocks", "two panels", "dead inputs"]
+)
+def test_codes_and_loss_are_those_of_cpus_and_of_the_paper(given, options, monkeypatch):
+    cpu = solved(CPU, given, options, monkeypatch)
+    # Panels of two blocks; a second one has a single block.
+    for module in (factor, gpu_loop):
+        monkeypatch.setattr(module, "PANEL", 160)
+    gpu = solved(SMALL, given, options, monkeypatch)
     np.testing.assert_array_equal(gpu.weight.scale_RG, cpu.weight.scale_RG)
     assert np.mean(gpu.weight.codes_RC == cpu.weight.codes_RC) >= 0.999
     for field in ("weight_error", "output_error", "rtn_output_error"):
         assert getattr(gpu.report, field) == pytest.approx(getattr(cpu.report, field), rel=1e-4)
     assert (gpu.report.kept, gpu.report.rtn_rows) == (cpu.report.kept, cpu.report.rtn_rows)
 
-    given = PROBLEMS[problem]
     answer = reference.gptq(given.weight_RC, given.true_hessian, **options_of(options))
     assert np.mean(gpu.weight.codes_RC == answer.codes_RC) >= 0.999
 
 
 @pytest.mark.exhaustive
 def test_tiles_as_large_as_on_gpus_give_the_same_codes(monkeypatch):
-    options = scheme(3, 64, False, True, True, sweeps=1)
-    small = solved(SMALL, "ragged group", options, monkeypatch)
+    given, options = make(96, 64, 128), scheme(3, 64, False, True, True, sweeps=1)
+    small = solved(SMALL, given, options, monkeypatch)
     monkeypatch.undo()
-    assert block_kernel.TILE == 16
-    # Of another height, so that it is compiled anew.
-    large = solved(dataclasses.replace(SMALL, band=64), "ragged group", options, monkeypatch)
-    assert np.mean(small.weight.codes_RC == large.weight.codes_RC) >= 0.999
+    assert (block_kernel.TILE, block_kernel.STEP) == (16, 4)
+    # In another height, so that the kernels are compiled anew.
+    large = solved(dataclasses.replace(SMALL, band=128), given, options, monkeypatch)
+    np.testing.assert_array_equal(small.weight.codes_RC, large.weight.codes_RC)
     assert large.report.output_error == pytest.approx(small.report.output_error, rel=1e-4)
 
 

@@ -1,0 +1,214 @@
+"""What a run would cost on the cluster at hand, or on machines that the user names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Column, Table
+from rich.text import Text
+
+from jobs.execute import check_device_memory, check_memory, place_activations
+from jobs.quantities import duration
+from pipeline.errors import PipelineError
+from pipeline.executor.protocol import Allocation, DeviceMemory, FunctionRunner, NodeRoom
+from pipeline.plan import Plan
+from pipeline.planning.cost_model import GPU_MEMORY_SHARE, run_cost
+from pipeline.planning.estimates import Estimate, estimate
+from pipeline.planning.machines import Machine, Machines, known_machines, workers_on
+from pipeline.planning.run_cost import RunCost, Stage
+from pipeline.planning.work import Evaluated, planned_on
+from pipeline.remote_planning import measured_machine
+
+_EVALUATED_TOKENS = 512
+"""Of a window that a result without calibration is judged on."""
+_STAGES: dict[Stage, str] = {
+    "start": "start of workers",
+    "compile": "compiling, the first time",
+    "plan": "plan, hash the source",
+    "read": "read blocks",
+    "forward": "forward",
+    "grams": "Grams",
+    "solve": "factor, solve",
+    "decode": "decode",
+    "exchange": "calls, exchange",
+    "commit": "commit blocks",
+    "keep": "keep activations",
+    "finish": "verify, seal",
+    "evaluate": "evaluate",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Workers that may not exist, each on one machine of a kind."""
+
+    number: int
+    machine: Machine
+
+    @property
+    def allocation(self) -> Allocation:
+        """What such a cluster would give a run."""
+        on_gpus = self.machine.device == "gpu"
+        return Allocation(
+            workers=self.number,
+            threads=self.machine.host_threads,
+            gpus=1 if on_gpus else 0,
+            accelerator=self.machine.name if on_gpus else "",
+        )
+
+    def plan(self, plan: Plan) -> Plan:
+        """The plan as it would be made there (see `planned_on`)."""
+        return planned_on(plan, self.machine.device)
+
+    def estimate(self, plan: Plan) -> Estimate:
+        """The memory that each would need."""
+        return place_activations(estimate(self.plan(plan), self.number), self._devices)
+
+    def check_room(self, costs: Estimate) -> None:
+        """Refuse a run that would not fit their memory.
+
+        Raises:
+            ExecutorError: as of a cluster.
+        """
+        check_device_memory(costs, self._devices)
+        if self.machine.device == "cpu":
+            room = int(self.machine.memory_bytes)
+            check_memory(costs, [NodeRoom(workers=1, memory_bytes=room)])
+
+    @property
+    def _devices(self) -> list[DeviceMemory]:
+        if self.machine.device == "cpu":
+            return []
+        room = int(GPU_MEMORY_SHARE * self.machine.memory_bytes)
+        kind = self.machine.name
+        return [DeviceMemory(node=f"{self.number} × {kind}", kind=kind, num_bytes=room)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PricedMachine:
+    """Where a run is to be costed.
+
+    Attributes:
+        machines: all that are known.
+        named: the workers that the user names; None for those at hand.
+    """
+
+    machines: Machines
+    named: Workers | None
+
+    @classmethod
+    def of(cls, on: str | None, rates: str | None) -> PricedMachine:
+        """Of the options --on and --rates, before anything is planned.
+
+        Raises:
+            RatesError: an unknown machine, or a file of rates that cannot be used.
+        """
+        machines = known_machines(rates)
+        if on is None:
+            return cls(machines=machines, named=None)
+        workers, name = workers_on(on)
+        named = Workers(number=workers, machine=machines.named(name))
+        return cls(machines=machines, named=named)
+
+    def find(self, runner: FunctionRunner, allocation: Allocation) -> Workers | str:
+        """The workers, with the rates of their machines; or, in words, why these are not known."""
+        if self.named is not None:
+            return self.named
+        if not allocation.gpus:
+            measured = runner.run(measured_machine, allocation.threads)
+            return Workers(number=allocation.workers, machine=self.machines.at_hand(measured))
+        kind = allocation.accelerator or "of an unknown kind"
+        found = self.machines.find(kind)
+        if found is None:
+            return (
+                f"no rates are known for GPUs {kind}; describe them in a file that you give as "
+                f"--rates, or name others with --on: {', '.join(self.machines.by_name)}"
+            )
+        return Workers(number=allocation.workers, machine=found)
+
+
+def refuse_without_dry_run(on: str | None, rates: str | None, *, dry_run: bool) -> None:
+    """Refuse options that only a dry run heeds."""
+    for name, value in (("--on", on), ("--rates", rates)):
+        if value is not None and not dry_run:
+            raise PipelineError(
+                f"{name} {value}: what a run would cost is for a dry run to say; add --dry-run"
+            )
+
+
+def cost_of(plan: Plan, workers: Workers, *, num_windows: int, keep_every: int = 8) -> RunCost:
+    """What a plan costs.
+
+    Args:
+        num_windows: that source and result are compared on; 0 for none.
+    """
+    length = _EVALUATED_TOKENS if plan.tokens is None else plan.tokens.sequence_length
+    evaluated = Evaluated(num_windows=num_windows, sequence_length=length) if num_windows else None
+    return run_cost(
+        plan, workers.machine, workers.number, evaluated=evaluated, keep_every=keep_every
+    )
+
+
+def cost_json(cost: RunCost | str) -> Mapping[str, Any]:
+    """Plain JSON values, below the keys `cost` and, where it is not known, `cost_unknown`."""
+    if isinstance(cost, str):
+        return {"cost": None, "cost_unknown": cost}
+    return {"cost": cost.to_dict()}
+
+
+def cost_table(cost: RunCost) -> Table:
+    """Seconds by stage, and what they sum up to."""
+    machine = cost.machine
+    kind = "GPU" if machine.device == "gpu" else "worker"
+    table = Table(
+        "stage",
+        *(Column(name, justify="right") for name in ("seconds", "beside others")),
+        "most of it",
+        title=f"cost on {cost.workers} × {machine.name}: a model, not a measurement",
+        caption=f"rates: {machine.source}",
+    )
+    for stage in cost.stages:
+        if stage.seconds + stage.hidden_seconds >= 0.05:
+            hidden = f"{stage.hidden_seconds:.1f}" if stage.hidden_seconds >= 0.05 else ""
+            table.add_row(_STAGES[stage.name], f"{stage.seconds:.1f}", hidden, stage.bound)
+    table.add_section()
+    table.add_row("in all", f"{cost.seconds:.1f}", "", duration(cost.seconds))
+    table.add_row(f"{kind}-hours", f"{cost.worker_hours:.3g}", "", "")
+    table.add_row("price", *_price(cost))
+    return table
+
+
+def costs_table(costs: Mapping[str, RunCost]) -> Table:
+    """What several runs cost, one after another, on the same workers."""
+    first = next(iter(costs.values()))
+    table = Table(
+        "run",
+        *(Column(name, justify="right") for name in ("seconds", "worker-hours", "price")),
+        title=f"cost on {first.workers} × {first.machine.name}: a model, not a measurement",
+        caption=first.machine.price_source or None,
+    )
+    for name, cost in costs.items():
+        table.add_row(Text(name), f"{cost.seconds:.0f}", f"{cost.worker_hours:.3g}", _dollars(cost))
+    table.add_section()
+    priced = [cost.price for cost in costs.values() if cost.price is not None]
+    table.add_row(
+        "in all",
+        f"{sum(cost.seconds for cost in costs.values()):.0f}",
+        f"{sum(cost.worker_hours for cost in costs.values()):.3g}",
+        f"${sum(priced):.2f}" if priced else "–",
+    )
+    return table
+
+
+def _dollars(cost: RunCost) -> str:
+    return "–" if cost.price is None else f"${cost.price:.2f}"
+
+
+def _price(cost: RunCost) -> tuple[str, str, Text]:
+    rate = cost.machine.price_per_hour
+    if cost.price is None or rate is None:
+        return "–", "", Text("set price_per_hour in a file of --rates")
+    where = f", {cost.machine.price_source}" if cost.machine.price_source else ""
+    return _dollars(cost), "", Text(f"at ${rate:.2f} an hour{where}")

@@ -1,0 +1,318 @@
+"""What a run costs on a machine: seconds of each stage, hours of its workers, and money.
+
+A model, not a measurement: counted work (`pipeline.planning.work`) at a machine's rates
+(`pipeline.planning.machines`). A stage's work is done one piece after another, so that its seconds
+are the sum of what each rate takes: products, memory, launches, storage and so on; the largest of
+them is what bounds it.
+
+What is assumed of workers:
+
+- The forward pass and the Grams are shared by calibration shards: the worker with the most shards
+  decides. Adding up the Grams takes one exchange for each level of the tree above the workers.
+- Every worker that solves rows of an input factors its Hessian itself. Rows are shared by slices:
+  the worker with the most work decides.
+- Every worker decodes the block's kernels for itself.
+- One worker reads a block, while the block before is being calibrated and solved; one commits it,
+  while the next one is. What of it is longer than that is waited for.
+- Planning reads and hashes the source on all workers and threads. On CPUs that start a cluster of
+  their own, workers start meanwhile.
+- Nothing fails, and nothing is repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.plan import PartPlan, Plan
+from pipeline.planning.estimates import estimate, hidden_features
+from pipeline.planning.machines import Machine
+from pipeline.planning.run_cost import Ledger, RunCost, Stage
+from pipeline.planning.stage_constants import CONSTANTS
+from pipeline.planning.work import (
+    BlockWork,
+    Evaluated,
+    Work,
+    block_work,
+    forward_work,
+    head_flops,
+    planned_on,
+    stored_bytes,
+)
+from pipeline.reduction import split
+from quantizer.schemes import Float8Scheme
+
+# Measured on two cores, in this order: Ray and a worker's imports; planning, and more of it for
+# each block; opening the model in a worker, for each block; a worker's call and its answer; making
+# files durable; what evaluating compiles every time.
+_START_SECONDS = 6.0
+_PLAN_SECONDS = 1.5
+_PLAN_BLOCK_SECONDS = 0.05
+_OPEN_BLOCK_SECONDS = 0.1
+_CALL_SECONDS = 0.006
+_FILE_SECONDS = 0.02
+_EVALUATION_START_SECONDS = 6.0
+# To compile one program of a kind; those of the solver are compiled while the first block is read.
+_COMPILE_SECONDS = {"cpu": (1.5, 1.0), "gpu": (8.0, 3.0)}
+# gzip writes so many float8 values a second (docs/benchmarks.md).
+_COMPRESSED_PER_SECOND = 28e6
+_READ_PASSES = 2.0
+_COMMIT_PASSES = 4.0
+_MOST_HASHING_THREADS = 8
+_EVALUATED_PER_PASS = 1 << 15
+"""Tokens of which a worker holds activations (`pipeline.worker.evaluate`)."""
+GPU_MEMORY_SHARE = 0.9
+"""Of a GPU's memory, what a worker reserves (`pipeline.executor.worker_environment`)."""
+
+
+def run_cost(
+    plan: Plan,
+    machine: Machine,
+    workers: int,
+    *,
+    evaluated: Evaluated | None = None,
+    keep_every: int = 8,
+) -> RunCost:
+    """What a plan costs on so many workers, each on such a machine.
+
+    Args:
+        plan: also one that was made for other devices (see `planned_on`).
+        evaluated: the text that the result is judged on.
+        keep_every: blocks between activations that are stored.
+    """
+    model = _Model(planned_on(plan, machine.device), machine, workers)
+    model.begin()
+    if model.plan.tokens is None:
+        model.quantize_alone(model.plan.parts)
+    else:
+        model.quantize_alone(model.plan.parts[:1])
+        model.quantize_in_turn(keep_every)
+    model.finish()
+    if evaluated is not None:
+        model.evaluate(evaluated)
+    return RunCost(machine=machine, workers=workers, stages=model.ledger.stages())
+
+
+class _Model:
+    """Goes through a run as its driver would, and adds up what it takes."""
+
+    def __init__(self, plan: Plan, machine: Machine, workers: int) -> None:
+        self.plan = plan
+        self.ledger = Ledger(machine)
+        self._machine = machine
+        self._workers = workers
+        self._constants = CONSTANTS[machine.device]
+        self._works: dict[tuple[Any, ...], BlockWork] = {}
+
+    def begin(self) -> None:
+        """Start, compile, and plan, which reads and hashes the source."""
+        source = sum(part.source_bytes for part in self.plan.parts)
+        threads = self._workers * min(self._machine.host_threads, _MOST_HASHING_THREADS)
+        hashed = Work(
+            storage_bytes=source / self._workers,
+            hash_bytes=source / threads,
+            host_bytes=source / threads,
+            seconds=_PLAN_SECONDS + _PLAN_BLOCK_SECONDS * self.plan.num_blocks,
+        )
+        planning = self.ledger.add("plan", hashed)
+        waited = _START_SECONDS
+        if self._machine.device == "cpu":
+            waited = max(0.0, _START_SECONDS - planning)
+        start = Work(seconds=_START_SECONDS)
+        self.ledger.add("start", start, share=waited / _START_SECONDS)
+        self.ledger.add("start", Work(seconds=_OPEN_BLOCK_SECONDS * self.plan.num_blocks))
+        self.ledger.add("compile", Work(seconds=self._compile_seconds()))
+
+    def _compile_seconds(self) -> float:
+        """One program for each form of a solve, and for each stage of each form of a block."""
+        solver, stage = _COMPILE_SECONDS[self._machine.device]
+        forms, stages = set(), {}
+        for part in self.plan.parts[1:]:
+            layers = {layer.name: layer for layer in part.layers}
+            stages[_form(part)] = len(part.groups) + 1
+            for name in (name for group in part.groups for name in group.targets):
+                layer = layers[name]
+                forms.add((layer.in_features, -(-layer.out_features // layer.slices), layer.scheme))
+        return solver * len(forms) + stage * sum(stages.values())
+
+    def quantize_alone(self, parts: Sequence[PartPlan]) -> None:
+        """Parts that depend on no other, as many at once as there are workers."""
+        for start in range(0, len(parts), self._workers):
+            wave = parts[start : start + self._workers]
+            stages = [self._alone(part) for part in wave]
+            slowest = max(stages, key=lambda by: sum(map(self.ledger.seconds_of, by.values())))
+            for stage, work in slowest.items():
+                self.ledger.add(stage, work)
+
+    def _alone(self, part: PartPlan) -> dict[Stage, Work]:
+        found = block_work(self.plan, part, self._constants)
+        rows = [work for group in found.solve for work in group.rows]
+        return {
+            "read": self._read(part),
+            "solve": Work.total(rows),
+            "commit": self._commit(part),
+            "exchange": Work(seconds=_CALL_SECONDS),
+        }
+
+    def quantize_in_turn(self, keep_every: int) -> None:
+        """Blocks one after another, each read and committed beside others."""
+        blocks = self.plan.parts[1:]
+        self.ledger.add("read", self._read(blocks[0]))
+        for index, part in enumerate(blocks):
+            last = index + 1 == len(blocks)
+            busy = self._calibrate_and_solve(part)
+            beside: list[tuple[Stage, Work]] = []
+            if not last:
+                beside.append(("read", self._read(blocks[index + 1])))
+            if index:
+                beside.append(("commit", self._commit(blocks[index - 1])))
+            waiting = sum(self.ledger.seconds_of(work) for _, work in beside)
+            share = max(0.0, waiting - busy) / waiting if waiting else 0.0
+            for stage, work in beside:
+                self.ledger.add(stage, work, share=share)
+            if not last and (index + 1) % keep_every == 0:
+                self.ledger.add("keep", self._keep())
+        self.ledger.add("commit", self._commit(blocks[-1]))
+
+    def _calibrate_and_solve(self, part: PartPlan) -> float:
+        """Add what a block's workers do one after the other; returns its seconds."""
+        found = self._work_of(part)
+        share = self._largest_share()
+        to_device = part.source_bytes if self._machine.device == "gpu" else 0
+        forward = found.forward * share + Work(transfer_bytes=to_device)
+        stages: list[tuple[Stage, Work]] = [
+            ("forward", forward + self._moved_activations(part)),
+            ("grams", found.grams * share),
+            ("decode", found.decode),
+            ("exchange", self._exchange(part, found)),
+        ]
+        stages += [("solve", g.shared + self._most_rows(g.rows)) for g in found.solve]
+        return sum(self.ledger.add(stage, work) for stage, work in stages)
+
+    def _work_of(self, part: PartPlan) -> BlockWork:
+        form = _form(part)
+        if form not in self._works:
+            self._works[form] = block_work(self.plan, part, self._constants)
+        return self._works[form]
+
+    def _largest_share(self) -> float:
+        """Of all calibration windows, those of the worker that has most."""
+        tokens = self.plan.tokens
+        assert tokens is not None
+        held = [
+            sum(tokens.shards[leaf][1] - tokens.shards[leaf][0] for tree in share for leaf in tree)
+            for share in split(len(tokens.shards), self._workers)
+        ]
+        return max(held) / tokens.num_samples
+
+    def _most_rows(self, rows: Sequence[Work]) -> Work:
+        """The work of the worker with most, where each piece goes to the one that has least."""
+        loads = [(0.0, Work())] * self._workers
+        pieces = sorted(rows, key=self.ledger.seconds_of, reverse=True)
+        for piece in pieces:
+            least = min(range(len(loads)), key=lambda worker: loads[worker][0])
+            seconds, work = loads[least]
+            loads[least] = seconds + self.ledger.seconds_of(piece), work + piece
+        return max(loads, key=lambda load: load[0])[1]
+
+    def _moved_activations(self, part: PartPlan) -> Work:
+        """To the host and back at each stage, where a GPU cannot hold them."""
+        tokens = self.plan.tokens
+        if self._machine.device == "cpu" or tokens is None:
+            return Work()
+        needed = estimate(self.plan, self._workers).device_bytes
+        if needed <= GPU_MEMORY_SHARE * self._machine.memory_bytes:
+            return Work()
+        num_tokens = self._largest_share() * tokens.num_samples * tokens.sequence_length
+        item = 2 if self.plan.forward_dtype == "bfloat16" else 4
+        moved = 2.0 * num_tokens * hidden_features(self.plan) * item
+        return Work(transfer_bytes=moved * (len(part.groups) + 1))
+
+    def _exchange(self, part: PartPlan, found: BlockWork) -> Work:
+        """Calls, and what travels: sums up the tree and to who solves, weights to all."""
+        levels = math.ceil(math.log2(self._workers))
+        calls = len(found.solve) * (2 + levels) + 3
+        work = Work(seconds=calls * _CALL_SECONDS)
+        if self._workers == 1:
+            return work
+        sums = sum(group.sum_bytes for group in found.solve)
+        weights = part.source_bytes + part.num_weights  # as read, and as codes
+        return work + self._sent(sums) * (levels + 1) + self._sent(weights)
+
+    def _sent(self, num_bytes: float) -> Work:
+        """From one worker to another: off the device, into and out of shared memory, on again."""
+        of_gpu = self._machine.device == "gpu"
+        many_nodes = self._workers > self._machine.workers_per_node
+        return Work(
+            transfer_bytes=2 * num_bytes if of_gpu else 0.0,
+            host_bytes=2 * num_bytes,
+            network_bytes=num_bytes if many_nodes else 0.0,
+        )
+
+    def _read(self, part: PartPlan) -> Work:
+        return Work(
+            storage_bytes=part.source_bytes,
+            hash_bytes=part.source_bytes,
+            host_bytes=_READ_PASSES * part.source_bytes,
+        )
+
+    def _commit(self, part: PartPlan) -> Work:
+        stored = stored_bytes(self.plan, part)
+        float8 = sum(x.num_weights for x in part.layers if isinstance(x.scheme, Float8Scheme))
+        compressed = float8 if self.plan.weights_format == 2 else 0
+        return Work(
+            host_bytes=_COMMIT_PASSES * stored,
+            hash_bytes=2 * stored,
+            storage_bytes=stored,
+            seconds=_FILE_SECONDS + compressed / _COMPRESSED_PER_SECOND,
+        )
+
+    def _keep(self) -> Work:
+        kept = estimate(self.plan, self._workers).activation_bytes * self._largest_share()
+        return Work(
+            storage_bytes=kept,
+            hash_bytes=kept,
+            host_bytes=2 * kept,
+            transfer_bytes=kept if self._machine.device == "gpu" else 0.0,
+            seconds=_FILE_SECONDS,
+        )
+
+    def finish(self) -> None:
+        """Every file is read and hashed once more before the manifest names it."""
+        stored = sum(stored_bytes(self.plan, part) for part in self.plan.parts)
+        work = Work(storage_bytes=stored, hash_bytes=stored, seconds=10 * _FILE_SECONDS)
+        self.ledger.add("finish", work)
+
+    def evaluate(self, evaluated: Evaluated) -> None:
+        """Source and result go over the worker's windows, each block read for each pass."""
+        windows = evaluated.worker_windows(self._workers)
+        tokens = evaluated.as_tokens(self.plan, windows)
+        num_tokens = windows * evaluated.sequence_length
+        passes = -(-num_tokens // _EVALUATED_PER_PASS)
+        batches = -(-windows // tokens.micro_batch)
+        blocks = self.plan.parts[1:]
+        source = sum(part.source_bytes for part in self.plan.parts)
+        stored = sum(stored_bytes(self.plan, part) for part in self.plan.parts)
+        one = [forward_work(self.plan, part, tokens, self._constants) for part in blocks]
+        decoded = [self._work_of(part).decode for part in blocks]
+        head = head_flops(self.plan, num_tokens)
+        bfloat16 = self.plan.forward_dtype == "bfloat16"
+        heads = Work(bfloat16_flops=2 * head) if bfloat16 else Work(float32_flops=2 * head)
+        files = Work(
+            storage_bytes=source + stored,
+            hash_bytes=source + stored,
+            host_bytes=_READ_PASSES * (source + stored),
+            transfer_bytes=source + stored if self._machine.device == "gpu" else 0.0,
+        )
+        self.ledger.add("evaluate", Work.total(one) * 2 + heads)
+        self.ledger.add("evaluate", Work.total(decoded) * batches + files * passes)
+        self.ledger.add("evaluate", Work(seconds=_EVALUATION_START_SECONDS))
+
+
+def _form(part: PartPlan) -> tuple[Any, ...]:
+    """What decides a block's work: blocks alike in it are counted once."""
+    layers = tuple(dataclasses.replace(layer, path="", note="") for layer in part.layers)
+    groups = tuple(dataclasses.replace(group, fold=None) for group in part.groups)
+    return layers, groups

@@ -1,0 +1,146 @@
+"""What a run costs: seconds by stage, hours of workers, money; and the adding up of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from pipeline.planning.machines import Machine
+from pipeline.planning.work import Work
+
+Stage = Literal[
+    "start",
+    "compile",
+    "plan",
+    "read",
+    "forward",
+    "grams",
+    "solve",
+    "decode",
+    "exchange",
+    "commit",
+    "keep",
+    "finish",
+    "evaluate",
+]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCost:
+    """One stage of a run.
+
+    Attributes:
+        seconds: that the run takes longer because of it.
+        hidden_seconds: that it works while others do.
+        bound: what most of its time goes to, such as float32 products, or "" for none.
+    """
+
+    name: Stage
+    seconds: float
+    hidden_seconds: float
+    bound: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCost:
+    """What a run costs on so many workers of one kind.
+
+    Attributes:
+        stages: in their order; compiling is needed where no run before has done it.
+    """
+
+    machine: Machine
+    workers: int
+    stages: tuple[StageCost, ...]
+
+    @property
+    def seconds(self) -> float:
+        """From the command to its end, with all that has to be compiled."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def worker_hours(self) -> float:
+        """Of all workers; on GPUs, GPU-hours."""
+        return self.workers * self.seconds / 3600
+
+    @property
+    def price(self) -> float | None:
+        """In dollars; None where nobody said what a worker costs."""
+        rate = self.machine.price_per_hour
+        return None if rate is None else self.worker_hours * rate
+
+    def stage(self, name: Stage) -> StageCost:
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "machine": self.machine.model_dump(),
+            "workers": self.workers,
+            "stages": [dataclasses.asdict(stage) for stage in self.stages],
+            "seconds": self.seconds,
+            "worker_hours": self.worker_hours,
+            "price": self.price,
+        }
+
+
+def resource_seconds(work: Work, machine: Machine) -> dict[str, float]:
+    """Seconds of some work by what takes them; their sum is how long it lasts."""
+    achievable = machine.memory_bytes_per_second * machine.memory_achievable
+    transfer = machine.transfer_bytes_per_second * machine.transfer_achievable
+    rates = {
+        "float32 products": (
+            work.float32_flops,
+            machine.float32_flops * machine.float32_achievable,
+        ),
+        "bfloat16 products": (
+            work.bfloat16_flops,
+            machine.bfloat16_flops * machine.bfloat16_achievable,
+        ),
+        "memory": (work.memory_bytes, achievable),
+        "launches": (work.steps, 1 / machine.step_seconds),
+        "host to device": (work.transfer_bytes, transfer),
+        "host memory": (work.host_bytes, machine.host_bytes_per_second),
+        "hashing": (work.hash_bytes, machine.host_hash_bytes_per_second),
+        "storage": (work.storage_bytes, machine.storage_bytes_per_second),
+        "network": (work.network_bytes, machine.network_bytes_per_second),
+        "fixed": (work.seconds, 1.0),
+    }
+    return {name: amount / rate for name, (amount, rate) in rates.items() if amount}
+
+
+class Ledger:
+    """Seconds by stage and resource, those of the run and those beside others."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._by_resource: dict[str, Counter[str]] = {name: Counter() for name in STAGES}
+        self._seconds: Counter[str] = Counter()
+        self._hidden: Counter[str] = Counter()
+
+    def add(self, stage: Stage, work: Work, *, share: float = 1.0) -> float:
+        """Add work of which a share is waited for; returns its seconds."""
+        found = resource_seconds(work, self._machine)
+        self._by_resource[stage].update(found)
+        seconds = sum(found.values())
+        self._seconds[stage] += share * seconds  # type: ignore[assignment]
+        self._hidden[stage] += (1 - share) * seconds  # type: ignore[assignment]
+        return seconds
+
+    def seconds_of(self, work: Work) -> float:
+        return sum(resource_seconds(work, self._machine).values())
+
+    def stages(self) -> tuple[StageCost, ...]:
+        return tuple(
+            StageCost(
+                name=name,
+                seconds=self._seconds[name],
+                hidden_seconds=self._hidden[name],
+                bound=max(found, key=lambda resource: found[resource]) if found else "",
+            )
+            for name in STAGES
+            for found in [self._by_resource[name]]
+        )

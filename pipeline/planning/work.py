@@ -1,0 +1,337 @@
+"""The work that a plan makes, counted: operations, bytes and steps of each stage of a block.
+
+Counts come from the plan alone, layer by layer. What a machine makes of them is
+`pipeline.planning.cost_model`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import reduce
+from operator import add
+
+from pipeline.calibration.windows import shard_bounds
+from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan, TokensPlan, micro_batches
+from pipeline.planning.estimates import bits_per_weight, hidden_features, source_bits
+from pipeline.planning.stage_constants import Constants, Device
+from quantizer.schemes import AWQScheme, GPTQScheme
+
+GPU_BAND = 2048
+"""Output channels that a GPU solves in one loop (`quantizer.gptq.path.BAND`)."""
+_HEAD_FEATURES = 64
+_FLOAT_BYTES = 4
+_ROUNDED_PER_SECOND = 22e6
+"""Weights that one thread rounds to nearest, with their error; measured."""
+_GRAM_SHARE = 10 / 16
+"""Of the whole product: above the diagonal in four bands."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What has to be done one after the other, in units that machines have rates for.
+
+    Attributes:
+        float32_flops, bfloat16_flops: of large products.
+        memory_bytes: read and written in the memory of what computes.
+        steps: small kernels, each of which waits for the one before.
+        transfer_bytes: between host and device; none on a CPU.
+        host_bytes: read and written by one thread of the host.
+        hash_bytes: hashed by one thread.
+        storage_bytes: read from, or written to, storage.
+        network_bytes: between two workers.
+        seconds: what no rate of a machine changes.
+    """
+
+    float32_flops: float = 0.0
+    bfloat16_flops: float = 0.0
+    memory_bytes: float = 0.0
+    steps: float = 0.0
+    transfer_bytes: float = 0.0
+    host_bytes: float = 0.0
+    hash_bytes: float = 0.0
+    storage_bytes: float = 0.0
+    network_bytes: float = 0.0
+    seconds: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __mul__(self, factor: float) -> Work:
+        return Work(*(getattr(self, f.name) * factor for f in fields(self)))
+
+    @classmethod
+    def total(cls, parts: Sequence[Work]) -> Work:
+        return reduce(add, parts, cls())
+
+
+def planned_on(plan: Plan, device: Device) -> Plan:
+    """The plan as it would be made where workers have such devices, as far as costs go.
+
+    A GPU takes other micro-batches, larger slices of rows, and runs models of 16 bits as they are.
+    Sources of 16 bits are taken for bfloat16, and their attention to be cuDNN's.
+    """
+    if plan.device == device:
+        return plan
+    on_gpu = device == "gpu"
+    is_16_bit = on_gpu and source_bits(plan) == 16
+    tokens = plan.tokens
+    if tokens is not None:
+        micro_batch, shard = micro_batches(tokens.num_samples, tokens.sequence_length, device)
+        tokens = replace(
+            tokens,
+            micro_batch=micro_batch,
+            shards=shard_bounds(tokens.num_samples, shard),
+            attention="cudnn" if is_16_bit else "scores",
+            largest_array_bytes=0,
+        )
+    parts = tuple(
+        replace(part, layers=tuple(_sliced(layer, on_gpu) for layer in part.layers))
+        for part in plan.parts
+    )
+    return replace(
+        plan,
+        tokens=tokens,
+        parts=parts,
+        machine={"platform": device, "device": "", "threads": "1"},
+        forward_dtype="bfloat16" if is_16_bit else "float32",
+    )
+
+
+def _sliced(layer: LayerPlan, on_gpu: bool) -> LayerPlan:
+    # A CPU's slices are known where it plans; what is planned on a GPU is not costed on a CPU.
+    return replace(layer, slices=-(-layer.out_features // GPU_BAND)) if on_gpu else layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockWork:
+    """One block's work, and how it is divided among workers.
+
+    Attributes:
+        forward, grams: on all calibration windows, which the workers share.
+        solve: of each group of layers with one input.
+        decode: of all kernels that were solved.
+    """
+
+    forward: Work
+    grams: Work
+    solve: tuple[GroupWork, ...]
+    decode: Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupWork:
+    """Solving the layers of one input.
+
+    Attributes:
+        shared: what every worker that solves any of them does: the factor.
+        rows: of each slice of rows, what solving it takes; slices can be anywhere.
+        sum_bytes: of the statistics of the input.
+    """
+
+    shared: Work
+    rows: tuple[Work, ...]
+    sum_bytes: int
+
+
+def block_work(plan: Plan, part: PartPlan, constants: Constants) -> BlockWork:
+    """Count a block's work.
+
+    The forward pass runs every layer once on every calibration token. Attention is counted in full,
+    as if nothing of its T × T scores were left out, with as many features as the block's hidden
+    states.
+    """
+    on_gpu = plan.device == "gpu"
+    layers = {layer.name: layer for layer in part.layers}
+    grouped = {name for group in part.groups for name in group.targets}
+    alone = [x for x in part.layers if x.scheme is not None and x.name not in grouped]
+    groups = [_group_work(group, layers, constants, on_gpu=on_gpu) for group in part.groups]
+    if alone:
+        rows = tuple(_rounding(layer) for layer in alone)
+        groups.insert(0, GroupWork(shared=Work(), rows=rows, sum_bytes=0))
+    solved = [x for x in part.layers if x.scheme is not None and x.kind == "kernel"]
+    weights = sum(x.in_features * x.out_features for x in solved)
+    forward, grams = Work(), Work()
+    if plan.tokens is not None:
+        forward = forward_work(plan, part, plan.tokens, constants)
+        grams = Work.total(
+            [_gram_work(plan, group, plan.tokens, constants) for group in part.groups]
+        )
+    return BlockWork(
+        forward=forward,
+        grams=grams,
+        solve=tuple(groups),
+        decode=Work(memory_bytes=constants.decode_passes * weights * _FLOAT_BYTES),
+    )
+
+
+def forward_work(plan: Plan, part: PartPlan, tokens: TokensPlan, constants: Constants) -> Work:
+    """Run a block on all windows."""
+    num_tokens = tokens.num_samples * tokens.sequence_length
+    hidden = hidden_features(plan)
+    linear = 2.0 * part.num_weights * num_tokens
+    attention = 4.0 * tokens.sequence_length * hidden * num_tokens
+    flops = constants.linear * linear + constants.attention * attention
+    bfloat16 = plan.forward_dtype == "bfloat16"
+    item = 2 if bfloat16 else _FLOAT_BYTES
+    passed = sum(layer.in_features + layer.out_features for layer in part.layers)
+    memory = constants.forward_passes * num_tokens * passed * item
+    if plan.device == "gpu" and tokens.attention == "scores":
+        # Written, read for the softmax, written and read again.
+        heads = -(-hidden // _HEAD_FEATURES)
+        memory += 4.0 * num_tokens * tokens.sequence_length * heads * item
+    return _products(flops, bfloat16=bfloat16) + Work(memory_bytes=memory)
+
+
+def _gram_work(plan: Plan, group: InputGroup, tokens: TokensPlan, constants: Constants) -> Work:
+    num_tokens = tokens.num_samples * tokens.sequence_length
+    bfloat16 = plan.forward_dtype == "bfloat16"
+    if group.statistics != "hessian":
+        item = 2 if bfloat16 else _FLOAT_BYTES
+        return Work(memory_bytes=2.0 * num_tokens * group.in_features * item)
+    size = float(group.in_features) ** 2 * _GRAM_SHARE
+    num_batches = sum(-(-(b - a) // tokens.micro_batch) for a, b in tokens.shards)
+    products = _products(constants.gram * 2.0 * size * num_tokens, bfloat16=bfloat16)
+    return products + Work(memory_bytes=constants.gram_passes * num_batches * size * _FLOAT_BYTES)
+
+
+def _products(flops: float, *, bfloat16: bool) -> Work:
+    return Work(bfloat16_flops=flops) if bfloat16 else Work(float32_flops=flops)
+
+
+def _group_work(
+    group: InputGroup, layers: dict[str, LayerPlan], constants: Constants, *, on_gpu: bool
+) -> GroupWork:
+    targets = [layers[name] for name in group.targets]
+    size = group.in_features
+    hessian = group.statistics == "hessian"
+    needs_factor = hessian and any(isinstance(x.scheme, GPTQScheme) for x in targets)
+    shared = Work(
+        # The factor is a third, its blocks' inverses as much again.
+        float32_flops=constants.factor * 2 / 3 * float(size) ** 3 if needs_factor else 0.0,
+        memory_bytes=6.0 * float(size) ** 2 * _FLOAT_BYTES if hessian else 0.0,
+    )
+    rows = [
+        work
+        for layer in targets
+        if not (on_gpu and isinstance(layer.scheme, GPTQScheme))
+        for work in _sliced_work(layer, hessian=hessian, constants=constants)
+    ]
+    if on_gpu:
+        rows += _banded_work(targets, constants)
+    sums = size**2 if hessian else 3 * size
+    return GroupWork(shared=shared, rows=tuple(rows), sum_bytes=_FLOAT_BYTES * sums)
+
+
+def _sliced_work(layer: LayerPlan, *, hessian: bool, constants: Constants) -> list[Work]:
+    match layer.scheme:
+        case GPTQScheme() as scheme:
+            inputs = layer.in_features
+            return [_gptq_rows(inputs, rows, scheme, constants) for rows in _heights(layer)]
+        case AWQScheme() as scheme:
+            # Rounding, then each exponent with 0, of which each searches its ranges anew.
+            search = constants.searched_grid_passes if scheme.clip_search else constants.grid_passes
+            weights = float(layer.in_features * layer.out_features)
+            once = Work(
+                float32_flops=2.0 * weights * layer.in_features if hessian else 0.0,
+                memory_bytes=(search + constants.decode_passes) * weights * _FLOAT_BYTES,
+            )
+            return [once * (scheme.num_grid_points + 2)]
+        case _:
+            return [_rounding(layer)]
+
+
+def _heights(layer: LayerPlan) -> list[int]:
+    """Rows of each slice of a layer."""
+    height = -(-layer.out_features // layer.slices)
+    heights = [height] * (layer.out_features // height)
+    rest = layer.out_features % height
+    return [*heights, rest] if rest else heights
+
+
+def _banded_work(targets: Sequence[LayerPlan], constants: Constants) -> list[Work]:
+    """The bands into which a GPU stacks the slices of layers of one input, each filled up."""
+    bands: list[tuple[GPTQScheme, int]] = []
+    for layer in targets:
+        if not isinstance(layer.scheme, GPTQScheme):
+            continue
+        for height in _heights(layer):
+            for number, (scheme, held) in enumerate(bands):
+                if scheme == layer.scheme and held + height <= GPU_BAND:
+                    bands[number] = scheme, held + height
+                    break
+            else:
+                bands.append((layer.scheme, height))
+    inputs = targets[0].in_features
+    return [_gptq_rows(inputs, GPU_BAND, scheme, constants) for scheme, _ in bands]
+
+
+def _gptq_rows(columns: int, rows: int, scheme: GPTQScheme, constants: Constants) -> Work:
+    """Solve some rows, as GPTQ and rounded, and go over them again in each sweep.
+
+    Half of each column's products, for GPTQ and for rounding to nearest beside it, are C²·R flops
+    each; a sweep has products with all columns, 2·C²·R.
+    """
+    sweeps = scheme.refinement_sweeps
+    weights = float(columns * rows)
+    search = constants.searched_grid_passes if scheme.scale_search else constants.grid_passes
+    passes = search + (1 + sweeps) * constants.column_passes
+    return Work(
+        float32_flops=constants.columns * (1 + sweeps) * 2.0 * weights * columns,
+        memory_bytes=passes * weights * _FLOAT_BYTES,
+        steps=constants.column_steps * columns * (1 + sweeps),
+    )
+
+
+def _rounding(layer: LayerPlan) -> Work:
+    """By one thread of the host, whatever else computes."""
+    return Work(seconds=layer.in_features * layer.out_features / _ROUNDED_PER_SECOND)
+
+
+def stored_bytes(plan: Plan, part: PartPlan) -> float:
+    """Of one part of the artifact."""
+    bits = source_bits(plan)
+    saved = sum(
+        layer.in_features * layer.out_features * (bits - bits_per_weight(layer, plan, bits))
+        for layer in part.layers
+    )
+    return max(part.source_bytes - saved / 8, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """Text that source and result are compared on.
+
+    Attributes:
+        num_windows, sequence_length: of the text.
+    """
+
+    num_windows: int
+    sequence_length: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_windows * self.sequence_length
+
+    def as_tokens(self, plan: Plan, num_windows: int) -> TokensPlan:
+        """Some of the windows as the blocks would take them in calibration."""
+        return TokensPlan(
+            key="",
+            digest="",
+            fingerprint="",
+            num_samples=num_windows,
+            sequence_length=self.sequence_length,
+            micro_batch=max(1, 1024 // self.sequence_length),
+            shards=((0, num_windows),),
+            attention="scores" if plan.tokens is None else plan.tokens.attention,
+        )
+
+    def worker_windows(self, workers: int) -> int:
+        """Windows of the worker that has most."""
+        return math.ceil(self.num_windows / workers)
+
+
+def head_flops(plan: Plan, num_tokens: int) -> float:
+    """Of what is outside the blocks: each matrix or table there counts as the output head's."""
+    return 2.0 * sum(layer.num_weights for layer in plan.parts[0].layers) * num_tokens

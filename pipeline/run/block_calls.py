@@ -1,0 +1,201 @@
+"""The calls that read and solve one block: which worker does what, and what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Concatenate
+
+from pipeline.executor.protocol import Executor, P, T, argument
+from pipeline.plan import LayerPlan, Plan
+from pipeline.reduction import join
+from pipeline.run.worker_api import HeldSum, InputSum, SolvedLayer, Values, WorkerApi
+from quantizer.experts import expert_passes, expert_ranges
+
+
+@dataclass(frozen=True)
+class BlockCalls:
+    """Submits calls of blocks, and waits for none.
+
+    Attributes:
+        subtrees: of the reduction over calibration shards, by the worker that holds these.
+    """
+
+    plan: Plan
+    executor: Executor
+    subtrees: Sequence[Sequence[range]]
+
+    @property
+    def shards(self) -> dict[int, list[int]]:
+        """The calibration shards of each worker that holds any."""
+        return {
+            worker: [leaf for subtree in share for leaf in subtree]
+            for worker, share in enumerate(self.subtrees)
+            if share
+        }
+
+    def read(self, block: int) -> Values:
+        """Have a block's arrays read, beside what the workers do."""
+        return self._submit(block % self.executor.num_workers, WorkerApi.read, block + 1)
+
+    def solve(self, block: int, values: Values) -> list[list[SolvedLayer]]:
+        """Submit the solves of a block: layers that need no calibration, then group after group.
+
+        Each group is calibrated on the output of the quantized ones before it. Its layers, or
+        slices of their rows, are solved side by side.
+        """
+        number, part = block + 1, self.plan.parts[block + 1]
+        schemed = {layer.name: layer for layer in part.layers if layer.scheme is not None}
+        calibrated = {name for group in part.groups for name in group.targets}
+        alone = [layer.path for name, layer in schemed.items() if name not in calibrated]
+        solved = [self._submit(0, WorkerApi.solve, number, alone, values, None)] if alone else []
+        for stage, group in enumerate(part.groups):
+            members = [schemed[name] for name in group.targets]
+            if group.experts:
+                solved.append(self._solve_experts(block, stage, members, values, solved))
+                continue
+            total = self._capture(block, stage, values, solved)
+            whole, cut = share_out(members, self.executor.num_workers)
+            if group.fold is not None:
+                # They share one vector of input scales, which all of them decide.
+                whole, cut = [[layer.path for layer in members]], [{}]
+            # Sent before its holder begins to solve, so that the others need not wait for that.
+            given = {
+                worker: self._sum_for(worker, total)
+                for worker, (paths, numbers) in enumerate(zip(whole, cut, strict=True))
+                if paths or numbers
+            }
+            solved += [
+                self._submit(worker, WorkerApi.solve, number, paths, values, given[worker])
+                for worker, paths in enumerate(whole)
+                if paths
+            ]
+            slices = [
+                self._submit(worker, WorkerApi.solve_slices, number, numbers, values, given[worker])
+                for worker, numbers in enumerate(cut)
+                if numbers
+            ]
+            if slices:
+                paths = sorted({path for numbers in cut for path in numbers})
+                solved.append(self._submit(0, WorkerApi.join, number, paths, values, *slices))
+        return solved
+
+    def _solve_experts(
+        self,
+        block: int,
+        stage: int,
+        members: Sequence[LayerPlan],
+        values: Values,
+        solved: list[list[SolvedLayer]],
+    ) -> list[SolvedLayer]:
+        """Submit the solves of experts with inputs of their own, as many at once as memory allows.
+
+        Ranges of them are solved side by side.
+        """
+        number, num_workers, slices = block + 1, self.executor.num_workers, []
+        [(num_experts, num_ranges, in_features)] = {
+            (layer.experts, layer.slices, layer.in_features) for layer in members
+        }
+        ranges = expert_ranges(num_experts, num_ranges)
+        for together in expert_passes(ranges, in_features):
+            experts = range(ranges[together[0]].start, ranges[together[-1]].stop)
+            total = self._capture(block, stage, values, solved, experts)
+            workers = range(min(num_workers, len(together)))
+            given = [self._sum_for(worker, total) for worker in workers]
+            for worker in workers:
+                taken = {layer.path: together[worker::num_workers] for layer in members}
+                slices.append(
+                    self._submit(
+                        worker, WorkerApi.solve_slices, number, taken, values, given[worker]
+                    )
+                )
+        paths = [layer.path for layer in members]
+        return self._submit(0, WorkerApi.join, number, paths, values, *slices)
+
+    def _capture(
+        self,
+        block: int,
+        stage: int,
+        values: Values,
+        solved: list[list[SolvedLayer]],
+        experts: range | None = None,
+    ) -> _Summed:
+        """Submit the sum of one group's input, or of some experts', over all shards."""
+        by_subtree = [
+            _Summed(
+                worker,
+                self._submit(
+                    worker, WorkerApi.capture, block, stage, tree, values, *solved, experts=experts
+                ),
+            )
+            for worker, share in enumerate(self.subtrees)
+            for tree in share
+        ]
+
+        def merge(left: _Summed, right: _Summed) -> _Summed:
+            # On the left one's worker: its sum need not travel.
+            sent = None if right.worker == left.worker else self._sent(right)
+            merged = self._submit(left.worker, WorkerApi.merge, left.held, right.held, sent)
+            return _Summed(left.worker, merged)
+
+        return join(by_subtree, merge)
+
+    def _sum_for(self, worker: int, total: _Summed) -> HeldSum | InputSum:
+        """A sum as a worker takes it: by name if it holds it."""
+        return total.held if worker == total.worker else self._sent(total)
+
+    def _sent(self, total: _Summed) -> InputSum:
+        """A sum itself, as its holder sends it, once."""
+        if total.sent is None:
+            total.sent = self._submit(total.worker, WorkerApi.send, total.held)
+        return total.sent
+
+    def _submit(
+        self,
+        worker: int,
+        method: Callable[Concatenate[WorkerApi, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Submit a call whose result is only passed on to others (see `argument`)."""
+        return argument(self.executor.submit(worker, method, *args, **kwargs))
+
+
+@dataclass
+class _Summed:
+    """The worker that holds a sum, and its name.
+
+    Attributes:
+        sent: the sum itself, once another worker has needed it.
+    """
+
+    worker: int
+    held: HeldSum
+    sent: InputSum | None = None
+
+
+def share_out(
+    layers: Sequence[LayerPlan], num_workers: int
+) -> tuple[list[list[str]], list[dict[str, list[int]]]]:
+    """Share the solves of layers of one input out: whole layers, and row slices of others.
+
+    The costliest slice goes first, each to the worker with the least to do.
+
+    Returns:
+        by worker: paths of the layers that it solves alone, and numbers of its slices of others.
+    """
+    units = [
+        (-(-layer.out_features // layer.slices), layer.path, number)
+        for layer in layers
+        for number in range(layer.slices)
+    ]
+    load = [0] * num_workers
+    taken: list[dict[str, list[int]]] = [{} for _ in load]
+    for rows, path, number in sorted(units, key=lambda unit: (-unit[0], unit[1:])):
+        worker = load.index(min(load))
+        load[worker] += rows
+        taken[worker].setdefault(path, []).append(number)
+    slices = {layer.path: layer.slices for layer in layers}
+    alone = [[path for path in one if len(one[path]) == slices[path]] for one in taken]
+    cut = [{path: one[path] for path in one if len(one[path]) < slices[path]} for one in taken]
+    return alone, cut
