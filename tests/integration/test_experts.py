@@ -32,8 +32,8 @@ from pipeline.model.weight_layout import weight_layout
 from pipeline.plan import LayerPlan
 from pipeline.planning.make_plan import Planned, make_plan
 from pipeline.recipe.recipe import Recipe, Rule
+from pipeline.run.claim import claim
 from pipeline.run.commits import committed_file, read_manifest
-from pipeline.run.driver import claim
 from pipeline.run.garbage import find_garbage
 from pipeline.run.records import PartRecord, codes_key, file_key, record_key
 from pipeline.storage.object_store import ObjectStore, open_store
