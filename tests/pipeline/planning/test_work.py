@@ -17,7 +17,7 @@ from pipeline.planning.work import (
 )
 from quantizer.gptq import path
 from quantizer.schemes import AWQScheme, GPTQScheme, Int8Scheme
-from tests.pipeline.planning.small_plans import block, layer, plan, with_layers
+from tests.pipeline.planning.small_plans import block, experts_plan, layer, plan, with_layers
 
 ONES = dataclasses.replace(
     CONSTANTS["cpu"],
@@ -139,3 +139,47 @@ def test_a_part_is_stored_in_the_bits_of_its_schemes() -> None:
     given = plan(scheme=Int8Scheme())
     # A byte a weight and a float32 scale a channel.
     assert stored_bytes(given, int8) == WEIGHTS + 4 * (128 + 64)
+
+
+def test_experts_see_every_token_and_those_before_their_own_inputs_twice() -> None:
+    given = experts_plan(16, 64, 32, 4)
+    found = block_work(given, given.parts[1], ONES).forward
+    gate_up, down = 16 * 64 * 64, 16 * 32 * 64
+    attention = 4 * 16 * 64 * TOKENS
+    assert found.float32_flops == 2 * (2 * gate_up + down) * TOKENS + attention
+
+
+def test_hessians_of_experts_cost_the_rows_that_they_are_sent() -> None:
+    given = experts_plan(16, 64, 32, 4)
+    found = block_work(given, given.parts[1], ONES).grams
+    assert found.float32_flops == 2 * (64**2 + 4 * 32**2) * TOKENS * 10 / 16
+    assert found.memory_bytes == 8 * 4 * (64**2 + 16 * 32**2) * 10 / 16
+
+
+def test_each_expert_with_inputs_of_its_own_has_a_factor_and_ranges_of_them_can_be_anywhere() -> (
+    None
+):
+    given = experts_plan(18, 64, 32, 4)
+    gate_up, down = block_work(given, given.parts[1], ONES).solve
+    assert gate_up.rows[0].float32_flops == 2 * 64 * 64 * 18 * 64
+    assert gate_up.shared.float32_flops == 2 / 3 * 64**3
+    assert len(down.rows) == 16
+    one = 2 / 3 * 32**3 + 2 * 32 * 32 * 64
+    assert [work.float32_flops for work in down.rows] == pytest.approx(
+        [one * size for size in (1, 1, 1, 1, 1, 1, 1, 2) * 2]
+    )
+    assert down.sum_bytes == 4 * 18 * 32**2
+
+
+def test_experts_are_stored_as_floats_beside_their_codes() -> None:
+    given = experts_plan(16, 64, 32, 4)
+    part = given.parts[1]
+    assert stored_bytes(given, part) == part.source_bytes * (1 + (4 + 40 / 32) / 32)
+
+
+def test_a_gpu_solves_experts_that_share_an_input_in_bands_and_others_in_their_ranges() -> None:
+    given = planned_on(experts_plan(16, 64, 32, 4), "gpu")
+    gate_up, down = given.parts[1].layers
+    assert (gate_up.slices, down.slices) == (1, 16)
+    wide = planned_on(experts_plan(16, 64, 2048, 4), "gpu").parts[1].layers[0]
+    assert wide.slices == 16 * 4096 // GPU_BAND
