@@ -24,7 +24,7 @@ from pipeline.export.manifest import (
     ExportRequest,
     verify_export,
 )
-from pipeline.run.commits import committed_file
+from pipeline.run.commits import committed_codes, committed_file
 from pipeline.run.records import FileDigest, Manifest
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.record import STRICT, StoredRecord
@@ -157,7 +157,7 @@ def _committed(store: ObjectStore, number: int, file: str) -> _PartRecord | None
 def _write_part(
     checkpoint: Checkpoint, run: ObjectStore, store: ObjectStore, number: int
 ) -> _PartRecord:
-    tensors = checkpoint.encode(number, committed_file(run, number))
+    tensors = checkpoint.encode(number, committed_file(run, number), committed_codes(run, number))
     data = safetensors_bytes(tensors)
     sizes = {name: int(array.nbytes) for name, array in sorted(tensors.items())}
     record = _PartRecord(number=number, file=FileDigest.of(data), tensors=sizes)

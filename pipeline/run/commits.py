@@ -24,6 +24,8 @@ from pipeline.run.records import (
     FileDigest,
     Manifest,
     PartRecord,
+    codes_key,
+    file_key,
     record_key,
 )
 from pipeline.storage.object_store import ObjectStore
@@ -117,9 +119,20 @@ def committed_file(store: ObjectStore, part: int) -> bytes:
     Raises:
         DamagedObjectError: it is not as its record says, or there is no record.
     """
+    data = _committed(store, part, file_key(part))
+    assert data is not None
+    return data
+
+
+def committed_codes(store: ObjectStore, part: int) -> bytes | None:
+    """Read a committed part's file of codes; None if it has none. Errors as `committed_file`."""
+    return _committed(store, part, codes_key(part))
+
+
+def _committed(store: ObjectStore, part: int, key: str) -> bytes | None:
     try:
-        record = PartRecord.read(store, record_key(part))
-        return store.get(record.file, sha256=record.sha256, size=record.size_bytes)
+        file = PartRecord.read(store, record_key(part)).files.get(key)
+        return None if file is None else store.get(key, sha256=file.sha256, size=file.size_bytes)
     except MissingObjectError as error:
         raise DamagedObjectError(f"part {part} is no longer committed: {error}") from error
 
