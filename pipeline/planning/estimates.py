@@ -20,6 +20,8 @@ from pipeline.planning.expert_costs import (
 from pipeline.reduction import split
 from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme
 
+GPU_BAND = 2048
+"""Output channels that a GPU solves in one loop (`quantizer.gptq.path.BAND`)."""
 _FLOAT_BYTES = 4
 # A process with JAX and Keras before it holds a model, and the programs compiled to calibrate one.
 _PROCESS_BYTES = 450 << 20
@@ -41,9 +43,13 @@ _SCORE_COPIES = 2
 _HEAD_FEATURES = 64
 # Of a GPU's memory: cuBLAS' workspaces, and what compiled programs keep.
 _DEVICE_PROGRAMS_BYTES = 512 << 20
+# A GPTQ solve holds its Hessian four times while it is factored; then three times beside two bands
+# of rows, with seven arrays of their columns each.
+_FACTORED_HESSIANS, _SOLVED_HESSIANS = 4, 3
+_BAND_ARRAYS = 2 * 7
 # Micro-batches that are brought to the device or back while another one is computed.
 _IN_FLIGHT = 2
-# The same, without the gaps that memory on the host has.
+# A shard's Gram and a micro-batch's, without the gaps that memory on the host has.
 _DEVICE_GRAM_COPIES = 2
 
 
@@ -154,7 +160,9 @@ def _device_bytes(plan: Plan, workers: int) -> int:
     layer = max(x.in_features * x.num_rows for part in plan.parts for x in part.layers)
     weights = max(part.num_weights for part in plan.parts) * _activation_bytes(plan)
     weights += layer * _FLOAT_BYTES
-    solve = _SOLVE_COPIES * _FLOAT_BYTES * max(map(_solve_size, plan.parts))
+    solve = _FLOAT_BYTES * max(
+        max(_SOLVE_COPIES * _solve_size(part), _banded_size(part)) for part in plan.parts
+    )
     if plan.tokens is None:
         return _DEVICE_PROGRAMS_BYTES + weights + solve
     held = _calibration(plan, workers)
@@ -258,6 +266,14 @@ def _solve_size(part: PartPlan) -> int:
     own = [group for group in part.groups if group.experts]
     solved += [kernels[g.targets[0]].num_weights + gram_size(g, part) for g in own]
     return max(solved, default=0)
+
+
+def _banded_size(part: PartPlan) -> int:
+    """What solving the part's widest kernel by GPTQ holds on a GPU, in numbers."""
+    kernels = [x for x in part.layers if isinstance(x.scheme, GPTQScheme) and x.kind == "kernel"]
+    inputs = max((x.in_features for x in kernels), default=0)
+    banded = _SOLVED_HESSIANS * inputs + _BAND_ARRAYS * GPU_BAND
+    return inputs * max(_FACTORED_HESSIANS * inputs, banded)
 
 
 def _solve_flops(part: PartPlan) -> float:

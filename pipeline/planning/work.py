@@ -15,6 +15,7 @@ from operator import add
 from pipeline.calibration.windows import shard_bounds
 from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan, TokensPlan, micro_batches
 from pipeline.planning.estimates import (
+    GPU_BAND,
     bits_per_weight,
     codes_bytes,
     hidden_features,
@@ -25,8 +26,6 @@ from pipeline.planning.stage_constants import Constants, Device
 from quantizer.experts import expert_ranges
 from quantizer.schemes import AWQScheme, GPTQScheme
 
-GPU_BAND = 2048
-"""Output channels that a GPU solves in one loop (`quantizer.gptq.path.BAND`)."""
 _HEAD_FEATURES = 64
 _FLOAT_BYTES = 4
 _ROUNDED_PER_SECOND = 22e6

@@ -6,8 +6,8 @@ Results do not depend on it: the same arrays come back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 from jax import Array
@@ -23,20 +23,27 @@ class ActivationMemory:
         self._on_device = place == "device"
         self._under_way: Sequence[Array] = ()
 
-    def keep(self, arrays: Sequence[Array]) -> tuple[Any, ...]:
+    def keep(
+        self, arrays: Sequence[Array], kept: Mapping[int, Array] = MappingProxyType({})
+    ) -> tuple[Array, ...]:
         """Put away what the device has computed.
 
         In host memory it is pinned, so that the device can copy it while it computes. No more than
         one micro-batch is copied while the next one is computed, or the device would fill up.
+
+        Args:
+            kept: by the `id` of what was fetched, where it is kept already.
         """
         if self._on_device:
             return tuple(arrays)
-        kept: list[Array] = jax.device_put(list(arrays), self._sharding("pinned_host"))
+        new = [array for array in arrays if id(array) not in kept]
+        sent: list[Array] = jax.device_put(new, self._sharding("pinned_host"))
         jax.block_until_ready(self._under_way)
-        self._under_way = kept
-        return tuple(kept)
+        self._under_way = sent
+        known = {**kept, **dict(zip(map(id, new), sent, strict=True))}
+        return tuple(known[id(array)] for array in arrays)
 
-    def fetch(self, arrays: Sequence[Array]) -> tuple[Any, ...]:
+    def fetch(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
         """Bring back what was put away, to be computed with."""
         if self._on_device:
             return tuple(arrays)

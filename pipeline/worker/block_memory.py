@@ -2,8 +2,10 @@
 
 Attention's scores, of every position for every other, outgrow all else where windows are long. On
 GPUs KerasHub's models leave them to cuDNN where it can do that: in 16 bits, for heads of up to 256
-numbers, without soft caps. Its kernel keeps no scores. Forward it has a single algorithm, which
-sums in a fixed order, so that its bytes are as reproducible as those of a product.
+numbers, without soft caps. Its kernel keeps no scores. For the same shapes it gives the same bytes
+on one kind of GPU: attention is not among what NVIDIA lists as not reproducible (cuDNN, "Odds and
+Ends", Reproducibility), and of XLA's flag for deterministic operations only its gradient asks
+anything (openxla/xla#14125). `make check-gpu` compares.
 """
 
 from __future__ import annotations

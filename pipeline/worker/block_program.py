@@ -97,13 +97,15 @@ class BlockProgram:
             live: what the stage before left; for stage 0, what the block takes.
 
         Returns:
-            the group's inputs or what the block gives, and `live` for the next stage. Inputs that
-            experts have of their own, [experts, rows, in_features], are followed by the router's
-            choice, [rows, experts per row].
+            the group's inputs or what the block gives, and `live` for the next stage; of this what
+            was live before is the very same arrays. Inputs that experts have of their own,
+            [experts, rows, in_features], are followed by the router's choice, [rows, experts per
+            row].
         """
         program = self._stages[stage]
         found = program.run(*(weights[i] for i in program.reads), *live)
-        return tuple(found[: program.num_results]), tuple(found[program.num_results :])
+        known = (*live, *found)
+        return tuple(found[: program.num_results]), tuple(known[i] for i in program.leaves)
 
     def groups_of(self, block: Block) -> tuple[InputGroup, ...]:
         """The groups of a block of the same signature, some of whose layers may be named apart."""
@@ -250,13 +252,15 @@ class _Stage:
     """A range of a traced program's equations, compiled on its own.
 
     Attributes:
-        run: (the values that it reads, live) → (*results, *live).
+        run: (the values that it reads, live) → (*results, what else it computes for later stages).
         reads: indices of these values among all of the program.
-        leaves_large: whether a large value is live after it.
+        leaves: indices among live and what `run` returns; a program's copies would take memory.
+        leaves_large: whether a large value is among them.
     """
 
     run: Any
     reads: list[int]
+    leaves: list[int]
     num_results: int
     leaves_large: bool
 
@@ -293,6 +297,8 @@ def _cut(
         kept |= {v for made in used_later & derived.keys() for v in derived[made].inputs}
         defined = [*live, *(v for equation in equations for v in equation.outvars)]
         left = [v for v in dict.fromkeys(defined) if v in kept]
+        new = [v for v in left if v not in live and v not in result]
+        known = [*live, *result, *new]
         reads = [i for i, value in enumerate(values) if value in used]
         constants = [
             (v, constant)
@@ -302,15 +308,16 @@ def _cut(
         program = Jaxpr(
             constvars=[v for v, _ in constants],
             invars=[*(values[i] for i in reads), *live],
-            outvars=[*result, *left],
+            outvars=[*result, *new],
             eqns=equations,
             effects=whole.effects,
             debug_info=whole.debug_info.with_unknown_names(),
         )
         closed = ClosedJaxpr(program, [constant for _, constant in constants])
-        leaves_large = any(value in large for value in left)
+        leaves = [known.index(v) for v in left]
+        leaves_large = any(v in large for v in left)
         run = jax.jit(jaxpr_as_fun(closed))
-        stages.append(_Stage(run, reads, len(result), leaves_large))
+        stages.append(_Stage(run, reads, leaves, len(result), leaves_large))
         live, start = left, end
     return tuple(stages)
 

@@ -63,12 +63,13 @@ class MicroBatch:
             self.rewind()
         if self.stage == 0:
             self.live = self.taken(call)
-        live = self.live
+        fetched = here = self.memory.fetch(self.live)
         for number in range(self.stage, stage + 1):
-            results, live = program.run_stage(number, weights, self.memory.fetch(live))
+            results, here = program.run_stage(number, weights, here)
             if program.leaves_little(number):
-                live = self.live = self.memory.keep(live)
-                self.stage = number + 1
+                kept = dict(zip(map(id, fetched), self.live, strict=True))
+                self.stage, self.live = number + 1, self.memory.keep(here, kept)
+                fetched = here
         return results
 
     def finish_block(

@@ -3,8 +3,9 @@
     make check-cuda
 
 Prints for each its temporary memory, kernels and calls of libraries. Fails where a product is not
-cuBLAS', where a block in bfloat16 keeps attention scores, and where a block takes more memory for a
-window than its plan foresees. No speed is measured (see `topology`).
+cuBLAS', where the solver has too many programs or kernels, where a block in bfloat16 keeps
+attention scores, and where a block takes more memory for a window than its plan foresees. No speed
+is measured (see `topology`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 
 _VOCABULARY = 128256
 _GIB = 1 << 30
+_KERNELS = "fusion|custom-call|copy|sort|reduce|cholesky"
 # Of cuBLASLt, which plans count with what compiled programs keep.
 _WORKSPACE_BYTES = 32 << 20
 
@@ -39,6 +41,7 @@ class Compiled:
         calls: how often it calls each library's function.
         triton: how many products it has Triton do.
         kernels: fusions and calls in it; what a loop repeats is counted once.
+        loops: how many loops it has, each step of which the host starts.
         scores_bytes: of its largest array of float32 with two axes of a window's length and a
             third, as attention's scores have it.
     """
@@ -49,6 +52,7 @@ class Compiled:
     triton: int
     kernels: int
     seconds: float
+    loops: int
     scores_bytes: int = 0
 
     @classmethod
@@ -61,8 +65,9 @@ class Compiled:
             int(compiled.memory_analysis().temp_size_in_bytes),
             Counter(re.findall(r'custom_call_target="([^"]+)"', text)),
             len(re.findall(r"__triton_gemm|__triton_nested_gemm_fusion", text)),
-            len(re.findall(r"= \S+ (?:fusion|custom-call|copy|sort|reduce|cholesky)\(", text)),
+            len(re.findall(rf"= (?:\([^()]*\)|\S+) (?:{_KERNELS})\(", text)),
             time.monotonic() - start,
+            len(re.findall(r" while\(", text)),
             _scores_bytes(text, length) if length else 0,
         )
 
@@ -71,6 +76,7 @@ class Compiled:
         return (
             f"{self.name:56} {self.temporary_bytes / _GIB:7.2f} GiB {self.kernels:5} kernels  "
             f"{calls or '–'}{f', {self.triton} × Triton' if self.triton else ''}"
+            f"{f', {self.loops} loops' if self.loops else ''}"
             f"{f', {self.scores_bytes / _GIB:.2f} GiB of scores' if self.scores_bytes else ''}"
         )
 
@@ -146,8 +152,8 @@ def compile_block(where: Any, length: int, dtype: str) -> CompiledBlock:
         given = placed([weights[i] for i in stage.reads] + list(live), where)
         lowered = stage.run.lower(*given)
         found.append(Compiled.of(f"{dtype}, {length}: up to {name}", lowered, length))
-        live = tuple(lowered.out_info[stage.num_results :])
-        live = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in live)
+        known = [*live, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in lowered.out_info)]
+        live = tuple(known[i] for i in stage.leaves)
     widest = max(group.in_features for group in program.groups)
     return CompiledBlock(
         dtype,
@@ -193,6 +199,63 @@ def compile_statistics(where: Any, in_features: int) -> list[Compiled]:
     ]
 
 
+@dataclass(frozen=True)
+class CompiledDecoding:
+    """The program that decodes a layer.
+
+    Attributes:
+        divides: whether it divides in float32, which GPUs do with errors in the last bit.
+    """
+
+    program: Compiled
+    divides: bool
+
+    def problems(self) -> list[str]:
+        if self.divides:
+            return [f"{self.program.name}: divides in float32"]
+        large = self.program.temporary_bytes > 1 << 20
+        return [f"{self.program.name}: keeps more than the kernel"] if large else []
+
+
+def compile_decoding(where: Any, in_features: int, out_features: int) -> list[CompiledDecoding]:
+    """A layer's kernel from what is stored of it, in each way to decode one."""
+    import jax
+    import jax.numpy as jnp
+
+    from quantizer import AWQScheme, GPTQScheme, Int8Scheme
+    from quantizer.keras_format.kernel_layout import dense_layout
+    from quantizer.keras_format.variables import _decode_program
+    from tests.cuda.topology import placed
+
+    def shape(dtype: Any, *sizes: int) -> Any:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    groups = in_features // 128
+    codes = {
+        "quantized_kernel": shape(jnp.uint8, out_features // 2, in_features),
+        "kernel_scale": shape(jnp.float32, out_features, groups),
+        "kernel_zero": shape(jnp.uint8, out_features, groups),
+        "g_idx": shape(jnp.float32, in_features),
+    }
+    channels = {
+        "kernel": shape(jnp.int8, in_features, out_features),
+        "kernel_scale": shape(jnp.float32, out_features),
+    }
+    compiled = []
+    for scheme, stored in (
+        (GPTQScheme(), codes),
+        (AWQScheme(), codes | {"awq_scales": shape(jnp.float32, in_features)}),
+        (Int8Scheme(), channels),
+    ):
+        layout = dense_layout((in_features, out_features))
+        with jax.enable_x64(True):
+            lowered = _decode_program.lower(placed(stored, where), layout, scheme, "bfloat16")
+        name = f"{in_features} × {out_features} decoded from {scheme.policy}"
+        divides = re.search(r"= f32\[\d+,\d+\]\S* divide\(", lowered.compile().as_text())
+        compiled.append(CompiledDecoding(Compiled.of(name, lowered), divides is not None))
+    return compiled
+
+
 def compile_evaluation(where: Any, length: int) -> Compiled:
     """The comparison of source and artifact on a window; attention is as in `compile_block`."""
     import jax
@@ -224,8 +287,15 @@ class _Jit:
             return compiled(*args, **kwargs)
 
         def trace(*args: Any, **kwargs: Any) -> Any:
+            import jax
+
             from tests.cuda.topology import placed
 
+            # What is computed ahead, such as zeros, lies on this machine's CPU.
+            args, kwargs = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.Array) else x,
+                (args, kwargs),
+            )
             traced = compiled.trace(*placed(args, outer.where), **placed(kwargs, outer.where))
             outer.compile(function.__name__, traced)
             return _Traced(traced.out_info)
@@ -277,6 +347,38 @@ def compile_solver(where: Any, shapes: Sequence[tuple[int, int]]) -> list[Compil
     return list(found.values())
 
 
+# What a panel takes in the column loop and in refinement, by function.
+PANEL_PROGRAMS = (
+    ("_unsolved_panel", "_solve_panel", "_with_panel"),
+    ("_unrefined_panel", "_refine_panel", "_with_refined"),
+)
+_MOST_SOLVER_PROGRAMS = 60
+
+
+def solver_problems(found: Sequence[Compiled], widths: int) -> list[str]:
+    """What the programs of the solver have that they should not, for so many in_features."""
+    from quantizer.gptq.factor import PANEL, TILE
+
+    problems = []
+    if len(found) > _MOST_SOLVER_PROGRAMS:
+        problems.append(f"the solver has {len(found)} programs, over {_MOST_SOLVER_PROGRAMS}")
+    calls = sum((one.calls for one in found), Counter[str]())
+    if calls["cusolver_potrf_ffi"] != widths:
+        problems.append(f"{calls['cusolver_potrf_ffi']} calls of cuSOLVER factor {widths} widths")
+    for names in PANEL_PROGRAMS:
+        kernels = 0
+        for name in names:
+            alike = [one for one in found if one.name == f"solver: {name}"]
+            kernels += max(one.kernels for one in alike)
+            problems += [f"{one.name}: has loops" for one in alike if one.loops]
+        print(f"{' + '.join(names)}: {kernels * TILE / PANEL:.2f} kernels a tile")
+        if kernels > PANEL // TILE:
+            problems.append(
+                f"{names[1]}: {kernels} kernels for the {PANEL // TILE} tiles of a panel"
+            )
+    return problems
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tokens", type=int, nargs="*", default=[2048, 8192], help="of a window")
@@ -293,6 +395,7 @@ def main() -> int:
     [device] = where.device_set
     print(f"{device.device_kind}, {os.environ['XLA_FLAGS']}")
     found: list[Compiled] = []
+    problems: list[str] = []
 
     def show(compiled: Sequence[Compiled]) -> None:
         found.extend(compiled)
@@ -302,7 +405,7 @@ def main() -> int:
     if not arguments.no_solver:
         show(compile_solver(where, [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]))
         print(f"{len(found)} programs of the solver")
-    problems = []
+        problems += solver_problems(found, widths=2)
     for dtype in ("bfloat16", "float32"):
         for length in arguments.tokens:
             block = compile_block(where, length, dtype)
@@ -314,6 +417,9 @@ def main() -> int:
             problems.append(f"{compared.name}: copies logits")
     for in_features in (4096, 14336):
         show(compile_statistics(where, in_features))
+    for decoding in compile_decoding(where, 4096, 14336):
+        show([decoding.program])
+        problems += decoding.problems()
     problems += [f"{one.name}: products by Triton" for one in found if one.triton]
     print(*problems, f"{len(found)} programs, {len(problems)} problems", sep="\n")
     return 1 if problems else 0

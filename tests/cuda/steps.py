@@ -50,7 +50,8 @@ def codes(tell: Tell, size: int, folder: str) -> None:
     """Gram, factor and codes of one weight, for comparison between devices and processes."""
     weight_RC, inputs_NC = _data(size, size, 4 * size)
     hessian = _hessian(inputs_NC)
-    pivot_C = share_input(hessian, _scheme(4)).energy_C
+    # In their own order: two inputs that are almost equally active may change places.
+    pivot_C = share_input(hessian, quantizer.GPTQScheme(weight_bits=4)).energy_C
     found: dict[str, Any] = {"gram": _digest(hessian.gram_CC), "pivots": _digest(pivot_C)}
     np.save(f"{folder}/gram.npy", np.asarray(hessian.gram_CC))
     np.save(f"{folder}/pivots.npy", np.asarray(pivot_C))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pipeline.worker.block_memory import BlockMemory
-from tests.cuda.programs import Compiled, CompiledBlock
+from tests.cuda.programs import PANEL_PROGRAMS, Compiled, CompiledBlock, solver_problems
 
 LENGTH = 96
 
@@ -47,3 +48,29 @@ def test_a_block_in_bfloat16_may_keep_none() -> None:
     assert problems("bfloat16", kept, "cudnn", 1 << 30) == 1
     assert problems("float32", kept, "scores", 1 << 30) == 0
     assert problems("float32", kept, "scores", -(1 << 30)) == 1
+
+
+def test_kernels_are_counted_whatever_they_return() -> None:
+    def both(query: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.linalg.eigh(query[0, :, 0, :, None] * query[0, :, 0, None, :])
+
+    assert compiled(both).kernels > compiled(lambda query: query + 1).kernels
+
+
+def test_a_solver_of_too_many_kernels_or_programs_is_a_problem() -> None:
+    def programs(*, kernels: int = 12, loops: int = 0, potrf: int = 2) -> list[Compiled]:
+        calls = Counter({"cusolver_potrf_ffi": potrf})
+        names = [name for step in PANEL_PROGRAMS for name in step]
+        return [
+            Compiled("solver: factorize_whole", 0, calls, 0, 4, 0.0, 0),
+            *(Compiled(f"solver: {x}", 0, Counter(), 0, kernels // 3, 0.0, loops) for x in names),
+        ]
+
+    assert solver_problems(programs(), widths=2) == []
+    assert solver_problems(programs(kernels=32 * 3), widths=2) == [
+        "_solve_panel: 96 kernels for the 32 tiles of a panel",
+        "_refine_panel: 96 kernels for the 32 tiles of a panel",
+    ]
+    assert len(solver_problems(programs(loops=1), widths=2)) == 6
+    assert solver_problems(programs(potrf=1), widths=2) == ["1 calls of cuSOLVER factor 2 widths"]
+    assert solver_problems(programs() * 9, widths=18) == ["the solver has 63 programs, over 60"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import keras
 import keras_hub
@@ -14,6 +14,7 @@ import pytest
 from pipeline.calibration.windows import TokenWindows
 from pipeline.errors import SourceError
 from pipeline.evaluation.batches import EvaluationSet
+from pipeline.executor.protocol import ActivationPlace
 from pipeline.fidelity import fidelity_of
 from pipeline.model.blocks import find_blocks
 from pipeline.model.inputs import input_layout
@@ -48,10 +49,16 @@ def planned(family: str, scheme: Scheme, **inputs: str) -> Planned:
     return make_plan(read_preset(str(shared_family(family))), recipe, threads=1)
 
 
-def run(given: Planned, family: str, store: ObjectStore, report: Any = lambda step: None) -> Worker:
+def run(
+    given: Planned,
+    family: str,
+    store: ObjectStore,
+    report: Any = lambda step: None,
+    place: ActivationPlace = "device",
+) -> Worker:
     claim(store, given.plan, None if given.windows is None else given.windows.to_bytes())
     worker = Worker(given.plan, str(shared_family(family)), store.root_url)
-    quantize(given.plan, store, LocalExecutor([worker]), report, keep_every=1)
+    quantize(given.plan, store, LocalExecutor([worker]), report, keep_every=1, place=place)
     return worker
 
 
@@ -126,11 +133,12 @@ def test_a_run_that_dies_in_the_decoder_resumes_to_the_same_bytes(family: str) -
     whole = open_store(f"memory://test-encoder-decoders/{family}-whole")
     run(given, family, whole)
     steps: list[Step] = []
-    for part in (2, 3):  # the last of the encoder, the first of the decoder
+    # The last of the encoder, and the first of the decoder.
+    for part, place in zip((2, 3), get_args(ActivationPlace), strict=True):
         broken = open_store(f"memory://test-encoder-decoders/{family}-{part}")
         with pytest.raises(CrashError):
-            run(given, family, broken, crash_at(part))
-        run(given, family, broken, steps.append)
+            run(given, family, broken, crash_at(part), place)
+        run(given, family, broken, steps.append, place)
         assert lasting(broken) == lasting(whole)
     assert [step.parts for step in steps if step.event == "resumed"] == [
         (0, 1, 2),

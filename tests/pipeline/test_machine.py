@@ -82,5 +82,6 @@ def test_a_gpu_is_named_with_what_computes_on_it_and_without_threads(
 
 def test_gpus_of_another_maker_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jax.default_backend", lambda: "rocm")
+    monkeypatch.setattr("pipeline.machine._installed_plugins", list)  # wherever the tests run
     with pytest.raises(ExecutorError, match="computes on rocm without its CUDA plugin"):
         machine(1)

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 from pipeline.plan import InputGroup
+from pipeline.planning.estimates import GPU_BAND
 from pipeline.planning.stage_constants import CONSTANTS
 from pipeline.planning.work import (
-    GPU_BAND,
     Work,
     block_work,
     planned_on,

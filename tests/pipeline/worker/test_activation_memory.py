@@ -110,6 +110,28 @@ def test_no_more_than_one_micro_batch_is_on_its_way(monkeypatch: pytest.MonkeyPa
     assert [list(arrays) for arrays in awaited] == [[], list(first)]
 
 
+def test_what_is_kept_already_is_not_copied_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Such as residuals, which a block's stages pass on as they are."""
+    memory = ActivationMemory("host")
+    [kept] = memory.keep([jnp.ones(3)])
+    [here] = memory.fetch([kept])
+    other, again = memory.keep([jnp.zeros(2), here], {id(here): kept})
+    assert again is kept
+    assert other.sharding.memory_kind == "pinned_host"
+
+    given, store = planned("float8"), open_store(str(tmp_path))
+    assert given.windows is not None
+    claim(store, given.plan, given.windows.to_bytes())
+    worker = QuickWorker(given.plan, str(source()), store.root_url)
+    worker.restore(0, [0], 0, "host")
+    worker.capture(0, 0, range(1), worker.read(1))
+    for batch in worker._shards._held[0]:
+        entered = {id(array) for array in batch.values.values()}
+        assert any(id(array) in entered for array in batch.live)
+
+
 def test_what_comes_back_is_what_was_put_away() -> None:
     memory = ActivationMemory("host")
     for dtype in ("float32", "bfloat16", "int32", "bool"):
