@@ -7,6 +7,7 @@ schemes are exhaustive.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -19,6 +20,7 @@ import pytest
 from numpy.typing import NDArray
 
 import pipeline.storage.memory_store
+from jobs.cli.main import main
 from jobs.expert_summary import ExpertSummary
 from jobs.publish.verified_files import check_artifact
 from jobs.release.contents import artifact_contents, read_run
@@ -323,7 +325,12 @@ def test_verify_says_that_experts_are_loaded_as_float(
 ) -> None:
     run = run_of("Mixtral", "gptq4")
     size = sum(run.store.size(key) for key in run.store.list("codes/"))
-    verify_run(str(run.folder), stock=True, as_json=False)
+    verify_run(str(run.folder), stock=True, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["codes_bytes"] == size
+    assert "loads it" in found["stock"]
+    with pytest.raises(SystemExit):
+        main(["verify", str(run.folder), "--no-stock"])
     said = capsys.readouterr()
     assert (
         f"{size:,} bytes of these are codes of experts, which stock KerasHub loads as float"
