@@ -101,7 +101,7 @@ def planned_experts(plan: Plan, costs: Estimate) -> list[tuple[str, str]]:
         (
             "weights",
             f"{count(costs.weights)}, of which a token needs {count(costs.active_weights)} "
-            f"({numbers} experts); KerasHub computes every token by every expert",
+            f"({numbers} experts)" + ("" if plan.device == "cpu" else "; GPUs compute it by all"),
         )
     ]
     if costs.codes_bytes:

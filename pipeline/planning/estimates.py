@@ -69,7 +69,7 @@ class Estimate:
         worker_bytes: peak memory of the worker that holds most.
         device_bytes: peak memory of that worker's GPU; 0 on CPUs, where it is the worker's own.
         micro_batch_bytes: of these, what no number of workers lowers: of a micro-batch in a layer.
-        forward_flops, gram_flops, solve_flops: of all blocks.
+        forward_flops, gram_flops, solve_flops: of all blocks, as they are run.
     """
 
     source_bytes: int
@@ -123,7 +123,9 @@ def estimate(plan: Plan, workers: int) -> Estimate:
         device_bytes=0 if plan.device == "cpu" else _device_bytes(plan, workers),
         micro_batch_bytes=0 if tokens is None else _calibration(plan, workers).transient_bytes,
         # Every layer runs once, on the output of the quantized ones before it.
-        forward_flops=float(sum(2 * run_weights(part) * num_tokens for part in blocks)),
+        forward_flops=float(
+            sum(2 * run_weights(part, plan.device) * num_tokens for part in blocks)
+        ),
         # Above the diagonal in four bands: 10/16 of the whole product.
         gram_flops=float(
             sum(

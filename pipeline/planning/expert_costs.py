@@ -1,8 +1,9 @@
 """What experts cost, beyond what their weights do: their inputs, their Hessians, and tokens.
 
-KerasHub computes every token by every expert. The inputs that experts have of their own are not
-kept, so that what makes them runs again for each use, and as many of their Hessians are summed at
-once as take a gibibyte (`quantizer.experts.expert_passes`).
+KerasHub computes every token by every expert, and so do GPUs; CPUs leave out what the router does
+(`pipeline.worker.routed_products`). The inputs that experts have of their own are not kept, so that
+what makes them runs again for each use, and as many of their Hessians are summed at once as take a
+gibibyte (`quantizer.experts.expert_passes`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from quantizer.experts import expert_passes, expert_ranges
 _FLOAT_BYTES = 4
 # What experts make of a micro-batch, before and after it is moved or multiplied.
 _COPIES = 2
+# Rows of an expert are multiplied in blocks, of which the last is filled up.
+_FILLED = 1.5
 # Routers send some experts half as many tokens as others, and less.
 _UNEVEN = 2
 
@@ -25,12 +28,20 @@ def active_weights(layer: LayerPlan) -> int:
     return layer.num_weights // layer.experts * layer.experts_per_token
 
 
-def run_weights(part: PartPlan) -> int:
-    """Weights of a block that its tokens are multiplied with, as often as they are."""
+def run_weights(part: PartPlan, device: str) -> float:
+    """Weights of a block that a token is multiplied with, as often as it is."""
     own = {name for group in part.groups if group.experts for name in group.targets}
-    before = sum(x.num_weights for x in part.layers if x.experts and x.name not in own)
     repeated = sum(len(_passes(group, part)) for group in part.groups if group.experts)
-    return part.num_weights + before * repeated
+    routed = device == "cpu" and bool(own)
+    total = 0.0
+    for layer in part.layers:
+        weights: float = layer.num_weights
+        if layer.experts and routed:
+            weights = min(weights, _FILLED * active_weights(layer))
+        if layer.experts and layer.name not in own:
+            weights *= 1 + repeated
+        total += weights
+    return total
 
 
 def rows_per_token(group: InputGroup, part: PartPlan) -> int:

@@ -183,7 +183,7 @@ def forward_work(plan: Plan, part: PartPlan, tokens: TokensPlan, constants: Cons
     """Run a block on all windows."""
     num_tokens = tokens.num_samples * tokens.sequence_length
     hidden = hidden_features(plan)
-    linear = 2.0 * run_weights(part) * num_tokens
+    linear = 2.0 * run_weights(part, plan.device) * num_tokens
     attention = 4.0 * tokens.sequence_length * hidden * num_tokens
     flops = constants.linear * linear + constants.attention * attention
     bfloat16 = plan.forward_dtype == "bfloat16"

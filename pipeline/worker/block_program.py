@@ -8,11 +8,13 @@ is calibrated on the input that it will have in the quantized model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
@@ -23,7 +25,11 @@ from pipeline.plan import InputGroup
 from pipeline.recipe.recipe import StatisticsKind
 from pipeline.worker.block_memory import BlockMemory, derived_values
 from pipeline.worker.expert_products import expert_products
+from pipeline.worker.routed_products import with_routed_products
 from quantizer import kernel_layout
+
+_ROUNDING = 1e-3
+"""Of a block's output, more than another order of sums changes in it."""
 
 
 class BlockProgram:
@@ -77,9 +83,17 @@ class BlockProgram:
         results = [[v for one in reads for v in one.results] for _, reads in groups]
         results.append(outputs)
         large = {one.tensor for _, reads in groups for one in reads if one.choice is not None}
+        program = traced
+        self._unchecked: ClosedJaxpr | None = None
+        if large and jax.default_backend() == "cpu":
+            banks = [
+                traced.jaxpr.invars[self._kernels[t.name]] for t in block.targets if t.num_experts
+            ]
+            program = with_routed_products(traced, expert_products(traced.jaxpr, banks).values())
+            self._unchecked = ClosedJaxpr(traced.jaxpr.replace(outvars=outputs), traced.consts)
         num_values = len(block.layer.weights)
-        self._stages = _cut(traced, num_values=num_values, results=results, large=large)
-        self._refuse_loops(traced.jaxpr, results)
+        self._stages = _cut(program, num_values=num_values, results=results, large=large)
+        self._refuse_loops(program.jaxpr, results)
 
     @property
     def input_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -106,6 +120,33 @@ class BlockProgram:
         found = program.run(*(weights[i] for i in program.reads), *live)
         known = (*live, *found)
         return tuple(found[: program.num_results]), tuple(known[i] for i in program.leaves)
+
+    def check_routing(self, weights: Sequence[Any], taken: Sequence[Any]) -> None:
+        """Compare, once, with KerasHub's own answer for a micro-batch, if experts are routed here.
+
+        Args:
+            weights: the block's, in the order of `layer.weights`.
+            taken: what the block takes.
+
+        Raises:
+            SourceError: it is another one.
+        """
+        if self._unchecked is None:
+            return
+        expected = jax.jit(jaxpr_as_fun(self._unchecked))(*weights, *taken)
+        found, live = self.run_stage(0, weights, tuple(taken))
+        for stage in range(1, len(self._stages)):
+            found, live = self.run_stage(stage, weights, live)
+        for ours, theirs in zip(found, expected, strict=True):
+            off, size = _norm(ours - theirs), _norm(theirs)
+            # Where KerasHub's answer is not finite, there is nothing to compare with.
+            if math.isfinite(size) and not off <= _ROUNDING * size:
+                raise SourceError(
+                    f"{self._block.name}: its output changes by {off / size:.1%} if experts leave "
+                    "out the tokens that its router does not send to them, so that they cannot be "
+                    "calibrated on the tokens that it does; give its experts int8, int4 or null"
+                )
+        self._unchecked = None
 
     def groups_of(self, block: Block) -> tuple[InputGroup, ...]:
         """The groups of a block of the same signature, some of whose layers may be named apart."""
@@ -331,6 +372,10 @@ def _ends(program: Jaxpr, results: Sequence[Sequence[Any]]) -> list[int]:
         ends.append(max([*numbers, *ends[-1:]]))
     ends[-1] = len(program.eqns)
     return ends
+
+
+def _norm(array: Array) -> float:
+    return float(jnp.linalg.norm(array.astype(jnp.float32).ravel()))
 
 
 def _used(equations: Sequence[Any], results: Sequence[Any]) -> set[Any]:

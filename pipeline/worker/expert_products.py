@@ -22,16 +22,38 @@ class ExpertProduct:
         equation: number of the program's equation.
         input: the variable that the experts read.
         input_axis: its axis of in_features, counted from its end.
-        choice: where each expert has rows of its own, the router's choice: numbers of experts,
-            [rows, experts per row]; otherwise None.
-        experts_per_row: of the router's choice; 0 if it is not known, as of a block without one.
+        own: whether each expert has rows of its own.
+        router: the router's choice for the rows: numbers of experts, [rows, experts per row]; None
+            if it is not known, as of a block with several routers.
     """
 
     equation: int
     input: Any
     input_axis: int
-    choice: Any | None
-    experts_per_row: int
+    own: bool
+    router: Any | None
+
+    @property
+    def experts_per_row(self) -> int:
+        """Of the router's choice; 0 if it is not known."""
+        return 0 if self.router is None else _shape(self.router)[1]
+
+    @property
+    def choice(self) -> Any | None:
+        """The router's choice where each expert has rows of its own; otherwise None."""
+        return self.router if self.own else None
+
+    def operands(self, equation: Any) -> tuple[Any, Any]:
+        """The input and the bank of the product's equation."""
+        first, second = equation.invars
+        return (first, second) if first is self.input else (second, first)
+
+    def result_axes(self, equation: Any) -> tuple[int, int, int]:
+        """Where the result of the product's equation has axes of [experts, rows, out_features]."""
+        bank_first = equation.invars[0] is not self.input
+        if bank_first:
+            return (0, 2, 1)
+        return (0, 1, 2) if self.own else (1, 0, 2)
 
 
 def expert_products(program: Jaxpr, banks: Iterable[Any]) -> dict[Any, ExpertProduct]:
@@ -88,16 +110,17 @@ def _product(
         return None
     [axis] = contracted[1 - position]
     shape, chosen = _shape(given), choices.get(_shape(bank)[0], [])
-    per_row = _shape(chosen[0])[1] if len(chosen) == 1 else 0
-    if not batched[position]:
-        return ExpertProduct(number, given, axis - len(shape), None, per_row)
-    # Whose rows they are is known of no other arrangement, and of no other number of routers.
-    own = tuple(batched[position]) == (0,) and tuple(batched[1 - position]) == (0,)
-    if not own or (len(shape), axis) != (3, 2) or len(chosen) != 1:
+    own = bool(batched[position])
+    # Numbers of rows have to agree, which several routers might.
+    known = len(chosen) == 1 and len(shape) == 2 + own and _shape(chosen[0])[0] == shape[-2]
+    router = chosen[0] if known else None
+    if not own:
+        return ExpertProduct(number, given, axis - len(shape), own, router)
+    # Whose rows they are is known of no other arrangement.
+    in_order = tuple(batched[position]) == (0,) and tuple(batched[1 - position]) == (0,)
+    if not in_order or axis != 2 or router is None:
         return None
-    if _shape(chosen[0])[0] != shape[1]:
-        return None
-    return ExpertProduct(number, given, -1, chosen[0], per_row)
+    return ExpertProduct(number, given, -1, own, router)
 
 
 def _shape(value: Any) -> tuple[int, ...]:

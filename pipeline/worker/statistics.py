@@ -25,6 +25,7 @@ from pipeline.plan import InputGroup
 from pipeline.recipe.recipe import StatisticsKind
 from pipeline.run.worker_api import InputSum
 from pipeline.worker.memory import make_room
+from pipeline.worker.routed_rows import RoutedRows
 from quantizer import HessianSum, MagnitudeSum
 from quantizer.experts import ExpertHessians, InputStatistics
 
@@ -32,9 +33,6 @@ from quantizer.experts import ExpertHessians, InputStatistics
 # on, which takes 10/16 of the flops, and of the bytes until it is finished.
 _GRAM_BANDS = 4
 _MIN_BAND_ROWS = 128
-# Of one expert, multiplied at once.
-_FEWEST_ROWS = 16
-_MOST_ROWS = 512
 
 Sums = tuple[Array, ...]
 
@@ -115,8 +113,7 @@ def sum_routed(
     sums: Sums = (*bands, jnp.zeros(len(experts), jnp.int32))
     num_rows = 0
     for array, choice, mask in inputs:
-        block = _block_rows(choice.size, num_experts=len(array))
-        sums = _add_routed(sums, array, choice, mask, experts.start, block_rows=block)
+        sums = _add_routed(sums, array, choice, mask, experts.start, all_experts=len(array))
         num_rows += int(np.count_nonzero(mask))
     return InputSum(kind="hessian", arrays=_kept(sums), num_rows=num_rows, experts=experts)
 
@@ -162,51 +159,29 @@ def _merge(
 _merge_in_place = jax.jit(partial(_merge, jnp), static_argnames="kind", donate_argnums=0)
 
 
-def _block_rows(num_pairs: int, *, num_experts: int) -> int:
-    """Rows of a block: a power of two, about as many as an expert has of a micro-batch."""
-    expected = max(1, num_pairs // num_experts)
-    return min(_MOST_ROWS, max(_FEWEST_ROWS, 1 << (expected - 1).bit_length()))
-
-
-@partial(jax.jit, static_argnames=("block_rows",), donate_argnums=(0,))
+@partial(jax.jit, static_argnames=("all_experts",), donate_argnums=(0,))
 def _add_routed(
-    sums: Sums,
-    inputs: Array,
-    choice: Array,
-    mask: Array,
-    first: Array,
-    *,
-    block_rows: int,
+    sums: Sums, inputs: Array, choice: Array, mask: Array, first: Array, *, all_experts: int
 ) -> Sums:
-    num_rows, per_row = choice.shape
-    in_features, num_experts = inputs.shape[-1], len(sums[-1])
-    # Pairs of a row and an expert, sorted by expert; those of other experts and padding come last.
-    expert_P = jnp.where(mask[:, None], choice - first, num_experts).reshape(-1)
-    expert_P = jnp.where(expert_P < 0, num_experts, jnp.minimum(expert_P, num_experts))
-    row_P = jnp.argsort(expert_P, stable=True) // per_row
-    count_E = jnp.bincount(expert_P, length=num_experts + 1)[:-1].astype(jnp.int32)
-    blocks_E = -(-count_E // block_rows)
-    end_E, end_block_E = jnp.cumsum(count_E), jnp.cumsum(blocks_E)
+    in_features = inputs.shape[-1]
+    rows = RoutedRows.of(
+        choice, num_experts=len(sums[-1]), all_experts=all_experts, first=first, mask=mask
+    )
 
     def add_block(block: Array, bands: Sums) -> Sums:
-        expert = jnp.searchsorted(end_block_E, block, side="right")
-        in_expert = block - (end_block_E[expert] - blocks_E[expert])
-        start = end_E[expert] - count_E[expert] + in_expert * block_rows
-        pair_B = start + jnp.arange(block_rows)
-        row_B = row_P[jnp.minimum(pair_B, num_rows * per_row - 1)]
+        expert, row_B, kept_B = rows.block(block)
         rows_BC = inputs[first + expert, row_B]
         if rows_BC.dtype != jnp.bfloat16:
             rows_BC = rows_BC.astype(jnp.float32)
         # Not a product with the mask, since rows of other experts may hold infinity.
-        kept_B1 = (pair_B < end_E[expert])[:, None]
-        rows_BC = jnp.where(kept_B1, rows_BC, jnp.zeros((), rows_BC.dtype))
+        rows_BC = jnp.where(kept_B[:, None], rows_BC, jnp.zeros((), rows_BC.dtype))
         return tuple(
             band.at[expert].add(_product(rows_BC[:, a:b].T, rows_BC[:, a:]))
             for band, (a, b) in zip(bands, _bands(in_features), strict=True)
         )
 
-    bands = lax.fori_loop(0, end_block_E[-1], add_block, sums[:-1])
-    return *bands, sums[-1] + count_E
+    bands = lax.fori_loop(0, rows.num_blocks, add_block, sums[:-1])
+    return *bands, sums[-1] + rows.count_E
 
 
 def _product(left: Array, right: Array) -> Array:

@@ -116,6 +116,7 @@ class Worker(WorkerApi):
             found = ((one.run_stage(call, program, stage, weights), one.batch) for one in batches)
             if group.experts:
                 assert experts is not None
+                program.check_routing(weights, batches[0].taken(call))
                 [shape] = shapes
                 routed = ((*results, batch.rows(shape)) for results, batch in found)
                 return sum_routed(routed, group.in_features, experts)

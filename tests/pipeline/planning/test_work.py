@@ -141,11 +141,14 @@ def test_a_part_is_stored_in_the_bits_of_its_schemes() -> None:
     assert stored_bytes(given, int8) == WEIGHTS + 4 * (128 + 64)
 
 
-def test_experts_see_every_token_and_those_before_their_own_inputs_twice() -> None:
+def test_experts_before_others_own_inputs_run_twice_on_cpus_for_the_tokens_they_are_sent() -> None:
     given = experts_plan(16, 64, 32, 4)
-    found = block_work(given, given.parts[1], ONES).forward
     gate_up, down = 16 * 64 * 64, 16 * 32 * 64
     attention = 4 * 16 * 64 * TOKENS
+    found = block_work(given, given.parts[1], ONES).forward
+    assert found.float32_flops == 2 * 1.5 / 4 * (2 * gate_up + down) * TOKENS + attention
+    on_gpu = planned_on(given, "gpu")
+    found = block_work(on_gpu, on_gpu.parts[1], ONES).forward
     assert found.float32_flops == 2 * (2 * gate_up + down) * TOKENS + attention
 
 

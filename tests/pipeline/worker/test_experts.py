@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import ArrayLike, NDArray
 
+from pipeline.errors import SourceError
 from pipeline.model.preset import read_preset
 from pipeline.planning.make_plan import Planned, make_plan
 from pipeline.recipe.recipe import Rule
@@ -160,6 +161,24 @@ def test_captured_statistics_are_of_the_rows_that_the_router_sends(
                     )
         worker.propagate(block, [0], values)
     assert set(seen.inputs) == set(banks)
+
+
+def test_a_block_whose_output_depends_on_other_tokens_of_an_expert_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here each token also takes a little of the experts that it is not sent to."""
+    one_hot = keras.ops.one_hot
+    monkeypatch.setattr(keras.ops, "one_hot", lambda *args: 0.1 + one_hot(*args))
+    given = padded_plan("Mixtral", tmp_path)
+    assert given.windows is not None
+    store = open_store("memory://experts/not-routed")
+    store.put(given.windows.key, given.windows.to_bytes())
+    worker = Worker(given.plan, str(shared_family("Mixtral")), store.root_url)
+    worker.restore(0, [0], 0)
+    [stage] = [i for i, group in enumerate(given.plan.parts[1].groups) if group.experts]
+    with pytest.raises(SourceError, match=r"transformer_layer_0: .*give its experts int8") as found:
+        worker.capture(0, stage, range(1), worker.read(1), experts=range(4))
+    assert "\n" not in str(found.value)
 
 
 def captured(
