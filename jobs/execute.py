@@ -36,7 +36,7 @@ from pipeline.executor.protocol import (
 from pipeline.executor.worker_environment import worker_environment
 from pipeline.fidelity import Fidelity, fidelity_of
 from pipeline.plan import Plan
-from pipeline.planning.estimates import Estimate
+from pipeline.planning.estimates import Estimate, estimate
 from pipeline.remote_planning import (
     Identity,
     evaluation_windows,
@@ -126,12 +126,17 @@ class Compute:
         """
         check_memory(costs, self.allocation.nodes)
         check_device_memory(costs, self._gpus)
+
+    def place(self, plan: Plan, workers: int) -> ActivationPlace:
+        """Where the activations of this many workers have room; says so if not on their GPUs."""
+        costs = self.placed(estimate(plan, workers))
         if costs.activations == "host":
             log_event(
                 "host memory",
                 f"activations, {size(costs.held_bytes)} of a worker, wait in pinned host memory: "
                 "its GPU has no room for them",
             )
+        return costs.activations
 
     def plan(self, work: Callable[[FunctionRunner], _T], *, with_workers: bool = True) -> _T:
         """Do work that needs JAX and Keras but no plan, and start the workers meanwhile.
@@ -368,13 +373,11 @@ def execute(
     metrics: RunMetrics,
     options: DriverOptions,
     *,
-    activations: ActivationPlace,
     damaged: Sequence[Finding] = (),
 ) -> Execution:
     """Make what is missing or damaged of a claimed run.
 
     Args:
-        activations: where they wait (see `Estimate`).
         held: this driver's lease; None if the run is finished, and there is nothing to do.
         damaged: found in a finished run; it is moved aside and made again.
     """
@@ -394,7 +397,7 @@ def execute(
                 metrics.also(log.also(report)),
                 keep_every=options.keep_every,
                 check_lease=held.check,
-                place=activations,
+                place=partial(compute.place, plan),
             )
     seconds = time.monotonic() - start
     return Execution(

@@ -277,15 +277,7 @@ def _finish(
                 held = None if store.exists(MANIFEST_KEY) else held
             if held is None:
                 _log_finished_before(job.output_url)
-            execution = execute(
-                plan,
-                store,
-                compute,
-                held,
-                metrics,
-                job.options,
-                activations=costs.activations,
-            )
+            execution = execute(plan, store, compute, held, metrics, job.options)
         if judged_on is not None:
             fidelity = evaluate(compute.executor, judged_on)
             Evaluation.of(execution.manifest.record_sha256, judged_on, fidelity).save(store)

@@ -312,14 +312,19 @@ def read_plan(store: ObjectStore) -> Plan:
         ) from error
 
 
-def micro_batches(num_samples: int, sequence_length: int, platform: str) -> tuple[int, int]:
+def micro_batches(
+    num_samples: int, sequence_length: int, platform: str, at_most: int | None = None
+) -> tuple[int, int]:
     """The windows of a micro-batch, and the windows of a shard, which holds whole micro-batches.
 
     A CPU's caches hold the attention scores of about 512 tokens; an accelerator needs more. A shard
     has 2,048 tokens, or more where there would be more than 32 shards.
+
+    Args:
+        at_most: windows of a micro-batch, where memory holds no more.
     """
     tokens = _CPU_MICRO_BATCH_TOKENS if platform == "cpu" else _SHARD_TOKENS
-    micro_batch = min(num_samples, max(1, tokens // sequence_length))
+    micro_batch = min(num_samples, max(1, tokens // sequence_length), at_most or num_samples)
     shard = min(num_samples, max(1, _SHARD_TOKENS // sequence_length))
     shard = micro_batch * max(1, shard // micro_batch)
     return micro_batch, shard * -(-num_samples // (shard * _MAX_SHARDS))

@@ -250,16 +250,7 @@ def _quantize(
     run_compute.check_room(costs)
     for finding in damaged:
         log_event("damaged", f"made again: {finding.problem}", level=logging.WARNING)
-    execution = execute(
-        plan,
-        store,
-        run_compute,
-        held,
-        compute.metrics,
-        options,
-        activations=costs.activations,
-        damaged=damaged,
-    )
+    execution = execute(plan, store, run_compute, held, compute.metrics, options, damaged=damaged)
     execution.summarize(costs, None)
     return _Artifact(run_id=request.run_id, plan=plan, manifest=execution.manifest, solved=True)
 

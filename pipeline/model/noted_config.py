@@ -23,6 +23,11 @@ _OTHER_NAMES = {
 }
 
 
+_DECODED = ("mxfp4",)
+"""Quantized forms that KerasHub's converters read: GPT-OSS's is published in it. Another's finds
+none of the tensors that it asks for."""
+
+
 class NotedConfig(dict[str, Any]):
     """The content of a config.json that notes which of its keys are read."""
 
@@ -73,6 +78,8 @@ def normalized_config(content: Mapping[str, Any]) -> NotedConfig:
         config["rope_parameters"] = {k: v for k, v in rope.items() if k == "rope_theta"}
         if config.get("rope_scaling") is None:
             config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    if (config.get("quantization_config") or {}).get("quant_method") in _DECODED:
+        del config["quantization_config"]
     if isinstance(config.get("text_config"), dict):
         config["text_config"] = normalized_config(config["text_config"])
     return NotedConfig(config)

@@ -26,8 +26,11 @@ _FLOAT_BYTES = 4
 # A process with JAX and Keras before it holds a model, and the programs compiled to calibrate one.
 _PROCESS_BYTES = 450 << 20
 _PROGRAMS_BYTES = 450 << 20
-# The block as read, on the device, quantized and as written, and the next block.
-_BLOCK_COPIES = 5
+# The block, the next one and the one before, whose commit may go on, as read; the block on the
+# device.
+_BLOCK_COPIES = 4
+# Both as quantized, and the one before as written.
+_RESULT_COPIES = 3
 # Everything outside the blocks as read, in float32 to embed, and as written.
 _REST_COPIES = 3
 # A solve holds weight and Hessian about three times (`tests.benchmarks.memory`).
@@ -139,8 +142,8 @@ def estimate(plan: Plan, workers: int) -> Estimate:
 
 def _worker_bytes(plan: Plan, workers: int) -> int:
     """The peak of a worker: programs, blocks, statistics or a solve, activations."""
-    rest, *blocks = (part.num_weights * _FLOAT_BYTES for part in plan.parts)
-    weights = max(_REST_COPIES * rest, _BLOCK_COPIES * max(blocks))
+    rest, *blocks = plan.parts
+    weights = max(_REST_COPIES * rest.num_weights * _FLOAT_BYTES, *map(_block_bytes, blocks))
     solve = _SOLVE_COPIES * _FLOAT_BYTES * max(map(_solve_size, plan.parts))
     if plan.tokens is None:
         return _PROCESS_BYTES + weights + solve
@@ -254,6 +257,18 @@ def hidden_features(plan: Plan) -> int:
         experts = any(layer.experts for layer in kernels)
         found.append(sizes[0] if experts else min(sizes, default=0))
     return max(found)
+
+
+def _block_bytes(part: PartPlan) -> int:
+    """Of all copies of a block that a worker may hold at once."""
+    # Keras keeps codes of a byte or less, but the kernels of float8 in float.
+    in_float = sum(
+        layer.num_weights
+        for layer in part.layers
+        if layer.scheme is None or isinstance(layer.scheme, Float8Scheme)
+    )
+    result = part.num_weights - in_float + in_float * _FLOAT_BYTES
+    return _BLOCK_COPIES * part.num_weights * _FLOAT_BYTES + _RESULT_COPIES * result
 
 
 def _solve_size(part: PartPlan) -> int:

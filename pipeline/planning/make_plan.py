@@ -31,10 +31,12 @@ from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan, TokensPlan, mic
 from pipeline.planning.folds import with_folds
 from pipeline.planning.input_groups import embedded_shapes, input_groups
 from pipeline.planning.layer_plans import check_share, plan_layers
+from pipeline.planning.micro_batch import fitting_micro_batch
 from pipeline.planning.token_windows import token_windows
 from pipeline.recipe.recipe import Recipe, statistics_of
 from pipeline.weights.digests import SizedPath, part_digests, read_in_threads
 from pipeline.weights.source import open_source
+from pipeline.worker.device_memory import device_memory
 from quantizer.schemes import Float8Scheme
 
 
@@ -100,29 +102,14 @@ def make_plan(
         digests = reading.result()
     finally:
         reading.cancel()
-    tokens: TokensPlan | None = None
-    groups: list[tuple[InputGroup, ...]] = [()] * len(graph.blocks)
-    if windows is not None:
-        layout = input_layout(skeleton)
-        tokens = _tokens_plan(graph, layout, windows)
-        rest, *blocks = layers
-        groups, memory = input_groups(graph, layout, blocks, windows, tokens.micro_batch)
-        if jax.default_backend() != "cpu":
-            tokens = replace(
-                tokens,
-                attention=memory.attention,
-                largest_array_bytes=memory.largest_array_bytes,
-            )
-        blocks, groups = with_folds(graph, layout, blocks, groups, windows, tokens.micro_batch)
-        layers = [rest, *blocks]
     plan = Plan(
         source_url=preset.url,
         source_files_sha256=source.files_digest(),
         model=type(skeleton.backbone).__name__,
         task=task,
         recipe=Recipe.model_validate(recipe.to_dict()),
-        tokens=tokens,
-        parts=_parts(skeleton, graph, layers, groups),
+        tokens=None,
+        parts=_parts(skeleton, graph, layers, [()] * len(graph.blocks)),
         machine=machine(threads),
         versions=versions(),
         policies=policies,
@@ -130,9 +117,46 @@ def make_plan(
         weights_format=2 if any(isinstance(scheme, Float8Scheme) for scheme in schemes) else 1,
         notes=tuple(notes),
     )
+    if windows is not None:
+        plain = plan
+        plan = _calibrated(plain, skeleton, graph, layers, windows)
+        fitting = fitting_micro_batch(plan, device_memory().num_bytes)
+        if fitting is not None:
+            plan = _calibrated(plain, skeleton, graph, layers, windows, most_windows=fitting)
     if read_weights:
         plan = plan.of_source(part_digests(variables, digests))
     return Planned(plan=plan, windows=windows, variables=variables)
+
+
+def _calibrated(
+    plan: Plan,
+    skeleton: Skeleton,
+    graph: BlockGraph,
+    layers: Sequence[tuple[LayerPlan, ...]],
+    windows: TokenWindows,
+    *,
+    most_windows: int | None = None,
+) -> Plan:
+    """The plan with its windows, and what they find out of the layers.
+
+    Args:
+        most_windows: of a micro-batch.
+
+    Raises:
+        PipelineError: the model cannot take the windows, or a layer cannot be calibrated.
+    """
+    layout = input_layout(skeleton)
+    tokens = _tokens_plan(graph, layout, windows, most_windows)
+    rest, *blocks = layers
+    groups, memory = input_groups(graph, layout, blocks, windows, tokens.micro_batch)
+    if plan.device != "cpu":
+        tokens = replace(
+            tokens,
+            attention=memory.attention,
+            largest_array_bytes=memory.largest_array_bytes,
+        )
+    blocks, groups = with_folds(graph, layout, blocks, groups, windows, tokens.micro_batch)
+    return replace(plan, tokens=tokens, parts=_parts(skeleton, graph, [rest, *blocks], groups))
 
 
 def _forward_dtype(skeleton: Skeleton, platform: str) -> Literal["float32", "bfloat16"]:
@@ -155,14 +179,16 @@ def _refuse_shared_blocks(skeleton: Skeleton, graph: BlockGraph) -> None:
         )
 
 
-def _tokens_plan(graph: BlockGraph, layout: InputLayout, windows: TokenWindows) -> TokensPlan:
+def _tokens_plan(
+    graph: BlockGraph, layout: InputLayout, windows: TokenWindows, most_windows: int | None
+) -> TokensPlan:
     num_samples, sequence_length = windows.tokens.shape
     if not layout.takes_text:
         # As long as what enters the blocks.
         found = embedded_shapes(graph, layout, windows, 1)
         sequence_length = max(value.shape[1] for value in found.values() if len(value.shape) == 3)
     micro_batch, samples_per_shard = micro_batches(
-        num_samples, sequence_length, jax.default_backend()
+        num_samples, sequence_length, jax.default_backend(), most_windows
     )
     return TokensPlan(
         key=windows.key,

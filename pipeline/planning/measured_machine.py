@@ -6,7 +6,6 @@ In the process that plans, which has the environment of workers and as many thre
 from __future__ import annotations
 
 import hashlib
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,8 @@ from jax import lax
 from pipeline.executor.allocation import available_memory_bytes
 from pipeline.planning.machines import Machine
 
-_SECONDS = 0.2
+_PRODUCT_SECONDS = 0.6
+_SECONDS = 0.1
 """That each measurement may take, once its program is compiled."""
 _SIZE = 1024
 _FLOPS_PER_BYTE = 22
@@ -44,9 +44,9 @@ def measure_machine(threads: int) -> Machine:
     matrix = jnp.asarray(np.random.default_rng(0).normal(size=(_SIZE, _SIZE)), jnp.float32)
     buffer = np.zeros(_COPIED, np.float32)
     hashed = bytes(_HASHED_BYTES)
-    product = _median_seconds(lambda: _product(matrix))
-    copied = _median_seconds(buffer.copy)
-    digested = _median_seconds(lambda: hashlib.sha256(hashed).digest())
+    product = _mean_seconds(lambda: _product(matrix), _PRODUCT_SECONDS)
+    copied = _mean_seconds(buffer.copy, _SECONDS)
+    digested = _mean_seconds(lambda: hashlib.sha256(hashed).digest(), _SECONDS)
     flops = 2 * _SIZE**3 / product
     return Machine(
         name="this machine",
@@ -71,14 +71,14 @@ def measure_machine(threads: int) -> Machine:
     )
 
 
-def _median_seconds(work: Callable[[], Any]) -> float:
+def _mean_seconds(work: Callable[[], Any], at_least: float) -> float:
+    """The mean, not the least: others on the machine take their part of a run, too."""
     jax.block_until_ready(work())
-    taken: list[float] = []
-    while sum(taken) < _SECONDS:
-        start = time.perf_counter()
+    start, number = time.perf_counter(), 0
+    while time.perf_counter() - start < at_least:
         jax.block_until_ready(work())
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+        number += 1
+    return (time.perf_counter() - start) / number
 
 
 @jax.jit

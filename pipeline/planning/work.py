@@ -90,7 +90,7 @@ def planned_on(plan: Plan, device: Device) -> Plan:
             micro_batch=micro_batch,
             shards=shard_bounds(tokens.num_samples, shard),
             attention="cudnn" if is_16_bit else "scores",
-            largest_array_bytes=0,
+            largest_array_bytes=_largest_array(plan, micro_batch, is_16_bit=is_16_bit),
         )
     parts = tuple(_sliced(part) for part in plan.parts) if on_gpu else plan.parts
     return replace(
@@ -102,12 +102,26 @@ def planned_on(plan: Plan, device: Device) -> Plan:
     )
 
 
+def _largest_array(plan: Plan, micro_batch: int, *, is_16_bit: bool) -> int:
+    """Of what a GPU computes for a micro-batch: scores, or what the widest layer gives."""
+    assert plan.tokens is not None
+    num_tokens = micro_batch * plan.tokens.sequence_length
+    if not is_16_bit:
+        heads = -(-hidden_features(plan) // _HEAD_FEATURES)
+        return num_tokens * plan.tokens.sequence_length * heads * _FLOAT_BYTES
+    layers = (layer for part in plan.parts[1:] for layer in part.layers)
+    return 2 * num_tokens * max(max(x.in_features, x.num_rows) for x in layers)
+
+
 def _sliced(part: PartPlan) -> PartPlan:
     # A CPU's slices are known where it plans; what is planned on a GPU is not costed on a CPU.
     # Ranges of experts are the same for both.
     own = {name for group in part.groups if group.experts for name in group.targets}
     layers = (
-        x if x.name in own else replace(x, slices=-(-x.num_rows // GPU_BAND)) for x in part.layers
+        replace(x, slices=-(-x.num_rows // GPU_BAND))
+        if isinstance(x.scheme, GPTQScheme) and x.name not in own
+        else x
+        for x in part.layers
     )
     return replace(part, layers=tuple(layers))
 
@@ -135,7 +149,7 @@ class GroupWork:
     Attributes:
         shared: what every worker that solves any of them does: the factor.
         rows: of each slice of rows, what solving it takes; slices can be anywhere.
-        sum_bytes: of the statistics of the input.
+        sum_bytes: of the statistics of the input; of a Gram its bands, which travel.
     """
 
     shared: Work
@@ -164,7 +178,7 @@ def block_work(plan: Plan, part: PartPlan, constants: Constants) -> BlockWork:
         rows = tuple(_rounding(layer) for layer in alone)
         groups.insert(0, GroupWork(shared=Work(), rows=rows, sum_bytes=0))
     solved = [x for x in part.layers if x.scheme is not None and x.kind == "kernel"]
-    weights = sum(x.in_features * x.num_rows for x in solved)
+    weights = sum(x.num_weights for x in solved)
     forward, grams = Work(), Work()
     if plan.tokens is not None:
         forward = forward_work(plan, part, plan.tokens, constants)
@@ -232,8 +246,8 @@ def _group_work(
     ]
     if on_gpu:
         rows += _banded_work(targets, constants)
-    sums = size**2 if hessian else 3 * size
-    return GroupWork(shared=shared, rows=tuple(rows), sum_bytes=_FLOAT_BYTES * sums)
+    sum_bytes = _FLOAT_BYTES * int(_GRAM_SHARE * size**2 if hessian else 3 * size)
+    return GroupWork(shared=shared, rows=tuple(rows), sum_bytes=sum_bytes)
 
 
 def _factoring(size: int, constants: Constants, *, factor: bool = True) -> Work:
@@ -254,7 +268,7 @@ def _experts_work(group: InputGroup, part: PartPlan, constants: Constants) -> Gr
         one = _gptq_rows(layer.in_features, layer.out_features, layer.scheme, constants)
         one += _factoring(group.in_features, constants)
         ranges += [one * len(experts) for experts in expert_ranges(layer.experts, layer.slices)]
-    sum_bytes = _FLOAT_BYTES * group.experts * group.in_features**2
+    sum_bytes = int(_FLOAT_BYTES * group.experts * _GRAM_SHARE * group.in_features**2)
     return GroupWork(shared=Work(), rows=tuple(ranges), sum_bytes=sum_bytes)
 
 
@@ -320,7 +334,7 @@ def _gptq_rows(columns: int, rows: int, scheme: GPTQScheme, constants: Constants
 
 def _rounding(layer: LayerPlan) -> Work:
     """By one thread of the host, whatever else computes."""
-    return Work(seconds=layer.in_features * layer.num_rows / _ROUNDED_PER_SECOND)
+    return Work(seconds=layer.num_weights / _ROUNDED_PER_SECOND)
 
 
 def stored_bytes(plan: Plan, part: PartPlan) -> float:

@@ -46,7 +46,7 @@ def quantize(
     *,
     keep_every: int = KEEP_EVERY,
     check_lease: Callable[[], None] = lambda: None,
-    place: ActivationPlace = "device",
+    place: Callable[[int], ActivationPlace] = lambda _: "device",
 ) -> Manifest:
     """Carry out a claimed plan, from wherever storage says it stands, to its manifest.
 
@@ -56,7 +56,7 @@ def quantize(
         check_lease: raises if another driver has taken over; called before anything is moved or
             deleted, and before a block's commit begins, when no other is under way: a driver
             commits at most one block after it has lost its lease.
-        place: where activations wait; results do not depend on it.
+        place: where the activations of this many workers wait; results do not depend on it.
 
     Raises:
         PipelineError: what repetition does not mend; resuming goes on from the last block.
@@ -129,7 +129,7 @@ class _Drive:
     report: Report
     keep_every: int
     check_lease: Callable[[], None]
-    place: ActivationPlace
+    place: Callable[[int], ActivationPlace]
     records: dict[int, PartRecord] = field(default_factory=dict, init=False)
     committing: int | None = field(default=None, init=False)
     seconds: Counter[str] = field(default_factory=Counter, init=False)
@@ -217,11 +217,9 @@ class _Drive:
         shards = calls.shards
         start = activations.latest(self.store, first, num_shards)
         values = calls.read(first)
+        place = self.place(executor.num_workers)
         executor.fetch(
-            [
-                executor.submit(w, WorkerApi.restore, first, shards[w], start, self.place)
-                for w in shards
-            ]
+            [executor.submit(w, WorkerApi.restore, first, shards[w], start, place) for w in shards]
         )
         commit: _Commit | None = None
         for block in range(first, plan.num_blocks):

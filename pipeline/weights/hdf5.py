@@ -24,6 +24,8 @@ _T = TypeVar("_T")
 _SINGLE = "model.weights.h5"
 # HDF5 always decompresses a whole chunk.
 _MAX_CHUNK_BYTES = 64 << 20
+# Smaller ones lie close together, and come with the blocks that are read for others.
+_LARGE_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,20 @@ class Hdf5Weights:
         return self._visit(paths, lambda variable, _: variable)
 
     def read(self, paths: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-        return self._visit(paths, _value)
+        return self._visit(paths, self._value)
+
+    def _value(self, variable: SourceVariable, dataset: h5py.Dataset) -> NDArray[Any]:
+        start = _contiguous_from(dataset) if dataset.nbytes >= _LARGE_BYTES else None
+        if start is None:
+            value = np.empty(dataset.shape, dataset.dtype)
+            if value.size:
+                dataset.read_direct(value)
+        else:
+            # Not through h5py: while it waits for a store, no other thread can use it, such as the
+            # one that commits a block.
+            data = self.preset.read(variable.file, start, start + dataset.nbytes)
+            value = np.frombuffer(data, dataset.dtype).reshape(dataset.shape)
+        return value.view(np.dtype(variable.dtype))
 
     def _visit(
         self, paths: tuple[str, ...], take: Callable[[SourceVariable, h5py.Dataset], _T]
@@ -156,8 +171,16 @@ def _checked(
     return SourceVariable(path=path, file=name, key=stored.key, shape=stored.shape, dtype=dtype)
 
 
-def _value(variable: SourceVariable, dataset: h5py.Dataset) -> NDArray[Any]:
-    value = np.empty(dataset.shape, dataset.dtype)
-    if value.size:
-        dataset.read_direct(value)
-    return value.view(np.dtype(variable.dtype))
+def _contiguous_from(dataset: h5py.Dataset) -> int | None:
+    """Where a dataset's values begin in its file; None if they are not there as they are.
+
+    The dataset is checked: its values are numbers, and in this file.
+    """
+    plain = dataset.id.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS
+    if not plain or not dataset.dtype.isnative or dataset.file.userblock_size:
+        return None
+    # Otherwise some were never written, and are what the dataset says instead.
+    if dataset.id.get_storage_size() != dataset.nbytes:
+        return None
+    start: int | None = dataset.id.get_offset()
+    return start

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pipeline.errors import SourceError
 from pipeline.model.huggingface import Conversion, Conversions, converted_value, record_conversion
 from pipeline.model.preset import CONFIG_FILE, SAFETENSORS_FILE, SAFETENSORS_INDEX_FILE, PresetFiles
+from pipeline.model.recorded_tensors import ReadStored, Step, Stored, carried_out, stored_tensors
 from pipeline.model.skeleton import build_skeleton
 from pipeline.weights.unused_tensors import check_unused
 from pipeline.weights.weight_files import SourceVariable, check_stored
@@ -28,6 +29,8 @@ _DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+_CODES = {"U8": np.dtype(np.uint8)}
+"""Of tensors that a converter decodes."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ class SafetensorsWeights:
         if conversion.constant is not None:
             dtype = str(conversion.constant.dtype)
             return SourceVariable(path=path, file="", key="", shape=shape, dtype=dtype)
+        if conversion.recipe is not None:
+            return self._locate_made(path, conversion.recipe)
         tensor = self._tensor(conversion.tensor)
         self._check_dtype(conversion.tensor)
         # No hook looks at values, and one number stands for them all: nothing is read or copied.
@@ -104,11 +109,67 @@ class SafetensorsWeights:
             dtype=str(tensor.dtype),
         )
 
+    def _locate_made(self, path: str, recipe: Step) -> SourceVariable:
+        """A variable that is made of several tensors; none is read."""
+        variable, tensors = self._variables[path], stored_tensors(recipe)
+        decoded = self._conversion(path).of_a_row is not None
+        for tensor in tensors:
+            if not (decoded and self._tensor(tensor.name).stored_dtype in _CODES):
+                self._check_dtype(tensor.name)
+        first, last = tensors[0].name, tensors[-1].name
+        dtypes = sorted({str(tensor.dtype) for tensor in tensors})
+        where = f"{self.preset.url}: {first} to {last}, joined for {path}"
+        if len(dtypes) > 1 and not decoded:
+            raise SourceError(
+                f"{where}: stored as {' and '.join(dtypes)}; save the model in one dtype"
+            )
+        dtype = str(variable.dtype) if decoded else dtypes[0]
+        assert recipe.shape is not None
+        check_stored(where, recipe.shape, dtype, variable)
+        return SourceVariable(
+            path=path,
+            file=self._tensors[first],
+            key=first if first == last else f"{first} to {last}",
+            shape=tuple(variable.shape),
+            dtype=dtype,
+        )
+
     def _read(self, path: str) -> NDArray[Any]:
         conversion = self._conversion(path)
         if conversion.constant is not None:
             return conversion.constant
-        return self._converted(path, self._data(conversion.tensor))
+        if conversion.recipe is not None:
+            self._locate_made(path, conversion.recipe)
+            if conversion.of_a_row is not None:
+                return self._decoded(path, conversion.of_a_row)
+            return carried_out(conversion.recipe, lambda stored: self._data(stored.name))
+        value = self._data(conversion.tensor)
+        converted = self._converted(path, value)
+        # Of a tensor that several variables share, each is to hold no more than its own.
+        return converted.copy("K") if converted.nbytes < value.nbytes else converted
+
+    def _decoded(self, path: str, of_a_row: Step) -> NDArray[Any]:
+        """A variable whose values are not those of its tensors, made row by row in its own dtype.
+
+        Several values are held for each while it is computed, and most in float32.
+        """
+        variable = self._variables[path]
+        made = np.empty(tuple(variable.shape), str(variable.dtype))
+        for row in range(len(made)):
+            [made[row]] = carried_out(of_a_row, self._row_reader(row))
+        return made
+
+    def _row_reader(self, row: int) -> ReadStored:
+        """Reads what tensors have for one index of their first axis, with that axis."""
+
+        def read(stored: Stored) -> NDArray[Any]:
+            tensor = self._tensor(stored.name)
+            length = (tensor.stop - tensor.start) // tensor.shape[0]
+            start = tensor.start + row * length
+            data = self.preset.read(self._tensors[stored.name], start, start + length)
+            return np.frombuffer(data, tensor.dtype).reshape(stored.shape)
+
+        return read
 
     def _converted(self, path: str, value: NDArray[Any]) -> NDArray[Any]:
         """A tensor's value as KerasHub converts it for a variable; checked."""
@@ -134,15 +195,14 @@ class SafetensorsWeights:
         if sum(self._computed.values()) > _MAX_COMPUTED_BYTES:
             raise SourceError(
                 f"{self.preset.url}: KerasHub's converter computes with tensor {name} and others "
-                f"of more than {_MAX_COMPUTED_BYTES >> 20} MiB together (a mixture of experts, "
-                "most likely); load the model with KerasHub, save_to_preset, and name that folder "
-                "instead"
+                f"of more than {_MAX_COMPUTED_BYTES >> 20} MiB together; load the model with "
+                "KerasHub, save_to_preset, and name that folder instead"
             )
         return self._data(name)
 
     def _check_dtype(self, name: str) -> None:
         tensor = self._tensor(name)
-        if tensor.dtype == np.void:
+        if tensor.stored_dtype not in _DTYPES:
             raise SourceError(
                 f"{self.preset.url}/{self._tensors[name]}: {name} is stored as "
                 f"{tensor.stored_dtype}, where one of {', '.join(_DTYPES)} is expected; the model "
@@ -170,7 +230,13 @@ class SafetensorsWeights:
     @cached_property
     def _conversions(self) -> Conversions:
         backbone = self._skeleton.backbone
-        return record_conversion(self.preset, backbone, self._tensors, self._small_data)
+        return record_conversion(
+            self.preset, backbone, self._tensors, self._stored, self._small_data
+        )
+
+    def _stored(self, name: str) -> Stored:
+        tensor = self._tensor(name)
+        return Stored(name=name, shape=tensor.shape, dtype=tensor.dtype)
 
     @cached_property
     def _tensors(self) -> Mapping[str, str]:
@@ -231,7 +297,7 @@ def _read_header(preset: PresetFiles, file: str) -> dict[str, _Tensor]:
 
 def _entry(entry: Mapping[str, Any], data_start: int, size: int) -> _Tensor:
     stored_dtype = str(entry["dtype"])
-    dtype = _DTYPES.get(stored_dtype, np.dtype(np.void))
+    dtype = {**_DTYPES, **_CODES}.get(stored_dtype, np.dtype(np.void))
     shape = tuple(int(length) for length in entry["shape"])
     start, stop = (data_start + int(offset) for offset in entry["data_offsets"])
     if not data_start <= start <= stop <= size:

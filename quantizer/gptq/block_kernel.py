@@ -35,7 +35,9 @@ _Ref: TypeAlias = Any
 """Stands for an array in the GPU's memory, of which a kernel reads and writes parts."""
 _Vector: TypeAlias = Array
 _Sums: TypeAlias = tuple[_Vector, ...]
-_Column: TypeAlias = Callable[[Array, _Vector, _Sums], tuple[tuple[_Vector, ...], _Sums]]
+_Given: TypeAlias = tuple[Array, ...]
+_Read: TypeAlias = Callable[[Array], _Given]
+_Column: TypeAlias = Callable[[_Given, _Vector, _Sums], tuple[tuple[_Vector, ...], _Sums]]
 
 
 class Panel(NamedTuple):
@@ -192,21 +194,24 @@ def _solve(
     first, max_code, shift = place[0], limits[0], limits[1]
     corrected = 1.0 - pl.program_id(1).astype(jnp.float32)
 
-    def column(k: Array, seen: _Vector, sums: _Sums) -> tuple[tuple[_Vector, ...], _Sums]:
+    def read(k: Array) -> _Given:
+        return weight[first + k, :], scale[first + k, :], zero[first + k, :], pivot[first + k]
+
+    def column(given: _Given, seen: _Vector, sums: _Sums) -> tuple[tuple[_Vector, ...], _Sums]:
+        weight_R, scale_R, zero_R, pivot_1 = given
         damped, squares, counted = sums
-        weight_R, grid = weight[first + k, :], (scale[first + k, :], zero[first + k, :])
-        code_R = _nearest(weight_R + corrected * seen, *grid, max_code)
-        error_R = weight_R - decode(code_R, *grid)
+        code_R = _nearest(weight_R + corrected * seen, scale_R, zero_R, max_code)
+        error_R = weight_R - decode(code_R, scale_R, zero_R)
         # w̃ - ŵ: with a unit diagonal it includes the column's own error.
         deviation_R, square_R = seen + error_R, error_R * error_R
-        pivot_R = jnp.broadcast_to(pivot[first + k], (THREADS,))
+        pivot_R = jnp.broadcast_to(pivot_1, (THREADS,))
         return (error_R, code_R), (
             damped + pivot_R * (deviation_R * deviation_R),
             squares + square_R,
             counted + jnp.where(pivot_R > 0, square_R, 0.0),
         )
 
-    damped, squares, counted = _visit(correction, corner, first, (errors, codes), column, 3)
+    damped, squares, counted = _visit(correction, corner, first, (errors, codes), read, column, 3)
     # tr(Δ H Δᵀ) = tr(Δ (H + shift I) Δᵀ) - shift ‖Δ‖².
     loss_after[:] = loss[:] + damped - shift * counted
     error_after[:] = error[:] + squares
@@ -229,18 +234,20 @@ def _refine(
     """One program of `refine_block`: some channels."""
     first, max_code = place[0], limits[0]
 
-    def column(k: Array, seen: _Vector, sums: _Sums) -> tuple[tuple[_Vector, ...], _Sums]:
-        grid = scale[first + k, :], zero[first + k, :]
+    def read(k: Array) -> _Given:
         decoded_R = weight[first + k, :] - missing[first + k, :]
-        # The best value of this weight alone, all others held.
-        code_R = _nearest(decoded_R + seen * inverse[first + k], *grid, max_code)
-        moved_R = decoded_R - decode(code_R, *grid)
-        # tr((E + M)ᵀ H (E + M)) - tr(Eᵀ H E): `seen` holds what earlier columns of M add.
-        return (moved_R,), (
-            sums[0] + moved_R * (2.0 * seen + corner[first + k, first + k] * moved_R),
-        )
+        grid = scale[first + k, :], zero[first + k, :]
+        return decoded_R, *grid, inverse[first + k], corner[first + k, first + k]
 
-    (gain,) = _visit(correction, corner, first, (moved,), column, 1)
+    def column(given: _Given, seen: _Vector, sums: _Sums) -> tuple[tuple[_Vector, ...], _Sums]:
+        decoded_R, scale_R, zero_R, inverse_1, curvature_1 = given
+        # The best value of this weight alone, all others held.
+        code_R = _nearest(decoded_R + seen * inverse_1, scale_R, zero_R, max_code)
+        moved_R = decoded_R - decode(code_R, scale_R, zero_R)
+        # tr((E + M)ᵀ H (E + M)) - tr(Eᵀ H E): `seen` holds what earlier columns of M add.
+        return (moved_R,), (sums[0] + moved_R * (2.0 * seen + curvature_1 * moved_R),)
+
+    (gain,) = _visit(correction, corner, first, (moved,), read, column, 1)
     change_after[:] = change[:] + gain
 
 
@@ -249,17 +256,21 @@ def _visit(
     corner: _Ref,
     start: Array,
     results: tuple[_Ref, ...],
+    read: _Read,
     column: _Column,
     num_sums: int,
 ) -> _Sums:
     """Visit a block's columns in order, tile by tile.
+
+    So few threads wait for whatever is read as it is needed. All is therefore read well before.
 
     Args:
         correction: by all columns before the block, [B, THREADS].
         corner: what a column adds to later ones for each unit of its first result.
         start: the block's first column in the panel.
         results: of each column, to be written, [B, THREADS] each.
-        column: from a column's number, its correction, and the sums so far: its results, the sums.
+        read: what a column needs, by its number in the block.
+        column: from that, its correction, and the sums so far: its results, and the sums.
 
     Returns:
         the sums.
@@ -267,13 +278,17 @@ def _visit(
 
     def tile(t: Array, sums: _Sums) -> _Sums:
         first = t * TILE
+        given = [read(first + k) for k in range(TILE)]
 
         def earlier(i: Array, pending: Sequence[_Vector]) -> list[_Vector]:
             known = [results[0][i * STEP + j, :] for j in range(STEP)]
+            shares = [
+                [corner[start + first + k, start + i * STEP + j] for j in range(STEP)]
+                for k in range(TILE)
+            ]
             pending = list(pending)
-            for k in range(TILE):
-                for j, known_R in enumerate(known):
-                    share = corner[start + first + k, start + i * STEP + j]
+            for k, of_column in enumerate(shares):
+                for share, known_R in zip(of_column, known, strict=True):
                     pending[k] = pending[k] + share * known_R
             return pending
 
@@ -281,15 +296,15 @@ def _visit(
         pending = lax.fori_loop(0, first // STEP, earlier, pending)
         done: list[tuple[_Vector, ...]] = []
         for k in range(TILE):
-            seen = pending[k]
-            # The latest last: all others are known while it is found.
-            for j, (result_R, *_) in enumerate(done):
-                seen = seen + corner[start + first + k, start + first + j] * result_R
-            of_column, sums = column(first + k, seen, sums)
-            done.append(of_column)
+            later = range(k + 1, TILE)
+            shares = [corner[start + first + m, start + first + k] for m in later]
+            found, sums = column(given[k], pending[k], sums)
+            for m, share in zip(later, shares, strict=True):
+                pending[m] = pending[m] + share * found[0]
+            done.append(found)
         # No write before, so that a tile's reads need not wait for one.
-        for k, of_column in enumerate(done):
-            for result, result_R in zip(results, of_column, strict=True):
+        for k, found in enumerate(done):
+            for result, result_R in zip(results, found, strict=True):
                 result[first + k, :] = result_R.astype(result.dtype)
         return sums
 

@@ -12,7 +12,8 @@ tr(Δ H Δᵀ) = Σ_k D_k ‖w̃_k - ŵ_k‖².
 The factor is blocked by panels; `cholesky` factors one panel's corner. From about 256 columns on
 LAPACK's threaded kernels become a hundred times slower when another process holds a core, so it is
 called on leaves of at most 160, which it factors on one thread; all else is matrix products. Each
-step is a separate program, so that one serves all panels, and one all leaves, of a size.
+step is a separate program, so that one serves all panels, and one all leaves, of a size. On a GPU
+one call factors the whole (`factorize_whole`).
 """
 
 from __future__ import annotations
@@ -153,6 +154,18 @@ def factorize_shifted(hessian_CC: Array, shift: Array) -> tuple[Blocks, Array]:
     return panels, _squared(*scales)
 
 
+@program()
+def factorize_whole(hessian_CC: Array, shift: Array) -> tuple[Blocks, Array]:
+    """H + shift·I = A D Aᵀ as one panel, by one call of a library: how GPUs do it best.
+
+    With J the matrix that reverses an order, J H J = L Lᵀ is an ordinary Cholesky factorization,
+    and H = (J L J) (J L J)ᵀ, of which J L J is upper triangular: A, once its diagonal is one.
+    """
+    lower_CC = lax.linalg.cholesky(_reversed(hessian_CC, shift), symmetrize_input=False)
+    scale_C = jnp.diagonal(lower_CC)[::-1]
+    return ((lower_CC[::-1, ::-1].T / scale_C[:, None],),), scale_C**2
+
+
 @program(static_argnums=(3, 4))
 def _block(hessian_CC: Array, a: int, c: int, height: int, width: int) -> Array:
     return lax.dynamic_slice(hessian_CC, (a, c), (height, width))
@@ -163,10 +176,12 @@ def _less_product(block: Array, later: Array, right: Array) -> Array:
     return block - product(later.T, right)
 
 
-@program()
-def _turned(corner: Array, shift: Array) -> Array:
+def _reversed(corner: Array, shift: Array) -> Array:
     """Factoring from the last row up is an ordinary Cholesky of the reversed matrix."""
     return (corner + shift * jnp.eye(corner.shape[0]))[::-1, ::-1]
+
+
+_turned = program()(_reversed)
 
 
 @program()
@@ -203,7 +218,7 @@ def factorize(
     """Factor the Hessian 2·gram/num_rows, raising the damping until it can be.
 
     Args:
-        shifted: factors it for one damping: `factorize_shifted` or `gpu_factor.factorize_whole`.
+        shifted: factors it for one damping: `factorize_shifted` or `factorize_whole`.
 
     Returns:
         The factor, or None when even a damping of 1 left it indefinite (gram_CC is then no

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from jax import Array
 
 from quantizer.gptq.column_loop import Columns, SolvedSlice, solve_slice
-from quantizer.gptq.factor import Blocks, Factor, factorize_shifted
-from quantizer.gptq.gpu_factor import factorize_whole
+from quantizer.gptq.factor import Blocks, Factor, factorize_shifted, factorize_whole
 from quantizer.gptq.gpu_loop import damped_whole, solve_whole, sweep_whole
 from quantizer.gptq.refine import Sweep, damped_hessian, refine_slice, sweep_panels
 from quantizer.schemes import GPTQScheme

@@ -1,13 +1,14 @@
 """One GPU in at most eight minutes: is it right, is it the same twice, how fast, how much memory.
 
     make check-gpu                       (in the environment of `make venv-gpu`)
-    python -m tests.cuda.check OUT [--tiny] [--budget 480]
+    python -m tests.cuda.check OUT [--tiny] [--budget 480] [--without-ray]
 
 Writes OUT/report.json after every step, some kB, and prints a table of what was found beside what
 it should be. Each step has a process of its own. What is compared between processes is compiled
 anew by each; other steps take over what the first run of the pair compiled. A step for which no
 time is left is skipped, and the report says so. `--tiny` runs every step on the CPU with small
 shapes, where nothing is said of speed. Needs no network. Exit code 1 if anything fails.
+`--without-ray` is for machines where Ray is not installed (see `tests.cuda.pair_local`).
 """
 
 from __future__ import annotations
@@ -51,9 +52,10 @@ class Step:
 class Check:
     """All steps, in the order in which they tell most."""
 
-    def __init__(self, folder: Path, *, tiny: bool) -> None:
+    def __init__(self, folder: Path, *, tiny: bool, with_ray: bool = True) -> None:
         """Args: folder: for what steps write, gigabytes at 8B's size; removed by the caller."""
         self._folder = folder
+        self._with_ray = with_ray
         self._device = "cpu" if tiny else "gpu"
         self._codes_size = 256 if tiny else 1024
         speeds = [[128, 128]] if tiny else [[4096, 4096], [14336, 4096], [4096, 14336]]
@@ -82,7 +84,7 @@ class Check:
 
     def _codes(self, device: str, number: str) -> Step:
         place = self._folder / f"codes-{number}"
-        place.mkdir()
+        place.mkdir(exist_ok=True)
         run = self._child(
             "codes", self._codes_size, str(place), device=device, cache=f"codes-{number}-compiled"
         )
@@ -101,6 +103,7 @@ class Check:
                 device=self._device,
                 dtype=dtype,
                 limit_seconds=limit_seconds,
+                with_ray=self._with_ray,
             )
 
         return Step(name=name, run=run, least_seconds=60, most_seconds=240)
@@ -180,13 +183,19 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder for the report")
     parser.add_argument("--tiny", action="store_true", help="small shapes, on the CPU")
     parser.add_argument("--budget", type=float, default=480.0, help="seconds for all steps")
+    parser.add_argument("--without-ray", action="store_true", help="one worker, in one process")
     arguments = parser.parse_args(given)
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    about = {"tiny": arguments.tiny, "budget_seconds": arguments.budget, "card": _card()}
+    about = {
+        "tiny": arguments.tiny,
+        "budget_seconds": arguments.budget,
+        "without_ray": arguments.without_ray,
+        "card": _card(),
+    }
 
     with tempfile.TemporaryDirectory(prefix="check-gpu-") as folder:
-        check = Check(Path(folder), tiny=arguments.tiny)
+        check = Check(Path(folder), tiny=arguments.tiny, with_ray=not arguments.without_ray)
 
         def tell(found: Found) -> None:
             verdicts = [verdict.to_dict() for verdict in check.verdicts(found)]

@@ -69,12 +69,22 @@ def quantize(
     device: str,
     dtype: str,
     limit_seconds: float,
+    with_ray: bool = True,
 ) -> dict[str, Any]:
-    """Run the command on what `prepare` wrote, and say what came of it."""
-    output = folder / name
-    command = [sys.executable, "-c", _COMMAND, "quantize", str(folder / "model")]
-    command += ["--recipe", str(folder / "recipe.yaml"), "--output", str(output), "--json"]
-    command += ["--device", device, "--workers", "1", "--dtype", dtype]
+    """Run the command on what `prepare` wrote, and say what came of it.
+
+    Args:
+        with_ray: False runs `tests.cuda.pair_local` instead.
+    """
+    output = folder / (name if with_ray else f"{name}-alone")
+    model, recipe = str(folder / "model"), str(folder / "recipe.yaml")
+    if with_ray:
+        command = [sys.executable, "-c", _COMMAND, "quantize", model]
+        command += ["--recipe", recipe, "--output", str(output), "--json"]
+        command += ["--device", device, "--workers", "1", "--dtype", dtype]
+    else:
+        command = [sys.executable, "-m", "tests.cuda.pair_local"]
+        command += [model, recipe, str(output), device, dtype]
     start = time.monotonic()
     with (folder / f"{name}.out").open("w+") as stdout, (folder / f"{name}.err").open("w+") as log:
         process = subprocess.Popen(command, env=dict(environment), stdout=stdout, stderr=log)

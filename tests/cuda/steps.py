@@ -26,6 +26,9 @@ from pipeline.machine import check_device, machine
 from pipeline.plan import InputGroup
 from pipeline.worker.statistics import finished, sum_inputs
 from quantizer.gptq.solve import share_input
+from quantizer.keras_format.kernel_layout import dense_layout
+from quantizer.keras_format.variables import decode_kernel, decode_on_device
+from tests.stored_variables import random_variables
 
 Tell: TypeAlias = Callable[[dict[str, Any]], None]
 
@@ -64,6 +67,45 @@ def codes(tell: Tell, size: int, folder: str) -> None:
         }
         np.save(f"{folder}/codes{bits}.npy", weight.codes_RC)
         tell(found)
+    found["decoded otherwise"] = _decoded_otherwise(size)
+    tell(found)
+    tell(found | {"solved otherwise": _solved_otherwise(weight_RC, hessian)})
+
+
+def _solved_otherwise(weight_RC: NDArray[np.float32], hessian: Any) -> list[str]:
+    """The rows that get other bits alone, or after others, than as part of a whole weight.
+
+    Which rows are solved together depends on how many workers there are.
+    """
+    scheme, half = _scheme(4), len(weight_RC) // 2
+    whole = quantizer.solve(weight_RC, hessian, scheme).weight
+    upper, lower = weight_RC[:half], weight_RC[half:]
+    [after, before] = quantizer.solve_stack([upper, lower][::-1], hessian, scheme)
+    solved = {
+        "upper half alone": (slice(half), quantizer.solve(upper, hessian, scheme)),
+        "lower half alone": (slice(half, None), quantizer.solve(lower, hessian, scheme)),
+        "upper half last": (slice(half), before),
+        "lower half first": (slice(half, None), after),
+    }
+    return [
+        name
+        for name, (rows, one) in solved.items()
+        if (one.weight.codes_RC != whole.codes_RC[rows]).any()
+        or (one.weight.scale_RG != whole.scale_RG[rows]).any()
+    ]
+
+
+def _decoded_otherwise(size: int) -> list[str]:
+    """The schemes whose kernels the device decodes to other bits than NumPy."""
+    layout, rng = dense_layout((size, size)), np.random.default_rng(0)
+    other = []
+    for scheme in (quantizer.GPTQScheme(), quantizer.AWQScheme(), quantizer.Int8Scheme()):
+        variables = random_variables(layout, scheme, rng)
+        expected = decode_kernel(variables, layout, scheme)
+        found = decode_on_device(variables, layout, scheme, "float32")
+        if np.asarray(found).tobytes() != expected.tobytes():
+            other.append(scheme.policy)
+    return other
 
 
 def speed(tell: Tell, shapes: list[list[int]]) -> None:

@@ -111,6 +111,7 @@ def test_codes_and_speed_are_measured(tmp_path: Path) -> None:
     told: list[Found] = []
     steps.codes(told.append, 128, str(tmp_path))
     assert told[-1]["output error, 4 bits"] < 0.7 * told[-1]["output error, 3 bits"]
+    assert told[-1]["decoded otherwise"] == told[-1]["solved otherwise"] == []
     assert {file.stem for file in tmp_path.iterdir()} == {"gram", "pivots", "codes4", "codes3"}
     steps.speed(told.append, [[64, 128]])
     assert 0 < told[-1]["64 × 128"]["then"] < told[-1]["64 × 128"]["first"]
@@ -118,16 +119,22 @@ def test_codes_and_speed_are_measured(tmp_path: Path) -> None:
 
 @pytest.mark.exhaustive
 @pytest.mark.ray
-def test_a_pair_of_blocks_passes_the_command(tmp_path: Path) -> None:
+def test_a_pair_of_blocks_passes_the_command_and_a_single_process_alike(tmp_path: Path) -> None:
     check = Check(tmp_path, tiny=True)
-    wanted = [one for one in check.steps if one.name in ("model", "pair bfloat16 1")]
-    found = carry_out(wanted, 250, lambda found: None)
+    alone = Check(tmp_path, tiny=True, with_ray=False)
+
+    def steps_of(one: Check, *names: str) -> list[Step]:
+        return [step for step in one.steps if step.name in names]
+
+    found = carry_out(steps_of(check, "model", "pair bfloat16 1"), 250, lambda found: None)
     one = found["pair bfloat16 1"]
     assert "failed" not in one, one
     assert set(one["files"]) == {f"model_{i:05d}.weights.h5" for i in range(3)}
     assert one["block_seconds"] > 0
     assert {"capture", "solve", "commit"} <= one["stage_seconds"].keys()
     assert [x.passed for x in check.verdicts(found)] == [None] * 4
+    found = carry_out(steps_of(alone, "pair bfloat16 1"), 250, lambda found: None)
+    assert found["pair bfloat16 1"].get("files") == one["files"]
 
 
 @pytest.mark.slow
@@ -137,3 +144,10 @@ def test_the_whole_check_is_complete_on_a_cpu(tmp_path: Path) -> None:
     assert not [name for name, one in report["steps"].items() if {"failed", "skipped"} & set(one)]
     same = [x["found"] for x in report["verdicts"] if x["what"].endswith("in two processes")]
     assert same == ["the same bytes"] * 2
+
+
+def test_kernels_that_a_device_decodes_to_other_bits_are_named() -> None:
+    [alike] = judge({"codes 1": {"decoded otherwise": []}}, Path(), on_gpu=True)
+    [unlike] = judge({"codes 1": {"decoded otherwise": ["int8"]}}, Path(), on_gpu=True)
+    assert (alike.found, alike.passed) == ("none", True)
+    assert (unlike.found, unlike.passed) == ("int8", False)

@@ -7,9 +7,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
 
 from pipeline.worker.block_memory import BlockMemory
-from tests.cuda.programs import PANEL_PROGRAMS, Compiled, CompiledBlock, solver_problems
+from tests.cuda.programs import (
+    PANEL_PROGRAMS,
+    Compiled,
+    CompiledBlock,
+    compile_block,
+    solver_problems,
+)
 
 LENGTH = 96
 
@@ -74,3 +82,14 @@ def test_a_solver_of_too_many_kernels_or_programs_is_a_problem() -> None:
     assert len(solver_problems(programs(loops=1), widths=2)) == 6
     assert solver_problems(programs(potrf=1), widths=2) == ["1 calls of cuSOLVER factor 2 widths"]
     assert solver_problems(programs() * 9, widths=18) == ["the solver has 63 programs, over 60"]
+
+
+@pytest.mark.exhaustive
+def test_the_stages_of_a_block_are_compiled_one_after_another() -> None:
+    block = compile_block(SingleDeviceSharding(jax.devices("cpu")[0]), LENGTH, "float32")
+    names = [stage.name.rpartition("up to ")[2] for stage in block.stages]
+    assert names[0] == "query and key and value"
+    assert names[-1] == "the block's output"
+    assert len(names) == 5
+    assert block.memory.attention == "scores"
+    assert block.memory.largest_array_bytes == max(32 * LENGTH**2, 14336 * LENGTH) * 4

@@ -56,6 +56,7 @@ def judge(found: dict[str, Any], folder: Path, *, on_gpu: bool) -> list[Verdict]
     return [
         *verdicts,
         *_against_cpu(found, folder, on_gpu=on_gpu),
+        *_otherwise(found.get("codes 1", {})),
         *_twice(found, "codes", ["codes 1", "codes 2"], ["gram", "pivots", *_codes_names()]),
         *_twice(found, "run", ["pair bfloat16 1", "pair bfloat16 2"], ["files"]),
         *_speed(found.get("speed", {}), on_gpu=on_gpu),
@@ -96,6 +97,17 @@ def _against_cpu(found: dict[str, Any], folder: Path, *, on_gpu: bool) -> list[V
         what = f"output error by the CPU's, {bits} bits"
         verdicts.append(judged(what, f"{ratio:.4f}", "1 ± 0.01", abs(ratio - 1) <= 0.01))
     return verdicts
+
+
+def _otherwise(found: dict[str, Any]) -> list[Verdict]:
+    meanings = {
+        "decoded otherwise": "decoded to other bits than on the host",
+        "solved otherwise": "rows that get other bits in other company",
+    }
+    texts = {
+        what: ", ".join(found[name]) or "none" for name, what in meanings.items() if name in found
+    }
+    return [Verdict(what, text, "none", text == "none") for what, text in texts.items()]
 
 
 def _twice(found: dict[str, Any], what: str, steps: list[str], names: list[str]) -> list[Verdict]:

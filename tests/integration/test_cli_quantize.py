@@ -420,8 +420,12 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(command: Command, tmp_path
     printed = json.loads(command.out)
     assert len(printed["plan"]["parts"]) == 4
     assert printed["estimate"]["worker_bytes"] > 0
-    assert command("quantize", source(), *given) == 0
+    assert printed["cost"]["machine"]["name"] == "this machine"
+    assert printed["cost"]["seconds"] > 0
+    assert command("quantize", source(), *given, "--on", "8xH100") == 0
     assert "gptq/4/32" in command.err
+    assert "cost on 8 × H100: a model, not a measurement" in command.err
+    assert "GPU-hours" in command.err
     assert not output.exists()
 
 

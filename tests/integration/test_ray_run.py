@@ -8,11 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -24,7 +26,7 @@ from pipeline.executor.protocol import Allocation, ComputeSpec, ExecutorError
 from pipeline.executor.ray_cluster import allocate_on_cluster
 from pipeline.executor.ray_executor import RayExecutor
 from pipeline.fidelity import Fidelity
-from pipeline.plan import read_plan
+from pipeline.plan import Plan, read_plan
 from pipeline.remote_planning import plan_on, plan_run, start_worker
 from pipeline.run.claim import claim
 from pipeline.run.commits import read_manifest
@@ -51,11 +53,13 @@ main()
 
 
 @contextmanager
-def executor_of(workers: int, output: Path) -> Iterator[tuple[RayExecutor, object]]:
+def executor_of(
+    workers: int, output: Path, start: Callable[..., Callable[[], object]] = start_worker
+) -> Iterator[tuple[RayExecutor, Plan]]:
     import ray
 
     executor = RayExecutor(
-        Allocation(workers=workers, threads=1), partial(start_worker, str(source()), str(output))
+        Allocation(workers=workers, threads=1), partial(start, str(source()), str(output))
     )
     try:
         # All of them read the weights; the plan is the same.
@@ -118,6 +122,51 @@ def test_any_workers_leave_the_same_bytes_though_one_is_killed(
     committed = [step.part for step in steps if step.event == "committed"]
     assert sorted(set(committed)) == committed == list(range(NUM_BLOCKS + 1))
     assert any(step.event == "lost" for step in steps) == (killed_after is not None)
+
+
+class DyingInCommit:
+    """A worker whose process is killed once: in the commit of block 0, once it captured block 1."""
+
+    def __init__(self, worker: Any, died: Path) -> None:
+        self._worker = worker
+        self._died = died
+        self._captured = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._worker, name)
+
+    def capture(self, block: int, *args: Any) -> Any:
+        found = self._worker.capture(block, *args)
+        if block == 1:
+            self._captured.set()
+        return found
+
+    def commit(self, part: int, *args: Any) -> Any:
+        if part == 1 and not self._died.exists():
+            assert self._captured.wait(60.0), "the next block waits for the commit"
+            self._died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self._worker.commit(part, *args)
+
+
+def start_dying_worker(source_url: str, run_url: str) -> Callable[[], object]:
+    open_worker = start_worker(source_url, run_url)
+    return lambda: DyingInCommit(open_worker(), Path(run_url).parent / "died")
+
+
+@pytest.mark.exhaustive
+def test_a_worker_killed_in_a_commit_while_it_captures_the_next_block_leaves_the_same_bytes(
+    of_one_worker: dict[str, bytes], tmp_path: Path
+) -> None:
+    steps: list[Step] = []
+    output = tmp_path / "run"
+    with executor_of(2, output, start_dying_worker) as (executor, plan):
+        quantize(plan, open_store(str(output)), executor, steps.append, keep_every=1)
+    assert (tmp_path / "died").exists()
+    assert [step.event for step in steps].count("lost") == 1
+    committed = [step.part for step in steps if step.event == "committed"]
+    assert committed == list(range(NUM_BLOCKS + 1))
+    assert lasting(open_store(str(output))) == of_one_worker
 
 
 @pytest.mark.exhaustive

@@ -115,6 +115,26 @@ def test_a_run_on_gpus_says_what_it_used_of_them() -> None:
     assert Compute(Allocation(workers=2, threads=1), start).device_peak_bytes() is None
 
 
+def test_fewer_workers_may_have_to_keep_activations_beside_their_gpus() -> None:
+    plan = planned("gptq").plan
+    on_gpu = dataclasses.replace(plan, machine={"platform": "gpu", "device": "NVIDIA H100"})
+    gpu = DeviceMemory(node="n", kind="NVIDIA H100", num_bytes=estimate(on_gpu, 2).device_bytes)
+
+    class Workers:
+        num_processes = 2
+
+        def run_each(self, function: object, arguments: object) -> list[DeviceMemory]:
+            return [gpu] * 2
+
+    def start() -> Any:
+        return Workers()
+
+    compute = Compute(Allocation(workers=2, threads=1, gpus=1), start)
+    assert [compute.place(on_gpu, workers) for workers in (2, 1)] == ["device", "host"]
+    on_cpu = Compute(Allocation(workers=2, threads=1), start)
+    assert on_cpu.place(plan, 1) == "device"
+
+
 def here(**other: object) -> Identity:
     plan = planned("gptq").plan
     same = Identity(

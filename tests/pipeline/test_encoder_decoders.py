@@ -58,7 +58,9 @@ def run(
 ) -> Worker:
     claim(store, given.plan, None if given.windows is None else given.windows.to_bytes())
     worker = Worker(given.plan, str(shared_family(family)), store.root_url)
-    quantize(given.plan, store, LocalExecutor([worker]), report, keep_every=1, place=place)
+    quantize(
+        given.plan, store, LocalExecutor([worker]), report, keep_every=1, place=lambda _: place
+    )
     return worker
 
 

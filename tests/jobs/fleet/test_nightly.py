@@ -63,10 +63,14 @@ def test_a_changed_byte_in_a_source_makes_its_runs_again_and_no_others(made: Tin
         file.visit(lambda name: names.append(name) if name.endswith("query_dense/vars/0") else None)
         file[names[0]][0, 0, 0] += 1.0
     reasons = ["source changed: model.weights.h5"]
-    code, found = made.nightly("--dry-run")
+    code, found = made.nightly("--dry-run", "--on", "2xcpu16")
     assert code == 0
     assert done(found) == {"beta int4": reasons}
     assert made.work.solves == 0
+    # What is not to be done costs nothing.
+    assert [name for name, run in found.items() if "cost" in run] == ["beta int4"]
+    assert found["beta int4"]["cost"]["workers"] == 2
+    assert found["beta int4"]["cost"]["price"] > 0
     before = made.current("beta", "int4"), made.current("alpha", "int8")
     assert done(made.nightly()[1]) == {"beta int4": reasons}
     assert made.work.solves == 3  # each of its parts

@@ -61,7 +61,7 @@ def test_solving_is_a_factor_and_the_products_and_passes_of_the_rows() -> None:
     assert up.rows == (
         Work(float32_flops=2 * 64 * 64 * 128, memory_bytes=2 * 4 * 64 * 128, steps=64),
     )
-    assert down.sum_bytes == 4 * 128**2
+    assert down.sum_bytes == 4 * 128**2 * 10 / 16
     assert down.rows[0].steps == 128
 
 
@@ -171,7 +171,7 @@ def test_each_expert_with_inputs_of_its_own_has_a_factor_and_ranges_of_them_can_
     assert [work.float32_flops for work in down.rows] == pytest.approx(
         [one * size for size in (1, 1, 1, 1, 1, 1, 1, 2) * 2]
     )
-    assert down.sum_bytes == 4 * 18 * 32**2
+    assert down.sum_bytes == 4 * 18 * 32**2 * 10 / 16
 
 
 def test_experts_are_stored_as_floats_beside_their_codes() -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import pipeline.weights.hdf5
 from pipeline.errors import SourceError
 from pipeline.model.blocks import find_blocks
 from pipeline.model.preset import PresetFiles, read_preset
@@ -429,3 +432,57 @@ def test_values_that_are_not_finite_are_found_in_any_layout(dtype: str) -> None:
     for layout in (value, value.transpose(2, 0, 1), value[:, ::-1], value[1, 2, 3]):
         assert num_not_finite(layout) == (1 if layout.ndim == 0 else 701)
     assert num_not_finite(value[:0]) == 0
+
+
+def test_a_slow_store_does_not_keep_other_threads_from_using_h5py(
+    preset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker reads one block while it writes another."""
+    monkeypatch.setattr(pipeline.weights.hdf5, "_LARGE_BYTES", 1)
+    source = source_of(preset)
+    expected = source.read(source.paths)
+    sizes = {value.nbytes for value in expected.values()}
+    read, during = PresetFiles.read, 0
+
+    def write() -> None:
+        with h5py.File(io.BytesIO(), "w") as file:
+            file["a"] = np.arange(3)
+
+    def slow(preset: PresetFiles, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        nonlocal during
+        data = read(preset, name, start, stop)
+        if len(data) in sizes:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(write).result(timeout=60)
+            during += 1
+        return data
+
+    monkeypatch.setattr(PresetFiles, "read", slow)
+    found = source.read(source.paths)
+    assert during == len(expected)
+    for path, value in expected.items():
+        assert np.array_equal(found[path], value)
+
+
+@pytest.mark.parametrize("kind", ["plain", "chunked", "compressed", "big-endian", "unwritten"])
+def test_values_are_read_past_h5py_only_where_they_lie_as_they_are(
+    kind: str, tmp_path: Path
+) -> None:
+    values_RC = np.arange(12, dtype=np.float32).reshape(3, 4)
+    how: dict[str, Any] = {
+        "chunked": {"chunks": (1, 4)},
+        "compressed": {"chunks": (3, 4), "compression": "gzip"},
+        "big-endian": {"dtype": ">f4"},
+        "unwritten": {"fillvalue": 7.0},
+    }.get(kind, {})
+    for userblock in (0, 512):
+        with h5py.File(tmp_path / f"{userblock}.h5", "w", userblock_size=userblock) as file:
+            dataset = file.create_dataset("a", (3, 4), **{"dtype": "f4", **how})
+            if kind != "unwritten":
+                dataset[:] = values_RC
+        with h5py.File(tmp_path / f"{userblock}.h5") as file:
+            start = pipeline.weights.hdf5._contiguous_from(file["a"])
+        assert (start is not None) == (kind == "plain" and not userblock)
+        if start is not None:
+            data = (tmp_path / "0.h5").read_bytes()[start : start + values_RC.nbytes]
+            assert data == values_RC.tobytes()

@@ -46,7 +46,15 @@ def run(
     executor = CountingExecutor(
         lambda: QuickWorker(given.plan, url, store.root_url), workers, lose=lose
     )
-    quantize(given.plan, store, executor, NO_DRIVER, keep_every=1, place=place)
+    asked: list[int] = []
+
+    def place_of(num_workers: int) -> ActivationPlace:
+        asked.append(num_workers)
+        return place
+
+    quantize(given.plan, store, executor, NO_DRIVER, keep_every=1, place=place_of)
+    # Again after each loss, since fewer workers hold more each.
+    assert asked == [workers] * (1 + len(lose))
     return executor
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from quantizer import GPTQScheme, HessianSum, solve
 from quantizer import qparams as grid
-from quantizer.gptq import block_kernel, factor, gpu_factor, gpu_loop, refine
+from quantizer.gptq import block_kernel, factor, gpu_loop, refine
 from quantizer.gptq import column_loop as gptq
 from quantizer.gptq import column_loop as panels
 from quantizer.gptq import factor as cholesky
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.exhaustive
 # `quantizer.jit` leaves what it wraps at hand.
 PROGRAMS = {
     value.__name__
-    for module in (cholesky, factor, gptq, gpu_factor, gpu_loop, grid, panels, refine)
+    for module in (cholesky, factor, gptq, gpu_loop, grid, panels, refine)
     for value in vars(module).values()
     if hasattr(value, "__wrapped__")
 }

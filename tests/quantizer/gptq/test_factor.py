@@ -12,9 +12,9 @@ from quantizer.gptq.factor import (
     dampings,
     factorize,
     factorize_shifted,
+    factorize_whole,
     panel_bounds,
 )
-from quantizer.gptq.gpu_factor import factorize_whole
 from tests import reference
 from tests.quantizer.problems import make
 

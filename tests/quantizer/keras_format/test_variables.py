@@ -28,6 +28,7 @@ from quantizer.keras_format.variables import (
 )
 from tests.selection import covering
 from tests.stock import KERNEL_FORMS, kernel_layer, read_kernel, read_table
+from tests.stored_variables import random_variables
 
 SCHEMES = {
     scheme.policy: scheme
@@ -65,45 +66,6 @@ def test_a_decoded_kernel_is_what_stock_keras_reads(form, policy):
     assert decoded.dtype == np.float32
     expected = read_kernel(layer, layout.shape)
     np.testing.assert_allclose(decoded, expected, rtol=1e-6, atol=1e-7)
-
-
-def random_variables(layout, scheme, rng):
-    """What stock Keras might store: any codes, groups in any order, scales of all sizes."""
-    kernel = rng.integers(-127, 128, layout.shape).astype(np.int8)
-    scale_R = np.exp(rng.normal(size=layout.out_features, scale=9)).astype(np.float32)
-    match scheme:
-        case Int8Scheme():
-            return {"kernel": kernel, "kernel_scale": layout.to_output(scale_R)}
-        case Float8Scheme():
-            return {"kernel": kernel.astype(np.float32) / 3}
-        case Int4Scheme(block_size=-1):
-            codes = rng.integers(-8, 8, (layout.in_features, layout.out_features))
-            return {"kernel": pack_nibbles(codes.astype(np.int8), -1), "kernel_scale": scale_R}
-        case Int4Scheme():
-            rows, columns, low, high, bits = layout.in_features, layout.out_features, -8, 8, 4
-        case _:
-            rows, bits = layout.keras_rows, scheme.weight_bits
-            columns = layout.in_features * layout.out_features // rows
-            low, high = 0, 2**bits
-    stored = np.int8 if low else np.uint8
-    num_groups = 3
-    codes = rng.integers(low, high, (columns, rows)).astype(stored)
-    scale = np.exp(rng.normal(size=(columns, num_groups), scale=9)).astype(np.float32)
-    zero = rng.integers(low, high, (columns, num_groups)).astype(stored)
-    group = {"g_idx": rng.integers(0, num_groups, rows).astype(np.float32)}
-    if isinstance(scheme, Int4Scheme):
-        return group | {
-            "kernel": pack_nibbles(codes.T, -1),
-            "kernel_scale": scale.T,
-            "kernel_zero": zero.T,
-        }
-    if isinstance(scheme, AWQScheme):
-        group["awq_scales"] = np.exp(rng.normal(size=rows, scale=3)).astype(np.float32)
-    return group | {
-        "quantized_kernel": pack_nibbles(codes, 0) if bits == 4 else codes,
-        "kernel_scale": scale,
-        "kernel_zero": zero,
-    }
 
 
 EVERY_WIDTH = {

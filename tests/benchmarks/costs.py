@@ -1,0 +1,172 @@
+"""What the cost model says: of large models on GPUs, and beside a measured run on this machine.
+
+    python -m tests.benchmarks.costs                      the tables of docs/costs.md
+    python -m tests.benchmarks.costs --check PRESET --recipe FILE [--runs 3]
+
+The tables plan folders of the published shapes whose weights are holes in sparse files, as
+`quantfleet quantize FOLDER --dry-run --on 8xH100` does. A check runs the whole command so many
+times, each right after a dry run, and compares the seconds of both; compare ratios, since a machine
+that is shared changes its speed between the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pipeline.model.preset import read_preset
+from pipeline.plan import PartPlan, Plan
+from pipeline.planning.cost_model import run_cost
+from pipeline.planning.machines import known_machines, workers_on
+from pipeline.planning.make_plan import make_plan
+from pipeline.planning.run_cost import STAGES
+from pipeline.recipe.recipe_file import load_recipe, recipe_from_dict
+from tests.models.large_shapes import SHAPES, large_folder
+
+_MACHINES = ("H100", "8xH100", "8xL4")
+_RECIPE = "gptq-w4-g128"
+# Longer than any calibration: its tokens are counted, and never read.
+_TEXT = "The quick brown fox jumps over the lazy dog. " * 10_000
+
+
+def large_plan(name: str, folder: Path) -> Plan:
+    """The plan of one of SHAPES, made without reading a weight."""
+    texts = folder / "texts.txt"
+    texts.write_text(_TEXT)
+    values = load_recipe(_RECIPE).to_dict()
+    values["calibration"]["texts"] = [str(texts)]
+    recipe = recipe_from_dict(values | {"allow_partial": True}, where=_RECIPE)
+    preset = read_preset(str(large_folder(folder / name, name)))
+    return make_plan(preset, recipe, threads=1, read_weights=False).plan
+
+
+def with_experts(plan: Plan, number: int, vocabulary: int) -> Plan:
+    """The plan with the feed-forward layers of each block so many times: Mixtral 8x7B's of 8B's.
+
+    Every expert is a layer of its own, which all tokens pass and calibrate.
+    """
+    rest, *blocks = plan.parts
+    [table] = rest.layers
+    smaller = dataclasses.replace(table, out_features=vocabulary)
+    rest = dataclasses.replace(
+        rest,
+        layers=(smaller,),
+        source_bytes=rest.source_bytes * vocabulary // table.out_features,
+    )
+    return dataclasses.replace(plan, parts=(rest, *(_expanded(block, number) for block in blocks)))
+
+
+def _expanded(block: PartPlan, number: int) -> PartPlan:
+    inner = [layer for layer in block.layers if "feedforward" in layer.name]
+    outer = [layer for layer in block.layers if "feedforward" not in layer.name]
+    groups = list(block.groups)
+    layers = list(outer)
+    for expert in range(number):
+        names = {layer.name: f"{layer.name}_{expert}" for layer in inner}
+        layers += [dataclasses.replace(layer, name=names[layer.name]) for layer in inner]
+        groups += [
+            dataclasses.replace(group, targets=tuple(names[name] for name in group.targets))
+            for group in block.groups
+            if group.targets[0] in names
+        ]
+    groups = [group for group in groups if group.targets[0] not in {x.name for x in inner}]
+    weights = sum(layer.num_weights for layer in inner)
+    return dataclasses.replace(
+        block,
+        layers=tuple(layers),
+        groups=tuple(groups),
+        source_bytes=block.source_bytes + 2 * (number - 1) * weights,
+    )
+
+
+def print_tables() -> None:
+    """A table for each shape: seconds by stage on each machine, hours and price."""
+    machines = known_machines()
+    plans = {}
+    for name in SHAPES:
+        with tempfile.TemporaryDirectory() as folder:
+            plans[name] = large_plan(name, Path(folder))
+    plans["mixtral-8x7b, each expert a layer"] = with_experts(plans["llama-3-8b"], 8, 32_000)
+    for name, plan in plans.items():
+        costs = []
+        for given in _MACHINES:
+            workers, kind = workers_on(given)
+            costs.append(run_cost(plan, machines.named(kind), workers))
+        print(f"\n{name}\n")
+        print("| seconds | " + " | ".join(f"{c.workers} × {c.machine.name}" for c in costs) + " |")
+        print("| --- |" + " ---: |" * len(costs))
+        for stage in STAGES:
+            found = [cost.stage(stage) for cost in costs]
+            if any(one.seconds >= 0.05 for one in found):
+                cells = (f"{x.seconds:.1f} ({x.bound})" for x in found)
+                print(f"| {stage} | " + " | ".join(cells) + " |")
+        print("| in all | " + " | ".join(f"{cost.seconds:.0f}" for cost in costs) + " |")
+        print("| GPU-hours | " + " | ".join(f"{cost.worker_hours:.3g}" for cost in costs) + " |")
+        prices = (f"${cost.price:.2f}" for cost in costs if cost.price is not None)
+        print("| price | " + " | ".join(prices) + " |")
+
+
+_MEASURED = {
+    "forward and grams": (("forward", "grams"), ("capture", "propagate")),
+    "solve and decode": (("solve", "decode"), ("solve", "solve_slices", "join")),
+    "read": (("read",), ("read",)),
+    "commit": (("commit",), ("commit",)),
+}
+"""Stages of the model, and the worker's methods whose seconds are theirs."""
+
+
+def check(preset: str, recipe: str, runs: int) -> None:
+    """Predicted and measured seconds of a run, without evaluation, start and what is compiled."""
+    ratios = []
+    for number in range(runs):
+        with tempfile.TemporaryDirectory() as folder:
+            command = ["quantize", preset, "--recipe", recipe, "--output", f"{folder}/run"]
+            predicted = _call(*command, "--dry-run")["cost"]
+            measured = _call(*command)
+        stages = {stage["name"]: stage for stage in predicted["stages"]}
+        # A run's own clock begins once it is planned.
+        wall = sum(
+            stage["seconds"]
+            for name, stage in stages.items()
+            if name not in ("start", "compile", "plan", "evaluate")
+        )
+        ratios.append(wall / measured["wall_seconds"])
+        gflops = predicted["machine"]["float32_flops"] / 1e9
+        print(
+            f"run {number + 1}: predicted {wall:.1f} s at {gflops:.0f} Gflop/s, measured ", end=""
+        )
+        print(f"{measured['wall_seconds']:.1f} s, ratio {ratios[-1]:.2f}")
+        for label, (ours, theirs) in _MEASURED.items():
+            foreseen = sum(stages[x]["seconds"] + stages[x]["hidden_seconds"] for x in ours)
+            taken = sum(measured["seconds"].get(x, 0.0) for x in theirs)
+            print(f"    {label:18} predicted {foreseen:6.1f}, measured {taken:6.1f}")
+    print(f"ratios {', '.join(f'{ratio:.2f}' for ratio in sorted(ratios))}")
+
+
+def _call(*arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "jobs.cli.start", *arguments, "--json"]
+    finished = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    found: dict[str, Any] = json.loads(finished.stdout)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", metavar="PRESET")
+    parser.add_argument("--recipe", default="tests/demo/recipe.yaml")
+    parser.add_argument("--runs", type=int, default=3)
+    given = parser.parse_args()
+    if given.check is None:
+        print_tables()
+    else:
+        check(given.check, given.recipe, given.runs)
+
+
+if __name__ == "__main__":
+    main()

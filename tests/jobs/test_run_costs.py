@@ -1,0 +1,123 @@
+"""What a dry run says of costs: for which machines, in which numbers, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from jobs.cli.main import main
+from jobs.run_costs import PricedMachine, Workers, cost_json, cost_of, cost_table, costs_table
+from pipeline.executor.protocol import Allocation, ExecutorError
+from pipeline.planning.machines import known_machines
+from tests.pipeline.planning.small_plans import plan, slow_machine
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command that is refused says; nothing is planned."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["quantize", "nowhere", "--recipe", "int8", "--output", "out", *arguments])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_an_unknown_machine_is_refused_with_the_known_names(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = complaint(capsys, "--dry-run", "--on", "8xT4")
+    assert "no rates are known for a machine named 'T4'" in said
+    for name in known_machines().by_name:
+        assert name in said
+
+
+@pytest.mark.parametrize("option", ["--on", "--rates"])
+def test_costs_are_for_dry_runs(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "add --dry-run" in complaint(capsys, option, "8xH100")
+
+
+def test_a_mistake_in_a_file_of_rates_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rates.yaml"
+    path.write_text("machines: {H100: {prize: 1}}")
+    assert "unknown key prize" in complaint(capsys, "--dry-run", "--rates", str(path))
+
+
+class Unused:
+    """A process that nothing is asked of."""
+
+    num_processes = 1
+
+    def run(self, *_: Any) -> Any:
+        raise AssertionError("nothing is to be measured")
+
+    run_each = run
+
+
+def test_gpus_at_hand_have_the_rates_of_their_kind() -> None:
+    priced = PricedMachine.of(None, None)
+    allocation = Allocation(workers=4, threads=8, gpus=1, accelerator="L4")
+    found = priced.find(Unused(), allocation)
+    assert found == Workers(number=4, machine=known_machines().named("L4"))
+
+
+def test_gpus_of_an_unknown_kind_have_no_cost_and_say_what_to_do() -> None:
+    allocation = Allocation(workers=4, threads=8, gpus=1, accelerator="T4")
+    found = PricedMachine.of(None, None).find(Unused(), allocation)
+    assert isinstance(found, str)
+    assert "GPUs T4; describe them in a file that you give as --rates" in found
+    assert cost_json(found) == {"cost": None, "cost_unknown": found}
+
+
+def test_cpus_at_hand_are_measured_and_priced_as_the_user_says(tmp_path: Path) -> None:
+    class Measured(Unused):
+        def run(self, *_: Any) -> Any:
+            return slow_machine()
+
+    path = tmp_path / "rates.yaml"
+    path.write_text("machines: {here: {price_per_hour: 2}}")
+    priced = PricedMachine.of(None, str(path))
+    found = priced.find(Measured(), Allocation(workers=2, threads=1))
+    assert found == Workers(number=2, machine=slow_machine(price_per_hour=2.0))
+
+
+def test_a_named_machine_without_room_is_refused() -> None:
+    small = known_machines().named("L4").model_copy(update={"memory_bytes": 1e6})
+    workers = Workers(number=2, machine=small)
+    with pytest.raises(ExecutorError, match=r"on 2 × L4 it has .* of its L4"):
+        workers.check_room(workers.estimate(plan()))
+    roomy = Workers(number=2, machine=known_machines().named("L4"))
+    roomy.check_room(roomy.estimate(plan()))
+    host = Workers(number=1, machine=slow_machine(memory_bytes=1e6))
+    with pytest.raises(ExecutorError, match="too little memory"):
+        host.check_room(host.estimate(plan()))
+
+
+def shown(table: Any) -> str:
+    console = Console(width=200, record=True)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()
+
+
+def test_the_table_has_the_numbers_of_the_json() -> None:
+    workers = Workers(number=3, machine=slow_machine(price_per_hour=36.0))
+    cost = cost_of(plan(), workers, num_windows=2)
+    values = cost_json(cost)["cost"]
+    assert values["seconds"] == pytest.approx(sum(x["seconds"] for x in values["stages"]))
+    assert values["price"] == pytest.approx(36 * values["worker_hours"])
+    text = shown(cost_table(cost))
+    assert f"{values['seconds']:.1f}" in text
+    assert f"${values['price']:.2f}" in text
+    assert "a model, not a measurement" in text
+    for stage in values["stages"]:
+        assert f"{stage['seconds']:.1f}" in text
+
+
+def test_several_runs_are_summed() -> None:
+    workers = Workers(number=1, machine=slow_machine(price_per_hour=3600.0))
+    cost = cost_of(plan(), workers, num_windows=0)
+    text = shown(costs_table({"one": cost, "two": cost}))
+    assert f"${2 * cost.seconds:.2f}" in text
