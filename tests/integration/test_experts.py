@@ -151,6 +151,22 @@ def test_stock_keras_answers_the_same(
     assert_same(run_of(family, scheme), stock)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_models_hold_what_the_codes_stand_for_in_their_own_dtype(
+    dtype: Any, stock: StockSession, tmp_path: Path
+) -> None:
+    narrow = wanted("gptq4").model_copy(update={"dtype": dtype})
+    run = finished_run(shared_family("Mixtral"), narrow, tmp_path)
+    values, banks = values_of(run), banks_of(run)
+    assert banks
+    for path, bank in banks.items():
+        assert str(values[path].dtype) == str(bank.scale_ERG.dtype) == dtype
+        np.testing.assert_array_equal(values[path], bank.kernel(values[path].dtype))
+    # Compiled and not, Keras' own answers in 16 bits differ as much.
+    assert_same(run, stock, tolerance=8e-2)
+
+
 @pytest.mark.parametrize(("family", "scheme"), CASES)
 def test_the_records_say_how_the_experts_were_reached(
     family: str, scheme: str, run_of: Runs
