@@ -56,15 +56,19 @@ class ExpertCodes:
 
     def kernel(self, dtype: np.dtype[Any]) -> NDArray[Any]:
         """The variable, [experts, in_features, out_features], rounded to its dtype."""
-        return np.ascontiguousarray(self.dequantize().transpose(0, 2, 1).astype(dtype))
+        num_experts, out_features, in_features = self.codes_ERC.shape
+        kernel_ECR = np.empty((num_experts, in_features, out_features), dtype)
+        for expert, kernel_CR in enumerate(kernel_ECR):  # one at a time: a bank is large
+            kernel_CR[...] = self.dequantize(expert).T
+        return kernel_ECR
 
-    def dequantize(self) -> Float32:
-        """The decoded weights, [experts, out_features, in_features], float32."""
+    def dequantize(self, expert: int) -> Float32:
+        """An expert's decoded weights, [out_features, in_features], float32."""
         group_C = contiguous_groups(self.in_features, self.group_size)
-        value_ERC = self.codes_ERC.astype(np.float32)
-        value_ERC -= self.zero_ERG.astype(np.float32)[..., group_C]
-        value_ERC *= self.scale_ERG.astype(np.float32)[..., group_C]
-        return value_ERC
+        value_RC = self.codes_ERC[expert].astype(np.float32)
+        value_RC -= self.zero_ERG[expert].astype(np.float32)[:, group_C]
+        value_RC *= self.scale_ERG[expert].astype(np.float32)[:, group_C]
+        return value_RC
 
 
 def code_format(scheme: Scheme) -> tuple[int, int, bool]:
