@@ -8,7 +8,7 @@ expert that no row reached is rounded to nearest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,6 @@ from quantizer.result import (
     SolveReport,
     SolveResult,
     relative_error,
-    weight_error,
 )
 from quantizer.rtn import round_groups
 from quantizer.schemes import Int4Scheme, Int8Scheme
@@ -93,8 +92,7 @@ def _solve(problem: LayerProblem, hessian: HessianSum) -> SolvedExpert:
         report = uncalibrated(result.report, obstacle, num_outputs)
         result = SolveResult(result.weight, report)
     assert isinstance(result.weight, GroupedWeight)
-    energy = float(np.sum(np.square(problem.weight_RC), dtype=np.float64))
-    return SolvedExpert(result.weight, result.report, energy, hessian.num_rows, obstacle)
+    return SolvedExpert(result.weight, result.report, _energy(problem), hessian.num_rows, obstacle)
 
 
 def shrunk(hessian: HessianSum, floor: int) -> HessianSum:
@@ -106,32 +104,53 @@ def shrunk(hessian: HessianSum, floor: int) -> HessianSum:
     return replace(hessian, gram_CC=hessian.gram_CC * share_CC)
 
 
-def round_experts(problem: LayerProblem, scheme: Int8Scheme | Int4Scheme) -> SolveResult:
-    """Round the stacked matrices of all experts to nearest.
+def round_experts(
+    problems: Iterable[LayerProblem], scheme: Int8Scheme | Int4Scheme
+) -> tuple[GroupedWeight, SolveReport]:
+    """Round experts to nearest, one at a time.
 
     No format of Keras holds experts, so that scales are those by which codes are multiplied, as in
     all other formats of groups, also with one scale per output channel (where Keras divides).
 
     Returns:
-        A `GroupedWeight` with unsigned codes.
+        The stacked matrices of all, with unsigned codes, and their report.
     """
+    weights, error, energy = [], 0.0, 0.0
+    for problem in problems:
+        weight = _rounded(problem, scheme)
+        weights.append(weight)
+        difference_RC = problem.weight_RC - weight.dequantize()
+        error += float(np.sum(np.square(difference_RC), dtype=np.float64))
+        energy += _energy(problem)
+    report = SolveReport(
+        weight_error=relative_error(error, energy),
+        kept="rtn",
+        reason=f"{scheme.mode} rounds to nearest",
+        rtn_rows=sum(weight.codes_RC.shape[0] for weight in weights),
+    )
+    return _stacked(weights), report
+
+
+def _energy(problem: LayerProblem) -> float:
+    return float(np.sum(np.square(problem.weight_RC), dtype=np.float64))
+
+
+def _stacked(weights: Sequence[GroupedWeight]) -> GroupedWeight:
+    return GroupedWeight(
+        np.concatenate([one.codes_RC for one in weights]),
+        np.concatenate([one.scale_RG for one in weights]),
+        np.concatenate([one.zero_RG for one in weights]),
+        weights[0].group_C,
+    )
+
+
+def _rounded(problem: LayerProblem, scheme: Int8Scheme | Int4Scheme) -> GroupedWeight:
     weight_RC, dtype = problem.weight_RC, problem.scale_dtype
     if isinstance(scheme, Int4Scheme) and scheme.block_size != -1:
         signed = round_groups(weight_RC, block_size=scheme.block_size, scale_dtype=dtype)
-        weight = replace(
-            signed, codes_RC=_unsigned(signed.codes_RC), zero_RG=_unsigned(signed.zero_RG)
-        )
-    else:
-        weight = _round_channels(weight_RC, 8 if isinstance(scheme, Int8Scheme) else 4, dtype)
-    return SolveResult(
-        weight,
-        SolveReport(
-            weight_error=weight_error(weight_RC, weight.dequantize()),
-            kept="rtn",
-            reason=f"{scheme.mode} rounds to nearest",
-            rtn_rows=weight_RC.shape[0],
-        ),
-    )
+        codes_RC, zero_RG = _unsigned(signed.codes_RC), _unsigned(signed.zero_RG)
+        return replace(signed, codes_RC=codes_RC, zero_RG=zero_RG)
+    return _round_channels(weight_RC, 8 if isinstance(scheme, Int8Scheme) else 4, dtype)
 
 
 def _unsigned(codes: NDArray[Any]) -> NDArray[np.uint8]:
@@ -164,14 +183,8 @@ def join_experts(solved: Sequence[SolvedExpert]) -> tuple[GroupedWeight, dict[st
         "below_floor" says how many had fewer than "floor"; "rounded" names those that were rounded
         to nearest, by reason.
     """
-    first = solved[0].weight
-    weight = GroupedWeight(
-        np.concatenate([one.weight.codes_RC for one in solved]),
-        np.concatenate([one.weight.scale_RG for one in solved]),
-        np.concatenate([one.weight.zero_RG for one in solved]),
-        first.group_C,
-    )
-    floor, rows = token_floor(first.codes_RC.shape[1]), sorted(one.num_rows for one in solved)
+    weight = _stacked([one.weight for one in solved])
+    floor, rows = token_floor(weight.codes_RC.shape[1]), sorted(one.num_rows for one in solved)
     rounded: dict[str, list[int]] = {}
     for number, one in enumerate(solved):
         if one.obstacle:

@@ -51,9 +51,11 @@ def _expert_problem(target: Target, scheme: Scheme, values: Values, number: int)
 
 def round_bank(target: Target, scheme: Int8Scheme | Int4Scheme, values: Values) -> SolvedLayer:
     """Round a bank to nearest, without calibration."""
-    result = round_experts(bank_problem(target, scheme, values), scheme)
-    assert isinstance(result.weight, GroupedWeight)
-    return encoded_bank(target, result.weight, scheme, values, result.report.to_dict())
+    problems = (
+        _expert_problem(target, scheme, values, number) for number in range(target.num_experts)
+    )
+    weight, report = round_experts(problems, scheme)
+    return encoded_bank(target, weight, scheme, values, report.to_dict())
 
 
 def solve_ranges(

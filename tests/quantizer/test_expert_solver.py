@@ -144,13 +144,15 @@ def test_rounded_experts_are_within_half_a_step(scheme: Any, levels: float, dtyp
     rng = np.random.default_rng(0)
     weight_RC = rng.normal(size=(6, IN_FEATURES), scale=1e-3).astype(np.float32)
     weight_RC[3] = 0
-    problem = check_layer(weight_RC, scheme, scale_dtype=dtype)
-    result = round_experts(problem, scheme)
-    assert isinstance(result.weight, GroupedWeight)
-    codes = ExpertCodes.of(result.weight, scheme, 2, dtype)
+    problems = [check_layer(part, scheme, scale_dtype=dtype) for part in np.split(weight_RC, 2)]
+    weight, report = round_experts(problems, scheme)
+    codes = ExpertCodes.of(weight, scheme, 2, dtype)
     assert str(codes.scale_ERG.dtype) == dtype
     assert codes.codes_ERC.max() < 2**codes.bits
-    values_RC = codes.dequantize().reshape(weight_RC.shape)
+    values_RC = np.concatenate([codes.dequantize(0), codes.dequantize(1)])
+    error = np.linalg.norm(values_RC - weight_RC) / np.linalg.norm(weight_RC)
+    assert report.weight_error == pytest.approx(float(error), rel=1e-4)
+    assert report.rtn_rows == 6
     assert (values_RC[3] == 0).all()
     step_R = np.abs(weight_RC).max(1, keepdims=True) / levels
     # Scales in 16 bits may clip a largest weight by their own rounding.
