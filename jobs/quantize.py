@@ -367,7 +367,7 @@ def _print_plan(
     cost: RunCost | str
     if isinstance(priced, Workers):
         keep_every = job.options.keep_every
-        cost = cost_of(planned.plan, priced, num_windows=num_windows, keep_every=keep_every)
+        cost = cost_of(plan, priced, num_windows=num_windows, keep_every=keep_every)
     else:
         cost = priced
     values = {

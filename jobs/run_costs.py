@@ -17,6 +17,7 @@ from pipeline.plan import Plan
 from pipeline.planning.cost_model import GPU_MEMORY_SHARE, run_cost
 from pipeline.planning.estimates import Estimate, estimate
 from pipeline.planning.machines import Machine, Machines, known_machines, workers_on
+from pipeline.planning.micro_batch import in_fitting_micro_batches
 from pipeline.planning.run_cost import RunCost, Stage
 from pipeline.planning.work import Evaluated, planned_on
 from pipeline.remote_planning import measured_machine
@@ -60,7 +61,9 @@ class Workers:
 
     def plan(self, plan: Plan) -> Plan:
         """The plan as it would be made there (see `planned_on`)."""
-        return planned_on(plan, self.machine.device)
+        there = planned_on(plan, self.machine.device)
+        rooms = [device.num_bytes for device in self._devices]
+        return in_fitting_micro_batches(there, rooms[0] if rooms else None)
 
     def estimate(self, plan: Plan) -> Estimate:
         """The memory that each would need."""
@@ -126,7 +129,7 @@ class PricedMachine:
                 f"no rates are known for GPUs {kind}; describe them in a file that you give as "
                 f"--rates, or name others with --on: {', '.join(self.machines.by_name)}"
             )
-        return Workers(number=allocation.workers, machine=found)
+        return Workers(number=allocation.workers, machine=self.machines.at_hand(found))
 
 
 def refuse_without_dry_run(on: str | None, rates: str | None, *, dry_run: bool) -> None:
@@ -142,6 +145,7 @@ def cost_of(plan: Plan, workers: Workers, *, num_windows: int, keep_every: int =
     """What a plan costs.
 
     Args:
+        plan: as it is made for these workers.
         num_windows: that source and result are compared on; 0 for none.
     """
     length = _EVALUATED_TOKENS if plan.tokens is None else plan.tokens.sequence_length

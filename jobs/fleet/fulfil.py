@@ -234,7 +234,8 @@ def _quantize(
     threads = run_compute.allocation.threads
     with status("planning: reading the preset, checking every layer, cutting texts"):
         plan, windows = run_compute.plan(lambda runner: _plan_all(request, store, runner, threads))
-    if not store.exists(PLAN_KEY):
+    is_new = not store.exists(PLAN_KEY)
+    if is_new:
         current = find_current(root, request.model, request.recipe_name)
         same_plan = current is not None and current.release.plan_digest == plan.digest
         twin = _intact(root, current.release.run_id, plan) if current and same_plan else None
@@ -245,9 +246,10 @@ def _quantize(
                 f"{twin.run_id}; nothing to quantize",
             )
             return twin
-        plan = claim(store, plan, windows)
     costs = run_compute.placed(estimate(plan, run_compute.allocation.workers))
     run_compute.check_room(costs)
+    if is_new:
+        plan = claim(store, plan, windows)
     for finding in damaged:
         log_event("damaged", f"made again: {finding.problem}", level=logging.WARNING)
     execution = execute(plan, store, run_compute, held, compute.metrics, options, damaged=damaged)

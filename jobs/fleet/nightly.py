@@ -133,13 +133,18 @@ def foresee(
 def _cost(
     runner: FunctionRunner, request: Request, recipe: Recipe, priced: PricedMachine
 ) -> RunCost | None:
-    """What a request's run costs on the workers that were named; None if none were."""
+    """What a request's run costs on the workers that were named; None if none were.
+
+    Raises:
+        ExecutorError: it would not fit their memory.
+    """
     if priced.named is None:
         return None
     threads = request.needs.threads or 1
     plan, _, _ = runner.run(plan_by_metadata, request.source_url, recipe, threads)
+    priced.named.check_room(priced.named.estimate(plan))
     num_windows = request.evaluation_windows if request.evaluation_texts else 0
-    return cost_of(plan, priced.named, num_windows=num_windows)
+    return cost_of(priced.named.plan(plan), priced.named, num_windows=num_windows)
 
 
 def run_stale(

@@ -130,9 +130,43 @@ def _stretches(model: ModelSettings) -> set[tuple[str, float]]:
 
 def _rope_type(value: Any, model: ModelSettings) -> str | None:
     known = ["default", "linear", "llama3"]
+    if _yarn_layers(model):
+        known.append("yarn")
     if hasattr(model.backbone, "global_rope_partial_rotary_factor"):
         known.append("proportional")
     return None if value in known else "has no such scaling of positions"
+
+
+def _yarn_layers(model: ModelSettings) -> list[Any]:
+    layers = [layer for layer in model.layers if type(layer).__name__ == "RotaryEmbedding"]
+    return [layer for layer in layers if layer.rope_type == "yarn"]
+
+
+def _yarn(name: str) -> Callable[[Any, ModelSettings], str | None]:
+    """A number of YaRN, where the backbone scales positions so; elsewhere its name is refused."""
+
+    def rule(value: Any, model: ModelSettings) -> str | None:
+        found = {getattr(layer, name) for layer in _yarn_layers(model)}
+        return f"has {found.pop()} in it" if value is not None and found - {value} else None
+
+    return rule
+
+
+def _constant(name: str) -> Callable[[Any, ModelSettings], str | None]:
+    """A number that layers have as an attribute of this name, and no converter sets."""
+
+    def rule(value: Any, model: ModelSettings) -> str | None:
+        found = {*model.attributes(name)}
+        if value is None or found == {value}:
+            return None
+        return f"has {', '.join(map(str, sorted(found))) or 'none'}"
+
+    return rule
+
+
+def _experts_per_token(value: Any, model: ModelSettings) -> str | None:
+    chosen = model.value("num_experts_per_tok")
+    return None if value in (None, chosen) else f"chooses {chosen} (num_experts_per_tok)"
 
 
 def _vision_rope_type(value: Any, model: ModelSettings) -> str | None:
@@ -160,11 +194,26 @@ def _layer_types(value: Any, model: ModelSettings) -> str | None:
         return None
     if any(wanted) and (slides := _slides(model)):
         return None if wanted == slides else "lets other layers see a window only"
+    windows = [o.sliding_window for o in model.backbone.layers if hasattr(o, "sliding_window")]
+    if any(wanted) and windows:
+        if not any(windows) or wanted == [bool(window) for window in windows]:
+            return None
+        return (
+            "lets other layers see a window only (set sliding_window to null if texts stay shorter)"
+        )
     # Of other kinds, or where blocks do not tell: the converter must have read them.
     parts = [model.config, *(p for p in dict(model.config).values() if isinstance(p, NotedConfig))]
     if all("layer_types" in part.keys_read for part in parts if "layer_types" in part):
         return None
     return "lets other layers see a window only" if any(wanted) else "has one kind of attention"
+
+
+def _window(value: Any, model: ModelSettings) -> str | None:
+    # As compared with transformers: the positions that its mask leaves are one more.
+    longer = any(type(layer).__name__ == "GptOssAttention" for layer in model.layers)
+    if not value or not longer:
+        return None
+    return f"sees {value + 1} positions (set it to null if texts stay shorter)"
 
 
 def _sliding_window_pattern(value: Any, model: ModelSettings) -> str | None:
@@ -267,6 +316,7 @@ RULES: dict[str, Callable[[Any, ModelSettings], str | None]] = {
     "layer_types": _layer_types,
     "sliding_window_pattern": _sliding_window_pattern,
     "_sliding_window_pattern": _sliding_window_pattern,
+    "sliding_window": _window,
     "use_sliding_window": _use_sliding_window,
     "n_inner": _n_inner,
     "query_pre_attn_scalar": _query_scale,
@@ -278,6 +328,14 @@ RULES: dict[str, Callable[[Any, ModelSettings], str | None]] = {
     "cross_attention_hidden_size": _cross_attention,
     "scale_attn_weights": _must_be(True),
     "decoder_sparse_step": _must_be(1),
+    "beta_fast": _yarn("beta_fast"),
+    "beta_slow": _yarn("beta_slow"),
+    "truncate": _yarn("truncate"),
+    "original_max_position_embeddings": _yarn("original_max_position_embeddings"),
+    "initial_context_length": _yarn("original_max_position_embeddings"),
+    "swiglu_alpha": _constant("alpha"),
+    "swiglu_limit": _constant("limit"),
+    "experts_per_token": _experts_per_token,
     "is_causal": _must_be(True),
     "is_decoder": _is_decoder,
     "decoder_attention_heads": _decoder_heads,

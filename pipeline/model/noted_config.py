@@ -114,7 +114,12 @@ def taken_over(config: NotedConfig, parameters: Mapping[str, Any]) -> dict[str, 
     Args:
         parameters: of the backbone's class, by name.
     """
+    forgotten: dict[str, Any] = {}
+    always_slides = not any(name.startswith("use_sliding_window") for name in parameters)
+    unused = dict(config).get("use_sliding_window") is False
+    if unused and always_slides and "sliding_window_size" in parameters:
+        forgotten["sliding_window_size"] = None
     found = [key for key in EPSILON_KEYS if key in config and key not in config.keys_read]
     if len(found) != 1 or "layer_norm_epsilon" not in parameters:
-        return {}
-    return {"layer_norm_epsilon": config[found[0]]}
+        return forgotten
+    return {**forgotten, "layer_norm_epsilon": config[found[0]]}

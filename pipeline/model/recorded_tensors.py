@@ -159,15 +159,24 @@ def _with_items(value: NDArray[Any], key: Any, items: Any) -> NDArray[Any]:
 
 
 def _stacked(parts: Sequence[Any], axis: int = 0) -> Shape:
-    [shape] = {part.shape for part in parts}
+    shape = _equal(parts, [part.shape for part in parts])
     place = axis % (len(shape) + 1)
     return *shape[:place], len(parts), *shape[place:]
 
 
 def _concatenated(parts: Sequence[Any], axis: int = 0) -> Shape:
     place = axis % len(parts[0].shape)
-    [others] = {(*part.shape[:place], *part.shape[place + 1 :]) for part in parts}
+    others = _equal(parts, [(*part.shape[:place], *part.shape[place + 1 :]) for part in parts])
     return *others[:place], sum(part.shape[place] for part in parts), *others[place:]
+
+
+def _equal(parts: Sequence[Any], shapes: Sequence[Shape]) -> Shape:
+    for part, shape in zip(parts, shapes, strict=True):
+        if shape != shapes[0]:
+            tensors = stored_tensors(part.step) if isinstance(part, RecordedTensor) else ()
+            name = tensors[0].name if tensors else "a part"
+            raise ValueError(f"{name} gives {shape}, where {shapes[0]} is expected")
+    return shapes[0]
 
 
 def _repeated(value: Any, repeats: int, axis: int) -> Shape:
@@ -268,7 +277,7 @@ def carried_out(step: Step, read: ReadStored) -> NDArray[Any]:
 
     def made(given: Made) -> Any:
         if given.function is np.stack and _axis(given) == 0:
-            return _filled(given.shape, (value(part) for part in given.arguments[0]))
+            return stacked(given.shape, (value(part) for part in given.arguments[0]))
         arguments = [value(argument) for argument in given.arguments]
         if given.function is _with_items and left[id(given.arguments[0])]:
             arguments[0] = arguments[0].copy()
@@ -289,8 +298,12 @@ def _order_in_memory(value: NDArray[Any]) -> list[int]:
     return sorted(range(value.ndim), key=lambda axis: -value.strides[axis])
 
 
-def _filled(shape: Shape | None, parts: Iterator[NDArray[Any]]) -> NDArray[Any]:
-    """Parts that are stacked one by one, in the order in which each lies in memory."""
+def stacked(shape: Shape | None, parts: Iterator[NDArray[Any]]) -> NDArray[Any]:
+    """Parts that are stacked to an array of that shape, one by one, as each lies in memory.
+
+    Raises:
+        TypeError: they are not all of one dtype.
+    """
     assert shape is not None
     first = next(parts)
     order = _order_in_memory(first)

@@ -20,6 +20,8 @@ from pipeline.recipe.yaml_document import MarkedYaml, describe_mistake, mistake_
 
 HERE = "here"
 """The name of the machine at hand, in a user's file of rates."""
+_NOT_OF_HERE = ("like", "name", "device")
+"""What the machine at hand says for itself."""
 
 _TABLE = "machines.yaml"
 _Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -69,10 +71,11 @@ class _File(BaseModel):
 
 @dataclass(frozen=True)
 class Machines:
-    """Known machines by name, and what a user says of the machine at hand."""
+    """Known machines by name, and what a user says of the machine at hand, in the file `where`."""
 
     by_name: Mapping[str, Machine]
     here: Mapping[str, Any]
+    where: str = ""
 
     def named(self, name: str) -> Machine:
         """A machine, by its name in any case.
@@ -93,9 +96,10 @@ class Machines:
         """The same, or None."""
         return next((m for n, m in self.by_name.items() if n.lower() == name.lower()), None)
 
-    def at_hand(self, measured: Machine) -> Machine:
-        """The machine at hand, as it was measured, but for what the user says of it."""
-        return measured.model_copy(update=dict(self.here))
+    def at_hand(self, known: Machine) -> Machine:
+        """The machine at hand, as it is measured or known, but for what the user says of it."""
+        source = _source(known, self.here, self.where)
+        return known.model_copy(update={"source": source, **self.here})
 
 
 def workers_on(given: str) -> tuple[int, str]:
@@ -126,13 +130,27 @@ def known_machines(rates_file: str | None = None) -> Machines:
         raise RatesError(f"--rates {rates_file}: {reason}; give a YAML file of machines") from error
     document = read_yaml(text, where=rates_file, error_type=RatesError)
     given = _machines_in(document)
-    here = given.pop(HERE, {})
-    if here:
-        # Over any machine, only to find mistakes before anything is measured.
-        _described(HERE, {"like": next(iter(found)), **here}, found, document)
+    here = _here(given.pop(HERE, {}), found, document)
     for name, values in given.items():
         found[name] = _described(name, values, found, document)
-    return Machines(found, {key: value for key, value in here.items() if key != "like"})
+    return Machines(found, here, rates_file)
+
+
+def _here(
+    values: Mapping[str, Any], known: Mapping[str, Machine], document: MarkedYaml
+) -> Mapping[str, Any]:
+    """What a file says of the machine at hand, checked before anything is measured."""
+    for key in _NOT_OF_HERE:
+        if key in values:
+            raise RatesError(
+                f"{document.where}:{document.line_of(('machines', HERE, key))}: {HERE}: {key} is "
+                "known of the machine at hand; remove it, or describe a machine by another name "
+                "and name that with --on"
+            )
+    # Over any machine.
+    whole = _described(HERE, {"like": next(iter(known)), **values}, known, document)
+    own = {*values, *(["price_source"] if "price_per_hour" in values else [])}
+    return {key: getattr(whole, key) for key in sorted(own)}
 
 
 @cache
@@ -165,10 +183,21 @@ def _described(
         )
     base = {} if before is None else before.model_dump()
     changed = {key: value for key, value in values.items() if key != "like"}
+    if "price_per_hour" in changed:
+        base["price_source"] = ""  # which was of another price
+    if before is not None:
+        base["source"] = _source(before, changed, document.where)
     try:
         return Machine.model_validate({**base, **changed, "name": name})
     except ValidationError as mistakes:
         raise _mistake(mistakes, document, Machine, ("machines", name)) from None
+
+
+def _source(before: Machine, changed: Mapping[str, Any], where: str) -> str:
+    """Where the rates of a machine come from, of which a file changes some."""
+    if changed.keys() <= {"price_per_hour", "price_source"}:
+        return before.source
+    return f"{where}, and for the rest: {before.source}"
 
 
 def _mistake(

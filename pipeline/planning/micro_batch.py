@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.plan import Plan
+from pipeline.calibration.windows import shard_bounds
+from pipeline.plan import Plan, TokensPlan, micro_batches
 from pipeline.planning.estimates import estimate
 
 
@@ -27,14 +28,29 @@ def fitting_micro_batch(plan: Plan, device_bytes: int | None) -> int | None:
         return None
     number = tokens.micro_batch
     while number > 1:
-        smaller = replace(
-            tokens,
-            micro_batch=number,
-            # It is one of what the block computes for every window.
-            largest_array_bytes=tokens.largest_array_bytes * number // tokens.micro_batch,
-        )
-        needed = estimate(replace(plan, tokens=smaller), len(tokens.shards)).beside_devices()
+        smaller = replace(plan, tokens=_with_micro_batch(tokens, number))
+        needed = estimate(smaller, len(tokens.shards)).beside_devices()
         if needed.device_bytes <= device_bytes:
             break
         number //= 2
     return number if number < tokens.micro_batch else None
+
+
+def in_fitting_micro_batches(plan: Plan, device_bytes: int | None) -> Plan:
+    """The plan as it would be made on such a GPU, as far as costs go.
+
+    Args:
+        device_bytes: as in `fitting_micro_batch`.
+    """
+    number, tokens = fitting_micro_batch(plan, device_bytes), plan.tokens
+    if number is None or tokens is None:
+        return plan
+    _, shard = micro_batches(tokens.num_samples, tokens.sequence_length, plan.device, number)
+    smaller = _with_micro_batch(tokens, number)
+    return replace(plan, tokens=replace(smaller, shards=shard_bounds(tokens.num_samples, shard)))
+
+
+def _with_micro_batch(tokens: TokensPlan, number: int) -> TokensPlan:
+    # The largest array is one of what the block computes for every window.
+    largest = tokens.largest_array_bytes * number // tokens.micro_batch
+    return replace(tokens, micro_batch=number, largest_array_bytes=largest)

@@ -28,7 +28,7 @@ from quantizer.schemes import AWQScheme, GPTQScheme
 
 _HEAD_FEATURES = 64
 _FLOAT_BYTES = 4
-_ROUNDED_PER_SECOND = 22e6
+_ROUNDED_PER_SECOND = 12e6
 """Weights that one thread rounds to nearest, with their error; measured."""
 _GRAM_SHARE = 10 / 16
 """Of the whole product: above the diagonal in four bands."""

@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 from pipeline.errors import SourceError
 from pipeline.model.huggingface import Conversion, Conversions, converted_value, record_conversion
 from pipeline.model.preset import CONFIG_FILE, SAFETENSORS_FILE, SAFETENSORS_INDEX_FILE, PresetFiles
-from pipeline.model.recorded_tensors import ReadStored, Step, Stored, carried_out, stored_tensors
+from pipeline.model.recorded_tensors import (
+    ReadStored,
+    Step,
+    Stored,
+    carried_out,
+    stacked,
+    stored_tensors,
+)
 from pipeline.model.skeleton import build_skeleton
 from pipeline.weights.unused_tensors import check_unused
 from pipeline.weights.weight_files import SourceVariable, check_stored
@@ -154,10 +161,9 @@ class SafetensorsWeights:
         Several values are held for each while it is computed, and most in float32.
         """
         variable = self._variables[path]
-        made = np.empty(tuple(variable.shape), str(variable.dtype))
-        for row in range(len(made)):
-            [made[row]] = carried_out(of_a_row, self._row_reader(row))
-        return made
+        rows = map(self._row_reader, range(variable.shape[0]))
+        made = (carried_out(of_a_row, read)[0].astype(str(variable.dtype)) for read in rows)
+        return stacked(tuple(variable.shape), made)
 
     def _row_reader(self, row: int) -> ReadStored:
         """Reads what tensors have for one index of their first axis, with that axis."""

@@ -94,6 +94,10 @@ class CalibrationShards:
     def put(self, index: int, batches: list[MicroBatch]) -> None:
         self._held[index] = batches
 
+    def keep_only(self, indices: Sequence[int]) -> None:
+        """Give back the memory of all others, which are with other workers now."""
+        self._held = {index: one for index, one in self._held.items() if index in indices}
+
     def clear(self) -> None:
         """Give their memory back, once the last block is solved."""
         self._held.clear()

@@ -74,6 +74,7 @@ class Worker(WorkerApi):
         self, block: int, shards: Sequence[int], start: int, place: ActivationPlace = "device"
     ) -> None:
         self._begin()
+        self._shards.keep_only(shards)
         missing = [index for index in shards if not self._shards.has(index, block)]
         for index in set(shards) - set(missing):
             for batch in self._shards.get(index, block):

@@ -20,9 +20,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from jobs.quantities import size
+from jobs.run_costs import Workers, cost_of
+from pipeline.executor.protocol import ExecutorError
 from pipeline.model.preset import read_preset
 from pipeline.plan import PartPlan, Plan
-from pipeline.planning.cost_model import run_cost
 from pipeline.planning.machines import known_machines, workers_on
 from pipeline.planning.make_plan import make_plan
 from pipeline.planning.run_cost import STAGES
@@ -94,10 +96,12 @@ def print_tables() -> None:
             plans[name] = large_plan(name, Path(folder))
     plans["mixtral-8x7b, each expert a layer"] = with_experts(plans["llama-3-8b"], 8, 32_000)
     for name, plan in plans.items():
-        costs = []
+        costs, needs = [], []
         for given in _MACHINES:
-            workers, kind = workers_on(given)
-            costs.append(run_cost(plan, machines.named(kind), workers))
+            number, kind = workers_on(given)
+            workers = Workers(number=number, machine=machines.named(kind))
+            costs.append(cost_of(plan, workers, num_windows=0))
+            needs.append(_memory(workers, plan))
         print(f"\n{name}\n")
         print("| seconds | " + " | ".join(f"{c.workers} × {c.machine.name}" for c in costs) + " |")
         print("| --- |" + " ---: |" * len(costs))
@@ -107,9 +111,22 @@ def print_tables() -> None:
                 cells = (f"{x.seconds:.1f} ({x.bound})" for x in found)
                 print(f"| {stage} | " + " | ".join(cells) + " |")
         print("| in all | " + " | ".join(f"{cost.seconds:.0f}" for cost in costs) + " |")
+        print("| GPU memory | " + " | ".join(needs) + " |")
         print("| GPU-hours | " + " | ".join(f"{cost.worker_hours:.3g}" for cost in costs) + " |")
         prices = (f"${cost.price:.2f}" for cost in costs if cost.price is not None)
         print("| price | " + " | ".join(prices) + " |")
+
+
+def _memory(workers: Workers, plan: Plan) -> str:
+    """What a worker needs of its GPU, and whether it has that."""
+    costs = workers.estimate(plan)
+    needed = size(costs.device_bytes)
+    where = ", activations beside" if costs.activations == "host" else ""
+    try:
+        workers.check_room(costs)
+    except ExecutorError:
+        return f"{needed}: **too much**"
+    return needed + where
 
 
 _MEASURED = {

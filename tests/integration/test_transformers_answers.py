@@ -1,7 +1,7 @@
 """What is read from Hugging Face folders computes what transformers computes, before and after.
 
 Every converter of KerasHub for text is here but those whose models are refused in any form: Gemma
-3n, GPT-OSS (published in four bits alone), SmolLM3, T5Gemma 2 and Gemma 4's assistants.
+3n, SmolLM3, T5Gemma 2 and Gemma 4's assistants.
 """
 
 from __future__ import annotations
@@ -48,8 +48,10 @@ MORE = [
 ]
 # Whose answers say little after rounding: it changes the choice of experts, and Gemma 4 of random
 # weights makes most of it; artifacts of embedders answer with one vector.
-NOT_ROUNDED = {case for case in CASES if case.startswith(("mixtral", "qwen2_moe", "qwen3_moe"))}
-NOT_ROUNDED |= {"bert", "gemma4", "xlm-roberta", *LINEAR_ATTENTION}
+NOT_ROUNDED = {
+    case for case in CASES if case.startswith(("gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe"))
+}
+NOT_ROUNDED |= {"bert", "gemma4", "gemma4 with experts", "xlm-roberta", *LINEAR_ATTENTION}
 
 
 EIGHT_BITS = ["llama, as saved", "mistral with scaled positions"]

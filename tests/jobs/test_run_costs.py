@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from jobs.cli.main import main
 from jobs.run_costs import PricedMachine, Workers, cost_json, cost_of, cost_table, costs_table
 from pipeline.executor.protocol import Allocation, ExecutorError
 from pipeline.planning.machines import known_machines
+from pipeline.planning.work import planned_on
 from tests.pipeline.planning.small_plans import plan, slow_machine
 
 
@@ -81,6 +83,9 @@ def test_cpus_at_hand_are_measured_and_priced_as_the_user_says(tmp_path: Path) -
     priced = PricedMachine.of(None, str(path))
     found = priced.find(Measured(), Allocation(workers=2, threads=1))
     assert found == Workers(number=2, machine=slow_machine(price_per_hour=2.0))
+    on_gpus = priced.find(Unused(), Allocation(workers=1, threads=1, gpus=1, accelerator="L4"))
+    assert isinstance(on_gpus, Workers)
+    assert on_gpus.machine.price_per_hour == 2.0
 
 
 def test_a_named_machine_without_room_is_refused() -> None:
@@ -93,6 +98,26 @@ def test_a_named_machine_without_room_is_refused() -> None:
     host = Workers(number=1, machine=slow_machine(memory_bytes=1e6))
     with pytest.raises(ExecutorError, match="too little memory"):
         host.check_room(host.estimate(plan()))
+
+
+def test_a_named_gpu_takes_micro_batches_that_fit_it() -> None:
+    """As a plan that is made there does; it would be refused otherwise."""
+    given = plan()
+    assert given.tokens is not None
+    # Two windows at once on a GPU, and 256 MiB of attention scores for each.
+    tokens = dataclasses.replace(given.tokens, sequence_length=1 << 10)
+    long = planned_on(dataclasses.replace(given, tokens=tokens), "gpu")
+    assert long.tokens is not None
+    assert long.tokens.micro_batch == 2
+    scores = dataclasses.replace(long.tokens, largest_array_bytes=512 << 20)
+    long = dataclasses.replace(long, tokens=scores)
+    small = known_machines().named("L4").model_copy(update={"memory_bytes": 1.4e9})
+    workers = Workers(number=1, machine=small)
+    workers.check_room(workers.estimate(long))
+    there = workers.plan(long).tokens
+    assert there is not None
+    assert (there.micro_batch, there.largest_array_bytes) == (1, 256 << 20)
+    assert [b - a for a, b in there.shards] == [b - a for a, b in long.tokens.shards]
 
 
 def shown(table: Any) -> str:

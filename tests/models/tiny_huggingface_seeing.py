@@ -260,6 +260,10 @@ def gemma4(config: Mapping[str, Any]) -> Shapes:
         shapes |= _gemma4_block(
             block, hidden, text["num_attention_heads"] * head_dim, head_dim, inner
         )
+        if text["enable_moe_block"]:
+            shapes |= _gemma4_experts(
+                block, hidden, text["num_experts"], text["moe_intermediate_size"]
+            )
         if not is_shared:
             keys = (text["num_key_value_heads"] * head_dim, hidden)
             shapes |= {f"{block}.self_attn.{name}_proj.weight": keys for name in "kv"}
@@ -308,4 +312,15 @@ def _gemma4_block(block: str, hidden: int, queries: int, head_dim: int, inner: i
         f"{block}.mlp.gate_proj.weight": (inner, hidden),
         f"{block}.mlp.up_proj.weight": (inner, hidden),
         f"{block}.mlp.down_proj.weight": (hidden, inner),
+    }
+
+
+def _gemma4_experts(block: str, hidden: int, num_experts: int, inner: int) -> Shapes:
+    norms = ("post_feedforward_layernorm_1", "pre_feedforward_layernorm_2")
+    return {f"{block}.{n}.weight": (hidden,) for n in (*norms, "post_feedforward_layernorm_2")} | {
+        f"{block}.experts.down_proj": (num_experts, hidden, inner),
+        f"{block}.experts.gate_up_proj": (num_experts, 2 * inner, hidden),
+        f"{block}.router.per_expert_scale": (num_experts,),
+        f"{block}.router.proj.weight": (num_experts, hidden),
+        f"{block}.router.scale": (hidden,),
     }

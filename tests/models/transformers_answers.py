@@ -31,6 +31,14 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
     "rope_type": "llama3",
 }
+YARN = {
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "factor": 32.0,
+    "original_max_position_embeddings": 4096,
+    "rope_type": "yarn",
+    "truncate": False,
+}
 _LINEAR = {"factor": 4.0, "rope_type": "linear"}
 
 
@@ -54,6 +62,12 @@ _DECODER = {
     "vocab_size": 128,
 }
 _EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+_GEMMA4_EXPERTS = {
+    "enable_moe_block": True,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "top_k_experts": 2,
+}
 _QWEN3_5 = _DECODER | {
     "head_dim": 16,
     "layer_types": ["linear_attention", "full_attention"],
@@ -84,6 +98,17 @@ _MADE: dict[str, dict[str, Any]] = {
         "position_embedding_type": "rotary",
         "token_dropout": False,
         "vocab_size": 128,
+    },
+    "gpt_oss": _DECODER
+    | {
+        "head_dim": 16,
+        # As KerasHub has them: published ones begin with a window.
+        "layer_types": ["full_attention", "sliding_attention"],
+        "num_experts_per_tok": 2,
+        "num_local_experts": 4,
+        "rope_parameters": {"rope_theta": 150000.0, **YARN},
+        # KerasHub's sees one position more.
+        "sliding_window": None,
     },
     "llama": _DECODER | {"rope_parameters": {"rope_theta": 500000.0, **_LLAMA3_ROPE}},
     "mixtral": _DECODER | {"num_experts_per_tok": 2, "num_local_experts": 4, "sliding_window": 8},
@@ -119,6 +144,12 @@ _SAVED: dict[str, dict[str, Any]] = (
 )
 """What transformers saves of `_MADE`: the config, and the shape of each tensor."""
 
+
+def saved_config(family: str) -> dict[str, Any]:
+    """The config.json of a family that transformers saves."""
+    return dict(_SAVED[family]["config"])
+
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, _in_float32(CONFIGS[family])) for family in CONFIGS},
     # KerasHub takes heads to be as wide as there are tokens of an image.
@@ -134,6 +165,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma3_text",
         {"num_hidden_layers": 6, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}},
     ),
+    "gemma4 with experts": (
+        "gemma4",
+        _in_float32(
+            CONFIGS["gemma4"] | {"text_config": CONFIGS["gemma4"]["text_config"] | _GEMMA4_EXPERTS}
+        ),
+    ),
+    "gpt_oss in four bits": ("gpt_oss, as saved", {}),
     "llama with a large epsilon": ("llama", {"rms_norm_eps": 1e-2}),
     "llama with scaled positions": ("llama", {"rope_scaling": _LLAMA3_ROPE}),
     "mistral with a window": ("mistral", {"head_dim": 16, "sliding_window": 8}),
@@ -157,7 +195,8 @@ def folder_of(name: str, path: Path) -> Path:
     """The folder that an answer is for."""
     family, changes = CASES[name]
     if family.endswith(", as saved"):
-        return _as_saved(family.removesuffix(", as saved"), path, changes)
+        folder = _as_saved(family.removesuffix(", as saved"), path, changes)
+        return in_four_bits(folder) if name.endswith(" in four bits") else folder
     extra = {}
     if family == "roberta":  # zeros, as in every published one
         extra["roberta.embeddings.token_type_embeddings.weight"] = np.zeros((1, 32), np.float32)
@@ -186,6 +225,23 @@ def _as_saved(family: str, path: Path, changes: dict[str, Any]) -> Path:
     return path
 
 
+def in_four_bits(folder: Path) -> Path:
+    """Store a GPT-OSS's experts in MXFP4, as published ones are: of random codes and scales."""
+    tensors = load_file(folder / "model.safetensors")
+    rng = np.random.default_rng(5)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        blocks = (experts, outputs, inputs // 32)
+        tensors[f"{name}_blocks"] = rng.integers(0, 256, (*blocks, 16), dtype=np.uint8)
+        tensors[f"{name}_scales"] = rng.integers(121, 125, blocks, dtype=np.uint8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"]
+    config["quantization_config"] = {"modules_to_not_convert": kept, "quant_method": "mxfp4"}
+    write_json(folder / "config.json", config)
+    return folder
+
+
 def tokens() -> NDArray[np.int32]:
     """What the models are asked, [batch, sequence]."""
     return np.random.default_rng(3).integers(5, 119, (1, 24), dtype="int32")
@@ -212,33 +268,35 @@ def _main() -> None:
     for family in _MADE:
         _SAVED[family] = _saved(transformers, family)
     _write(_SAVED_FILE, _SAVED)
-    answers = {}
+    _write(_STORED, {name: _answer(torch, transformers, name) for name in CASES})
+
+
+def _answer(torch: Any, transformers: Any, name: str) -> Any:
     given = torch.tensor(tokens(), dtype=torch.int64)
-    for name in CASES:
-        with tempfile.TemporaryDirectory() as folder:
-            path = folder_of(name, Path(folder))
-            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-            architecture = config["architectures"][0]
-            generates = architecture.endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration"))
-            # Encoders are compared without their heads.
-            kind = getattr(transformers, architecture) if generates else transformers.AutoModel
-            model, found = kind.from_pretrained(
-                path, attn_implementation="eager", dtype="float32", output_loading_info=True
-            )
-            # Encoders are compared before their pooler; frequencies are computed.
-            beside = ("pooler", "inv_freq")
-            missing = [k for k in found["missing_keys"] if not any(b in k for b in beside)]
-            assert not missing, f"{name}: {missing}"
-            asked: dict[str, Any] = {"input_ids": given}
-            if config["model_type"] in _HALVES:
-                asked["decoder_input_ids"] = given
-            if config["model_type"] == "paligemma":
-                asked |= _with_image(torch, config, given)
-            output = model.eval()(**asked)
-            answer = output.logits if generates else output.last_hidden_state
-            answer = answer[:, -given.shape[1] :]
-            answers[name] = sampled(answer.detach().numpy()).round(6).tolist()
-    _write(_STORED, answers)
+    with tempfile.TemporaryDirectory() as folder:
+        path = folder_of(name, Path(folder))
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        architecture = config["architectures"][0]
+        generates = architecture.endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration"))
+        # Encoders are compared without their heads.
+        kind = getattr(transformers, architecture) if generates else transformers.AutoModel
+        options = {"attn_implementation": "eager", "dtype": "float32"}
+        if "quantization_config" in config:
+            options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
+        model, found = kind.from_pretrained(path, output_loading_info=True, **options)
+        # Encoders are compared before their pooler; frequencies are computed.
+        beside = ("pooler", "inv_freq")
+        missing = [k for k in found["missing_keys"] if not any(b in k for b in beside)]
+        assert not missing, f"{name}: {missing}"
+        asked: dict[str, Any] = {"input_ids": given}
+        if config["model_type"] in _HALVES:
+            asked["decoder_input_ids"] = given
+        if config["model_type"] == "paligemma":
+            asked |= _with_image(torch, config, given)
+        output = model.float().eval()(**asked)
+        answer = output.logits if generates else output.last_hidden_state
+        answer = answer[:, -given.shape[1] :]
+        return sampled(answer.detach().numpy()).round(6).tolist()
 
 
 def _with_image(torch: Any, config: dict[str, Any], given: Any) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import h5py
 import pytest
 
 from pipeline.errors import StorageError
+from pipeline.executor.protocol import ExecutorError
+from pipeline.plan import PLAN_KEY
 from pipeline.run import lease
 from pipeline.storage.object_store import open_store
 from tests.jobs.fleet.tiny_catalog import TinyCatalog, tiny_catalog
@@ -78,6 +80,25 @@ def test_a_changed_byte_in_a_source_makes_its_runs_again_and_no_others(made: Tin
     assert number == before[0]["release"]["number"] + 1
     assert made.current("alpha", "int8") == before[1]
     assert done(made.nightly()[1]) == {}
+
+
+def test_a_named_machine_without_room_is_refused_in_a_dry_run(tmp_path: Path) -> None:
+    rates = tmp_path / "rates.yaml"
+    rates.write_text("machines: {small: {like: cpu16, memory_bytes: 1000000}}")
+    with tiny_catalog(tmp_path) as catalog:
+        catalog.add("beta", ["int4"])
+        code, found = catalog.nightly("--dry-run", "--on", "small", "--rates", rates)
+    assert code == ExecutorError.exit_code
+    assert found["beta int4"]["result"] == "failed"
+    assert "too little memory: a worker needs about" in found["beta int4"]["text"]
+
+
+def test_what_has_no_room_is_refused_before_its_plan_is_written(tmp_path: Path) -> None:
+    with tiny_catalog(tmp_path) as catalog:
+        catalog.add("beta", ["int4"], resources={"memory": "1MiB"})
+        _, found = catalog.nightly()
+        assert "too little memory: a worker needs about" in found["beta int4"]["text"]
+        assert not [key for key in catalog.root.list() if key.endswith(PLAN_KEY)]
 
 
 def test_a_source_written_again_unchanged_is_not_quantized_again(made: TinyCatalog) -> None:

@@ -14,12 +14,18 @@ from pipeline.model.huggingface import check_converted
 from pipeline.model.preset import read_preset
 from pipeline.model.skeleton import Skeleton, build_skeleton
 from tests.models.tiny_huggingface import CONFIGS, write_json
+from tests.models.transformers_answers import YARN, saved_config
 from tests.selection import by_default
 
 PUBLISHED: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parents[2] / "models/published_configs.json").read_text(encoding="utf-8")
 )
 """Of real models, with fewer blocks."""
+
+SAVED = {
+    "gpt_oss": saved_config("gpt_oss") | {"sliding_window": None},
+    "qwen3_moe": saved_config("qwen3_moe"),
+}
 
 
 @pytest.fixture
@@ -34,8 +40,13 @@ def checked(tmp_path: Path) -> Callable[[dict[str, Any]], Skeleton]:
     return build
 
 
-# KerasHub scales their queries as those of the smaller models.
-OTHERWISE = {"gemma-2-27b": "query_pre_attn_scalar is 144", "gemma-3-27b": "scalar is 168"}
+OTHERWISE = {
+    # KerasHub scales their queries as those of the smaller models.
+    "gemma-2-27b": "query_pre_attn_scalar is 144.* presets of its own",
+    "gemma-3-27b": "scalar is 168.* presets of its own",
+    # Its windows begin with the other block.
+    "gpt-oss-20b": r"sees? a window only \(set sliding_window to null",
+}
 
 
 @pytest.mark.parametrize(
@@ -55,7 +66,7 @@ def test_published_models_are_taken(
 def test_published_models_that_kerashub_computes_otherwise_are_refused(
     name: str, checked: Callable[[dict[str, Any]], Skeleton]
 ) -> None:
-    with pytest.raises(SourceError, match=f"{OTHERWISE[name]}.* presets of its own"):
+    with pytest.raises(SourceError, match=OTHERWISE[name]):
         checked(PUBLISHED[name])
 
 
@@ -98,6 +109,26 @@ def test_published_models_that_kerashub_computes_otherwise_are_refused(
             {"decoder_attention_heads": 8},
             "decoder_attention_heads is 8, but .* has 4 heads",
         ),
+        (
+            "qwen3_moe",
+            {"mlp_only_layers": [1]},
+            r"mlp_only_layers is \[1\], which .* ignores",
+        ),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2, but .* made for 1"),
+        ("gpt_oss", {"swiglu_limit": 6.0}, "swiglu_limit is 6.0, but .* has 7.0"),
+        ("gpt_oss", {"experts_per_token": 3}, "experts_per_token is 3, but .* chooses 2"),
+        # Of the same order, but one position more.
+        ("gpt_oss", {"sliding_window": 8}, "sliding_window is 8, but .* sees 9 .* to null if"),
+        (
+            "gpt_oss",
+            {"rope_parameters": {"rope_theta": 150000.0, **YARN, "beta_fast": 16.0}},
+            "beta_fast is 16.0, but .* has 32.0",
+        ),
+        (
+            "gpt_oss",
+            {"rope_parameters": {"rope_theta": 150000.0, **YARN, "mscale": 0.7}},
+            "mscale is 0.7, which .* ignores",
+        ),
         ("bart", {"scale_embedding": True}, "scale_embedding is True, which .* ignores"),
         (
             "gemma3",
@@ -122,7 +153,7 @@ def test_a_setting_that_kerashub_drops_is_refused_by_name(
     expected: str,
     checked: Callable[[dict[str, Any]], Skeleton],
 ) -> None:
-    config = CONFIGS[family] | {"vocab_size": 320}
+    config = CONFIGS[family] | {"vocab_size": 320} if family in CONFIGS else SAVED[family]
     checked(config)
     with pytest.raises(SourceError, match=expected) as refused:
         checked(config | changes)
@@ -208,3 +239,14 @@ def test_a_sentence_transformer_needs_no_head_whatever_its_architecture(tmp_path
     task = embedder(tmp_path, "qwen3", {"pooling_mode_lasttoken": True})
     assert type(task).__name__ == "Qwen3TextEmbedder"
     assert task.backbone.tie_word_embeddings
+
+
+def test_a_window_that_is_not_in_use_is_none(checked: Callable[[dict[str, Any]], Skeleton]) -> None:
+    """Blocks of KerasHub's Qwen3Moe slide wherever there is a size."""
+    config = SAVED["qwen3_moe"] | {"sliding_window": 8, "use_sliding_window": False}
+    assert checked(config).backbone.sliding_window_size is None
+
+
+def test_a_gpt_oss_without_windows_is_taken(checked: Callable[[dict[str, Any]], Skeleton]) -> None:
+    config = PUBLISHED["gpt-oss-20b"] | {"sliding_window": None}
+    assert checked(config).backbone.sliding_window is None

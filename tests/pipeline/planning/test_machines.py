@@ -66,11 +66,41 @@ machines:
   here: {price_per_hour: 0.5}
 """
     found, before = known_machines(rates(tmp_path, text)), known_machines().by_name
-    assert found.named("H100") == before["H100"].model_copy(update={"price_per_hour": 2.0})
+    own_price = {"price_per_hour": 2.0, "price_source": ""}
+    assert found.named("H100") == before["H100"].model_copy(update=own_price)
     assert found.named("ours").memory_bytes == before["L4"].memory_bytes
     assert found.named("ours").source == "our own rack"
     assert found.at_hand(before["cpu16"]).price_per_hour == 0.5
     assert "here" not in found.by_name
+
+
+def test_a_price_of_ones_own_has_no_other_source(tmp_path: Path) -> None:
+    text = "machines: {rack: {like: L4, price_per_hour: 0.3}, here: {price_per_hour: 1}}"
+    found = known_machines(rates(tmp_path, text))
+    assert found.named("rack").price_source == ""
+    assert found.named("rack").source == known_machines().named("L4").source
+    assert found.at_hand(found.named("L4")).price_source == ""
+
+
+def test_rates_of_ones_own_are_not_taken_for_the_makers(tmp_path: Path) -> None:
+    text = "machines: {rack: {like: L4, memory_bytes: 1}, here: {memory_bytes: 2}}"
+    found, maker = known_machines(rates(tmp_path, text)), known_machines().named("L4")
+    for machine in (found.named("rack"), found.at_hand(maker)):
+        assert machine.source == f"{tmp_path / 'rates.yaml'}, and for the rest: {maker.source}"
+
+
+def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path: Path) -> None:
+    """As 1e9, which has no dot."""
+    text = "machines: {here: {storage_bytes_per_second: 1e9}, H100: {memory_bytes: 2e9}}"
+    found = known_machines(rates(tmp_path, text))
+    assert found.at_hand(found.named("L4")).storage_bytes_per_second == 1e9
+    assert found.named("H100").memory_bytes == 2e9
+
+
+@pytest.mark.parametrize("key", ["like", "name", "device"])
+def test_what_the_machine_at_hand_is_cannot_be_said(key: str, tmp_path: Path) -> None:
+    with pytest.raises(RatesError, match=f"rates.yaml:1: here: {key} is known of the machine"):
+        known_machines(rates(tmp_path, f"machines: {{here: {{{key}: cpu}}}}"))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 
 import pipeline.planning.make_plan
 from pipeline.calibration.windows import TokenWindows
+from pipeline.executor.protocol import DeviceMemory
 from pipeline.model.blocks import Block, find_blocks
 from pipeline.model.inputs import input_layout
 from pipeline.model.preset import read_preset
@@ -94,6 +95,8 @@ def plan_on_gpu(dtype: str) -> Plan:
     with pytest.MonkeyPatch.context() as patched, tracing_for_h100():
         patched.setattr(module, "jax", SimpleNamespace(default_backend=lambda: "gpu"))
         patched.setattr(module, "machine", lambda _: {"platform": "gpu", "device": "H100"})
+        has = DeviceMemory(node="node", kind="NVIDIA H100", num_bytes=72 << 30)
+        patched.setattr(module, "device_memory", lambda: has)
         return make_plan(preset, wanted, threads=2).plan
 
 

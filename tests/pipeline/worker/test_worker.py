@@ -183,6 +183,18 @@ def test_a_shard_inside_its_block_is_restored_without_reading(store: ObjectStore
         worker.restore(0, [0, 1], 0)
 
 
+def test_a_worker_gives_up_the_shards_that_are_others_now(store: ObjectStore) -> None:
+    """As where fewer workers are left, among which shards are divided anew."""
+    worker = worker_of(store)
+    worker.restore(0, [0], 0)
+    values = worker.read(1)
+    worker.capture(0, 0, range(1), values)
+    worker.restore(0, [1], 0)
+    with pytest.raises(LostShardError, match="shard 0 is needed in block 0, but not held here"):
+        worker.capture(0, 0, range(1), values)
+    captured(worker, 0, 0, range(1, 2), values)
+
+
 def test_a_record_names_every_layer_and_the_block_before(store: ObjectStore) -> None:
     manifest, _ = execute(planned("gptq"), store)
     previous = ""
