@@ -1,14 +1,16 @@
 """Mixtures of experts: codes beside the artifact, and stock Keras answers with what they stand for.
 
-By default one run of a Mixtral at 4 bits is looked at from all sides; the other families and
-schemes are exhaustive.
+By default one run of a Mixtral at 4 bits is looked at from all sides. Two more are exhaustive; all
+six families that KerasHub has, and the other schemes, are slow:
+
+    .venv/bin/pytest -m slow tests/integration/test_experts.py
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -65,10 +67,25 @@ _EVERY = [
     *((family, "gptq4") for family in FAMILIES[2:]),
     ("Mixtral", "int4"),
 ]
-CASES = [
-    pytest.param(*case, marks=() if case == ("Mixtral", "gptq4") else pytest.mark.exhaustive)
-    for case in _EVERY
-]
+_EXHAUSTIVE = [("Mixtral", "int8"), ("Qwen3Moe", "gptq3")]
+
+
+def cases(default: Sequence[tuple[str, str]], exhaustive: Sequence[tuple[str, str]]) -> list[Any]:
+    """All families and schemes that are tried; those named neither by default nor so are slow."""
+    return [
+        pytest.param(
+            *case,
+            marks=()
+            if case in default
+            else pytest.mark.exhaustive
+            if case in exhaustive
+            else pytest.mark.slow,
+        )
+        for case in _EVERY
+    ]
+
+
+CASES = cases([("Mixtral", "gptq4")], _EXHAUSTIVE)
 _numbers = itertools.count()
 
 
@@ -143,8 +160,7 @@ def test_stock_keras_holds_what_the_codes_stand_for(family: str, scheme: str, ru
         np.testing.assert_array_equal(loaded[path], source[path])
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(("family", "scheme"), [case.values for case in CASES])
+@pytest.mark.parametrize(("family", "scheme"), cases([], _EXHAUSTIVE))
 def test_stock_keras_answers_the_same(
     family: str, scheme: str, run_of: Runs, stock: StockSession
 ) -> None:
@@ -152,7 +168,7 @@ def test_stock_keras_answers_the_same(
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_narrow_models_hold_what_the_codes_stand_for_in_their_own_dtype(
     dtype: Any, stock: StockSession, tmp_path: Path
 ) -> None:
@@ -273,8 +289,7 @@ def test_a_run_killed_beside_its_codes_ends_with_the_same_bytes() -> None:
     kill_at("Mixtral", "gptq4", only_codes=True)
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(("family", "scheme"), [case.values for case in CASES])
+@pytest.mark.parametrize(("family", "scheme"), cases([], _EXHAUSTIVE[:1]))
 def test_a_run_killed_at_any_write_ends_with_the_same_bytes(family: str, scheme: str) -> None:
     kill_at(family, scheme, only_codes=False)
 
