@@ -142,7 +142,8 @@ def run_job(
     with open_compute(
         spec, job.source_url, job.output_url, address=address, plan_only=dry_run is not None
     ) as compute:
-        _log_allocation(compute.allocation, spec, address, plan_only=dry_run is not None)
+        if dry_run is None or dry_run.named is None:  # else what is at hand decides nothing
+            _log_allocation(compute.allocation, spec, address, plan_only=dry_run is not None)
         with status("planning: reading the preset, checking every layer, cutting texts"):
             has_work = not finished or job.is_evaluated or bool(job.exports)
             planned = compute.plan(plan_all, with_workers=has_work and dry_run is None)

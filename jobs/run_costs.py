@@ -9,12 +9,13 @@ from typing import Any
 from rich.table import Column, Table
 from rich.text import Text
 
-from jobs.execute import check_device_memory, check_memory, place_activations
 from jobs.quantities import duration
+from jobs.room import check_device_memory, check_memory, place_activations
 from pipeline.errors import PipelineError
 from pipeline.executor.protocol import Allocation, DeviceMemory, FunctionRunner, NodeRoom
+from pipeline.executor.worker_environment import GPU_MEMORY_SHARE
 from pipeline.plan import Plan
-from pipeline.planning.cost_model import GPU_MEMORY_SHARE, run_cost
+from pipeline.planning.cost_model import run_cost
 from pipeline.planning.estimates import Estimate, estimate
 from pipeline.planning.machines import Machine, Machines, known_machines, workers_on
 from pipeline.planning.micro_batch import in_fitting_micro_batches
@@ -164,8 +165,7 @@ def cost_json(cost: RunCost | str) -> Mapping[str, Any]:
 
 def cost_table(cost: RunCost) -> Table:
     """Seconds by stage, and what they sum up to."""
-    machine = cost.machine
-    kind = "GPU" if machine.device == "gpu" else "worker"
+    machine, kind = cost.machine, _kind(cost)
     table = Table(
         "stage",
         *(Column(name, justify="right") for name in ("seconds", "beside others")),
@@ -206,6 +206,11 @@ def costs_table(costs: Mapping[str, RunCost]) -> Table:
     return table
 
 
+def _kind(cost: RunCost) -> str:
+    """What hours are of."""
+    return "GPU" if cost.machine.device == "gpu" else "worker"
+
+
 def _dollars(cost: RunCost) -> str:
     return "–" if cost.price is None else f"${cost.price:.2f}"
 
@@ -215,4 +220,4 @@ def _price(cost: RunCost) -> tuple[str, str, Text]:
     if cost.price is None or rate is None:
         return "–", "", Text("set price_per_hour in a file of --rates")
     where = f", {cost.machine.price_source}" if cost.machine.price_source else ""
-    return _dollars(cost), "", Text(f"at ${rate:.2f} an hour{where}")
+    return _dollars(cost), "", Text(f"at ${rate:.2f} a {_kind(cost)}-hour{where}")

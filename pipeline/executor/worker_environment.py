@@ -14,7 +14,7 @@ from pipeline.storage.backend import PATIENCE_VARIABLE
 GPU_MEMORY_VARIABLE = "QUANTFLEET_GPU_MEMORY"
 """Environment variable: the share of its GPU's memory that a worker reserves when it starts; 0 for
 none, where memory is taken as it is needed."""
-_GPU_MEMORY_SHARE = 0.9
+GPU_MEMORY_SHARE = 0.9
 """A worker has its GPU for itself, and blocks of many sizes would leave gaps in memory that is
 taken piece by piece. The rest is for CUDA, its libraries and their programs."""
 
@@ -94,12 +94,12 @@ def _gpu_environment() -> dict[str, str]:
         "XLA_PYTHON_CLIENT_PREALLOCATE": "true" if share else "false",
         # JAX refuses to start where both are set, be it by a node's own environment.
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "",
-        "XLA_CLIENT_MEM_FRACTION": f"{share or _GPU_MEMORY_SHARE:g}",
+        "XLA_CLIENT_MEM_FRACTION": f"{share or GPU_MEMORY_SHARE:g}",
     }
 
 
 def _gpu_memory_share() -> float:
-    given = os.environ.get(GPU_MEMORY_VARIABLE, str(_GPU_MEMORY_SHARE))
+    given = os.environ.get(GPU_MEMORY_VARIABLE, str(GPU_MEMORY_SHARE))
     try:
         share = float(given)
     except ValueError:

@@ -194,17 +194,17 @@ def _layer_types(value: Any, model: ModelSettings) -> str | None:
         return None
     if any(wanted) and (slides := _slides(model)):
         return None if wanted == slides else "lets other layers see a window only"
-    windows = [o.sliding_window for o in model.backbone.layers if hasattr(o, "sliding_window")]
-    if any(wanted) and windows:
-        if not any(windows) or wanted == [bool(window) for window in windows]:
-            return None
-        return (
-            "lets other layers see a window only (set sliding_window to null if texts stay shorter)"
-        )
     # Of other kinds, or where blocks do not tell: the converter must have read them.
     parts = [model.config, *(p for p in dict(model.config).values() if isinstance(p, NotedConfig))]
     if all("layer_types" in part.keys_read for part in parts if "layer_types" in part):
         return None
+    windows = [o.sliding_window for o in model.backbone.layers if hasattr(o, "sliding_window")]
+    if any(wanted) and windows:
+        if wanted == [bool(own) for own in windows] or not (window or any(windows)):
+            return None
+        return (
+            "lets other layers see a window only (set sliding_window to null if texts stay shorter)"
+        )
     return "lets other layers see a window only" if any(wanted) else "has one kind of attention"
 
 

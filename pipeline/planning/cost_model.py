@@ -26,6 +26,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.executor.worker_environment import GPU_MEMORY_SHARE
 from pipeline.plan import PartPlan, Plan
 from pipeline.planning.estimates import estimate, hidden_features
 from pipeline.planning.machines import Machine
@@ -63,8 +64,6 @@ _COMMIT_PASSES = 4.0
 _MOST_HASHING_THREADS = 8
 _EVALUATED_PER_PASS = 1 << 15
 """Tokens of which a worker holds activations (`pipeline.worker.evaluate`)."""
-GPU_MEMORY_SHARE = 0.9
-"""Of a GPU's memory, what a worker reserves (`pipeline.executor.worker_environment`)."""
 
 
 def run_cost(

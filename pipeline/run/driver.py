@@ -222,14 +222,17 @@ class _Drive:
             [executor.submit(w, WorkerApi.restore, first, shards[w], start, place) for w in shards]
         )
         commit: _Commit | None = None
+        kept = start
         for block in range(first, plan.num_blocks):
             last = block + 1 == plan.num_blocks
             following = values if last else calls.read(block + 1)
             solved = calls.solve(block, values)
             if commit is not None:
                 self._conclude(commit)
-                if block % self.keep_every == 0:
-                    self._keep(block, shards)
+            # By how far they are, so that an attempt also keeps what the one before did not.
+            if block - kept >= self.keep_every:
+                self._keep(block, shards)
+                kept = block
             record = self._begin_commit(block, values, solved)
             if last:
                 executor.fetch([record])

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
-from pipeline.model.huggingface import Conversion, Conversions, converted_value, record_conversion
+from pipeline.model.conversion_recording import record_conversion
+from pipeline.model.huggingface import Conversion, Conversions, converted_value
 from pipeline.model.preset import CONFIG_FILE, SAFETENSORS_FILE, SAFETENSORS_INDEX_FILE, PresetFiles
 from pipeline.model.recorded_tensors import (
     ReadStored,

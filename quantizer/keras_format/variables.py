@@ -98,7 +98,11 @@ def decode_kernel(
 def decode_on_device(
     variables: Mapping[str, NDArray[Any]], layout: KernelLayout, scheme: Scheme, dtype: str
 ) -> Array:
-    """What `decode_kernel` gives, bit for bit, made on the device, and rounded to `dtype` there."""
+    """What `decode_kernel` gives, bit for bit, made on the device, and rounded to `dtype` there.
+
+    But for a scale below float32's normal numbers, 1.2e-38, which counts as zero in all of XLA's
+    programs: so do the numbers of such a group.
+    """
     with jax.enable_x64(True):  # for quotients (see `_divided`)
         decoded: Array = _decode_program(variables, layout, scheme, dtype)
         return decoded

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from jobs.execute import place_activations
+from jobs.room import place_activations
 from pipeline.executor.protocol import Allocation
 from pipeline.executor.worker_environment import worker_environment
 

@@ -3,95 +3,14 @@ from typing import Any
 
 import pytest
 
-from jobs.execute import (
-    Compute,
-    check_device_memory,
-    check_identity,
-    check_memory,
-    place_activations,
-)
+from jobs.execute import Compute, check_identity
 from pipeline.errors import PipelineError
-from pipeline.executor.protocol import Allocation, DeviceMemory, ExecutorError, NodeRoom
-from pipeline.planning.estimates import Estimate, estimate
+from pipeline.executor.protocol import Allocation, DeviceMemory
+from pipeline.planning.estimates import estimate
 from pipeline.remote_planning import Identity
 from tests.pipeline.tiny_runs import planned
 
 GIB = 1 << 30
-
-
-def needing(worker_bytes: int) -> Estimate:
-    return dataclasses.replace(estimate(planned("gptq").plan, 1), worker_bytes=worker_bytes)
-
-
-def rooms(*nodes: tuple[int, int]) -> list[NodeRoom]:
-    return [NodeRoom(workers=workers, memory_bytes=memory) for workers, memory in nodes]
-
-
-def test_workers_that_fit_are_let_through() -> None:
-    check_memory(needing(2 * GIB), rooms((2, 4 * GIB), (1, 2 * GIB)))
-    check_memory(needing(2 * GIB), [])
-
-
-@pytest.mark.parametrize(
-    ("nodes", "remedy"),
-    [
-        (rooms((1, 8 * GIB), (3, 5 * GIB)), "use --workers 2, or nodes with more memory"),
-        (rooms((1, 1 * GIB)), "lower num_samples, or use nodes with more memory"),
-    ],
-)
-def test_the_tightest_node_decides_and_the_remedy_fits(nodes: list[NodeRoom], remedy: str) -> None:
-    with pytest.raises(ExecutorError, match=r"needs about 2\.0 GiB") as raised:
-        check_memory(needing(2 * GIB), nodes)
-    assert remedy in str(raised.value)
-    assert "\n" not in str(raised.value)
-
-
-def test_a_gpu_that_is_too_small_is_named() -> None:
-    costs = dataclasses.replace(estimate(planned("gptq").plan, 1), device_bytes=30 * GIB)
-    large, small = (
-        DeviceMemory(node=f"node-{size}", kind="NVIDIA H100", num_bytes=size * GIB)
-        for size in (72, 24)
-    )
-    unknown = DeviceMemory(node="node-3", kind="cpu", num_bytes=None)
-    check_device_memory(costs, [large, unknown])
-    with pytest.raises(
-        ExecutorError,
-        match=r"needs about 30\.0 GiB, and on node-24 it has 24\.0 GiB of its NVIDIA H100; use "
-        r"more --workers.*lower num_samples",
-    ):
-        check_device_memory(costs, [large, small])
-    # More workers would not help.
-    scores = dataclasses.replace(costs, micro_batch_bytes=16 * GIB)
-    with pytest.raises(ExecutorError, match=r"16\.0 GiB of it for a single.*lower sequence_length"):
-        check_device_memory(scores, [large, small])
-
-
-def test_activations_wait_on_the_devices_if_all_have_room_for_them() -> None:
-    plan = planned("gptq").plan
-    on_gpu = dataclasses.replace(plan, machine={"platform": "gpu", "device": "NVIDIA H100"})
-    costs = estimate(on_gpu, 1)
-    assert costs.activations == "device"
-
-    def gpu(num_bytes: int | None) -> DeviceMemory:
-        return DeviceMemory(node="node", kind="NVIDIA H100", num_bytes=num_bytes)
-
-    enough, little = gpu(costs.device_bytes), gpu(costs.device_bytes - 1)
-    for devices in ([], [enough], [enough, gpu(None)]):
-        assert place_activations(costs, devices) == costs
-    beside = place_activations(costs, [enough, little])
-    assert beside.activations == "host"
-    # They count where they are, and so no longer for the device.
-    assert beside.device_bytes == costs.device_bytes - costs.held_bytes
-    assert beside.worker_bytes == costs.worker_bytes + costs.held_bytes
-    check_device_memory(beside, [enough, little])
-    with pytest.raises(ExecutorError, match="more memory") as raised:
-        check_memory(beside, rooms((1, costs.worker_bytes)))
-    assert "\n" not in str(raised.value)
-    # What does not fit even so is refused for what it needs then.
-    with pytest.raises(ExecutorError, match="wait in host memory already; lower sequence_length"):
-        check_device_memory(beside, [gpu(beside.device_bytes - 1)])
-    uncalibrated = estimate(dataclasses.replace(on_gpu, tokens=None), 1)
-    assert place_activations(uncalibrated, [gpu(1)]) == uncalibrated
 
 
 class Measured:

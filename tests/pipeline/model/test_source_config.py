@@ -28,6 +28,20 @@ SAVED = {
 }
 
 
+GPT_OSS = (
+    ({"swiglu_limit": 6.0}, "swiglu_limit is 6.0, but .* has 7.0"),
+    ({"experts_per_token": 3}, "experts_per_token is 3, but .* chooses 2"),
+    (
+        {"rope_parameters": {"rope_theta": 150000.0, **YARN, "beta_fast": 16.0}},
+        "beta_fast is 16.0, but .* has 32.0",
+    ),
+    (
+        {"rope_parameters": {"rope_theta": 150000.0, **YARN, "mscale": 0.7}},
+        "mscale is 0.7, which .* ignores",
+    ),
+)
+
+
 @pytest.fixture
 def checked(tmp_path: Path) -> Callable[[dict[str, Any]], Skeleton]:
     def build(config: dict[str, Any]) -> Skeleton:
@@ -115,20 +129,9 @@ def test_published_models_that_kerashub_computes_otherwise_are_refused(
             r"mlp_only_layers is \[1\], which .* ignores",
         ),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2, but .* made for 1"),
-        ("gpt_oss", {"swiglu_limit": 6.0}, "swiglu_limit is 6.0, but .* has 7.0"),
-        ("gpt_oss", {"experts_per_token": 3}, "experts_per_token is 3, but .* chooses 2"),
         # Of the same order, but one position more.
         ("gpt_oss", {"sliding_window": 8}, "sliding_window is 8, but .* sees 9 .* to null if"),
-        (
-            "gpt_oss",
-            {"rope_parameters": {"rope_theta": 150000.0, **YARN, "beta_fast": 16.0}},
-            "beta_fast is 16.0, but .* has 32.0",
-        ),
-        (
-            "gpt_oss",
-            {"rope_parameters": {"rope_theta": 150000.0, **YARN, "mscale": 0.7}},
-            "mscale is 0.7, which .* ignores",
-        ),
+        *(pytest.param("gpt_oss", *case, marks=pytest.mark.exhaustive) for case in GPT_OSS),
         ("bart", {"scale_embedding": True}, "scale_embedding is True, which .* ignores"),
         (
             "gemma3",
@@ -247,6 +250,7 @@ def test_a_window_that_is_not_in_use_is_none(checked: Callable[[dict[str, Any]],
     assert checked(config).backbone.sliding_window_size is None
 
 
+@pytest.mark.exhaustive
 def test_a_gpt_oss_without_windows_is_taken(checked: Callable[[dict[str, Any]], Skeleton]) -> None:
     config = PUBLISHED["gpt-oss-20b"] | {"sliding_window": None}
     assert checked(config).backbone.sliding_window is None

@@ -249,6 +249,19 @@ def test_activations_that_are_gone_or_damaged_are_computed_again(
     assert lasting(store) == expected("gptq")
 
 
+def test_activations_that_an_interruption_left_unkept_are_kept_by_the_next_attempt(
+    store: ObjectStore,
+) -> None:
+    """Else one that falls there again and again would have ever more blocks passed anew."""
+    with pytest.raises(CrashError):
+        execute(planned("gptq"), store, keep_every=2, report=crash_at(2))
+    assert not store.list("activations/")
+    steps: list[Step] = []
+    execute(planned("gptq"), store, keep_every=2, report=steps.append)
+    assert [step.part for step in steps if step.event == "kept"] == [2]
+    assert lasting(store) == expected("gptq")
+
+
 def test_old_activations_are_removed(store: ObjectStore) -> None:
     execute(planned("gptq"), store, keep_every=1)
     blocks = {key.split("/")[1] for key in store.list("activations/")}
