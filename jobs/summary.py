@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
+from jobs.expert_summary import ExpertSummary, planned_experts
 from jobs.quantities import count, size
 from pipeline.errors import DamagedObjectError
 from pipeline.evaluation.answers import TaskFidelity
@@ -67,6 +69,7 @@ class Summary:
         notes: the plan's.
         uncalibrated: why the layers that calibration gave nothing usable were rounded, by path.
         unseen_inputs: how many inputs were zero in all of calibration, by layer path.
+        experts: None where none is quantized.
     """
 
     plan_digest: str
@@ -87,6 +90,7 @@ class Summary:
     notes: tuple[str, ...]
     uncalibrated: dict[str, str]
     unseen_inputs: dict[str, int]
+    experts: ExpertSummary | None
     wall_seconds: float
     seconds: dict[str, float]
     flops: float
@@ -146,6 +150,7 @@ class Summary:
                 for layer in layers
                 if layer.account is not None and layer.account.get("dead_inputs")
             },
+            experts=ExpertSummary.of(plan, records),
             wall_seconds=wall_seconds,
             seconds=dict(seconds),
             flops=costs.flops,
@@ -260,6 +265,8 @@ def summary_table(summary: Summary) -> RenderableType:
         f"{size(summary.stored_bytes)}: blocks {size(summary.block_bytes)} ({bits:.1f} bits a "
         f"weight), embeddings {size(summary.embedding_bytes)}, rest {size(summary.rest_bytes)}",
     )
+    for name, text in summary.experts.rows() if summary.experts else ():
+        facts.add_row(name, text)
     if lost := summary.uncalibrated:
         facts.add_row("not calibrated", f"{len(lost)} layers, the first {next(iter(lost))}")
         facts.add_row("", Text(next(iter(lost.values()))))
@@ -374,11 +381,17 @@ def _forward(dtype: str, tokens: TokensPlan) -> str:
     )
 
 
+def _plain(name: str) -> str:
+    """A layer's name in its block, without the numbers that Keras gave what it is inside of."""
+    *parents, own = name.split("/")
+    return "/".join([*(re.sub(r"_\d+$", "", parent) for parent in parents), own])
+
+
 def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> RenderableType:
     """A plan before it runs: layers by scheme, calibration, costs, what stays in float and why."""
     layers = Table(
         *("layer", "scheme"),
-        *(Column(name, justify="right") for name in ("in × out", "row slices", "layers")),
+        *(Column(name, justify="right") for name in ("in × out", "slices", "layers")),
         title=f"{plan.model}: {plan.num_blocks} blocks"
         + (f", plan {plan.digest[:12]}" if plan.is_complete else ""),
     )
@@ -386,8 +399,12 @@ def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> Renderabl
     for part in plan.parts:
         for layer in part.layers:
             shape = f"{layer.in_features} × {layer.out_features}" if layer.in_features else "–"
+            if layer.experts:
+                shape = f"{layer.experts} × {shape}"
             scheme = layer.scheme.policy if layer.scheme else "float"
-            rows[(layer.name if part.part else layer.path, scheme, shape, layer.slices)] += 1
+            rows[
+                (_plain(layer.name) if part.part else layer.path, scheme, shape, layer.slices)
+            ] += 1
     for (name, scheme, shape, slices), number in rows.items():
         layers.add_row(Text(name), Text(scheme), shape, str(slices), str(number))
     facts = Table(show_header=False, box=None)
@@ -401,6 +418,8 @@ def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> Renderabl
         )
         if plan.device == "gpu":
             facts.add_row("computed in", _forward(plan.forward_dtype, tokens))
+    for name, text in planned_experts(plan, costs):
+        facts.add_row(name, text)
     facts.add_row("read", size(costs.source_bytes))
     facts.add_row("written, about", size(costs.result_bytes))
     waiting = ", beside the GPUs, which have no room for them"

@@ -16,7 +16,13 @@ from pipeline.errors import ArtifactError, DamagedObjectError
 from pipeline.export.manifest import find_exports, verify_export
 from pipeline.plain.plan import MODEL_KEY, is_plain
 from pipeline.run.commits import damaged_files
-from pipeline.run.records import ARTIFACT_PREFIX, MANIFEST_KEY, Manifest
+from pipeline.run.records import (
+    ARTIFACT_PREFIX,
+    CODES_PREFIX,
+    MANIFEST_KEY,
+    Manifest,
+    codes_key,
+)
 from pipeline.storage.object_store import ObjectStore, open_store
 
 
@@ -41,11 +47,13 @@ def verify_run(output_url: str, *, stock: bool, as_json: bool) -> None:
     with status("reading and hashing every export"):
         exports = _verify_exports(store, manifest)
     num_bytes = sum(entry.size_bytes for entry in manifest.files.values())
+    codes = [entry for key, entry in manifest.files.items() if key.startswith(CODES_PREFIX)]
     load = _load_plain if is_plain(manifest) else _load
     loaded = load(store, manifest) if stock else None
     found = {
         "files": len(manifest.files),
         "bytes": num_bytes,
+        "codes_bytes": sum(entry.size_bytes for entry in codes),
         "plan_digest": manifest.plan_digest,
         "exports": exports,
         "stock": loaded,
@@ -54,6 +62,11 @@ def verify_run(output_url: str, *, stock: bool, as_json: bool) -> None:
         f"{store.url(MANIFEST_KEY)}: {len(manifest.files)} files, {num_bytes:,} bytes, all match "
         "the manifest"
     )
+    if codes:
+        text += (
+            f"; {found['codes_bytes']:,} bytes of these are codes of experts, which stock KerasHub "
+            "loads as float"
+        )
     if exports:
         text += f"; so do those of {', '.join(exports)}"
     if as_json:
@@ -89,11 +102,19 @@ def _load(store: ObjectStore, manifest: Manifest) -> str:
     with tempfile.TemporaryDirectory(prefix="quantfleet-verify-") as folder:
         with status("downloading the artifact"):
             for key, entry in sorted(manifest.files.items()):
-                path = Path(folder, key.removeprefix(ARTIFACT_PREFIX))
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(store.get(key, sha256=entry.sha256, size=entry.size_bytes))
+                if key.startswith(ARTIFACT_PREFIX):
+                    path = Path(folder, key.removeprefix(ARTIFACT_PREFIX))
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(store.get(key, sha256=entry.sha256, size=entry.size_bytes))
+
+        def codes(part: int) -> bytes | None:
+            entry = manifest.files.get(codes_key(part))
+            if entry is None:
+                return None
+            return store.get(codes_key(part), sha256=entry.sha256, size=entry.size_bytes)
+
         with status("checking its files"):
-            inspect_artifact(Path(folder))
+            inspect_artifact(Path(folder), codes)
         with status("loading it with stock KerasHub"):
             answer = ask_stock([folder], [example_inputs(Path(folder))])
     if not np.isfinite(answer.outputs[0]).all():

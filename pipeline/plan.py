@@ -39,13 +39,19 @@ class LayerPlan:
 
     Attributes:
         name: the path within its block; outside the blocks, the path.
-        in_features, out_features: of the matrix; of an embedding, length and number of vectors.
+        in_features, out_features: of the matrix; of an embedding, length and number of vectors;
+            of a bank of experts, of one expert.
         scheme: how it is quantized; None leaves it in float.
         note: why it stays in float, if not because of its recipe; of a layer with a foldable awq
             that has no input scales, why not.
-        slices: ranges of output channels that different workers may solve.
+        slices: ranges of output channels, or of experts with inputs of their own, that different
+            workers may solve.
         stacked_weights: of a layer that stock Keras cannot load quantized: the weights of the
-            matrices that it stacks, as experts do; omitted where there are none.
+            matrices that it stacks; omitted where there are none.
+        experts: of a variable that holds the matrices of several experts, how many; omitted of
+            ordinary layers.
+        experts_per_token: of these, to how many its block sends a token; omitted where it is not
+            known.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -59,10 +65,17 @@ class LayerPlan:
     note: str = ""
     slices: int = 1
     stacked_weights: int = 0
+    experts: int = 0
+    experts_per_token: int = 0
 
     @property
     def num_weights(self) -> int:
-        return self.in_features * self.out_features + self.stacked_weights
+        return self.in_features * self.num_rows + self.stacked_weights
+
+    @property
+    def num_rows(self) -> int:
+        """Output channels of the matrix, or of all experts' matrices."""
+        return self.out_features * max(1, self.experts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +114,8 @@ class InputGroup:
         targets: the layers' names within the block, in the order of their calls.
         fold: what takes up the input scales of layers with a foldable awq; omitted where nothing
             does.
+        experts: where each expert has an input of its own, the number of experts: statistics are
+            then by expert, over the rows that the block sends to it; omitted otherwise.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -109,6 +124,7 @@ class InputGroup:
     in_features: int
     statistics: StatisticsKind
     fold: Fold | None = None
+    experts: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,11 +228,14 @@ class Plan(StoredRecord):
         if self.tokens is not None and not self.tokens.largest_array_bytes:
             del values["tokens"]["largest_array_bytes"]
         for layer in (layer for part in values["parts"] for layer in part["layers"]):
-            if not layer["stacked_weights"]:
-                del layer["stacked_weights"]
+            for name in ("stacked_weights", "experts", "experts_per_token"):
+                if not layer[name]:
+                    del layer[name]
         for group in (group for part in values["parts"] for group in part["groups"]):
             if group["fold"] is None:
                 del group["fold"]
+            if not group["experts"]:
+                del group["experts"]
         return values
 
     @property

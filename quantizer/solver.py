@@ -24,7 +24,7 @@ from quantizer.gptq.solve import (
 )
 from quantizer.hessian import CalibrationStatistics, HessianSum, MagnitudeSum
 from quantizer.problem import LayerProblem, RowGroups
-from quantizer.result import Float32, SolveResult
+from quantizer.result import Float32, SolveReport, SolveResult
 from quantizer.rtn import solve_float8, solve_int
 from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
 
@@ -137,6 +137,23 @@ def solve_rows(
     assert isinstance(statistics, HessianSum)
     rows = cut_rows(_corrected(layer, statistics, None, scheme))
     return solve_slices([rows[number] for number in slices], share_input(statistics, scheme))
+
+
+def uncalibrated(report: SolveReport, obstacle: str, out_features: int) -> SolveReport:
+    """The report of a layer that was solved without knowledge of its inputs.
+
+    Args:
+        obstacle: why it could not be calibrated.
+    """
+    return replace(
+        report,
+        output_error=None,
+        rtn_output_error=None,
+        kept="rtn",
+        rtn_rows=out_features,
+        num_rows=0,
+        reason=f"not calibrated, rounded to nearest: {obstacle}",
+    )
 
 
 def _solve_gptq(

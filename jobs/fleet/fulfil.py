@@ -40,7 +40,7 @@ from pipeline.run.claim import claim
 from pipeline.run.commits import Finding, damaged_files, read_manifest
 from pipeline.run.evaluations import Evaluation
 from pipeline.run.lease import Lease
-from pipeline.run.records import ARTIFACT_PREFIX, MANIFEST_KEY, Manifest
+from pipeline.run.records import MANIFEST_KEY, Manifest, is_weights_file
 from pipeline.storage.object_store import ObjectStore
 
 
@@ -336,11 +336,7 @@ def _known_fidelity(root: ObjectStore, request: Request, artifact: _Artifact) ->
 
 
 def _judge(request: Request, artifact: _Artifact, fidelity: Fidelity | None) -> Verdict:
-    weights = [
-        entry.size_bytes
-        for key, entry in artifact.manifest.files.items()
-        if key.startswith(f"{ARTIFACT_PREFIX}model_") and key.endswith(".weights.h5")
-    ]
+    files = artifact.manifest.files.items()
     return Verdict(
         request_id=request.request_id,
         model=request.model,
@@ -349,7 +345,7 @@ def _judge(request: Request, artifact: _Artifact, fidelity: Fidelity | None) -> 
         plan_digest=artifact.plan.digest,
         manifest_sha256=artifact.manifest.record_sha256,
         source_bytes=sum(part.source_bytes for part in artifact.plan.parts),
-        stored_bytes=sum(weights),
+        stored_bytes=sum(entry.size_bytes for key, entry in files if is_weights_file(key)),
         quality=quality_figures(fidelity),
         gate=None if request.gate is None else request.gate.model_dump(),
         failures=failures(request.gate, fidelity),

@@ -24,7 +24,7 @@ from pipeline.errors import DamagedObjectError, PipelineError
 from pipeline.plan import PLAN_KEY, read_plan
 from pipeline.run import lease
 from pipeline.run.events import EVENTS_PREFIX, read_events, seconds_per_part
-from pipeline.run.records import ARTIFACT_PREFIX, MANIFEST_KEY, RECORDS_PREFIX
+from pipeline.run.records import MANIFEST_KEY, RECORDS_PREFIX, is_weights_file
 from pipeline.storage.backend import Version
 from pipeline.storage.object_store import ObjectStore
 
@@ -63,11 +63,7 @@ def run_status(store: ObjectStore, *, term_seconds: float = lease.TERM_SECONDS) 
     """Examine the run at the store's root; no cluster needs to be alive."""
     known = store.versions()
     done = sum(1 for key in known if key.startswith(RECORDS_PREFIX))
-    stored = sum(
-        version.size_bytes
-        for key, version in known.items()
-        if key.startswith(f"{ARTIFACT_PREFIX}model_") and key.endswith(".weights.h5")
-    )
+    stored = sum(one.size_bytes for key, one in known.items() if is_weights_file(key))
     beats = [version.modified for key, version in known.items() if key.startswith(lease.PREFIX)]
     heartbeat = max(0.0, time.time() - max(beats)) if beats else None
     found = RunStatus(

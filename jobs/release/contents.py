@@ -27,6 +27,7 @@ from pipeline.recipe.recipe_file import recipe_from_dict
 from pipeline.run.evaluations import Evaluation, find_evaluations
 from pipeline.run.records import (
     ARTIFACT_PREFIX,
+    CODES_PREFIX,
     MANIFEST_KEY,
     FileDigest,
     LayerRecord,
@@ -173,10 +174,14 @@ def _number(record: PartRecord) -> int:
 def artifact_files(run: FinishedRun) -> dict[str, StoredFile]:
     """The files of a run's artifact, by their names in a release.
 
-    A card that came along from the source makes room for the result's own.
+    A card that came along from the source makes room for the result's own. Codes stay with the
+    run: stock KerasHub, which a release of the artifact is for, reads none, and exports are
+    releases of their own.
     """
     files = {}
     for key, digest in sorted(run.manifest.files.items()):
+        if key.startswith(CODES_PREFIX):
+            continue
         name = key.removeprefix(ARTIFACT_PREFIX)
         name = _SOURCES_CARD if name == CARD_FILE else name
         files[name] = StoredFile(store=run.store, key=key, digest=digest)

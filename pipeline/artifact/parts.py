@@ -17,6 +17,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.artifact.codes_file import codes_file_bytes
 from pipeline.artifact.weights_file import read_weights_file, weights_file_bytes
 from pipeline.canonical import canonical_json, sha256
 from pipeline.errors import ArtifactError, DamagedObjectError, WeightsFileError
@@ -27,9 +28,11 @@ from pipeline.plan import Plan
 from pipeline.run.commits import commit_manifest, damaged_files
 from pipeline.run.records import (
     ARTIFACT_PREFIX,
+    FileDigest,
     LayerRecord,
     Manifest,
     PartRecord,
+    codes_key,
     file_key,
     manifest_of,
 )
@@ -210,8 +213,8 @@ def encode_solved_part(
     previous: str,
     values: Values,
     solved: Mapping[str, SolvedLayer],
-) -> tuple[PartRecord, bytes]:
-    """A part's record, and the bytes of its file.
+) -> tuple[PartRecord, dict[str, bytes]]:
+    """A part's record, and the files that it names, by storage key.
 
     Args:
         previous: digest of the record of the block before; "" where there is none.
@@ -219,20 +222,29 @@ def encode_solved_part(
         solved: the quantized layers, by path.
     """
     arrays: dict[str, NDArray[Any]] = {}
+    banks = {path: layer.codes for path, layer in solved.items() if layer.codes is not None}
     for path, layer in solved.items():
-        arrays |= part.layer_values(path, layer.variables)
+        if path not in banks:
+            arrays |= part.layer_values(path, layer.variables)
     for stored in part.variables:
-        if stored.name_path not in arrays:
-            arrays[stored.name_path] = values[str(stored.variable.path)]
+        path = str(stored.variable.path)
+        if path in banks:
+            arrays[stored.name_path] = banks[path].kernel(np.dtype(stored.dtype))
+        elif stored.name_path not in arrays:
+            arrays[stored.name_path] = values[path]
     layers = plan.parts[part.number].layers
     # Format 1 did not compress the kernels of float8.
     float8 = {layer.path for layer in layers if isinstance(layer.scheme, Float8Scheme)}
     compressed = set() if plan.weights_format == 1 else float8
     data = encode_part(part, arrays, compressed_layers=compressed)
+    files = {file_key(part.number): data}
+    if banks:
+        files[codes_key(part.number)] = codes_file_bytes(banks)
     record = PartRecord(
         part=part.number,
         plan_digest=plan.digest,
         file=file_key(part.number),
+        codes=FileDigest.of(files[codes_key(part.number)]) if banks else None,
         sha256=sha256(data),
         size_bytes=len(data),
         loaded_bytes=part.num_bytes,
@@ -247,7 +259,7 @@ def encode_solved_part(
             for layer in layers
         ),
     )
-    return record, data
+    return record, files
 
 
 def finalize(

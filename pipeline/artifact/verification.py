@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.artifact.parts import cut_parts, decode_part, weights_index
+from pipeline.artifact.codes_file import read_codes_file
+from pipeline.artifact.parts import Part, cut_parts, decode_part, weights_index
 from pipeline.artifact.weights_file import read_weights_file
 from pipeline.calibration.windows import TokenWindows
 from pipeline.errors import ArtifactError
@@ -29,15 +30,22 @@ from pipeline.model.blocks import find_blocks
 from pipeline.model.inputs import input_layout
 from pipeline.model.preset import INDEX_FILE, TASK_WEIGHTS_FILE, read_preset
 from pipeline.model.skeleton import build_skeleton, check_trusted
+from quantizer.expert_codes import ExpertCodes
 
 _TOKENS = 16
 
 
-def inspect_artifact(folder: Path) -> None:
+def inspect_artifact(
+    folder: Path, codes: Callable[[int], bytes | None] = lambda _part: None
+) -> None:
     """Check that a preset holds nothing but a KerasHub model.
 
     Its JSON may name only classes of Keras and KerasHub; its weights files must hold exactly the
-    model's variables, and no more bytes than those take.
+    model's variables, and no more bytes than those take; and experts must be what their codes stand
+    for.
+
+    Args:
+        codes: gives a part's file of codes, if it has one.
 
     Raises:
         PipelineError: names the file and what is wrong with it.
@@ -62,11 +70,26 @@ def inspect_artifact(folder: Path) -> None:
                 f"{folder}/{name}: a weights file that does not belong to the model"
             )
     for part in parts:
-        decode_part(part, (folder / part.file).read_bytes())
+        values = decode_part(part, (folder / part.file).read_bytes())
+        beside = codes(part.number)
+        if beside is not None:
+            _check_codes(part, values, read_codes_file(beside))
     if TASK_WEIGHTS_FILE in preset.sizes:
         # At most the whole model in float32.
         most = sum(4 * math.prod(variable.shape) for variable in skeleton.model.variables)
         read_weights_file((folder / TASK_WEIGHTS_FILE).read_bytes(), max_bytes=most)
+
+
+def _check_codes(
+    part: Part, values: Mapping[str, NDArray[Any]], banks: Mapping[str, ExpertCodes]
+) -> None:
+    stored = {str(one.variable.path): values[one.name_path] for one in part.variables}
+    for path, bank in sorted(banks.items()):
+        if path not in stored or not np.array_equal(bank.kernel(stored[path].dtype), stored[path]):
+            raise ArtifactError(
+                f"{part.file}: the values of {path} are not what its codes stand for; they are of "
+                "another run"
+            )
 
 
 def example_inputs(folder: Path) -> dict[str, NDArray[Any]]:

@@ -5,7 +5,7 @@ Everything that cannot be exported is refused here, before any weights are read.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.artifact.codes_file import read_codes_file
 from pipeline.artifact.parts import Part, cut_parts, decode_part
 from pipeline.errors import ExportError
 from pipeline.export.code_formats import CodeFormat, ExportFormat
-from pipeline.export.codes import Matrix, awq_refused, join_matrix, kernel_codes
+from pipeline.export.codes import Matrix
+from pipeline.export.experts import expert_kernel, expert_matrix
 from pipeline.export.folding import Divisor, divisors, folds_of
 from pipeline.export.formats import (
     Tensors,
@@ -26,6 +28,7 @@ from pipeline.export.formats import (
     quantization_config,
 )
 from pipeline.export.kernels import ExportedTensor, ServingKernel, serving_kernel
+from pipeline.export.module_formats import joined_kernels, module_formats
 from pipeline.export.tensor_names import tensor_names
 from pipeline.fold import Fold
 from pipeline.model.blocks import find_blocks
@@ -33,10 +36,10 @@ from pipeline.model.checkpoint_config import CheckpointConfig, checkpoint_config
 from pipeline.model.preset import PresetFiles
 from pipeline.model.skeleton import build_skeleton
 from pipeline.model.tensor_places import TensorPlace, TensorPlaces, find_places
-from pipeline.model.weight_layout import StoredVariable
 from pipeline.plan import Plan
+from quantizer.expert_codes import ExpertCodes
 from quantizer.keras_format.variables import decode_embedding, decode_kernel
-from quantizer.schemes import AWQScheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
+from quantizer.schemes import Int4Scheme, Int8Scheme, Scheme
 
 _TABLES = ("embeddings", "reverse_embeddings")
 
@@ -92,16 +95,18 @@ class Checkpoint:
         """Name of a part's file, as transformers names shards."""
         return f"model-{number + 1:05d}-of-{len(self.parts):05d}.safetensors"
 
-    def encode(self, number: int, data: bytes) -> Tensors:
+    def encode(self, number: int, data: bytes, codes: bytes | None = None) -> Tensors:
         """The checkpoint's tensors of one part.
 
         Args:
             data: the part's file in the artifact.
+            codes: the part's file of codes, if it has one.
 
         Raises:
             ExportError: values that the wanted dtype cannot hold, or that are off their grid.
         """
-        values = _Values(self, number, decode_part(self.parts[number], data))
+        banks = {} if codes is None else read_codes_file(codes)
+        values = _Values(self, number, decode_part(self.parts[number], data), banks)
         tensors: Tensors = {}
         for place in self.tensors[number]:
             tensors |= values.tensors(place)
@@ -125,11 +130,15 @@ class Checkpoint:
         head = ["lm_head"] if self.generates else []
         return tuple(module for module in [*named, *head] if module not in self.formats)
 
+    def _layer(self, path: str) -> str:
+        """What has the scheme of a variable: its layer, or a bank of experts itself."""
+        return path if path in self.schemes else path.rpartition("/")[0]
+
     def report(self) -> tuple[ExportedTensor, ...]:
         """Every matrix, in the model's order."""
         rows = []
         for place in (place for of_part in self.tensors for place in of_part):
-            layers = tuple(dict.fromkeys(path.rpartition("/")[0] for path in place.variables))
+            layers = tuple(dict.fromkeys(map(self._layer, place.variables)))
             quantized = [self.schemes[layer] for layer in layers if layer in self.schemes]
             if place.input_axis is None and not quantized:
                 continue
@@ -139,7 +148,9 @@ class Checkpoint:
             module = self.names[place.name].rpartition(".")[0]
             found = self.formats.get(module)
             kernel = ServingKernel(name="dense")
-            if found is not None:
+            if found is not None and place.name in self.places.experts:
+                kernel = expert_kernel(found)
+            elif found is not None:
                 kernel = serving_kernel(module, self.format, self.formats)
             elif quantized:
                 kernel = ServingKernel(name="dense", reason="dequantized: no memory is saved")
@@ -160,9 +171,14 @@ class _Values:
     """One part's values, and what becomes of them."""
 
     def __init__(
-        self, checkpoint: Checkpoint, number: int, values: Mapping[str, NDArray[Any]]
+        self,
+        checkpoint: Checkpoint,
+        number: int,
+        values: Mapping[str, NDArray[Any]],
+        banks: Mapping[str, ExpertCodes],
     ) -> None:
         self._checkpoint = checkpoint
+        self._banks = banks
         self._values = values
         self._stored = {str(s.variable.path): s for s in checkpoint.in_float[number].variables}
         self._own: dict[str, dict[str, NDArray[Any]]] = {}
@@ -187,7 +203,10 @@ class _Values:
         # Zeros where the model reads nothing.
         tensor = np.zeros(place.shape, np.result_type(*dtypes))
         for path, value in values.items():
-            checkpoint.places.scatter(path, value, tensor)
+            if place.name in checkpoint.places.experts:
+                tensor[...] = checkpoint.places.experts[place.name].of(value)
+            else:
+                checkpoint.places.scatter(path, value, tensor)
         with np.errstate(over="ignore"):  # reported below
             cast = tensor.astype(checkpoint.dtype)
         if not np.isfinite(cast.astype(np.float32)).all():
@@ -199,8 +218,8 @@ class _Values:
     def check_constants(self) -> None:
         """Check that what KerasHub's converter fills with constants still holds them."""
         for path in self._stored:
-            conversion = self._checkpoint.places.conversions[path]
-            if conversion.constant is None:
+            conversion = self._checkpoint.places.conversions.get(path)
+            if conversion is None or conversion.constant is None:
                 continue
             if not np.array_equal(self._dense(path), conversion.constant):
                 raise ExportError(
@@ -211,7 +230,13 @@ class _Values:
 
     def _matrix(self, place: TensorPlace) -> Matrix:
         checkpoint = self._checkpoint
-        return _matrix(checkpoint.places, place, checkpoint.schemes, self._own, self._divisors)
+        expert = checkpoint.places.experts.get(place.name)
+        if expert is not None:
+            module = checkpoint.names[place.name].rpartition(".")[0]
+            return expert_matrix(self._banks[expert.variable], expert, checkpoint.formats[module])
+        return joined_kernels(
+            checkpoint.places, place, checkpoint.schemes, self._own, self._divisors
+        )
 
     def _folded(self, path: str) -> NDArray[Any]:
         """A variable's value in float, with the input scales that it takes up."""
@@ -231,22 +256,6 @@ class _Values:
             length = stored.shape[0 if reverse else 1]
             return decode_embedding(own, scheme, length, reverse=reverse)
         return self._values[stored.name_path]
-
-
-def _matrix(
-    places: TensorPlaces,
-    place: TensorPlace,
-    schemes: Mapping[str, Scheme],
-    own: Mapping[str, Mapping[str, NDArray[Any]]],
-    divisors: Mapping[str, Divisor],
-) -> Matrix:
-    kernels = {}
-    for path in place.variables:
-        layer = path.rpartition("/")[0]
-        kernel = kernel_codes(own[layer], places.layouts[path], schemes[layer], layer)
-        divisor = divisors.get(path)
-        kernels[path] = kernel if divisor is None else divisor.divided_codes(kernel)
-    return join_matrix(place, places, kernels)
 
 
 def plan_checkpoint(
@@ -297,7 +306,7 @@ def lay_out(
     places = find_places(config.folder, plain)
     for part in in_float:
         for stored in part.variables:
-            if str(stored.variable.path) not in places.conversions:
+            if str(stored.variable.path) not in places.variables:
                 raise ExportError(
                     f"{stored.variable.path}: KerasHub's converter gives it no value, so a Hugging "
                     "Face checkpoint has no place for it; the model cannot be exported"
@@ -316,75 +325,6 @@ def lay_out(
         formats={},
     )
     if as_format != "dense":
-        checkpoint = replace(checkpoint, formats=_formats(checkpoint))
+        checkpoint = replace(checkpoint, formats=module_formats(checkpoint))
         check_format(as_format, checkpoint.formats)
     return checkpoint
-
-
-def _formats(checkpoint: Checkpoint) -> dict[str, CodeFormat]:
-    """The format of each module's codes, found by moving zeros to where the codes will go."""
-    known: dict[Hashable, CodeFormat] = {}
-    found = {}
-    for number, of_part in enumerate(checkpoint.tensors):
-        variables: dict[str, list[StoredVariable]] = {}
-        for stored in checkpoint.parts[number].variables:
-            variables.setdefault(stored.layer_path, []).append(stored)
-        for place in of_part:
-            layers = [path.rpartition("/")[0] for path in place.variables]
-            schemes = [checkpoint.schemes.get(layer) for layer in layers]
-            if place.input_axis is None or not any(schemes):
-                continue
-            _check_layers(place, layers, schemes, checkpoint.format)
-            key = (checkpoint.places.signature(place.name), *map(repr, schemes))
-            if key not in known:
-                own = {
-                    layer: _stand_ins(variables[layer], checkpoint.schemes[layer])
-                    for layer in layers
-                }
-                known[key] = _matrix(checkpoint.places, place, checkpoint.schemes, own, {}).format
-            found[checkpoint.names[place.name].rpartition(".")[0]] = known[key]
-    return found
-
-
-def _check_layers(
-    place: TensorPlace,
-    layers: Sequence[str],
-    schemes: Sequence[Scheme | None],
-    as_format: ExportFormat,
-) -> None:
-    for layer, scheme in zip(layers, schemes, strict=True):
-        if isinstance(scheme, AWQScheme) and not scheme.foldable:
-            raise awq_refused(layer)
-        if scheme is None:
-            raise ExportError(
-                f"{layer}: not quantized, but {place.name} holds it together with "
-                f"{', '.join(x for x in layers if x != layer)}; quantize all of them by one "
-                "scheme, or use --format dense"
-            )
-    if place.input_axis == 0 and as_format == "compressed-tensors":
-        raise ExportError(
-            f"{layers[0]}: transformers has {place.name} in a Conv1D, which compressed-tensors "
-            "cannot hold; use --format gptq or dense"
-        )
-
-
-def _stand_ins(stored: Sequence[StoredVariable], scheme: Scheme) -> dict[str, NDArray[Any]]:
-    """Variables of the right shapes, with the groups that the scheme has and any codes."""
-    made = {one.name: np.zeros(one.shape, np.dtype(one.dtype)) for one in stored}
-    size, zero = -1, 0
-    match scheme:
-        case GPTQScheme():
-            size = scheme.group_size
-            zero = 2 ** (scheme.weight_bits - 1) if scheme.symmetric else 0
-        case AWQScheme():
-            size = scheme.group_size
-        case Int4Scheme():
-            size = scheme.block_size
-    for name, value in made.items():
-        if name == "g_idx":
-            value[:] = np.arange(value.size) // (value.size if size == -1 else size)
-        elif name == "kernel_zero":
-            value[...] = zero
-        elif name.endswith("_scale"):
-            value[...] = 1
-    return made

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pipeline.errors import ExportError
 from pipeline.export.code_formats import CodeFormat, ExportFormat
 from pipeline.export.codes import Matrix
+from pipeline.export.experts import check_experts, targets
 from pipeline.export.packing import pack_gptq, pack_quantized
 
 Tensors = dict[str, NDArray[Any]]
@@ -82,6 +83,7 @@ def check_format(as_format: ExportFormat, formats: Formats) -> None:
         ExportError: it cannot.
     """
     if as_format != "gptq":
+        check_experts(formats)
         return
     for module, found in formats.items():
         if found.is_float or found.activations != "float":
@@ -145,7 +147,7 @@ def _compressed_tensors_config(formats: Formats, in_float: tuple[str, ...]) -> d
         "config_groups": {
             f"group_{number}": {
                 # By name: the class "Linear" would include layers that were left in float.
-                "targets": modules,
+                "targets": targets(modules),
                 "weights": _weight_arguments(found),
                 "input_activations": _input_arguments(found),
                 "output_activations": None,

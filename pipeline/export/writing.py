@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import ConfigDict, Field
 
+from pipeline.artifact.safetensors_file import safetensors_bytes
 from pipeline.canonical import canonical_json, digest_of, sha256
 from pipeline.errors import MissingObjectError, ObjectExistsError, PlanMismatchError
 from pipeline.export.checkpoint import Checkpoint
@@ -23,8 +24,7 @@ from pipeline.export.manifest import (
     ExportRequest,
     verify_export,
 )
-from pipeline.export.safetensors_file import safetensors_bytes
-from pipeline.run.commits import committed_file
+from pipeline.run.commits import committed_codes, committed_file
 from pipeline.run.records import FileDigest, Manifest
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.record import STRICT, StoredRecord
@@ -84,7 +84,7 @@ def write_checkpoint(
     small["model.safetensors.index.json"] = canonical_json(index)
     for name, data in sorted(small.items()):
         store.create(name, data)
-        files[name] = _digest(data)
+        files[name] = FileDigest.of(data)
     made = ExportManifest(request=request, files=files, tensors=checkpoint.report())
     verify_export(store, made)
     store.create(EXPORT_KEY, made.to_json())
@@ -157,14 +157,10 @@ def _committed(store: ObjectStore, number: int, file: str) -> _PartRecord | None
 def _write_part(
     checkpoint: Checkpoint, run: ObjectStore, store: ObjectStore, number: int
 ) -> _PartRecord:
-    tensors = checkpoint.encode(number, committed_file(run, number))
+    tensors = checkpoint.encode(number, committed_file(run, number), committed_codes(run, number))
     data = safetensors_bytes(tensors)
     sizes = {name: int(array.nbytes) for name, array in sorted(tensors.items())}
-    record = _PartRecord(number=number, file=_digest(data), tensors=sizes)
+    record = _PartRecord(number=number, file=FileDigest.of(data), tensors=sizes)
     store.create(checkpoint.file(number), data)
     store.create(_part_key(number), record.to_json())
     return record
-
-
-def _digest(data: bytes) -> FileDigest:
-    return FileDigest(sha256=sha256(data), size_bytes=len(data))

@@ -186,8 +186,9 @@ def _same(a: Any, b: Any) -> bool:
         return json.dumps(a, sort_keys=True, default=str) == json.dumps(
             b, sort_keys=True, default=str
         )
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return list(a) == list(b)
+    if isinstance(a, list | tuple) or isinstance(b, list | tuple):
+        # Without layers of some kind, KerasHub keeps an empty list where None was given.
+        return list(a or ()) == list(b or ())
     return bool(a == b)
 
 

@@ -1,4 +1,4 @@
-"""The layers that stock Keras can load quantized: why not others, and what reaches them."""
+"""What of a model can be quantized: layers that stock Keras loads so, and experts; not others."""
 
 from __future__ import annotations
 
@@ -20,16 +20,25 @@ from quantizer.keras_format.model_layers import (
     walk,
     watched_calls,
 )
+from quantizer.problem import KernelAxes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A layer that can be quantized."""
+    """What can be quantized: a layer, or a variable that holds the matrices of experts."""
 
     path: str
     name: str
     """The path within its block; outside the blocks, the path."""
     layer: keras.layers.Layer
+    variable: Any = None
+    """Of a bank of experts: the layer's variable [experts, in_features, out_features]. The path is
+    then that of the variable."""
+
+    @property
+    def num_experts(self) -> int:
+        """Matrices of one shape that the variable holds; 0 of a layer that is a matrix itself."""
+        return 0 if self.variable is None else int(self.variable.shape[0])
 
     @property
     def layer_kind(self) -> LayerKind:
@@ -37,21 +46,34 @@ class Target:
 
     @property
     def in_features(self) -> int:
-        """Inputs of the matrix; of an embedding, the length of its vectors."""
+        """Inputs of the matrix, or of each expert's; of an embedding, the length of its vectors."""
+        if self.variable is not None:
+            return int(self.variable.shape[1])
         if self.layer_kind == "embedding":
             return int(self.layer.output_dim)
         return kernel_layout(self.layer).in_features
 
     @property
     def out_features(self) -> int:
-        """Outputs of the matrix; of an embedding, the number of tokens."""
+        """Outputs of the matrix, or of each expert's; of an embedding, the number of tokens."""
+        if self.variable is not None:
+            return int(self.variable.shape[2])
         if self.layer_kind == "embedding":
             return int(self.layer.input_dim)
         return kernel_layout(self.layer).out_features
 
     @property
+    def axes(self) -> KernelAxes:
+        """The kernel as one matrix; a bank's rows are the outputs of all experts in turn."""
+        if self.variable is not None:
+            return KernelAxes(tuple(self.variable.shape), in_axes=(1,), out_axes=(0, 2))
+        return kernel_layout(self.layer)
+
+    @property
     def kernel_path(self) -> str:
         """Path of the kernel's variable, unless the layer is an embedding."""
+        if self.variable is not None:
+            return str(self.variable.path)
         return str(self.layer._kernel.path)
 
     @property
@@ -73,25 +95,26 @@ class Unsupported:
     path: str
     reason: str
     num_weights: int
-    """Of the matrices that it stacks in variables of three axes or more, as experts are; not of
-    convolutions and tables of positions, which no scheme is for."""
+    """Of the matrices that it stacks in variables of three axes or more; not of convolutions and
+    tables of positions, which no scheme is for."""
 
 
 def find_targets(
     layers: Iterable[keras.layers.Layer], *, prefix: str = "", embeddings: bool = False
 ) -> tuple[Target, ...]:
-    """The quantizable layers among these and inside them, depth first, each once.
+    """The quantizable layers and experts among these and inside them, depth first, each once.
 
     Args:
         prefix: removed from a path to get the target's name.
         embeddings: whether to include embeddings.
     """
     kinds = WITH_KERNEL + WITH_TABLE if embeddings else WITH_KERNEL
-    return tuple(
-        Target(path=layer.path, name=layer.path.removeprefix(prefix).lstrip("/"), layer=layer)
-        for layer, parents in walk(layers)
-        if type(layer) in kinds and obstacle(layer, parents) is None
-    )
+    found: list[Target] = []
+    for layer, parents in walk(layers):
+        if type(layer) in kinds and obstacle(layer, parents) is None:
+            found.append(_target(layer.path, prefix, layer))
+        found += [_target(one.path, prefix, layer, one) for one in _banks(layer)]
+    return tuple(found)
 
 
 def find_unsupported(layers: Iterable[keras.layers.Layer]) -> tuple[Unsupported, ...]:
@@ -99,15 +122,34 @@ def find_unsupported(layers: Iterable[keras.layers.Layer]) -> tuple[Unsupported,
     return tuple(
         Unsupported(path=layer.path, reason=reason, num_weights=_stacked_weights(layer))
         for layer, parents in walk(layers)
-        if (reason := obstacle(layer, parents)) is not None
+        if (reason := obstacle(layer, parents)) is not None and not _banks(layer)
     )
 
 
+def _target(path: str, prefix: str, layer: keras.layers.Layer, variable: Any = None) -> Target:
+    name = path.removeprefix(prefix).lstrip("/")
+    return Target(path=path, name=name, layer=layer, variable=variable)
+
+
+def _banks(layer: keras.layers.Layer) -> list[Any]:
+    """The variables [experts, in_features, out_features] of a layer that holds many experts.
+
+    Whether a block uses them so is known once it has been traced (see
+    `pipeline.worker.expert_products`).
+    """
+    num_experts = getattr(layer, "num_experts", 0)
+    return [one for one in _stacks(layer) if len(one.shape) == 3 and one.shape[0] == num_experts]
+
+
 def _stacked_weights(layer: keras.layers.Layer) -> int:
+    return sum(math.prod(variable.shape) for variable in _stacks(layer))
+
+
+def _stacks(layer: keras.layers.Layer) -> list[Any]:
+    """The variables of three axes or more of a layer that is not Keras' own."""
     if type(layer).__module__.partition(".")[0] == "keras":
-        return 0
-    shapes = [variable.shape for variable in layer._trainable_variables]
-    return sum(math.prod(shape) for shape in shapes if len(shape) >= 3)
+        return []
+    return [variable for variable in layer._trainable_variables if len(variable.shape) >= 3]
 
 
 def holds_kernels(layer: keras.layers.Layer) -> bool:
@@ -130,13 +172,13 @@ def outputs_with(model: keras.Model, values: Sequence[Any], inputs: Any) -> list
 
 @contextmanager
 def recorded_inputs(targets: Iterable[Target]) -> Iterator[list[tuple[Target, Any]]]:
-    """Record the first argument of every call of these layers.
+    """Record the first argument of every call of these layers; no call is of experts.
 
     Yields:
         a list that grows with each call by the target and that tensor.
     """
     inputs: list[tuple[Target, Any]] = []
-    by_layer = {id(target.layer): target for target in targets}
+    by_layer = {id(target.layer): target for target in targets if target.variable is None}
 
     def record(layer: keras.layers.Layer, tensor: Any) -> None:
         inputs.append((by_layer[id(layer)], tensor))

@@ -22,6 +22,13 @@ from keras_hub.src.utils.transformers.safetensor_utils import SafetensorLoader
 from numpy.typing import NDArray
 
 from pipeline.errors import ExportError, SourceError
+from pipeline.model.expert_tensors import (
+    ExpertTensor,
+    StandIn,
+    assigned,
+    expert_tensors,
+    is_of_one_expert,
+)
 from pipeline.model.huggingface import Conversion, Hook, converted_value, find_converter
 from pipeline.model.preset import PresetFiles, keras_errors
 from pipeline.model.skeleton import Skeleton
@@ -63,11 +70,13 @@ class TensorPlaces:
         skeleton: in float, used for nothing else: the converter may assign to it.
         conversions: by variable path.
         zeros: shapes of tensors that transformers adds and KerasHub has no variable for, by name.
+        experts: tensors of single experts, whose variables have no conversion, by name.
     """
 
     skeleton: Skeleton
     conversions: Mapping[str, Conversion]
     zeros: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    experts: Mapping[str, ExpertTensor] = field(default_factory=dict)
     _known: dict[Hashable, tuple[tuple[int, ...], int | None]] = field(
         default_factory=dict, repr=False
     )
@@ -95,7 +104,15 @@ class TensorPlaces:
         found = {name: self._place(name, tuple(paths)) for name, paths in users.items()}
         for name, shape in self.zeros.items():
             found[name] = TensorPlace(name=name, shape=shape, variables=(), input_axis=None)
+        for name, one in self.experts.items():
+            paths = (one.variable,)
+            found[name] = TensorPlace(name=name, shape=one.shape, variables=paths, input_axis=1)
         return found
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """Paths of all variables that have a place."""
+        return frozenset([*self.conversions, *(one.variable for one in self.experts.values())])
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -284,9 +301,14 @@ def find_places(config: PresetFiles, skeleton: Skeleton) -> TensorPlaces:
         )
     loader = _NamesOnly(config.url)
     before = {id(variable) for variable in backbone.variables if variable._value is not None}
-    with keras_errors(
-        f"{config.url}: KerasHub's converter for {type(backbone).__name__} cannot be run backwards",
-        "models of this family cannot be exported",
+    stacked: dict[str, StandIn] = {}
+    with (
+        keras_errors(
+            f"{config.url}: KerasHub's converter for {type(backbone).__name__} cannot be run "
+            "backwards",
+            "models of this family cannot be exported",
+        ),
+        assigned(backbone.variables, stacked),
     ):
         converter.convert_weights(backbone, loader, config.parse("config.json"))
     conversions = dict(loader.conversions)
@@ -298,7 +320,14 @@ def find_places(config: PresetFiles, skeleton: Skeleton) -> TensorPlaces:
             conversions[path] = Conversion(constant=value)
         elif not np.array_equal(value, _stand_in(variable.shape, str(value.dtype))):
             raise loader.computes(conversions[path].tensor)
-    return TensorPlaces(skeleton, conversions, _kinds_of_text(config, skeleton, conversions))
+    shapes = {str(variable.path): tuple(variable.shape) for variable in backbone.variables}
+    experts = {
+        name: one
+        for path, value in stacked.items()
+        for name, one in expert_tensors(path, shapes[path], value).items()
+    }
+    zeros = _kinds_of_text(config, skeleton, conversions)
+    return TensorPlaces(skeleton, conversions, zeros, experts)
 
 
 def _stand_in(shape: Sequence[int], dtype: str) -> NDArray[Any]:
@@ -353,6 +382,8 @@ class _NamesOnly(SafetensorLoader):  # type: ignore[misc]  # KerasHub carries no
     def get_tensor(self, hf_weight_key: str) -> Any:
         if hf_weight_key.endswith(_KINDS_OF_TEXT):
             return np.zeros((1, 1), np.float32)
+        if is_of_one_expert(hf_weight_key):
+            return StandIn(self.computes, (hf_weight_key,))
         raise self.computes(hf_weight_key)
 
     def port_weight(

@@ -312,6 +312,11 @@ class _Model:
 
 def _form(part: PartPlan) -> tuple[Any, ...]:
     """What decides a block's work: blocks alike in it are counted once."""
-    layers = tuple(dataclasses.replace(layer, path="", note="") for layer in part.layers)
-    groups = tuple(dataclasses.replace(group, fold=None) for group in part.groups)
+    # Keras numbers some names.
+    places = {layer.name: str(place) for place, layer in enumerate(part.layers)}
+    layers = tuple(dataclasses.replace(x, path="", name="", note="") for x in part.layers)
+    groups = tuple(
+        dataclasses.replace(group, targets=tuple(map(places.__getitem__, group.targets)), fold=None)
+        for group in part.groups
+    )
     return layers, groups

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.executor.protocol import ActivationPlace
-from pipeline.plan import LayerPlan, PartPlan, Plan
+from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan
+from pipeline.planning.expert_costs import (
+    active_weights,
+    advised_tokens,
+    gram_size,
+    made_bytes,
+    rows_per_token,
+    run_weights,
+    tokens_per_expert,
+)
 from pipeline.reduction import split
 from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme
 
@@ -53,18 +62,26 @@ class Estimate:
 
     Attributes:
         source_bytes: of the source's weights, which are read once.
-        result_bytes: of the artifact's weights, roughly.
+        result_bytes: of the artifact's weights, roughly; codes_bytes: of the experts' codes, which
+            are beside it.
+        weights: of all matrices; active_weights: of those that one token is multiplied with.
+        tokens_per_expert, advised_tokens: see `pipeline.planning.expert_costs`.
         activation_bytes: of all calibration shards between two blocks.
         held_bytes: of the activations of the worker that holds most, inside a block.
         activations: where they wait between two stages of a block.
         worker_bytes: peak memory of the worker that holds most.
         device_bytes: peak memory of that worker's GPU; 0 on CPUs, where it is the worker's own.
         micro_batch_bytes: of these, what no number of workers lowers: of a micro-batch in a layer.
-        forward_flops, gram_flops, solve_flops: of all blocks.
+        forward_flops, gram_flops, solve_flops: of all blocks, as they are run.
     """
 
     source_bytes: int
     result_bytes: int
+    codes_bytes: int
+    weights: int
+    active_weights: int
+    tokens_per_expert: int
+    advised_tokens: int
     activation_bytes: int
     worker_bytes: int
     device_bytes: int
@@ -98,15 +115,27 @@ def estimate(plan: Plan, workers: int) -> Estimate:
     return Estimate(
         source_bytes=sum(part.source_bytes for part in plan.parts),
         result_bytes=_result_bytes(plan),
+        codes_bytes=int(sum(codes_bytes(plan, part) for part in plan.parts)),
+        weights=sum(part.num_weights for part in plan.parts),
+        active_weights=sum(active_weights(x) for part in plan.parts for x in part.layers),
+        tokens_per_expert=tokens_per_expert(plan),
+        advised_tokens=advised_tokens(plan),
         activation_bytes=num_tokens * hidden_features(plan) * _activation_bytes(plan),
         worker_bytes=_worker_bytes(plan, workers),
         held_bytes=0 if tokens is None else _calibration(plan, workers).activation_bytes,
         device_bytes=0 if plan.device == "cpu" else _device_bytes(plan, workers),
         micro_batch_bytes=0 if tokens is None else _calibration(plan, workers).transient_bytes,
         # Every layer runs once, on the output of the quantized ones before it.
-        forward_flops=float(sum(2 * part.num_weights * num_tokens for part in blocks)),
+        forward_flops=float(
+            sum(2 * run_weights(part, plan.device) * num_tokens for part in blocks)
+        ),
         # Above the diagonal in four bands: 10/16 of the whole product.
-        gram_flops=float(sum(2 * C**2 * num_tokens * 10 / 16 for C in _gram_sizes(plan))),
+        gram_flops=float(
+            sum(
+                2 * group.in_features**2 * num_tokens * rows_per_token(group, part) * 10 / 16
+                for group, part in _hessian_groups(plan)
+            )
+        ),
         solve_flops=float(sum(_solve_flops(part) for part in blocks)),
     )
 
@@ -133,7 +162,7 @@ def _worker_bytes(plan: Plan, workers: int) -> int:
 def _device_bytes(plan: Plan, workers: int) -> int:
     """The peak of a worker's GPU, where activations stay between the stages of a block."""
     # Part by part, each array once; a layer is decoded in float32 before it takes its place.
-    layer = max(x.in_features * x.out_features for part in plan.parts for x in part.layers)
+    layer = max(x.in_features * x.num_rows for part in plan.parts for x in part.layers)
     weights = max(part.num_weights for part in plan.parts) * _activation_bytes(plan)
     weights += layer * _FLOAT_BYTES
     solve = _FLOAT_BYTES * max(
@@ -178,18 +207,21 @@ def _calibration(plan: Plan, workers: int) -> _Calibration:
     held = max(sum(map(len, share)) for share in split(len(tokens.shards), workers))
     windows = held * max(stop - start for start, stop in tokens.shards)
     hidden = hidden_features(plan)
-    widest = max(g.in_features for part in plan.parts for g in part.groups)
+    # Inputs that experts have of their own are not kept.
+    widest = max(g.in_features for part in plan.parts for g in part.groups if not g.experts)
     batch = tokens.micro_batch * tokens.sequence_length
     heads = -(-hidden // _HEAD_FEATURES)
     scores = batch * tokens.sequence_length * heads * _FLOAT_BYTES
     # Hidden states, residuals, and the input of the layers.
     activations = (3 * hidden + widest) * _activation_bytes(plan)
+    transient = micro_batch_bytes(batch, widest, tokens.largest_array_bytes or scores)
     return _Calibration(
-        gram_bytes=max((C**2 for C in _gram_sizes(plan)), default=0) * _FLOAT_BYTES,
+        gram_bytes=max((gram_size(*one) for one in _hessian_groups(plan)), default=0)
+        * _FLOAT_BYTES,
         levels=held.bit_length(),
         activation_bytes=windows * tokens.sequence_length * activations,
         in_flight_bytes=_IN_FLIGHT * batch * activations,
-        transient_bytes=micro_batch_bytes(batch, widest, tokens.largest_array_bytes or scores),
+        transient_bytes=max(transient, *(batch * made_bytes(part) for part in plan.parts)),
     )
 
 
@@ -209,16 +241,22 @@ def _activation_bytes(plan: Plan) -> int:
     return _FLOAT_BYTES if plan.forward_dtype == "float32" else _FLOAT_BYTES // 2
 
 
-def _gram_sizes(plan: Plan) -> list[int]:
-    """The number of inputs of every Gram."""
-    groups = [group for part in plan.parts for group in part.groups]
-    return [group.in_features for group in groups if group.statistics == "hessian"]
+def _hessian_groups(plan: Plan) -> list[tuple[InputGroup, PartPlan]]:
+    return [(g, part) for part in plan.parts for g in part.groups if g.statistics == "hessian"]
 
 
 def hidden_features(plan: Plan) -> int:
-    """Features of the hidden states between blocks: the fewest that any kernel in a block takes."""
-    kernels = [[x for x in part.layers if x.kind == "kernel"] for part in plan.parts[1:]]
-    return max(min((x.in_features for x in block if x.in_features), default=0) for block in kernels)
+    """Features of the hidden states between blocks: the fewest that any kernel in a block takes.
+
+    Experts, and layers beside them, may take fewer: there it is what the first kernel takes.
+    """
+    found = []
+    for part in plan.parts[1:]:
+        kernels = [x for x in part.layers if x.kind == "kernel" and x.in_features]
+        sizes = [layer.in_features for layer in kernels]
+        experts = any(layer.experts for layer in kernels)
+        found.append(sizes[0] if experts else min(sizes, default=0))
+    return max(found)
 
 
 def _block_bytes(part: PartPlan) -> int:
@@ -236,11 +274,15 @@ def _block_bytes(part: PartPlan) -> int:
 def _solve_size(part: PartPlan) -> int:
     """The largest weight and Hessian of one solve, in numbers."""
     kernels = {x.name: x for x in part.layers if x.scheme and x.kind == "kernel"}
-    sizes = [(x.in_features, x.out_features) for x in kernels.values()]
+    sizes = [(x.in_features, x.num_rows) for x in kernels.values()]
     # Layers that share foldable input scales are solved at once.
     folded = [group for group in part.groups if group.fold is not None]
     sizes += [(g.in_features, sum(kernels[n].out_features for n in g.targets)) for g in folded]
-    return max((inputs * (outputs + inputs) for inputs, outputs in sizes), default=0)
+    solved = [inputs * (outputs + inputs) for inputs, outputs in sizes]
+    # Experts are solved one by one, beside the Hessians of those that were summed with them.
+    own = [group for group in part.groups if group.experts]
+    solved += [kernels[g.targets[0]].num_weights + gram_size(g, part) for g in own]
+    return max(solved, default=0)
 
 
 def _banded_size(part: PartPlan) -> int:
@@ -252,9 +294,10 @@ def _banded_size(part: PartPlan) -> int:
 
 
 def _solve_flops(part: PartPlan) -> float:
-    rows = {layer.name: layer.out_features for layer in part.layers}
+    rows = {layer.name: layer.num_rows for layer in part.layers}
     return sum(
-        sum(rows[name] for name in g.targets) * g.in_features**2 + 2 / 3 * g.in_features**3
+        sum(rows[name] for name in g.targets) * g.in_features**2
+        + max(1, g.experts) * 2 / 3 * g.in_features**3
         for g in part.groups
         if g.statistics == "hessian"
     )
@@ -266,11 +309,20 @@ def _result_bytes(plan: Plan) -> int:
     for part in plan.parts:
         others = 8 * part.source_bytes / bits - part.num_weights
         for layer in part.layers:
+            if layer.experts:
+                continue  # which are stored as floats
             weights = layer.in_features * layer.out_features
             if layer.kind == "embedding" and others >= weights:
                 weights *= 2  # the reverse table of an untied head
             saved_bits += weights * (bits - bits_per_weight(layer, plan, bits))
     return sum(part.source_bytes for part in plan.parts) - int(saved_bits / 8)
+
+
+def codes_bytes(plan: Plan, part: PartPlan) -> float:
+    """Of the codes of a part's experts."""
+    bits = source_bits(plan)
+    layers = [layer for layer in part.layers if layer.experts and layer.scheme]
+    return sum(layer.num_weights * bits_per_weight(layer, plan, bits) / 8 for layer in layers)
 
 
 def source_bits(plan: Plan) -> Literal[16, 32]:

@@ -1,8 +1,9 @@
-"""Trace a model's blocks without computing: which layers share an input, which are not called."""
+"""Trace a model's blocks without computing: what shares an input, what blocks do with kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -13,11 +14,12 @@ from pipeline.errors import RecipeError, SourceError
 from pipeline.model.blocks import Block, BlockGraph, Call, Glue
 from pipeline.model.inputs import InputLayout
 from pipeline.model.preset import keras_errors
-from pipeline.model.targets import call_with, outputs_with, recorded_inputs
+from pipeline.model.targets import outputs_with
 from pipeline.plan import InputGroup, LayerPlan
 from pipeline.recipe.recipe import statistics_of
 from pipeline.worker.block_memory import BlockMemory
-from pipeline.worker.block_program import BlockProgram
+from pipeline.worker.block_program import BlockProgram, trace_block
+from pipeline.worker.expert_products import expert_products
 
 Shapes = dict[int, Any]
 """Shapes and dtypes of values, by number (see `pipeline.model.blocks`)."""
@@ -44,39 +46,69 @@ def input_groups(
     programs: dict[tuple[Any, ...], BlockProgram] = {}
     found, memory = [], BlockMemory()
     for call, planned in zip(graph.calls, layers, strict=True):
-        taken = taken_by(call, values)
+        block, taken = graph.blocks[call.block], taken_by(call, values)
         statistics = {layer.name: statistics_of(layer.scheme) for layer in planned}
-        key = (call.signature, tuple(statistics.items()), taken)
+        # By their order: Keras numbers some names.
+        kinds = tuple(statistics[target.name] for target in block.targets)
+        key = (call.signature, kinds, taken)
         if key not in programs:
-            program = programs[key] = BlockProgram(graph.blocks[call.block], statistics, taken)
+            program = programs[key] = BlockProgram(block, statistics, taken)
             for shape in program.input_shapes:
                 batch.rows(shape)  # refuses layers whose padding cannot be told
-            _check_all_called(graph.blocks[call.block], statistics, program)
+            _check_all_called(block, statistics, program)
             memory = memory.most(program.memory)
-        found.append(programs[key].groups)
+        found.append(programs[key].groups_of(block))
         values |= zip(call.gives, programs[key].outputs, strict=True)
     return found, memory
 
 
-def kernels_read_apart(graph: BlockGraph, layout: InputLayout) -> frozenset[str]:
-    """Paths of the layers in blocks that no block calls, but whose kernels it may read itself.
+@dataclass(frozen=True)
+class ExpertUse:
+    """How a block uses a bank of experts.
 
-    Such as the feed-forward layers of KerasHub's Gemma4: stock Keras would compute with the codes
-    as if they were weights.
+    Attributes:
+        own_inputs: whether each expert reads rows of its own.
+        experts_per_token: to how many experts the block sends each token; 0 if that is not known.
     """
+
+    own_inputs: bool
+    experts_per_token: int
+
+
+@dataclass(frozen=True)
+class BlockUses:
+    """What blocks do with the kernels in them.
+
+    Attributes:
+        apart: paths of the layers that no block calls, but whose kernels it may read itself, such
+            as the feed-forward layers of KerasHub's Gemma4: stock Keras would compute with the
+            codes as if they were weights.
+        experts: of the banks that blocks use as such, by path.
+    """
+
+    apart: frozenset[str]
+    experts: Mapping[str, ExpertUse]
+
+
+def block_uses(graph: BlockGraph, layout: InputLayout) -> BlockUses:
+    """Trace every kind of block once."""
     values = _any_shapes(graph, layout)
-    traced: dict[tuple[Any, ...], tuple[set[str], list[Any]]] = {}
-    found: set[str] = set()
+    traced: dict[tuple[Any, ...], _Traced] = {}
+    apart: set[str] = set()
+    experts: dict[str, ExpertUse] = {}
     for call in graph.calls:
         block, taken = graph.blocks[call.block], taken_by(call, values)
-        # Keras numbers some names.
-        key = (call.signature, taken, tuple(target.name for target in block.targets))
+        key = (call.signature, taken)
         if key not in traced:
-            traced[key] = _called(block, call, taken)
-        called, given = traced[key]
-        found.update(target.path for target in block.targets if target.name not in called)
-        values |= zip(call.gives, given, strict=True)
-    return frozenset(found)
+            traced[key] = _Traced.of(block, taken)
+        found = traced[key]
+        for index, target in enumerate(block.targets):
+            if index in found.experts:
+                experts[target.path] = found.experts[index]
+            elif index not in found.called and not target.num_experts:
+                apart.add(target.path)
+        values |= zip(call.gives, found.gives, strict=True)
+    return BlockUses(frozenset(apart), experts)
 
 
 def _any_shapes(graph: BlockGraph, layout: InputLayout) -> Shapes:
@@ -132,19 +164,41 @@ def _given_by(glue: Glue, values: Mapping[int, Any]) -> Shapes:
     return dict(zip(glue.gives, given, strict=True))
 
 
-def _called(
-    block: Block, call: Call, taken: Sequence[jax.ShapeDtypeStruct]
-) -> tuple[set[str], list[Any]]:
-    """Names of the targets that a block calls, and what it gives."""
+@dataclass(frozen=True)
+class _Traced:
+    """One kind of block.
 
-    def run(weights: Any, values: Any) -> list[Any]:
-        args, kwargs = call.bind(values)
-        return list(call.given(call_with(block.layer, weights, *args, **kwargs)))
+    Attributes:
+        called: which of its targets it calls, by their position.
+        experts: of those that it uses as banks of experts.
+        gives: shapes and dtypes.
+    """
 
-    weights = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in block.layer.weights]
-    with recorded_inputs(block.targets) as recorded:
-        given = jax.eval_shape(run, weights, list(taken))
-    return {target.name for target, _ in recorded}, given
+    called: frozenset[int]
+    experts: Mapping[int, ExpertUse]
+    gives: Sequence[jax.ShapeDtypeStruct]
+
+    @classmethod
+    def of(cls, block: Block, taken: Sequence[jax.ShapeDtypeStruct]) -> _Traced:
+        traced, called = trace_block(block, taken, block.targets)
+        program = traced.jaxpr
+        weights = {str(v.path): i for i, v in enumerate(block.layer.weights)}
+        banks = {
+            program.invars[weights[target.kernel_path]]: index
+            for index, target in enumerate(block.targets)
+            if target.num_experts
+        }
+        return cls(
+            called=frozenset(i for i, target in enumerate(block.targets) if target.name in called),
+            experts={
+                banks[bank]: ExpertUse(product.choice is not None, product.experts_per_row)
+                for bank, product in expert_products(program, banks).items()
+            },
+            gives=[
+                jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
+                for v in program.outvars[len(called) :]
+            ],
+        )
 
 
 def _check_all_called(block: Block, statistics: Mapping[str, Any], program: BlockProgram) -> None:

@@ -13,14 +13,19 @@ from pipeline.model.preset import PresetFiles
 from pipeline.model.skeleton import Skeleton
 from pipeline.model.targets import Target, find_targets
 from pipeline.plan import LayerPlan, Share
-from pipeline.planning.input_groups import kernels_read_apart
+from pipeline.planning.input_groups import BlockUses, ExpertUse, block_uses
 from pipeline.recipe.recipe import Recipe, check_recipe, statistics_of
 from quantizer import kernel_layout, row_slices
 from quantizer.errors import LayerError
+from quantizer.experts import num_expert_ranges
 from quantizer.keras_format.kernel_layout import row_groups
-from quantizer.schemes import AWQScheme, GPTQScheme, Scheme
+from quantizer.schemes import AWQScheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
 
 _LEAST_SHARE = 0.5
+_OTHER_USE = (
+    "its block does not multiply each token's row with one matrix per expert of a known router; "
+    "left in float"
+)
 _READ_APART = (
     "its block reads the kernel past the layer, and would take codes for weights; left in float"
 )
@@ -38,9 +43,9 @@ def plan_layers(
             asks for.
     """
     _refuse_shared_layers(skeleton, graph)
-    apart = kernels_read_apart(graph, input_layout(skeleton))
-    layers = _all_layers(skeleton, graph, recipe, apart)
-    schemes = {layer.path: layer.scheme for of_part in layers for layer in of_part}
+    layers = _all_layers(skeleton, graph, recipe, block_uses(graph, input_layout(skeleton)))
+    # Stock Keras loads experts as what they are dequantized to, in no format of its own.
+    schemes = {one.path: one.scheme for of_part in layers for one in of_part if not one.experts}
     unreached = rehearse(preset, skeleton, schemes, [block.layer for block in graph.blocks])
     layers = [tuple(_reached(layer, unreached) for layer in of_part) for of_part in layers]
     return layers, policies_of(skeleton, schemes | dict.fromkeys(unreached))
@@ -82,7 +87,7 @@ def check_share(preset: PresetFiles, recipe: Recipe, layers: Sequence[Sequence[L
 
 
 def _all_layers(
-    skeleton: Skeleton, graph: BlockGraph, recipe: Recipe, apart: Container[str]
+    skeleton: Skeleton, graph: BlockGraph, recipe: Recipe, uses: BlockUses
 ) -> list[tuple[LayerPlan, ...]]:
     in_encoders = {target.path for target in find_targets(graph.encoders, embeddings=True)}
     backbone_layers = {id(layer) for layer in skeleton.backbone_layers}
@@ -94,7 +99,10 @@ def _all_layers(
         for target in targets:
             in_backbone = part > 0 or id(target.layer) in backbone_layers
             scheme, note = _choose_scheme(target, recipe, in_backbone, in_block=part > 0)
-            if scheme is not None and target.path in apart:
+            use = uses.experts.get(target.path)
+            if scheme is not None and target.num_experts:
+                scheme, note = _of_experts(scheme, use)
+            if scheme is not None and target.path in uses.apart:
                 scheme, note = None, _READ_APART
             if scheme is not None and target.path in in_encoders:
                 scheme, note = _in_encoder(target, recipe, scheme)
@@ -107,7 +115,9 @@ def _all_layers(
                     out_features=target.out_features,
                     scheme=scheme,
                     note=note,
-                    slices=_num_slices(target, scheme),
+                    slices=_num_slices(target, scheme, use),
+                    experts=target.num_experts,
+                    experts_per_token=0 if use is None else use.experts_per_token,
                 )
             )
         layers += [
@@ -147,11 +157,20 @@ def _choose_scheme(
         )
     if statistics_of(scheme) and not in_block:
         return None, f"{scheme.mode} is calibrated inside blocks only; left in float"
-    if isinstance(scheme, GPTQScheme | AWQScheme):
+    if isinstance(scheme, GPTQScheme | AWQScheme) and not target.num_experts:
         try:
             row_groups(kernel_layout(target.layer), scheme, target.path)
         except LayerError:
             return None, f"stock Keras cannot store this kernel in {scheme.mode}; left in float"
+    return scheme, ""
+
+
+def _of_experts(scheme: Scheme, use: ExpertUse | None) -> tuple[Scheme | None, str]:
+    """The scheme of a bank of experts, for which stock Keras has no format."""
+    if use is None:
+        return None, _OTHER_USE
+    if not isinstance(scheme, GPTQScheme | Int8Scheme | Int4Scheme):
+        return None, f"no {scheme.mode} for experts; left in float, give them gptq, int8 or int4"
     return scheme, ""
 
 
@@ -169,9 +188,13 @@ def _reached(layer: LayerPlan, unreached: Container[str]) -> LayerPlan:
     return dataclasses.replace(layer, scheme=None, note=note, slices=1)
 
 
-def _num_slices(target: Target, scheme: Scheme | None) -> int:
+def _num_slices(target: Target, scheme: Scheme | None, use: ExpertUse | None) -> int:
     if not isinstance(scheme, GPTQScheme) or target.layer_kind == "embedding":
         return 1
+    if use is not None and use.own_inputs:
+        return num_expert_ranges(target.num_experts, target.in_features)
+    if target.num_experts:
+        return len(row_slices(target.axes.out_features, target.in_features))
     layout = kernel_layout(target.layer)
     # Otherwise Keras groups the inputs so that one grid spans all rows.
     in_slices = layout.keras_rows_are_inputs

@@ -17,10 +17,13 @@ from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan, TokensPlan, mic
 from pipeline.planning.estimates import (
     GPU_BAND,
     bits_per_weight,
+    codes_bytes,
     hidden_features,
     source_bits,
 )
+from pipeline.planning.expert_costs import rows_per_token, run_weights
 from pipeline.planning.stage_constants import Constants, Device
+from quantizer.experts import expert_ranges
 from quantizer.schemes import AWQScheme, GPTQScheme
 
 _HEAD_FEATURES = 64
@@ -89,10 +92,7 @@ def planned_on(plan: Plan, device: Device) -> Plan:
             attention="cudnn" if is_16_bit else "scores",
             largest_array_bytes=_largest_array(plan, micro_batch, is_16_bit=is_16_bit),
         )
-    parts = tuple(
-        replace(part, layers=tuple(_sliced(layer, on_gpu) for layer in part.layers))
-        for part in plan.parts
-    )
+    parts = tuple(_sliced(part) for part in plan.parts) if on_gpu else plan.parts
     return replace(
         plan,
         tokens=tokens,
@@ -110,14 +110,20 @@ def _largest_array(plan: Plan, micro_batch: int, *, is_16_bit: bool) -> int:
         heads = -(-hidden_features(plan) // _HEAD_FEATURES)
         return num_tokens * plan.tokens.sequence_length * heads * _FLOAT_BYTES
     layers = (layer for part in plan.parts[1:] for layer in part.layers)
-    return 2 * num_tokens * max(max(x.in_features, x.out_features) for x in layers)
+    return 2 * num_tokens * max(max(x.in_features, x.num_rows) for x in layers)
 
 
-def _sliced(layer: LayerPlan, on_gpu: bool) -> LayerPlan:
+def _sliced(part: PartPlan) -> PartPlan:
     # A CPU's slices are known where it plans; what is planned on a GPU is not costed on a CPU.
-    if not on_gpu or not isinstance(layer.scheme, GPTQScheme):
-        return layer
-    return replace(layer, slices=-(-layer.out_features // GPU_BAND))
+    # Ranges of experts are the same for both.
+    own = {name for group in part.groups if group.experts for name in group.targets}
+    layers = (
+        replace(x, slices=-(-x.num_rows // GPU_BAND))
+        if isinstance(x.scheme, GPTQScheme) and x.name not in own
+        else x
+        for x in part.layers
+    )
+    return replace(part, layers=tuple(layers))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +168,12 @@ def block_work(plan: Plan, part: PartPlan, constants: Constants) -> BlockWork:
     layers = {layer.name: layer for layer in part.layers}
     grouped = {name for group in part.groups for name in group.targets}
     alone = [x for x in part.layers if x.scheme is not None and x.name not in grouped]
-    groups = [_group_work(group, layers, constants, on_gpu=on_gpu) for group in part.groups]
+    groups = [
+        _experts_work(group, part, constants)
+        if group.experts
+        else _group_work(group, layers, constants, on_gpu=on_gpu)
+        for group in part.groups
+    ]
     if alone:
         rows = tuple(_rounding(layer) for layer in alone)
         groups.insert(0, GroupWork(shared=Work(), rows=rows, sum_bytes=0))
@@ -172,10 +183,7 @@ def block_work(plan: Plan, part: PartPlan, constants: Constants) -> BlockWork:
     if plan.tokens is not None:
         forward = forward_work(plan, part, plan.tokens, constants)
         grams = Work.total(
-            [
-                _gram_work(plan, group, plan.tokens, constants) * _num_inputs(group, layers)
-                for group in part.groups
-            ]
+            [_gram_work(plan, part, group, plan.tokens, constants) for group in part.groups]
         )
     return BlockWork(
         forward=forward,
@@ -189,12 +197,12 @@ def forward_work(plan: Plan, part: PartPlan, tokens: TokensPlan, constants: Cons
     """Run a block on all windows."""
     num_tokens = tokens.num_samples * tokens.sequence_length
     hidden = hidden_features(plan)
-    linear = 2.0 * part.num_weights * num_tokens
+    linear = 2.0 * run_weights(part, plan.device) * num_tokens
     attention = 4.0 * tokens.sequence_length * hidden * num_tokens
     flops = constants.linear * linear + constants.attention * attention
     bfloat16 = plan.forward_dtype == "bfloat16"
     item = 2 if bfloat16 else _FLOAT_BYTES
-    passed = sum(layer.in_features + layer.out_features for layer in part.layers)
+    passed = sum(layer.in_features + layer.num_rows for layer in part.layers)
     memory = constants.forward_passes * num_tokens * passed * item
     if plan.device == "gpu" and tokens.attention == "scores":
         # Written, read for the softmax, written and read again.
@@ -203,16 +211,19 @@ def forward_work(plan: Plan, part: PartPlan, tokens: TokensPlan, constants: Cons
     return _products(flops, bfloat16=bfloat16) + Work(memory_bytes=memory)
 
 
-def _gram_work(plan: Plan, group: InputGroup, tokens: TokensPlan, constants: Constants) -> Work:
-    num_tokens = tokens.num_samples * tokens.sequence_length
+def _gram_work(
+    plan: Plan, part: PartPlan, group: InputGroup, tokens: TokensPlan, constants: Constants
+) -> Work:
+    num_rows = tokens.num_samples * tokens.sequence_length * rows_per_token(group, part)
     bfloat16 = plan.forward_dtype == "bfloat16"
     if group.statistics != "hessian":
         item = 2 if bfloat16 else _FLOAT_BYTES
-        return Work(memory_bytes=2.0 * num_tokens * group.in_features * item)
+        return Work(memory_bytes=2.0 * num_rows * group.in_features * item)
     size = float(group.in_features) ** 2 * _GRAM_SHARE
     num_batches = sum(-(-(b - a) // tokens.micro_batch) for a, b in tokens.shards)
-    products = _products(constants.gram * 2.0 * size * num_tokens, bfloat16=bfloat16)
-    return products + Work(memory_bytes=constants.gram_passes * num_batches * size * _FLOAT_BYTES)
+    products = _products(constants.gram * 2.0 * size * num_rows, bfloat16=bfloat16)
+    passes = constants.gram_passes * num_batches * max(1, group.experts)
+    return products + Work(memory_bytes=passes * size * _FLOAT_BYTES)
 
 
 def _products(flops: float, *, bfloat16: bool) -> Work:
@@ -226,11 +237,7 @@ def _group_work(
     size = group.in_features
     hessian = group.statistics == "hessian"
     needs_factor = hessian and any(isinstance(x.scheme, GPTQScheme) for x in targets)
-    shared = Work(
-        # The factor is a third, its blocks' inverses as much again.
-        float32_flops=constants.factor * 2 / 3 * float(size) ** 3 if needs_factor else 0.0,
-        memory_bytes=6.0 * float(size) ** 2 * _FLOAT_BYTES if hessian else 0.0,
-    )
+    shared = _factoring(size, constants, factor=needs_factor) if hessian else Work()
     rows = [
         work
         for layer in targets
@@ -239,12 +246,30 @@ def _group_work(
     ]
     if on_gpu:
         rows += _banded_work(targets, constants)
-    number = _num_inputs(group, layers)
-    sum_bytes = _FLOAT_BYTES * number * int(_GRAM_SHARE * size**2 if hessian else 3 * size)
-    if number > 1:
-        # Whole matrices, each with a factor of its own, go to different workers.
-        rows, shared = [shared + Work.total(rows)] * number, Work()
+    sum_bytes = _FLOAT_BYTES * int(_GRAM_SHARE * size**2 if hessian else 3 * size)
     return GroupWork(shared=shared, rows=tuple(rows), sum_bytes=sum_bytes)
+
+
+def _factoring(size: int, constants: Constants, *, factor: bool = True) -> Work:
+    """What a Hessian takes before any row is solved."""
+    return Work(
+        # The factor is a third, its blocks' inverses as much again.
+        float32_flops=constants.factor * 2 / 3 * float(size) ** 3 if factor else 0.0,
+        memory_bytes=6.0 * float(size) ** 2 * _FLOAT_BYTES,
+    )
+
+
+def _experts_work(group: InputGroup, part: PartPlan, constants: Constants) -> GroupWork:
+    """Each expert is a factor and a solve of its own; ranges of them can be anywhere."""
+    layers = [layer for layer in part.layers if layer.name in group.targets]
+    ranges = []
+    for layer in layers:
+        assert isinstance(layer.scheme, GPTQScheme)
+        one = _gptq_rows(layer.in_features, layer.out_features, layer.scheme, constants)
+        one += _factoring(group.in_features, constants)
+        ranges += [one * len(experts) for experts in expert_ranges(layer.experts, layer.slices)]
+    sum_bytes = int(_FLOAT_BYTES * group.experts * _GRAM_SHARE * group.in_features**2)
+    return GroupWork(shared=Work(), rows=tuple(ranges), sum_bytes=sum_bytes)
 
 
 def _sliced_work(layer: LayerPlan, *, hessian: bool, constants: Constants) -> list[Work]:
@@ -267,9 +292,9 @@ def _sliced_work(layer: LayerPlan, *, hessian: bool, constants: Constants) -> li
 
 def _heights(layer: LayerPlan) -> list[int]:
     """Rows of each slice of a layer."""
-    height = -(-layer.out_features // layer.slices)
-    heights = [height] * (layer.out_features // height)
-    rest = layer.out_features % height
+    height = -(-layer.num_rows // layer.slices)
+    heights = [height] * (layer.num_rows // height)
+    rest = layer.num_rows % height
     return [*heights, rest] if rest else heights
 
 
@@ -312,24 +337,15 @@ def _rounding(layer: LayerPlan) -> Work:
     return Work(seconds=layer.num_weights / _ROUNDED_PER_SECOND)
 
 
-def _num_inputs(group: InputGroup, layers: dict[str, LayerPlan]) -> int:
-    """Inputs with statistics of their own: one, or where layers stack matrices one for each.
-
-    Each of these is counted as if it saw all tokens.
-    """
-    return max(
-        (x.num_weights - x.stacked_weights) // (x.in_features * x.out_features)
-        for x in (layers[name] for name in group.targets)
-    )
-
-
 def stored_bytes(plan: Plan, part: PartPlan) -> float:
-    """Of one part of the artifact."""
+    """Of one part of the artifact, and of its experts' codes."""
     bits = source_bits(plan)
     saved = sum(
-        layer.num_weights * (bits - bits_per_weight(layer, plan, bits)) for layer in part.layers
+        layer.in_features * layer.out_features * (bits - bits_per_weight(layer, plan, bits))
+        for layer in part.layers
+        if not layer.experts  # which are stored as floats
     )
-    return max(part.source_bytes - saved / 8, 0.0)
+    return max(part.source_bytes - saved / 8, 0.0) + codes_bytes(plan, part)
 
 
 @dataclass(frozen=True, kw_only=True)

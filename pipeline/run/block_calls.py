@@ -10,6 +10,7 @@ from pipeline.executor.protocol import Executor, P, T, argument
 from pipeline.plan import LayerPlan, Plan
 from pipeline.reduction import join
 from pipeline.run.worker_api import HeldSum, InputSum, SolvedLayer, Values, WorkerApi
+from quantizer.experts import expert_passes, expert_ranges
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,11 @@ class BlockCalls:
         alone = [layer.path for name, layer in schemed.items() if name not in calibrated]
         solved = [self._submit(0, WorkerApi.solve, number, alone, values, None)] if alone else []
         for stage, group in enumerate(part.groups):
-            total = self._capture(block, stage, values, solved)
             members = [schemed[name] for name in group.targets]
+            if group.experts:
+                solved.append(self._solve_experts(block, stage, members, values, solved))
+                continue
+            total = self._capture(block, stage, values, solved)
             whole, cut = share_out(members, self.executor.num_workers)
             if group.fold is not None:
                 # They share one vector of input scales, which all of them decide.
@@ -76,13 +80,53 @@ class BlockCalls:
                 solved.append(self._submit(0, WorkerApi.join, number, paths, values, *slices))
         return solved
 
+    def _solve_experts(
+        self,
+        block: int,
+        stage: int,
+        members: Sequence[LayerPlan],
+        values: Values,
+        solved: list[list[SolvedLayer]],
+    ) -> list[SolvedLayer]:
+        """Submit the solves of experts with inputs of their own, as many at once as memory allows.
+
+        Ranges of them are solved side by side.
+        """
+        number, num_workers, slices = block + 1, self.executor.num_workers, []
+        [(num_experts, num_ranges, in_features)] = {
+            (layer.experts, layer.slices, layer.in_features) for layer in members
+        }
+        ranges = expert_ranges(num_experts, num_ranges)
+        for together in expert_passes(ranges, in_features):
+            experts = range(ranges[together[0]].start, ranges[together[-1]].stop)
+            total = self._capture(block, stage, values, solved, experts)
+            workers = range(min(num_workers, len(together)))
+            given = [self._sum_for(worker, total) for worker in workers]
+            for worker in workers:
+                taken = {layer.path: together[worker::num_workers] for layer in members}
+                slices.append(
+                    self._submit(
+                        worker, WorkerApi.solve_slices, number, taken, values, given[worker]
+                    )
+                )
+        paths = [layer.path for layer in members]
+        return self._submit(0, WorkerApi.join, number, paths, values, *slices)
+
     def _capture(
-        self, block: int, stage: int, values: Values, solved: list[list[SolvedLayer]]
+        self,
+        block: int,
+        stage: int,
+        values: Values,
+        solved: list[list[SolvedLayer]],
+        experts: range | None = None,
     ) -> _Summed:
-        """Submit the sum of one group's input over all shards."""
+        """Submit the sum of one group's input, or of some experts', over all shards."""
         by_subtree = [
             _Summed(
-                worker, self._submit(worker, WorkerApi.capture, block, stage, tree, values, *solved)
+                worker,
+                self._submit(
+                    worker, WorkerApi.capture, block, stage, tree, values, *solved, experts=experts
+                ),
             )
             for worker, share in enumerate(self.subtrees)
             for tree in share

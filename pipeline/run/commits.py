@@ -1,12 +1,13 @@
 """Committing a run's parts, and finding out what is committed.
 
-A part is committed once its record exists, which is written after its file. Committing the same
-bytes again succeeds and changes nothing; other bytes are a divergence, which no retry can repair.
+A part is committed once its record exists, which is written after the files that it names.
+Committing the same bytes again succeeds and changes nothing; other bytes are a divergence, which no
+retry can repair.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.canonical import sha256
@@ -17,7 +18,16 @@ from pipeline.errors import (
     PlanMismatchError,
     StorageError,
 )
-from pipeline.run.records import MANIFEST_KEY, RECORDS_PREFIX, Manifest, PartRecord, record_key
+from pipeline.run.records import (
+    MANIFEST_KEY,
+    RECORDS_PREFIX,
+    FileDigest,
+    Manifest,
+    PartRecord,
+    codes_key,
+    file_key,
+    record_key,
+)
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.record import MAX_RECORD_BYTES, RecordError
 
@@ -46,20 +56,22 @@ class Committed:
     findings: tuple[Finding, ...]
 
 
-def commit_part(store: ObjectStore, record: PartRecord, data: bytes) -> None:
-    """Write a part's weights, then its record; idempotent, also with concurrent writers.
+def commit_part(store: ObjectStore, record: PartRecord, files: Mapping[str, bytes]) -> None:
+    """Write a part's files, then its record; idempotent, also with concurrent writers.
 
     Args:
         store: opened at the run's root.
-        data: the weights file.
+        files: by storage key.
 
     Raises:
-        RecordError: `record` does not describe `data`.
+        RecordError: `record` does not describe `files`.
         DivergenceError: other bytes were committed for this part; nothing was overwritten.
     """
-    if (len(data), sha256(data)) != (record.size_bytes, record.sha256):
-        raise RecordError(f"{record.key} does not describe the {len(data)} bytes to be committed")
-    for key, content in ((record.file, data), (record.key, record.to_json())):
+    given = {key: FileDigest.of(data) for key, data in files.items()}
+    if given != record.files:
+        sizes = {key: file.size_bytes for key, file in given.items()}
+        raise RecordError(f"{record.key} does not describe what is to be committed: {sizes}")
+    for key, content in (*files.items(), (record.key, record.to_json())):
         try:
             store.create(key, content)
         except FileExistsError as error:
@@ -102,14 +114,25 @@ def committed_parts(
 
 
 def committed_file(store: ObjectStore, part: int) -> bytes:
-    """Read a committed part's file.
+    """Read a committed part's file of weights.
 
     Raises:
         DamagedObjectError: it is not as its record says, or there is no record.
     """
+    data = _committed(store, part, file_key(part))
+    assert data is not None
+    return data
+
+
+def committed_codes(store: ObjectStore, part: int) -> bytes | None:
+    """Read a committed part's file of codes; None if it has none. Errors as `committed_file`."""
+    return _committed(store, part, codes_key(part))
+
+
+def _committed(store: ObjectStore, part: int, key: str) -> bytes | None:
     try:
-        record = PartRecord.read(store, record_key(part))
-        return store.get(record.file, sha256=record.sha256, size=record.size_bytes)
+        file = PartRecord.read(store, record_key(part)).files.get(key)
+        return None if file is None else store.get(key, sha256=file.sha256, size=file.size_bytes)
     except MissingObjectError as error:
         raise DamagedObjectError(f"part {part} is no longer committed: {error}") from error
 
@@ -184,7 +207,7 @@ def read_manifest(store: ObjectStore) -> Manifest:
 def _examine(
     store: ObjectStore, part: int, plan_digest: str, previous: str | None, verify: bool
 ) -> PartRecord | Finding:
-    """A part's record, or why it or its file cannot be used."""
+    """A part's record, or why it or one of its files cannot be used."""
     key = record_key(part)
     url = store.url(key)
     if previous is None:
@@ -200,13 +223,13 @@ def _examine(
             )
         if record.previous != previous:
             raise DamagedObjectError(f"{url} follows another record than the one before it")
-        key = record.file
-        if verify:
-            store.verify(key, sha256=record.sha256, size=record.size_bytes)
-        elif (size := store.size(key)) != record.size_bytes:
-            raise DamagedObjectError(
-                f"{store.url(key)} is damaged: it has {size} bytes instead of {record.size_bytes}"
-            )
+        for key, file in record.files.items():
+            if verify:
+                store.verify(key, sha256=file.sha256, size=file.size_bytes)
+            elif (size := store.size(key)) != file.size_bytes:
+                raise DamagedObjectError(
+                    f"{store.url(key)} is damaged: it has {size} bytes instead of {file.size_bytes}"
+                )
     except (DamagedObjectError, MissingObjectError) as error:
         return _finding(key, error)
     return record

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.run import activations, lease
 from pipeline.run.commits import QUARANTINE_PREFIX, read_manifest
-from pipeline.run.records import ARTIFACT_PREFIX, MANIFEST_KEY, RECORDS_PREFIX
+from pipeline.run.records import ARTIFACT_PREFIX, CODES_PREFIX, MANIFEST_KEY, RECORDS_PREFIX
 from pipeline.storage.object_store import ObjectStore
 
 _TOKENS_PREFIX = "tokens/"
+_NAMED_PREFIXES = (ARTIFACT_PREFIX, CODES_PREFIX, RECORDS_PREFIX)
+"""Of everything that a manifest names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,5 +108,5 @@ def _unneeded(store: ObjectStore, plan: Plan) -> Iterator[tuple[str, str]]:
             yield key, "tokens that the plan does not name"
         elif key.startswith(activations.PREFIX) and (finished or key not in kept):
             yield key, "activations that no resumed run needs"
-        elif finished and key.startswith((ARTIFACT_PREFIX, RECORDS_PREFIX)) and key not in named:
+        elif finished and key.startswith(_NAMED_PREFIXES) and key not in named:
             yield key, "not named by the manifest"

@@ -1,8 +1,9 @@
 """What a run commits besides weights: a record for each weights file, and the manifest.
 
 Part 0 is everything outside the blocks, part i + 1 is block i, and part p is the artifact's file
-`model_{p:05d}.weights.h5`. Records hold no time and no host, so that all executions of one plan
-write the same bytes.
+`model_{p:05d}.weights.h5`. Where stock Keras holds quantized layers of the part as floats, their
+codes are in a second file, `codes/model_{p:05d}.safetensors`. Records hold no time and no host, so
+that all executions of one plan write the same bytes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pipeline.storage.record import STRICT, RecordError, StoredRecord
 
 MANIFEST_KEY = "manifest.json"
 ARTIFACT_PREFIX = "artifact/"
+CODES_PREFIX = "codes/"
 RECORDS_PREFIX = "records/"
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -41,15 +43,31 @@ class LayerRecord:
     note: str = ""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileDigest:
+    """Digest and size of a file."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    sha256: Digest
+    size_bytes: NumBytes
+
+    @classmethod
+    def of(cls, data: bytes) -> Self:
+        """Of these bytes."""
+        return cls(sha256=sha256(data), size_bytes=len(data))
+
+
 @dataclass(frozen=True, kw_only=True)
 class PartRecord(StoredRecord):
-    """One committed file of weights.
+    """One committed part: its file of weights and, if it has one, its file of codes.
 
     Attributes:
         file: storage key of the weights, below the run's root; sha256 and size_bytes are its own.
         loaded_bytes: memory that its variables take once loaded.
         previous: SHA-256 of the previous block's record if the result depends on it; else "".
         layers: in the model's order.
+        codes: of the file of codes; omitted where there is none.
     """
 
     part: Annotated[int, Field(ge=0, le=99_999)]
@@ -60,10 +78,24 @@ class PartRecord(StoredRecord):
     loaded_bytes: NumBytes
     previous: Digest | Annotated[str, StringConstraints(max_length=0)] = ""
     layers: tuple[LayerRecord, ...] = ()
+    codes: FileDigest | None = None
+
+    def content(self) -> dict[str, Any]:
+        values = super().content()
+        if self.codes is None:
+            del values["codes"]
+        return values
 
     @property
     def key(self) -> str:
         return record_key(self.part)
+
+    @property
+    def files(self) -> dict[str, FileDigest]:
+        """Everything committed with it, by storage key below the run's root; weights first."""
+        weights = FileDigest(sha256=self.sha256, size_bytes=self.size_bytes)
+        codes = {} if self.codes is None else {codes_key(self.part): self.codes}
+        return {self.file: weights, **codes}
 
     @classmethod
     def from_json(cls, data: bytes) -> Self:
@@ -73,22 +105,13 @@ class PartRecord(StoredRecord):
         return record
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FileDigest:
-    """Digest and size of a file."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    sha256: Digest
-    size_bytes: NumBytes
-
-
 @dataclass(frozen=True, kw_only=True)
 class Manifest(StoredRecord):
     """Everything that a finished run consists of; it is written last, and makes the run finished.
 
     Attributes:
-        files: every file of the artifact, by storage key below the run's root.
+        files: every file of the artifact and every file of codes, by storage key below the run's
+            root.
         records: SHA-256 of every part's record, by storage key.
         provenance: source, recipe, machine and versions, as plain JSON values.
     """
@@ -106,6 +129,16 @@ def file_key(part: int) -> str:
     return f"{ARTIFACT_PREFIX}model_{part:05d}.weights.h5"
 
 
+def is_weights_file(key: str) -> bool:
+    """Whether a storage key is that of a part's weights."""
+    return key.startswith(f"{ARTIFACT_PREFIX}model_") and key.endswith(".weights.h5")
+
+
+def codes_key(part: int) -> str:
+    """Storage key of a part's codes, below the run's root."""
+    return f"{CODES_PREFIX}model_{part:05d}.safetensors"
+
+
 def record_key(part: int) -> str:
     """Storage key of a part's record, below the run's root."""
     return f"{RECORDS_PREFIX}{f'block-{part - 1:05d}' if part else 'rest'}.json"
@@ -118,12 +151,9 @@ def manifest_of(
     provenance: dict[str, Any],
 ) -> Manifest:
     """A run's manifest, from every part's record and the artifact's other files by storage key."""
-    files = {
-        record.file: FileDigest(sha256=record.sha256, size_bytes=record.size_bytes)
-        for record in parts.values()
-    }
+    files = {key: file for record in parts.values() for key, file in record.files.items()}
     for key, data in other_files.items():
-        files[key] = FileDigest(sha256=sha256(data), size_bytes=len(data))
+        files[key] = FileDigest.of(data)
     return Manifest(
         plan_digest=plan_digest,
         files=files,

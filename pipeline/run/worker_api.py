@@ -7,7 +7,7 @@ JAX.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ from pipeline.run.activations import SavedShard
 from pipeline.run.records import Manifest, PartRecord
 
 if TYPE_CHECKING:
+    from quantizer.expert_codes import ExpertCodes
+    from quantizer.expert_solver import SolvedExpert
     from quantizer.gptq.solve import SolvedRows
 
 Values: TypeAlias = Mapping[str, NDArray[Any]]
@@ -35,24 +37,30 @@ class SolvedLayer:
         variables: what stock Keras stores for it, by the layer's own names; later layers meet the
             kernel that they decode to.
         report: the solver's, as plain JSON values.
+        codes: of a bank of experts, whose variable holds what they stand for as floats; it has no
+            variables of its own.
     """
 
     path: str
     variables: dict[str, NDArray[Any]]
     report: dict[str, Any]
+    codes: ExpertCodes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SolvedSlices:
-    """Some of the row slices of a layer, by Keras' path.
+    """Some of the row slices of a layer, or of the experts of a bank, by Keras' path.
 
     Attributes:
         rows: each slice's result, by its number.
+        experts: of a bank of experts with inputs of their own, each one's result, by its number;
+            it has no rows.
         problem: why they could not be calibrated; "" if they were.
     """
 
     path: str
-    rows: dict[int, SolvedRows]
+    rows: dict[int, SolvedRows] = field(default_factory=dict)
+    experts: dict[int, SolvedExpert] = field(default_factory=dict)
     problem: str = ""
 
 
@@ -65,19 +73,26 @@ class HeldSum:
     Attributes:
         block, stage: of the group.
         leaves: the calibration shards that it covers.
+        experts: whose inputs it is over, where experts have inputs of their own.
     """
 
     block: int
     stage: int
     leaves: range
+    experts: range | None = None
 
     def __str__(self) -> str:
         shards = f"shards {self.leaves[0]} to {self.leaves[-1]}"
         return f"the sum over {shards} of block {self.block}'s input {self.stage}"
 
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Sums are made in this order; those over some experts are made one after another."""
+        return self.block, self.stage, 0 if self.experts is None else self.experts.start
+
     def is_part_of(self, other: HeldSum) -> bool:
         """Whether the other covers the same shards, or these and more."""
-        same = (self.block, self.stage) == (other.block, other.stage)
+        same = replace(self, leaves=other.leaves) == other
         first, last = self.leaves[0], self.leaves[-1]
         return same and first in other.leaves and last in other.leaves
 
@@ -88,13 +103,16 @@ class InputSum:
 
     Attributes:
         arrays: of a Gram, its bands of rows from the diagonal on; of magnitudes, Σ|x|, Σx² and
-            max|x| by input feature.
+            max|x| by input feature. Of experts with inputs of their own, each array has an axis of
+            experts first, and the last one is the number of rows that each was sent.
         num_rows: tokens that it covers.
+        experts: their numbers.
     """
 
     kind: StatisticsKind
     arrays: tuple[Any, ...]
     num_rows: int
+    experts: range | None = None
 
 
 class WorkerApi(Protocol):
@@ -120,7 +138,13 @@ class WorkerApi(Protocol):
         """
 
     def capture(
-        self, block: int, stage: int, subtree: range, values: Values, *solved: Sequence[SolvedLayer]
+        self,
+        block: int,
+        stage: int,
+        subtree: range,
+        values: Values,
+        *solved: Sequence[SolvedLayer],
+        experts: range | None = None,
     ) -> HeldSum:
         """Move shards to the input of the block's group `stage`, and sum it over a subtree of them.
 
@@ -128,6 +152,7 @@ class WorkerApi(Protocol):
 
         Args:
             solved: the results for all groups before, and for layers that need no calibration.
+            experts: which ones' inputs to sum, of a group of experts with inputs of their own.
         """
 
     def merge(self, left: HeldSum, right: HeldSum, sent: InputSum | None = None) -> HeldSum:

@@ -104,14 +104,16 @@ class Source:
         if num_bad:
             [variable] = self.weights.locate((path,)).values()
             where = f"{self.preset.url}/{variable.file}: {variable.key or path}"
+            first = np.argwhere(~np.isfinite(value))[0].tolist()  # of experts, which one
             if num_not_finite(stored):
                 raise SourceError(
-                    f"{where}: {num_bad} of {value.size} values are NaN or infinite, and so would "
-                    "the model's answers be; repair the model, or download the file again"
+                    f"{where}: {num_bad} of {value.size} values are NaN or infinite, the first at "
+                    f"{first}, and so would the model's answers be; repair the model, or download "
+                    "the file again"
                 )
             raise SourceError(
-                f"{where}: {num_bad} of {value.size} values are too large for {dtype}; keep the "
-                "model's own dtype, or use bfloat16 or float32"
+                f"{where}: {num_bad} of {value.size} values are too large for {dtype}, the first "
+                f"at {first}; keep the model's own dtype, or use bfloat16 or float32"
             )
         return value
 

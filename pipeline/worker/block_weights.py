@@ -7,15 +7,22 @@ decoded there: codes are a fraction of the float kernel that they stand for.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
+from pipeline.model.targets import Target
+from pipeline.plan import LayerPlan
 from pipeline.run.worker_api import Values
 from pipeline.worker.model_state import ModelState, place_weights
 from quantizer import kernel_layout
+from quantizer.expert_codes import ExpertCodes
 from quantizer.keras_format.variables import decode_on_device
+
+Stored: TypeAlias = Mapping[str, NDArray[Any]] | ExpertCodes
+"""Of a solved layer: what stock Keras stores for it, by name; or the codes of experts."""
 
 
 class BlockWeights:
@@ -31,14 +38,12 @@ class BlockWeights:
         # By the path of the variable, and whether it is a decoded kernel.
         self._held: dict[str, tuple[bool, Array]] = {}
 
-    def of(
-        self, block: int, values: Values, solved: Mapping[str, Mapping[str, NDArray[Any]]]
-    ) -> list[Array]:
+    def of(self, block: int, values: Values, solved: Mapping[str, Stored]) -> list[Array]:
         """A block's weights, in the order of its layer's.
 
         Args:
             values: the source's arrays of the block.
-            solved: what stock Keras stores for the layers solved so far, by path, by name.
+            solved: what is stored for the layers solved so far, by path.
         """
         if block != self._block:
             self.free()
@@ -60,9 +65,8 @@ class BlockWeights:
         for variable in due:
             if variable.path in layers:
                 layer = layers[variable.path]
-                assert layer.scheme is not None
-                layout = kernel_layout(targets[layer.path].layer)
-                kernel = decode_on_device(solved[layer.path], layout, layer.scheme, variable.dtype)
+                target, stored = targets[layer.path], solved[layer.path]
+                kernel = _decoded(target, layer, stored, values[variable.path].dtype, variable)
                 self._held[variable.path] = (True, kernel)
         return [self._held[variable.path][1] for variable in variables]
 
@@ -73,3 +77,18 @@ class BlockWeights:
 
     def _holds(self, path: str, *, decoded: bool) -> bool:
         return path in self._held and self._held[path][0] == decoded
+
+
+def _decoded(
+    target: Target, layer: LayerPlan, stored: Stored, dtype: np.dtype[Any], variable: Any
+) -> Array:
+    """The kernel of a solved layer on the device; experts are stored in the source's dtype."""
+    if isinstance(stored, ExpertCodes):
+        [kernel] = place_weights([variable], {variable.path: stored.kernel(dtype)})
+    elif target.num_experts:
+        [kernel] = place_weights([variable], dict.fromkeys([variable.path], *stored.values()))
+    else:
+        assert layer.scheme is not None
+        layout = kernel_layout(target.layer)
+        kernel = decode_on_device(stored, layout, layer.scheme, variable.dtype)
+    return kernel

@@ -23,16 +23,12 @@ class HeldSums:
     def __init__(self) -> None:
         self._held: dict[HeldSum, InputSum] = {}
 
-    def begin(self, block: int, stage: int) -> None:
-        """Forget the sums of all stages before: their layers are solved when one begins.
+    def begin(self, due: HeldSum) -> None:
+        """Forget the sums before one: their layers are solved when it is to be made.
 
-        Those of later stages stay, since this one may begin late and for the second time.
+        Later ones stay, since this one may be made late and for the second time.
         """
-        self._held = {
-            held: total
-            for held, total in self._held.items()
-            if (held.block, held.stage) >= (block, stage)
-        }
+        self._held = {x: total for x, total in self._held.items() if x.place >= due.place}
 
     def put(self, held: HeldSum, total: InputSum) -> HeldSum:
         """Hold a sum; returns its name."""

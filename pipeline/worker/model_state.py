@@ -140,12 +140,15 @@ class ModelState:
     def solved_variables(self, part: int, data: bytes) -> dict[str, dict[str, NDArray[Any]]]:
         """What a committed file holds of the layers with a scheme, by path, by their own names."""
         values = decode_part(self.parts[part], data)
+        parts = self.plan.parts[part]
         solved: dict[str, dict[str, NDArray[Any]]] = {
-            layer.path: {} for layer in self.plan.parts[part].layers if layer.scheme is not None
+            layer.path: {} for layer in parts.layers if layer.scheme is not None
         }
         for stored in self.parts[part].variables:
-            if stored.layer_path in solved:
-                solved[stored.layer_path][stored.name] = values[stored.name_path]
+            # Experts are a variable of a layer; others are all variables of one.
+            for path in (stored.layer_path, str(stored.variable.path)):
+                if path in solved:
+                    solved[path][stored.name] = values[stored.name_path]
         return solved
 
     @cached_property
@@ -224,7 +227,9 @@ class ModelState:
         layers = self.plan.parts[block.index + 1].layers
         statistics = {layer.name: statistics_of(layer.scheme) for layer in layers}
         inputs = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in taken)
-        key = (block.signature, tuple(statistics.items()), inputs)
+        # By their order: Keras numbers some names.
+        kinds = tuple(statistics[target.name] for target in block.targets)
+        key = (block.signature, kinds, inputs)
         if key not in self._programs:
             self._programs[key] = BlockProgram(block, statistics, inputs)
         return self._programs[key]

@@ -25,7 +25,8 @@ class MicroBatch:
 
     What entered a block is kept until the windows have passed it, so that they can go back within
     it at any time. A call that is repeated, or comes late, therefore does no harm: a stage that
-    runs again, with the weights that later stages are given, has the same bits.
+    runs again, with the weights that later stages are given, has the same bits. So does a stage
+    that leaves too much to be kept, and runs for each use.
 
     Attributes:
         values: what the block or any later one uses, by number (see `pipeline.model.blocks`).
@@ -62,11 +63,13 @@ class MicroBatch:
             self.rewind()
         if self.stage == 0:
             self.live = self.taken(call)
-        while self.stage <= stage:
-            here = self.memory.fetch(self.live)
-            results, live = program.run_stage(self.stage, weights, here)
-            self.live = self.memory.keep(live, dict(zip(map(id, here), self.live, strict=True)))
-            self.stage += 1
+        fetched = here = self.memory.fetch(self.live)
+        for number in range(self.stage, stage + 1):
+            results, here = program.run_stage(number, weights, here)
+            if program.leaves_little(number):
+                kept = dict(zip(map(id, fetched), self.live, strict=True))
+                self.stage, self.live = number + 1, self.memory.keep(here, kept)
+                fetched = here
         return results
 
     def finish_block(

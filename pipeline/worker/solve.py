@@ -1,7 +1,8 @@
 """Quantize the layers of one part: kernel → matrix → solve → encode.
 
-Kernels that share an input are solved together, embeddings alone. GPTQ's programs are compiled in
-a thread, while the worker does what comes before solving.
+Kernels that share an input are solved together, embeddings alone; a bank of experts that share an
+input is a kernel as well (for what differs see `pipeline.worker.solve_bank`). GPTQ's programs are
+compiled in a thread, while the worker does what comes before solving.
 """
 
 from __future__ import annotations
@@ -19,16 +20,31 @@ from pipeline.model.targets import Target
 from pipeline.plan import LayerPlan, Plan
 from pipeline.run.worker_api import SolvedLayer, SolvedSlices, Values
 from pipeline.worker.memory import make_room
+from pipeline.worker.solve_bank import (
+    bank_problem,
+    encoded_bank,
+    join_bank,
+    round_bank,
+    solve_ranges,
+)
 from quantizer.errors import UnusableStatisticsError
+from quantizer.experts import ExpertHessians, InputStatistics
 from quantizer.gptq.solve import compile_solver, join_slices
 from quantizer.hessian import CalibrationStatistics, HessianSum, MagnitudeSum
 from quantizer.keras_format.kernel_layout import row_groups
 from quantizer.keras_format.layers import kernel_layout, solve_embedding
 from quantizer.keras_format.variables import encode_kernel
 from quantizer.problem import LayerProblem
-from quantizer.result import SolveResult
-from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Scheme
-from quantizer.solver import check_layer, solve_problems, solve_rows
+from quantizer.result import GroupedWeight, SolveResult
+from quantizer.schemes import (
+    AWQScheme,
+    Float8Scheme,
+    GPTQScheme,
+    Int4Scheme,
+    Int8Scheme,
+    Scheme,
+)
+from quantizer.solver import check_layer, solve_problems, solve_rows, uncalibrated
 
 _Solved = TypeVar("_Solved")
 
@@ -59,10 +75,13 @@ def solve_layers(
     solved: dict[str, SolvedLayer] = {}
     for layer in layers:
         assert layer.scheme is not None
-        if layer.kind == "kernel":
-            by_scheme.setdefault(layer.scheme, []).append(layer)
+        target = targets[layer.path]
+        if layer.kind == "embedding":
+            solved[layer.path] = _solve_embedding(target, values, layer.scheme)
+        elif layer.experts and isinstance(layer.scheme, Int8Scheme | Int4Scheme):
+            solved[layer.path] = round_bank(target, layer.scheme, values)
         else:
-            solved[layer.path] = _solve_embedding(targets[layer.path], values, layer.scheme)
+            by_scheme.setdefault(layer.scheme, []).append(layer)
     for scheme, alike in by_scheme.items():
         problems = [_problem(targets[layer.path], scheme, values) for layer in alike]
         attempt = partial(
@@ -70,7 +89,7 @@ def solve_layers(
         )
         results, obstacle = _calibrated(attempt, statistics, problems[0])
         for layer, result in zip(alike, results, strict=True):
-            solved[layer.path] = _encoded(targets[layer.path], result, scheme, obstacle)
+            solved[layer.path] = _encoded(targets[layer.path], result, scheme, values, obstacle)
     return [solved[layer.path] for layer in layers]
 
 
@@ -78,10 +97,12 @@ def solve_slices(
     target: Target,
     layer: LayerPlan,
     values: Values,
-    statistics: CalibrationStatistics | None,
+    statistics: InputStatistics | None,
     slices: Sequence[int],
 ) -> SolvedSlices:
     """Quantize some row slices of a layer that may be cut (see `LayerPlan.slices`)."""
+    if isinstance(statistics, ExpertHessians):
+        return solve_ranges(target, layer, values, statistics, slices)
     if isinstance(statistics, HessianSum):
         make_room(statistics.gram_CC.nbytes)
     problem = _problem(target, _gptq(layer), values)
@@ -97,15 +118,19 @@ def join_layer(
     target: Target, layer: LayerPlan, values: Values, parts: Sequence[SolvedSlices]
 ) -> SolvedLayer:
     """What `solve_layers` gives for a layer, bit for bit, from all its slices."""
+    if any(part.experts for part in parts):
+        return join_bank(target, layer, values, parts)
     scheme = _gptq(layer)
-    weight = kernel_layout(target.layer).to_matrix(values[target.kernel_path])
+    weight = target.axes.to_matrix(values[target.kernel_path])
     rows = {number: solved for part in parts for number, solved in part.rows.items()}
     in_order = [rows[number] for number in range(layer.slices)]
     result = join_slices(weight.astype(np.float32, copy=False), in_order, scheme)
-    return _encoded(target, result, scheme, parts[0].problem)
+    return _encoded(target, result, scheme, values, parts[0].problem)
 
 
 def _problem(target: Target, scheme: Scheme, values: Values) -> LayerProblem:
+    if target.num_experts:
+        return bank_problem(target, scheme, values)
     kernel = values[target.kernel_path]
     layout = kernel_layout(target.layer)
     return check_layer(
@@ -149,25 +174,23 @@ def _calibrated(
     return attempt(MagnitudeSum(ones_C, ones_C, ones_C, 1)), obstacle
 
 
-def _encoded(target: Target, result: SolveResult, scheme: Scheme, obstacle: str) -> SolvedLayer:
+def _encoded(
+    target: Target, result: SolveResult, scheme: Scheme, values: Values, obstacle: str
+) -> SolvedLayer:
     """A kernel's result as Keras stores it.
 
     Args:
         obstacle: why the layer could not be calibrated; "" if it was.
     """
+    report = result.report
+    if obstacle:
+        report = uncalibrated(report, obstacle, target.axes.out_features)
+    if target.num_experts:
+        assert isinstance(result.weight, GroupedWeight)
+        return encoded_bank(target, result.weight, scheme, values, report.to_dict())
     layout = kernel_layout(target.layer)
     variables = encode_kernel(result.weight, layout, scheme)
-    report = result.report.to_dict()
-    if obstacle:
-        report |= {
-            "output_error": None,
-            "rtn_output_error": None,
-            "kept": "rtn",
-            "rtn_rows": layout.out_features,
-            "num_rows": 0,
-            "reason": f"not calibrated, rounded to nearest: {obstacle}",
-        }
-    return SolvedLayer(path=target.path, variables=variables, report=report)
+    return SolvedLayer(path=target.path, variables=variables, report=report.to_dict())
 
 
 def _solve_embedding(target: Target, values: Values, scheme: Scheme) -> SolvedLayer:
@@ -201,7 +224,7 @@ class CompiledAhead:
                 compiled when needed.
         """
         self._plan, self._targets, self._scale_dtype = plan, targets, scale_dtype
-        self._compiling: dict[tuple[Scheme | None, int, int], Future[None]] = {}
+        self._compiling: dict[tuple[Scheme | None, int, int, int], Future[None]] = {}
 
     def begin(self) -> None:
         """Start compiling, once blocks are to be solved; evaluation needs none of it."""
@@ -210,19 +233,23 @@ class CompiledAhead:
         pool = ThreadPoolExecutor(1, thread_name_prefix="compiling")
         for part in self._plan.parts[1:]:
             layers = {layer.name: layer for layer in part.layers}
-            for name in (name for group in part.groups for name in group.targets):
-                self._compile(part.part, layers[name], pool)
+            for group in part.groups:
+                for name in group.targets:
+                    self._compile(part.part, layers[name], bool(group.experts), pool)
         pool.shutdown(wait=False)
 
-    def _compile(self, part: int, layer: LayerPlan, pool: ThreadPoolExecutor) -> None:
+    def _compile(
+        self, part: int, layer: LayerPlan, own_inputs: bool, pool: ThreadPoolExecutor
+    ) -> None:
         program = _program(layer)
         if not isinstance(layer.scheme, GPTQScheme) or program in self._compiling:
             return
+        target = self._targets(part)[layer.path]
         # Otherwise the slices, and so the programs, depend on the kernel's layout.
-        if kernel_layout(self._targets(part)[layer.path].layer).keras_rows_are_inputs:
+        if target.num_experts or kernel_layout(target.layer).keras_rows_are_inputs:
             self._compiling[program] = pool.submit(
                 compile_solver,
-                layer.out_features,
+                layer.out_features if own_inputs else target.axes.out_features,
                 layer.in_features,
                 layer.scheme,
                 scale_dtype=self._scale_dtype,
@@ -236,6 +263,6 @@ class CompiledAhead:
                 compiling.result()
 
 
-def _program(layer: LayerPlan) -> tuple[Scheme | None, int, int]:
+def _program(layer: LayerPlan) -> tuple[Scheme | None, int, int, int]:
     """What makes a program of its own."""
-    return layer.scheme, layer.out_features, layer.in_features
+    return layer.scheme, layer.out_features, layer.in_features, layer.experts

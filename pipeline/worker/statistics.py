@@ -25,7 +25,9 @@ from pipeline.plan import InputGroup
 from pipeline.recipe.recipe import StatisticsKind
 from pipeline.run.worker_api import InputSum
 from pipeline.worker.memory import make_room
-from quantizer import CalibrationStatistics, HessianSum, MagnitudeSum
+from pipeline.worker.routed_rows import RoutedRows
+from quantizer import HessianSum, MagnitudeSum
+from quantizer.experts import ExpertHessians, InputStatistics
 
 # A Gram is symmetric: cut into this many bands of rows, each is multiplied only from the diagonal
 # on, which takes 10/16 of the flops, and of the bytes until it is finished.
@@ -66,7 +68,7 @@ def merged(left: InputSum, right: InputSum) -> InputSum:
     rows = left.num_rows + right.num_rows
     merge = _merge_in_place if isinstance(left.arrays[0], Array) else partial(_merge, np)
     arrays = merge(left.arrays, right.arrays, left.kind)
-    return InputSum(kind=left.kind, arrays=arrays, num_rows=rows)
+    return dataclasses.replace(left, arrays=arrays, num_rows=rows)
 
 
 def in_numpy(total: InputSum) -> InputSum:
@@ -74,11 +76,15 @@ def in_numpy(total: InputSum) -> InputSum:
     return dataclasses.replace(total, arrays=tuple(map(np.asarray, total.arrays)))
 
 
-def finished(total: InputSum) -> CalibrationStatistics:
+def finished(total: InputSum) -> InputStatistics:
     """What solvers take; a Gram stays where it is, and magnitudes are too small to matter."""
     if total.kind == "magnitudes":
         sum_abs_C, sum_square_C, max_abs_C = map(np.asarray, total.arrays)
         return MagnitudeSum(sum_abs_C, sum_square_C, max_abs_C, total.num_rows)
+    if total.experts is not None:
+        *bands, rows_E = total.arrays
+        gram_ECC, rows_E = _kept((_whole(tuple(bands)), rows_E))
+        return ExpertHessians(gram_ECC, np.asarray(rows_E, np.int64), total.experts.start)
     [gram_CC] = _kept((_whole(total.arrays),))
     return HessianSum(gram_CC, total.num_rows)
 
@@ -86,6 +92,30 @@ def finished(total: InputSum) -> CalibrationStatistics:
 def _kept(arrays: Sums) -> tuple[Any, ...]:
     """Arrays as they are kept: on the device, which for a CPU is memory that NumPy has too."""
     return tuple(map(np.asarray, arrays)) if jax.default_backend() == "cpu" else arrays
+
+
+def sum_routed(
+    inputs: Iterable[tuple[Array, Array, NDArray[np.bool_]]], in_features: int, experts: range
+) -> InputSum:
+    """Sum the micro-batches of the inputs of some experts, given those of all.
+
+    Each is summed over the rows that the router sends to it. They are gathered in blocks of one
+    expert, so that a sum costs what these rows do, and not what all rows would for all experts.
+    Whatever other experts are summed beside it, an expert's sum has the same bits.
+
+    Args:
+        inputs: each as Keras gives it, [experts, rows, in_features]; the router's choice of experts
+            for each row, [rows, experts per row]; and a mask, [rows]: rows where that is false are
+            left out.
+    """
+    make_room(4 * len(experts) * in_features**2)
+    bands = [jnp.zeros((len(experts), b - a, in_features - a)) for a, b in _bands(in_features)]
+    sums: Sums = (*bands, jnp.zeros(len(experts), jnp.int32))
+    num_rows = 0
+    for array, choice, mask in inputs:
+        sums = _add_routed(sums, array, choice, mask, experts.start, all_experts=len(array))
+        num_rows += int(np.count_nonzero(mask))
+    return InputSum(kind="hessian", arrays=_kept(sums), num_rows=num_rows, experts=experts)
 
 
 @partial(jax.jit, static_argnames=("statistics", "input_axes"), donate_argnums=(0,))
@@ -129,6 +159,31 @@ def _merge(
 _merge_in_place = jax.jit(partial(_merge, jnp), static_argnames="kind", donate_argnums=0)
 
 
+@partial(jax.jit, static_argnames=("all_experts",), donate_argnums=(0,))
+def _add_routed(
+    sums: Sums, inputs: Array, choice: Array, mask: Array, first: Array, *, all_experts: int
+) -> Sums:
+    in_features = inputs.shape[-1]
+    rows = RoutedRows.of(
+        choice, num_experts=len(sums[-1]), all_experts=all_experts, first=first, mask=mask
+    )
+
+    def add_block(block: Array, bands: Sums) -> Sums:
+        expert, row_B, kept_B = rows.block(block)
+        rows_BC = inputs[first + expert, row_B]
+        if rows_BC.dtype != jnp.bfloat16:
+            rows_BC = rows_BC.astype(jnp.float32)
+        # Not a product with the mask, since rows of other experts may hold infinity.
+        rows_BC = jnp.where(kept_B[:, None], rows_BC, jnp.zeros((), rows_BC.dtype))
+        return tuple(
+            band.at[expert].add(_product(rows_BC[:, a:b].T, rows_BC[:, a:]))
+            for band, (a, b) in zip(bands, _bands(in_features), strict=True)
+        )
+
+    bands = lax.fori_loop(0, rows.num_blocks, add_block, sums[:-1])
+    return *bands, sums[-1] + rows.count_E
+
+
 def _product(left: Array, right: Array) -> Array:
     """In float32, of which nothing is lost before the sum.
 
@@ -142,13 +197,12 @@ def _product(left: Array, right: Array) -> Array:
 
 @jax.jit
 def _whole(bands: Sums) -> Array:
-    """The Gram, [C, C], exactly symmetric, from its bands."""
-    upper = jnp.triu(
-        jnp.concatenate(
-            [jnp.pad(band, ((0, 0), (bands[0].shape[1] - band.shape[1], 0))) for band in bands]
-        )
-    )
-    return upper + jnp.triu(upper, 1).T
+    """The Gram, [..., C, C], exactly symmetric, from its bands."""
+    size = bands[0].shape[-1]
+    before = [(0, 0)] * (bands[0].ndim - 1)
+    padded = [jnp.pad(band, (*before, (size - band.shape[-1], 0))) for band in bands]
+    upper = jnp.triu(jnp.concatenate(padded, axis=-2))
+    return upper + jnp.matrix_transpose(jnp.triu(upper, 1))
 
 
 def _bands(in_features: int) -> list[tuple[int, int]]:

@@ -123,6 +123,8 @@ def _numbered(numbers: Sequence[int], outputs: Any) -> BatchValues:
 
 def _rounds_inputs(layer: LayerPlan) -> bool:
     """Whether stock Keras rounds what the layer is given at run time."""
+    if layer.experts:
+        return False  # they are loaded as floats
     if isinstance(layer.scheme, Int8Scheme):
         return layer.scheme.quantize_activations
     if isinstance(layer.scheme, Int4Scheme):

@@ -39,7 +39,7 @@ from pipeline.run.worker_api import (
 from pipeline.storage.object_store import open_store
 from pipeline.worker.activation_memory import ActivationMemory
 from pipeline.worker.block_program import BlockProgram
-from pipeline.worker.block_weights import BlockWeights
+from pipeline.worker.block_weights import BlockWeights, Stored
 from pipeline.worker.device_memory import device_errors
 from pipeline.worker.evaluate import evaluate
 from pipeline.worker.held_sums import HeldSums
@@ -47,9 +47,9 @@ from pipeline.worker.memory import FreedMemory
 from pipeline.worker.model_state import ModelState, place_weights
 from pipeline.worker.shards import CalibrationShards, LostShardError, MicroBatch
 from pipeline.worker.solve import CompiledAhead, join_layer, solve_layers, solve_slices
-from pipeline.worker.statistics import finished, in_numpy, merged, sum_inputs
+from pipeline.worker.statistics import finished, in_numpy, merged, sum_inputs, sum_routed
 from pipeline.worker.streamed_model import artifact_model, source_model
-from quantizer.hessian import CalibrationStatistics
+from quantizer.experts import ExpertHessians, InputStatistics
 
 
 class Worker(WorkerApi):
@@ -98,28 +98,40 @@ class Worker(WorkerApi):
 
     @device_errors()
     def capture(
-        self, block: int, stage: int, subtree: range, values: Values, *solved: Sequence[SolvedLayer]
+        self,
+        block: int,
+        stage: int,
+        subtree: range,
+        values: Values,
+        *solved: Sequence[SolvedLayer],
+        experts: range | None = None,
     ) -> HeldSum:
-        self._sums.begin(block, stage)
-        weights = self._weights.of(block, values, _variables(solved))
+        name = HeldSum(block=block, stage=stage, leaves=subtree, experts=experts)
+        self._sums.begin(name)
+        weights = self._weights.of(block, values, _stored(solved))
 
         def leaf(index: int) -> InputSum:
             batches = self._shards.get(index, block)
             call, program = self._model.call(block), self._program(block, batches[0])
-            shapes = program.group_shapes[stage]
+            group, shapes = program.groups[stage], program.group_shapes[stage]
+            found = ((one.run_stage(call, program, stage, weights), one.batch) for one in batches)
+            if group.experts:
+                assert experts is not None
+                program.check_routing(weights, batches[0].taken(call))
+                [shape] = shapes
+                routed = ((*results, batch.rows(shape)) for results, batch in found)
+                return sum_routed(routed, group.in_features, experts)
             inputs = (
-                (found, batch.batch.rows(shape))
-                for batch in batches
-                for found, shape in zip(
-                    batch.run_stage(call, program, stage, weights), shapes, strict=True
-                )
+                (result, batch.rows(shape))
+                for results, batch in found
+                for result, shape in zip(results, shapes, strict=True)
             )
-            return sum_inputs(inputs, program.groups[stage], program.input_axes[stage])
+            return sum_inputs(inputs, group, program.input_axes[stage])
 
         total = reduce_subtree(subtree, leaf, merged)
         # What fails, or takes long, shows here, and not where the sum is used.
         jax.block_until_ready(total.arrays)
-        return self._sums.put(HeldSum(block=block, stage=stage, leaves=subtree), total)
+        return self._sums.put(name, total)
 
     @device_errors()
     def merge(self, left: HeldSum, right: HeldSum, sent: InputSum | None = None) -> HeldSum:
@@ -143,6 +155,7 @@ class Worker(WorkerApi):
         folds = [g.fold for g in self._plan.parts[part].groups if names.intersection(g.targets)]
         fold = folds[0] if folds else None  # layers solved at once share an input, or have none
         statistics = self._statistics(total)
+        assert not isinstance(statistics, ExpertHessians), "experts are solved in ranges"
         return solve_layers(self._model.targets(part), layers, values, statistics, fold)
 
     @device_errors()
@@ -177,10 +190,10 @@ class Worker(WorkerApi):
         self, part: int, previous: str, values: Values, *solved: Sequence[SolvedLayer]
     ) -> PartRecord:
         results = {layer.path: layer for layers in solved for layer in layers}
-        record, data = encode_solved_part(
+        record, files = encode_solved_part(
             self._plan, self._model.parts[part], previous, values, results
         )
-        commit_part(self._store, record, data)
+        commit_part(self._store, record, files)
         return record
 
     def settle(self) -> None:
@@ -190,7 +203,7 @@ class Worker(WorkerApi):
     def propagate(
         self, block: int, shards: Sequence[int], values: Values, *solved: Sequence[SolvedLayer]
     ) -> None:
-        self._finish_block(block, shards, values, _variables(solved))
+        self._finish_block(block, shards, values, _stored(solved))
 
     @device_errors()
     def quantize_alone(self, part: int) -> PartRecord:
@@ -235,7 +248,7 @@ class Worker(WorkerApi):
         check_machine(self._plan.machine)
         self._compiled.begin()
 
-    def _statistics(self, total: HeldSum | InputSum | None) -> CalibrationStatistics | None:
+    def _statistics(self, total: HeldSum | InputSum | None) -> InputStatistics | None:
         if total is None:
             return None
         return finished(self._sums.get(total) if isinstance(total, HeldSum) else total)
@@ -249,7 +262,7 @@ class Worker(WorkerApi):
         block: int,
         shards: Sequence[int],
         values: Values,
-        solved: Mapping[str, Mapping[str, NDArray[Any]]],
+        solved: Mapping[str, Stored],
     ) -> None:
         """Send shards through the rest of a block, all of whose layers with a scheme are solved."""
         unfinished = [x for index in shards for x in self._shards.unfinished(index, block)]
@@ -308,6 +321,6 @@ class Worker(WorkerApi):
         return batches
 
 
-def _variables(solved: Iterable[Sequence[SolvedLayer]]) -> dict[str, dict[str, NDArray[Any]]]:
+def _stored(solved: Iterable[Sequence[SolvedLayer]]) -> dict[str, Stored]:
     """What is stored for each solved layer, by path."""
-    return {layer.path: layer.variables for layers in solved for layer in layers}
+    return {layer.path: layer.codes or layer.variables for layers in solved for layer in layers}

@@ -57,8 +57,11 @@ def obstacle(layer: keras.layers.Layer, parents: tuple[keras.layers.Layer, ...])
         # It calls `layer.call`, past `quantized_call`.
         return "stock Keras' TimeDistributed would take its codes for its weights"
     num_experts = getattr(parent, "num_experts", None)
-    if type(layer) is keras.layers.Dense and layer.units == num_experts:
-        return "it routes tokens to experts, and rounding would change the choice"
+    if num_experts is not None and type(layer) is keras.layers.Dense:
+        if layer.units == num_experts:
+            return "it routes tokens to experts, and rounding would change the choice"
+        if layer.units == 1:
+            return "it weighs the expert that all tokens share, for each token by one number"
     return None
 
 

@@ -22,21 +22,20 @@ KEEP_EVERY = 1
 
 @dataclass(frozen=True)
 class Given:
-    """What every process works from: plain data, and one source for all."""
+    """What every process works from: plain data."""
 
     plan_json: bytes
     windows: bytes | None
-    source: Path
 
     @classmethod
     def of(cls, scheme: str) -> Given:
         planned = tiny_runs.planned(scheme)
         windows = None if planned.windows is None else planned.windows.to_bytes()
-        return cls(planned.plan.to_json(), windows, tiny_runs.source())
+        return cls(planned.plan.to_json(), windows)
 
     def planned(self) -> Planned:
         windows = None if self.windows is None else TokenWindows.from_bytes(self.windows)
-        return Planned(plan=Plan.from_json(self.plan_json), windows=windows)
+        return Planned(plan=Plan.from_json(self.plan_json), windows=windows, variables=())
 
 
 def run(folder: str, given: Given, at: int, *, after: bool, late: bool) -> int:
@@ -54,10 +53,7 @@ def run(folder: str, given: Given, at: int, *, after: bool, late: bool) -> int:
         backend = original(root)
         return killer.wrap(backend) if str(root) == folder else backend
 
-    with (
-        mock.patch.object(local_store, "LocalBackend", watched),
-        mock.patch.object(tiny_runs, "source", return_value=given.source),
-    ):
+    with mock.patch.object(local_store, "LocalBackend", watched):
         tiny_runs.execute(
             given.planned(),
             open_store(folder),

@@ -81,7 +81,9 @@ def test_drivers_delete_nothing_that_was_published_or_decided(key: str) -> None:
     assert not may("driver", "s3:DeleteObject", key)
 
 
-@pytest.mark.parametrize("part", ["activations", "artifact", "exports", "records", "tokens"])
+@pytest.mark.parametrize(
+    "part", ["activations", "artifact", "codes", "exports", "records", "tokens"]
+)
 def test_drivers_clear_what_no_run_needs_and_what_is_damaged(part: str) -> None:
     assert may("driver", "s3:DeleteObject", f"{RUN}/{part}/x")
 

@@ -193,7 +193,7 @@ class Waiting:
     def settle(self) -> Any:
         return self._call("settle")
 
-    def capture(self, *given: Any) -> Any:
+    def capture(self, *given: Any, **named: Any) -> Any:
         return self._call("capture", "commit")
 
     def solve(self, *given: Any) -> Any:

@@ -170,7 +170,6 @@ def execute(
     store: ObjectStore,
     *,
     workers: int = 1,
-    architecture: str = "Llama3",
     keep_every: int = 8,
     report: Report = lambda step: None,
     lose: Sequence[tuple[str, int]] = (),
@@ -185,9 +184,8 @@ def execute(
         restart_after: once this part is committed, every worker restarts, and no call fails.
     """
     claim(store, given.plan, None if given.windows is None else given.windows.to_bytes())
-    url = str(source(architecture))
     executor = make_executor(
-        lambda: make_worker(given.plan, url, store.root_url), workers, lose=lose
+        lambda: make_worker(given.plan, given.plan.source_url, store.root_url), workers, lose=lose
     )
 
     def tell(step: Step) -> None:

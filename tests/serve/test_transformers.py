@@ -22,6 +22,8 @@ from pipeline.model.checkpoint_tokenizer import checkpoint_tokenizer
 from pipeline.model.preset import read_preset
 from pipeline.plan import read_plan
 from pipeline.storage.object_store import open_store
+from tests.families.tiny_families import shared_family
+from tests.models.expert_configs import config_folder
 from tests.models.tiny_huggingface import HIDDEN, tiny_huggingface
 from tests.pipeline.export.runs import finished_run
 from tests.pipeline.presets import shared_preset
@@ -54,6 +56,7 @@ class Case:
 
     Attributes:
         tolerance: of answers, as a share of the largest.
+        like: makes a folder to take the config from.
     """
 
     source: Callable[[Path], Path]
@@ -61,6 +64,7 @@ class Case:
     as_format: ExportFormat = "compressed-tensors"
     settings: Mapping[str, Any] = field(default_factory=dict)
     tolerance: float = 1e-4
+    like: Callable[[Path], Path] | None = None
 
 
 def llama3(_: Path) -> Path:
@@ -69,6 +73,22 @@ def llama3(_: Path) -> Path:
 
 def llama3_in_bfloat16(_: Path) -> Path:
     return shared_preset("Llama3", num_blocks=2, dtype="bfloat16", tied=False)
+
+
+def experts(
+    name: str,
+    scheme: Mapping[str, Any],
+    as_format: ExportFormat = "compressed-tensors",
+    **more: Any,
+) -> Case:
+    """A mixture of experts, for which KerasHub writes no config.json."""
+    return Case(
+        lambda _: shared_family(name),
+        scheme,
+        as_format,
+        settings=more,
+        like=lambda folder: config_folder(name, folder),
+    )
 
 
 def family(name: str, *, tokenizer: bool = False, **options: Any) -> Callable[[Path], Path]:
@@ -116,6 +136,15 @@ EXACT = {
     "BART": Case(family("bart", tokenizer=True), gptq(4)),
     "DistilBERT": Case(family("distilbert", tokenizer=True), gptq(4)),
     "ALBERT": Case(family("albert"), INT4),
+    "Mixtral": experts("Mixtral", gptq(4, symmetric=True)),
+    "Mixtral, 3 bits": experts("Mixtral", gptq(3, symmetric=True)),
+    "Qwen 3 MoE": experts("Qwen3Moe", gptq(4, symmetric=True)),
+    "Qwen 3 MoE, experts otherwise": experts(
+        "Qwen3Moe", gptq(4, symmetric=True), rules=[{"pattern": "attention", "scheme": gptq(8)}]
+    ),
+    "Mixtral, experts in int8": experts(
+        "Mixtral", gptq(4), rules=[{"pattern": "experts", "scheme": {"mode": "int8"}}]
+    ),
 }
 # Their inputs are rounded at run time, and by float8 a value at the edge of two differs.
 ROUNDED = {
@@ -171,8 +200,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answers]:
         source = case.source(folder / "source")
         run, manifest = finished_run(source, str(folder / "run"), case.scheme, **case.settings)
         artifact = read_preset(f"{run.root_url}/artifact")
+        like = None if case.like is None else str(case.like(folder / "like"))
         for as_format in dict.fromkeys((case.as_format, "dense")):
-            checkpoint = plan_checkpoint(read_plan(run), artifact, as_format)
+            checkpoint = plan_checkpoint(read_plan(run), artifact, as_format, like_url=like)
             store = open_store(str(folder / as_format))
             write_checkpoint(checkpoint, run, manifest, store)
             outputs = str(folder / f"{as_format}.npy")

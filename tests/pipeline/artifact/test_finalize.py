@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.artifact.parts import decode_part, encode_solved_part
 from pipeline.plan import Plan
+from pipeline.run.records import file_key
 from tests.pipeline.tiny_runs import model_state, planned, source
 
 
@@ -53,7 +54,7 @@ def test_a_float8_plan_of_the_first_format_is_still_read_and_encodes_plain_files
     assert Plan.from_json(old.to_json()) == old
     assert old.digest != new.digest
     values = some_values(part)
-    plain = encode_solved_part(old, part, "", values, {})[1]
+    plain = encode_solved_part(old, part, "", values, {})[1][file_key(1)]
     assert compressions(plain) == {None}
     assert len(plain) > part.num_bytes
 
@@ -61,7 +62,8 @@ def test_a_float8_plan_of_the_first_format_is_still_read_and_encodes_plain_files
 def test_the_second_format_compresses_float8_kernels_and_changes_no_value(part):
     values = some_values(part)
     plan = planned("float8").plan
-    record, data = encode_solved_part(plan, part, "", values, {})
+    record, files = encode_solved_part(plan, part, "", values, {})
+    [data] = files.values()
     assert compressions(data) == {None, "gzip"}
     assert record.size_bytes == len(data) < 0.6 * record.loaded_bytes
     found = decode_part(part, data)

@@ -48,7 +48,8 @@ def test_layers_with_generated_names_are_found_whatever_the_process_built_before
     """QwenMoe's experts are in qwen_sparse_moe_block, qwen_sparse_moe_block_1, … of a process."""
     preset = shared_family("QwenMoe")
     plan = planned(preset, recipe(Int8Scheme()))
-    wanted = [layer.path for part in plan.parts for layer in part.layers if layer.scheme]
+    layers = [layer for part in plan.parts for layer in part.layers if layer.scheme]
+    wanted = [layer.path for layer in layers if not layer.experts]  # which stay float in Keras
     assert any("qwen_sparse_moe_block_1/" in path for path in wanted)
     assert sorted(quantized_paths(preset, plan, many_made=many_made)) == sorted(wanted)
 

@@ -9,10 +9,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from pipeline.artifact.bit_packing import unpack_bits
 from pipeline.errors import ExportError, SourceError
 from pipeline.export.checkpoint import Checkpoint, plan_checkpoint
 from pipeline.export.description import ExportDescription
-from pipeline.export.packing import unpack_bits
 from pipeline.model.checkpoint_config import CheckpointConfig
 from pipeline.model.preset import read_preset
 from pipeline.plan import read_plan

@@ -15,12 +15,12 @@ import pytest
 from numpy.typing import NDArray
 
 from pipeline.artifact.parts import decode_part
+from pipeline.artifact.safetensors_file import safetensors_bytes
 from pipeline.errors import ExportError
 from pipeline.export.checkpoint import Checkpoint, plan_checkpoint
 from pipeline.export.code_formats import CodeFormat
 from pipeline.export.codes import KernelCodes
 from pipeline.export.folding import Divisor, divisors, folds_of
-from pipeline.export.safetensors_file import safetensors_bytes
 from pipeline.export.writing import write_checkpoint
 from pipeline.fold import FoldedVariable
 from pipeline.model.huggingface import Conversion

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
+from pipeline.artifact.bit_packing import unpack_bits
 from pipeline.errors import ExportError
 from pipeline.export.code_formats import CodeFormat, code_format
 from pipeline.export.codes import Matrix
 from pipeline.export.formats import check_format, compressed_tensors, gptq, quantization_config
 from pipeline.export.kernels import serving_kernel
-from pipeline.export.packing import unpack_bits
 from quantizer.schemes import GPTQScheme, Int8Scheme
 
 FOUR = CodeFormat(bits=4, symmetric=False, group_size=32)

@@ -148,9 +148,9 @@ def test_parts_that_were_written_are_not_made_again(
     encoded: list[int] = []
     encode = Checkpoint.encode
 
-    def counted(self: Checkpoint, number: int, data: bytes) -> object:
+    def counted(self: Checkpoint, number: int, *files: bytes | None) -> object:
         encoded.append(number)
-        return encode(self, number, data)
+        return encode(self, number, *files)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Checkpoint, "encode", counted)
     write(store)

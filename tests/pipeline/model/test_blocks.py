@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def test_a_signature_depends_on_settings_shapes_and_dtypes_but_not_on_names() ->
     assert len(set(others)) == 4
 
 
-def test_experts_and_their_router_are_not_quantized() -> None:
+def test_experts_can_be_quantized_but_not_their_router() -> None:
     backbone = weightless(
         keras_hub.models.Qwen3MoeBackbone,
         vocabulary_size=64,
@@ -196,11 +197,37 @@ def test_experts_and_their_router_are_not_quantized() -> None:
         decoder_sparse_step=1,
     )
     block = find_blocks(wrap(backbone)).blocks[0]
-    assert [target.name for target in block.targets] == LLAMA_TARGETS[:4]
-    reasons = [layer.reason for layer in block.unsupported]
-    assert len(reasons) == 2
-    assert any("routes tokens" in reason for reason in reasons)
-    assert any("Qwen3MoeExperts" in reason for reason in reasons)
+    banks = {
+        "qwen3_sparse_moe_block/experts/expert_feedforward_gate_dense": (4, 32, 32),
+        "qwen3_sparse_moe_block/experts/expert_feedforward_output_dense": (4, 16, 32),
+    }
+    assert [target.name for target in block.targets] == [*LLAMA_TARGETS[:4], *banks]
+    for target, (num_experts, in_features, out_features) in zip(
+        block.targets[4:], banks.values(), strict=True
+    ):
+        assert target.num_experts == num_experts
+        assert (target.in_features, target.out_features) == (in_features, out_features)
+        assert target.kernel_path == target.path
+    [router] = block.unsupported
+    assert "routes tokens" in router.reason
+
+
+class Experts(keras.layers.Layer):
+    num_experts = 3
+
+    def build(self, input_shape: Sequence[int | None]) -> None:
+        self.bank = self.add_weight(shape=(3, 4, 5), name="bank")
+        self.offsets = self.add_weight(shape=(3, 5), name="offsets")
+
+
+def test_the_matrix_of_experts_has_the_rows_of_all_in_turn() -> None:
+    layer = Experts(name="experts")
+    layer.build((None, 4))
+    [target] = find_targets([layer])
+    bank = np.arange(60.0).reshape(3, 4, 5)
+    matrix = target.axes.to_matrix(bank)
+    np.testing.assert_array_equal(matrix, np.concatenate([expert.T for expert in bank]))
+    np.testing.assert_array_equal(target.axes.from_matrix(matrix), bank)
 
 
 class OwnDense(keras.layers.Dense):

@@ -108,11 +108,11 @@ def test_zeros_stand_where_kerashub_reads_nothing(family: str, tmp_path: Path) -
 
 
 def test_what_a_converter_computes_is_refused(tmp_path: Path) -> None:
+    """A tensor with the gates of GPT-OSS beside its other projections, in one order or another."""
     folder = folder_in_float32(tmp_path, "mistral")
     config = json.loads((folder / "config.json").read_text())
-    mixtral = {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
-    more = {"router_aux_loss_coef": 0.0, "router_jitter_noise": 0.0, "output_router_logits": False}
-    (folder / "config.json").write_text(json.dumps(config | mixtral | more))
+    gpt_oss = {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2}
+    (folder / "config.json").write_text(json.dumps(config | gpt_oss | {"sliding_window": None}))
     with pytest.raises(ExportError, match=r"computes with .*experts.* itself.*cannot be exported"):
         _ = places_of(folder).tensors
 

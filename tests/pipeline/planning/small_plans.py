@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan, TokensPlan
 from pipeline.planning.machines import Machine
 from pipeline.recipe.recipe import Recipe
+from quantizer.experts import num_expert_ranges
 from quantizer.schemes import GPTQScheme, Int8Scheme, Scheme
 
 GPTQ = GPTQScheme(weight_bits=4, group_size=32, scale_search=False)
@@ -61,6 +62,30 @@ def plan(num_blocks: int = 2, scheme: Scheme | None = GPTQ) -> Plan:
         machine={"platform": "cpu", "device": "", "threads": "1"},
         versions={},
     )
+
+
+def experts_plan(num_experts: int, hidden: int, inner: int, per_token: int) -> Plan:
+    """Two blocks of gated experts alone, on the same windows as `plan`."""
+    some = {"experts": num_experts, "experts_per_token": per_token}
+    ranges = num_expert_ranges(num_experts, inner)
+    layers = (
+        layer("gate_up", hidden, 2 * inner, **some),
+        layer("down", inner, hidden, slices=ranges, **some),
+    )
+    groups = (
+        InputGroup(targets=("gate_up",), in_features=hidden, statistics="hessian"),
+        InputGroup(targets=("down",), in_features=inner, statistics="hessian", experts=num_experts),
+    )
+    parts = [
+        dataclasses.replace(
+            block(number),
+            source_bytes=4 * sum(one.num_weights for one in layers),
+            layers=layers,
+            groups=groups,
+        )
+        for number in (1, 2)
+    ]
+    return dataclasses.replace(plan(), parts=(plan().parts[0], *parts))
 
 
 def slow_machine(**rates: Any) -> Machine:

@@ -20,7 +20,10 @@ from pipeline.planning.estimates import bits_per_weight, estimate
 from pipeline.planning.make_plan import make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.storage.object_store import open_store
+from quantizer.experts import num_expert_ranges
 from quantizer.schemes import Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
+from tests.families.tiny_families import FAMILIES, shared_family, tiny_family
+from tests.integration.quantized import recipe as integration_recipe
 from tests.models.tiny import tiny_preset
 from tests.pipeline.tiny_runs import execute, planned, recipe, source
 from tests.selection import by_default
@@ -54,12 +57,19 @@ print(int(peak) * 1024)
 def run_and_weigh(
     folder: Path, scheme: str, *, limit_bytes: int | None = None, **size: int
 ) -> tuple[int, Plan]:
+    """Peak memory of a process that does a whole run, in bytes; and its plan; of a Llama."""
+    preset = tiny_preset("Llama3", folder / "source", **size)
+    return weighed(folder, preset, scheme, limit_bytes=limit_bytes)
+
+
+def weighed(
+    folder: Path, preset: Path, scheme: str, *, limit_bytes: int | None = None
+) -> tuple[int, Plan]:
     """Peak memory of a process that does a whole run, in bytes; and its plan.
 
     Args:
         limit_bytes: of memory that the kernel lets the process have (`ulimit -d`).
     """
-    preset = tiny_preset("Llama3", folder / "source", **size)
     wanted = recipe(scheme, num_samples=32, sequence_length=128)
     given = make_plan(read_preset(str(preset)), wanted, threads=2)
     (folder / "plan.json").write_bytes(given.plan.to_json())
@@ -119,6 +129,26 @@ def test_a_worker_takes_no_more_memory_than_estimated(
     estimated = estimate(plan, 1).worker_bytes
     assert peak_bytes <= estimated
     assert estimated < 3 * peak_bytes  # an upper bound that still says something
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        pytest.param("gptq", marks=pytest.mark.slow),
+        pytest.param("int8", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_a_worker_with_experts_takes_no_more_memory_than_estimated(
+    scheme: str, tmp_path: Path
+) -> None:
+    [family] = (family for family in FAMILIES if family.name == "Qwen3Moe")
+    size = {"hidden_dim": 512, "moe_intermediate_dim": 256, "num_experts": 64, "top_k": 4}
+    wide = dataclasses.replace(family, options={**family.options, **size})
+    peak_bytes, plan = weighed(tmp_path, tiny_family(wide, tmp_path / "source"), scheme)
+    estimated = estimate(plan, 1).worker_bytes
+    print(f"{scheme}: peak {peak_bytes:,}, estimated {estimated:,}")
+    assert peak_bytes <= estimated
+    assert estimated < 3 * peak_bytes
 
 
 @pytest.mark.slow
@@ -244,3 +274,60 @@ def test_bits_of_a_weight_count_its_share_of_scales(
     layer = next(x for x in plan.parts[1].layers if x.in_features == 64)
     layer = dataclasses.replace(layer, scheme=scheme)
     assert bits_per_weight(layer, plan, source_bits) == wanted
+
+
+def experts_plan() -> Plan:
+    wanted = integration_recipe(GPTQScheme(weight_bits=4, group_size=16))
+    return make_plan(read_preset(str(shared_family("Mixtral"))), wanted, threads=1).plan
+
+
+def test_a_token_needs_the_weights_of_the_experts_that_it_is_sent_to() -> None:
+    """Mixtral's router sends a token to two of four experts."""
+    plan, experts = experts_plan(), 2 * 3 * 4 * 32 * 64
+    costs = estimate(plan, 1)
+    assert costs.weights == sum(part.num_weights for part in plan.parts)
+    assert costs.active_weights == costs.weights - experts // 2
+    assert costs.codes_bytes == experts * (4 + 40 / 16) / 8
+    assert plan.tokens is not None
+    num_tokens = plan.tokens.num_samples * plan.tokens.sequence_length
+    assert costs.tokens_per_expert == num_tokens // 2
+    # Four rows for each of 64 inputs, and twice that since routers are uneven.
+    assert costs.advised_tokens == 2 * 4 * 64 * 4 // 2
+
+
+def with_experts(plan: Plan, *, experts: int, in_features: int) -> Plan:
+    """The plan with more experts in place of Mixtral's, and more inputs of their own."""
+    ranges = num_expert_ranges(experts, in_features)
+    own = {name for part in plan.parts for g in part.groups if g.experts for name in g.targets}
+    return dataclasses.replace(
+        plan,
+        parts=tuple(
+            dataclasses.replace(
+                part,
+                layers=tuple(
+                    dataclasses.replace(x, experts=experts, in_features=in_features, slices=ranges)
+                    if x.name in own
+                    else x
+                    for x in part.layers
+                ),
+                groups=tuple(
+                    dataclasses.replace(g, experts=experts, in_features=in_features)
+                    if g.experts
+                    else g
+                    for g in part.groups
+                ),
+            )
+            for part in plan.parts
+        ),
+    )
+
+
+def test_experts_beyond_what_is_summed_at_once_take_no_more_memory_but_their_weights() -> None:
+    few, more = (with_experts(experts_plan(), experts=n, in_features=4096) for n in (128, 256))
+    weights = 4 * (more.parts[1].num_weights - few.parts[1].num_weights)
+    grown = estimate(more, 1).worker_bytes - estimate(few, 1).worker_bytes
+    # The block's copies, a solve's, and what the experts make of a micro-batch.
+    assert weights < grown < 9 * weights
+    assert 4 * grown < 128 * 4 * 4096**2  # of the Hessians of 128 more experts
+    # A token is sent to as many.
+    assert estimate(more, 1).gram_flops == estimate(few, 1).gram_flops

@@ -18,7 +18,7 @@ from pipeline.model.inputs import input_layout
 from pipeline.model.preset import read_preset
 from pipeline.model.skeleton import build_skeleton
 from pipeline.plan import Plan
-from pipeline.planning.input_groups import kernels_read_apart
+from pipeline.planning.input_groups import block_uses
 from pipeline.planning.make_plan import Planned, make_plan
 from pipeline.recipe.recipe import Calibration, Recipe
 from pipeline.run.claim import claim
@@ -34,7 +34,7 @@ from tests.pipeline.tiny_runs import text_file
 
 def read_apart(family: str) -> list[str]:
     skeleton = build_skeleton(read_preset(str(shared_family(family))))
-    return sorted(kernels_read_apart(find_blocks(skeleton), input_layout(skeleton)))
+    return sorted(block_uses(find_blocks(skeleton), input_layout(skeleton)).apart)
 
 
 def test_kernels_that_a_block_reads_past_their_layers_are_found() -> None:

@@ -14,12 +14,14 @@ from pipeline.model.skeleton import build_skeleton
 from pipeline.plan import LayerPlan, Plan
 from pipeline.planning.make_plan import make_plan
 from pipeline.recipe.recipe import Recipe, Rule
-from quantizer.schemes import AWQScheme, Int8Scheme
+from quantizer.schemes import AWQScheme, GPTQScheme, Int8Scheme
 from tests.families.tiny_families import FAMILIES, shared_family, tiny_family
 from tests.integration.quantized import recipe
 from tests.pipeline.presets import shared_preset
 
 INT8 = recipe(Int8Scheme())
+GPTQ = recipe(GPTQScheme(weight_bits=4, group_size=16))
+AWQ = recipe(AWQScheme(group_size=16, num_grid_points=4, clip_search=False))
 
 
 def planned(preset: Path, wanted: Recipe) -> Plan:
@@ -31,12 +33,14 @@ def partial(wanted: Recipe) -> Recipe:
 
 
 def test_a_plan_that_leaves_most_weights_in_float_is_refused_unless_that_is_allowed() -> None:
-    """Of Mixtral stock Keras loads no experts quantized."""
+    """There is no awq for experts, of which Mixtral mostly consists."""
     preset = shared_family("Mixtral")
-    with pytest.raises(RecipeError, match=r"MixtralMoeExperts.*--allow-partial") as refused:
-        planned(preset, INT8)
+    with pytest.raises(RecipeError, match=r"/experts/.*no awq for experts.*--allow-partial") as (
+        refused
+    ):
+        planned(preset, AWQ)
     assert "\n" not in str(refused.value)
-    found = planned(preset, partial(INT8)).share.of_recipe
+    found = planned(preset, partial(AWQ)).share.of_recipe
     assert f"would quantize {found:.0%} of the weights" in str(refused.value)
 
 
@@ -49,21 +53,23 @@ def test_the_share_counts_experts_but_not_what_the_recipe_leaves_out() -> None:
             sizes["attention"] += size
         if "/experts/" in variable.path and len(variable.shape) == 3:
             sizes["experts"] += size
-    plan = planned(preset, partial(INT8))
+    plan = planned(preset, partial(AWQ))
     assert plan.share.of_recipe == pytest.approx(sizes["attention"] / sum(sizes.values()))
-    without = recipe(Int8Scheme(), Rule(pattern="experts", scheme=None))
+    without = recipe(AWQScheme(group_size=16), Rule(pattern="experts", scheme=None))
     assert planned(preset, without).share.of_recipe == 1.0
+    assert planned(preset, INT8).share.of_recipe == 1.0
 
 
-def test_plans_of_models_without_stacked_weights_are_written_as_before() -> None:
+def test_plans_of_models_without_experts_are_written_as_before() -> None:
     plan = planned(shared_preset("Llama3"), INT8)
     assert plan.share.of_recipe == 1.0
     assert b"stacked_weights" not in plan.to_json()
+    assert b"experts" not in plan.to_json()
     assert b"allow_partial" not in plan.to_json()
 
 
-def test_plans_with_stacked_weights_are_read_back() -> None:
-    plan = planned(shared_family("Mixtral"), partial(INT8))
+def test_plans_with_experts_are_read_back() -> None:
+    plan = planned(shared_family("Mixtral"), GPTQ)
     assert Plan.from_json(plan.to_json()) == plan
 
 

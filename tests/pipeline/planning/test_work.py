@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from pipeline.plan import InputGroup, LayerPlan
+from pipeline.plan import InputGroup
 from pipeline.planning.estimates import GPU_BAND
 from pipeline.planning.stage_constants import CONSTANTS
 from pipeline.planning.work import (
@@ -17,7 +17,7 @@ from pipeline.planning.work import (
 )
 from quantizer.gptq import path
 from quantizer.schemes import AWQScheme, GPTQScheme, Int8Scheme
-from tests.pipeline.planning.small_plans import GPTQ, block, layer, plan, with_layers
+from tests.pipeline.planning.small_plans import block, experts_plan, layer, plan, with_layers
 
 ONES = dataclasses.replace(
     CONSTANTS["cpu"],
@@ -71,27 +71,6 @@ def test_sweeps_go_over_all_columns_again() -> None:
     [thrice] = block_work(swept, swept.parts[1], ONES).solve[0].rows
     assert thrice.steps == 3 * once.steps
     assert thrice.float32_flops == 3 * once.float32_flops
-
-
-def test_a_layer_that_stacks_matrices_has_a_sum_and_a_factor_for_each() -> None:
-    class Bank(LayerPlan):
-        """Three matrices of its shape."""
-
-        @property
-        def num_weights(self) -> int:
-            return 3 * self.in_features * self.out_features
-
-    given = plan()
-    _, down = given.parts[1].layers
-    bank = Bank(path="up", name="up", kind="kernel", in_features=64, out_features=128, scheme=GPTQ)
-    stacked = dataclasses.replace(given.parts[1], layers=(bank, down))
-    one, three = (block_work(given, part, ONES) for part in (given.parts[1], stacked))
-    assert three.solve[0].shared == Work()
-    assert three.solve[0].rows == (one.solve[0].shared + one.solve[0].rows[0],) * 3
-    assert three.solve[0].sum_bytes == 3 * one.solve[0].sum_bytes
-    assert three.solve[1] == one.solve[1]
-    assert three.decode.memory_bytes == 2 * one.decode.memory_bytes
-    assert three.grams.float32_flops > one.grams.float32_flops
 
 
 def test_slices_add_up_to_their_layer() -> None:
@@ -160,3 +139,50 @@ def test_a_part_is_stored_in_the_bits_of_its_schemes() -> None:
     given = plan(scheme=Int8Scheme())
     # A byte a weight and a float32 scale a channel.
     assert stored_bytes(given, int8) == WEIGHTS + 4 * (128 + 64)
+
+
+def test_experts_before_others_own_inputs_run_twice_on_cpus_for_the_tokens_they_are_sent() -> None:
+    given = experts_plan(16, 64, 32, 4)
+    gate_up, down = 16 * 64 * 64, 16 * 32 * 64
+    attention = 4 * 16 * 64 * TOKENS
+    found = block_work(given, given.parts[1], ONES).forward
+    assert found.float32_flops == 2 * 1.5 / 4 * (2 * gate_up + down) * TOKENS + attention
+    on_gpu = planned_on(given, "gpu")
+    found = block_work(on_gpu, on_gpu.parts[1], ONES).forward
+    assert found.float32_flops == 2 * (2 * gate_up + down) * TOKENS + attention
+
+
+def test_hessians_of_experts_cost_the_rows_that_they_are_sent() -> None:
+    given = experts_plan(16, 64, 32, 4)
+    found = block_work(given, given.parts[1], ONES).grams
+    assert found.float32_flops == 2 * (64**2 + 4 * 32**2) * TOKENS * 10 / 16
+    assert found.memory_bytes == 8 * 4 * (64**2 + 16 * 32**2) * 10 / 16
+
+
+def test_each_expert_with_inputs_of_its_own_has_a_factor_and_ranges_of_them_can_be_anywhere() -> (
+    None
+):
+    given = experts_plan(18, 64, 32, 4)
+    gate_up, down = block_work(given, given.parts[1], ONES).solve
+    assert gate_up.rows[0].float32_flops == 2 * 64 * 64 * 18 * 64
+    assert gate_up.shared.float32_flops == 2 / 3 * 64**3
+    assert len(down.rows) == 16
+    one = 2 / 3 * 32**3 + 2 * 32 * 32 * 64
+    assert [work.float32_flops for work in down.rows] == pytest.approx(
+        [one * size for size in (1, 1, 1, 1, 1, 1, 1, 2) * 2]
+    )
+    assert down.sum_bytes == 4 * 18 * 32**2 * 10 / 16
+
+
+def test_experts_are_stored_as_floats_beside_their_codes() -> None:
+    given = experts_plan(16, 64, 32, 4)
+    part = given.parts[1]
+    assert stored_bytes(given, part) == part.source_bytes * (1 + (4 + 40 / 32) / 32)
+
+
+def test_a_gpu_solves_experts_that_share_an_input_in_bands_and_others_in_their_ranges() -> None:
+    given = planned_on(experts_plan(16, 64, 32, 4), "gpu")
+    gate_up, down = given.parts[1].layers
+    assert (gate_up.slices, down.slices) == (1, 16)
+    wide = planned_on(experts_plan(16, 64, 2048, 4), "gpu").parts[1].layers[0]
+    assert wide.slices == 16 * 4096 // GPU_BAND

@@ -21,8 +21,10 @@ from pipeline.run.commits import (
     read_manifest,
 )
 from pipeline.run.records import (
+    FileDigest,
     LayerRecord,
     PartRecord,
+    codes_key,
     file_key,
     manifest_of,
     record_key,
@@ -65,7 +67,13 @@ def weights_of(part):
     return b"weights of part %d" % part * 10
 
 
-def record_of(part, previous=""):
+def files_of(part, codes=False):
+    """A part's files by storage key."""
+    beside = {codes_key(part): b"codes of part %d" % part * 5} if codes else {}
+    return {file_key(part): weights_of(part), **beside}
+
+
+def record_of(part, previous="", codes=False):
     data = weights_of(part)
     return PartRecord(
         part=part,
@@ -76,6 +84,7 @@ def record_of(part, previous=""):
         loaded_bytes=4 * len(data),
         previous=previous,
         layers=(LayerRecord(path=f"block_{part}/query", account={"loss": part / 3}),),
+        codes=FileDigest.of(files_of(part, codes)[codes_key(part)]) if codes else None,
     )
 
 
@@ -85,7 +94,7 @@ def found_in(store, *, chained=True, verify=True):
     )
 
 
-def resume(store, chained=True):
+def resume(store, chained=True, codes=False):
     """Commit what is missing, as a run would; returns the parts that it worked on."""
     found = found_in(store, chained=chained)
     quarantine(store, found.findings)
@@ -94,8 +103,8 @@ def resume(store, chained=True):
     for part in [*range(1, NUM_BLOCKS + 1), 0]:
         record = found.parts.get(part)
         if record is None:
-            record = record_of(part, previous if chained and part else "")
-            commit_part(store, record, weights_of(part))
+            record = record_of(part, previous if chained and part else "", codes)
+            commit_part(store, record, files_of(part, codes))
             worked_on.append(part)
         previous = record.record_sha256
     return worked_on
@@ -118,22 +127,25 @@ def expected(whole):
 
 
 @pytest.mark.parametrize("chained", [True, False])
-@pytest.mark.parametrize("num_writes", range(2 * (NUM_BLOCKS + 1)))
-def test_resume_works_only_on_what_was_not_committed(store, chained, num_writes):
+@pytest.mark.parametrize(
+    ("num_writes", "codes"),
+    [(n, codes) for codes in (False, True) for n in range((2 + codes) * (NUM_BLOCKS + 1))],
+)
+def test_resume_works_only_on_what_was_not_committed(store, chained, num_writes, codes):
     with pytest.raises(InjectedCrashError):
-        resume(ObjectStore(store.root_url, CrashBefore(store.backend, num_writes)), chained)
+        resume(ObjectStore(store.root_url, CrashBefore(store.backend, num_writes)), chained, codes)
     order = [*range(1, NUM_BLOCKS + 1), 0]
-    assert resume(store, chained) == order[num_writes // 2 :]
-    assert resume(store, chained) == []
+    assert resume(store, chained, codes) == order[num_writes // (2 + codes) :]
+    assert resume(store, chained, codes) == []
     undisturbed = open_store(f"memory://commits-{next(_numbers)}")
-    resume(undisturbed, chained)
+    resume(undisturbed, chained, codes)
     assert contents(store) == contents(undisturbed)
     assert found_in(store, chained=chained).findings == ()
 
 
 def test_committing_twice_is_harmless(whole, expected):
     for part, record in found_in(whole).parts.items():
-        commit_part(whole, record, weights_of(part))
+        commit_part(whole, record, files_of(part))
     assert contents(whole) == expected
 
 
@@ -141,27 +153,28 @@ def test_other_weights_for_the_same_part_are_a_divergence(whole, expected):
     other = b"other weights"
     record = dataclasses.replace(record_of(2), sha256=sha256(other), size_bytes=len(other))
     with pytest.raises(DivergenceError, match=r"model_00002.weights.h5 holds other bytes"):
-        commit_part(whole, record, other)
+        commit_part(whole, record, {record.file: other})
     assert contents(whole) == expected
 
 
 def test_another_record_for_the_same_weights_is_a_divergence(whole, expected):
     record = dataclasses.replace(found_in(whole).parts[2], loaded_bytes=1)
     with pytest.raises(DivergenceError, match=r"block-00001.json holds other bytes"):
-        commit_part(whole, record, weights_of(2))
+        commit_part(whole, record, files_of(2))
     assert contents(whole) == expected
 
 
 def test_a_divergent_file_without_its_record_is_named(store):
     store.put(file_key(1), b"of an execution that did not get to its record")
     with pytest.raises(DivergenceError, match=r"model_00001.weights.h5 holds other bytes"):
-        commit_part(store, record_of(1), weights_of(1))
+        commit_part(store, record_of(1), files_of(1))
     assert store.list() == (file_key(1),)
 
 
 def test_a_record_must_describe_what_is_committed(store):
-    with pytest.raises(RecordError, match="does not describe"):
-        commit_part(store, record_of(1), weights_of(2))
+    for record in (record_of(2), record_of(1, codes=True)):
+        with pytest.raises(RecordError, match="does not describe"):
+            commit_part(store, record, files_of(1))
     assert store.list() == ()
 
 
@@ -178,37 +191,53 @@ def truncate_weights(store, part):
     store.put(file_key(part), weights_of(part)[:-1])
 
 
-@pytest.mark.parametrize("spoil", [spoil_record, spoil_weights, truncate_weights])
+def spoil_codes(store, part):
+    store.put(codes_key(part), b"C" + files_of(part, codes=True)[codes_key(part)][1:])
+
+
+SPOILED = {
+    spoil_record: record_key,
+    spoil_weights: file_key,
+    truncate_weights: file_key,
+    spoil_codes: codes_key,
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED)
 @pytest.mark.parametrize("part", [0, 1, 3, NUM_BLOCKS])
 @pytest.mark.parametrize("chained", [True, False])
 def test_damage_is_reported_quarantined_and_recommitted(store, spoil, part, chained):
-    resume(store, chained)
+    codes = spoil is spoil_codes
+    resume(store, chained, codes)
     before = contents(store)
     spoil(store, part)
 
     found = found_in(store, chained=chained)
     [damaged] = [finding for finding in found.findings if finding.is_damaged]
-    assert damaged.key == (record_key if spoil is spoil_record else file_key)(part)
+    assert damaged.key == SPOILED[spoil](part)
     assert store.url(damaged.key) in damaged.problem
     assert "is damaged" in damaged.problem
     unusable = set(range(part, NUM_BLOCKS + 1)) if chained and part else {part}
     assert set(found.parts) == set(range(NUM_BLOCKS + 1)) - unusable
 
     damage = store.get(damaged.key)
-    assert set(resume(store, chained)) == unusable
+    assert set(resume(store, chained, codes)) == unusable
     assert contents(store) == before
     [aside] = store.list("quarantine/")
     assert store.get(aside) == damage
 
 
-@pytest.mark.parametrize("key_of", [record_key, file_key])
-def test_deleted_objects_are_committed_again(whole, expected, key_of):
-    whole.delete(key_of(3))
-    found = found_in(whole)
+@pytest.mark.parametrize("key_of", [record_key, file_key, codes_key])
+@pytest.mark.parametrize("verify", [True, False])
+def test_deleted_objects_are_committed_again(store, key_of, verify):
+    resume(store, codes=True)
+    expected = contents(store)
+    store.delete(key_of(3))
+    found = found_in(store, verify=verify)
     assert sorted(found.parts) == [0, 1, 2]
     assert not any(finding.is_damaged for finding in found.findings)
-    assert resume(whole) == [3, 4, 5]
-    assert contents(whole) == expected
+    assert resume(store, codes=True) == [3, 4, 5]
+    assert contents(store) == expected
 
 
 def test_a_truncated_file_is_noticed_without_reading_it(whole):
@@ -264,16 +293,19 @@ def test_a_damaged_manifest_is_reported(whole):
         read_manifest(whole)
 
 
-def test_damaged_files_covers_everything_that_a_manifest_names(whole):
+def test_damaged_files_covers_everything_that_a_manifest_names(store):
+    resume(store, codes=True)
+    whole = store
     small = {"artifact/config.json": b"{}", "artifact/task.json": b"[]"}
     for key, data in small.items():
         whole.put(key, data)
     manifest = manifest_of(PLAN, found_in(whole).parts, small, {})
     assert damaged_files(whole, manifest) == ()
     spoil_weights(whole, 4)
+    spoil_codes(whole, 3)
     spoil_record(whole, 2)
     whole.put("artifact/config.json", b"[]")
     whole.delete("artifact/task.json")
     assert [finding.key for finding in damaged_files(whole, manifest)] == [
-        "artifact/config.json", file_key(4), "artifact/task.json", record_key(2),
+        "artifact/config.json", file_key(4), "artifact/task.json", codes_key(3), record_key(2),
     ]  # fmt: skip

@@ -270,8 +270,8 @@ def test_storage_that_is_slow_holds_up_no_computing(workers: int, store: ObjectS
                 meeting.await_(f"solve {part - 1}")
             return super().read(part)
 
-        def capture(self, block: int, stage: int, *args: Any) -> Any:
-            found = super().capture(block, stage, *args)
+        def capture(self, block: int, stage: int, *args: Any, **named: Any) -> Any:
+            found = super().capture(block, stage, *args, **named)
             meeting.reach(f"capture {block}")
             return found
 

@@ -1,5 +1,6 @@
 """Records round-trip, and a single changed byte is noticed."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from pipeline.run.records import (
     LayerRecord,
     Manifest,
     PartRecord,
+    codes_key,
     file_key,
     manifest_of,
     record_key,
@@ -39,9 +41,23 @@ RECORD = PartRecord(
 REST = PartRecord(
     part=0, plan_digest=PLAN, file=file_key(0), sha256="0" * 64, size_bytes=0, loaded_bytes=0
 )
+WITH_CODES = dataclasses.replace(RECORD, codes=FileDigest(sha256=sha256(b"codes"), size_bytes=5))
 MANIFEST = manifest_of(
     PLAN, {7: RECORD, 0: REST}, {"artifact/config.json": b"{}"}, {"keras": "3.15.1"}
 )
+
+
+def test_a_part_without_codes_does_not_mention_them():
+    assert b"codes" not in RECORD.to_json()
+    assert RECORD.files.keys() == {"artifact/model_00007.weights.h5"}
+
+
+def test_a_manifest_names_the_codes_of_every_part():
+    codes = "codes/model_00007.safetensors"
+    assert codes_key(7) == codes
+    assert list(WITH_CODES.files) == ["artifact/model_00007.weights.h5", codes]
+    manifest = manifest_of(PLAN, {7: WITH_CODES, 0: REST}, {}, {})
+    assert manifest.files[codes] == WITH_CODES.codes
 
 
 def test_a_part_is_named_for_its_file_and_its_block():
@@ -50,7 +66,11 @@ def test_a_part_is_named_for_its_file_and_its_block():
     assert record_key(7) == "records/block-00006.json" == RECORD.key
 
 
-@pytest.mark.parametrize("written", [RECORD, REST, MANIFEST], ids=["block", "rest", "manifest"])
+@pytest.mark.parametrize(
+    "written",
+    [RECORD, WITH_CODES, REST, MANIFEST],
+    ids=["block", "block with codes", "rest", "manifest"],
+)
 def test_records_round_trip(written):
     data = written.to_json()
     read = type(written).from_json(data)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -70,14 +72,27 @@ def test_a_stage_that_begins_ends_those_before_it_alone() -> None:
     sums = HeldSums()
     for block, stage in ((2, 3), (3, 0), (3, 1)):
         sums.put(name(0, 1, block=block, stage=stage), ones())
-    sums.begin(3, 0)
+    sums.begin(name(0, 1, block=3, stage=0))
     for stage in (0, 1):
         assert sums.get(name(0, 1, stage=stage)).num_rows == 8
     with pytest.raises(LostSumError):
         sums.get(name(0, 1, block=2, stage=3))
-    sums.begin(3, 1)
+    sums.begin(name(0, 1, block=3, stage=1))
     with pytest.raises(LostSumError):
         sums.get(name(0, 1, stage=0))
+
+
+def test_experts_summed_later_end_those_before_them() -> None:
+    sums = HeldSums()
+    first, second = (
+        dataclasses.replace(name(0, 1), experts=one) for one in (range(2), range(2, 4))
+    )
+    sums.put(first, ones())
+    assert sums.get(sums.put(second, ones())).num_rows == 8
+    sums.begin(second)
+    assert sums.get(second).num_rows == 8
+    with pytest.raises(LostSumError):
+        sums.get(first)
 
 
 def test_a_lost_sum_is_work_that_can_be_done_again() -> None:

@@ -14,13 +14,21 @@ from pipeline.worker.shards import CalibrationShards, LostShardError, MicroBatch
 
 
 class Counting:
-    """A block of two groups: stages that add a weight each, and are counted."""
+    """A block of two groups: stages that add a weight each, and are counted.
+
+    Attributes:
+        large: the stages that leave too much to be kept.
+    """
 
     groups = ("first", "second")
 
-    def __init__(self) -> None:
+    def __init__(self, large: Sequence[int] = ()) -> None:
         self.run: list[int] = []
         self.fails = False
+        self.large = large
+
+    def leaves_little(self, stage: int) -> bool:
+        return stage not in self.large
 
     def run_stage(self, stage: int, weights: Sequence[Any], live: tuple[Any, ...]) -> Any:
         if self.fails:
@@ -58,6 +66,16 @@ def test_only_stages_that_are_due_run(asked: list[int], run: list[int]) -> None:
         [result] = one.run_stage(CALL, program, stage, [1, 2, 3])  # type: ignore[arg-type]
         assert result == [11, 112, 1123][stage]
     assert program.run == run
+
+
+def test_a_stage_that_leaves_too_much_to_be_kept_runs_for_each_use() -> None:
+    program, one = Counting(large=[1]), batch()
+    for stage in (0, 1, 1, 2):
+        [result] = one.run_stage(CALL, program, stage, [1, 2, 3])  # type: ignore[arg-type]
+        assert result == [11, 112, 1123][stage]
+        assert one.stage == (1 if stage < 2 else 3)
+        assert one.live == ((11,) if stage < 2 else (1123,))
+    assert program.run == [0, 1, 1, 1, 2]
 
 
 def test_a_micro_batch_whose_stage_failed_continues_from_there() -> None:

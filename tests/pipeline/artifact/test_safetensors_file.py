@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from safetensors import deserialize
 
+from pipeline.artifact.safetensors_file import safetensors_bytes
 from pipeline.errors import ExportError
-from pipeline.export.safetensors_file import safetensors_bytes
 
 TENSORS = {
     "a.weight_scale": np.linspace(0, 1, 6, dtype=np.float32).reshape(2, 3),
