@@ -348,6 +348,8 @@ def _report_plan(
         if not finished:
             costs = compute.placed(costs)
     _print_plan(planned, plan, job, costs, allocation, as_json=as_json)
+    if finished:
+        _log_finished_before(job.output_url)
     if named is not None:
         named.check_room(costs)
     elif not finished:
