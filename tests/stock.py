@@ -4,9 +4,12 @@ Written from Keras' definition of each mode and not from the quantizer's code, s
 each other.
 """
 
+import json
+
 import keras
 import ml_dtypes
 import numpy as np
+import safetensors.numpy
 
 KERNEL_FORMS = {
     "dense": (None, (2, 5, 48), 40),
@@ -97,6 +100,26 @@ def read_kernel(layer, kernel_shape):
         return _grouped_or_channel(codes, layer, "kernel", axis=0).reshape(shape)
     assert mode == "float8"
     return _float8(_value(layer._kernel), _value(layer.kernel_scale))
+
+
+def read_experts(data):
+    """The float64 variables [experts, in, out] that a file of codes stands for, by path."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    tensors = safetensors.numpy.load(data)
+    found = {}
+    for path, text in header["__metadata__"].items():
+        said = json.loads(text)
+        bits, inputs = said["bits"], said["in_features"]
+        stream = np.unpackbits(tensors[f"{path}.codes"].view(np.uint8), axis=-1, bitorder="little")
+        places = stream[..., : bits * inputs].reshape(*stream.shape[:-1], inputs, bits)
+        codes = places.astype(np.int64) @ (1 << np.arange(bits))
+        zeros = tensors.get(f"{path}.zeros", np.full((1, 1, 1), 1 << (bits - 1)))
+        scales = tensors[f"{path}.scales"].astype("float64")
+        group = np.arange(inputs) // (inputs if said["group_size"] == -1 else said["group_size"])
+        zeros = np.broadcast_to(zeros, scales.shape).astype(np.int64)
+        values = (codes - zeros[..., group]) * scales[..., group]
+        found[path] = values.transpose(0, 2, 1)
+    return found
 
 
 def _grouped_or_channel(codes, layer, prefix, axis):

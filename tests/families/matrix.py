@@ -31,7 +31,7 @@ from pipeline.worker.worker import Worker
 from quantizer.schemes import GPTQScheme, Int8Scheme, Scheme
 from tests.families.tiny_families import FAMILIES, Family, tiny_family
 from tests.pipeline.local_executor import LocalExecutor
-from tests.stock import read_kernel, run_layer
+from tests.stock import read_experts, read_kernel, run_layer
 
 SCHEMES: dict[str, Scheme] = {
     "gptq": GPTQScheme(weight_bits=4, group_size=16, scale_search=False),
@@ -152,7 +152,9 @@ def _check_stock(
         for model in (fresh, used)
     ]
     assert modes[0] == modes[1], "other layers are quantized in a process that built models before"
-    wanted = sum(x.scheme is not None for part in planned.plan.parts for x in part.layers)
+    layers = [x for part in planned.plan.parts for x in part.layers if x.scheme is not None]
+    experts = {x.path for x in layers if x.experts}
+    wanted = len(layers) - len(experts)
     found = sum(mode is not None for mode in modes[0])
     assert found == wanted, f"{found} layers are quantized where {wanted} are planned"
     inputs = _inputs(family, source, fresh)
@@ -160,6 +162,7 @@ def _check_stock(
     np.testing.assert_array_equal(*answers)
     reference = model_class.from_preset(str(source), dtype="float32")
     _replace_layers(reference, fresh)
+    assert _replace_experts(reference, fresh, artifact.parent) == experts
     expected = _answer(reference, inputs)
     assert np.isfinite(expected).all(), "its answers are not finite"
     distance = np.abs(answers[0] - expected).max() / np.abs(expected).max()
@@ -185,6 +188,24 @@ def _replace_layers(model: Any, quantized: Any) -> None:
             return _layer.activation(keras.ops.convert_to_tensor(output))
 
         object.__setattr__(layer, "call", call)
+
+
+def _replace_experts(model: Any, quantized: Any, run: Path) -> set[str]:
+    """Give a float model the experts that the codes of a run stand for; returns their paths."""
+    kernels: dict[str, NDArray[Any]] = {}
+    for file in sorted(run.glob("codes/*.safetensors")):
+        kernels |= read_experts(file.read_bytes())
+    found = set()
+    sides = (_backbone(model)._flatten_layers(), _backbone(quantized)._flatten_layers())
+    for layer, other in zip(*sides, strict=True):
+        # Of a quantized layer some are missing.
+        for variable, same in zip(
+            layer._trainable_variables, other._trainable_variables, strict=False
+        ):
+            if str(same.path) in kernels:
+                variable.assign(kernels[str(same.path)])
+                found.add(str(same.path))
+    return found
 
 
 def _inputs(family: Family, source: Path, model: Any) -> dict[str, NDArray[Any]]:

@@ -21,9 +21,10 @@ Written by `python -m tests.families --write`, with KerasHub {keras_hub} and Ker
 family of KerasHub that takes text is built small, with random weights, and quantized. *Works*
 means: planned, quantized, loaded by stock Keras twice in one process, and its answers are those
 that the stored numbers stand for by NumPy's account. A share says how much of the weights that the
-recipe asks for is quantized; the rest, such as experts, stays in float, and the plan says why.
-Below half of them, `--allow-partial` is needed. All others are refused while planning, before
-weights are read, with the message below the table.
+recipe asks for is quantized; the rest stays in float, and the plan says why. Experts count where
+they have codes, though stock Keras holds them as floats. Below half of the weights,
+`--allow-partial` is needed. All others are refused while planning, before weights are read, with
+the message below the table.
 """
 
 
