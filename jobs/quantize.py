@@ -22,6 +22,7 @@ from jobs.execute import (
 )
 from jobs.logging import is_json, log_event, print_json, set_run, status, url_name
 from jobs.metrics import RunMetrics
+from jobs.plan_summary import plan_table
 from jobs.reachable import absolute, check_writable, reachable
 from jobs.release.cards import update_cards
 from jobs.run_costs import PricedMachine, Workers, cost_json, cost_of, cost_table
@@ -35,7 +36,7 @@ from jobs.run_exports import (
     pending_exports,
     want_exports,
 )
-from jobs.summary import Summary, plan_table, summary_table
+from jobs.summary import Summary, summary_table
 from jobs.termination import Terminated
 from pipeline.artifact.loading import load_hints
 from pipeline.errors import PipelineError, UnusableResultError
@@ -348,6 +349,8 @@ def _report_plan(
         if not finished:
             costs = compute.placed(costs)
     _print_plan(planned, plan, job, costs, allocation, as_json=as_json)
+    if finished:
+        _log_finished_before(job.output_url)
     if named is not None:
         named.check_room(costs)
     elif not finished:

@@ -45,8 +45,20 @@ def check_device_memory(costs: Estimate, devices: Sequence[DeviceMemory]) -> Non
                     "sequence_length, compute in bfloat16 (--dtype), for which most models need "
                     "no attention scores,"
                 )
+            if _without_windows(costs) > device.num_bytes:
+                remedy = (
+                    f"{size(_without_windows(costs))} of it whatever the windows, for programs, "
+                    "the weights of a part and to solve its widest layer: exclude the widest "
+                    "layers, give them a scheme without calibration, such as int4,"
+                )
             raise ExecutorError(
                 f"too little GPU memory: a worker needs about {size(costs.device_bytes)}, and on "
                 f"{device.node} it has {size(device.num_bytes)} of its {device.kind}; {remedy} or "
                 "use GPUs with more memory"
             )
+
+
+def _without_windows(costs: Estimate) -> int:
+    """Of a GPU's memory, what neither fewer nor shorter windows would lower much."""
+    on_device = costs.held_bytes if costs.activations == "device" else 0
+    return costs.device_bytes - costs.micro_batch_bytes - on_device

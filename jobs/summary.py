@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,16 +11,15 @@ from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from jobs.expert_summary import ExpertSummary, planned_experts
+from jobs.expert_summary import ExpertSummary
 from jobs.quantities import count, size
 from pipeline.errors import DamagedObjectError
 from pipeline.evaluation.answers import TaskFidelity
-from pipeline.executor.protocol import Allocation
 from pipeline.fidelity import Fidelity
 from pipeline.model.preset import PresetFiles
-from pipeline.plan import LayerPlan, Plan, Share, TokensPlan
+from pipeline.plan import LayerPlan, Plan, Share
 from pipeline.planning.estimates import Estimate
-from pipeline.recipe.recipe import statistics_of, unmatched_patterns
+from pipeline.recipe.recipe import statistics_of
 from pipeline.run.records import LayerRecord, Manifest, PartRecord
 from pipeline.storage.object_store import ObjectStore
 from pipeline.weights.weight_files import RangedFile
@@ -134,8 +131,8 @@ class Summary:
             block_weights=sum(part.num_weights for part in plan.parts[1:]),
             share=plan.share,
             schemes=summarized_schemes(layers),
-            left_in_float=_notes(layers, quantized=False),
-            layer_notes=_notes(layers, quantized=True),
+            left_in_float=layer_notes(layers, quantized=False),
+            layer_notes=layer_notes(layers, quantized=True),
             notes=plan.notes,
             uncalibrated={
                 layer.path: layer.account["reason"]
@@ -258,7 +255,7 @@ def summary_table(summary: Summary) -> RenderableType:
         f"{size(summary.source_bytes)} → {size(summary.stored_bytes)} stored, "
         f"{size(summary.loaded_bytes)} loaded",
     )
-    facts.add_row("quantized", _share(summary.share))
+    facts.add_row("quantized", share_text(summary.share))
     bits = 8 * summary.block_bytes / max(summary.block_weights, 1)
     facts.add_row(
         "stored",
@@ -294,7 +291,7 @@ def summary_table(summary: Summary) -> RenderableType:
     facts.add_row("manifest", f"sha256 {summary.manifest_sha256}")
     notes = [
         *left_in_float(summary.left_in_float),
-        *_with_examples(summary.layer_notes),
+        *with_examples(summary.layer_notes),
         *map(Text, summary.notes),
     ]
     return Group(schemes, facts, *notes)
@@ -335,7 +332,8 @@ def _answers(task: TaskFidelity) -> str:
     )
 
 
-def _share(share: Share) -> str:
+def share_text(share: Share) -> str:
+    """A share in words."""
     return (
         f"{share.of_model:.1%} of the model's weights, {share.of_recipe:.1%} of those that the "
         "recipe asks for"
@@ -354,97 +352,19 @@ def left_in_float(reasons: Mapping[str, str]) -> list[Text]:
     """Each reason once, with a layer that it applies to."""
     # Some reasons repeat what these lines begin with.
     plain = {path: reason.removesuffix("; left in float") for path, reason in reasons.items()}
-    return [Text("left in float: ").append(line) for line in _with_examples(plain)]
+    return [Text("left in float: ").append(line) for line in with_examples(plain)]
 
 
-def _with_examples(notes: Mapping[str, str]) -> list[Text]:
+def with_examples(notes: Mapping[str, str]) -> list[Text]:
     """Each note once, with a layer that it applies to."""
     examples = {note: path for path, note in notes.items()}
     return [Text(f"{path}: {note}") for note, path in examples.items()]
 
 
-def _notes(layers: Iterable[LayerPlan | LayerRecord], *, quantized: bool) -> dict[str, str]:
+def layer_notes(layers: Iterable[LayerPlan | LayerRecord], *, quantized: bool) -> dict[str, str]:
     """The notes of layers that were quantized, or of those that were not, by layer path."""
     return {
         layer.path: layer.note
         for layer in layers
         if layer.note and (layer.scheme is not None) == quantized
     }
-
-
-def _forward(dtype: str, tokens: TokensPlan) -> str:
-    """How a GPU computes what calibrates the layers, and what that takes at once."""
-    attention = "by cuDNN" if tokens.attention == "cudnn" else "with all its scores in memory"
-    return (
-        f"{dtype}, attention {attention}; the largest array of a micro-batch has "
-        f"{size(tokens.largest_array_bytes)}"
-    )
-
-
-def _plain(name: str) -> str:
-    """A layer's name in its block, without the numbers that Keras gave what it is inside of."""
-    *parents, own = name.split("/")
-    return "/".join([*(re.sub(r"_\d+$", "", parent) for parent in parents), own])
-
-
-def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> RenderableType:
-    """A plan before it runs: layers by scheme, calibration, costs, what stays in float and why."""
-    layers = Table(
-        *("layer", "scheme"),
-        *(Column(name, justify="right") for name in ("in × out", "slices", "layers")),
-        title=f"{plan.model}: {plan.num_blocks} blocks"
-        + (f", plan {plan.digest[:12]}" if plan.is_complete else ""),
-    )
-    rows: Counter[tuple[str, str, str, int]] = Counter()
-    for part in plan.parts:
-        for layer in part.layers:
-            shape = f"{layer.in_features} × {layer.out_features}" if layer.in_features else "–"
-            if layer.experts:
-                shape = f"{layer.experts} × {shape}"
-            scheme = layer.scheme.policy if layer.scheme else "float"
-            rows[
-                (_plain(layer.name) if part.part else layer.path, scheme, shape, layer.slices)
-            ] += 1
-    for (name, scheme, shape, slices), number in rows.items():
-        layers.add_row(Text(name), Text(scheme), shape, str(slices), str(number))
-    facts = Table(show_header=False, box=None)
-    facts.add_row("quantized", _share(plan.share))
-    if (tokens := plan.tokens) is not None:
-        facts.add_row(
-            "calibration",
-            f"{tokens.num_samples} windows of {tokens.sequence_length} tokens in "
-            f"{len(tokens.shards)} shards (the leaves of the reduction), {tokens.micro_batch} "
-            "windows at once",
-        )
-        if plan.device == "gpu":
-            facts.add_row("computed in", _forward(plan.forward_dtype, tokens))
-    for name, text in planned_experts(plan, costs):
-        facts.add_row(name, text)
-    facts.add_row("read", size(costs.source_bytes))
-    facts.add_row("written, about", size(costs.result_bytes))
-    waiting = ", beside the GPUs, which have no room for them"
-    facts.add_row(
-        "activations",
-        size(costs.activation_bytes) + (waiting if costs.activations == "host" else ""),
-    )
-    facts.add_row("peak of a worker, about", size(costs.worker_bytes))
-    if costs.device_bytes:
-        facts.add_row("peak of its GPU, about", size(costs.device_bytes))
-    facts.add_row(
-        "flops",
-        f"{count(costs.flops)} (forward {count(costs.forward_flops)}, Hessians "
-        f"{count(costs.gram_flops)}, solving {count(costs.solve_flops)})",
-    )
-    facts.add_row("workers", f"{allocation.workers} × {allocation.threads} threads")
-    every = [layer for part in plan.parts for layer in part.layers]
-    unmatched = unmatched_patterns(plan.recipe, [(o.path, o.kind, o.in_features) for o in every])
-    rules = (
-        Text(f"rule without a layer: {name!r} matches none; is it mistyped, or for other models?")
-        for name in unmatched
-    )
-    notes = [
-        *left_in_float(_notes(every, quantized=False)),
-        *_with_examples(_notes(every, quantized=True)),
-        *map(Text, plan.notes),
-    ]
-    return Group(layers, facts, *notes, *rules)

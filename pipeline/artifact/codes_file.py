@@ -73,14 +73,15 @@ def _bank(path: str, described: Any, tensors: dict[str, NDArray[Any]]) -> Expert
     if not (0 < bits <= 8 and in_features > 0 and (group_size == -1 or group_size > 0)):
         raise ValueError(f"described as {described}")
     words, scale = tensors.pop(f"{path}.codes"), tensors.pop(f"{path}.scales")
+    # First, since everything else is as large as these numbers say.
+    num_words = -(-in_features * bits // WORD_BITS)
+    if words.dtype != np.int32 or words.ndim != 3 or words.shape[2] != num_words:
+        raise ValueError(f"words {words.dtype}{list(words.shape)} of {in_features} inputs")
     groups = (*words.shape[:2], num_groups(in_features, group_size))
     if symmetric:
         zero = np.full(groups, 2 ** (bits - 1), np.uint8)
     else:
         zero = tensors.pop(f"{path}.zeros")
-    num_words = -(-in_features * bits // WORD_BITS)
-    if words.dtype != np.int32 or words.ndim != 3 or words.shape[2] != num_words:
-        raise ValueError(f"words {words.dtype}{list(words.shape)} of {in_features} inputs")
     if scale.shape != groups or zero.shape != groups or zero.dtype != np.uint8:
         raise ValueError(f"{scale.shape} scales and {zero.shape} zeros of {groups} groups")
     return ExpertCodes(

@@ -208,7 +208,8 @@ def _calibration(plan: Plan, workers: int) -> _Calibration:
     windows = held * max(stop - start for start, stop in tokens.shards)
     hidden = hidden_features(plan)
     # Inputs that experts have of their own are not kept.
-    widest = max(g.in_features for part in plan.parts for g in part.groups if not g.experts)
+    kept = [g.in_features for part in plan.parts for g in part.groups if not g.experts]
+    widest = max(kept, default=hidden)
     batch = tokens.micro_batch * tokens.sequence_length
     heads = -(-hidden // _HEAD_FEATURES)
     scores = batch * tokens.sequence_length * heads * _FLOAT_BYTES

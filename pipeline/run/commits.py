@@ -101,13 +101,13 @@ def committed_parts(
     previous: str | None = ""
     for part in range(num_blocks + 1):
         in_chain = chained and part > 0
-        found = None
+        found: PartRecord | list[Finding] = []
         if record_key(part) in present:
             found = _examine(store, part, plan_digest, previous if in_chain else "", verify)
         if isinstance(found, PartRecord):
             parts[part] = found
-        elif found is not None:
-            findings.append(found)
+        else:
+            findings += found
         if in_chain:
             previous = found.record_sha256 if isinstance(found, PartRecord) else None
     return Committed(parts=parts, findings=tuple(findings))
@@ -206,13 +206,13 @@ def read_manifest(store: ObjectStore) -> Manifest:
 
 def _examine(
     store: ObjectStore, part: int, plan_digest: str, previous: str | None, verify: bool
-) -> PartRecord | Finding:
-    """A part's record, or why it or one of its files cannot be used."""
+) -> PartRecord | list[Finding]:
+    """A part's record, or why it cannot be used, or each of its files that cannot."""
     key = record_key(part)
     url = store.url(key)
     if previous is None:
         problem = f"{url} follows a block that is not committed"
-        return Finding(key=key, problem=problem, is_damaged=False)
+        return [Finding(key=key, problem=problem, is_damaged=False)]
     try:
         record = PartRecord.read(store, key)
         if record.part != part:
@@ -223,16 +223,22 @@ def _examine(
             )
         if record.previous != previous:
             raise DamagedObjectError(f"{url} follows another record than the one before it")
-        for key, file in record.files.items():
-            if verify:
-                store.verify(key, sha256=file.sha256, size=file.size_bytes)
-            elif (size := store.size(key)) != file.size_bytes:
-                raise DamagedObjectError(
-                    f"{store.url(key)} is damaged: it has {size} bytes instead of {file.size_bytes}"
-                )
     except (DamagedObjectError, MissingObjectError) as error:
-        return _finding(key, error)
-    return record
+        return [_finding(key, error)]
+    # All of them: one that stays damaged would meet other bytes when the part is committed again.
+    damaged = []
+    for name, file in record.files.items():
+        try:
+            if verify:
+                store.verify(name, sha256=file.sha256, size=file.size_bytes)
+            elif (size := store.size(name)) != file.size_bytes:
+                raise DamagedObjectError(
+                    f"{store.url(name)} is damaged: it has {size} bytes instead of "
+                    f"{file.size_bytes}"
+                )
+        except (DamagedObjectError, MissingObjectError) as error:
+            damaged.append(_finding(name, error))
+    return damaged or record
 
 
 def _finding(key: str, error: StorageError) -> Finding:

@@ -382,6 +382,8 @@ def test_the_same_command_on_a_finished_run_does_nothing(
         assert command(*again) == 0
         assert "finished before" in command.err
         assert json.loads(command.out)["manifest_sha256"] == first["manifest_sha256"]
+    assert command(*given, "--dry-run") == 0
+    assert "finished before" in command.err, "else its cost is taken for one still to be paid"
     assert lasting(open_store(str(output))) == before
 
 

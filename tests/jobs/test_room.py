@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from jobs.room import check_device_memory, check_memory, place_activations
-from pipeline.executor.protocol import DeviceMemory, ExecutorError, NodeRoom
+from pipeline.executor.protocol import ActivationPlace, DeviceMemory, ExecutorError, NodeRoom
 from pipeline.planning.estimates import Estimate, estimate
 from tests.pipeline.tiny_runs import planned
 
@@ -42,7 +42,8 @@ def test_the_tightest_node_decides_and_the_remedy_fits(nodes: list[NodeRoom], re
 
 
 def test_a_gpu_that_is_too_small_is_named() -> None:
-    costs = dataclasses.replace(estimate(planned("gptq").plan, 1), device_bytes=30 * GIB)
+    given = estimate(planned("gptq").plan, 1)
+    costs = dataclasses.replace(given, device_bytes=30 * GIB, held_bytes=10 * GIB)
     large, small = (
         DeviceMemory(node=f"node-{size}", kind="NVIDIA H100", num_bytes=size * GIB)
         for size in (72, 24)
@@ -59,6 +60,18 @@ def test_a_gpu_that_is_too_small_is_named() -> None:
     scores = dataclasses.replace(costs, micro_batch_bytes=16 * GIB)
     with pytest.raises(ExecutorError, match=r"16\.0 GiB of it for a single.*lower sequence_length"):
         check_device_memory(scores, [large, small])
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_what_windows_cannot_mend_is_not_blamed_on_them(place: ActivationPlace) -> None:
+    """As where a block's weights and Hessians alone are too much, with activations anywhere."""
+    given = estimate(planned("gptq").plan, 1)
+    costs = dataclasses.replace(given, device_bytes=30 * GIB, held_bytes=1 * GIB, activations=place)
+    small = DeviceMemory(node="node", kind="NVIDIA L4", num_bytes=24 * GIB)
+    with pytest.raises(ExecutorError, match="exclude the widest layers") as raised:
+        check_device_memory(costs, [small])
+    for useless in ("--workers", "num_samples", "sequence_length"):
+        assert useless not in str(raised.value)
 
 
 def test_activations_wait_on_the_devices_if_all_have_room_for_them() -> None:

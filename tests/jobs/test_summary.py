@@ -9,7 +9,8 @@ import h5py
 import pytest
 from rich.console import Console
 
-from jobs.summary import Summary, plan_table, summary_table
+from jobs.plan_summary import plan_table
+from jobs.summary import Summary, summary_table
 from pipeline.errors import DamagedObjectError
 from pipeline.evaluation.answers import Accuracy, TaskFidelity
 from pipeline.executor.protocol import Allocation

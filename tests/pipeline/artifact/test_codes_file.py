@@ -102,3 +102,10 @@ def spoiled(**changed: Any) -> bytes:
 def test_anything_else_is_refused(data: bytes) -> None:
     with pytest.raises(WeightsFileError):
         read_codes_file(data)
+
+
+def test_no_memory_is_taken_for_inputs_that_a_file_does_not_have() -> None:
+    tensors, metadata = read_safetensors(codes_file_bytes({"a": bank(4, symmetric=True)}))
+    claimed = json.loads(metadata["a"]) | {"in_features": 10**13, "group_size": 1}
+    with pytest.raises(WeightsFileError, match="words"):
+        read_codes_file(safetensors_bytes(tensors, {"a": json.dumps(claimed)}))

@@ -295,6 +295,17 @@ def test_a_token_needs_the_weights_of_the_experts_that_it_is_sent_to() -> None:
     assert costs.advised_tokens == 2 * 4 * 64 * 4 // 2
 
 
+def test_of_a_model_of_which_only_such_experts_are_calibrated_the_costs_are_known() -> None:
+    plan = experts_plan()
+    parts = tuple(
+        dataclasses.replace(part, groups=tuple(g for g in part.groups if g.experts))
+        for part in plan.parts
+    )
+    costs = estimate(dataclasses.replace(plan, parts=parts), workers=1)
+    assert 0 < costs.gram_flops < estimate(plan, workers=1).gram_flops
+    assert 0 < costs.held_bytes <= estimate(plan, workers=1).held_bytes
+
+
 def with_experts(plan: Plan, *, experts: int, in_features: int) -> Plan:
     """The plan with more experts in place of Mixtral's, and more inputs of their own."""
     ranges = num_expert_ranges(experts, in_features)

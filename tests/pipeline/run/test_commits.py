@@ -227,6 +227,17 @@ def test_damage_is_reported_quarantined_and_recommitted(store, spoil, part, chai
     assert store.get(aside) == damage
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_all_damaged_files_of_a_part_are_moved_aside_at_once(store, verify):
+    resume(store, codes=True)
+    for key in files_of(3, codes=True):
+        store.put(key, b"other bytes")
+    damaged = {one.key for one in found_in(store, verify=verify).findings if one.is_damaged}
+    assert damaged == set(files_of(3, codes=True))
+    assert set(resume(store, codes=True)) == {3, 4, 5}
+    assert store.get(codes_key(3)) == files_of(3, codes=True)[codes_key(3)]
+
+
 @pytest.mark.parametrize("key_of", [record_key, file_key, codes_key])
 @pytest.mark.parametrize("verify", [True, False])
 def test_deleted_objects_are_committed_again(store, key_of, verify):
