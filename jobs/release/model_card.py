@@ -21,6 +21,7 @@ from jobs.release.origin import LICENSE_ID, REPOSITORY, License
 from jobs.release.quality import measured_on, quality_rows
 from pipeline.errors import PipelineError
 from pipeline.export.code_formats import code_format
+from pipeline.run.records import CODES_PREFIX
 from pipeline.storage.record import STRICT
 from quantizer.schemes import Scheme
 
@@ -85,6 +86,7 @@ def model_card(contents: Contents, settings: CardSettings, place: Place) -> byte
         legal_files=[name for name in origin.legal_files if name in contents.files],
         sizes=_sizes(contents),
         evaluations=[(o, quality_rows(o), measured_on(o)) for o in run.evaluations],
+        experts_in_float=any(key.startswith(CODES_PREFIX) for key in run.manifest.files),
         rounds_inputs=contents.export is not None and _rounds_inputs(run),
         in_float=list(_in_float(run)),
         notes=[_without_source(run, note) for note in (run.plan.notes if run.plan else ())],

@@ -19,7 +19,7 @@ from pipeline.export.manifest import EXPORT_KEY
 from pipeline.plain.run import carry_out, make_plan
 from pipeline.recipe.recipe import Calibration, Recipe, Rule
 from pipeline.run.commits import damaged_files, read_manifest
-from pipeline.run.records import LayerRecord
+from pipeline.run.records import FileDigest, LayerRecord, codes_key
 from pipeline.storage.object_store import ObjectStore, open_store
 from quantizer.schemes import GPTQScheme, Int8Scheme
 from tests.jobs.release.runs import copied, evaluate, finished
@@ -90,6 +90,19 @@ def test_a_result_that_was_not_evaluated_says_so(run: ObjectStore) -> None:
     update_cards(run)
     assert b"This result was not evaluated" in run.get("README.md")
     assert json.loads(run.get("eval.json"))["evaluations"] == []
+
+
+def test_a_card_says_that_experts_take_the_memory_of_floats(run: ObjectStore) -> None:
+    read = read_run(run, run.root_url)
+    codes = {codes_key(1): FileDigest.of(b"codes")}
+    manifest = dataclasses.replace(read.manifest, files={**read.manifest.files, **codes})
+    place = Place(folder="artifact")
+    for given, said in ((read, False), (dataclasses.replace(read, manifest=manifest), True)):
+        card = model_card(artifact_contents(given), CardSettings(), place)
+        assert (b"holds experts as floats" in card) == said
+    export = export_contents(read, open_store(f"{run.root_url}/exports/ct"))
+    with_codes = dataclasses.replace(export, run=dataclasses.replace(read, manifest=manifest))
+    assert b"experts as floats" not in model_card(with_codes, CardSettings(), place)
 
 
 def test_cards_are_no_part_of_what_a_manifest_names(run: ObjectStore) -> None:
