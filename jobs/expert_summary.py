@@ -24,7 +24,7 @@ class ExpertSummary:
         experts: with inputs of their own.
         below_floor: of these, how many were reached by so few tokens that the correlations between
             their inputs counted for less.
-        rounded: of these, how many could not be calibrated.
+        rounded: of these, how many could not be calibrated; first_rounded: one of them, and why.
     """
 
     codes_bytes: int
@@ -33,6 +33,7 @@ class ExpertSummary:
     experts: int
     below_floor: int
     rounded: int
+    first_rounded: str = ""
 
     @classmethod
     def of(cls, plan: Plan, records: Sequence[PartRecord]) -> Self | None:
@@ -41,14 +42,20 @@ class ExpertSummary:
         banks = {layer.path: layer for layer in layers if layer.experts and layer.scheme}
         if not banks:
             return None
-        reached: list[tuple[int, dict[str, Any]]] = [
-            (banks[layer.path].experts, layer.account["experts"])
+        reached: list[tuple[str, dict[str, Any]]] = [
+            (layer.path, layer.account["experts"])
             for record in records
             for layer in record.layers
             if layer.account is not None and "experts" in layer.account
         ]
         tokens = [account["tokens"] for _, account in reached]
         medians = sorted(median for _, median, _ in tokens)
+        rounded = [
+            (path, number, reason)
+            for path, account in reached
+            for reason, numbers in account["rounded"].items()
+            for number in numbers
+        ]
         return cls(
             codes_bytes=sum(record.codes.size_bytes for record in records if record.codes),
             num_weights=sum(layer.num_weights for layer in banks.values()),
@@ -59,11 +66,10 @@ class ExpertSummary:
             )
             if tokens
             else None,
-            experts=sum(number for number, _ in reached),
+            experts=sum(banks[path].experts for path, _ in reached),
             below_floor=sum(account["below_floor"] for _, account in reached),
-            rounded=sum(
-                len(numbers) for _, account in reached for numbers in account["rounded"].values()
-            ),
+            rounded=len(rounded),
+            first_rounded="expert {1} of {0}: {2}".format(*rounded[0]) if rounded else "",
         )
 
     def rows(self) -> list[tuple[str, str]]:
@@ -85,7 +91,7 @@ class ExpertSummary:
                     "correlations between these counted for less, more calibration would help"
                 )
             if self.rounded:
-                text += f"; {self.rounded} were rounded to nearest"
+                text += f"; {self.rounded} were rounded to nearest, the first {self.first_rounded}"
             rows.append(("tokens an expert", text))
         return rows
 

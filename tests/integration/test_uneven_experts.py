@@ -81,6 +81,9 @@ def test_experts_that_no_token_reaches_are_rounded_and_named(
     summary = ExpertSummary.of(run.plan, records)
     assert summary is not None
     assert summary.rounded == 2 * (4 - per_token)
+    [*_, (_, text)] = summary.rows()
+    assert f"expert {per_token} of transformer_layer_0/" in text
+    assert reason in text
 
 
 def test_a_nan_in_an_expert_is_refused_by_layer_and_expert_before_anything_is_written(
