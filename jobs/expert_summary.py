@@ -22,8 +22,7 @@ class ExpertSummary:
         tokens: of calibration, that reached an expert with inputs of its own: the least, the
             median of the banks' medians, and the most; None without calibration.
         experts: with inputs of their own.
-        below_floor: of these, how many were reached by so few tokens that the correlations between
-            their inputs counted for less.
+        below_floor: of these, how many were reached by so few tokens that more would help.
         rounded: of these, how many could not be calibrated; first_rounded: one of them, and why.
     """
 
@@ -88,7 +87,7 @@ class ExpertSummary:
             if self.below_floor:
                 text += (
                     f"; {self.below_floor} of {self.experts} had fewer than four for each input: "
-                    "correlations between these counted for less, more calibration would help"
+                    "more calibration would help"
                 )
             if self.rounded:
                 text += f"; {self.rounded} were rounded to nearest, the first {self.first_rounded}"

@@ -1,14 +1,15 @@
 """Quantize experts: matrices of one shape, of which each reads rows of its own.
 
 A router sends an expert a share of the tokens. Few rows make a Hessian that fits them and no
-others, so below a floor of rows it counts for less: the correlations between inputs, which GPTQ
-uses to correct errors, are scaled down by rows / floor, and the energies of the inputs stay. An
-expert that no row reached is rounded to nearest.
+others: the fewer, the less the correlations between inputs count, which GPTQ uses to correct
+errors, while the energies of the inputs stay (`shrunk`). An expert that no row reached is rounded
+to nearest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,14 +53,14 @@ class SolvedExpert:
 
 
 _ROWS_PER_INPUT = 4
+# Of a Hessian. Larger ones, such as Mixtral's of 0.8 GB, keep all cores busy for most of the time.
+_SMALL_BYTES = 32 << 20
 
 
 def token_floor(in_features: int) -> int:
-    """Rows from which on an expert's Hessian counts in full: four for each input.
+    """Rows that are enough: four for each input, with which correlations count for 80%.
 
-    Tried on random Mixtrals, whose experts got from half a row to 20 rows for each input, at 3
-    bits: with fewer than two, plain GPTQ loses to rounding on other text (1.5 times its output
-    error at half a row). So scaled, it never does (0.85 at half a row, 0.77 at two).
+    More gain little, and fewer than one for each input leave most of what GPTQ can gain undone.
     """
     return _ROWS_PER_INPUT * in_features
 
@@ -67,14 +68,24 @@ def token_floor(in_features: int) -> int:
 def solve_experts(
     problems: Sequence[LayerProblem], statistics: ExpertHessians, experts: Sequence[int]
 ) -> list[SolvedExpert]:
-    """Solve experts by gptq, each alone.
+    """Solve experts by gptq, each alone: the results are those of any other company.
+
+    Experts of moderate size are solved two at a time, since one's factor leaves cores idle that
+    another's products can use. One program over a batch of them would take 1.8 to 2.2 times as
+    long as one after the other on CPUs, whose products of many small matrices are slow.
 
     Args:
         problems: of each of the experts.
         experts: their numbers in the statistics.
     """
-    hessians = (statistics.of_expert(number) for number in experts)
-    return [_solve(*pair) for pair in zip(problems, hessians, strict=True)]
+    pairs = list(zip(problems, map(statistics.of_expert, experts), strict=True))
+    with ThreadPoolExecutor(concurrent_experts(statistics.gram_ECC.shape[-1])) as pool:
+        return list(pool.map(lambda pair: _solve(*pair), pairs))
+
+
+def concurrent_experts(in_features: int) -> int:
+    """How many experts are solved at once; what this takes beside one is a fraction of a bank."""
+    return 2 if 4 * in_features**2 <= _SMALL_BYTES else 1
 
 
 def _solve(problem: LayerProblem, hessian: HessianSum) -> SolvedExpert:
@@ -82,7 +93,7 @@ def _solve(problem: LayerProblem, hessian: HessianSum) -> SolvedExpert:
     obstacle = "" if hessian.num_rows else _NOT_REACHED
     if not obstacle:
         try:
-            [result] = solve_problems([problem], shrunk(hessian, token_floor(num_inputs)))
+            [result] = solve_problems([problem], shrunk(hessian))
         except UnusableStatisticsError as error:
             obstacle = str(error)
     if obstacle:
@@ -95,11 +106,16 @@ def _solve(problem: LayerProblem, hessian: HessianSum) -> SolvedExpert:
     return SolvedExpert(result.weight, result.report, _energy(problem), hessian.num_rows, obstacle)
 
 
-def shrunk(hessian: HessianSum, floor: int) -> HessianSum:
-    """The sum with correlations scaled down by rows / floor, where there are fewer rows."""
-    if hessian.num_rows >= floor:
-        return hessian
-    share_CC = np.full(hessian.gram_CC.shape, hessian.num_rows / floor, np.float32)
+def shrunk(hessian: HessianSum) -> HessianSum:
+    """The sum with correlations scaled by rows / (rows + inputs); energies stay.
+
+    It is what solving minimises, and what reports give as output errors: closer to other text's
+    than the sum as it is, which fits its own rows. tests/benchmarks/experts.py compares both, and
+    other remedies, on experts cut from a real model (docs/benchmarks.md).
+    """
+    num_inputs = hessian.gram_CC.shape[0]
+    share = np.float32(hessian.num_rows / (hessian.num_rows + num_inputs))
+    share_CC = np.full((num_inputs, num_inputs), share)
     np.fill_diagonal(share_CC, 1)
     return replace(hessian, gram_CC=hessian.gram_CC * share_CC)
 
@@ -178,10 +194,10 @@ def join_experts(solved: Sequence[SolvedExpert]) -> tuple[GroupedWeight, dict[st
     """The stacked matrices of all experts, in order, and the report of all of them.
 
     Returns:
-        The report as plain JSON values, as of one layer, with errors weighted by rows, and under
-        "experts" how many tokens reached an expert: "tokens" is the least, the median and the most;
-        "below_floor" says how many had fewer than "floor"; "rounded" names those that were rounded
-        to nearest, by reason.
+        The report as plain JSON values, as of one layer, with errors weighted by rows (for what
+        they are see `shrunk`), and under "experts" how many tokens reached an expert: "tokens"
+        is the least, the median and the most; "below_floor" says how many had fewer than "floor";
+        "rounded" names those that were rounded to nearest, by reason.
     """
     weight = _stacked([one.weight for one in solved])
     floor, rows = token_floor(weight.codes_RC.shape[1]), sorted(one.num_rows for one in solved)

@@ -1,10 +1,11 @@
-"""Experts are solved each from its own rows; few rows count for less, none rounds to nearest."""
+"""Experts are solved each from its own rows; few rows correlate less, none rounds to nearest."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from pipeline.canonical import canonical_json
 from quantizer import HessianSum, solve
 from quantizer.expert_codes import ExpertCodes
 from quantizer.expert_solver import (
+    concurrent_experts,
     join_experts,
     round_experts,
     shrunk,
@@ -48,11 +50,12 @@ def problems(number: int, scheme: Scheme = SCHEME) -> list[Any]:
     return [check_layer(weight, scheme, name=f"expert {i}") for i, weight in enumerate(weights)]
 
 
-def test_an_expert_with_enough_rows_is_solved_as_a_layer_of_its_own() -> None:
+def test_an_expert_is_solved_as_a_layer_of_its_own_with_its_own_correlations_shrunk() -> None:
     given = statistics(FLOOR, 2 * FLOOR, first=3)
     found = solve_experts(problems(2), given, [3, 4])
     for number, problem, one in zip((3, 4), problems(2), found, strict=True):
-        alone = solve(problem.weight_RC, given.of_expert(number), SCHEME, name=problem.name)
+        hessian = shrunk(given.of_expert(number))
+        alone = solve(problem.weight_RC, hessian, SCHEME, name=problem.name)
         assert one.report == alone.report
         assert one.num_rows == given.of_expert(number).num_rows
         assert isinstance(alone.weight, GroupedWeight)
@@ -60,14 +63,35 @@ def test_an_expert_with_enough_rows_is_solved_as_a_layer_of_its_own() -> None:
         np.testing.assert_array_equal(one.weight.scale_RG, alone.weight.scale_RG)
 
 
-def test_correlations_of_few_rows_count_in_proportion_and_energies_in_full() -> None:
-    few = HessianSum.of(rows(FLOOR // 4, 0))
-    found = shrunk(few, FLOOR)
+def test_only_experts_of_moderate_size_are_solved_two_at_a_time() -> None:
+    assert [concurrent_experts(size) for size in (768, 2880, 4096, 14336)] == [2, 2, 1, 1]
+
+
+def test_what_is_compiled_does_not_grow_with_the_number_of_experts(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    solve_experts(problems(2), statistics(FLOOR, 0), range(2))
+    caplog.clear()
+    jax.config.update("jax_log_compiles", True)
+    try:
+        solve_experts(problems(9), statistics(*range(0, 9 * FLOOR, FLOOR)), range(9))
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    assert not [each for each in caplog.records if each.getMessage().startswith("Compiling")]
+
+
+@pytest.mark.parametrize(
+    ("number", "share"), [(IN_FEATURES // 3, 10 / 42), (IN_FEATURES, 0.5), (FLOOR, 0.8)]
+)
+def test_correlations_count_the_more_rows_there_are_and_energies_in_full(
+    number: int, share: float
+) -> None:
+    few = HessianSum.of(rows(number, 0))
+    found = shrunk(few)
     assert found.num_rows == few.num_rows
     np.testing.assert_array_equal(found.gram_CC.diagonal(), few.gram_CC.diagonal())
     off = ~np.eye(IN_FEATURES, dtype=bool)
-    np.testing.assert_array_equal(found.gram_CC[off], few.gram_CC[off] / 4)
-    assert shrunk(few, few.num_rows) is few
+    np.testing.assert_allclose(found.gram_CC[off], few.gram_CC[off] * share, rtol=1e-6)
 
 
 @pytest.mark.parametrize("number", [IN_FEATURES // 2, IN_FEATURES, 2 * IN_FEATURES, FLOOR])
@@ -84,8 +108,10 @@ def test_few_rows_never_cost_more_than_rounding_on_other_rows(number: int) -> No
     [found] = solve_experts([problem], statistics(number), [0])
     ours = output_error(problem.weight_RC, found.weight.dequantize(), other)
     assert ours < rounded
+    plain = error(HessianSum.of(rows(number, 0)))
+    assert ours < plain
     if number == IN_FEATURES // 2:
-        assert error(HessianSum.of(rows(number, 0))) > rounded
+        assert plain > rounded
 
 
 def test_an_expert_that_nothing_reached_is_rounded_and_named() -> None:
@@ -117,7 +143,7 @@ def test_a_bank_without_any_usable_rows_says_so() -> None:
     assert report["reason"].startswith("not calibrated, rounded to nearest: no token")
 
 
-def test_errors_of_a_bank_are_those_of_all_its_rows() -> None:
+def test_errors_of_a_bank_are_those_of_all_its_rows_with_correlations_shrunk() -> None:
     numbers = [FLOOR, 3 * FLOOR, 2 * FLOOR]
     solved = solve_experts(problems(3), statistics(*numbers), range(3))
     _, report = join_experts(solved)
@@ -127,7 +153,8 @@ def test_errors_of_a_bank_are_those_of_all_its_rows() -> None:
     squares = difference = energy = 0.0
     for number, problem, one in zip(range(3), problems(3), solved, strict=True):
         delta = (problem.weight_RC - one.weight.dequantize()).astype(np.float64)
-        squares += float(np.sum((rows(numbers[number], number) @ delta.T) ** 2))
+        hessian = shrunk(HessianSum.of(rows(numbers[number], number)))
+        squares += float(np.einsum("rc,cd,rd->", delta, hessian.gram_CC, delta))
         difference += float(np.sum(delta**2))
         energy += float(np.sum(problem.weight_RC.astype(np.float64) ** 2))
     assert report["output_error"] == pytest.approx(2 * squares / sum(numbers), rel=1e-4)
