@@ -78,9 +78,15 @@ def solve_experts(
         problems: of each of the experts.
         experts: their numbers in the statistics.
     """
-    pairs = list(zip(problems, map(statistics.of_expert, experts), strict=True))
+
+    def solve(problem: LayerProblem, number: int) -> SolvedExpert:
+        # Of a device's sum this is a copy, of which no more are needed than are being solved.
+        return _solve(problem, statistics.of_expert(number))
+
+    if len(problems) != len(experts):
+        raise ValueError(f"{len(problems)} problems of {len(experts)} experts")
     with ThreadPoolExecutor(concurrent_experts(statistics.gram_ECC.shape[-1])) as pool:
-        return list(pool.map(lambda pair: _solve(*pair), pairs))
+        return list(pool.map(solve, problems, experts))
 
 
 def concurrent_experts(in_features: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from typing import Any
 
 import jax
@@ -65,6 +66,30 @@ def test_an_expert_is_solved_as_a_layer_of_its_own_with_its_own_correlations_shr
 
 def test_only_experts_of_moderate_size_are_solved_two_at_a_time() -> None:
     assert [concurrent_experts(size) for size in (768, 2880, 4096, 14336)] == [2, 2, 1, 1]
+
+
+class CopiedHessians(ExpertHessians):
+    """As on a device, where one expert's sum is a copy; counts how many there are."""
+
+    live = most = 0
+
+    def of_expert(self, expert: int) -> HessianSum:
+        gram_CC = self.gram_ECC[self.experts.index(expert)] + 0
+        CopiedHessians.live += 1
+        CopiedHessians.most = max(self.most, self.live)
+        weakref.finalize(gram_CC, self._freed)
+        return HessianSum(gram_CC, int(self.rows_E[self.experts.index(expert)]))
+
+    @staticmethod
+    def _freed() -> None:
+        CopiedHessians.live -= 1
+
+
+def test_no_more_hessians_are_copied_than_are_being_solved() -> None:
+    given = statistics(*[FLOOR] * 8)
+    copied = CopiedHessians(np.asarray(given.gram_ECC), given.rows_E)
+    assert len(solve_experts(problems(8), copied, range(8))) == 8
+    assert 0 < copied.most <= concurrent_experts(IN_FEATURES) + 1
 
 
 def test_what_is_compiled_does_not_grow_with_the_number_of_experts(
