@@ -142,7 +142,8 @@ def _cannot_build(
     int8 = layer_policy(Int8Scheme())
     remedy = "leave its layers in float, by rules with scheme: null"
     if modes != [int8] and _can_build(preset, policy_map(base, dict.fromkeys(policies, int8))):
-        remedy = "use int8, in which it can"
+        # Experts, say, are not among them, and may keep their scheme.
+        remedy = f"use int8, in which it can, for layers such as {next(iter(policies))}"
     return ArtifactError(
         f"{preset.url}: stock KerasHub cannot build a {name} with layers in {' and '.join(modes)} "
         f"({reason}); {remedy}"
