@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantizer.errors import UnusableStatisticsError
-from quantizer.experts import ExpertHessians
+from quantizer.experts import ExpertHessians, token_floor
 from quantizer.hessian import HessianSum
 from quantizer.problem import LayerProblem
 from quantizer.result import (
@@ -52,17 +52,8 @@ class SolvedExpert:
     obstacle: str = ""
 
 
-_ROWS_PER_INPUT = 4
 # Of a Hessian. Larger ones, such as Mixtral's of 0.8 GB, keep all cores busy for most of the time.
 _SMALL_BYTES = 32 << 20
-
-
-def token_floor(in_features: int) -> int:
-    """Rows that are enough: four for each input, with which correlations count for 80%.
-
-    More gain little, and fewer than one for each input leave most of what GPTQ can gain undone.
-    """
-    return _ROWS_PER_INPUT * in_features
 
 
 def solve_experts(

@@ -9,8 +9,7 @@ gibibyte (`quantizer.experts.expert_passes`).
 from __future__ import annotations
 
 from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan
-from quantizer.expert_solver import token_floor
-from quantizer.experts import expert_passes, expert_ranges
+from quantizer.experts import expert_passes, expert_ranges, token_floor
 
 _FLOAT_BYTES = 4
 # What experts make of a micro-batch, before and after it is moved or multiplied.

@@ -45,7 +45,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [],
         "router_aux_loss_coef": 0.001,
         "sliding_window": 32768,
-        "use_sliding_window": False,
+        "use_sliding_window": True,
+        "max_window_layers": 2,
     },
 }
 

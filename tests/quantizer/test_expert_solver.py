@@ -20,9 +20,8 @@ from quantizer.expert_solver import (
     round_experts,
     shrunk,
     solve_experts,
-    token_floor,
 )
-from quantizer.experts import ExpertHessians
+from quantizer.experts import ExpertHessians, token_floor
 from quantizer.result import GroupedWeight, output_error
 from quantizer.schemes import GPTQScheme, Int4Scheme, Int8Scheme, Scheme
 from quantizer.solver import check_layer
