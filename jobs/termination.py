@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
@@ -98,6 +99,10 @@ class _Ending:
         """Wait for SIGTERM, in a thread of its own."""
         while signal.sigwait({signal.SIGTERM}) and not self._is_closed:
             _send(threading.main_thread(), _PASSED_ON)
+            # What comes just before the thread begins to wait for something does not end the wait.
+            while self.exception is None and not self._is_closed:
+                time.sleep(_AGAIN_SECONDS)
+                _send(threading.main_thread(), _PASSED_ON)
 
     def unraisable(self, found: sys.UnraisableHookArgs) -> None:
         """Raise again what was raised where nothing can be: in a finalizer, for one."""

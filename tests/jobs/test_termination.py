@@ -130,6 +130,24 @@ with jobs.termination.terminable():
         assert subprocess.run(given, capture_output=True).returncode == exit_code
 
 
+def test_a_signal_that_interrupts_nothing_is_sent_again() -> None:
+    program = """
+import os, signal, time
+import jobs.termination
+send, sent = jobs.termination._send, []
+def lose_the_first(thread, number):
+    sent.append(number)
+    if len(sent) > 1:
+        send(thread, number)
+jobs.termination._send = lose_the_first
+with jobs.termination.terminable():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(600)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+    assert b"Terminated" in ended.stderr
+
+
 def test_a_child_can_be_ended_although_the_block_holds_the_signal_back() -> None:
     program = """
 import subprocess
