@@ -135,8 +135,8 @@ class DyingInCommit:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._worker, name)
 
-    def capture(self, block: int, *args: Any) -> Any:
-        found = self._worker.capture(block, *args)
+    def capture(self, block: int, *args: Any, **named: Any) -> Any:
+        found = self._worker.capture(block, *args, **named)
         if block == 1:
             self._captured.set()
         return found
