@@ -197,7 +197,10 @@ class Worker(WorkerApi):
         return record
 
     def settle(self) -> None:
-        """Do nothing: that this is called means that the commits before it have ended."""
+        """Do nothing: that this is called means that a commit which had begun has ended.
+
+        One that still waited for its arguments may follow; it writes what a repetition writes.
+        """
 
     @device_errors()
     def propagate(
