@@ -186,10 +186,17 @@ def driver_of(request: str, run: str, s3: S3Server) -> int:
 
 
 def driver_lines(head: Head, request: str) -> list[dict[str, Any]]:
-    """What the drivers of a request printed; Ray itself begins each log, and a shell may end it."""
+    """What the drivers of a request printed.
+
+    Ray itself begins each log, its C++ core tells of objects that a dead node held, and a shell
+    may end it.
+    """
     files = head.session_folder.rglob(f"job-driver-{request}-*.log")
     lines = [line for path in sorted(files) for line in path.read_text().splitlines()]
-    others = re.compile(r"\S+ \S+\tINFO job_manager\.py|Running entrypoint for job|Killed$")
+    others = re.compile(
+        r"\S+ \S+\tINFO job_manager\.py|Running entrypoint for job|Killed$"
+        r"|\[[\d-]+ [\d:,]+ [A-Z] \d+ \d+\] \w+\.cc:\d+: "
+    )
     return [json.loads(line) for line in lines if not others.match(line)]
 
 
