@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantizer.hessian import CalibrationStatistics, HessianSum
+from quantizer.row_stripes import by_rows, sum_of_squares
 
 Float32 = NDArray[np.float32]
 
@@ -34,9 +35,17 @@ class GroupedWeight:
 
     def dequantize(self) -> Float32:
         """The decoded weights, [out_features, in_features], float32."""
-        zero_RC = self.zero_RG[:, self.group_C].astype(np.float32)
-        value_RC = (self.codes_RC.astype(np.float32) - zero_RC) * self.scale_RG[:, self.group_C]
-        return value_RC if self.input_scale_C is None else value_RC / self.input_scale_C
+        value_RC = np.empty_like(self.codes_RC, np.float32)
+
+        def decode(rows: slice) -> None:
+            zero_RC = self.zero_RG[rows][:, self.group_C].astype(np.float32)
+            difference_RC = self.codes_RC[rows].astype(np.float32) - zero_RC
+            np.multiply(difference_RC, self.scale_RG[rows][:, self.group_C], out=value_RC[rows])
+            if self.input_scale_C is not None:
+                value_RC[rows] /= self.input_scale_C
+
+        by_rows(decode, value_RC.shape)
+        return value_RC
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +57,13 @@ class ChannelWeight:
 
     def dequantize(self) -> Float32:
         """The decoded weights, [out_features, in_features], float32."""
-        return self.codes_RC.astype(np.float32) / self.scale_R[:, None]
+        value_RC = np.empty_like(self.codes_RC, np.float32)
+
+        def decode(rows: slice) -> None:
+            np.divide(self.codes_RC[rows], self.scale_R[rows, None], out=value_RC[rows])
+
+        by_rows(decode, value_RC.shape)
+        return value_RC
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +145,7 @@ def relative_error(error_sum: float, energy_sum: float) -> float:
 
 def weight_error(weight_RC: Float32, decoded_RC: Float32) -> float:
     """‖W - Ŵ‖ / ‖W‖."""
-    difference = float(np.sum(np.square(weight_RC - decoded_RC, dtype=np.float64)))
-    return relative_error(difference, float(np.sum(np.square(weight_RC, dtype=np.float64))))
+    return relative_error(sum_of_squares(weight_RC, decoded_RC), sum_of_squares(weight_RC))
 
 
 def output_error(

@@ -29,6 +29,7 @@ from quantizer.result import (
     output_error,
     weight_error,
 )
+from quantizer.row_stripes import by_rows
 from quantizer.schemes import Float8Scheme, Int4Scheme, Int8Scheme
 
 # Keras' own guard against a division by zero (keras.config.epsilon's default).
@@ -43,12 +44,20 @@ def round_channels(weight_RC: Float32, *, low: int, high: int, scale_dtype: str)
         low, high: the code range, (-127, 127) for int8 and (-8, 7) for int4.
         scale_dtype: dtype in which the scale will be stored; it is rounded to it first.
     """
-    scale_R1 = np.float32(high) / (np.abs(weight_RC).max(1, keepdims=True) + _EPSILON)
-    # A tiny channel's scale can exceed float16; clipped, it only leaves codes small.
-    scale_R1 = np.minimum(scale_R1, np.float32(ml_dtypes.finfo(scale_dtype).max))
-    scale_R1 = scale_R1.astype(scale_dtype).astype(np.float32)
-    codes_RC = np.clip(np.round(weight_RC * scale_R1), low, high).astype(np.int8)
-    return ChannelWeight(codes_RC, scale_R1[:, 0])
+    codes_RC = np.empty_like(weight_RC, np.int8)
+    scale_R = np.empty(len(weight_RC), np.float32)
+
+    def round_rows(rows: slice) -> None:
+        part_RC = weight_RC[rows]
+        scale_R1 = np.float32(high) / (np.abs(part_RC).max(1, keepdims=True) + _EPSILON)
+        # A tiny channel's scale can exceed float16; clipped, it only leaves codes small.
+        scale_R1 = np.minimum(scale_R1, np.float32(ml_dtypes.finfo(scale_dtype).max))
+        scale_R1 = scale_R1.astype(scale_dtype).astype(np.float32)
+        codes_RC[rows] = np.clip(np.round(part_RC * scale_R1), low, high)
+        scale_R[rows] = scale_R1[:, 0]
+
+    by_rows(round_rows, weight_RC.shape)
+    return ChannelWeight(codes_RC, scale_R)
 
 
 def round_groups(weight_RC: Float32, *, block_size: int, scale_dtype: str) -> GroupedWeight:
@@ -59,23 +68,27 @@ def round_groups(weight_RC: Float32, *, block_size: int, scale_dtype: str) -> Gr
     num_outputs, num_inputs = weight_RC.shape
     block_size = min(block_size, num_inputs)
     groups = num_groups(num_inputs, block_size)
-    padded = np.pad(weight_RC, ((0, 0), (0, groups * block_size - num_inputs)))
-    weight_RGS = padded.reshape(num_outputs, groups, block_size)
-    low_RG = np.minimum(weight_RGS.min(2), 0)
-    high_RG = np.maximum(weight_RGS.max(2), 0)
-    scale_RG = (high_RG - low_RG + _EPSILON) / np.float32(_INT4_HIGH - _INT4_LOW)
-    # float16 would round the step of a tiny group to 0.
-    scale_RG = np.maximum(scale_RG, np.float32(ml_dtypes.finfo(scale_dtype).smallest_subnormal))
-    scale_RG = scale_RG.astype(scale_dtype).astype(np.float32)
-    zero_RG = np.clip(np.round(-low_RG / scale_RG) + _INT4_LOW, _INT4_LOW, _INT4_HIGH)
-    codes_RGS = np.round(weight_RGS / scale_RG[..., None]) + zero_RG[..., None]
-    codes_RGS = np.clip(codes_RGS, _INT4_LOW, _INT4_HIGH).astype(np.int8)
-    return GroupedWeight(
-        np.ascontiguousarray(codes_RGS.reshape(num_outputs, -1)[:, :num_inputs]),
-        scale_RG,
-        zero_RG.astype(np.int8),
-        contiguous_groups(num_inputs, block_size),
-    )
+    codes_RC = np.empty((num_outputs, num_inputs), np.int8)
+    scale_RG = np.empty((num_outputs, groups), np.float32)
+    zero_RG = np.empty((num_outputs, groups), np.int8)
+    smallest = np.float32(ml_dtypes.finfo(scale_dtype).smallest_subnormal)
+
+    def round_rows(rows: slice) -> None:
+        padded = np.pad(weight_RC[rows], ((0, 0), (0, groups * block_size - num_inputs)))
+        weight_RGS = padded.reshape(-1, groups, block_size)
+        low = np.minimum(weight_RGS.min(2), 0)
+        high = np.maximum(weight_RGS.max(2), 0)
+        scale = (high - low + _EPSILON) / np.float32(_INT4_HIGH - _INT4_LOW)
+        # float16 would round the step of a tiny group to 0.
+        scale = np.maximum(scale, smallest).astype(scale_dtype).astype(np.float32)
+        zero = np.clip(np.round(-low / scale) + _INT4_LOW, _INT4_LOW, _INT4_HIGH)
+        codes_RGS = np.round(weight_RGS / scale[..., None]) + zero[..., None]
+        codes_RGS = np.clip(codes_RGS, _INT4_LOW, _INT4_HIGH)
+        codes_RC[rows] = codes_RGS.reshape(len(padded), -1)[:, :num_inputs]
+        scale_RG[rows], zero_RG[rows] = scale, zero
+
+    by_rows(round_rows, weight_RC.shape)
+    return GroupedWeight(codes_RC, scale_RG, zero_RG, contiguous_groups(num_inputs, block_size))
 
 
 def solve_int(

@@ -26,6 +26,11 @@ Stage = Literal[
     "evaluate",
 ]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+_ROUNDED_PER_SECOND = 20e6
+"""Weights that one thread rounds to nearest, with their error; measured, on tables that fit no
+cache and in memory that is touched for the first time."""
+_MOST_ROUNDING_THREADS = 8
+"""As in `quantizer.row_stripes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +96,7 @@ def resource_seconds(work: Work, machine: Machine) -> dict[str, float]:
     """Seconds of some work by what takes them; their sum is how long it lasts."""
     achievable = machine.memory_bytes_per_second * machine.memory_achievable
     transfer = machine.transfer_bytes_per_second * machine.transfer_achievable
+    rounding_threads = min(machine.host_threads, _MOST_ROUNDING_THREADS)
     rates = {
         "float32 products": (
             work.float32_flops,
@@ -106,6 +112,7 @@ def resource_seconds(work: Work, machine: Machine) -> dict[str, float]:
         "host memory": (work.host_bytes, machine.host_bytes_per_second),
         "hashing": (work.hash_bytes, machine.host_hash_bytes_per_second),
         "storage": (work.storage_bytes, machine.storage_bytes_per_second),
+        "rounding": (work.rounded_weights, _ROUNDED_PER_SECOND * rounding_threads),
         "network": (work.network_bytes, machine.network_bytes_per_second),
         "fixed": (work.seconds, 1.0),
     }

@@ -28,8 +28,6 @@ from quantizer.schemes import AWQScheme, GPTQScheme
 
 _HEAD_FEATURES = 64
 _FLOAT_BYTES = 4
-_ROUNDED_PER_SECOND = 12e6
-"""Weights that one thread rounds to nearest, with their error; measured."""
 _GRAM_SHARE = 10 / 16
 """Of the whole product: above the diagonal in four bands."""
 
@@ -47,6 +45,7 @@ class Work:
         hash_bytes: hashed by one thread.
         storage_bytes: read from, or written to, storage.
         network_bytes: between two workers.
+        rounded_weights: rounded to nearest by the host's threads, with their error.
         seconds: what no rate of a machine changes.
     """
 
@@ -59,6 +58,7 @@ class Work:
     hash_bytes: float = 0.0
     storage_bytes: float = 0.0
     network_bytes: float = 0.0
+    rounded_weights: float = 0.0
     seconds: float = 0.0
 
     def __add__(self, other: Work) -> Work:
@@ -333,8 +333,8 @@ def _gptq_rows(columns: int, rows: int, scheme: GPTQScheme, constants: Constants
 
 
 def _rounding(layer: LayerPlan) -> Work:
-    """By one thread of the host, whatever else computes."""
-    return Work(seconds=layer.num_weights / _ROUNDED_PER_SECOND)
+    """By the host, whatever else computes."""
+    return Work(rounded_weights=layer.num_weights)
 
 
 def stored_bytes(plan: Plan, part: PartPlan) -> float:

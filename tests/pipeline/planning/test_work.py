@@ -87,7 +87,7 @@ def test_layers_without_statistics_are_only_rounded() -> None:
     found = block_work(given, given.parts[1], ONES)
     assert found.forward == found.grams == Work()
     [group] = found.solve
-    assert Work.total(group.rows) == Work(seconds=WEIGHTS / 12e6)
+    assert Work.total(group.rows) == Work(rounded_weights=WEIGHTS)
     assert group.shared == Work()
 
 
