@@ -47,6 +47,12 @@ def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> Renderabl
             f"{len(tokens.shards)} shards (the leaves of the reduction), {tokens.micro_batch} "
             "windows at once",
         )
+        calibration = plan.recipe.calibration
+        urls = calibration.text_urls if calibration is not None and tokens.sources else ()
+        for url, seen in zip(urls, tokens.sources, strict=True):
+            facts.add_row(
+                "", Text(f"{seen.num_windows} windows, {count(seen.num_tokens)} tokens of {url}")
+            )
         if plan.device == "gpu":
             facts.add_row("computed in", _forward(plan.forward_dtype, tokens))
     for name, text in planned_experts(plan, costs):

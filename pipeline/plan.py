@@ -152,6 +152,23 @@ class PartPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceTokens:
+    """What calibration sees of one weighted source of texts.
+
+    Attributes:
+        num_windows: its share.
+        num_documents: that were read for them.
+        num_tokens: in its windows, without padding.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    num_windows: int
+    num_documents: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokensPlan:
     """The calibration windows, and how they are divided.
 
@@ -164,6 +181,7 @@ class TokensPlan:
         attention: on a GPU, "cudnn" where cuDNN computes it, without scores; omitted elsewhere.
         largest_array_bytes: on a GPU, of what a block computes for a micro-batch; attention's
             scores where they are kept. Omitted on CPUs.
+        sources: in the recipe's order, where its texts have weights; omitted where they have none.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -177,6 +195,7 @@ class TokensPlan:
     shards: tuple[tuple[int, int], ...]
     attention: Literal["scores", "cudnn"] = "scores"
     largest_array_bytes: int = 0
+    sources: tuple[SourceTokens, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +246,8 @@ class Plan(StoredRecord):
             del values["tokens"]["attention"]
         if self.tokens is not None and not self.tokens.largest_array_bytes:
             del values["tokens"]["largest_array_bytes"]
+        if self.tokens is not None and not self.tokens.sources:
+            del values["tokens"]["sources"]
         for layer in (layer for part in values["parts"] for layer in part["layers"]):
             for name in ("stacked_weights", "experts", "experts_per_token"):
                 if not layer[name]:

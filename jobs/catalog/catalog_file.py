@@ -22,6 +22,7 @@ from pipeline.recipe.yaml_document import (
     YamlPath,
     describe_mistake,
     mistake_order,
+    mistakes_in,
     read_yaml,
 )
 from pipeline.storage.object_store import open_store
@@ -97,7 +98,7 @@ def parse_catalog(text: str, *, where: str, folder: Path | None) -> Catalog:
         written = CatalogFile.model_validate(_with_defaults(document.values))
     except ValidationError as invalid:
         errors = sorted(
-            _independent(invalid.errors()),
+            _independent(mistakes_in(invalid)),
             key=lambda error: mistake_order(error, document.line_of(error["loc"])),
         )
         more = f" ({len(errors) - 1} more after it)" if len(errors) > 1 else ""
@@ -293,10 +294,15 @@ class _Resolver:
             values = recipe.to_dict()
             calibration = values["calibration"]
             calibration |= model.calibration.model_dump(mode="json", exclude_none=True)
-            calibration["texts"] = [self._absolute(text, at) for text in calibration["texts"]]
+            calibration["texts"] = [self._text(text, at) for text in calibration["texts"]]
             return recipe_from_dict(values, where=recipe.name)
         except RecipeError as error:
             raise self._error(at, str(error)) from None
+
+    def _text(self, text: str | dict[str, Any], at: YamlPath) -> str | dict[str, Any]:
+        if isinstance(text, str):
+            return self._absolute(text, at)
+        return text | {"url": self._absolute(text["url"], at)}
 
     def _absolute(self, url: str, path: YamlPath) -> str:
         """Make a local path absolute; URLs stay as they are."""

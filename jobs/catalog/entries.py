@@ -22,6 +22,7 @@ from pydantic import (
 from pipeline.executor.protocol import Device
 from pipeline.export.code_formats import ExportFormat
 from pipeline.export.settings import ExportDtype
+from pipeline.recipe.text_sources import CalibrationText, WeightedText
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
@@ -63,10 +64,18 @@ class _Mapping(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _with_plain_url(text: str | WeightedText) -> str | WeightedText:
+    _without_password(text if isinstance(text, str) else text.url)
+    return text
+
+
+_Text = Annotated[CalibrationText, AfterValidator(_with_plain_url)]
+
+
 class CalibrationChanges(_Mapping):
     """Calibration settings that replace a recipe's own, for recipes that calibrate."""
 
-    texts: _Files | None = None
+    texts: Annotated[tuple[_Text, ...], Field(min_length=1)] | None = None
     num_samples: Annotated[StrictInt, Field(ge=1, le=1_000_000)] | None = None
     sequence_length: Annotated[StrictInt, Field(ge=2, le=1_000_000)] | None = None
     chat: StrictBool | None = None

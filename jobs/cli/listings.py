@@ -91,7 +91,7 @@ def recipes_table(recipes: Mapping[str, Recipe]) -> Table:
         embeddings = "float" if recipe.embeddings is None else recipe.embeddings.policy
         texts = "none"
         if (given := recipe.calibration) is not None:
-            names = ", ".join(given.texts)
+            names = ", ".join(given.text_urls)
             texts = f"{given.num_samples} × {given.sequence_length} tokens of {names}"
         served = served_by(recipe.scheme)
         table.add_row(

@@ -183,7 +183,10 @@ def published_recipe(run: FinishedRun) -> dict[str, Any]:
     values = run.recipe.to_dict()
     calibration = values.get("calibration")
     if calibration:
-        calibration["texts"] = [_published(text) for text in calibration["texts"]]
+        calibration["texts"] = [
+            _published(text) if isinstance(text, str) else text | {"url": _published(text["url"])}
+            for text in calibration["texts"]
+        ]
         if "inputs" in calibration:
             inputs: Mapping[str, str] = calibration["inputs"]
             calibration["inputs"] = {name: _published(url) for name, url in inputs.items()}

@@ -28,26 +28,37 @@ _T = TypeVar("_T")
 
 
 def read_texts(calibration: Calibration, template: ChatTemplate | None = None) -> Iterator[str]:
-    """Stream the documents that are not blank.
+    """Stream the documents that are not blank, of all sources in turn.
 
     Every source is found, and its first document read, before this returns.
 
     Args:
+        calibration: weights of its texts make no difference.
         template: renders conversations, where `calibration.chat` is true.
 
     Raises:
         CalibrationTextError: a source that is missing, unreadable, named twice, without any text
             or without such a column; also raised while streaming, for later documents.
     """
-    rows = _Rows(calibration.text_field, calibration.chat, template)
-    opened = _streams(calibration.texts, rows)
-    return _interleaved([_with_first_read(source, documents) for source, documents in opened])
+    return _interleaved(read_each(calibration, template))
 
 
-def _streams(sources: Sequence[str], rows: _Rows) -> list[tuple[str, Iterator[str]]]:
+def read_each(
+    calibration: Calibration, template: ChatTemplate | None = None
+) -> list[Iterator[str]]:
+    """The same, source by source."""
+    opened = _streams(calibration, template)
+    return [_with_first_read(source, documents) for source, documents in opened]
+
+
+def _streams(
+    calibration: Calibration, template: ChatTemplate | None
+) -> list[tuple[str, Iterator[str]]]:
     streams: list[tuple[str, Iterator[str]]] = []
     source_of_file: dict[str, str] = {}
-    for source in sources:
+    for source, text in zip(calibration.text_urls, calibration.texts, strict=True):
+        own_field = None if isinstance(text, str) else text.text_field
+        rows = _Rows(own_field or calibration.text_field, calibration.chat, template)
         if source.startswith("hf:"):
             files: tuple[str, ...] = (source,)
             stream = _hub_rows(parse_hub_source(source), rows)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import safetensors
@@ -20,14 +20,33 @@ from numpy.typing import ArrayLike, NDArray
 
 from pipeline.errors import CalibrationTextError
 from pipeline.recipe.recipe import Calibration
+from pipeline.recipe.text_sources import WeightedText, mixed
 
 Tokenize = Callable[[str], ArrayLike]
 _INPUT = "inputs/"
 _Int32 = NDArray[np.int32]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextStream:
+    """Documents, and how many windows they are to give.
+
+    Attributes:
+        source: where they come from, if that has a weight; None for all of a calibration's texts.
+    """
+
+    documents: Iterable[str]
+    num_windows: int
+    source: WeightedText | None = None
+
+    @classmethod
+    def of_all(cls, documents: Iterable[str], calibration: Calibration) -> Self:
+        """The documents of all texts, interleaved."""
+        return cls(documents=documents, num_windows=calibration.num_samples)
+
+
 def make_windows(
-    texts: Iterable[str],
+    streams: Sequence[TextStream],
     tokenize: Tokenize,
     calibration: Calibration,
     *,
@@ -42,10 +61,11 @@ def make_windows(
 
     With packing, documents are joined, each followed by `end_token`, and cut into full windows
     that do not overlap; the remainder is dropped. Without packing, a window holds one document,
-    truncated or padded.
+    truncated or padded. Windows of several streams share no document, and alternate as evenly as
+    their numbers allow (see `mixed`).
 
     Args:
-        texts: documents; those without any token are skipped.
+        streams: documents without any token are skipped.
         tokenize: gives a document's tokens [num_tokens], without special tokens.
         start_token: first token of every window.
         end_token: put after every document, even a truncated one.
@@ -56,7 +76,6 @@ def make_windows(
     Raises:
         CalibrationTextError: too few texts, or values that are not tokens of the vocabulary.
     """
-    log = _ReadingLog()
     num_samples, sequence_length = calibration.num_samples, calibration.sequence_length
     num_special = (start_token is not None) + (0 if calibration.packing else end_token is not None)
     if sequence_length <= num_special:
@@ -64,14 +83,27 @@ def make_windows(
             f"calibration.sequence_length {sequence_length} leaves no room for text beside "
             f"{num_special} special tokens; raise it"
         )
-    documents = log.tokens_of(texts, tokenize, vocabulary_size)
     cut = _packed if calibration.packing else _one_each
-    windows = cut(documents, sequence_length, _special(start_token), _special(end_token))
     factor = calibration.pool_factor if calibration.sampling == "random" else 1
-    pool = list(islice(windows, factor * num_samples))
-    if len(pool) < num_samples:
-        raise CalibrationTextError(_too_few(len(pool), log, calibration))
-    chosen = [pool[index] for index in _draw(len(pool), num_samples, calibration)]
+    log = _ReadingLog()
+    pools, num_documents = [], []
+    for stream in streams:
+        counted = log.num_documents, log.num_tokens
+        documents = log.tokens_of(stream.documents, tokenize, vocabulary_size)
+        windows = cut(documents, sequence_length, _special(start_token), _special(end_token))
+        pool = list(islice(windows, factor * stream.num_windows))
+        num_documents.append(log.num_documents - counted[0])
+        if len(pool) < stream.num_windows:
+            num_tokens = log.num_tokens - counted[1]
+            raise CalibrationTextError(
+                _too_few(stream, len(pool), num_documents[-1], num_tokens, calibration)
+            )
+        pools.append(pool)
+    counts = [stream.num_windows for stream in streams]
+    drawn = _draw([len(pool) for pool in pools], counts, calibration)
+    order = mixed(counts)
+    chosen = [pools[source][drawn[source][number]] for source, number in order]
+    has_weights = any(stream.source is not None for stream in streams)
     tokens = np.full((num_samples, sequence_length), pad_token, np.int32)
     for row, window in zip(tokens, chosen, strict=True):
         row[: len(window)] = window
@@ -82,6 +114,8 @@ def make_windows(
         num_documents=log.num_documents,
         decoder_start=decoder_start,
         inputs=inputs or {},
+        source_of=np.array([source for source, _ in order], np.int32) if has_weights else None,
+        source_documents=tuple(num_documents) if has_weights else (),
     )
 
 
@@ -167,21 +201,42 @@ def _one_each(
         yield np.concatenate([start, document[:num_text], end])
 
 
-def _draw(num_windows: int, num_samples: int, calibration: Calibration) -> Sequence[int]:
-    """Indices of the chosen windows, ascending."""
+def _draw(
+    pools: Sequence[int], wanted: Sequence[int], calibration: Calibration
+) -> list[Sequence[int]]:
+    """Of each pool of so many windows, the indices of those chosen, ascending."""
     if calibration.sampling == "sequential":
-        return range(num_samples)
+        return [range(number) for number in wanted]
     # Raw bits are the same in every version of NumPy; what Generator makes of them is not.
-    keys = np.random.PCG64(calibration.seed).random_raw(num_windows)
-    return sorted(np.argsort(keys, kind="stable")[:num_samples].tolist())
+    keys = np.random.PCG64(calibration.seed).random_raw(sum(pools))
+    of_pools = np.split(keys, np.cumsum(pools)[:-1])
+    return [
+        sorted(np.argsort(of_pool, kind="stable")[:number].tolist())
+        for of_pool, number in zip(of_pools, wanted, strict=True)
+    ]
 
 
-def _too_few(num_windows: int, log: _ReadingLog, calibration: Calibration) -> str:
+def _too_few(
+    stream: TextStream,
+    num_windows: int,
+    num_documents: int,
+    num_tokens: int,
+    calibration: Calibration,
+) -> str:
     length, wanted = calibration.sequence_length, calibration.num_samples
+    where = "calibration.texts" if stream.source is None else stream.source.url
     found = (
-        f"calibration.texts: {log.num_documents} documents with {log.num_tokens} tokens give "
-        f"{num_windows} windows of {length} tokens, but num_samples is {wanted}"
+        f"{where}: {num_documents} documents with {num_tokens} tokens give {num_windows} windows "
+        f"of {length} tokens, but "
     )
+    if stream.source is not None:
+        needed = stream.num_windows
+        return (
+            f"{found}its weight {stream.source.weight:g} asks for {needed} of the {wanted}"
+            f"{f', {needed * length} tokens' if calibration.packing else ''}; give it more texts, "
+            "lower its weight, or lower num_samples or sequence_length"
+        )
+    found = f"{found}num_samples is {wanted}"
     if num_windows:
         return f"{found}; set num_samples to at most {num_windows}, or name more texts"
     return f"{found}; lower sequence_length, or name more texts"
@@ -203,6 +258,10 @@ class TokenWindows:
     """What the decoder begins with, where an encoder reads the first half of each window."""
     inputs: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     """Arrays for other inputs of the model, by name, [num_samples, …]."""
+    source_of: _Int32 | None = None
+    """[num_samples]: the number of each window's source, where texts have weights."""
+    source_documents: tuple[int, ...] = ()
+    """How many documents of each source were read, where texts have weights."""
 
     def __post_init__(self) -> None:
         fits = self.tokens.ndim == 2 and self.lengths.shape == self.tokens.shape[:1]
@@ -211,6 +270,11 @@ class TokenWindows:
                 "token windows are int32 tokens [num_samples, sequence_length] and lengths "
                 f"[num_samples], not {self.tokens.dtype} {list(self.tokens.shape)} and "
                 f"{self.lengths.dtype} {list(self.lengths.shape)}; make them again"
+            )
+        if self.source_of is not None and self.source_of.shape != self.lengths.shape:
+            raise CalibrationTextError(
+                f"token windows: {list(self.source_of.shape)} sources of {len(self.lengths)} "
+                "windows; make them again"
             )
         for name, array in self.inputs.items():
             if array.shape[:1] != self.lengths.shape:
@@ -227,6 +291,7 @@ class TokenWindows:
             tokens=self.tokens[indices],
             lengths=self.lengths[indices],
             inputs={name: array[indices] for name, array in self.inputs.items()},
+            source_of=None if self.source_of is None else self.source_of[indices],
         )
 
     @property
@@ -244,6 +309,9 @@ class TokenWindows:
         }
         if self.decoder_start:
             arrays["decoder_start"] = np.array(self.decoder_start, np.int32)
+        if self.source_of is not None:
+            arrays["source_of"] = self.source_of
+            arrays["source_documents"] = np.array(self.source_documents, np.int64)
         arrays |= {f"{_INPUT}{name}": array for name, array in self.inputs.items()}
         return safetensors.numpy.save(arrays)
 
@@ -267,6 +335,8 @@ class TokenWindows:
                     for name, array in sorted(found.items())
                     if name.startswith(_INPUT)
                 },
+                source_of=found.get("source_of"),
+                source_documents=tuple(map(int, found.get("source_documents", ()))),
             )
         except (safetensors.SafetensorError, KeyError, IndexError) as error:
             raise CalibrationTextError(

@@ -27,7 +27,15 @@ from pipeline.model.preset_json import (
     quantized_json,
 )
 from pipeline.model.skeleton import Skeleton, build_skeleton
-from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan, TokensPlan, micro_batches
+from pipeline.plan import (
+    InputGroup,
+    LayerPlan,
+    PartPlan,
+    Plan,
+    SourceTokens,
+    TokensPlan,
+    micro_batches,
+)
 from pipeline.planning.folds import with_folds
 from pipeline.planning.input_groups import embedded_shapes, input_groups
 from pipeline.planning.layer_plans import check_share, plan_layers
@@ -198,6 +206,20 @@ def _tokens_plan(
         sequence_length=sequence_length,
         micro_batch=micro_batch,
         shards=shard_bounds(num_samples, samples_per_shard),
+        sources=_sources(windows),
+    )
+
+
+def _sources(windows: TokenWindows) -> tuple[SourceTokens, ...]:
+    if windows.source_of is None:
+        return ()
+    return tuple(
+        SourceTokens(
+            num_windows=int((windows.source_of == source).sum()),
+            num_documents=num_documents,
+            num_tokens=int(windows.lengths[windows.source_of == source].sum()),
+        )
+        for source, num_documents in enumerate(windows.source_documents)
     )
 
 

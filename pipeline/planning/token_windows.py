@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.calibration.arrays import read_arrays
-from pipeline.calibration.texts import read_texts
-from pipeline.calibration.windows import Tokenize, TokenWindows, make_windows
+from pipeline.calibration.chat import ChatTemplate
+from pipeline.calibration.texts import read_each, read_texts
+from pipeline.calibration.windows import TextStream, Tokenize, TokenWindows, make_windows
 from pipeline.errors import RecipeError, TaskError
 from pipeline.evaluation.choices import Tokens
 from pipeline.model.chat_template import find_chat_template
@@ -51,7 +52,7 @@ def token_windows(
     _check_length(preset, skeleton, layout, calibration.sequence_length)
     tokenizer = preset_tokenizer(preset)
     template = find_chat_template(preset, tokenizer.special_texts) if calibration.chat else None
-    texts = read_texts(calibration, template)
+    streams = _streams(calibration, template)
     special = tokenizer.special_ids
     start = special.get("start", special.get("cls"))
     decoder_start: tuple[int, ...] = ()
@@ -67,7 +68,7 @@ def token_windows(
             tokenizer=tokenizer, control_ids=control_ids, start=start, end=end
         )
     return make_windows(
-        texts,
+        streams,
         tokenize,
         calibration,
         start_token=start,
@@ -77,6 +78,17 @@ def token_windows(
         decoder_start=decoder_start,
         inputs=inputs,
     )
+
+
+def _streams(calibration: Calibration, template: ChatTemplate | None) -> list[TextStream]:
+    weighted = calibration.weighted_texts
+    if not weighted:
+        return [TextStream.of_all(read_texts(calibration, template), calibration)]
+    each = zip(weighted, calibration.window_shares, read_each(calibration, template), strict=True)
+    return [
+        TextStream(documents=documents, num_windows=share, source=text)
+        for text, share, documents in each
+    ]
 
 
 def question_tokens(preset: PresetFiles, skeleton: Skeleton) -> Tokens:

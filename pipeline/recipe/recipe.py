@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from pipeline.errors import RecipeError
+from pipeline.recipe.text_sources import CalibrationText, WeightedText, shares
 from quantizer.schemes import (
     AWQScheme,
     Float8Scheme,
@@ -108,8 +109,9 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    texts: tuple[Annotated[StrictStr, Field(min_length=1)], ...] = ()
-    """Sources (see `pipeline.calibration.texts`), interleaved document by document."""
+    texts: tuple[CalibrationText, ...] = ()
+    """Sources (see `pipeline.calibration.texts`), interleaved document by document; or, where each
+    has a weight, each with its share of the windows."""
     text_field: Annotated[StrictStr, Field(min_length=1)] = "text"
     """The column of a data set, or the key of a .jsonl line, that holds a document."""
     num_samples: Annotated[StrictInt, Field(ge=1, le=1_000_000)] = 128
@@ -135,12 +137,43 @@ class Calibration(BaseModel):
                 "nothing to calibrate on; name texts: [...], or inputs: {images: images.npy} for a "
                 "model that takes no text"
             )
+        weighted = self.weighted_texts
+        if weighted and len(weighted) < len(self.texts):
+            plain = next(text for text in self.texts if isinstance(text, str))
+            raise ValueError(
+                f"texts: {plain} has no weight, and others have; write it as "
+                f"{{url: {plain}, weight: 1}}, or give none a weight"
+            )
+        for text, share in zip(weighted, self.window_shares, strict=True):
+            if not share:
+                whole = sum(one.weight for one in weighted)
+                raise ValueError(
+                    f"texts: {text.url} has {text.weight:g} of the weight {whole:g}, which gives "
+                    f"it none of {self.num_samples} windows; raise num_samples or its weight, or "
+                    "remove it"
+                )
         return self
+
+    @property
+    def weighted_texts(self) -> tuple[WeightedText, ...]:
+        """The texts where they have weights, else none."""
+        return tuple(text for text in self.texts if isinstance(text, WeightedText))
+
+    @property
+    def window_shares(self) -> tuple[int, ...]:
+        """How many windows each weighted text gives (see `shares`)."""
+        weights = [text.weight for text in self.weighted_texts]
+        return shares(weights, self.num_samples) if weights else ()
+
+    @property
+    def text_urls(self) -> tuple[str, ...]:
+        """The texts that it names."""
+        return tuple(text if isinstance(text, str) else text.url for text in self.texts)
 
     @property
     def sources(self) -> tuple[str, ...]:
         """All texts and arrays that it names."""
-        return (*self.texts, *(self.inputs[name] for name in sorted(self.inputs)))
+        return (*self.text_urls, *(self.inputs[name] for name in sorted(self.inputs)))
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pipeline.recipe.yaml_document import (
     YamlPath,
     describe_mistake,
     mistake_order,
+    mistakes_in,
     read_yaml,
 )
 from pipeline.storage.user_files import read_given_text
@@ -59,7 +60,7 @@ def parse_recipe(text: str, *, where: str) -> Recipe:
         return Recipe.model_validate(document.values)
     except ValidationError as invalid:
         errors = sorted(
-            invalid.errors(), key=lambda error: mistake_order(error, _line(error, document))
+            mistakes_in(invalid), key=lambda error: mistake_order(error, _line(error, document))
         )
         line = _line(errors[0], document)
         raise RecipeError(f"{where}:{line}: {_first_of(errors)}") from None
@@ -74,7 +75,7 @@ def recipe_from_dict(values: object, *, where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as invalid:
-        raise RecipeError(f"{where}: {_first_of(invalid.errors())}") from None
+        raise RecipeError(f"{where}: {_first_of(mistakes_in(invalid))}") from None
 
 
 def _first_of(errors: list[ErrorDetails]) -> str:

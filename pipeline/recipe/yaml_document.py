@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.errors import PipelineError
@@ -21,6 +21,9 @@ MAX_ALIASES = 20
 
 YamlPath = tuple[int | str, ...]
 """The keys and list indices that lead to a value."""
+
+UNION_TAG = "as:"
+"""Begins the tags of unions, which pydantic counts among the keys that lead to a value."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +127,15 @@ def _child(node: yaml.Node, step: int | str) -> tuple[yaml.Node, int] | None:
             if key.value == str(step):
                 return value, key.start_mark.line
     return None
+
+
+def mistakes_in(invalid: ValidationError) -> list[ErrorDetails]:
+    """What is wrong, each at the keys and indices that a person wrote."""
+    found = invalid.errors()
+    for error in found:
+        steps = error["loc"]
+        error["loc"] = tuple(step for step in steps if not str(step).startswith(UNION_TAG))
+    return found
 
 
 def mistake_order(error: ErrorDetails, line: int) -> tuple[bool, int]:

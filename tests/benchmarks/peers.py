@@ -35,7 +35,7 @@ import safetensors.numpy
 import yaml
 from numpy.typing import NDArray
 
-from pipeline.calibration.windows import make_windows
+from pipeline.calibration.windows import TextStream, make_windows
 from pipeline.recipe.recipe import Calibration
 from tests.benchmarks.perplexity import perplexity, put_weights
 from tests.models.smollm2 import smollm2_preset
@@ -113,10 +113,11 @@ def prepare(
         sampling="sequential",
     )
     tokenizer = keras_hub.models.Tokenizer.from_preset(str(preset))
+    judged = calibration.model_copy(update={"num_samples": num_windows})
     windows = make_windows(
-        evaluation_documents(),
+        [TextStream.of_all(evaluation_documents(), judged)],
         tokenizer,
-        calibration.model_copy(update={"num_samples": num_windows}),
+        judged,
         end_token=tokenizer.end_token_id,
     )
     return Work(

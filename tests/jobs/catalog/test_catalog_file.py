@@ -126,7 +126,30 @@ def test_relative_paths_are_relative_to_the_catalogs_folder(tmp_path: Path) -> N
     assert calibration.texts == (str(tmp_path / "t.txt"),)
 
 
+def test_calibration_texts_may_have_weights(tmp_path: Path) -> None:
+    catalog = parsed(
+        """\
+root: s3://bucket/fleet
+models:
+  - name: a
+    preset: s3://bucket/a
+    recipes: [gptq-w4-g128]
+    calibration: {texts: [{url: a.txt, weight: 2}, {url: s3://bucket/b.txt, weight: 1}]}
+""",
+        tmp_path,
+    )
+    calibration = catalog.entries[0].recipes[0].calibration
+    assert calibration is not None
+    assert calibration.text_urls == (str(tmp_path / "a.txt"), "s3://bucket/b.txt")
+    assert [text.weight for text in calibration.weighted_texts] == [2, 1]
+
+
 MISTAKES = {
+    "a password in a weighted text": (
+        "models:\n  - name: a\n    preset: p\n    recipes: [int8]\n    calibration:\n"
+        "      texts: [{url: 'https://me:secret@host/t.txt', weight: 1}]\n",
+        7, "the URL contains a password",
+    ),
     "two of a name": (
         "models:\n  - {name: a, preset: p, recipes: [int8]}\n"
         "  - {name: a, preset: q, recipes: [int8]}\n",

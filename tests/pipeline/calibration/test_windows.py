@@ -9,14 +9,22 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.calibration.windows import TokenWindows, make_windows, shard_bounds
+from pipeline.calibration import windows as cutting
+from pipeline.calibration.windows import TextStream, TokenWindows, shard_bounds
 from pipeline.errors import CalibrationTextError
 from pipeline.recipe.recipe import Calibration
+from pipeline.recipe.text_sources import mixed, shares
 
 
 def settings_of(**changes):
     values = {"texts": ("a.txt",), "num_samples": 3, "sequence_length": 4, "sampling": "sequential"}
     return Calibration(**values | changes)
+
+
+def make_windows(texts, tokenize, calibration, **special):
+    """Windows of texts without weights."""
+    streams = [TextStream.of_all(texts, calibration)]
+    return cutting.make_windows(streams, tokenize, calibration, **special)
 
 
 def words(text):
@@ -167,6 +175,83 @@ def test_special_tokens_must_leave_room():
     calibration = settings_of(sequence_length=2, packing=False)
     with pytest.raises(CalibrationTextError, match="no room for text beside 2 special"):
         make_windows(["1"], words, calibration, start_token=1, end_token=2)
+
+
+# --- of sources with weights
+
+
+def weighted(**changes):
+    texts = ({"url": "a.txt", "weight": 3}, {"url": "b.txt", "weight": 1})
+    return settings_of(texts=texts, num_samples=8, **changes)
+
+
+def of_sources(calibration, *documents):
+    each = zip(calibration.weighted_texts, calibration.window_shares, documents, strict=True)
+    streams = [TextStream(documents=d, num_windows=n, source=text) for text, n, d in each]
+    return cutting.make_windows(streams, words, calibration)
+
+
+@given(
+    st.lists(st.integers(1, 1000).map(lambda n: n / 100), min_size=1, max_size=9),
+    st.integers(1, 2000),
+)
+def test_shares_are_within_one_of_their_quotas_and_add_up(weights, number):
+    found = shares(weights, number)
+    assert sum(found) == number
+    whole = sum(weights)
+    assert all(abs(n - number * w / whole) < 1 + 1e-6 for n, w in zip(found, weights, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("weights", "number", "expected"),
+    [
+        ([0.1, 0.2, 0.7], 10, (1, 2, 7)),  # in binary these are no tenths
+        ([1, 1, 1], 16, (6, 5, 5)),  # what is left goes to the first of equals
+        ([2, 1], 16, (11, 5)),  # 10 2/3 and 5 1/3: to the largest remainder
+        ([1000, 1], 16, (16, 0)),
+    ],
+)
+def test_what_is_left_over_goes_to_the_largest_remainders(weights, number, expected):
+    assert shares(weights, number) == expected
+
+
+def test_windows_of_sources_alternate_so_that_every_shard_sees_all():
+    windows = of_sources(weighted(), numbered(9, 5), ["900 901 902 903 904 905 906 907 908"])
+    assert windows.source_of.tolist() == [0, 0, 1, 0, 0, 0, 1, 0]
+    firsts = windows.tokens[:, 0]
+    assert firsts[windows.source_of == 0].tolist() == [1, 5, 9, 13, 17, 21]
+    assert firsts[windows.source_of == 1].tolist() == [900, 904]
+    assert windows.source_documents == (5, 1)
+    assert windows.num_documents == 6
+    assert mixed([1, 2]) == [(1, 0), (0, 0), (1, 1)]
+
+
+def test_a_source_draws_from_a_pool_of_its_own():
+    # Whatever the other holds, its windows are drawn alike.
+    calibration = weighted(sampling="random", seed=3, pool_factor=4)
+    one, other = (of_sources(calibration, numbered(99, 5), numbered(n, 4)) for n in (8, 4))
+    own = [windows.tokens[windows.source_of == 0].tolist() for windows in (one, other)]
+    assert own[0] == own[1]
+    assert len({tuple(window) for window in own[0]}) == 6
+
+
+def test_a_source_that_is_too_short_for_its_share_is_named():
+    with pytest.raises(CalibrationTextError) as caught:
+        of_sources(weighted(), numbered(9, 5), ["1 2", "3 4 5"])
+    assert str(caught.value) == (
+        "b.txt: 2 documents with 5 tokens give 1 windows of 4 tokens, but its weight 1 asks for 2 "
+        "of the 8, 8 tokens; give it more texts, lower its weight, or lower num_samples or "
+        "sequence_length"
+    )
+
+
+def test_windows_of_sources_come_back_from_their_bytes():
+    windows = of_sources(weighted(), numbered(9, 5), numbered(3, 5))
+    back = TokenWindows.from_bytes(windows.to_bytes())
+    assert back.source_of.tolist() == windows.source_of.tolist()
+    assert back.source_documents == windows.source_documents
+    some = windows.chosen([2, 0])
+    assert some.source_of.tolist() == windows.source_of[[2, 0]].tolist()
 
 
 # --- as stored

@@ -41,6 +41,21 @@ def test_the_same_request_is_the_same_plan() -> None:
     assert again.windows.to_bytes() == planned("gptq").windows.to_bytes()  # type: ignore[union-attr]
 
 
+def test_a_plan_tells_what_each_weighted_source_gives(tmp_path: Path) -> None:
+    (tmp_path / "other.jsonl").write_text('{"body": "Another kind of text. "}\n' * 200)
+    texts = [
+        {"url": str(text_file()), "weight": 3},
+        {"url": str(tmp_path / "other.jsonl"), "weight": 1, "text_field": "body"},
+    ]
+    plan = plan_of(
+        scheme={"mode": "gptq", "group_size": 32}, calibration=CALIBRATION | {"texts": texts}
+    )
+    assert plan.tokens is not None
+    assert [(one.num_windows, one.num_tokens) for one in plan.tokens.sources] == [(3, 192), (1, 64)]
+    assert plan.tokens.sources[1].num_documents > 1
+    assert Plan.from_json(plan.to_json()) == plan
+
+
 def test_threads_are_part_of_the_plan() -> None:
     other = make_plan(read_preset(str(source())), recipe("gptq"), threads=1).plan
     assert other.digest != planned("gptq").plan.digest

@@ -459,3 +459,46 @@ def test_inputs_are_kept_and_not_mentioned_where_there_are_none():
     assert recipe_from_dict(recipe.to_dict()) == recipe
     texts = recipe_from_dict({"name": "a", "scheme": scheme, "calibration": {"texts": ["a.txt"]}})
     assert "inputs" not in texts.to_dict()["calibration"]
+
+
+WEIGHTED = """\
+name: weighted
+scheme: {mode: gptq}
+calibration:
+  texts:
+    - {url: manual.jsonl, weight: 2}
+    - {url: novels.txt, weight: 1.5, text_field: body}
+  num_samples: 16
+"""
+
+
+def test_weighted_texts_come_back_from_plain_values():
+    recipe = parse_recipe(WEIGHTED, where="weighted.yaml")
+    values = json.loads(json.dumps(recipe.to_dict()))
+    assert values["calibration"]["texts"] == [
+        {"url": "manual.jsonl", "weight": 2.0},
+        {"url": "novels.txt", "weight": 1.5, "text_field": "body"},
+    ]
+    assert recipe_from_dict(values) == recipe
+    assert recipe.calibration.text_urls == ("manual.jsonl", "novels.txt")
+    assert recipe.calibration.window_shares == (9, 7)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "message"),
+    [
+        ("weight: 2", "weight: 0", 5, "calibration.texts[0].weight"),
+        ("weight: 2", "weight: true", 5, "calibration.texts[0].weight"),
+        ("weight: 2", "wight: 2", 5, "the keys here are url, weight, text_field"),
+        ("url: manual.jsonl, ", "", 5, "calibration.texts[0].url is missing; add it"),
+        ("{url: manual.jsonl, weight: 2}", "7", 5, "calibration.texts[0] must be text, got 7"),
+        ("{url: manual.jsonl, weight: 2}", "manual.jsonl", 4, "manual.jsonl has no weight, and"),
+        ("weight: 1.5", "weight: 0.01", 4, "gives it none of 16 windows; raise num_samples or"),
+    ],
+)
+def test_a_mistake_in_weighted_texts_is_named_by_line(old, new, line, message):
+    assert old in WEIGHTED
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(WEIGHTED.replace(old, new), where="weighted.yaml")
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"weighted.yaml:{line}: ")
