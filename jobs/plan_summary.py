@@ -62,7 +62,9 @@ def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> Renderabl
     waiting = ", beside the GPUs, which have no room for them"
     facts.add_row(
         "activations",
-        size(costs.activation_bytes) + (waiting if costs.activations == "host" else ""),
+        size(costs.activation_bytes)
+        + (", those of the float model too" if plan.has_float_stream else "")
+        + (waiting if costs.activations == "host" else ""),
     )
     facts.add_row("peak of a worker, about", size(costs.worker_bytes))
     if costs.device_bytes:

@@ -26,6 +26,7 @@ from pipeline.recipe.recipe import (
 )
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.record import STRICT, StoredRecord
+from quantizer.schemes import GPTQScheme
 
 PLAN_KEY = "plan.json"
 _CPU_MICRO_BATCH_TOKENS = 512
@@ -76,6 +77,11 @@ class LayerPlan:
     def num_rows(self) -> int:
         """Output channels of the matrix, or of all experts' matrices."""
         return self.out_features * max(1, self.experts)
+
+    @property
+    def corrects_drift(self) -> bool:
+        """Whether it is solved for the outputs that it has in the float model."""
+        return isinstance(self.scheme, GPTQScheme) and self.scheme.drift_correction > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +188,8 @@ class TokensPlan:
         largest_array_bytes: on a GPU, of what a block computes for a micro-batch; attention's
             scores where they are kept. Omitted on CPUs.
         sources: in the recipe's order, where its texts have weights; omitted where they have none.
+        held_back_every: each such micro-batch is held back: what was made of the others is judged
+            on it. Omitted where nothing is judged.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -196,6 +204,22 @@ class TokensPlan:
     attention: Literal["scores", "cudnn"] = "scores"
     largest_array_bytes: int = 0
     sources: tuple[SourceTokens, ...] = ()
+    held_back_every: int = 0
+
+    def is_held_back(self, window: int) -> bool:
+        """Whether the micro-batch that begins with this window is held back."""
+        # Shards hold whole micro-batches, so that they are numbered across shards.
+        number = window // self.micro_batch
+        return self.held_back_every > 0 and number % self.held_back_every == (
+            self.held_back_every - 1
+        )
+
+    @property
+    def num_held_back(self) -> int:
+        """Windows that are held back."""
+        starts = range(0, self.num_samples, self.micro_batch)
+        held = [start for start in starts if self.is_held_back(start)]
+        return sum(min(self.micro_batch, self.num_samples - start) for start in held)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +272,8 @@ class Plan(StoredRecord):
             del values["tokens"]["largest_array_bytes"]
         if self.tokens is not None and not self.tokens.sources:
             del values["tokens"]["sources"]
+        if self.tokens is not None and not self.tokens.held_back_every:
+            del values["tokens"]["held_back_every"]
         for layer in (layer for part in values["parts"] for layer in part["layers"]):
             for name in ("stacked_weights", "experts", "experts_per_token"):
                 if not layer[name]:
@@ -303,6 +329,11 @@ class Plan(StoredRecord):
     def chained(self) -> bool:
         """Whether a block's result depends on the blocks before it."""
         return self.tokens is not None
+
+    @cached_property
+    def has_float_stream(self) -> bool:
+        """Whether workers carry the float model's activations beside the quantized model's."""
+        return any(layer.corrects_drift for part in self.parts[1:] for layer in part.layers)
 
     @cached_property
     def source_digest(self) -> str:

@@ -28,7 +28,7 @@ from typing import Any
 
 from pipeline.executor.worker_environment import GPU_MEMORY_SHARE
 from pipeline.plan import PartPlan, Plan
-from pipeline.planning.estimates import estimate, hidden_features
+from pipeline.planning.estimates import estimate, hidden_features, num_streams
 from pipeline.planning.machines import Machine
 from pipeline.planning.run_cost import Ledger, RunCost, Stage
 from pipeline.planning.stage_constants import CONSTANTS
@@ -226,7 +226,7 @@ class _Model:
             return Work()
         num_tokens = self._largest_share() * tokens.num_samples * tokens.sequence_length
         item = 2 if self.plan.forward_dtype == "bfloat16" else 4
-        moved = 2.0 * num_tokens * hidden_features(self.plan) * item
+        moved = 2.0 * num_tokens * hidden_features(self.plan) * item * num_streams(self.plan)
         return Work(transfer_bytes=moved * (len(part.groups) + 1))
 
     def _exchange(self, part: PartPlan, found: BlockWork) -> Work:

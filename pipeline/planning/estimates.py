@@ -29,6 +29,8 @@ _PROGRAMS_BYTES = 450 << 20
 # The block, the next one and the one before, whose commit may go on, as read; the block on the
 # device.
 _BLOCK_COPIES = 4
+# The kernels of the block on the device as decoded, where the float block stays beside them.
+_DECODED_COPIES = 1
 # Both as quantized, and the one before as written.
 _RESULT_COPIES = 3
 # Everything outside the blocks as read, in float32 to embed, and as written.
@@ -112,6 +114,7 @@ def estimate(plan: Plan, workers: int) -> Estimate:
     blocks = plan.parts[1:]
     tokens = plan.tokens
     num_tokens = 0 if tokens is None else tokens.num_samples * tokens.sequence_length
+    streams = num_streams(plan)
     return Estimate(
         source_bytes=sum(part.source_bytes for part in plan.parts),
         result_bytes=_result_bytes(plan),
@@ -120,14 +123,14 @@ def estimate(plan: Plan, workers: int) -> Estimate:
         active_weights=sum(active_weights(x) for part in plan.parts for x in part.layers),
         tokens_per_expert=tokens_per_expert(plan),
         advised_tokens=advised_tokens(plan),
-        activation_bytes=num_tokens * hidden_features(plan) * _activation_bytes(plan),
+        activation_bytes=num_tokens * hidden_features(plan) * _activation_bytes(plan) * streams,
         worker_bytes=_worker_bytes(plan, workers),
         held_bytes=0 if tokens is None else _calibration(plan, workers).activation_bytes,
         device_bytes=0 if plan.device == "cpu" else _device_bytes(plan, workers),
         micro_batch_bytes=0 if tokens is None else _calibration(plan, workers).transient_bytes,
-        # Every layer runs once, on the output of the quantized ones before it.
+        # Every layer runs once, on the output of the quantized ones before it; and in float.
         forward_flops=float(
-            sum(2 * run_weights(part, plan.device) * num_tokens for part in blocks)
+            sum(2 * run_weights(part, plan.device) * num_tokens * streams for part in blocks)
         ),
         # Above the diagonal in four bands: 10/16 of the whole product.
         gram_flops=float(
@@ -143,7 +146,11 @@ def estimate(plan: Plan, workers: int) -> Estimate:
 def _worker_bytes(plan: Plan, workers: int) -> int:
     """The peak of a worker: programs, blocks, statistics or a solve, activations."""
     rest, *blocks = plan.parts
-    weights = max(_REST_COPIES * rest.num_weights * _FLOAT_BYTES, *map(_block_bytes, blocks))
+    decoded = (num_streams(plan) - 1) * _DECODED_COPIES * _FLOAT_BYTES
+    weights = max(
+        _REST_COPIES * rest.num_weights * _FLOAT_BYTES,
+        *(_block_bytes(part) + decoded * part.num_weights for part in blocks),
+    )
     solve = _SOLVE_COPIES * _FLOAT_BYTES * max(map(_solve_size, plan.parts))
     if plan.tokens is None:
         return _PROCESS_BYTES + weights + solve
@@ -164,6 +171,7 @@ def _device_bytes(plan: Plan, workers: int) -> int:
     # Part by part, each array once; a layer is decoded in float32 before it takes its place.
     layer = max(x.in_features * x.num_rows for part in plan.parts for x in part.layers)
     weights = max(part.num_weights for part in plan.parts) * _activation_bytes(plan)
+    weights *= num_streams(plan)
     weights += layer * _FLOAT_BYTES
     solve = _FLOAT_BYTES * max(
         max(_SOLVE_COPIES * _solve_size(part), _banded_size(part)) for part in plan.parts
@@ -214,7 +222,7 @@ def _calibration(plan: Plan, workers: int) -> _Calibration:
     heads = -(-hidden // _HEAD_FEATURES)
     scores = batch * tokens.sequence_length * heads * _FLOAT_BYTES
     # Hidden states, residuals, and the input of the layers.
-    activations = (3 * hidden + widest) * _activation_bytes(plan)
+    activations = (3 * hidden + widest) * _activation_bytes(plan) * num_streams(plan)
     transient = micro_batch_bytes(batch, widest, tokens.largest_array_bytes or scores)
     return _Calibration(
         gram_bytes=max((gram_size(*one) for one in _hessian_groups(plan)), default=0)
@@ -224,6 +232,11 @@ def _calibration(plan: Plan, workers: int) -> _Calibration:
         in_flight_bytes=_IN_FLIGHT * batch * activations,
         transient_bytes=max(transient, *(batch * made_bytes(part) for part in plan.parts)),
     )
+
+
+def num_streams(plan: Plan) -> int:
+    """How many models the calibration windows pass: the quantized, and perhaps the float one."""
+    return 2 if plan.has_float_stream else 1
 
 
 def micro_batch_bytes(num_tokens: int, widest: int, largest_array_bytes: int) -> int:

@@ -37,6 +37,7 @@ from pipeline.plan import (
     micro_batches,
 )
 from pipeline.planning.folds import with_folds
+from pipeline.planning.held_back import held_back_every
 from pipeline.planning.input_groups import embedded_shapes, input_groups
 from pipeline.planning.layer_plans import check_share, plan_layers
 from pipeline.planning.micro_batch import fitting_micro_batch
@@ -156,6 +157,7 @@ def _calibrated(
     layout = input_layout(skeleton)
     tokens = _tokens_plan(graph, layout, windows, most_windows)
     rest, *blocks = layers
+    tokens = replace(tokens, held_back_every=held_back_every(plan.recipe, blocks, tokens))
     groups, memory = input_groups(graph, layout, blocks, windows, tokens.micro_batch)
     if plan.device != "cpu":
         tokens = replace(

@@ -19,6 +19,7 @@ from pipeline.planning.estimates import (
     bits_per_weight,
     codes_bytes,
     hidden_features,
+    num_streams,
     source_bits,
 )
 from pipeline.planning.expert_costs import rows_per_token, run_weights
@@ -131,7 +132,8 @@ class BlockWork:
     """One block's work, and how it is divided among workers.
 
     Attributes:
-        forward, grams: on all calibration windows, which the workers share.
+        forward, grams: on all calibration windows, which the workers share; forward in every
+            model that they pass.
         solve: of each group of layers with one input.
         decode: of all kernels that were solved.
     """
@@ -181,7 +183,7 @@ def block_work(plan: Plan, part: PartPlan, constants: Constants) -> BlockWork:
     weights = sum(x.num_weights for x in solved)
     forward, grams = Work(), Work()
     if plan.tokens is not None:
-        forward = forward_work(plan, part, plan.tokens, constants)
+        forward = forward_work(plan, part, plan.tokens, constants) * num_streams(plan)
         grams = Work.total(
             [_gram_work(plan, part, group, plan.tokens, constants) for group in part.groups]
         )

@@ -1,7 +1,8 @@
 """The weights of the block that a worker is in, on its device.
 
 Each array is sent there once. Of a layer that is solved the stored variables follow, and are
-decoded there: codes are a fraction of the float kernel that they stand for.
+decoded there: codes are a fraction of the float kernel that they stand for. They take its place,
+unless the float block runs beside the quantized one.
 """
 
 from __future__ import annotations
@@ -34,16 +35,17 @@ class BlockWeights:
 
     def __init__(self, model: ModelState) -> None:
         self._model = model
+        self._keeps_float = model.plan.has_float_stream
         self._block: int | None = None
         # By the path of the variable, and whether it is a decoded kernel.
-        self._held: dict[str, tuple[bool, Array]] = {}
+        self._held: dict[tuple[str, bool], Array] = {}
 
     def of(self, block: int, values: Values, solved: Mapping[str, Stored]) -> list[Array]:
         """A block's weights, in the order of its layer's.
 
         Args:
             values: the source's arrays of the block.
-            solved: what is stored for the layers solved so far, by path.
+            solved: what is stored for the layers solved so far, by path; none of the float block.
         """
         if block != self._block:
             self.free()
@@ -55,28 +57,27 @@ class BlockWeights:
             if layer.path in solved and layer.kind == "kernel"
         }
         variables = self._model.graph.blocks[block].layer.weights
-        due = [v for v in variables if not self._holds(v.path, decoded=v.path in layers)]
-        for variable in due:
+        wanted = [(variable.path, variable.path in layers) for variable in variables]
+        due = [v for v, one in zip(variables, wanted, strict=True) if one not in self._held]
+        if not self._keeps_float:
             # Before others take their place.
-            self._held.pop(variable.path, None)
+            for variable in due:
+                self._held.pop((variable.path, variable.path not in layers), None)
         unsolved = [v for v in due if v.path not in layers]
         for variable, array in zip(unsolved, place_weights(unsolved, values), strict=True):
-            self._held[variable.path] = (False, array)
+            self._held[variable.path, False] = array
         for variable in due:
             if variable.path in layers:
                 layer = layers[variable.path]
                 target, stored = targets[layer.path], solved[layer.path]
                 kernel = _decoded(target, layer, stored, values[variable.path].dtype, variable)
-                self._held[variable.path] = (True, kernel)
-        return [self._held[variable.path][1] for variable in variables]
+                self._held[variable.path, True] = kernel
+        return [self._held[one] for one in wanted]
 
     def free(self) -> None:
         """Give the device's memory back, once a block is left."""
         self._block = None
         self._held.clear()
-
-    def _holds(self, path: str, *, decoded: bool) -> bool:
-        return path in self._held and self._held[path][0] == decoded
 
 
 def _decoded(

@@ -32,6 +32,10 @@ class MicroBatch:
         values: what the block or any later one uses, by number (see `pipeline.model.blocks`).
         memory: where it and `live` are.
         batch: what the windows are made of.
+        in_float: the same windows on their way through the float model, where the plan has that
+            (`Plan.has_float_stream`). Within a block they go wherever they are asked to; they leave
+            it first.
+        held_back: what was made of other windows is judged on these (`TokensPlan.is_held_back`).
         block, stage: the block that it is in, and the next stage of that block.
         live: what that stage begins with.
     """
@@ -39,9 +43,16 @@ class MicroBatch:
     values: dict[int, Array]
     batch: InputBatch
     memory: ActivationMemory
+    in_float: MicroBatch | None = None
+    held_back: bool = False
     block: int = 0
     stage: int = 0
     live: tuple[Any, ...] = ()
+
+    @property
+    def streams(self) -> tuple[MicroBatch, ...]:
+        """Its windows in every model that they pass: the float one, if any, and the quantized."""
+        return (self,) if self.in_float is None else (self.in_float, self)
 
     def rewind(self) -> None:
         """Go back to where it entered its block."""
@@ -103,9 +114,9 @@ class CalibrationShards:
         self._held.clear()
 
     def has(self, index: int, block: int) -> bool:
-        """Whether all of a shard is in `block`."""
-        held = self._held.get(index)
-        return held is not None and all(batch.block == block for batch in held)
+        """Whether all of a shard is in `block`, in every model that it passes."""
+        held = self._held.get(index, [])
+        return bool(held) and all(x.block == block for batch in held for x in batch.streams)
 
     def get(self, index: int, block: int) -> list[MicroBatch]:
         """A shard, all of which is in `block`.
@@ -128,7 +139,7 @@ class CalibrationShards:
         held = self._held.get(index)
         if held is None:
             raise LostShardError(f"shard {index} is needed in block {first}, but not held here")
-        blocks = sorted({batch.block for batch in held})
+        blocks = sorted({one.block for batch in held for one in batch.streams})
         if not first <= blocks[0] <= blocks[-1] <= last:
             raise LostShardError(f"shard {index} is needed in block {first}, but is in {blocks}")
         return held

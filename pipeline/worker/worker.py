@@ -78,7 +78,8 @@ class Worker(WorkerApi):
         missing = [index for index in shards if not self._shards.has(index, block)]
         for index in set(shards) - set(missing):
             for batch in self._shards.get(index, block):
-                batch.rewind()
+                for one in batch.streams:
+                    one.rewind()
         if not missing:
             return
         self._sums.clear()
@@ -219,8 +220,10 @@ class Worker(WorkerApi):
         saved = {}
         for index in shards:
             carried = self._model.graph.carried(self._model.call(block))
-            batches = self._shards.get(index, block)
-            values = [[np.asarray(batch.values[number]) for number in carried] for batch in batches]
+            values = [
+                [np.asarray(one.values[number]) for one in batch.streams for number in carried]
+                for batch in self._shards.get(index, block)
+            ]
             saved[index] = activations.save(self._store, block, index, values)
         return saved
 
@@ -273,10 +276,14 @@ class Worker(WorkerApi):
             return
         call = self._model.call(block)
         weights = self._weights.of(block, values, solved)
+        in_float = self._weights.of(block, values, {}) if self._plan.has_float_stream else []
         glue = self._model.glue_weights(block + 1, self._glue_values)
         for batch in unfinished:
-            found = batch.finish_block(call, self._program(block, batch), weights)
-            batch.enter(block + 1, self._model.enter(block + 1, glue, found, batch.memory))
+            # In float first: windows have left the block once they have in the quantized model.
+            for one in (one for one in batch.streams if one.block == block):
+                program = self._program(block, one)
+                found = one.finish_block(call, program, weights if one is batch else in_float)
+                one.enter(block + 1, self._model.enter(block + 1, glue, found, one.memory))
         self._weights.free()
         self._freed.limit()
 
@@ -308,7 +315,18 @@ class Worker(WorkerApi):
             batch = self._model.layout.batch(windows, chosen, plan.micro_batch)
             found = self._model.embed(embed, batch)
             values = dict(zip(found, memory.keep(list(found.values())), strict=True))
-            batches.append(MicroBatch(values=values, batch=batch, memory=memory))
+            in_float = None
+            if self._plan.has_float_stream:
+                in_float = MicroBatch(values=values, batch=batch, memory=memory)
+            batches.append(
+                MicroBatch(
+                    values=values,
+                    batch=batch,
+                    memory=memory,
+                    in_float=in_float,
+                    held_back=plan.is_held_back(a),
+                )
+            )
         if block:
             try:
                 saved = activations.load(self._store, block, shard)
@@ -317,10 +335,11 @@ class Worker(WorkerApi):
                 raise LostShardError(str(error)) from error
             call = self._model.call(block)
             carried = self._model.graph.carried(call)
-            for one, arrays in zip(batches, saved, strict=True):
-                kept = memory.keep([jnp.asarray(array) for array in arrays])
-                values = one.values | dict(zip(carried, kept, strict=True))
-                one.enter(block, {number: values[number] for number in call.live})
+            for held, arrays in zip(batches, saved, strict=True):
+                kept = iter(memory.keep([jnp.asarray(array) for array in arrays]))
+                for one in held.streams:
+                    values = one.values | {number: next(kept) for number in carried}
+                    one.enter(block, {number: values[number] for number in call.live})
         return batches
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import shutil
 import tempfile
 from collections import Counter
@@ -72,6 +73,23 @@ def source(architecture: str = "Llama3", **options: Any) -> Path:
 def planned(scheme: str, architecture: str = "Llama3", **calibration: Any) -> Planned:
     preset = read_preset(str(source(architecture)))
     return make_plan(preset, recipe(scheme, **calibration), threads=2)
+
+
+def correcting_drift(plan: Plan) -> Plan:
+    """The same plan, for layers that correct drift."""
+    parts = [
+        dataclasses.replace(
+            part,
+            layers=tuple(
+                dataclasses.replace(
+                    x, scheme=x.scheme and dataclasses.replace(x.scheme, drift_correction=1.0)
+                )
+                for x in part.layers
+            ),
+        )
+        for part in plan.parts
+    ]
+    return dataclasses.replace(plan, parts=tuple(parts))
 
 
 @cache

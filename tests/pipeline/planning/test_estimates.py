@@ -25,7 +25,7 @@ from quantizer.schemes import Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme, 
 from tests.families.tiny_families import FAMILIES, shared_family, tiny_family
 from tests.integration.quantized import recipe as integration_recipe
 from tests.models.tiny import tiny_preset
-from tests.pipeline.tiny_runs import execute, planned, recipe, source
+from tests.pipeline.tiny_runs import correcting_drift, execute, planned, recipe, source
 from tests.selection import by_default
 
 ROOT = Path(__file__).parents[3]
@@ -195,6 +195,19 @@ def test_more_workers_share_the_activations_only() -> None:
     one, four = estimate(plan, 1), estimate(plan, 4)
     assert one.worker_bytes > four.worker_bytes
     assert (one.flops, one.source_bytes) == (four.flops, four.source_bytes)
+
+
+def test_the_float_model_s_activations_count() -> None:
+    plan = planned("gptq").plan
+    alone, both = estimate(plan, 1), estimate(correcting_drift(plan), 1)
+    assert both.activation_bytes == 2 * alone.activation_bytes
+    assert both.held_bytes == 2 * alone.held_bytes
+    assert both.forward_flops == 2 * alone.forward_flops
+    widest = max(part.num_weights for part in plan.parts[1:])
+    assert both.worker_bytes >= alone.worker_bytes + alone.held_bytes + 4 * widest
+    on_gpu = dataclasses.replace(plan, machine={**plan.machine, "platform": "cuda"})
+    alone, both = estimate(on_gpu, 1), estimate(correcting_drift(on_gpu), 1)
+    assert both.device_bytes >= alone.device_bytes + alone.held_bytes + 4 * widest
 
 
 def test_what_waits_beside_a_gpu_counts_for_its_node_alone() -> None:

@@ -1,0 +1,55 @@
+"""Windows that are held back are few, spread evenly, and the same for everyone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from pipeline.errors import RecipeError
+from pipeline.plan import TokensPlan
+from pipeline.planning.held_back import held_back_every
+from tests.pipeline.planning.small_plans import GPTQ, layer, plan
+
+CORRECTED = layer("up", 64, 128, scheme=dataclasses.replace(GPTQ, drift_correction=1.0))
+
+
+def tokens(num_samples: int, micro_batch: int) -> TokensPlan:
+    given = plan().tokens
+    assert given is not None
+    return dataclasses.replace(given, num_samples=num_samples, micro_batch=micro_batch)
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "micro_batch", "expected"),
+    [
+        (16, 1, [7, 15]),
+        (20, 1, [7, 15]),
+        (3, 1, [2]),
+        (2, 1, [1]),
+        (18, 4, [16, 17]),
+        (64, 4, [28, 29, 30, 31, 60, 61, 62, 63]),
+    ],
+)
+def test_every_eighth_micro_batch_or_the_last(
+    num_samples: int, micro_batch: int, expected: list[int]
+) -> None:
+    given = tokens(num_samples, micro_batch)
+    assert given.num_held_back == 0
+    every = held_back_every(plan().recipe, [[CORRECTED]], given)
+    found = dataclasses.replace(given, held_back_every=every)
+    starts = range(0, num_samples, micro_batch)
+    held = [start for start in starts if found.is_held_back(start)]
+    ends = [min(start + micro_batch, num_samples) for start in held]
+    assert [w for a, b in zip(held, ends, strict=True) for w in range(a, b)] == expected
+    assert found.num_held_back == len(expected)
+
+
+def test_none_is_held_back_where_nothing_is_judged() -> None:
+    assert held_back_every(plan().recipe, [[layer("up", 64, 128)]], tokens(16, 1)) == 0
+
+
+def test_of_a_single_micro_batch_nothing_can_be_held_back() -> None:
+    with pytest.raises(RecipeError, match="give num_samples more than 4") as raised:
+        held_back_every(plan().recipe, [[CORRECTED]], tokens(4, 4))
+    assert "\n" not in str(raised.value)
