@@ -8,6 +8,9 @@ The text is the same in every process of one interpreter. Another release of Pyt
 release or a distribution's build, has other text, so numbers are comparable within one only.
 
     python -m tests.models.texts FOLDER
+
+Texts unlike these come from packages of Debian (`tests.models.debian`): `novels`, `documentation`
+and `code`. No test needs them.
 """
 
 from __future__ import annotations
@@ -21,9 +24,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from tests.models.debian import package_files
+from tests.models.r_strings import read_database
+
 _MIN_PARAGRAPH = 100  # characters; shorter ones are titles, code and tables
 _MIN_DOCUMENT = 400
 _EVALUATION_EVERY = 4
+_PIECE = 4000  # characters, about what the manual's documents have
+_EVALUATION_BOOKS = ("EMMA", "Persuasion")
 
 
 def write_texts(folder: str | Path) -> tuple[Path, Path]:
@@ -47,6 +55,50 @@ def calibration_documents() -> list[str]:
 def evaluation_documents() -> list[str]:
     """One of every four documents, in the order of their names."""
     return list(_documents()[::_EVALUATION_EVERY])
+
+
+def novels(cache: Path, *, for_calibration: bool = False) -> list[str]:
+    """Jane Austen's novels in pieces: Emma and Persuasion, or the other four for calibration."""
+    [database] = package_files("r-cran-janeaustenr", r"/data/Rdata\.rdb$", cache).values()
+    books = [
+        lines
+        for lines in read_database(database)
+        if (lines[0] in _EVALUATION_BOOKS) != for_calibration
+    ]
+    expected = 4 if for_calibration else len(_EVALUATION_BOOKS)
+    if len(books) != expected:
+        raise ValueError(f"r-cran-janeaustenr: {len(books)} novels where {expected} are known")
+    return [piece for lines in books for piece in _pieces(lines)]
+
+
+def documentation(cache: Path) -> list[str]:
+    """Flask's manual, a page a document, as its authors wrote it (reStructuredText)."""
+    pages = package_files("python-flask-doc", r"/_sources/.*\.rst\.txt$", cache)
+    return _long_enough(pages)
+
+
+def code(cache: Path) -> list[str]:
+    """Source files in turn: NetworkX in Python, Eigen in C++."""
+    python = _long_enough(package_files("python3-networkx", r"/algorithms/.*\.py$", cache))
+    cpp = _long_enough(package_files("libeigen3-dev", r"/Eigen/src/.*\.h$", cache))
+    return [file for pair in zip(python, cpp, strict=False) for file in pair]
+
+
+def _long_enough(files: dict[str, bytes]) -> list[str]:
+    texts = [content.decode("utf-8", "replace") for content in files.values()]
+    return [text for text in texts if len(text) >= _MIN_DOCUMENT]
+
+
+def _pieces(lines: list[str]) -> Iterator[str]:
+    """Join lines to paragraphs, and those to pieces of at least `_PIECE` characters."""
+    piece: list[str] = []
+    for paragraph in "\n".join(lines).split("\n\n"):
+        joined = _joined(paragraph)
+        if joined:
+            piece.append(joined)
+        if sum(map(len, piece)) >= _PIECE:
+            yield "\n\n".join(piece)
+            piece = []
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""llm-compressor's GPTQ on one job of `peers`; runs in an environment of its own.
+"""llm-compressor's GPTQ on one job of `quality.peers`; runs in an environment of its own.
 
     python -P peer_llmcompressor.py JOB.json
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from compressed_tensors.quantization import QuantizationArgs
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -30,17 +31,20 @@ def main() -> None:
     tokens = np.load(job["tokens"]).tolist()
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
     rows = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in tokens]
+    options = job["options"]
     weights = {
         "num_bits": job["bits"],
         "type": "int",
         "symmetric": False,
         "strategy": "group",
         "group_size": job["group_size"],
-        **job["options"],
+        **{k: v for k, v in options.items() if k in QuantizationArgs.model_fields},
     }
     # Everything else is its default, which is activation order with static groups.
     recipe = GPTQModifier(
-        config_groups={"all": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"]
+        config_groups={"all": {"targets": ["Linear"], "weights": weights}},
+        ignore=["lm_head"],
+        **{k: v for k, v in options.items() if k not in QuantizationArgs.model_fields},
     )
     began = time.perf_counter()
     oneshot(

@@ -1,4 +1,4 @@
-"""GPTQModel on one job of `peers`; runs in an environment of its own.
+"""GPTQModel on one job of `quality.peers`; runs in an environment of its own.
 
     python -P peer_gptqmodel.py JOB.json
 
