@@ -21,6 +21,7 @@ from jobs.summary import Summary
 from pipeline.calibration.windows import TokenWindows
 from pipeline.errors import CalibrationTextError, PipelineError
 from pipeline.evaluation.batches import EvaluationSet
+from pipeline.evaluation.named_texts import EvaluatedTexts
 from pipeline.executor.allocation import allocate, may_have_gpu, this_machine
 from pipeline.executor.local_process import LocalProcess, local_process
 from pipeline.executor.protocol import (
@@ -230,7 +231,7 @@ def read_evaluation_set(
     source_url: str,
     plan: Plan,
     *,
-    texts: tuple[str, ...],
+    texts: EvaluatedTexts,
     num_windows: int,
     tasks: tuple[str, ...] = (),
     chat: bool | None = None,
@@ -239,6 +240,7 @@ def read_evaluation_set(
     """What to judge a result by: windows as long as calibration's, and tasks; None for neither.
 
     Args:
+        num_windows: of each set of texts.
         chat: how conversations are read; None as the plan's calibration reads its own.
         named: how the user named texts and windows, for messages.
 
@@ -259,11 +261,12 @@ def read_evaluation_set(
     inputs = {} if given is None else given.inputs
     try:
         windows = runner.run(
-            evaluation_windows, source_url, texts, num_windows, length, chat, inputs
+            evaluation_windows, source_url, texts.by_name, num_windows, length, chat, inputs
         )
     except CalibrationTextError as error:
         raise CalibrationTextError(f"{named}: {error}") from None
-    return EvaluationSet(windows=TokenWindows.from_bytes(windows), tasks=questions)
+    read = {name: TokenWindows.from_bytes(content) for name, content in windows.items()}
+    return EvaluationSet(windows=read.pop("", None), named=read, tasks=questions)
 
 
 def evaluate(executor: Executor, given: EvaluationSet) -> Fidelity:

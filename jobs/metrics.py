@@ -18,7 +18,10 @@ COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "quantfleet_lost_workers_total": ("Workers that died at work.", ("model",)),
 }
 GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "quantfleet_perplexity_ratio": ("Result's perplexity over its source's.", ("model", "recipe")),
+    "quantfleet_perplexity_ratio": (
+        "Result's perplexity over its source's, of several sets of texts the worst.",
+        ("model", "recipe"),
+    ),
     "quantfleet_last_block_timestamp_seconds": ("Unix time of the last commit.", ("model",)),
     "quantfleet_nightly_timestamp_seconds": ("Unix time of the last good pass.", ("catalog",)),
 }
@@ -56,9 +59,11 @@ class RunMetrics:
 
     def judged(self, fidelity: Fidelity) -> None:
         """Set the quality of the result."""
-        if fidelity.result_perplexity is not None and fidelity.source_perplexity:
-            ratio = fidelity.result_perplexity / fidelity.source_perplexity
-            _record("quantfleet_perplexity_ratio", ratio, model=self.model, recipe=self.recipe)
+        found = [one.perplexity_ratio for one in fidelity.texts.values()]
+        ratios = [ratio for ratio in found if ratio is not None]
+        if ratios:
+            worst = max(ratios)
+            _record("quantfleet_perplexity_ratio", worst, model=self.model, recipe=self.recipe)
 
 
 def nightly_ended(catalog: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Group
@@ -41,6 +41,7 @@ from jobs.termination import Terminated
 from pipeline.artifact.loading import load_hints
 from pipeline.errors import PipelineError, UnusableResultError
 from pipeline.evaluation.batches import EvaluationSet
+from pipeline.evaluation.named_texts import EvaluatedTexts
 from pipeline.executor.protocol import Allocation, ComputeSpec, FunctionRunner
 from pipeline.export.description import MadeExport
 from pipeline.export.settings import ExportSettings
@@ -63,6 +64,8 @@ class Job:
     """What to quantize, where to put it, and what to judge it by.
 
     Attributes:
+        evaluation_sets: named texts; each has figures of its own.
+        evaluation_windows: of each set.
         chat: how conversations among the evaluation texts are read; None as in the calibration.
         exports: what to export the finished result as, besides what the run was started with.
     """
@@ -70,6 +73,7 @@ class Job:
     source_url: str
     output_url: str
     evaluation_texts: tuple[str, ...] = ()
+    evaluation_sets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     evaluation_windows: int = 8
     tasks: tuple[str, ...] = ()
     chat: bool | None = None
@@ -79,15 +83,20 @@ class Job:
     @property
     def is_evaluated(self) -> bool:
         """Whether there is anything to judge the result by."""
-        return bool(self.evaluation_texts or self.tasks)
+        return bool(self.evaluated_on or self.tasks)
+
+    @property
+    def evaluated_on(self) -> EvaluatedTexts:
+        """The texts to judge the result by."""
+        return EvaluatedTexts(texts=self.evaluation_texts, sets=self.evaluation_sets)
 
     @property
     def resume_command(self) -> str:
         """What ends as this job would have; the run itself knows its exports."""
         words = ["quantfleet", "resume", self.output_url]
-        for text in self.evaluation_texts:
+        for text in self.evaluated_on.arguments:
             words += ["--evaluate-on", text]
-        if self.evaluation_texts:
+        if self.evaluated_on:
             words += ["--windows", str(self.evaluation_windows)]
             words += {None: [], True: ["--chat"], False: ["--no-chat"]}[self.chat]
         for task in self.tasks:
@@ -311,7 +320,7 @@ def _evaluation_set(job: Job, plan: Plan, runner: FunctionRunner) -> EvaluationS
         runner,
         job.source_url,
         plan,
-        texts=job.evaluation_texts,
+        texts=job.evaluated_on,
         num_windows=job.evaluation_windows,
         tasks=job.tasks,
         chat=job.chat,
@@ -366,7 +375,7 @@ def _print_plan(
     *,
     as_json: bool,
 ) -> None:
-    num_windows = job.evaluation_windows if job.evaluation_texts else 0
+    num_windows = job.evaluation_windows * len(job.evaluated_on.by_name)
     priced = planned.priced
     cost: RunCost | str
     if isinstance(priced, Workers):

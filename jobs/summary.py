@@ -15,7 +15,7 @@ from jobs.expert_summary import ExpertSummary
 from jobs.quantities import count, size
 from pipeline.errors import DamagedObjectError
 from pipeline.evaluation.answers import TaskFidelity
-from pipeline.fidelity import Fidelity
+from pipeline.fidelity import Fidelity, TextFidelity
 from pipeline.model.preset import PresetFiles
 from pipeline.plan import LayerPlan, Plan, Share
 from pipeline.planning.estimates import Estimate
@@ -301,13 +301,13 @@ def _add_quality(facts: Table, fidelity: Fidelity) -> None:
     if fidelity.not_finite is not None:
         facts.add_row("quality", fidelity.not_finite)
         return
-    if fidelity.num_windows:
-        facts.add_row("quality", _quality(fidelity))
+    for name, of_texts in fidelity.texts.items():
+        facts.add_row(Text(f"quality, {name}" if name else "quality"), _quality(of_texts))
     for task in fidelity.tasks:
         facts.add_row(Text(f"task {task.name}"), _answers(task))
 
 
-def _quality(fidelity: Fidelity) -> str:
+def _quality(fidelity: TextFidelity) -> str:
     if fidelity.cosine is not None:
         return f"mean cosine {fidelity.cosine:.5f} over {fidelity.count} vectors"
     p99 = fidelity.divergence_p99

@@ -3,7 +3,7 @@
 Causal language models are compared by the perplexity of both, by the divergence
 KL(source ‖ result) of their next-token distributions, and by what they answer to multiple-choice
 questions; other models by the cosine between their outputs. `pipeline.worker.evaluate` computes
-what these figures are made of.
+what these figures are made of. Texts may come in named sets, each with figures of its own.
 """
 
 from __future__ import annotations
@@ -49,18 +49,15 @@ class WindowFidelity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fidelity:
-    """Means over all windows: of a causal model all but the cosine, of an encoder that alone.
+class TextFidelity:
+    """Means over windows of text: of a causal model all but the cosine, of an encoder that alone.
 
     Attributes:
         num_windows, count: of text, and of predicted tokens; for an encoder, of compared vectors.
-            Both are 0 where tasks alone were evaluated.
         divergence: nats per token.
         divergence_p99: the least divergence that 99% of the tokens do not exceed; None in figures
             of older versions.
         agreement: between 0 and 1.
-        not_finite: where the result gives values that are not finite, in words; None if nowhere.
-        tasks: in the order in which they were given.
     """
 
     num_windows: int
@@ -70,9 +67,45 @@ class Fidelity:
     divergence: float | None = None
     agreement: float | None = None
     cosine: float | None = None
-    not_finite: str | None = None
     divergence_p99: float | None = None
+
+    @property
+    def perplexity_ratio(self) -> float | None:
+        """The result's over the source's."""
+        if self.result_perplexity is None or not self.source_perplexity:
+            return None
+        return self.result_perplexity / self.source_perplexity
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetFidelity(TextFidelity):
+    """The means over a named set of texts."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fidelity(TextFidelity):
+    """What is known of a result: of texts without a name, of named sets, and of tasks.
+
+    Its own means are those of texts without a name; `num_windows` and `count` are 0 where there
+    are none.
+
+    Attributes:
+        not_finite: where the result gives values that are not finite, in words; None if nowhere.
+        sets: by name.
+        tasks: in the order in which they were given.
+    """
+
+    not_finite: str | None = None
+    sets: tuple[SetFidelity, ...] = ()
     tasks: tuple[TaskFidelity, ...] = ()
+
+    @property
+    def texts(self) -> dict[str, TextFidelity]:
+        """The means of all texts, by the name of their set; those without one, "", first."""
+        unnamed: dict[str, TextFidelity] = {"": self} if self.num_windows else {}
+        return unnamed | {one.name: one for one in self.sets}
 
     def figures(self) -> dict[str, Any]:
         """Plain JSON values.
@@ -84,15 +117,17 @@ class Fidelity:
         for name in ("not_finite", "divergence_p99"):
             if getattr(self, name) is None:
                 del figures[name]
-        if not self.tasks:
-            del figures["tasks"]
+        for name in ("sets", "tasks"):
+            if not getattr(self, name):
+                del figures[name]
         return figures
 
     @classmethod
     def from_figures(cls, figures: Mapping[str, Any]) -> Self:
         """What is known of a result from `figures`; null stands for what is not a number."""
         tasks = tuple(map(TaskFidelity.from_figures, figures.get("tasks", ())))
-        return cls(**{**figures, "tasks": tasks})
+        sets = tuple(SetFidelity(**one) for one in figures.get("sets", ()))
+        return cls(**{**figures, "sets": sets, "tasks": tasks})
 
 
 def _finite(value: Any) -> Any:
@@ -108,15 +143,30 @@ Answered = tuple[TaskRows, Sequence[ChoiceLikelihood]]
 """A task, and the likelihoods of its choices."""
 
 
-def average(windows: Sequence[WindowFidelity], answered: Sequence[Answered] = ()) -> Fidelity:
-    """Means over windows, summed in their order, and the figures of tasks."""
-    fidelity = _average(windows) if windows else Fidelity(num_windows=0, count=0)
-    tasks = tuple(TaskFidelity.of(rows, choices) for rows, choices in answered)
+def average(
+    windows: Sequence[WindowFidelity],
+    answered: Sequence[Answered] = (),
+    sets: Mapping[str, Sequence[WindowFidelity]] | None = None,
+) -> Fidelity:
+    """Means over windows, summed in their order, and the figures of tasks.
+
+    Args:
+        windows: of texts without a name.
+        sets: windows of named sets.
+    """
+    named = {name: of_set for name, of_set in (sets or {}).items() if of_set}
     broken = [
-        _not_finite(choices, f"choices of {rows.name}", "choice") for rows, choices in answered
+        _not_finite(windows, "windows", "window"),
+        *(_not_finite(found, f"windows of {name}", "window") for name, found in named.items()),
+        *(_not_finite(choices, f"choices of {rows.name}", "choice") for rows, choices in answered),
     ]
-    not_finite = next(filter(None, [fidelity.not_finite, *broken]), None)
-    return dataclasses.replace(fidelity, tasks=tasks, not_finite=not_finite)
+    means = _means(windows) if windows else {"num_windows": 0, "count": 0}
+    return Fidelity(
+        **means,
+        not_finite=next(filter(None, broken), None),
+        sets=tuple(SetFidelity(name=name, **_means(found)) for name, found in named.items()),
+        tasks=tuple(TaskFidelity.of(rows, choices) for rows, choices in answered),
+    )
 
 
 RowFidelity = WindowFidelity | ChoiceLikelihood
@@ -129,37 +179,35 @@ def fidelity_of(given: EvaluationSet, found: Sequence[Sequence[RowFidelity]]) ->
     Args:
         found: of each row of each of the batches, in their order.
     """
-    windows: list[WindowFidelity] = []
+    windows: dict[str, list[WindowFidelity]] = {"": []}
     choices: list[dict[int, ChoiceLikelihood]] = [{} for _ in given.tasks]
     for batch, rows in zip(given.batches, found, strict=True):
         for row, one in zip(batch.rows, rows, strict=True):
             if isinstance(one, WindowFidelity):
-                windows.append(one)
+                windows.setdefault(batch.text_set, []).append(one)
             elif batch.task is not None:
                 choices[batch.task][row] = one
     answered = [
         (task, [by_row[row] for row in range(len(task.rows))])
         for task, by_row in zip(given.tasks, choices, strict=True)
     ]
-    return average(windows, answered)
+    return average(windows.pop(""), answered, windows)
 
 
-def _average(windows: Sequence[WindowFidelity]) -> Fidelity:
+def _means(windows: Sequence[WindowFidelity]) -> dict[str, Any]:
+    """The fields of `TextFidelity`."""
     count = sum(window.count for window in windows)
-    not_finite = _not_finite(windows, "windows", "window")
+    found = {"num_windows": len(windows), "count": count}
     if not any(window.source_loss for window in windows):
-        cosine = math.fsum(w.cosine for w in windows) / count
-        return Fidelity(num_windows=len(windows), count=count, cosine=cosine, not_finite=not_finite)
-    return Fidelity(
-        num_windows=len(windows),
-        count=count,
-        source_perplexity=_perplexity(math.fsum(w.source_loss for w in windows) / count),
-        result_perplexity=_perplexity(math.fsum(w.result_loss for w in windows) / count),
-        divergence=math.fsum(w.divergence for w in windows) / count,
-        agreement=sum(w.agreement for w in windows) / count,
-        not_finite=not_finite,
-        divergence_p99=_percentile(np.concatenate([w.divergences for w in windows])),
-    )
+        return {**found, "cosine": math.fsum(w.cosine for w in windows) / count}
+    return {
+        **found,
+        "source_perplexity": _perplexity(math.fsum(w.source_loss for w in windows) / count),
+        "result_perplexity": _perplexity(math.fsum(w.result_loss for w in windows) / count),
+        "divergence": math.fsum(w.divergence for w in windows) / count,
+        "agreement": sum(w.agreement for w in windows) / count,
+        "divergence_p99": _percentile(np.concatenate([w.divergences for w in windows])),
+    }
 
 
 def _percentile(divergences: NDArray[np.float32]) -> float | None:

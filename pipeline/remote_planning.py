@@ -5,11 +5,11 @@ The driver imports this module, so JAX, Keras and all that needs them are import
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from pipeline.errors import PipelineError
+from pipeline.errors import CalibrationTextError, PipelineError
 from pipeline.evaluation.choices import TaskRows, task_rows
 from pipeline.evaluation.tasks import read_tasks
 from pipeline.executor.protocol import DeviceMemory, ExecutorError, FunctionRunner
@@ -154,15 +154,17 @@ def found_device_memory() -> DeviceMemory:
 
 def evaluation_windows(
     source_url: str,
-    texts: tuple[str, ...],
+    text_sets: Mapping[str, tuple[str, ...]],
     num_windows: int,
     length: int | None,
     chat: bool | None,
     inputs: dict[str, str],
-) -> bytes:
-    """Token windows of texts to judge a result by, serialized.
+) -> dict[str, bytes]:
+    """Token windows of each set of texts to judge a result by, serialized.
 
     Args:
+        text_sets: by name; "" for those without one.
+        num_windows: of each.
         length: of a window in tokens; None for 512, or what the model takes if that is less.
         chat: how conversations are read, as `Calibration.chat`.
         inputs: arrays for what texts do not determine, as `Calibration.inputs`.
@@ -177,15 +179,21 @@ def evaluation_windows(
     preset = read_preset(source_url)
     skeleton = build_skeleton(preset)
     length = length or min(512, most_tokens(skeleton) or 512)
-    calibration = Calibration(
-        texts=texts,
-        inputs=inputs,
-        chat=chat,
-        num_samples=num_windows,
-        sequence_length=length,
-        sampling="sequential",
-    )
-    return token_windows(preset, skeleton, calibration).to_bytes()
+    found = {}
+    for name, texts in text_sets.items():
+        calibration = Calibration(
+            texts=texts,
+            inputs=inputs,
+            chat=chat,
+            num_samples=num_windows,
+            sequence_length=length,
+            sampling="sequential",
+        )
+        try:
+            found[name] = token_windows(preset, skeleton, calibration).to_bytes()
+        except CalibrationTextError as error:
+            raise CalibrationTextError(f"{name}: {error}" if name else str(error)) from None
+    return found
 
 
 def question_rows(source_url: str, tasks: tuple[str, ...]) -> tuple[TaskRows, ...]:

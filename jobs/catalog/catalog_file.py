@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from jobs.catalog.entries import CatalogFile, Export, Gate, Model, Settings
 from pipeline.errors import PipelineError, RecipeError, StorageError
+from pipeline.evaluation.named_texts import unknown_name
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.recipe_file import load_recipe, recipe_from_dict
 from pipeline.recipe.yaml_document import (
@@ -235,10 +236,8 @@ class _Resolver:
                 check_apart(preset, f"{self._root_url.rstrip('/')}/{written}")
         except PipelineError as error:
             raise self._error((*path, "preset"), str(error)) from None
-        texts, tasks = (
-            tuple(self._absolute(url, (*path, key)) for url in getattr(model, key) or ())
-            for key in ("evaluate_on", "tasks")
-        )
+        texts: Any = self._absolute_files(model.evaluate_on, (*path, "evaluate_on"))
+        tasks: Any = self._absolute_files(model.tasks, (*path, "tasks"))
         exports = tuple(
             self._with_absolute_like(export, (*path, "export", index))
             for index, export in enumerate(model.export)
@@ -257,6 +256,12 @@ class _Resolver:
             ),
         )
 
+    def _absolute_files(self, given: Any, at: YamlPath) -> Any:
+        """The same URLs, in the same lists and mappings."""
+        if isinstance(given, dict):
+            return {name: self._absolute_files(urls, (*at, name)) for name, urls in given.items()}
+        return tuple(self._absolute(url, at) for url in given or ())
+
     def _check_gate(self, model: Model, gate: Gate, at: YamlPath) -> None:
         if not gate.judges:
             raise self._error(
@@ -264,6 +269,10 @@ class _Resolver:
                 "the gate sets no limit; give max_perplexity_increase, max_divergence, "
                 "min_agreement or min_cosine, or, for tasks, min_recovery or max_flips",
             )
+        evaluated = model.evaluated_on.sets
+        for name in gate.sets:
+            if name not in evaluated:
+                raise self._error((*at, name), f"the gate: {unknown_name(name, evaluated)}")
         for key in sorted(gate.judges):
             if getattr(model, key) is None:
                 raise self._error(

@@ -11,18 +11,23 @@ from pydantic import (
     BeforeValidator,
     ByteSize,
     ConfigDict,
+    Discriminator,
     Field,
     SerializerFunctionWrapHandler,
     StrictBool,
     StrictInt,
     StrictStr,
+    Tag,
     model_serializer,
+    model_validator,
 )
 
+from pipeline.evaluation.named_texts import SET_NAME_PATTERN, EvaluatedTexts
 from pipeline.executor.protocol import Device
 from pipeline.export.code_formats import ExportFormat
 from pipeline.export.settings import ExportDtype
 from pipeline.recipe.text_sources import CalibrationText, WeightedText
+from pipeline.recipe.yaml_document import UNION_TAG
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
@@ -58,6 +63,23 @@ def _without_password(url: str) -> str:
 
 _Url = Annotated[StrictStr, Field(min_length=1), AfterValidator(_without_password)]
 _Files = Annotated[tuple[_Url, ...], Field(min_length=1)]
+_LIST, _SETS = f"{UNION_TAG}list", f"{UNION_TAG}sets"
+
+
+def _texts_of(value: Any) -> str:
+    return _SETS if isinstance(value, dict) else _LIST
+
+
+def _as_files(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+_SetName = Annotated[StrictStr, Field(pattern=SET_NAME_PATTERN)]
+_Sets = dict[_SetName, Annotated[_Files, BeforeValidator(_as_files)]]
+_EvaluatedTexts = Annotated[
+    Annotated[_Files, Tag(_LIST)] | Annotated[_Sets, Field(min_length=1), Tag(_SETS)],
+    Discriminator(_texts_of),
+]
 
 
 class _Mapping(BaseModel):
@@ -81,11 +103,8 @@ class CalibrationChanges(_Mapping):
     chat: StrictBool | None = None
 
 
-_ON_TASKS = ("min_recovery", "max_flips")
-
-
-class Gate(_Mapping):
-    """The limits that a result must meet to be published; None means no limit."""
+class TextLimits(_Mapping):
+    """The limits that a result must meet on texts; None means no limit."""
 
     max_perplexity_increase: Annotated[_Number, Field(ge=0)] | None = None
     """Relative to the source's: 0.05 lets 20 become 21. For causal language models."""
@@ -95,23 +114,71 @@ class Gate(_Mapping):
     """Mean cosine similarity of the source's and the result's outputs. For all other models."""
     min_agreement: Annotated[_Number, Field(ge=0, le=1)] | None = None
     """Share of tokens of which both rank the same next one first. For causal language models."""
-    min_recovery: Annotated[_Number, Field(ge=0)] | None = None
-    """Of each task: the result's accuracy over the source's; 0.98 lets 0.50 become 0.49."""
-    max_flips: Annotated[_Number, Field(ge=0, le=1)] | None = None
-    """Of each task: the share of questions that only one of the two answers rightly."""
+    max_divergence_p99: Annotated[_Number, Field(ge=0)] | None = None
+    """KL(source ‖ result), in nats, that 99% of the tokens do not exceed. For causal language
+    models."""
 
     @model_serializer(mode="wrap")
     def _without_later_limits(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # Older versions did not know them, and ids are digests of what is stored.
         values: dict[str, Any] = dump(self)
-        later = ("min_agreement", *_ON_TASKS)
-        return {k: value for k, value in values.items() if value is not None or k not in later}
+        return {k: v for k, v in values.items() if v is not None or k in _FIRST_LIMITS}
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Those that are set, by name."""
+        found = {name: getattr(self, name) for name in TextLimits.model_fields}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+_FIRST_LIMITS = ("max_perplexity_increase", "max_divergence", "min_cosine")
+
+
+class Gate(TextLimits):
+    """The limits that a result must meet to be published.
+
+    Those on texts hold for each set; a mapping under the name of a set holds for it instead, limit
+    by limit.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, TextLimits] = Field(init=False)
+
+    min_recovery: Annotated[_Number, Field(ge=0)] | None = None
+    """Of each task: the result's accuracy over the source's; 0.98 lets 0.50 become 0.49."""
+    max_flips: Annotated[_Number, Field(ge=0, le=1)] | None = None
+    """Of each task: the share of questions that only one of the two answers rightly."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, values: Any) -> Any:
+        # Anything else that is no limit is meant as one.
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if name not in cls.model_fields and not isinstance(value, dict | TextLimits):
+                raise ValueError(
+                    f"unknown key {name}; the keys here are {', '.join(cls.model_fields)}, and the "
+                    "names of sets of evaluate_on, with limits of their own"
+                )
+        return values
+
+    @property
+    def sets(self) -> dict[str, TextLimits]:
+        """Limits of named sets alone, by name."""
+        return dict(sorted(self.__pydantic_extra__.items()))
+
+    def of_set(self, name: str) -> TextLimits:
+        """The limits that hold for a set of texts; "" for those without a name."""
+        own = self.sets.get(name)
+        return TextLimits(**(self.limits | ({} if own is None else own.limits)))
 
     @property
     def judges(self) -> set[str]:
         """The catalog's keys that name what the limits are on: evaluate_on, tasks."""
-        limits = self.model_dump(exclude_none=True)
-        return {"tasks" if name in _ON_TASKS else "evaluate_on" for name in limits}
+        on_texts = self.limits or any(one.limits for one in self.sets.values())
+        on_tasks = self.min_recovery is not None or self.max_flips is not None
+        return {
+            key for key, is_judged in (("evaluate_on", on_texts), ("tasks", on_tasks)) if is_judged
+        }
 
 
 def _as_mapping(value: Any) -> Any:
@@ -171,10 +238,11 @@ class Settings(_Mapping):
     """Of what stays in float; it replaces the recipes' own, and the model's."""
     allow_partial: StrictBool = False
     """Whether less than half of the weights that the recipes ask for may be quantized."""
-    evaluate_on: _Files | None = None
-    """Texts to evaluate the result on, other than the calibration texts."""
+    evaluate_on: _EvaluatedTexts | None = None
+    """Texts to evaluate the result on, other than the calibration texts: a list; or sets by name,
+    each with figures, and limits, of its own."""
     windows: Annotated[StrictInt, Field(ge=1, le=1_000_000)] = 8
-    """Token windows to evaluate on."""
+    """Token windows of each set to evaluate on."""
     tasks: _Files | None = None
     """Files of multiple-choice questions that source and result are to answer."""
     gate: Gate | None = None
@@ -182,6 +250,20 @@ class Settings(_Mapping):
     """Formats, such as compressed-tensors, or mappings; made of what passes its gate."""
     resources: Resources = Resources()
     retention: Retention = Retention()
+
+    @property
+    def evaluated_on(self) -> EvaluatedTexts:
+        """The texts to evaluate on."""
+        given = self.evaluate_on
+        if isinstance(given, dict):
+            return EvaluatedTexts(sets=given)
+        return EvaluatedTexts(texts=given or ())
+
+    @property
+    def evaluated_urls(self) -> tuple[str, ...]:
+        """All that they name, once."""
+        every = (url for urls in self.evaluated_on.by_name.values() for url in urls)
+        return tuple(dict.fromkeys(every))
 
 
 class Model(Settings):

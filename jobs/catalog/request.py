@@ -21,6 +21,7 @@ from jobs.catalog.catalog_file import Catalog, Entry
 from jobs.catalog.entries import Gate
 from pipeline.canonical import digest_of, sha256
 from pipeline.errors import CalibrationTextError, MissingObjectError, PipelineError, SourceError
+from pipeline.evaluation.named_texts import EvaluatedTexts
 from pipeline.executor.protocol import ComputeSpec
 from pipeline.export.settings import ExportSettings
 from pipeline.model.preset import decides_model
@@ -33,7 +34,7 @@ from pipeline.storage.user_files import find_given_files
 REQUESTS_PREFIX = "requests/"
 RUNS_PREFIX = "runs/"
 
-EVALUATED_ON = ("evaluation_texts", "evaluation_windows", "tasks")
+EVALUATED_ON = ("evaluation_texts", "evaluation_sets", "evaluation_windows", "tasks")
 """The fields of a request that say what its result is evaluated on."""
 
 _ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,199}")
@@ -51,8 +52,9 @@ class Request(StoredRecord):
         model, recipe_name: the names under which the result is published.
         aliases: other models' names under which it is published too.
         recipe: as `Recipe.to_dict` returns it.
-        evaluation_texts, evaluation_windows, tasks: what the result is evaluated on; it is not
-            evaluated without texts or tasks.
+        evaluation_texts, evaluation_sets, evaluation_windows, tasks: what the result is evaluated
+            on: texts without a name, named sets (omitted where there are none), windows of each,
+            and questions; it is not evaluated without texts or tasks.
         needs: what its run takes of a cluster.
         keep: how many of the newest releases keep their artifacts.
         exports: what to export a result as that passes its gate; omitted where there are none.
@@ -80,10 +82,11 @@ class Request(StoredRecord):
     versions: dict[str, str]
     exports: tuple[ExportSettings, ...] = ()
     exports_like: dict[str, str] = field(default_factory=dict)
+    evaluation_sets: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def content(self) -> dict[str, Any]:
         values = super().content()
-        for name in ("tasks", "exports", "exports_like"):
+        for name in ("tasks", "exports", "exports_like", "evaluation_sets"):
             if not values[name]:
                 del values[name]  # older versions did not know it
         if self.needs.accelerator is None:
@@ -110,6 +113,11 @@ class Request(StoredRecord):
     def request_id(self) -> str:
         """Id of the whole request; two requests for the same run may differ in how it is judged."""
         return f"{self._name}-{digest_of(self.content())[:12]}"
+
+    @property
+    def evaluated_on(self) -> EvaluatedTexts:
+        """The texts that the result is evaluated on."""
+        return EvaluatedTexts(texts=self.evaluation_texts, sets=self.evaluation_sets)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -231,7 +239,7 @@ def catalog_runs(catalog: Catalog) -> Iterator[CatalogRun]:
                         recipe,
                         source=source,
                         texts=texts(() if calibration is None else calibration.sources).result(),
-                        evaluation=texts(entry.settings.evaluate_on or ()).result()
+                        evaluation=texts(entry.settings.evaluated_urls).result()
                         | texts(entry.settings.tasks or ()).result(),
                         versions=versions,
                         exports_like={
@@ -257,7 +265,8 @@ def _request(entry: Entry, recipe: Recipe, **fingerprints: dict[str, str]) -> Re
         aliases=entry.aliases,
         source_url=entry.preset,
         recipe=recipe.to_dict(),
-        evaluation_texts=settings.evaluate_on or (),
+        evaluation_texts=settings.evaluated_on.texts,
+        evaluation_sets=dict(settings.evaluated_on.sets),
         evaluation_windows=settings.windows,
         tasks=settings.tasks or (),
         gate=settings.gate,

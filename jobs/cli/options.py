@@ -39,7 +39,10 @@ Accelerator = Annotated[
 ]
 EvaluateOn = Annotated[
     list[str] | None,
-    typer.Option(help="Texts to evaluate on, other than the calibration texts; repeatable."),
+    typer.Option(
+        help="Texts to evaluate on, other than the calibration texts, as URL, or as NAME=URL for "
+        "figures of their own; repeatable."
+    ),
 ]
 Tasks = Annotated[
     list[str] | None,
@@ -54,7 +57,7 @@ Chat = Annotated[
         help="Render conversations by the model's chat template, or take their contents alone.",
     ),
 ]
-Windows = Annotated[int, typer.Option(min=1, help="Token windows to evaluate on.")]
+Windows = Annotated[int, typer.Option(min=1, help="Token windows of each set to evaluate on.")]
 Source = Annotated[str | None, typer.Option(help="The preset, if it has moved since.")]
 KeepEvery = Annotated[
     int, typer.Option(min=1, help="Save activations to resume from after every so many blocks.")

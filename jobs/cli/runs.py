@@ -9,6 +9,7 @@ import typer
 
 from jobs.cli import options
 from pipeline.errors import PipelineError
+from pipeline.evaluation.named_texts import parse_texts
 from pipeline.executor.protocol import ComputeSpec
 from pipeline.export.code_formats import ExportFormat
 from pipeline.export.settings import ExportSettings
@@ -104,10 +105,12 @@ def quantize(
 
     refuse_without_dry_run(on, rates, dry_run=dry_run)
     priced = PricedMachine.of(on, rates) if dry_run else None
+    judged_on = parse_texts(evaluate_on or ())
     job = Job(
         source_url=preset,
         output_url=output,
-        evaluation_texts=tuple(evaluate_on or ()),
+        evaluation_texts=judged_on.texts,
+        evaluation_sets=judged_on.sets,
         evaluation_windows=windows,
         tasks=tuple(tasks or ()),
         chat=chat,
@@ -153,10 +156,12 @@ def resume(
     from jobs.execute import DriverOptions
     from jobs.quantize import Job, resume_job
 
+    judged_on = parse_texts(evaluate_on or ())
     job = Job(
         source_url=source or "",
         output_url=output,
-        evaluation_texts=tuple(evaluate_on or ()),
+        evaluation_texts=judged_on.texts,
+        evaluation_sets=judged_on.sets,
         evaluation_windows=windows,
         tasks=tuple(tasks or ()),
         chat=chat,
@@ -187,10 +192,12 @@ def evaluate(
         raise PipelineError(
             "nothing to evaluate on; give --evaluate-on texts.jsonl, or --tasks questions.jsonl"
         )
+    judged_on = parse_texts(evaluate_on or ())
     job = Job(
         source_url=source or "",
         output_url=output,
-        evaluation_texts=tuple(evaluate_on or ()),
+        evaluation_texts=judged_on.texts,
+        evaluation_sets=judged_on.sets,
         evaluation_windows=windows,
         tasks=tuple(tasks or ()),
         chat=chat,

@@ -98,7 +98,7 @@ def fulfil(
         if artifact is None:
             artifact = _quantize(root, request, compute, held, options)
         fidelity = None
-        if request.evaluation_texts or request.tasks:
+        if request.evaluated_on or request.tasks:
             fidelity = _known_fidelity(root, request, artifact)
             if fidelity is None:
                 fidelity = _evaluate(root, request, artifact, compute)
@@ -311,7 +311,7 @@ def _evaluation_set(request: Request, plan: Plan, runner: FunctionRunner) -> Eva
         runner,
         request.source_url,
         plan,
-        texts=request.evaluation_texts,
+        texts=request.evaluated_on,
         num_windows=request.evaluation_windows,
         tasks=request.tasks,
         named=f"evaluate_on, with {request.evaluation_windows} windows",

@@ -143,7 +143,7 @@ def _cost(
     threads = request.needs.threads or 1
     plan, _, _ = runner.run(plan_by_metadata, request.source_url, recipe, threads)
     priced.named.check_room(priced.named.estimate(plan))
-    num_windows = request.evaluation_windows if request.evaluation_texts else 0
+    num_windows = request.evaluation_windows * len(request.evaluated_on.by_name)
     return cost_of(priced.named.plan(plan), priced.named, num_windows=num_windows)
 
 

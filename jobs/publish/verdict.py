@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.catalog.entries import Gate
+from jobs.catalog.entries import Gate, TextLimits
 from jobs.catalog.request import checked_id
 from pipeline.errors import DamagedObjectError, MissingObjectError
 from pipeline.evaluation.answers import TaskFidelity
-from pipeline.fidelity import Fidelity
+from pipeline.evaluation.named_texts import unknown_name
+from pipeline.fidelity import Fidelity, TextFidelity
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.record import StoredRecord
 
@@ -85,17 +86,20 @@ def _failures(gate: Gate, fidelity: Fidelity | None) -> Iterator[str]:
     if fidelity is None:
         yield f"it was not evaluated; give {' and '.join(sorted(gate.judges))}"
         return
-    if fidelity.num_windows:
-        yield from _failures_on_texts(gate, fidelity)
-    elif "evaluate_on" in gate.judges:
+    for name, of_texts in fidelity.texts.items():
+        for failure in _failures_on_texts(gate.of_set(name), of_texts):
+            yield f"{name}: {failure}" if name else failure
+    if not fidelity.texts and "evaluate_on" in gate.judges:
         yield "it was not evaluated on texts; give evaluate_on"
+    for name in sorted(set(gate.sets) - set(fidelity.texts)):
+        yield unknown_name(name, {one.name for one in fidelity.sets})
     if "tasks" in gate.judges and not fidelity.tasks:
         yield "it was given no tasks; give tasks"
     for task in fidelity.tasks:
         yield from _failures_on_task(gate, task)
 
 
-def _failures_on_texts(gate: Gate, fidelity: Fidelity) -> Iterator[str]:
+def _failures_on_texts(gate: TextLimits, fidelity: TextFidelity) -> Iterator[str]:
     if gate.max_perplexity_increase is not None:
         before, after = fidelity.source_perplexity, fidelity.result_perplexity
         if before is None or after is None:
@@ -110,6 +114,14 @@ def _failures_on_texts(gate: Gate, fidelity: Fidelity) -> Iterator[str]:
             yield _absent("divergence", "max_divergence", "min_cosine")
         elif not fidelity.divergence <= gate.max_divergence:
             yield f"divergence {fidelity.divergence:.4g} nats, more than {gate.max_divergence:.4g}"
+    if gate.max_divergence_p99 is not None:
+        if fidelity.divergence_p99 is None:
+            yield _absent("divergence", "max_divergence_p99", "min_cosine")
+        elif not fidelity.divergence_p99 <= gate.max_divergence_p99:
+            yield (
+                f"divergence {fidelity.divergence_p99:.4g} nats at the 99th percentile, more than "
+                f"{gate.max_divergence_p99:.4g}"
+            )
     if gate.min_agreement is not None:
         if fidelity.agreement is None:
             yield _absent("agreement", "min_agreement", "min_cosine")
@@ -166,7 +178,8 @@ def quality_text(quality: Mapping[str, Any] | None) -> str:
         for task in quality.get("tasks", ())
     ]
     on_texts = [_text_quality(quality)] if quality["num_windows"] else []
-    return ", ".join([*on_texts, *tasks])
+    sets = [f"{one['name']} {_text_quality(one)}" for one in quality.get("sets", ())]
+    return ", ".join([*on_texts, *sets, *tasks])
 
 
 def _text_quality(quality: Mapping[str, Any]) -> str:

@@ -108,7 +108,7 @@ def _rows(
             for number, item in enumerate(value):
                 if isinstance(item, Mapping):
                     named = {key: v for key, v in item.items() if key != "name"}
-                    given = labels if name != "tasks" else _LABELS_OF_TASKS
+                    given = _LABELS_OF_TASKS if name == "tasks" else _LABELS
                     where = f"{item.get('name', f'{label} {number}')}: "
                     yield from _rows(_ordered(named, given), where, given)
         elif plain != name and f"result_{plain}" in figures:

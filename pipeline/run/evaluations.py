@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
+from pipeline.calibration.windows import TokenWindows
 from pipeline.canonical import digest_of
 from pipeline.errors import DamagedObjectError
 from pipeline.evaluation.batches import EvaluationSet
@@ -39,14 +40,10 @@ class Evaluation(StoredRecord):
     @classmethod
     def of(cls, manifest_sha256: str, given: EvaluationSet, fidelity: Fidelity) -> Self:
         """The evaluation of a result on token windows, tasks or both."""
-        measured_on: dict[str, Any] = {}
-        if (windows := given.windows) is not None:
-            measured_on = {
-                "texts_sha256": windows.fingerprint,
-                "tokens_sha256": windows.digest,
-                "num_windows": len(windows.lengths),
-                "sequence_length": windows.tokens.shape[1],
-            }
+        measured_on = {} if given.windows is None else _identity(given.windows)
+        if given.named:
+            sets = {name: _identity(windows) for name, windows in given.named.items()}
+            measured_on["sets"] = sets
         if given.tasks:
             measured_on["tasks"] = {task.name: task.sha256 for task in given.tasks}
         return cls(
@@ -61,6 +58,15 @@ class Evaluation(StoredRecord):
     def save(self, run: ObjectStore) -> None:
         """Write the record, over an earlier one of the same texts."""
         run.put(self.key, self.to_json())
+
+
+def _identity(windows: TokenWindows) -> dict[str, Any]:
+    return {
+        "texts_sha256": windows.fingerprint,
+        "tokens_sha256": windows.digest,
+        "num_windows": len(windows.lengths),
+        "sequence_length": windows.tokens.shape[1],
+    }
 
 
 def find_evaluations(run: ObjectStore, manifest_sha256: str) -> tuple[Evaluation, ...]:

@@ -454,8 +454,11 @@ def test_quantize_evaluates_and_says_how_to_load(command: Command, tmp_path: Pat
     assert command("evaluate", output, "--tasks", questions) == 2
     assert f"{questions}:1: 'answer' is '3', but there are 2 choices" in command.complaint
     questions.write_text('{"question": "The dog is", "choices": ["lazy", "a box"], "answer": 0}')
-    assert command("evaluate", output, "--tasks", questions) == 0
-    assert "task common  acc " in command.err
+    set_of_texts = ["--evaluate-on", f"dogs={text_file()}", "--windows", 1]
+    assert command("evaluate", output, "--tasks", questions, *set_of_texts) == 0
+    assert "task common    acc " in command.err
+    assert "quality, dogs  perplexity " in command.err
+    assert "| dogs: perplexity |" in (output / "README.md").read_text()
     assert len(json.loads((output / "eval.json").read_text())["evaluations"]) == 2
     assert f"Llama3CausalLM.from_preset('{output}/artifact')" in command.err
     assert command("verify", output, "--no-stock") == 0

@@ -17,6 +17,12 @@ JOBS = {
         evaluation_texts=("a b.jsonl", "s3://texts/c.jsonl"),
         evaluation_windows=3,
     ),
+    "on sets": Job(
+        source_url="",
+        output_url="o",
+        evaluation_texts=("t",),
+        evaluation_sets={"code": ("c.jsonl",), "novels": ("s3://texts/n=1.txt",)},
+    ),
     "on a chat": Job(source_url="", output_url="o", evaluation_texts=("t",), chat=False),
     "on tasks": Job(source_url="", output_url="o", tasks=("one.jsonl", "it's two.jsonl")),
 }

@@ -126,6 +126,32 @@ def test_relative_paths_are_relative_to_the_catalogs_folder(tmp_path: Path) -> N
     assert calibration.texts == (str(tmp_path / "t.txt"),)
 
 
+def test_texts_to_evaluate_on_may_be_sets_with_limits_of_their_own(tmp_path: Path) -> None:
+    catalog = parsed(
+        """\
+root: s3://bucket/fleet
+models:
+  - name: a
+    preset: s3://bucket/a
+    recipes: [int8]
+    evaluate_on: {manual: m.txt, novels: [s3://bucket/n.txt, o.txt]}
+    gate: {max_divergence: 0.1, novels: {max_perplexity_increase: 0.3}}
+""",
+        tmp_path,
+    )
+    settings = catalog.entries[0].settings
+    assert settings.evaluated_on.sets == {
+        "manual": (str(tmp_path / "m.txt"),),
+        "novels": ("s3://bucket/n.txt", str(tmp_path / "o.txt")),
+    }
+    assert settings.gate is not None
+    assert settings.gate.of_set("manual").limits == {"max_divergence": 0.1}
+    assert settings.gate.of_set("novels").limits == {
+        "max_divergence": 0.1,
+        "max_perplexity_increase": 0.3,
+    }
+
+
 def test_calibration_texts_may_have_weights(tmp_path: Path) -> None:
     catalog = parsed(
         """\
@@ -214,6 +240,32 @@ MISTAKES = {
         "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int8]\n"
         "    tasks: [s3://b/t.jsonl]\n    gate: {max_divergence: 0.1}\n",
         7, "a has a gate but no evaluate_on",
+    ),
+    "a gate on a set that is not evaluated": (
+        "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int8]\n"
+        "    evaluate_on: {novels: s3://b/t.txt}\n    gate:\n      min_cosine: 0.9\n"
+        "      novel: {min_cosine: 0.8}\n",
+        9, "no set of texts named novel is evaluated; did you mean novels?",
+    ),
+    "an unknown limit": (
+        "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int8]\n"
+        "    evaluate_on: [s3://b/t.txt]\n    gate: {max_diverge: 0.1}\n",
+        7, "unknown key max_diverge; the keys here are max_perplexity_increase",
+    ),
+    "an unknown limit of a set": (
+        "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int8]\n"
+        "    evaluate_on: {novels: s3://b/t.txt}\n    gate:\n      novels:\n"
+        "        max_flips: 0.1\n",
+        9, "unknown key models[0].gate.novels.max_flips; the keys here are max_perplexity",
+    ),
+    "a bad name of a set": (
+        "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int8]\n"
+        "    evaluate_on: {Novels: s3://b/t.txt}\n",
+        6, "must match ^[a-z0-9]",
+    ),
+    "no set of texts": (
+        "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int8]\n    evaluate_on: {}\n",
+        6, "evaluate_on is empty",
     ),
     "a gate without a limit": (
         "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int8]\n"

@@ -52,6 +52,11 @@ PASSING: dict[str, tuple[dict[str, Any], str]] = {
     "gate": ({"gate": Gate(min_cosine=0.8)}, "gate changed"),
     "evaluation": ({"evaluation": {"t.txt": "4"}}, "evaluation changed: t.txt"),
     "windows": ({"evaluation_windows": 9}, "evaluation changed: its settings"),
+    "sets": ({"evaluation_sets": {"novels": ("n.txt",)}}, "evaluation changed: its settings"),
+    "limits of a set": (
+        {"gate": Gate.model_validate({"min_cosine": 0.9, "novels": {"min_cosine": 0.8}})},
+        "gate changed",
+    ),
     "tasks": ({"tasks": ("q.jsonl",)}, "evaluation changed: its settings"),
     "limits": ({"gate": Gate(min_cosine=0.9, max_flips=0.1)}, "gate changed"),
     "url": ({"source_url": "s3://other/a"}, "source moved"),
@@ -151,3 +156,16 @@ def test_package_versions_match_those_of_a_plan() -> None:
 
     assert package_versions() == versions()
     assert set(PACKAGES) == set(versions())
+
+
+def test_sets_and_their_limits_come_back_from_their_bytes() -> None:
+    gate = Gate.model_validate({"max_divergence": 0.1, "novels": {"max_divergence_p99": 2.0}})
+    given = dataclasses.replace(REQUEST, evaluation_sets={"novels": ("n.txt", "o.txt")}, gate=gate)
+    assert Request.from_json(given.to_json()) == given
+    assert given.content()["gate"]["novels"] == {
+        "max_perplexity_increase": None,
+        "max_divergence": None,
+        "min_cosine": None,
+        "max_divergence_p99": 2.0,
+    }
+    assert list(given.evaluated_on.by_name) == ["", "novels"]

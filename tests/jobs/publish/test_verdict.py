@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 
 from jobs.catalog.entries import Gate
 from jobs.publish.verdict import failures, quality_figures, quality_text
 from pipeline.evaluation.answers import Accuracy, TaskFidelity
-from pipeline.fidelity import Fidelity
+from pipeline.fidelity import Fidelity, SetFidelity
 
 CAUSAL = Fidelity(
     num_windows=2, count=9, source_perplexity=20.0, result_perplexity=21.0, divergence=0.02,
@@ -29,10 +30,19 @@ TASKS = Fidelity(num_windows=0, count=0, tasks=(ARC,))
 UNKNOWING = dataclasses.replace(
     TASKS, tasks=(dataclasses.replace(ARC, source=NONE, recovery=None),)
 )
+NOVELS = SetFidelity(
+    name="novels", num_windows=2, count=9, source_perplexity=40.0, result_perplexity=80.0,
+    divergence=0.7, divergence_p99=3.0, agreement=0.6,
+)  # fmt: skip
+SETS = dataclasses.replace(CAUSAL, sets=(NOVELS,))
 NAN = Fidelity(
     num_windows=2, count=9, source_perplexity=20.0, result_perplexity=math.nan, divergence=math.nan
 )
 BROKEN = dataclasses.replace(NAN, not_finite="values that are not finite in 1 of 2 windows")
+
+
+def gate(**limits: Any) -> Gate:
+    return Gate.model_validate(limits)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +82,21 @@ BROKEN = dataclasses.replace(NAN, not_finite="values that are not finite in 1 of
         (Gate(min_recovery=0.9), None, ["it was not evaluated; give tasks"]),
         (Gate(max_divergence=9.0), TASKS, ["it was not evaluated on texts; give evaluate_on"]),
         (Gate(min_recovery=0.9), UNKNOWING, ["the source has no answer right"]),
+        (
+            Gate(max_perplexity_increase=0.04),
+            SETS,
+            ["perplexity 20 → 21", "novels: perplexity 40 → 80, +100.00%, more than +4.00%"],
+        ),
+        (gate(max_divergence=0.02, novels={"max_divergence": 0.7}), SETS, []),
+        (gate(novels={"max_divergence": 0.6}), SETS, ["novels: divergence 0.7 nats"]),
+        (
+            gate(novels={"max_divergence_p99": 2.5}),
+            SETS,
+            ["novels: divergence 3 nats at the 99th percentile, more than 2.5"],
+        ),
+        (gate(max_divergence=0.1, novels={"min_agreement": 0.5}), SETS, ["novels: divergence 0"]),
+        (gate(novel={"max_divergence": 9.0}), SETS, ["no set of texts named novel is evaluated; "]),
+        (Gate(max_divergence_p99=1.0), ENCODER, ["no divergence is measured"]),
     ],
 )
 def test_exceeded_limits_are_reported(
@@ -86,6 +111,10 @@ def test_a_result_s_tasks_stand_beside_its_perplexity() -> None:
     both = dataclasses.replace(CAUSAL, tasks=(ARC,))
     assert quality_text(quality_figures(both)) == "perplexity 20 → 21, arc 0.5 → 0.45"
     assert quality_text(quality_figures(TASKS)) == "arc 0.5 → 0.45"
+    found = quality_figures(SETS)
+    assert quality_text(found) == "perplexity 20 → 21, novels perplexity 40 → 80"
+    assert found is not None
+    assert Fidelity.from_figures(found) == SETS
 
 
 def test_nan_is_written_as_null() -> None:

@@ -38,6 +38,15 @@ def test_the_latest_evaluation_on_the_same_texts_counts(store):
     assert {one.measured_on["sequence_length"] for one in found} == {8}
 
 
+def test_named_sets_are_part_of_what_was_measured_on(store):
+    named = EvaluationSet(windows=windows().windows, named={"novels": windows(token=2).windows})
+    renamed = EvaluationSet(windows=windows().windows, named={"tales": windows(token=2).windows})
+    found = [Evaluation.of(RESULT, one, fidelity(9.0)) for one in (windows(), named, renamed)]
+    assert len({one.key for one in found}) == 3
+    assert found[1].measured_on["sets"]["novels"]["num_windows"] == 3
+    assert found[1].measured_on["tokens_sha256"] == found[0].measured_on["tokens_sha256"]
+
+
 def test_an_evaluation_of_another_result_is_left_out(store):
     Evaluation.of(OTHER, windows(), fidelity(9.0)).save(store)
     assert find_evaluations(store, RESULT) == ()

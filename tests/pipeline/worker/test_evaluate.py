@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from pipeline.model.skeleton import build_skeleton
 from pipeline.planning.token_windows import question_tokens
 from pipeline.worker import evaluate as module
 from pipeline.worker.evaluate import evaluate
-from pipeline.worker.streamed_model import artifact_model, source_model
+from pipeline.worker.streamed_model import StreamedModel, artifact_model, source_model
 from pipeline.worker.worker import Worker
 from tests.integration.quantized import SCHEMES, FinishedRun, finished_run, recipe
 from tests.pipeline.local_executor import LocalExecutor
@@ -110,6 +111,30 @@ def test_any_number_of_workers_finds_the_same(run: FinishedRun, monkeypatch) -> 
     # Nor does it matter what passes the blocks together.
     monkeypatch.setattr(module, "_TOKENS_PER_PASS", 1)
     assert evaluate_on_workers(workers(run, 2), given).figures() == figures
+
+
+def test_sets_pass_the_blocks_together_and_have_the_figures_they_have_alone(
+    run: FinishedRun, monkeypatch
+) -> None:
+    whole = judged_on(run.source).windows
+    assert whole is not None
+    halves = {"first": whole.chosen([0, 1]), "second": whole.chosen([2, 3])}
+    advanced = []
+    original = StreamedModel.advance
+    monkeypatch.setattr(
+        StreamedModel,
+        "advance",
+        lambda self, number, states: (advanced.append(number), original(self, number, states))[1],
+    )
+    found = evaluate_on_workers(workers(run, 1), EvaluationSet(windows=whole, named=halves))
+    assert len(advanced) == 2 * run.plan.num_blocks, "source and result read each block once"
+    assert [one.name for one in found.sets] == ["first", "second"]
+    for one in found.sets:
+        alone = evaluate_on_workers(workers(run, 1), EvaluationSet(windows=halves[one.name]))
+        values = dataclasses.asdict(one)
+        assert {values.pop("name")} <= halves.keys()
+        assert {k: v for k, v in alone.figures().items() if k != "sets"} == values
+    assert found.num_windows == 4
 
 
 @pytest.mark.exhaustive
