@@ -257,7 +257,9 @@ def _log_allocation(
     allocation: Allocation, spec: ComputeSpec, address: str | None, *, plan_only: bool = False
 ) -> None:
     where = address or ("" if plan_only else "a Ray cluster started on ") + "this machine"
-    on = "one GPU each" if allocation.gpus else "CPU"
+    on = "CPU"
+    if allocation.gpus:
+        on = "one GPU each" if allocation.gpus == 1 else f"{allocation.gpus} GPUs each"
     why = "" if allocation.gpus or spec.device == "cpu" else " (no GPU found)"
     log_event(
         "joined",

@@ -51,6 +51,12 @@ def reduce_subtree(
     return total
 
 
+def halves(subtree: range) -> tuple[range, range]:
+    """The two nodes below a subtree of several leaves: the left is the largest whole one."""
+    middle = subtree.start + (1 << (len(subtree) - 1).bit_length() - 1)
+    return range(subtree.start, middle), range(middle, subtree.stop)
+
+
 def join(sums: Sequence[_Sum], merge: Callable[[_Sum, _Sum], _Sum]) -> _Sum:
     """Reduce the tree above the subtrees, whose sums are given in leaf order."""
     level = list(sums)

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
@@ -57,7 +58,11 @@ _SMALL_BYTES = 32 << 20
 
 
 def solve_experts(
-    problems: Sequence[LayerProblem], statistics: ExpertHessians, experts: Sequence[int]
+    problems: Sequence[LayerProblem],
+    statistics: ExpertHessians,
+    experts: Sequence[int],
+    *,
+    devices: Sequence[jax.Device] = (),
 ) -> list[SolvedExpert]:
     """Solve experts by gptq, each alone: the results are those of any other company.
 
@@ -68,16 +73,24 @@ def solve_experts(
     Args:
         problems: of each of the experts.
         experts: their numbers in the statistics.
+        devices: those to solve on, in turn; the statistics are on the first.
     """
 
-    def solve(problem: LayerProblem, number: int) -> SolvedExpert:
+    def solve(turn: int, problem: LayerProblem, number: int) -> SolvedExpert:
         # Of a device's sum this is a copy, of which no more are needed than are being solved.
-        return _solve(problem, statistics.of_expert(number))
+        hessian = statistics.of_expert(number)
+        place = turn % max(1, len(devices))
+        if place == 0:
+            return _solve(problem, hessian)
+        with jax.default_device(devices[place]):
+            gram_CC = jax.device_put(hessian.gram_CC, devices[place])
+            return _solve(problem, replace(hessian, gram_CC=gram_CC))
 
     if len(problems) != len(experts):
         raise ValueError(f"{len(problems)} problems of {len(experts)} experts")
-    with ThreadPoolExecutor(concurrent_experts(statistics.gram_ECC.shape[-1])) as pool:
-        return list(pool.map(solve, problems, experts))
+    at_once = concurrent_experts(statistics.gram_ECC.shape[-1]) * max(1, len(devices))
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(solve, range(len(experts)), problems, experts))
 
 
 def concurrent_experts(in_features: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from types import NoneType
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (teaches NumPy the name "bfloat16")
 import numpy as np
@@ -91,11 +92,13 @@ def solve_problems(
     *,
     drift: DriftSum | None = None,
     scale_of_input_C: NDArray[np.intp] | None = None,
+    devices: Sequence[jax.Device] = (),
 ) -> list[SolveResult]:
     """Solve checked layers of one input and one scheme; gptq factors their Hessian once.
 
     Args:
         scale_of_input_C: which inputs share a scale, for `solve_awq`.
+        devices: those that gptq may solve on, side by side; the Hessian is on the first.
 
     Raises:
         UnusableStatisticsError: the statistics cannot serve these layers.
@@ -108,7 +111,7 @@ def solve_problems(
     match scheme:
         case GPTQScheme():
             assert isinstance(statistics, HessianSum)
-            return _solve_gptq(layers, statistics, scheme, drift)
+            return _solve_gptq(layers, statistics, scheme, drift, devices)
         case AWQScheme():
             assert statistics is not None
             return solve_awq(layers, statistics, scheme, scale_of_input_C)
@@ -120,12 +123,17 @@ def solve_problems(
 
 
 def solve_rows(
-    layer: LayerProblem, statistics: CalibrationStatistics | None, slices: Sequence[int]
+    layer: LayerProblem,
+    statistics: CalibrationStatistics | None,
+    slices: Sequence[int],
+    *,
+    devices: Sequence[jax.Device] = (),
 ) -> list[SolvedRows]:
     """Solve some row slices of a gptq layer without `row_groups` or drift, for `join_slices`.
 
     Args:
         slices: their numbers in `row_slices`.
+        devices: as in `solve_problems`.
 
     Raises:
         CalibrationError: as `solve_problems`.
@@ -136,7 +144,8 @@ def solve_rows(
     _check_statistics([layer], statistics)
     assert isinstance(statistics, HessianSum)
     rows = cut_rows(_corrected(layer, statistics, None, scheme))
-    return solve_slices([rows[number] for number in slices], share_input(statistics, scheme))
+    shared = share_input(statistics, scheme)
+    return solve_slices([rows[number] for number in slices], shared, devices)
 
 
 def uncalibrated(report: SolveReport, obstacle: str, out_features: int) -> SolveReport:
@@ -157,12 +166,16 @@ def uncalibrated(report: SolveReport, obstacle: str, out_features: int) -> Solve
 
 
 def _solve_gptq(
-    layers: Sequence[LayerProblem], hessian: HessianSum, scheme: GPTQScheme, drift: DriftSum | None
+    layers: Sequence[LayerProblem],
+    hessian: HessianSum,
+    scheme: GPTQScheme,
+    drift: DriftSum | None,
+    devices: Sequence[jax.Device],
 ) -> list[SolveResult]:
     layers = [_corrected(layer, hessian, drift, scheme) for layer in layers]
     shared = share_input(hessian, scheme)
     cut = [cut_rows(layer) if layer.row_groups is None else [] for layer in layers]
-    solved = iter(solve_slices([rows for slices in cut for rows in slices], shared))
+    solved = iter(solve_slices([rows for slices in cut for rows in slices], shared, devices))
     return [
         join_slices(layer.weight_RC, [next(solved) for _ in slices], scheme)
         if layer.row_groups is None

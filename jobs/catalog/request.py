@@ -91,6 +91,8 @@ class Request(StoredRecord):
                 del values[name]  # older versions did not know it
         if self.needs.accelerator is None:
             del values["needs"]["accelerator"]  # nor this
+        if self.needs.gpus_per_worker is None:
+            del values["needs"]["gpus_per_worker"]  # nor this
         return values
 
     @cached_property

@@ -37,6 +37,12 @@ Accelerator = Annotated[
     str | None,
     typer.Option(help="Kind of GPU, as Ray names it, such as H100, if the cluster has several."),
 ]
+GpusPerWorker = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="GPUs of each worker, all of one node; by default as many as a node has."
+    ),
+]
 EvaluateOn = Annotated[
     list[str] | None,
     typer.Option(

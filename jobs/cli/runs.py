@@ -68,6 +68,7 @@ def quantize(
     threads: options.Threads = None,
     device: options.Device = "auto",
     accelerator: options.Accelerator = None,
+    gpus_per_worker: options.GpusPerWorker = None,
     keep_every: options.KeepEvery = 8,
     wait: options.Wait = True,
     lease_seconds: options.LeaseSeconds = 60.0,
@@ -95,6 +96,7 @@ def quantize(
                 "--address": address,
                 "--workers": workers,
                 "--accelerator": accelerator,
+                "--gpus-per-worker": gpus_per_worker,
                 "--on": on,
                 "--rates": rates,
             },
@@ -117,7 +119,13 @@ def quantize(
         exports=_exports(export or (), like),
         options=DriverOptions(keep_every=keep_every, wait=wait, lease_seconds=lease_seconds),
     )
-    spec = ComputeSpec(workers=workers, threads=threads, device=device, accelerator=accelerator)
+    spec = ComputeSpec(
+        workers=workers,
+        threads=threads,
+        device=device,
+        accelerator=accelerator,
+        gpus_per_worker=gpus_per_worker,
+    )
     changed = _recipe(recipe, texts, num_samples, sequence_length, chat)
     if dtype is not None:
         changed = changed.model_copy(update={"dtype": dtype})
@@ -146,6 +154,7 @@ def resume(
     threads: options.Threads = None,
     device: options.Device = "auto",
     accelerator: options.Accelerator = None,
+    gpus_per_worker: options.GpusPerWorker = None,
     keep_every: options.KeepEvery = 8,
     wait: options.Wait = True,
     lease_seconds: options.LeaseSeconds = 60.0,
@@ -167,7 +176,13 @@ def resume(
         chat=chat,
         options=DriverOptions(keep_every=keep_every, wait=wait, lease_seconds=lease_seconds),
     )
-    spec = ComputeSpec(workers=workers, threads=threads, device=device, accelerator=accelerator)
+    spec = ComputeSpec(
+        workers=workers,
+        threads=threads,
+        device=device,
+        accelerator=accelerator,
+        gpus_per_worker=gpus_per_worker,
+    )
     resume_job(job, spec, address, as_json=as_json)
 
 
@@ -183,6 +198,7 @@ def evaluate(
     workers: options.Workers = None,
     device: options.Device = "auto",
     accelerator: options.Accelerator = None,
+    gpus_per_worker: options.GpusPerWorker = None,
     as_json: options.Json = False,
 ) -> None:
     """Compare a finished result with its source, on texts, multiple-choice questions or both."""
@@ -202,7 +218,9 @@ def evaluate(
         tasks=tuple(tasks or ()),
         chat=chat,
     )
-    spec = ComputeSpec(workers=workers, device=device, accelerator=accelerator)
+    spec = ComputeSpec(
+        workers=workers, device=device, accelerator=accelerator, gpus_per_worker=gpus_per_worker
+    )
     resume_job(job, spec, address, as_json=as_json, must_be_finished=True)
 
 

@@ -31,10 +31,12 @@ class NodeResources:
 
 
 def allocate(spec: ComputeSpec, nodes: Sequence[NodeResources]) -> Allocation:
-    """Give a run what it asks for, or else one worker per node with all its CPUs, or one per GPU.
+    """Give a run what it asks for, or else one worker per node with all its CPUs and GPUs.
 
-    Of GPUs all workers get the same kind: others round differently. Nodes without them do not count
-    then, since no worker can be there.
+    GPUs of one worker copy sums to each other directly, and share what one of them has factored or
+    decoded. Of GPUs all workers get the same kind, since others round differently, and the same
+    number: one each where nodes have different numbers. Nodes without them do not count then, since
+    no worker can be there.
 
     Raises:
         ExecutorError: the nodes have less than is asked for, or GPUs of several kinds of which the
@@ -47,12 +49,13 @@ def allocate(spec: ComputeSpec, nodes: Sequence[NodeResources]) -> Allocation:
         raise ExecutorError("the cluster has no GPU; use --device cpu, or add a node with one")
     if on_gpus:
         nodes = _of_one_kind([node for node in nodes if node.gpus], spec.accelerator)
-        _check_gpus(nodes, spec.workers)
-    # Where the user does not say: one per node, or one per GPU.
-    each = (_room(node, 1, on_gpus=True) if on_gpus else min(node.cpus, 1) for node in nodes)
+        _check_gpus(nodes, spec)
+    gpus = _gpus_each(nodes, spec) if on_gpus else 0
+    # Where the user does not say: one per node, or as many as its GPUs are enough for.
+    each = (_room(node, 1, gpus) if on_gpus else min(node.cpus, 1) for node in nodes)
     workers = spec.workers or sum(each)
-    threads = spec.threads or _most_threads(nodes, workers, on_gpus=on_gpus)
-    room = [_room(node, threads, on_gpus=on_gpus) for node in nodes]
+    threads = spec.threads or _most_threads(nodes, workers, gpus)
+    room = [_room(node, threads, gpus) for node in nodes]
     workers = spec.workers or max(1, sum(room))
     if workers > sum(room):
         raise ExecutorError(
@@ -63,7 +66,7 @@ def allocate(spec: ComputeSpec, nodes: Sequence[NodeResources]) -> Allocation:
     return Allocation(
         workers=workers,
         threads=threads,
-        gpus=1 if on_gpus else 0,
+        gpus=gpus,
         accelerator=nodes[0].accelerator if on_gpus else "",
         nodes=tuple(
             NodeRoom(
@@ -99,24 +102,50 @@ def _of_one_kind(nodes: Sequence[NodeResources], wanted: str | None) -> list[Nod
     return [node for node in nodes if wanted is None or node.accelerator == wanted]
 
 
-def _check_gpus(nodes: Sequence[NodeResources], workers: int | None) -> None:
-    gpus, room = _number_of_gpus(nodes), sum(_room(node, 1, on_gpus=True) for node in nodes)
-    if workers is not None and workers > gpus:
-        raise ExecutorError(f"{workers} workers need as many GPUs; the cluster has {gpus}")
-    if not room:
+def _check_gpus(nodes: Sequence[NodeResources], spec: ComputeSpec) -> None:
+    gpus, each = _number_of_gpus(nodes), spec.gpus_per_worker or 1
+    if each > max(node.gpus for node in nodes):
+        raise ExecutorError(
+            f"--gpus-per-worker {each}: no node of the cluster has so many, but "
+            f"{max(node.gpus for node in nodes)} at most; ask for no more than that"
+        )
+    fitting = sum(node.gpus // each for node in nodes)
+    if spec.workers is not None and spec.workers > fitting:
+        need = "as many GPUs" if each == 1 else f"{each} GPUs of one node each"
+        raise ExecutorError(
+            f"{spec.workers} workers need {need}; the cluster has {gpus}"
+            + ("" if each == 1 else f", enough for {fitting}")
+        )
+    if not sum(_room(node, 1, each) for node in nodes):
         raise ExecutorError("the cluster's nodes with GPUs have no CPU for workers; give them some")
+
+
+def _gpus_each(nodes: Sequence[NodeResources], spec: ComputeSpec) -> int:
+    """GPUs of each worker: of each node an equal part, and the largest that leaves enough."""
+    if spec.gpus_per_worker is not None:
+        return spec.gpus_per_worker
+    numbers = {node.gpus for node in nodes}
+    if len(numbers) > 1:
+        return 1
+    most = max(numbers)
+    fitting = (
+        number
+        for number in range(most, 1, -1)
+        if most % number == 0 and len(nodes) * (most // number) >= (spec.workers or 1)
+    )
+    return next(fitting, 1)
 
 
 def _number_of_gpus(nodes: Sequence[NodeResources]) -> int:
     return sum(node.gpus for node in nodes)
 
 
-def _room(node: NodeResources, threads: int, *, on_gpus: bool) -> int:
-    """How many workers of so many threads fit a node."""
-    return min(node.gpus, node.cpus // threads) if on_gpus else node.cpus // threads
+def _room(node: NodeResources, threads: int, gpus: int) -> int:
+    """How many workers of so many threads and GPUs fit a node."""
+    return min(node.gpus // gpus, node.cpus // threads) if gpus else node.cpus // threads
 
 
-def _most_threads(nodes: Sequence[NodeResources], workers: int, *, on_gpus: bool) -> int:
+def _most_threads(nodes: Sequence[NodeResources], workers: int, gpus: int) -> int:
     """The most threads per worker, such that so many workers fit the nodes; at least one.
 
     No more than the smallest node has CPUs, so that each can hold one.
@@ -124,7 +153,7 @@ def _most_threads(nodes: Sequence[NodeResources], workers: int, *, on_gpus: bool
     fitting = (
         threads
         for threads in range(min(node.cpus for node in nodes if node.cpus), 1, -1)
-        if sum(_room(node, threads, on_gpus=on_gpus) for node in nodes) >= workers
+        if sum(_room(node, threads, gpus) for node in nodes) >= workers
     )
     return next(fitting, 1)
 

@@ -41,6 +41,7 @@ class ComputeSpec:
         memory_bytes: the most that a worker may use.
         accelerator: the kind of GPU, as Ray names it, such as H100; None for the only kind there
             is.
+        gpus_per_worker: all of one node; None for as many as possible.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -50,8 +51,14 @@ class ComputeSpec:
     device: Device = "auto"
     memory_bytes: int | None = None
     accelerator: str | None = None
+    gpus_per_worker: int | None = None
 
     def __post_init__(self) -> None:
+        if self.gpus_per_worker is not None and self.device == "cpu":
+            raise ExecutorError(
+                f"{self.gpus_per_worker} GPUs per worker, and the device is to be cpu; leave out "
+                "one of the two"
+            )
         if self.accelerator is not None and self.device == "cpu":
             raise ExecutorError(
                 f"accelerator {self.accelerator} is a kind of GPU, and the device is to be cpu; "
@@ -73,7 +80,7 @@ class Allocation:
 
     Attributes:
         threads: of each worker's matrix products, whose rounding their number decides on CPUs.
-        gpus: of each worker: 0 or 1.
+        gpus: of each worker, all of one node; 0 on CPUs.
         accelerator: the kind of these GPUs, as Ray names it; "" if it is not known.
         nodes: those with room for workers.
     """
@@ -96,7 +103,7 @@ class Allocation:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceMemory:
-    """What a worker may use of its device.
+    """What a worker may use of its device, or of each of them.
 
     Attributes:
         node, kind: where it is, and what it is.

@@ -146,7 +146,9 @@ def allocate_on_cluster(spec: ComputeSpec) -> Allocation:
             patience is no number of seconds.
     """
     patience = _patience_seconds()
-    bundle = {"CPU": float(spec.threads or 1)} | ({"GPU": 1.0} if spec.device == "gpu" else {})
+    bundle = {"CPU": float(spec.threads or 1)} | (
+        {"GPU": float(spec.gpus_per_worker or 1)} if spec.device == "gpu" else {}
+    )
     if spec.device == "gpu" and spec.accelerator is not None:
         bundle |= {f"{ACCELERATOR_PREFIX}{spec.accelerator}": ACCELERATOR_AMOUNT}
     wanted = spec.workers or 1

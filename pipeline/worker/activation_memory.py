@@ -7,20 +7,26 @@ Results do not depend on it: the same arrays come back.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 
 import jax
 from jax import Array
-from jax.sharding import SingleDeviceSharding
 
 from pipeline.executor.protocol import ActivationPlace
+from pipeline.worker.devices import Devices
 
 
 class ActivationMemory:
-    """Keeps what waits, and brings it back when its windows go on."""
+    """Keeps what waits of one device, and brings it back when its windows go on.
 
-    def __init__(self, place: ActivationPlace) -> None:
+    Attributes:
+        device: its number.
+    """
+
+    def __init__(self, place: ActivationPlace, devices: Devices, device: int = 0) -> None:
         self._on_device = place == "device"
+        self._memory, self.device = partial(devices.memory, device), device
         self._under_way: Sequence[Array] = ()
 
     def keep(
@@ -37,7 +43,7 @@ class ActivationMemory:
         if self._on_device:
             return tuple(arrays)
         new = [array for array in arrays if id(array) not in kept]
-        sent: list[Array] = jax.device_put(new, self._sharding("pinned_host"))
+        sent: list[Array] = jax.device_put(new, self._memory("pinned_host"))
         jax.block_until_ready(self._under_way)
         self._under_way = sent
         known = {**kept, **dict(zip(map(id, new), sent, strict=True))}
@@ -47,8 +53,4 @@ class ActivationMemory:
         """Bring back what was put away, to be computed with."""
         if self._on_device:
             return tuple(arrays)
-        return tuple(jax.device_put(list(arrays), self._sharding("device")))
-
-    @staticmethod
-    def _sharding(memory_kind: str) -> SingleDeviceSharding:
-        return SingleDeviceSharding(jax.devices()[0], memory_kind=memory_kind)
+        return tuple(jax.device_put(list(arrays), self._memory("device")))

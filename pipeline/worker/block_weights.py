@@ -1,13 +1,14 @@
-"""The weights of the block that a worker is in, on its device.
+"""The weights of the block that a worker is in, on its devices.
 
-Each array is sent there once. Of a layer that is solved the stored variables follow, and are
-decoded there: codes are a fraction of the float kernel that they stand for. They take its place,
-unless the float block runs beside the quantized one.
+Each array is sent to the first of them once, and copied from there to the others. Of a layer that
+is solved the stored variables follow, and are decoded there: codes are a fraction of the float
+kernel that they stand for. They take its place, unless the float block runs beside the quantized
+one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from pipeline.model.targets import Target
 from pipeline.plan import LayerPlan
 from pipeline.run.worker_api import Values
+from pipeline.worker.devices import Devices
 from pipeline.worker.model_state import ModelState, place_weights
 from quantizer import kernel_layout
 from quantizer.expert_codes import ExpertCodes
@@ -33,15 +35,34 @@ class BlockWeights:
     asked before: all results of a layer are the same.
     """
 
-    def __init__(self, model: ModelState) -> None:
-        self._model = model
+    def __init__(self, model: ModelState, devices: Devices) -> None:
+        self._model, self._devices = model, devices
         self._keeps_float = model.plan.has_float_stream
         self._block: int | None = None
         # By the path of the variable, and whether it is a decoded kernel.
         self._held: dict[tuple[str, bool], Array] = {}
+        # On each further device: what is held and its copy, by the id of what is held.
+        self._copies: list[dict[int, tuple[Array, Array]]] = [{} for _ in devices.several[1:]]
+
+    def on_each(
+        self, block: int, values: Values, solved: Mapping[str, Stored]
+    ) -> list[list[Array]]:
+        """A block's weights on each device. Arguments as in `of`."""
+        first = self.of(block, values, solved)
+        return [first, *(self._copied(first, i + 1) for i in range(len(self._copies)))]
+
+    def _copied(self, arrays: Sequence[Array], device: int) -> list[Array]:
+        """The arrays on another device, of which only new ones are copied."""
+        held, copies = set(map(id, self._held.values())), self._copies[device - 1]
+        for gone in copies.keys() - held:
+            del copies[gone]  # before others take their place
+        due = [array for array in arrays if id(array) not in copies]
+        for array, copy in zip(due, self._devices.copied(due, device), strict=True):
+            copies[id(array)] = array, copy
+        return [copies[id(array)][1] for array in arrays]
 
     def of(self, block: int, values: Values, solved: Mapping[str, Stored]) -> list[Array]:
-        """A block's weights, in the order of its layer's.
+        """A block's weights on the first device, in the order of its layer's.
 
         Args:
             values: the source's arrays of the block.
@@ -75,9 +96,11 @@ class BlockWeights:
         return [self._held[one] for one in wanted]
 
     def free(self) -> None:
-        """Give the device's memory back, once a block is left."""
+        """Give the devices' memory back, once a block is left."""
         self._block = None
         self._held.clear()
+        for copies in self._copies:
+            copies.clear()
 
 
 def _decoded(

@@ -1,4 +1,4 @@
-"""A device's memory: how much a worker may use, and what to do when it is not enough."""
+"""Devices' memory: how much a worker may use, and what to do when it is not enough."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ _EXHAUSTED = "RESOURCE_EXHAUSTED"
 
 
 def device_memory() -> DeviceMemory:
-    """What XLA gives this process of its device, where it says so: on GPUs, not on CPUs."""
-    device = jax.devices()[0]
-    statistics = device.memory_stats() or {}
+    """What XLA gives this process of each of its devices: on GPUs, since CPUs do not say.
+
+    The least that it may use of any, and the most that it has used of any.
+    """
+    devices = jax.local_devices()
+    statistics = [device.memory_stats() or {} for device in devices]
     return DeviceMemory(
         node=platform.node(),
-        kind=str(device.device_kind),
-        num_bytes=statistics.get("bytes_limit"),
-        peak_bytes=statistics.get("peak_bytes_in_use"),
+        kind=str(devices[0].device_kind),
+        num_bytes=min((x["bytes_limit"] for x in statistics if "bytes_limit" in x), default=None),
+        peak_bytes=max(
+            (x["peak_bytes_in_use"] for x in statistics if "peak_bytes_in_use" in x), default=None
+        ),
     )
 
 

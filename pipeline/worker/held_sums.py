@@ -1,4 +1,4 @@
-"""The sums over inputs that a worker holds on its device, until their layers are solved.
+"""The sums over inputs that a worker holds on its devices, until their layers are solved.
 
 A sum is a function of what it covers (see `HeldSum`), so that it does not matter which of two equal
 calls made it, nor when.

@@ -48,6 +48,8 @@ class ModelState:
         self.skeleton = build_skeleton(self._preset)
         self._source = open_source(self._preset, self.skeleton)
         self._preparing = threading.Lock()
+        # Keras must not trace a model in two threads at once.
+        self._tracing = threading.RLock()
         # Now, while there is one thread: Keras must not build one model while it traces another,
         # and all that a worker does needs them.
         self.graph: BlockGraph = find_blocks(self._forward_skeleton)
@@ -212,10 +214,14 @@ class ModelState:
     def _compiled(self, model: keras.Model) -> Any:
         """(weights, inputs) → the model's outputs."""
         key = id(model)  # which the graph keeps alive
-        if key not in self._functions:
-            self._functions[key] = jax.jit(
-                lambda weights, inputs: outputs_with(model, weights, inputs)
-            )
+        with self._tracing:
+            if key not in self._functions:
+
+                def run(weights: Sequence[Array], inputs: Any) -> Any:
+                    with self._tracing:
+                        return outputs_with(model, weights, inputs)
+
+                self._functions[key] = jax.jit(run)
         return self._functions[key]
 
     def program(self, block: Block, taken: Sequence[Any]) -> BlockProgram:
@@ -230,8 +236,9 @@ class ModelState:
         # By their order: Keras numbers some names.
         kinds = tuple(statistics[target.name] for target in block.targets)
         key = (block.signature, kinds, inputs)
-        if key not in self._programs:
-            self._programs[key] = BlockProgram(block, statistics, inputs)
+        with self._tracing:
+            if key not in self._programs:
+                self._programs[key] = BlockProgram(block, statistics, inputs)
         return self._programs[key]
 
 

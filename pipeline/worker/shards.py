@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +118,10 @@ class CalibrationShards:
         held = self._held.get(index, [])
         return bool(held) and all(x.block == block for batch in held for x in batch.streams)
 
+    def device_of(self, index: int) -> int:
+        """The number of the device that a held shard is on."""
+        return self._held[index][0].memory.device
+
     def get(self, index: int, block: int) -> list[MicroBatch]:
         """A shard, all of which is in `block`.
 
@@ -125,6 +129,11 @@ class CalibrationShards:
             LostShardError: it is elsewhere, or not held at all.
         """
         return list(self._between(index, block, block))
+
+    def check(self, indices: Iterable[int], block: int) -> None:
+        """Check that all of some shards are held, and in `block`; raises as `get`."""
+        for index in indices:
+            self.get(index, block)
 
     def unfinished(self, index: int, block: int) -> Iterator[MicroBatch]:
         """The micro-batches of a shard that have not finished `block`; the others just have.

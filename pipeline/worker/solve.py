@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
+import jax
 import numpy as np
 from numpy.typing import NDArray
 
@@ -55,6 +56,8 @@ def solve_layers(
     values: Values,
     statistics: CalibrationStatistics | None,
     fold: Fold | None = None,
+    *,
+    devices: Sequence[jax.Device] = (),
 ) -> list[SolvedLayer]:
     """Quantize layers that share an input, or that need no calibration.
 
@@ -85,7 +88,10 @@ def solve_layers(
     for scheme, alike in by_scheme.items():
         problems = [_problem(targets[layer.path], scheme, values) for layer in alike]
         attempt = partial(
-            solve_problems, problems, scale_of_input_C=_scale_of_input(scheme, fold, problems[0])
+            solve_problems,
+            problems,
+            scale_of_input_C=_scale_of_input(scheme, fold, problems[0]),
+            devices=devices,
         )
         results, obstacle = _calibrated(attempt, statistics, problems[0])
         for layer, result in zip(alike, results, strict=True):
@@ -99,15 +105,17 @@ def solve_slices(
     values: Values,
     statistics: InputStatistics | None,
     slices: Sequence[int],
+    *,
+    devices: Sequence[jax.Device] = (),
 ) -> SolvedSlices:
     """Quantize some row slices of a layer that may be cut (see `LayerPlan.slices`)."""
     if isinstance(statistics, ExpertHessians):
-        return solve_ranges(target, layer, values, statistics, slices)
+        return solve_ranges(target, layer, values, statistics, slices, devices=devices)
     if isinstance(statistics, HessianSum):
         make_room(statistics.gram_CC.nbytes)
     problem = _problem(target, _gptq(layer), values)
     rows, obstacle = _calibrated(
-        lambda usable: solve_rows(problem, usable, slices), statistics, problem
+        lambda usable: solve_rows(problem, usable, slices, devices=devices), statistics, problem
     )
     return SolvedSlices(
         path=layer.path, rows=dict(zip(slices, rows, strict=True)), problem=obstacle

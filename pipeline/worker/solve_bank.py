@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from pipeline.model.targets import Target
 from pipeline.plan import LayerPlan
 from pipeline.run.worker_api import SolvedLayer, SolvedSlices, Values
@@ -64,13 +66,15 @@ def solve_ranges(
     values: Values,
     statistics: ExpertHessians,
     ranges: Sequence[int],
+    *,
+    devices: Sequence[jax.Device] = (),
 ) -> SolvedSlices:
     """Solve some ranges of experts with inputs of their own (see `LayerPlan.slices`)."""
     assert layer.scheme is not None
     bounds = expert_ranges(layer.experts, layer.slices)
     numbers = [number for one in ranges for number in bounds[one]]
     problems = [_expert_problem(target, layer.scheme, values, number) for number in numbers]
-    solved = solve_experts(problems, statistics, numbers)
+    solved = solve_experts(problems, statistics, numbers, devices=devices)
     return SolvedSlices(path=layer.path, experts=dict(zip(numbers, solved, strict=True)))
 
 

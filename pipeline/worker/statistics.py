@@ -64,11 +64,26 @@ def sum_inputs(
 
 
 def merged(left: InputSum, right: InputSum) -> InputSum:
-    """The sum over both. On a device it takes the place of `left`, which is gone."""
+    """The sum over both. On a device it takes the place of `left`, which is gone.
+
+    The right one is copied there, if it is elsewhere.
+    """
     rows = left.num_rows + right.num_rows
-    merge = _merge_in_place if isinstance(left.arrays[0], Array) else partial(_merge, np)
+    merge: Any = partial(_merge, np)
+    if isinstance(left.arrays[0], Array):
+        merge, right = _merge_in_place, on_device(right, left.arrays[0].device)
     arrays = merge(left.arrays, right.arrays, left.kind)
     return dataclasses.replace(left, arrays=arrays, num_rows=rows)
+
+
+def on_device(total: InputSum, device: Any) -> InputSum:
+    """A sum on a device; from another one it is copied there without passing the host."""
+    first = total.arrays[0]
+    # What is in NumPy goes to the first device by itself.
+    here = first.device if isinstance(first, Array) else jax.devices()[0]
+    if here == device:
+        return total
+    return dataclasses.replace(total, arrays=tuple(jax.device_put(list(total.arrays), device)))
 
 
 def in_numpy(total: InputSum) -> InputSum:
@@ -90,8 +105,13 @@ def finished(total: InputSum) -> InputStatistics:
 
 
 def _kept(arrays: Sums) -> tuple[Any, ...]:
-    """Arrays as they are kept: on the device, which for a CPU is memory that NumPy has too."""
-    return tuple(map(np.asarray, arrays)) if jax.default_backend() == "cpu" else arrays
+    """Arrays as they are kept: on the device, which for a CPU is memory that NumPy has too.
+
+    Where a CPU is cut into several devices, as in tests of workers with several GPUs, they stay on
+    theirs.
+    """
+    is_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
+    return tuple(map(np.asarray, arrays)) if is_cpu else arrays
 
 
 def sum_routed(

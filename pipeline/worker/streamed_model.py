@@ -13,6 +13,7 @@ gives in stock Keras.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
@@ -36,6 +37,8 @@ from quantizer.schemes import Float8Scheme, Int4Scheme, Int8Scheme
 
 Pairs = list[tuple[Any, NDArray[Any]]]
 """A model's variables, each with its value."""
+
+_TRACING = threading.RLock()
 
 BatchValues = dict[int, NDArray[Any]]
 """What passes between the blocks for one batch, by number (see `pipeline.model.blocks`)."""
@@ -106,7 +109,8 @@ class StreamedModel:
 
             def call(values: Sequence[Array], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
                 mapping = list(zip(variables, values, strict=True))
-                with keras.StatelessScope(state_mapping=mapping):
+                # Keras must not trace a model in two threads, for two devices, at once.
+                with _TRACING, keras.StatelessScope(state_mapping=mapping):
                     return layer(*args, **kwargs)
 
             self._programs[key] = jax.jit(call) if compiled else call

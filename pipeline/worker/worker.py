@@ -24,7 +24,7 @@ from pipeline.executor.protocol import ActivationPlace
 from pipeline.fidelity import WindowFidelity
 from pipeline.machine import check_machine
 from pipeline.plan import LayerPlan, Plan
-from pipeline.reduction import reduce_subtree
+from pipeline.reduction import split
 from pipeline.run import activations
 from pipeline.run.commits import commit_part, committed_file
 from pipeline.run.records import Manifest, PartRecord
@@ -41,13 +41,14 @@ from pipeline.worker.activation_memory import ActivationMemory
 from pipeline.worker.block_program import BlockProgram
 from pipeline.worker.block_weights import BlockWeights, Stored
 from pipeline.worker.device_memory import device_errors
+from pipeline.worker.devices import Devices
 from pipeline.worker.evaluate import evaluate
 from pipeline.worker.held_sums import HeldSums
 from pipeline.worker.memory import FreedMemory
 from pipeline.worker.model_state import ModelState, place_weights
 from pipeline.worker.shards import CalibrationShards, LostShardError, MicroBatch
 from pipeline.worker.solve import CompiledAhead, join_layer, solve_layers, solve_slices
-from pipeline.worker.statistics import finished, in_numpy, merged, sum_inputs, sum_routed
+from pipeline.worker.statistics import finished, in_numpy, merged, on_device, sum_inputs, sum_routed
 from pipeline.worker.streamed_model import artifact_model, source_model
 from quantizer.experts import ExpertHessians, InputStatistics
 
@@ -55,11 +56,15 @@ from quantizer.experts import ExpertHessians, InputStatistics
 class Worker(WorkerApi):
     """See `WorkerApi` for what each method does."""
 
-    def __init__(self, plan: Plan, source_url: str, run_url: str) -> None:
+    def __init__(
+        self, plan: Plan, source_url: str, run_url: str, devices: Devices | None = None
+    ) -> None:
+        """Args: devices: None for those of this process."""
         self._plan = plan
+        self._devices = Devices.of_this_process() if devices is None else devices
         self._store = open_store(run_url)
         self._model = ModelState(self._plan, source_url)
-        self._weights = BlockWeights(self._model)
+        self._weights = BlockWeights(self._model, self._devices)
         self._shards = CalibrationShards()
         self._sums = HeldSums()
         self._glue_values: Values = {}
@@ -88,11 +93,15 @@ class Worker(WorkerApi):
         planned = self._plan.tokens
         assert planned is not None
         windows = TokenWindows.from_bytes(self._store.get(planned.key, sha256=planned.digest))
-        memory = ActivationMemory(place)
-        embed = place_weights(self._model.graph.embed.weights, rest)
-        for index in missing:
-            self._shards.put(index, self._enter(embed, windows, index, start, memory))
-        del embed, rest
+        shares = split(len(missing), len(self._devices))
+
+        def enter(device: int) -> None:
+            memory = ActivationMemory(place, self._devices, device)
+            embed = place_weights(self._model.graph.embed.weights, rest)
+            for index in (missing[i] for subtree in shares[device] for i in subtree):
+                self._shards.put(index, self._enter(embed, windows, index, start, memory))
+
+        self._devices.each(enter)
         for done in range(start, block):
             solved = self._model.solved_variables(done + 1, committed_file(self._store, done + 1))
             self._finish_block(done, missing, self._model.read(done + 1), solved)
@@ -109,16 +118,18 @@ class Worker(WorkerApi):
     ) -> HeldSum:
         name = HeldSum(block=block, stage=stage, leaves=subtree, experts=experts)
         self._sums.begin(name)
-        weights = self._weights.of(block, values, _stored(solved))
+        weights = self._weights.on_each(block, values, _stored(solved))
+        if experts is not None:
+            self._check_routing(block, subtree[0], weights)
 
         def leaf(index: int) -> InputSum:
             batches = self._shards.get(index, block)
             call, program = self._model.call(block), self._program(block, batches[0])
+            here = weights[self._shards.device_of(index)]
             group, shapes = program.groups[stage], program.group_shapes[stage]
-            found = ((one.run_stage(call, program, stage, weights), one.batch) for one in batches)
+            found = ((one.run_stage(call, program, stage, here), one.batch) for one in batches)
             if group.experts:
                 assert experts is not None
-                program.check_routing(weights, batches[0].taken(call))
                 [shape] = shapes
                 routed = ((*results, batch.rows(shape)) for results, batch in found)
                 return sum_routed(routed, group.in_features, experts)
@@ -129,7 +140,8 @@ class Worker(WorkerApi):
             )
             return sum_inputs(inputs, group, program.input_axes[stage])
 
-        total = reduce_subtree(subtree, leaf, merged)
+        self._shards.check(subtree, block)
+        total = self._devices.reduce(subtree, self._shards.device_of, leaf, merged)
         # What fails, or takes long, shows here, and not where the sum is used.
         jax.block_until_ready(total.arrays)
         return self._sums.put(name, total)
@@ -157,7 +169,8 @@ class Worker(WorkerApi):
         fold = folds[0] if folds else None  # layers solved at once share an input, or have none
         statistics = self._statistics(total)
         assert not isinstance(statistics, ExpertHessians), "experts are solved in ranges"
-        return solve_layers(self._model.targets(part), layers, values, statistics, fold)
+        targets, devices = self._model.targets(part), self._devices.several
+        return solve_layers(targets, layers, values, statistics, fold, devices=devices)
 
     @device_errors()
     def solve_slices(
@@ -168,11 +181,13 @@ class Worker(WorkerApi):
         total: HeldSum | InputSum,
     ) -> dict[str, SolvedSlices]:
         layers = self._layers(part, slices)
-        targets = self._model.targets(part)
+        targets, devices = self._model.targets(part), self._devices.several
         self._compiled.await_for(layers)
         statistics = self._statistics(total)
         return {
-            x.path: solve_slices(targets[x.path], x, values, statistics, slices[x.path])
+            x.path: solve_slices(
+                targets[x.path], x, values, statistics, slices[x.path], devices=devices
+            )
             for x in layers
         }
 
@@ -217,15 +232,20 @@ class Worker(WorkerApi):
         return self.commit(part, "", values, self.solve(part, paths, values, None))
 
     def keep(self, block: int, shards: Sequence[int]) -> dict[int, activations.SavedShard]:
-        saved = {}
-        for index in shards:
-            carried = self._model.graph.carried(self._model.call(block))
-            values = [
-                [np.asarray(one.values[number]) for one in batch.streams for number in carried]
-                for batch in self._shards.get(index, block)
-            ]
-            saved[index] = activations.save(self._store, block, index, values)
-        return saved
+        self._shards.check(shards, block)
+        carried = self._model.graph.carried(self._model.call(block))
+
+        def save(device: int) -> dict[int, activations.SavedShard]:
+            saved = {}
+            for index in (one for one in shards if self._shards.device_of(one) == device):
+                values = [
+                    [np.asarray(one.values[number]) for one in batch.streams for number in carried]
+                    for batch in self._shards.get(index, block)
+                ]
+                saved[index] = activations.save(self._store, block, index, values)
+            return saved
+
+        return {index: one for saved in self._devices.each(save) for index, one in saved.items()}
 
     def finalize(self, records: Mapping[int, PartRecord]) -> Manifest:
         return finalize(
@@ -239,15 +259,22 @@ class Worker(WorkerApi):
         self._sums.clear()
         self._shards.clear()
         self._weights.free()
-        source, artifact = source_model(self._model), artifact_model(self._model, self._store)
-        return evaluate(
-            source,
-            artifact,
-            self._model.layout,
-            given,
-            numbers,
-            predicts_tokens=self._model.skeleton.predicts_tokens,
-        )
+        shares = [numbers[device :: len(self._devices)] for device in range(len(self._devices))]
+        layout, skeleton = self._model.layout, self._model.skeleton
+        _ = self._model.evaluation_models  # built by one thread
+
+        def compare(device: int) -> list[list[WindowFidelity] | list[ChoiceLikelihood]]:
+            return evaluate(
+                source_model(self._model),
+                artifact_model(self._model, self._store),
+                layout,
+                given,
+                shares[device],
+                predicts_tokens=skeleton.predicts_tokens,
+            )
+
+        found = [iter(rows) for rows in self._devices.each(compare)]
+        return [next(found[i % len(found)]) for i in range(len(numbers))]
 
     def _begin(self) -> None:
         """Before anything is computed that the run stores; evaluation may be done anywhere."""
@@ -257,7 +284,8 @@ class Worker(WorkerApi):
     def _statistics(self, total: HeldSum | InputSum | None) -> InputStatistics | None:
         if total is None:
             return None
-        return finished(self._sums.get(total) if isinstance(total, HeldSum) else total)
+        held = self._sums.get(total) if isinstance(total, HeldSum) else total
+        return finished(on_device(held, self._devices.first))
 
     def _layers(self, part: int, paths: Iterable[str]) -> list[LayerPlan]:
         layers = {layer.path: layer for layer in self._plan.parts[part].layers}
@@ -275,17 +303,29 @@ class Worker(WorkerApi):
         if not unfinished:
             return
         call = self._model.call(block)
-        weights = self._weights.of(block, values, solved)
-        in_float = self._weights.of(block, values, {}) if self._plan.has_float_stream else []
-        glue = self._model.glue_weights(block + 1, self._glue_values)
-        for batch in unfinished:
-            # In float first: windows have left the block once they have in the quantized model.
-            for one in (one for one in batch.streams if one.block == block):
-                program = self._program(block, one)
-                found = one.finish_block(call, program, weights if one is batch else in_float)
-                one.enter(block + 1, self._model.enter(block + 1, glue, found, one.memory))
+        weights = self._weights.on_each(block, values, solved)
+        in_float = weights
+        if self._plan.has_float_stream:
+            in_float = self._weights.on_each(block, values, {})
+
+        def finish(device: int) -> None:
+            glue = self._model.glue_weights(block + 1, self._glue_values)
+            for batch in (one for one in unfinished if one.memory.device == device):
+                # In float first: windows have left the block once they have in the quantized model.
+                for one in (one for one in batch.streams if one.block == block):
+                    here = (weights if one is batch else in_float)[device]
+                    found = one.finish_block(call, self._program(block, one), here)
+                    entered = self._model.enter(block + 1, glue, found, one.memory)
+                    one.enter(block + 1, entered)
+
+        self._devices.each(finish)
         self._weights.free()
         self._freed.limit()
+
+    def _check_routing(self, block: int, shard: int, weights: Sequence[Sequence[Array]]) -> None:
+        batch = self._shards.get(shard, block)[0]
+        taken = batch.taken(self._model.call(block))
+        self._program(block, batch).check_routing(weights[batch.memory.device], taken)
 
     def _program(self, block: int, batch: MicroBatch) -> BlockProgram:
         return self._model.program(

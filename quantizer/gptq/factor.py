@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -93,6 +94,12 @@ class Factor:
     dead_C: NDArray[np.bool_]
     shift: Array
     damping: float
+
+    def on_device(self, device: jax.Device) -> Factor:
+        """A copy on another device."""
+        arrays = self.panels, self.pivot_C, self.order_C, self.shift
+        panels, pivot_C, order_C, shift = jax.device_put(arrays, device)
+        return Factor(panels, pivot_C, order_C, self.dead_C, shift, self.damping)
 
 
 def dampings(hessian_damping: float) -> list[float]:

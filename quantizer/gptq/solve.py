@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,6 +87,16 @@ class SharedInput:
     damped: Blocks
     energy_C: Float32
     path: Path
+
+    def on_device(self, device: jax.Device) -> SharedInput:
+        """The same on another device; the Hessian only where there is no factor to solve with."""
+        factor, hessian = self.factor, self.hessian
+        if factor is None:
+            hessian = replace(hessian, gram_CC=jax.device_put(hessian.gram_CC, device))
+        else:
+            factor = factor.on_device(device)
+        damped: Blocks = jax.device_put(self.damped, device)
+        return replace(self, hessian=hessian, factor=factor, damped=damped)
 
 
 def share_input(hessian: HessianSum, scheme: GPTQScheme) -> SharedInput:
@@ -175,11 +186,12 @@ def solve_on_grid(weight_RC: Float32, shared: SharedInput, grid: Grid) -> Solved
         jnp.asarray(stacked([grid.scale_RG], band, filling=1.0)),
         jnp.asarray(stacked([grid.zero_RG], band)),
     )
-    return _solve_columns(columns, shared, [len(weight_RC)])[0]
+    dead_inputs = int(np.sum(shared.hessian.diagonal() == 0))
+    return _solve_columns(columns, shared, [len(weight_RC)], dead_inputs)[0]
 
 
 def _solve_columns(
-    columns: Columns, shared: SharedInput, heights: Sequence[int]
+    columns: Columns, shared: SharedInput, heights: Sequence[int], dead_inputs: int
 ) -> list[SolvedRows]:
     """Solve a stack of slices of these heights."""
     hessian, scheme, factor = shared.hessian, shared.scheme, shared.factor
@@ -195,7 +207,7 @@ def _solve_columns(
             solved=part,
             grid=Grid(scale_GR.T[b - height : b], zero_GR.T[b - height : b], group_C),
             damping=None if factor is None else factor.damping,
-            dead_inputs=int(np.sum(hessian.diagonal() == 0)),
+            dead_inputs=dead_inputs,
             num_rows=hessian.num_rows,
         )
         for part, b, height in zip(
@@ -210,23 +222,37 @@ def cut_rows(layer: LayerProblem) -> list[LayerProblem]:
     return [replace(layer, weight_RC=layer.weight_RC[a:b]) for a, b in bounds]
 
 
-def solve_slices(slices: Sequence[LayerProblem], shared: SharedInput) -> list[SolvedRows]:
-    """Solve row slices, of one layer or of several, that share an input."""
-    path, scheme = shared.path, shared.scheme
-    energy_C1 = jnp.asarray(shared.energy_C[:, None])
-    group_C = jnp.asarray(contiguous_groups(len(shared.energy_C), scheme.group_size))
-    packs = pack(slices, path.band)
+def solve_slices(
+    slices: Sequence[LayerProblem], shared: SharedInput, devices: Sequence[jax.Device] = ()
+) -> list[SolvedRows]:
+    """Solve row slices, of one layer or of several, that share an input.
 
-    def solve_stack(members: Sequence[int]) -> list[SolvedRows]:
+    Args:
+        devices: those to solve on, in turn, each with a copy of what the slices share, which is on
+            the first; none for where JAX computes anyway.
+    """
+    path, scheme = shared.path, shared.scheme
+    group_C = contiguous_groups(len(shared.energy_C), scheme.group_size)
+    packs = pack(slices, path.band)
+    # No more than there is work for.
+    devices = devices[: len(packs)]
+    copies = [shared, *(shared.on_device(device) for device in devices[1:])]
+
+    def solve_stack(number: int, members: Sequence[int]) -> list[SolvedRows]:
+        place = number % len(copies)
         rows = [slices[number] for number in members]
         weights = [one.weight_RC for one in rows]
-        weight_CR = jnp.asarray(stacked(weights, path.band))
-        grid = _find_grid(weight_CR, energy_C1, scheme, rows[0].scale_dtype)
-        columns = Columns(weight_CR, group_C, *grid)
-        return _solve_columns(columns, shared, [len(weight_RC) for weight_RC in weights])
+        with jax.default_device(devices[place]) if place else nullcontext():
+            weight_CR = jnp.asarray(stacked(weights, path.band))
+            energy_C1 = jnp.asarray(shared.energy_C[:, None])
+            grid = _find_grid(weight_CR, energy_C1, scheme, rows[0].scale_dtype)
+            columns = Columns(weight_CR, jnp.asarray(group_C), *grid)
+            heights = [len(weight_RC) for weight_RC in weights]
+            return _solve_columns(columns, copies[place], heights, dead_inputs)
 
-    with ThreadPoolExecutor(_CONCURRENT_SLICES) as pool:
-        solved = list(pool.map(solve_stack, packs))
+    dead_inputs = int(np.sum(shared.hessian.diagonal() == 0))
+    with ThreadPoolExecutor(_CONCURRENT_SLICES * len(copies)) as pool:
+        solved = list(pool.map(solve_stack, range(len(packs)), packs))
     by_number = {
         number: part
         for members, parts in zip(packs, solved, strict=True)

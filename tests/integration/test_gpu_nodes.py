@@ -59,7 +59,9 @@ def test_workers_are_all_on_one_kind_of_gpu_which_a_mixed_cluster_asks_for() -> 
     with pytest.raises(ExecutorError, match="round differently: 2 × H100, 1 × L4; say which"):
         allocate_on_cluster(ComputeSpec())
     found = allocate_on_cluster(ComputeSpec(accelerator="H100"))
-    assert (found.workers, found.threads, found.gpus, found.accelerator) == (2, 2, 1, "H100")
+    assert (found.workers, found.threads, found.gpus, found.accelerator) == (1, 4, 2, "H100")
+    apart = allocate_on_cluster(ComputeSpec(accelerator="H100", gpus_per_worker=1))
+    assert (apart.workers, apart.threads, apart.gpus) == (2, 2, 1)
     on_cpus = allocate_on_cluster(ComputeSpec(device="cpu", threads=2))
     assert (on_cpus.workers, on_cpus.gpus) == (6, 0)
 

@@ -15,6 +15,7 @@ GIB = 1 << 30
 EIGHT = NodeResources(cpus=8, memory_bytes=16 * GIB)
 TWO = NodeResources(cpus=2, memory_bytes=4 * GIB)
 TWO_GPUS = NodeResources(cpus=8, gpus=2, memory_bytes=16 * GIB)
+EIGHT_GPUS = NodeResources(cpus=64, gpus=8, memory_bytes=16 * GIB)
 ONE_GPU = NodeResources(cpus=8, gpus=1, memory_bytes=16 * GIB)
 H100 = NodeResources(cpus=8, gpus=1, memory_bytes=16 * GIB, accelerator="H100")
 L4 = NodeResources(cpus=4, gpus=2, memory_bytes=16 * GIB, accelerator="L4")
@@ -31,15 +32,25 @@ L4 = NodeResources(cpus=4, gpus=2, memory_bytes=16 * GIB, accelerator="L4")
         ([EIGHT], ComputeSpec(workers=3), (3, 2, 0)),
         ([EIGHT], ComputeSpec(threads=2), (4, 2, 0)),
         ([EIGHT], ComputeSpec(workers=3, threads=2), (3, 2, 0)),
-        # One worker per GPU, unless CPUs are asked for.
-        ([TWO_GPUS], ComputeSpec(), (2, 4, 1)),
-        ([TWO_GPUS, EIGHT], ComputeSpec(workers=1, device="gpu"), (1, 8, 1)),
+        # One worker per node, with all of its GPUs, unless others are asked for.
+        ([TWO_GPUS], ComputeSpec(), (1, 8, 2)),
+        ([TWO_GPUS, TWO_GPUS], ComputeSpec(), (2, 8, 2)),
+        ([TWO_GPUS, EIGHT], ComputeSpec(workers=1, device="gpu"), (1, 8, 2)),
+        ([TWO_GPUS], ComputeSpec(workers=2), (2, 4, 1)),
+        ([TWO_GPUS], ComputeSpec(gpus_per_worker=1), (2, 4, 1)),
+        ([EIGHT_GPUS], ComputeSpec(workers=2), (2, 32, 4)),
+        ([EIGHT_GPUS], ComputeSpec(workers=3), (3, 21, 2)),
+        ([EIGHT_GPUS, EIGHT_GPUS], ComputeSpec(workers=4), (4, 32, 4)),
+        ([EIGHT_GPUS], ComputeSpec(gpus_per_worker=3), (2, 32, 3)),
+        ([EIGHT_GPUS], ComputeSpec(workers=1, gpus_per_worker=2), (1, 64, 2)),
         ([TWO_GPUS], ComputeSpec(device="cpu"), (1, 8, 0)),
         # A worker's threads have to fit a node with a GPU: others lend it none.
         ([ONE_GPU] * 4 + [EIGHT] * 8, ComputeSpec(), (4, 8, 1)),
         ([TWO_GPUS, ONE_GPU], ComputeSpec(), (3, 4, 1)),
-        ([TWO_GPUS, EIGHT], ComputeSpec(threads=8), (1, 8, 1)),
-        ([NodeResources(cpus=1, gpus=4), TWO], ComputeSpec(), (1, 1, 1)),
+        # Nodes with other numbers of GPUs than each other give one to each worker.
+        ([TWO_GPUS, ONE_GPU], ComputeSpec(gpus_per_worker=2), (1, 8, 2)),
+        ([TWO_GPUS, EIGHT], ComputeSpec(threads=8), (1, 8, 2)),
+        ([NodeResources(cpus=1, gpus=4), TWO], ComputeSpec(), (1, 1, 4)),
         ([NodeResources(cpus=0, gpus=1), ONE_GPU], ComputeSpec(), (1, 8, 1)),
         ([H100, H100, L4], ComputeSpec(accelerator="H100"), (2, 8, 1)),
     ],
@@ -57,6 +68,16 @@ def test_workers_threads_and_gpus(
         ([EIGHT], ComputeSpec(workers=9, threads=1), r"9 workers of 1 threads do not fit.*8 CPUs"),
         ([EIGHT], ComputeSpec(device="gpu"), "no GPU; use --device cpu"),
         ([TWO_GPUS], ComputeSpec(workers=3), "3 workers need as many GPUs; the cluster has 2"),
+        (
+            [TWO_GPUS],
+            ComputeSpec(gpus_per_worker=3),
+            "--gpus-per-worker 3: no node of the cluster has so many, but 2 at most",
+        ),
+        (
+            [TWO_GPUS, ONE_GPU],
+            ComputeSpec(workers=2, gpus_per_worker=2),
+            "2 workers need 2 GPUs of one node each; the cluster has 3, enough for 1",
+        ),
         ([NodeResources(cpus=0)], ComputeSpec(), "no CPU for workers"),
         (
             [NodeResources(cpus=0, gpus=1), EIGHT],
@@ -95,7 +116,7 @@ def test_nodes_have_room_for_no_more_than_the_run_takes() -> None:
         NodeRoom(workers=1, memory_bytes=1 * GIB),
     )
     with_gpu = allocate(ComputeSpec(), [TWO_GPUS, EIGHT])
-    assert with_gpu.nodes == (NodeRoom(workers=2, memory_bytes=16 * GIB),)
+    assert with_gpu.nodes == (NodeRoom(workers=1, memory_bytes=16 * GIB),)
 
 
 def test_this_machine_is_what_the_process_may_use() -> None:
@@ -182,9 +203,9 @@ def test_control_groups_limit_this_machine(
 def test_the_kind_of_gpu_is_part_of_what_a_run_gets() -> None:
     assert allocate(ComputeSpec(device="gpu"), [H100, EIGHT]).accelerator == "H100"
     assert allocate(ComputeSpec(accelerator="L4"), [H100, L4]).to_dict() == {
-        "workers": 2,
-        "threads": 2,
-        "gpus": 1,
+        "workers": 1,
+        "threads": 4,
+        "gpus": 2,
         "accelerator": "L4",
     }
     assert allocate(ComputeSpec(), [EIGHT]).to_dict() == {"workers": 1, "threads": 8, "gpus": 0}

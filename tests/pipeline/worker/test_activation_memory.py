@@ -17,6 +17,7 @@ from pipeline.run.driver import quantize
 from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.worker.activation_memory import ActivationMemory
 from pipeline.worker.block_program import BlockProgram
+from pipeline.worker.devices import Devices
 from pipeline.worker.worker import Worker
 from tests.pipeline.tiny_runs import (
     CountingExecutor,
@@ -112,7 +113,7 @@ def test_what_a_block_gives_is_not_copied_where_it_stays_on_the_device(
 def test_no_more_than_one_micro_batch_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
     awaited: list[Any] = []
     monkeypatch.setattr(jax, "block_until_ready", awaited.append)
-    memory = ActivationMemory("host")
+    memory = ActivationMemory("host", Devices.of_this_process())
     first = memory.keep([jnp.ones(3)])
     memory.keep([jnp.zeros(3)])
     assert [list(arrays) for arrays in awaited] == [[], list(first)]
@@ -122,7 +123,7 @@ def test_what_is_kept_already_is_not_copied_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Such as residuals, which a block's stages pass on as they are."""
-    memory = ActivationMemory("host")
+    memory = ActivationMemory("host", Devices.of_this_process())
     [kept] = memory.keep([jnp.ones(3)])
     [here] = memory.fetch([kept])
     other, again = memory.keep([jnp.zeros(2), here], {id(here): kept})
@@ -141,7 +142,7 @@ def test_what_is_kept_already_is_not_copied_again(
 
 
 def test_what_comes_back_is_what_was_put_away() -> None:
-    memory = ActivationMemory("host")
+    memory = ActivationMemory("host", Devices.of_this_process())
     for dtype in ("float32", "bfloat16", "int32", "bool"):
         array = jnp.arange(24).reshape(2, 3, 4).astype(dtype)
         [found] = memory.fetch(memory.keep([array]))

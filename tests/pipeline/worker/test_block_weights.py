@@ -17,6 +17,7 @@ from pipeline.run.worker_api import SolvedLayer
 from pipeline.storage.object_store import open_store
 from pipeline.worker import block_weights
 from pipeline.worker.block_weights import BlockWeights
+from pipeline.worker.devices import Devices
 from pipeline.worker.model_state import ModelState, place_weights
 from pipeline.worker.solve import solve_layers
 from quantizer import kernel_layout
@@ -103,13 +104,13 @@ def test_weights_depend_on_the_block_and_what_is_solved_alone(sent: Sent) -> Non
     plan, model = planned("int8").plan, state("int8")
     by_block = {block: {p: x.variables for p, x in solved(block).items()} for block in (0, 1)}
     values = {block: model.read(block + 1) for block in by_block}
-    held = BlockWeights(model)
+    held = BlockWeights(model, Devices.of_this_process())
     everything = len(by_block[0])
     assert everything > 3
     for block, count in [(0, 0), (0, 3), (0, 3), (0, 1), (1, 2), (0, everything), (0, 0)]:
         chosen = {path: by_block[block][path] for path in list(by_block[block])[:count]}
         found = held.of(block, values[block], chosen)
-        expected = BlockWeights(model).of(block, values[block], chosen)
+        expected = BlockWeights(model, Devices.of_this_process()).of(block, values[block], chosen)
         variables = model.graph.blocks[block].layer.weights
         kernels = {model.targets(block + 1)[path].kernel_path: path for path in chosen}
         for variable, one, other in zip(variables, found, expected, strict=True):
@@ -127,7 +128,7 @@ def test_weights_depend_on_the_block_and_what_is_solved_alone(sent: Sent) -> Non
 
 def test_a_block_that_is_left_takes_no_room() -> None:
     model = state("int8")
-    held, values = BlockWeights(model), model.read(1)
+    held, values = BlockWeights(model, Devices.of_this_process()), model.read(1)
     before = sum(array.nbytes for array in jax.live_arrays())
     held.of(0, values, {})
     size = sum(array.nbytes for array in values.values())

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from pipeline.worker.activation_memory import ActivationMemory
+from pipeline.worker.devices import Devices
 from pipeline.worker.shards import CalibrationShards, LostShardError, MicroBatch
 
 
@@ -40,7 +41,11 @@ class Counting:
 
 def batch() -> MicroBatch:
     values = {0: jnp.ones(1)}
-    return MicroBatch(values=values, batch=SimpleNamespace(), memory=ActivationMemory("device"))  # type: ignore[arg-type]
+    return MicroBatch(
+        values=values,
+        batch=SimpleNamespace(),
+        memory=ActivationMemory("device", Devices.of_this_process()),
+    )  # type: ignore[arg-type]
 
 
 CALL: Any = SimpleNamespace(takes=(0,), gives=(1,))
