@@ -86,7 +86,7 @@ def _run_converter(preset: PresetFiles, backbone: Any, loader: _RecordingLoader)
     with (
         keras_errors(problem, "config.json and weights are of different models"),
         contextlib.redirect_stdout(io.StringIO()),  # some print what they did
-        _assigning(backbone.variables, loader.assign),
+        assigning(backbone.variables, loader.assign),
     ):
         config = normalized_config(preset.parse(CONFIG_FILE))
         find_converter(preset).convert_weights(backbone, loader, config)
@@ -97,8 +97,15 @@ def _first_row(tensor: Stored) -> Stored:
 
 
 @contextlib.contextmanager
-def _assigning(variables: list[Any], assign: Callable[[Any, Any], None]) -> Iterator[None]:
-    """Let a function of a variable and a value do what assigning to the variable does."""
+def assigning(variables: list[Any], note: Callable[[Any, RecordedTensor], None]) -> Iterator[None]:
+    """Let a function of a variable and a recorded tensor do what assigning that to it does."""
+
+    def assign(variable: Any, value: Any) -> None:
+        if isinstance(value, RecordedTensor):
+            note(variable, value)
+        else:
+            type(variable).assign(variable, value)
+
     for variable in variables:
         object.__setattr__(variable, "assign", partial(assign, variable))
     try:
@@ -157,11 +164,8 @@ class _RecordingLoader(SafetensorLoader):  # type: ignore[misc]  # KerasHub carr
 
         keras_variable._initializer = initializer
 
-    def assign(self, variable: Any, value: Any) -> None:
+    def assign(self, variable: Any, value: RecordedTensor) -> None:
         """What a converter assigns itself."""
-        if not isinstance(value, RecordedTensor):
-            type(variable).assign(variable, value)
-            return
         stored = stored_tensors(value.step)
         self.used.update(tensor.name for tensor in stored)
         if any(tensor.decoded for tensor in stored):

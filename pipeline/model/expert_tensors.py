@@ -1,32 +1,37 @@
 """Where a variable of all experts lies in a checkpoint that has a matrix for each.
 
 KerasHub's converters read the tensors of experts one by one, transpose and join them, and stack
-those of all experts to one variable. They are given stand-ins that only record what NumPy is asked
-to do with them (NEP 18); what was recorded for one expert is then done with the numbers 0, 1, 2, …,
-which shows where each row of each tensor lands. Neither a family nor its names are known here.
+those of all experts to one variable. Of such tensors nothing but the names is known, so that they
+are given recorded ones (`pipeline.model.recorded_tensors`) of one number each; the recipe is then
+carried out with the numbers 0, 1, 2, …, which shows where each row of each tensor lands. Neither a
+family nor its names are known here.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache, partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from pipeline.errors import ExportError
+from pipeline.model.recorded_tensors import (
+    Made,
+    RecordedTensor,
+    Step,
+    Stored,
+    all_steps,
+    carried_out,
+    joining_axis,
+    stored_tensors,
+)
 
 _OF_ONE = re.compile(r"\.experts\.\d+\.")
-_MOVES: dict[Hashable, Callable[..., Any]] = {
-    "transpose": np.transpose,
-    "concatenate": np.concatenate,
-    "stack": np.stack,
-}
-_Recorded = tuple[Any, ...]
-"""("tensor", number) or (function, arguments, options), nested."""
+_MOVES = (np.transpose, np.concatenate, np.stack)
+"""What is found whatever the sizes of tensors."""
+_ROWS, _COLUMNS = 5, 3
 
 
 def is_of_one_expert(tensor: str) -> bool:
@@ -66,72 +71,21 @@ class ExpertTensor:
         return variable[self.expert, :, self.start : self.stop].T
 
 
-@dataclass(frozen=True)
-class StandIn:
-    """A tensor whose values are not known, or what NumPy made of several.
+def recorded_tensor(name: str, refuse: Callable[[str], ExportError]) -> RecordedTensor:
+    """A tensor of one expert, of which only the name is known.
 
-    Attributes:
+    Args:
         refuse: makes the error for whatever is not recorded.
-        tensors: their names, in the order in which `recorded` numbers them.
     """
 
-    refuse: Callable[[str], ExportError] = field(repr=False)
-    tensors: tuple[str, ...]
-    recorded: _Recorded = ("tensor", 0)
+    def read(stored: Stored) -> Any:
+        raise refuse(stored.name)
 
-    def __array_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> StandIn:
-        name = function.__name__
-        if name not in _MOVES:
-            raise self.refuse(self.tensors[0])
-        tensors: list[str] = []
-        parts = list(args[0]) if isinstance(args[0], list | tuple) else [args[0]]
-        recorded = []
-        for part in parts:
-            if not isinstance(part, StandIn):
-                raise self.refuse(self.tensors[0])
-            recorded.append(_renumbered(part.recorded, len(tensors)))
-            tensors += part.tensors
-        taken = tuple(recorded) if isinstance(args[0], list | tuple) else recorded[0]
-        options = (*args[1:], tuple(sorted(kwargs.items())))
-        return StandIn(self.refuse, tuple(tensors), (name, taken, options))
-
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        raise self.refuse(self.tensors[0])
-
-
-@contextlib.contextmanager
-def assigned(variables: Sequence[Any], stacked: dict[str, StandIn]) -> Iterator[None]:
-    """Collect the stand-ins that are assigned to variables, by path."""
-
-    def assign(variable: Any, given: Any) -> Any:
-        if isinstance(given, StandIn):
-            stacked[str(variable.path)] = given
-            return None
-        return type(variable).assign(variable, given)
-
-    watched = [variable for variable in variables if len(variable.shape) == 3]
-    for variable in watched:
-        object.__setattr__(variable, "assign", partial(assign, variable))
-    try:
-        yield
-    finally:
-        for variable in watched:
-            object.__delattr__(variable, "assign")
-
-
-def _renumbered(recorded: _Recorded, first: int) -> _Recorded:
-    kind, taken, *options = recorded
-    if kind == "tensor":
-        return kind, taken + first
-    if kind == "transpose":
-        return kind, _renumbered(taken, first), *options
-    return kind, tuple(_renumbered(part, first) for part in taken), *options
+    return RecordedTensor(Stored(name=name, shape=(1, 1), dtype=np.dtype("float32")), read)
 
 
 def expert_tensors(
-    path: str, shape: tuple[int, int, int], value: StandIn
+    path: str, shape: tuple[int, int, int], recipe: Step, refuse: Callable[[str], ExportError]
 ) -> dict[str, ExpertTensor]:
     """The tensors that were stacked to a variable, by name.
 
@@ -142,60 +96,44 @@ def expert_tensors(
         ExportError: they are not matrices of one expert each, whose rows are its outputs.
     """
     num_experts, in_features, out_features = shape
-    kind, taken, *options = value.recorded
-    if kind != "stack" or options != [((("axis", 0),),)] or len(taken) != num_experts:
-        raise value.refuse(value.tensors[0])
-    in_each = len(value.tensors) // num_experts
+    parts: Sequence[Step] = ()
+    if isinstance(recipe, Made) and recipe.function is np.stack and joining_axis(recipe) == 0:
+        parts = recipe.arguments[0]
+    if len(parts) != num_experts:
+        raise refuse(stored_tensors(recipe)[0].name)
     found = {}
-    for expert, part in enumerate(taken):
-        rows = _rows(_renumbered(part, -expert * in_each), in_each, in_features, out_features)
-        names = value.tensors[expert * in_each : (expert + 1) * in_each]
-        if rows is None:
-            raise value.refuse(names[0])
-        for name, (start, stop) in zip(names, rows, strict=True):
+    for expert, part in enumerate(parts):
+        order = _order(part)
+        if order is None or out_features % len(order):
+            raise refuse(stored_tensors(part)[0].name)
+        rows = out_features // len(order)
+        for place, name in enumerate(order):
             found[name] = ExpertTensor(
-                variable=path, expert=expert, start=start, stop=stop, in_features=in_features
+                variable=path,
+                expert=expert,
+                start=place * rows,
+                stop=(place + 1) * rows,
+                in_features=in_features,
             )
     return found
 
 
-@cache
-def _rows(
-    recorded: _Recorded, num_tensors: int, in_features: int, out_features: int
-) -> list[tuple[int, int]] | None:
-    """Which outputs of an expert each of its tensors [rows, in_features] gives.
+def _order(recipe: Step) -> list[str] | None:
+    """The tensors [rows, in_features] whose rows are an expert's outputs, in their order.
 
     None if it is not so, where all have the same number of rows.
     """
-    each = out_features // num_tensors
-    numbers = np.arange(out_features * in_features, dtype=np.int64)
-    tensors = numbers.reshape(num_tensors, each, in_features)
+    if not all(isinstance(x, Stored) or x.function in _MOVES for x in all_steps(recipe)):
+        return None
+    names = [tensor.name for tensor in stored_tensors(recipe)]
+    numbers = np.arange(len(names) * _ROWS * _COLUMNS).reshape(len(names), _ROWS, _COLUMNS)
+    tensors = dict(zip(names, numbers, strict=True))
     try:
-        moved = _done(recorded, tensors)
+        moved = carried_out(recipe, lambda stored: tensors[stored.name])
     except (ValueError, IndexError, TypeError):
         return None
-    if moved.shape != (in_features, out_features):
+    if moved.shape != (_COLUMNS, len(names) * _ROWS):
         return None
-    found = []
-    for tensor in tensors:
-        # The variable's outputs are its last axis, and the first number of each row its first.
-        starts = np.flatnonzero(moved[0] == tensor[0, 0])
-        if len(starts) != 1:
-            return None
-        start = int(starts[0])
-        if not np.array_equal(moved[:, start : start + each].T, tensor):
-            return None
-        found.append((start, start + each))
-    return found
-
-
-def _done(recorded: _Recorded, tensors: np.ndarray[Any, Any]) -> Any:
-    """What was recorded, done with these tensors."""
-    kind, taken, *rest = recorded
-    if kind == "tensor":
-        return tensors[taken]
-    [options] = rest
-    *args, named = options
-    if kind == "transpose":
-        return np.transpose(_done(taken, tensors), *args, **dict(named))
-    return _MOVES[kind]([_done(part, tensors) for part in taken], *args, **dict(named))
+    order = sorted(names, key=lambda name: int(np.argmax(moved[0] == tensors[name][0, 0])))
+    in_order = np.concatenate([tensors[name].T for name in order], axis=1)
+    return order if np.array_equal(moved, in_order) else None

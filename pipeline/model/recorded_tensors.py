@@ -68,13 +68,13 @@ class RecordedTensor(NDArrayOperatorsMixin):
         return len(self.shape)
 
     @property
-    def T(self) -> RecordedTensor:  # noqa: N802  # NumPy's name
+    def T(self) -> Any:  # noqa: N802  # NumPy's name
         return self._moved(np.transpose, self)
 
-    def reshape(self, *shape: Any) -> RecordedTensor:
+    def reshape(self, *shape: Any) -> Any:
         return self._moved(np.reshape, self, shape[0] if len(shape) == 1 else shape)
 
-    def transpose(self, *axes: Any) -> RecordedTensor:
+    def transpose(self, *axes: Any) -> Any:
         return self._moved(np.transpose, self, (axes[0] if len(axes) == 1 else axes) or None)
 
     def astype(self, dtype: Any) -> RecordedTensor:
@@ -126,10 +126,14 @@ class RecordedTensor(NDArrayOperatorsMixin):
         step = Made(function=function, arguments=taken, options=options, shape=shape)
         return RecordedTensor(step, self._read)
 
-    def _moved(self, function: Any, *arguments: Any, **options: Any) -> RecordedTensor:
+    def _moved(self, function: Any, *arguments: Any, **options: Any) -> Any:
         """One of the functions that make views, whose shape is found without memory."""
         first, *others = arguments
-        view = function(np.broadcast_to(np.uint8(0), first.shape), *others, **options)
+        try:
+            view = function(np.broadcast_to(np.uint8(0), first.shape), *others, **options)
+        except ValueError:
+            # It fits no recorded shape: whoever has the values says what is wrong.
+            return function(self._computed(first), *others, **options)
         return self._noted(function, *arguments, shape=view.shape, **options)
 
     def _value(self) -> NDArray[Any]:
@@ -197,14 +201,14 @@ _MOVES = (*_VIEWS, np.stack, np.concatenate, operator.getitem)
 
 def stored_tensors(step: Step) -> tuple[Stored, ...]:
     """The tensors that a recipe takes, each once, in its order."""
-    return tuple(found for found in _all_steps(step) if isinstance(found, Stored))
+    return tuple(found for found in all_steps(step) if isinstance(found, Stored))
 
 
 def only_moves(step: Step) -> bool:
     """Whether a recipe's values are those of its tensors, none of them selected by another."""
     return all(
         isinstance(found, Stored) or (found.function in _MOVES and found.shape is not None)
-        for found in _all_steps(step)
+        for found in all_steps(step)
     )
 
 
@@ -213,7 +217,7 @@ def keeps_rows(step: Step) -> bool:
 
     A row is what has one index of the first axis.
     """
-    return all(_keeps_rows(found) for found in _all_steps(step))
+    return all(_keeps_rows(found) for found in all_steps(step))
 
 
 def _keeps_rows(step: Step) -> bool:
@@ -227,10 +231,11 @@ def _keeps_rows(step: Step) -> bool:
         key = step.arguments[1]
         first = key[0] if isinstance(key, tuple) else key
         return first is Ellipsis or first == slice(None)
-    return step.function not in (np.stack, np.concatenate, np.repeat) or _axis(step) != 0
+    return step.function not in (np.stack, np.concatenate, np.repeat) or joining_axis(step) != 0
 
 
-def _all_steps(step: Step) -> Iterator[Step]:
+def all_steps(step: Step) -> Iterator[Step]:
+    """A recipe's steps, each once."""
     seen: set[int] = set()
     waiting = [step]
     while waiting:
@@ -261,7 +266,7 @@ def carried_out(step: Step, read: ReadStored) -> NDArray[Any]:
     Raises:
         ValueError, IndexError, TypeError: the tensors' shapes do not fit together.
     """
-    left = Counter(id(taken) for found in _all_steps(step) for taken in _operands(found))
+    left = Counter(id(taken) for found in all_steps(step) for taken in _operands(found))
     left[id(step)] += 1
     held: dict[int, Any] = {}
 
@@ -276,7 +281,7 @@ def carried_out(step: Step, read: ReadStored) -> NDArray[Any]:
         return held[id(given)] if left[id(given)] else held.pop(id(given))
 
     def made(given: Made) -> Any:
-        if given.function is np.stack and _axis(given) == 0:
+        if given.function is np.stack and joining_axis(given) == 0:
             return stacked(given.shape, (value(part) for part in given.arguments[0]))
         arguments = [value(argument) for argument in given.arguments]
         if given.function is _with_items and left[id(given.arguments[0])]:
@@ -287,8 +292,8 @@ def carried_out(step: Step, read: ReadStored) -> NDArray[Any]:
     return np.asarray(value(step))
 
 
-def _axis(step: Made) -> Any:
-    """Along which a function of `_SHAPES` joins or repeats."""
+def joining_axis(step: Made) -> Any:
+    """The axis along which a step joins or repeats: by `np.stack` and others of `_SHAPES`."""
     others = step.arguments[1:] or (0,)
     return step.options.get("axis", others[-1])
 

@@ -22,15 +22,16 @@ from keras_hub.src.utils.transformers.safetensor_utils import SafetensorLoader
 from numpy.typing import NDArray
 
 from pipeline.errors import ExportError, SourceError
+from pipeline.model.conversion_recording import assigning
 from pipeline.model.expert_tensors import (
     ExpertTensor,
-    StandIn,
-    assigned,
     expert_tensors,
     is_of_one_expert,
+    recorded_tensor,
 )
 from pipeline.model.huggingface import Conversion, Hook, converted_value, find_converter
 from pipeline.model.preset import PresetFiles, keras_errors
+from pipeline.model.recorded_tensors import Step
 from pipeline.model.skeleton import Skeleton
 from quantizer.keras_format.kernel_layout import KernelLayout
 from quantizer.keras_format.layers import kernel_layout
@@ -301,14 +302,14 @@ def find_places(config: PresetFiles, skeleton: Skeleton) -> TensorPlaces:
         )
     loader = _NamesOnly(config.url)
     before = {id(variable) for variable in backbone.variables if variable._value is not None}
-    stacked: dict[str, StandIn] = {}
+    recipes: dict[str, Step] = {}
     with (
         keras_errors(
             f"{config.url}: KerasHub's converter for {type(backbone).__name__} cannot be run "
             "backwards",
             "models of this family cannot be exported",
         ),
-        assigned(backbone.variables, stacked),
+        assigning(backbone.variables, lambda one, given: recipes.update({one.path: given.step})),
     ):
         converter.convert_weights(backbone, loader, config.parse("config.json"))
     conversions = dict(loader.conversions)
@@ -323,8 +324,8 @@ def find_places(config: PresetFiles, skeleton: Skeleton) -> TensorPlaces:
     shapes = {str(variable.path): tuple(variable.shape) for variable in backbone.variables}
     experts = {
         name: one
-        for path, value in stacked.items()
-        for name, one in expert_tensors(path, shapes[path], value).items()
+        for path, recipe in recipes.items()
+        for name, one in expert_tensors(path, shapes[path], recipe, loader.computes).items()
     }
     zeros = _kinds_of_text(config, skeleton, conversions)
     return TensorPlaces(skeleton, conversions, zeros, experts)
@@ -383,7 +384,7 @@ class _NamesOnly(SafetensorLoader):  # type: ignore[misc]  # KerasHub carries no
         if hf_weight_key.endswith(_KINDS_OF_TEXT):
             return np.zeros((1, 1), np.float32)
         if is_of_one_expert(hf_weight_key):
-            return StandIn(self.computes, (hf_weight_key,))
+            return recorded_tensor(hf_weight_key, self.computes)
         raise self.computes(hf_weight_key)
 
     def port_weight(

@@ -11,10 +11,10 @@ import pytest
 from pipeline.errors import ExportError
 from pipeline.model.expert_tensors import (
     ExpertTensor,
-    StandIn,
     expert_tensors,
     is_of_one_expert,
     of_any_expert,
+    recorded_tensor,
 )
 
 EXPERTS, INPUTS, OUTPUTS = 3, 4, 10
@@ -25,13 +25,13 @@ def refuse(name: str) -> ExportError:
 
 
 def tensor(name: str) -> Any:
-    return StandIn(refuse, (name,))
+    return recorded_tensor(name, refuse)
 
 
 def stacked(convert: Any, *names: str) -> dict[str, ExpertTensor]:
     parts = [convert(*(tensor(f"{i}.{name}") for name in names)) for i in range(EXPERTS)]
     value: Any = np.stack(parts, axis=0)
-    return expert_tensors("block/bank", (EXPERTS, INPUTS, OUTPUTS), value)
+    return expert_tensors("block/bank", (EXPERTS, INPUTS, OUTPUTS), value.step, refuse)
 
 
 def test_transposed_and_joined_tensors_are_found_in_the_variable() -> None:
