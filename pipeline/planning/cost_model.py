@@ -236,9 +236,9 @@ class _Model:
         work = Work(seconds=calls * _CALL_SECONDS)
         if self._workers == 1:
             return work
-        sums = sum(group.sum_bytes for group in found.solve)
+        sums = sum(group.received_bytes(self._workers, levels) for group in found.solve)
         weights = part.source_bytes + part.num_weights  # as read, and as codes
-        return work + self._sent(sums) * (levels + 1) + self._sent(weights)
+        return work + self._sent(sums) + self._sent(weights)
 
     def _sent(self, num_bytes: float) -> Work:
         """From one worker to another: off the device, into and out of shared memory, on again."""

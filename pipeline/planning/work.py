@@ -152,11 +152,19 @@ class GroupWork:
         shared: what every worker that solves any of them does: the factor.
         rows: of each slice of rows, what solving it takes; slices can be anywhere.
         sum_bytes: of the statistics of the input; of a Gram its bands, which travel.
+        owned: whether they are added up where they are used, each expert's apart.
     """
 
     shared: Work
     rows: tuple[Work, ...]
     sum_bytes: int
+    owned: bool = False
+
+    def received_bytes(self, workers: int, levels: int) -> float:
+        """Of sums, by the worker that gets most: up the tree, and to where they are used."""
+        if self.owned:
+            return self.sum_bytes * (workers - 1) / workers
+        return self.sum_bytes * (levels + 1)
 
 
 def block_work(plan: Plan, part: PartPlan, constants: Constants) -> BlockWork:
@@ -271,7 +279,7 @@ def _experts_work(group: InputGroup, part: PartPlan, constants: Constants) -> Gr
         one += _factoring(group.in_features, constants)
         ranges += [one * len(experts) for experts in expert_ranges(layer.experts, layer.slices)]
     sum_bytes = int(_FLOAT_BYTES * group.experts * _GRAM_SHARE * group.in_features**2)
-    return GroupWork(shared=Work(), rows=tuple(ranges), sum_bytes=sum_bytes)
+    return GroupWork(shared=Work(), rows=tuple(ranges), sum_bytes=sum_bytes, owned=True)
 
 
 def _sliced_work(layer: LayerPlan, *, hessian: bool, constants: Constants) -> list[Work]:

@@ -54,7 +54,7 @@ class BlockCalls:
             if group.experts:
                 solved.append(self._solve_experts(block, stage, members, values, solved))
                 continue
-            total = self._capture(block, stage, values, solved)
+            total = self._summed(self._capture(block, stage, values, solved))
             whole, cut = share_out(members, self.executor.num_workers)
             if group.fold is not None:
                 # They share one vector of input scales, which all of them decide.
@@ -90,23 +90,43 @@ class BlockCalls:
     ) -> list[SolvedLayer]:
         """Submit the solves of experts with inputs of their own, as many at once as memory allows.
 
-        Ranges of them are solved side by side.
+        Each worker solves some of them, for which all others send it their part of the sums: the
+        tree of an expert's sums has its root where the expert is solved, so that what travels is
+        shared as the solving is, and no worker holds the sums of all.
         """
-        number, num_workers, slices = block + 1, self.executor.num_workers, []
+        number, slices = block + 1, []
         [(num_experts, num_ranges, in_features)] = {
             (layer.experts, layer.slices, layer.in_features) for layer in members
         }
         ranges = expert_ranges(num_experts, num_ranges)
+        first = 0  # of the workers that solve a pass: others than for the last one, if they are few
         for together in expert_passes(ranges, in_features):
             experts = range(ranges[together[0]].start, ranges[together[-1]].stop)
-            total = self._capture(block, stage, values, solved, experts)
-            workers = range(min(num_workers, len(together)))
-            given = [self._sum_for(worker, total) for worker in workers]
-            for worker in workers:
-                taken = {layer.path: together[worker::num_workers] for layer in members}
+            held = self._capture(block, stage, values, solved, experts)
+            shares = expert_ranges(len(together), min(len(together), self.executor.num_workers))
+            owned = [together[share.start : share.stop] for share in shares]
+            owners = [(first + i) % self.executor.num_workers for i in range(len(owned))]
+            first += len(owned)
+            solving = [
+                (owner, numbers, range(ranges[numbers[0]].start, ranges[numbers[-1]].stop))
+                for owner, numbers in zip(owners, owned, strict=True)
+            ]
+            # All sums are sent before any worker begins to solve.
+            sums = [
+                [self._sum_for(owner, one, experts=own) for one in held]
+                for owner, _, own in solving
+            ]
+            for (owner, numbers, own), given in zip(solving, sums, strict=True):
+                taken = {layer.path: numbers for layer in members}
                 slices.append(
                     self._submit(
-                        worker, WorkerApi.solve_slices, number, taken, values, given[worker]
+                        owner,
+                        WorkerApi.solve_slices,
+                        number,
+                        taken,
+                        values,
+                        *given,
+                        experts=own,
                     )
                 )
         paths = [layer.path for layer in members]
@@ -119,9 +139,9 @@ class BlockCalls:
         values: Values,
         solved: list[list[SolvedLayer]],
         experts: range | None = None,
-    ) -> _Summed:
-        """Submit the sum of one group's input, or of some experts', over all shards."""
-        by_subtree = [
+    ) -> list[_Summed]:
+        """Submit the sums of one group's input, or of some experts', over each subtree."""
+        return [
             _Summed(
                 worker,
                 self._submit(
@@ -132,6 +152,9 @@ class BlockCalls:
             for tree in share
         ]
 
+    def _summed(self, by_subtree: Sequence[_Summed]) -> _Summed:
+        """Submit the rest of the tree."""
+
         def merge(left: _Summed, right: _Summed) -> _Summed:
             # On the left one's worker: its sum need not travel.
             sent = None if right.worker == left.worker else self._sent(right)
@@ -140,9 +163,15 @@ class BlockCalls:
 
         return join(by_subtree, merge)
 
-    def _sum_for(self, worker: int, total: _Summed) -> HeldSum | InputSum:
-        """A sum as a worker takes it: by name if it holds it."""
-        return total.held if worker == total.worker else self._sent(total)
+    def _sum_for(
+        self, worker: int, total: _Summed, experts: range | None = None
+    ) -> HeldSum | InputSum:
+        """A sum, or some experts' part of it, as a worker takes it: by name if it holds it."""
+        if worker == total.worker:
+            return total.held
+        if experts is not None:
+            return self._submit(total.worker, WorkerApi.send, total.held, experts=experts)
+        return self._sent(total)
 
     def _sent(self, total: _Summed) -> InputSum:
         """A sum itself, as its holder sends it, once."""

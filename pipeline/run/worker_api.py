@@ -162,8 +162,12 @@ class WorkerApi(Protocol):
             sent: the right one, if another worker holds it.
         """
 
-    def send(self, held: HeldSum) -> InputSum:
-        """Copy a sum to the host, for another worker that is to merge it or solve with it."""
+    def send(self, held: HeldSum, experts: range | None = None) -> InputSum:
+        """Copy a sum to the host, for another worker that is to merge it or solve with it.
+
+        Args:
+            experts: which ones to send, of a sum over the inputs that experts have of their own.
+        """
 
     def solve(
         self, part: int, paths: Sequence[str], values: Values, total: HeldSum | InputSum | None
@@ -179,9 +183,19 @@ class WorkerApi(Protocol):
         part: int,
         slices: Mapping[str, Sequence[int]],
         values: Values,
-        total: HeldSum | InputSum,
+        *sums: HeldSum | InputSum,
+        experts: range | None = None,
     ) -> dict[str, SolvedSlices]:
-        """Quantize some row slices, by number, of layers of one input; both by layer path."""
+        """Quantize some row slices, by number, of layers of one input; both by layer path.
+
+        Args:
+            slices: of experts with inputs of their own, ranges of them, the same ones of each
+                layer.
+            sums: the sum over the layers' input, by name if it is held here. For experts, those
+                over all subtrees of the reduction, in the order of their leaves: the rest of the
+                tree is reduced here, so that an expert's sums meet where it is solved.
+            experts: those in the ranges; what others send is of these alone.
+        """
 
     def join(
         self, part: int, paths: Sequence[str], values: Values, *solved: Mapping[str, SolvedSlices]

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from pipeline.plan import InputGroup
 from pipeline.recipe.recipe import StatisticsKind
+from pipeline.reduction import join
 from pipeline.run.worker_api import InputSum
 from pipeline.worker.memory import make_room
 from pipeline.worker.routed_rows import RoutedRows
@@ -89,6 +90,35 @@ def on_device(total: InputSum, device: Any) -> InputSum:
 def in_numpy(total: InputSum) -> InputSum:
     """A sum that may be sent to another process."""
     return dataclasses.replace(total, arrays=tuple(map(np.asarray, total.arrays)))
+
+
+def of_experts(total: InputSum, experts: range | None) -> InputSum:
+    """The sums of some of the experts of a sum; None for the whole of any sum."""
+    if experts in (None, total.experts):
+        return total
+    assert experts is not None
+    assert total.experts is not None
+    first = total.experts.start
+    chosen = slice(experts.start - first, experts.stop - first)
+    arrays = tuple(array[chosen] for array in total.arrays)
+    return dataclasses.replace(total, arrays=arrays, experts=experts)
+
+
+def joined(found: Iterable[InputSum], experts: range | None, device: Any) -> InputSum:
+    """The sum over the subtrees of a reduction, given in the order of their leaves; they stay.
+
+    Args:
+        experts: of which to add up sums; None for the whole of any sums.
+        device: where to.
+    """
+    sums = [on_device(of_experts(one, experts), device) for one in found]
+    numpy = jnp if any(isinstance(one.arrays[0], Array) for one in sums) else np
+
+    def add(left: InputSum, right: InputSum) -> InputSum:
+        arrays = _merge(numpy, left.arrays, right.arrays, left.kind)
+        return dataclasses.replace(left, arrays=arrays, num_rows=left.num_rows + right.num_rows)
+
+    return join(sums, add)
 
 
 def finished(total: InputSum) -> InputStatistics:

@@ -48,7 +48,15 @@ from pipeline.worker.memory import FreedMemory
 from pipeline.worker.model_state import ModelState, place_weights
 from pipeline.worker.shards import CalibrationShards, LostShardError, MicroBatch
 from pipeline.worker.solve import CompiledAhead, join_layer, solve_layers, solve_slices
-from pipeline.worker.statistics import finished, in_numpy, merged, on_device, sum_inputs, sum_routed
+from pipeline.worker.statistics import (
+    finished,
+    in_numpy,
+    joined,
+    merged,
+    of_experts,
+    sum_inputs,
+    sum_routed,
+)
 from pipeline.worker.streamed_model import artifact_model, source_model
 from quantizer.experts import ExpertHessians, InputStatistics
 
@@ -151,8 +159,9 @@ class Worker(WorkerApi):
         return self._sums.merge(left, right, sent)
 
     @device_errors()
-    def send(self, held: HeldSum) -> InputSum:
-        return in_numpy(self._sums.get(held))
+    def send(self, held: HeldSum, experts: range | None = None) -> InputSum:
+        total = self._sums.get(held)
+        return in_numpy(total if experts is None else of_experts(total, experts))
 
     @device_errors()
     def solve(
@@ -167,7 +176,7 @@ class Worker(WorkerApi):
         names = {layer.name for layer in layers}
         folds = [g.fold for g in self._plan.parts[part].groups if names.intersection(g.targets)]
         fold = folds[0] if folds else None  # layers solved at once share an input, or have none
-        statistics = self._statistics(total)
+        statistics = None if total is None else self._statistics(total)
         assert not isinstance(statistics, ExpertHessians), "experts are solved in ranges"
         targets, devices = self._model.targets(part), self._devices.several
         return solve_layers(targets, layers, values, statistics, fold, devices=devices)
@@ -178,12 +187,13 @@ class Worker(WorkerApi):
         part: int,
         slices: Mapping[str, Sequence[int]],
         values: Values,
-        total: HeldSum | InputSum,
+        *sums: HeldSum | InputSum,
+        experts: range | None = None,
     ) -> dict[str, SolvedSlices]:
         layers = self._layers(part, slices)
         targets, devices = self._model.targets(part), self._devices.several
         self._compiled.await_for(layers)
-        statistics = self._statistics(total)
+        statistics = self._statistics(*sums, experts=experts)
         return {
             x.path: solve_slices(
                 targets[x.path], x, values, statistics, slices[x.path], devices=devices
@@ -281,11 +291,12 @@ class Worker(WorkerApi):
         check_machine(self._plan.machine)
         self._compiled.begin()
 
-    def _statistics(self, total: HeldSum | InputSum | None) -> InputStatistics | None:
-        if total is None:
-            return None
-        held = self._sums.get(total) if isinstance(total, HeldSum) else total
-        return finished(on_device(held, self._devices.first))
+    def _statistics(
+        self, *sums: HeldSum | InputSum, experts: range | None = None
+    ) -> InputStatistics:
+        """What solvers take of a sum, or of sums over subtrees: of these experts alone."""
+        found = (self._sums.get(one) if isinstance(one, HeldSum) else one for one in sums)
+        return finished(joined(found, experts, self._devices.first))
 
     def _layers(self, part: int, paths: Iterable[str]) -> list[LayerPlan]:
         layers = {layer.path: layer for layer in self._plan.parts[part].layers}
