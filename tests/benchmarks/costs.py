@@ -12,11 +12,11 @@ that is shared changes its speed between the two.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from jobs.quantities import size
 from jobs.run_costs import Workers, cost_of
 from pipeline.executor.protocol import ExecutorError
 from pipeline.model.preset import read_preset
-from pipeline.plan import PartPlan, Plan
+from pipeline.plan import Plan
 from pipeline.planning.machines import known_machines, workers_on
 from pipeline.planning.make_plan import make_plan
 from pipeline.planning.run_cost import STAGES
@@ -34,68 +34,30 @@ from tests.models.large_shapes import SHAPES, large_folder
 _MACHINES = ("H100", "8xH100", "8xL4")
 _RECIPE = "gptq-w4-g128"
 # Longer than any calibration: its tokens are counted, and never read.
-_TEXT = "The quick brown fox jumps over the lazy dog. " * 10_000
+_TEXT = "The quick brown fox jumps over the lazy dog. " * 30_000
 
 
-def large_plan(name: str, folder: Path) -> Plan:
-    """The plan of one of SHAPES, made without reading a weight."""
+def large_plan(name: str, folder: Path, **calibration: int) -> Plan:
+    """The plan of one of SHAPES, made without reading a weight.
+
+    Args:
+        calibration: other than the recipe's, such as num_samples.
+    """
     texts = folder / "texts.txt"
     texts.write_text(_TEXT)
     values = load_recipe(_RECIPE).to_dict()
-    values["calibration"]["texts"] = [str(texts)]
+    values["calibration"] |= {"texts": [str(texts)], **calibration}
     recipe = recipe_from_dict(values | {"allow_partial": True}, where=_RECIPE)
     preset = read_preset(str(large_folder(folder / name, name)))
     return make_plan(preset, recipe, threads=1, read_weights=False).plan
 
 
-def with_experts(plan: Plan, number: int, vocabulary: int) -> Plan:
-    """The plan with the feed-forward layers of each block so many times: Mixtral 8x7B's of 8B's.
-
-    Every expert is a layer of its own, which all tokens pass and calibrate.
-    """
-    rest, *blocks = plan.parts
-    [table] = rest.layers
-    smaller = dataclasses.replace(table, out_features=vocabulary)
-    rest = dataclasses.replace(
-        rest,
-        layers=(smaller,),
-        source_bytes=rest.source_bytes * vocabulary // table.out_features,
-    )
-    return dataclasses.replace(plan, parts=(rest, *(_expanded(block, number) for block in blocks)))
-
-
-def _expanded(block: PartPlan, number: int) -> PartPlan:
-    inner = [layer for layer in block.layers if "feedforward" in layer.name]
-    outer = [layer for layer in block.layers if "feedforward" not in layer.name]
-    groups = list(block.groups)
-    layers = list(outer)
-    for expert in range(number):
-        names = {layer.name: f"{layer.name}_{expert}" for layer in inner}
-        layers += [dataclasses.replace(layer, name=names[layer.name]) for layer in inner]
-        groups += [
-            dataclasses.replace(group, targets=tuple(names[name] for name in group.targets))
-            for group in block.groups
-            if group.targets[0] in names
-        ]
-    groups = [group for group in groups if group.targets[0] not in {x.name for x in inner}]
-    weights = sum(layer.num_weights for layer in inner)
-    return dataclasses.replace(
-        block,
-        layers=tuple(layers),
-        groups=tuple(groups),
-        source_bytes=block.source_bytes + 2 * (number - 1) * weights,
-    )
-
-
-def print_tables() -> None:
-    """A table for each shape: seconds by stage on each machine, hours and price."""
+def print_tables(names: Sequence[str]) -> None:
+    """A table for each of SHAPES: seconds by stage on each machine, hours and price."""
     machines = known_machines()
-    plans = {}
-    for name in SHAPES:
+    for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            plans[name] = large_plan(name, Path(folder))
-    plans["mixtral-8x7b, each expert a layer"] = with_experts(plans["llama-3-8b"], 8, 32_000)
-    for name, plan in plans.items():
+            plan = large_plan(name, Path(folder))
         costs, needs = [], []
         for given in _MACHINES:
             number, kind = workers_on(given)
@@ -176,11 +138,12 @@ def _call(*arguments: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", metavar="PRESET")
+    parser.add_argument("--only", choices=SHAPES, help="the table of one shape")
     parser.add_argument("--recipe", default="tests/demo/recipe.yaml")
     parser.add_argument("--runs", type=int, default=3)
     given = parser.parse_args()
     if given.check is None:
-        print_tables()
+        print_tables([given.only] if given.only else list(SHAPES))
     else:
         check(given.check, given.recipe, given.runs)
 

@@ -111,11 +111,17 @@ BANKS = {
 Errors = dict[tuple[str, int], float]
 
 
-def run_seed(layer: FeedForward, seed: int, seeds: int, bits: int) -> tuple[Errors, Errors]:
-    """Errors of down and of the bank, by variant and tokens an expert; shares of the outputs."""
+def run_seed(
+    layer: FeedForward, seed: int, seeds: int, bits: int, mixture: Mixture | None = None
+) -> tuple[Errors, Errors]:
+    """Errors of down and of the bank, by variant and tokens an expert; shares of the outputs.
+
+    Args:
+        mixture: one whose router is not of the seed's text.
+    """
     share = len(layer.calibration_TH) // seeds
     text_TH = layer.calibration_TH[seed * share : (seed + 1) * share]
-    mixture = Mixture.of(layer, text_TH[:_CLUSTERED], seed)
+    mixture = mixture or Mixture.of(layer, text_TH[:_CLUSTERED], seed)
     held = mixture.route(layer.evaluation_TH)
     tests = [held.of_expert(number) for number in range(NUM_EXPERTS)]
     down_errors: Errors = {}

@@ -10,7 +10,7 @@ as one.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,15 +94,49 @@ def read_feed_forward(calibration_tokens: int, evaluation_tokens: int) -> FeedFo
         np.asarray(getattr(block, f"_feedforward_{name}_dense").kernel).T
         for name in ("gate", "intermediate", "output")
     ]
-    calibration_TH, evaluation_TH = (
-        _feed_forward_inputs(task, _windows(task, texts, number))
-        for texts, number in (
-            (calibration_documents(), calibration_tokens),
-            (evaluation_documents(), evaluation_tokens),
-        )
-    )
+    calibration = read_text(task, calibration_documents(), calibration_tokens)
+    evaluation = read_text(task, evaluation_documents(), evaluation_tokens)
     gate_IH, up_IH, down_HI = map(np.ascontiguousarray, kernels)
-    return FeedForward(gate_IH, up_IH, down_HI, calibration_TH, evaluation_TH)
+    return FeedForward(gate_IH, up_IH, down_HI, calibration.inputs_TH, evaluation.inputs_TH)
+
+
+@dataclass(frozen=True)
+class ReadText:
+    """A text, and what the feed-forward layer reads at its tokens.
+
+    Attributes:
+        residual_TH: what the layer's output is added to.
+    """
+
+    tokens_T: NDArray[np.int32]
+    inputs_TH: Float32
+    residual_TH: Float32
+
+
+def read_text(task: Any, texts: Sequence[str], num_tokens: int) -> ReadText:
+    """Run the first blocks of a model that ends after BLOCK."""
+    windows_WT = _windows(task, texts, num_tokens)
+    layers = task.backbone.transformer_layers
+    norm = layers[BLOCK]._feedforward_layernorm
+    seen: list[tuple[Float32, Float32]] = []
+    call = norm.call
+
+    def call_and_record(inputs: Any) -> Any:
+        outputs = call(inputs)
+        rows = (np.asarray(array).reshape(-1, array.shape[-1]) for array in (outputs, inputs))
+        seen.append((next(rows), next(rows)))
+        return outputs
+
+    norm.call = call_and_record
+    try:
+        for start in range(0, len(windows_WT), _BATCH):
+            hidden = task.backbone.token_embedding(windows_WT[start : start + _BATCH])
+            for layer in layers:
+                hidden = layer(hidden)
+    finally:
+        norm.call = call
+    inputs, residuals = zip(*seen, strict=True)
+    return ReadText(windows_WT.reshape(-1), np.concatenate(inputs), np.concatenate(residuals))
 
 
 def _windows(task: Any, texts: Sequence[str], num_tokens: int) -> NDArray[np.int32]:
@@ -116,35 +150,12 @@ def _windows(task: Any, texts: Sequence[str], num_tokens: int) -> NDArray[np.int
     return np.asarray(tokens[: count * WINDOW], np.int32).reshape(count, WINDOW)
 
 
-def _feed_forward_inputs(task: Any, windows_WT: NDArray[np.int32]) -> Float32:
-    layers = task.backbone.transformer_layers
-    norm = layers[BLOCK]._feedforward_layernorm
-    seen: list[Float32] = []
-    call = norm.call
-
-    def call_and_record(inputs: Any) -> Any:
-        outputs = call(inputs)
-        seen.append(np.asarray(outputs).reshape(-1, outputs.shape[-1]))
-        return outputs
-
-    norm.call = call_and_record
-    try:
-        for start in range(0, len(windows_WT), _BATCH):
-            hidden = task.backbone.token_embedding(windows_WT[start : start + _BATCH])
-            for layer in layers:
-                hidden = layer(hidden)
-    finally:
-        norm.call = call
-    return np.concatenate(seen)
-
-
 @dataclass(frozen=True)
 class Mixture:
-    """Experts and the centres of the clusters that they serve, [experts, hidden]."""
+    """Experts, and the scores of each at tokens: [tokens, hidden] → [tokens, experts]."""
 
     experts: list[Expert]
-    centres_EH: Float32
-    sharpness: float
+    scores: Callable[[Float32], Float32]
 
     @classmethod
     def of(cls, layer: FeedForward, inputs_TH: Float32, seed: int) -> Mixture:
@@ -175,11 +186,11 @@ class Mixture:
         similar_TE = np.sort(directions_TH @ centres_EH.T, 1)
         # The first expert's logit is on average 1 above the second's, as trained routers' are.
         sharpness = 1 / float(np.mean(similar_TE[:, -1] - similar_TE[:, -2]))
-        return cls(experts, centres_EH, sharpness)
+        return cls(experts, lambda rows: sharpness * (_directions(rows) @ centres_EH.T))
 
     def route(self, inputs_TH: Float32) -> Routing:
         """The experts of tokens."""
-        logits_TE = self.sharpness * (_directions(inputs_TH) @ self.centres_EH.T)
+        logits_TE = self.scores(inputs_TH)
         experts_TK = np.argsort(-logits_TE, 1, kind="stable")[:, :PER_TOKEN]
         share_TK = np.exp(np.take_along_axis(logits_TE, experts_TK, 1))
         weights_TK = np.asarray(share_TK / share_TK.sum(1, keepdims=True), np.float32)
