@@ -28,11 +28,8 @@ def main() -> None:
         command.add_argument("--results", type=Path, required=True, help="a folder")
         command.add_argument(
             "--quick",
-            nargs="?",
-            type=int,
-            const=4,
-            metavar="BLOCKS",
-            help="quantize only the first blocks (4), and judge on a quarter of the windows",
+            action="store_true",
+            help="quantize only the first four blocks, and judge on a quarter of the windows",
         )
     arguments = parser.parse_args()
     if arguments.command == "run":
@@ -47,7 +44,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
     rows = [Row.parse(row) for row in arguments.rows]
     environments = arguments.envs and arguments.envs.resolve()
-    measure = Measure(arguments.results, environments, arguments.quick)
+    measure = Measure(arguments.results, environments, quick=arguments.quick)
     for draw in arguments.draws:
         for row in rows:
             began = time.perf_counter()
@@ -61,12 +58,12 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _print(arguments: argparse.Namespace) -> None:
-    from tests.benchmarks.quality.results import Results
+    from tests.benchmarks.quality.results import FULL, QUICK, Results
     from tests.benchmarks.quality.rows import Row
     from tests.benchmarks.quality.tables import comparison, table
 
     results = Results(arguments.results)
-    form = "full" if arguments.quick is None else f"{arguments.quick} blocks"
+    form = QUICK if arguments.quick else FULL
     rows = [str(Row.parse(row)) for row in arguments.rows]
     rows = rows or list(dict.fromkeys(j.row for j in results.read() if j.form == form))
     show = table if arguments.command == "table" else comparison

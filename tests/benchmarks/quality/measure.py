@@ -18,7 +18,7 @@ from pipeline.planning.token_windows import token_windows
 from pipeline.recipe.recipe import Calibration
 from tests.benchmarks.quality.judge import Judge
 from tests.benchmarks.quality.quantizing import Source, forget, quantize, version
-from tests.benchmarks.quality.results import Judged, Results, digest
+from tests.benchmarks.quality.results import FULL, QUICK, Judged, Results, digest
 from tests.benchmarks.quality.rows import Row
 from tests.benchmarks.quality.weights import put_weights, variable_shapes
 from tests.models.smollm2 import smollm2_preset
@@ -46,6 +46,7 @@ SOURCES = {
 """What models are calibrated on."""
 WINDOW_LENGTH = 128
 NUM_WINDOWS, QUICK_WINDOWS = 64, 16
+QUICK_BLOCKS = 4
 
 
 class Measure:
@@ -54,17 +55,17 @@ class Measure:
     Args:
         folder: for results, and below work/ for models and texts.
         environments: the folder of the peers' environments, if rows need them.
-        num_blocks: of a quick measure: so many blocks are quantized, and judged on fewer windows;
-            None for all.
+        quick: whether few blocks are quantized, and judged on few windows.
     """
 
-    def __init__(self, folder: Path, environments: Path | None, num_blocks: int | None) -> None:
+    def __init__(self, folder: Path, environments: Path | None, *, quick: bool) -> None:
         self.results = Results(folder)
         self._work = folder.resolve() / "work"
         preset = smollm2_preset(self._work / "preset", dither=True)
         self._preset = read_preset(str(preset))
         self._skeleton = build_skeleton(self._preset)
-        self.form = "full" if num_blocks is None else f"{num_blocks} blocks"
+        self.form = QUICK if quick else FULL
+        num_blocks = QUICK_BLOCKS if quick else None
         self._texts = {
             name: _written(self._work / "texts" / f"calibrate-{name}.jsonl", documents, self._work)
             for name, documents in SOURCES.items()
@@ -87,18 +88,16 @@ class Measure:
             f"{FILE_SHA256} dithered",
             windows,
             self._work,
-            num_windows=None if num_blocks is None else QUICK_WINDOWS,
+            num_windows=QUICK_WINDOWS if quick else None,
         )
         self._source = Source(
-            preset=preset
-            if num_blocks is None
-            else smollm2_preset(
+            preset=smollm2_preset(
                 self._work / f"preset-{num_blocks}", dither=True, num_blocks=num_blocks
-            ),
-            directory=smollm2_directory(
-                self._work / f"huggingface-{self.form.replace(' ', '-')}",
-                dither=True,
-                num_blocks=num_blocks,
+            )
+            if quick
+            else preset,
+            directory=_huggingface(
+                self._work / f"huggingface-{self.form.replace(' ', '-')}", num_blocks
             ),
             shapes=variable_shapes(self._task),
             environments=environments,
@@ -142,7 +141,7 @@ class Measure:
         if made.weights is not None:
             task = self._task
             put_weights(task, made.weights)
-        elif self.form == "full":
+        elif self.form == FULL:
             task = made.task
         else:
             raise ValueError(
@@ -154,6 +153,13 @@ class Measure:
 
     def _windows(self, calibration: Calibration) -> TokenWindows:
         return token_windows(self._preset, self._skeleton, calibration)
+
+
+def _huggingface(folder: Path, num_blocks: int | None) -> Path:
+    if not folder.exists():
+        part = smollm2_directory(folder.with_suffix(".part"), dither=True, num_blocks=num_blocks)
+        part.rename(folder)
+    return folder
 
 
 def _written(file: Path, documents: Any, cache: Path) -> Path:

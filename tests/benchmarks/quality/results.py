@@ -22,6 +22,8 @@ METRICS = ("float_nll", "nll", "kl", "kl_p99", "flips")
 """Of each window: mean negative log-likelihood in the float model and in this one, mean KL (nats),
 the 99th percentile of KL over its tokens, and the share of tokens at which the likeliest next one
 is not the float model's."""
+FULL, QUICK = "full", "4 blocks"
+"""Forms of the measure."""
 _DIGITS = 7
 
 
@@ -32,7 +34,7 @@ class Judged:
     Attributes:
         key: see `digest`.
         row, draw: what was quantized; see `rows`.
-        form: of the measure: "full", or how many blocks and windows a quick one has.
+        form: of the measure: FULL or QUICK.
         version: of the quantizer.
         seconds: that quantizing took, by what they include; on a busy machine they say little.
         machine: kind of processor and number of cores.
