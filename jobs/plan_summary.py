@@ -14,12 +14,19 @@ from jobs.quantities import count, size
 from jobs.summary import layer_notes, left_in_float, share_text, with_examples
 from pipeline.executor.protocol import Allocation
 from pipeline.plan import Plan, TokensPlan
+from pipeline.planning.coverage import Coverage
 from pipeline.planning.estimates import Estimate
 from pipeline.recipe.recipe import unmatched_patterns
 
 
-def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> RenderableType:
-    """A plan before it runs: layers by scheme, calibration, costs, what stays in float and why."""
+def plan_table(
+    plan: Plan, costs: Estimate, allocation: Allocation, coverage: Coverage | None = None
+) -> RenderableType:
+    """A plan before it runs: layers by scheme, calibration, costs, what stays in float and why.
+
+    Args:
+        coverage: what its calibration shows of the model's inputs, if that is known.
+    """
     layers = Table(
         *("layer", "scheme"),
         *(Column(name, justify="right") for name in ("in × out", "slices", "layers")),
@@ -53,6 +60,8 @@ def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> Renderabl
             facts.add_row(
                 "", Text(f"{seen.num_windows} windows, {count(seen.num_tokens)} tokens of {url}")
             )
+        if coverage is not None:
+            facts.add_row("calibrated on", coverage.text)
         if plan.device == "gpu":
             facts.add_row("computed in", _forward(plan.forward_dtype, tokens))
     for name, text in planned_experts(plan, costs):
@@ -85,6 +94,7 @@ def plan_table(plan: Plan, costs: Estimate, allocation: Allocation) -> Renderabl
         *left_in_float(layer_notes(every, quantized=False)),
         *with_examples(layer_notes(every, quantized=True)),
         *map(Text, plan.notes),
+        *(Text(f"warning: {text}") for text in (() if coverage is None else coverage.warnings())),
     ]
     return Group(layers, facts, *notes, *rules)
 

@@ -8,9 +8,6 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rich.console import Group
-from rich.text import Text
-
 from jobs.execute import (
     Compute,
     DriverOptions,
@@ -22,12 +19,11 @@ from jobs.execute import (
 )
 from jobs.logging import is_json, log_event, print_json, set_run, status, url_name
 from jobs.metrics import RunMetrics
-from jobs.plan_summary import plan_table
+from jobs.planned_job import PlannedJob, log_finished_before, report_plan
 from jobs.reachable import absolute, check_writable, reachable
 from jobs.release.cards import update_cards
-from jobs.run_costs import PricedMachine, Workers, cost_json, cost_of, cost_table
+from jobs.run_costs import PricedMachine, Workers
 from jobs.run_exports import (
-    ForeseenExports,
     check_exports,
     exports_json,
     foresee_exports,
@@ -48,7 +44,6 @@ from pipeline.export.settings import ExportSettings
 from pipeline.model.preset import CONFIG_FILE, check_preset
 from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.planning.estimates import Estimate, estimate
-from pipeline.planning.run_cost import RunCost
 from pipeline.recipe.recipe import Recipe
 from pipeline.remote_planning import identity, plan_by_metadata, plan_on
 from pipeline.run.claim import claim
@@ -130,7 +125,7 @@ def run_job(
     if not finished or job.is_evaluated or job.exports:
         check_writable(store)
 
-    def plan_all(runner: FunctionRunner) -> _PlannedJob:
+    def plan_all(runner: FunctionRunner) -> PlannedJob:
         # Before all else, since it reads no weights.
         exports = foresee_exports(
             runner, job.source_url, recipe, job.exports, dry_run=dry_run is not None
@@ -145,8 +140,15 @@ def run_job(
         check_exports(runner, job.source_url, plan, job.exports)
         # Before anything is claimed: a mistyped file must not cost a run.
         judged_on = None if dry_run is not None else _evaluation_set(job, plan, runner)
-        return _PlannedJob(
-            plan=plan, windows=windows, judged_on=judged_on, exports=exports, priced=priced
+        return PlannedJob(
+            plan=plan,
+            windows=windows,
+            judged_on=judged_on,
+            exports=exports,
+            priced=priced,
+            num_evaluated=job.evaluation_windows * len(job.evaluated_on.by_name),
+            has_tasks=bool(job.tasks),
+            keep_every=job.options.keep_every,
         )
 
     with open_compute(
@@ -159,34 +161,19 @@ def run_job(
             planned = compute.plan(plan_all, with_workers=has_work and dry_run is None)
         plan, judged_on = planned.plan, planned.judged_on
         if dry_run is not None:
-            _report_plan(planned, job, compute, dry_run, finished=finished, as_json=as_json)
+            output_url = job.output_url if finished else ""
+            report_plan(planned, compute, dry_run, finished_at=output_url, as_json=as_json)
             return
         costs = estimate(plan, compute.allocation.workers)
         if not finished:
             costs = compute.placed(costs)
             compute.check_room(costs)
         planned.exports.warn(recipe)
+        planned.warn()
         wanted = {settings.key: settings.to_json() for settings in job.exports}
         plan = claim(store, plan, planned.windows, beside=wanted)
         want_exports(store, job.exports)
         _finish(plan, job, store, compute, costs, judged_on, as_json=as_json)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _PlannedJob:
-    """A job's plan, and what is known of its result before it is made.
-
-    Attributes:
-        windows: to calibrate on, serialized.
-        judged_on: what to evaluate the result on.
-        priced: where it is costed, in a dry run (see `PricedMachine.find`).
-    """
-
-    plan: Plan
-    windows: bytes | None
-    judged_on: EvaluationSet | None
-    exports: ForeseenExports
-    priced: Workers | str
 
 
 def resume_job(
@@ -225,7 +212,7 @@ def resume_job(
     source_url = absolute(job.source_url) or plan.source_url
     set_run(run=url_name(output_url), model=url_name(source_url), recipe=plan.recipe.name)
     if finished and not job.is_evaluated:
-        _log_finished_before(output_url)
+        log_finished_before(output_url)
         found, costs = read_manifest(store), estimate(plan, 1)
         made: tuple[MadeExport, ...] = ()
         if pending_exports(store):
@@ -289,7 +276,7 @@ def _finish(
                 # The driver that was waited for may have finished.
                 held = None if store.exists(MANIFEST_KEY) else held
             if held is None:
-                _log_finished_before(job.output_url)
+                log_finished_before(job.output_url)
             execution = execute(plan, store, compute, held, metrics, job.options)
         if judged_on is not None:
             fidelity = evaluate(compute.executor, judged_on)
@@ -311,10 +298,6 @@ def _finish(
             f"{job.output_url}: the result gives {fidelity.not_finite}; keep what stays in float "
             "in bfloat16 or float32 (--dtype), or choose another scheme"
         )
-
-
-def _log_finished_before(output_url: str) -> None:
-    log_event("finished before", f"{output_url}: finished before; nothing to quantize")
 
 
 def _evaluation_set(job: Job, plan: Plan, runner: FunctionRunner) -> EvaluationSet | None:
@@ -340,65 +323,3 @@ def _print_summary(
         for hint in load_hints(store):
             log_event("loadable", hint)
         log_exports(exports)
-
-
-def _report_plan(
-    planned: _PlannedJob,
-    job: Job,
-    compute: Compute,
-    dry_run: PricedMachine,
-    *,
-    finished: bool,
-    as_json: bool,
-) -> None:
-    """Print a plan and what it would cost, and refuse what would not fit."""
-    plan, allocation, named = planned.plan, compute.allocation, dry_run.named
-    if named is not None:
-        plan, allocation, costs = named.plan(plan), named.allocation, named.estimate(plan)
-    else:
-        costs = estimate(plan, allocation.workers)
-        if not finished:
-            costs = compute.placed(costs)
-    _print_plan(planned, plan, job, costs, allocation, as_json=as_json)
-    if finished:
-        _log_finished_before(job.output_url)
-    if named is not None:
-        named.check_room(costs)
-    elif not finished:
-        compute.check_room(costs)
-
-
-def _print_plan(
-    planned: _PlannedJob,
-    plan: Plan,
-    job: Job,
-    costs: Estimate,
-    allocation: Allocation,
-    *,
-    as_json: bool,
-) -> None:
-    num_windows = job.evaluation_windows * len(job.evaluated_on.by_name)
-    priced = planned.priced
-    cost: RunCost | str
-    if isinstance(priced, Workers):
-        keep_every = job.options.keep_every
-        cost = cost_of(plan, priced, num_windows=num_windows, keep_every=keep_every)
-    else:
-        cost = priced
-    values = {
-        # Which follows from the weights, too.
-        "plan_digest": planned.plan.digest if planned.plan.is_complete else None,
-        "share": dataclasses.asdict(plan.share),
-        "estimate": dataclasses.asdict(costs) | {"flops": costs.flops},
-        **cost_json(cost),
-    }
-    if as_json:
-        found = {"plan": planned.plan.content(), "resources": allocation.to_dict()}
-        print_json(values | found | planned.exports.to_dict())
-        return
-    shown = Text(cost) if isinstance(cost, str) else cost_table(cost)
-    table = Group(plan_table(plan, costs, allocation), shown)
-    log_event("planned", "", values, table=table)
-    planned.exports.show()
-    if job.tasks:
-        log_event("not counted", "the cost is without the questions of --tasks")

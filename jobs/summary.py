@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -12,12 +12,14 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from jobs.expert_summary import ExpertSummary
+from jobs.quality_rows import add_quality
 from jobs.quantities import count, size
-from pipeline.errors import DamagedObjectError
-from pipeline.evaluation.answers import TaskFidelity
-from pipeline.fidelity import Fidelity, TextFidelity
+from pipeline.calibration.windows import TokenWindows
+from pipeline.errors import DamagedObjectError, MissingObjectError
+from pipeline.fidelity import Fidelity
 from pipeline.model.preset import PresetFiles
 from pipeline.plan import LayerPlan, Plan, Share
+from pipeline.planning.coverage import Coverage, faint_warnings
 from pipeline.planning.estimates import Estimate
 from pipeline.recipe.recipe import statistics_of
 from pipeline.run.records import LayerRecord, Manifest, PartRecord
@@ -67,6 +69,10 @@ class Summary:
         uncalibrated: why the layers that calibration gave nothing usable were rounded, by path.
         unseen_inputs: how many inputs were zero in all of calibration, by layer path.
         experts: None where none is quantized.
+        coverage: what calibration showed of the model's inputs; None without texts, or where the
+            token windows are no longer there.
+        faint_inputs: how many inputs had next to no energy in calibration, by layer path.
+        warnings: where calibration showed too little.
     """
 
     plan_digest: str
@@ -94,6 +100,9 @@ class Summary:
     fidelity: Fidelity | None
     device_bytes: int = 0
     device_peak_bytes: int | None = None
+    coverage: Coverage | None = None
+    faint_inputs: dict[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -117,6 +126,8 @@ class Summary:
         block_bytes = sum(record.size_bytes for record in records if record.part)
         outside = next(record for record in records if not record.part)
         embedding_bytes = _embedding_bytes(store, outside)
+        coverage = _coverage(plan, store)
+        faint = _faint_inputs(plan, layers)
         return cls(
             plan_digest=plan.digest,
             manifest_sha256=manifest.record_sha256,
@@ -154,12 +165,40 @@ class Summary:
             device_bytes=costs.device_bytes,
             device_peak_bytes=device_peak_bytes,
             fidelity=fidelity,
+            coverage=coverage,
+            faint_inputs={path: number for path, (number, _) in faint.items()},
+            warnings=(*([] if coverage is None else coverage.warnings()), *faint_warnings(faint)),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         quality = None if self.fidelity is None else self.fidelity.figures()
-        return dataclasses.asdict(self) | {"fidelity": quality}
+        coverage = None if self.coverage is None else self.coverage.to_dict()
+        return dataclasses.asdict(self) | {"fidelity": quality, "coverage": coverage}
+
+
+def _coverage(plan: Plan, store: ObjectStore) -> Coverage | None:
+    if plan.tokens is None:
+        return None
+    try:
+        content = store.get(plan.tokens.key, sha256=plan.tokens.digest)
+    except MissingObjectError:
+        return None
+    return Coverage.of(plan, TokenWindows.from_bytes(content))
+
+
+def _faint_inputs(plan: Plan, layers: Iterable[LayerRecord]) -> dict[str, tuple[int, int]]:
+    """How many inputs calibration hardly saw, and of how many, by layer path.
+
+    Those of experts, who have inputs of their own, are not told of.
+    """
+    inputs = {x.path: x.in_features for part in plan.parts for x in part.layers if not x.experts}
+    found = {}
+    for layer in layers:
+        number = 0 if layer.account is None else layer.account.get("faint_inputs", 0)
+        if number and layer.path in inputs:
+            found[layer.path] = (number, inputs[layer.path])
+    return found
 
 
 def _embedding_bytes(store: ObjectStore, record: PartRecord) -> int:
@@ -273,8 +312,17 @@ def summary_table(summary: Summary) -> RenderableType:
             f"{sum(unseen.values())} inputs of {len(unseen)} layers were zero in all of "
             "calibration: their weights are rounded to nearest",
         )
+    if faint := summary.faint_inputs:
+        most = max(faint, key=lambda path: (faint[path], path))
+        facts.add_row(
+            "hardly seen",
+            f"{sum(faint.values())} inputs of {len(faint)} layers had next to no energy in "
+            f"calibration; most of them, {faint[most]}, in {most}",
+        )
+    if summary.coverage is not None:
+        facts.add_row("calibrated on", summary.coverage.text)
     if summary.fidelity is not None:
-        _add_quality(facts, summary.fidelity)
+        add_quality(facts, summary.fidelity)
     if summary.seconds:
         stages = ", ".join(f"{name} {value:.1f}" for name, value in summary.seconds.items())
         facts.add_row("seconds", f"{summary.wall_seconds:.1f} in all; by stage: {stages}")
@@ -293,43 +341,9 @@ def summary_table(summary: Summary) -> RenderableType:
         *left_in_float(summary.left_in_float),
         *with_examples(summary.layer_notes),
         *map(Text, summary.notes),
+        *(Text(f"warning: {text}") for text in summary.warnings),
     ]
     return Group(schemes, facts, *notes)
-
-
-def _add_quality(facts: Table, fidelity: Fidelity) -> None:
-    if fidelity.not_finite is not None:
-        facts.add_row("quality", fidelity.not_finite)
-        return
-    for name, of_texts in fidelity.texts.items():
-        facts.add_row(Text(f"quality, {name}" if name else "quality"), _quality(of_texts))
-    for task in fidelity.tasks:
-        facts.add_row(Text(f"task {task.name}"), _answers(task))
-
-
-def _quality(fidelity: TextFidelity) -> str:
-    if fidelity.cosine is not None:
-        return f"mean cosine {fidelity.cosine:.5f} over {fidelity.count} vectors"
-    p99 = fidelity.divergence_p99
-    tail = "" if p99 is None else f" (p99 {p99:.4f})"
-    return (
-        f"perplexity {fidelity.source_perplexity:.3f} → {fidelity.result_perplexity:.3f}, KL "
-        f"{fidelity.divergence:.4f} nats{tail}, same next token {fidelity.agreement:.1%} "
-        f"({fidelity.count} tokens in {fidelity.num_windows} windows)"
-    )
-
-
-def _answers(task: TaskFidelity) -> str:
-    stderr = task.result.acc_stderr
-    error = "" if stderr is None else f" ± {stderr:.1%}"
-    recovery = "" if task.recovery is None else f", recovery {task.recovery:.1%}"
-    cut = f"; {task.truncated} choices were too long, and cut on the left" if task.truncated else ""
-    return (
-        f"acc {task.source.acc:.1%} → {task.result.acc:.1%}{error}{recovery}, acc_norm "
-        f"{task.source.acc_norm:.1%} → {task.result.acc_norm:.1%}, {task.flips} of "
-        f"{task.num_questions} questions flipped, {task.changed} answered otherwise, KL "
-        f"{task.divergence:.4f} nats{cut}"
-    )
 
 
 def share_text(share: Share) -> str:

@@ -26,6 +26,7 @@ from quantizer.hessian import (
     CalibrationStatistics,
     HessianSum,
     MagnitudeSum,
+    count_faint,
     energy_with_unseen,
 )
 from quantizer.jit import product, program
@@ -290,6 +291,7 @@ def _result(
             reason=reason,
             rtn_rows=weight_RC.shape[0] if kept == "rtn" else 0,
             dead_inputs=int(np.sum(layer.energy_C == 0)),
+            faint_inputs=count_faint(layer.energy_C),
             num_rows=num_rows,
             ratio=ratio,
         ),

@@ -256,5 +256,6 @@ def _report(solved: Sequence[SolvedExpert]) -> SolveReport:
         rtn_rows=rtn_rows,
         damping=max(definite) if definite and len(definite) == len(dampings) else None,
         dead_inputs=sum(one.report.dead_inputs for one in calibrated),
+        faint_inputs=sum(one.report.faint_inputs for one in calibrated),
         num_rows=rows,
     )

@@ -165,6 +165,23 @@ class MagnitudeSum:
         _check_energy(self.max_abs_C, self.sum_square_C, self.num_rows, name)
 
 
+FAINT = 1e-4
+"""Share of the mean energy below which an input tells a solver next to nothing: the usual damping
+of 0.01 adds a hundred times as much."""
+
+
+def count_faint(energy_C: Float32) -> int:
+    """Inputs whose energy, Σx², is below `FAINT` of the mean over those that have any, but not 0.
+
+    Args:
+        energy_C: up to a common factor.
+    """
+    seen_C = energy_C[energy_C > 0]
+    if not seen_C.size:
+        return 0
+    return int(np.sum(seen_C < FAINT * np.mean(seen_C, dtype=np.float64)))
+
+
 def energy_with_unseen(energy_C: Float32, dead_C: NDArray[np.bool_]) -> Float32:
     """What errors cost by input, where inputs that calibration never saw cost the others' mean."""
     if not dead_C.any():

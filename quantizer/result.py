@@ -110,6 +110,8 @@ class SolveReport:
         damping: share of the Hessian's mean diagonal that was added (gptq).
         dead_inputs: inputs that were zero in all of calibration; their weights are rounded to
             nearest.
+        faint_inputs: inputs with next to no energy in calibration (see `hessian.FAINT`); omitted
+            from plain values where there are none, since older versions did not know it.
         num_rows: calibration rows (tokens).
         ratio: AWQ's exponent of the input scales.
     """
@@ -122,12 +124,16 @@ class SolveReport:
     rtn_rows: int = 0
     damping: float | None = None
     dead_inputs: int = 0
+    faint_inputs: int = 0
     num_rows: int = 0
     ratio: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        if not self.faint_inputs:
+            del values["faint_inputs"]
+        return values
 
 
 @dataclass(frozen=True, slots=True)

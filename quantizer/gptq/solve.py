@@ -23,7 +23,7 @@ from quantizer.gptq.bands import pack, split, stacked
 from quantizer.gptq.column_loop import Columns, SolvedSlice, round_slice
 from quantizer.gptq.factor import Blocks, Factor, arrange, factorize
 from quantizer.gptq.path import Path, path_of
-from quantizer.hessian import HessianSum, energy_with_unseen
+from quantizer.hessian import HessianSum, count_faint, energy_with_unseen
 from quantizer.problem import LayerProblem, RowGroups
 from quantizer.qparams import contiguous_groups, find_grid
 from quantizer.result import Float32, GroupedWeight, SolveReport, SolveResult, relative_error
@@ -167,6 +167,7 @@ class SolvedRows:
     Attributes:
         damping: that was needed; None if none made H definite.
         dead_inputs: how many inputs were zero in all of calibration.
+        faint_inputs: how many had next to no energy (see `hessian.FAINT`).
         num_rows: calibration rows (tokens).
     """
 
@@ -175,6 +176,7 @@ class SolvedRows:
     damping: float | None
     dead_inputs: int
     num_rows: int
+    faint_inputs: int = 0
 
 
 def solve_on_grid(weight_RC: Float32, shared: SharedInput, grid: Grid) -> SolvedRows:
@@ -202,6 +204,7 @@ def _solve_columns(
         solved = shared.path.solve_columns(columns, factor, shared.damped, scheme)
     group_C, scale_GR, zero_GR = jax.device_get(columns[1:])
     ends = np.cumsum(heights)
+    faint_inputs = count_faint(hessian.diagonal())
     return [
         SolvedRows(
             solved=part,
@@ -209,6 +212,7 @@ def _solve_columns(
             damping=None if factor is None else factor.damping,
             dead_inputs=dead_inputs,
             num_rows=hessian.num_rows,
+            faint_inputs=faint_inputs,
         )
         for part, b, height in zip(
             split(jax.device_get(solved), heights), ends, heights, strict=True
@@ -355,6 +359,7 @@ def _report(weight_RC: Float32, parts: Sequence[SolvedRows], scheme: GPTQScheme)
         rtn_rows=rtn_rows,
         damping=damping,
         dead_inputs=parts[0].dead_inputs,
+        faint_inputs=parts[0].faint_inputs,
         num_rows=parts[0].num_rows,
     )
 

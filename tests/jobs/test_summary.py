@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 from pathlib import Path
 
 import h5py
@@ -186,6 +187,28 @@ def test_inputs_that_calibration_never_saw_are_counted(tmp_path: Path) -> None:
     _, every = finished("gptq")
     assert every.unseen_inputs == {}
     assert "never seen" not in shown_summary(every)
+
+
+def test_a_summary_tells_what_calibration_showed_and_warns(tmp_path: Path) -> None:
+    preset = tiny_preset("Llama3", tmp_path / "in", num_blocks=1)
+    with h5py.File(preset / "model.weights.h5", "r+") as file:
+        norm = "layers/llama_transformer_decoder/_self_attention_layernorm/vars/0"
+        file[norm][:16] *= 1e-4
+    run = finished_run(preset, reads_text(SCHEMES["gptq8"]), tmp_path / "out")
+    costs, manifest = estimate(run.plan, 1), read_manifest(run.store)
+    summary = Summary.of(run.plan, run.store, manifest, costs, {}, wall_seconds=0.0, fidelity=None)
+    path = "transformer_layer_0/self_attention"
+    assert summary.faint_inputs == {f"{path}/{name}": 16 for name in ("query", "key", "value")}
+    assert summary.coverage is not None
+    assert summary.to_dict()["coverage"]["num_tokens"] == summary.coverage.num_tokens
+    assert summary.warnings[-1].startswith("in 3 layers more than 10% of the inputs had next to no")
+    text = shown_summary(summary)
+    assert "48 inputs of 3 layers had next to no energy" in text
+    assert re.search(rf"calibrated on +{summary.coverage.num_tokens} tokens, ", text)
+    assert f"warning: {summary.warnings[-1][:60]}" in text
+    store, every = finished("gptq")
+    assert every.faint_inputs == {}
+    assert "faint_inputs" not in store.get("records/block-00000.json").decode()
 
 
 def test_layers_that_calibration_gave_nan_are_named(tmp_path: Path) -> None:

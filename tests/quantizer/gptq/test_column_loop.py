@@ -273,6 +273,18 @@ def test_weights_of_inputs_never_seen_are_rounded_to_nearest(options):
     assert solution.report.dead_inputs == 16
 
 
+def test_inputs_with_next_to_no_energy_are_counted_apart_from_those_never_seen():
+    problem = make(48, 64, 512, dead=16)
+    inputs_NC = problem.inputs_NC.copy()
+    living = np.flatnonzero(inputs_NC.any(0))
+    inputs_NC[:, living[:5]] *= 1e-4
+    found = solve(problem.weight_RC, HessianSum.of(inputs_NC), GPTQScheme(group_size=64)).report
+    assert (found.dead_inputs, found.faint_inputs) == (16, 5)
+    assert found.to_dict()["faint_inputs"] == 5
+    none = solve(problem.weight_RC, problem.hessian, GPTQScheme(group_size=64)).report
+    assert "faint_inputs" not in none.to_dict()
+
+
 def test_inputs_never_seen_answer_other_text_as_rounding_does():
     problem, options = make(48, 64, 512, dead=16), GPTQScheme(weight_bits=8, group_size=64)
     # What these inputs would have been, had calibration not left sixteen of them at zero.
