@@ -16,11 +16,16 @@ from jobs.logging import log_event, route_to_root, status
 from jobs.metrics import RunMetrics
 from jobs.progress import watch
 from jobs.quantities import size
-from jobs.room import check_device_memory, check_memory, place_activations
+from jobs.room import (
+    check_device_memory,
+    check_memory,
+    evaluation_pass,
+    place_activations,
+)
 from jobs.summary import Summary
 from pipeline.calibration.windows import TokenWindows
 from pipeline.errors import CalibrationTextError, PipelineError
-from pipeline.evaluation.batches import EvaluationSet
+from pipeline.evaluation.batches import TOKENS_PER_PASS, EvaluationSet
 from pipeline.evaluation.named_texts import EvaluatedTexts
 from pipeline.executor.allocation import allocate, may_have_gpu, this_machine
 from pipeline.executor.local_process import LocalProcess, local_process
@@ -38,6 +43,7 @@ from pipeline.executor.worker_environment import worker_environment
 from pipeline.fidelity import Fidelity, fidelity_of
 from pipeline.plan import Plan
 from pipeline.planning.estimates import Estimate, estimate
+from pipeline.planning.evaluation_memory import EvaluationMemory
 from pipeline.remote_planning import (
     Identity,
     evaluation_windows,
@@ -138,6 +144,16 @@ class Compute:
                 "its GPU has no room for them",
             )
         return costs.activations
+
+    def evaluation_pass(self, plan: Plan, given: EvaluationSet | None) -> int:
+        """The tokens that may pass the blocks together when a result is evaluated.
+
+        Raises:
+            ExecutorError: not even a batch fits a worker's GPU.
+        """
+        if given is None or not self._gpus:
+            return TOKENS_PER_PASS
+        return evaluation_pass(EvaluationMemory.of(plan, given), self._gpus)
 
     def plan(self, work: Callable[[FunctionRunner], _T], *, with_workers: bool = True) -> _T:
         """Do work that needs JAX and Keras but no plan, and start the workers meanwhile.
@@ -269,8 +285,20 @@ def read_evaluation_set(
     return EvaluationSet(windows=read.pop("", None), named=read, tasks=questions)
 
 
-def evaluate(executor: Executor, given: EvaluationSet) -> Fidelity:
-    """Compare a finished result with its source, with the batches spread over the workers."""
+def evaluate(
+    executor: Executor, given: EvaluationSet, tokens_per_pass: int = TOKENS_PER_PASS
+) -> Fidelity:
+    """Compare a finished result with its source, with the batches spread over the workers.
+
+    Args:
+        tokens_per_pass: how many have room on a worker's device (see `Compute.evaluation_pass`).
+    """
+    if tokens_per_pass < TOKENS_PER_PASS:
+        log_event(
+            "device memory",
+            f"at most {tokens_per_pass} tokens pass the blocks together, of {TOKENS_PER_PASS}: a "
+            "GPU has no room for more; each pass reads all blocks again",
+        )
     for _ in range(_MOST_LOSSES):
         number = len(given.batches)
         workers = min(executor.num_workers, number)
@@ -278,7 +306,13 @@ def evaluate(executor: Executor, given: EvaluationSet) -> Fidelity:
             with status("comparing the result with its source"):
                 measured = executor.fetch(
                     [
-                        executor.submit(w, WorkerApi.evaluate, given, range(w, number, workers))
+                        executor.submit(
+                            w,
+                            WorkerApi.evaluate,
+                            given,
+                            range(w, number, workers),
+                            tokens_per_pass,
+                        )
                         for w in range(workers)
                     ]
                 )

@@ -168,6 +168,7 @@ def run_job(
         if not finished:
             costs = compute.placed(costs)
             compute.check_room(costs)
+        compute.evaluation_pass(plan, judged_on)  # refused now, if it has no room
         planned.exports.warn(recipe)
         planned.warn()
         wanted = {settings.key: settings.to_json() for settings in job.exports}
@@ -237,6 +238,7 @@ def resume_job(
             judged_on = compute.plan(check_source)
         costs = compute.placed(estimate(plan, compute.allocation.workers))
         compute.check_room(costs)
+        compute.evaluation_pass(plan, judged_on)
         _finish(plan, job, store, compute, costs, judged_on, as_json=as_json)
 
 
@@ -279,7 +281,8 @@ def _finish(
                 log_finished_before(job.output_url)
             execution = execute(plan, store, compute, held, metrics, job.options)
         if judged_on is not None:
-            fidelity = evaluate(compute.executor, judged_on)
+            at_once = compute.evaluation_pass(plan, judged_on)
+            fidelity = evaluate(compute.executor, judged_on, at_once)
             Evaluation.of(execution.manifest.record_sha256, judged_on, fidelity).save(store)
             metrics.judged(fidelity)
         made = make_exports(compute, store, job.exports)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jobs.quantities import size
+from pipeline.evaluation.batches import TOKENS_PER_PASS
 from pipeline.executor.protocol import DeviceMemory, ExecutorError, NodeRoom
 from pipeline.planning.estimates import Estimate
+from pipeline.planning.evaluation_memory import EvaluationMemory
 
 
 def check_memory(costs: Estimate, nodes: Sequence[NodeRoom]) -> None:
@@ -56,6 +58,29 @@ def check_device_memory(costs: Estimate, devices: Sequence[DeviceMemory]) -> Non
                 f"{device.node} it has {size(device.num_bytes)} of its {device.kind}; {remedy} or "
                 "use GPUs with more memory"
             )
+
+
+def evaluation_pass(needed: EvaluationMemory, devices: Sequence[DeviceMemory]) -> int:
+    """How many tokens may pass the blocks together, on any of the workers' devices.
+
+    Raises:
+        ExecutorError: not even one batch fits one of them.
+    """
+    fitting = TOKENS_PER_PASS
+    for device in devices:
+        if device.num_bytes is None:
+            continue
+        if needed.least_bytes > device.num_bytes:
+            raise ExecutorError(
+                f"too little GPU memory to evaluate: a worker needs about "
+                f"{size(needed.least_bytes)}, {size(needed.logits_bytes)} of it for the logits of "
+                f"a window of {needed.longest} tokens, and on {device.node} it has "
+                f"{size(device.num_bytes)} of its {device.kind}; leave the evaluation out and run "
+                "quantfleet evaluate --device cpu later, lower sequence_length, or use GPUs with "
+                "more memory"
+            )
+        fitting = min(fitting, needed.tokens_per_pass(device.num_bytes))
+    return fitting
 
 
 def _without_windows(costs: Estimate) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -41,7 +42,7 @@ _SMALLEST_MAGNITUDE = 1e-8
 """A smaller input counts as never seen."""
 
 
-@program(static_argnames=("group_size", "search", "scale_dtype"))
+@program(static_argnames=("group_size", "search", "scale_dtype", "together"))
 def _attempt(
     weight_CR: Array,
     input_scale_C: Array,
@@ -52,8 +53,13 @@ def _attempt(
     group_size: int,
     search: bool,
     scale_dtype: str,
+    together: bool,
 ) -> tuple[Array, Array, Array, Array]:
-    """Codes, scales, zero points and loss of one choice of input scales."""
+    """Codes, scales, zero points and loss of one choice of input scales.
+
+    Args:
+        together: all groups at once (see `find_grid`).
+    """
     scaled_CR = weight_CR * input_scale_C[:, None]
     scale_GR, zero_GR = find_grid(
         scaled_CR,
@@ -64,6 +70,7 @@ def _attempt(
         symmetric=False,
         search=search,
         scale_dtype=scale_dtype,
+        together=together,
     )
     size = weight_CR.shape[0] if group_size == -1 else group_size
     group_C = jnp.arange(weight_CR.shape[0]) // size
@@ -75,6 +82,11 @@ def _attempt(
     else:
         loss = jnp.sum(error_CR * product(gram_CC, error_CR))
     return codes_CR.astype(jnp.uint8), scale_GR, zero_GR, loss
+
+
+def _all_groups_together() -> bool:
+    """A GPU would wait for the host between groups; a CPU keeps one at a time in its cache."""
+    return jax.default_backend() != "cpu"
 
 
 def _input_scales(magnitude_C: Float32, ratio: float) -> Float32:
@@ -256,6 +268,7 @@ def _quantized(layer: _Layer, scale_C: Float32, group_size: int, search: bool) -
         group_size=group_size,
         search=search,
         scale_dtype=scale_dtype,
+        together=_all_groups_together(),
     )
     return _Attempt(codes_CR, scale_GR, zero_GR, scale_C, max(float(loss), 0.0))
 

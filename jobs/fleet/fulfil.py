@@ -233,7 +233,9 @@ def _quantize(
     run_compute = compute.for_run(store)
     threads = run_compute.allocation.threads
     with status("planning: reading the preset, checking every layer, cutting texts"):
-        plan, windows = run_compute.plan(lambda runner: _plan_all(request, store, runner, threads))
+        plan, windows, judged_on = run_compute.plan(
+            lambda runner: _plan_all(request, store, runner, threads)
+        )
     is_new = not store.exists(PLAN_KEY)
     if is_new:
         current = find_current(root, request.model, request.recipe_name)
@@ -248,6 +250,7 @@ def _quantize(
             return twin
     costs = run_compute.placed(estimate(plan, run_compute.allocation.workers))
     run_compute.check_room(costs)
+    run_compute.evaluation_pass(plan, judged_on)  # refused now, if it has no room
     if is_new:
         plan = claim(store, plan, windows)
     for finding in damaged:
@@ -259,12 +262,11 @@ def _quantize(
 
 def _plan_all(
     request: Request, store: ObjectStore, runner: FunctionRunner, threads: int
-) -> tuple[Plan, bytes | None]:
+) -> tuple[Plan, bytes | None, EvaluationSet | None]:
     """See `_plan`; what the result will be judged by is read too, to find mistakes in it now."""
     plan, windows = _plan(request, store, runner, threads)
     check_exports(runner, request.source_url, plan, request.exports, option=CATALOG_OPTION)
-    _evaluation_set(request, plan, runner)
-    return plan, windows
+    return plan, windows, _evaluation_set(request, plan, runner)
 
 
 def _plan(
@@ -301,7 +303,8 @@ def _evaluate(
     run_compute = compute.for_run(store)
     given = run_compute.plan(lambda runner: _evaluation_set(request, artifact.plan, runner))
     assert given is not None
-    fidelity = evaluate(run_compute.executor, given)
+    at_once = run_compute.evaluation_pass(artifact.plan, given)
+    fidelity = evaluate(run_compute.executor, given, at_once)
     Evaluation.of(artifact.manifest.record_sha256, given, fidelity).save(store)
     return fidelity
 

@@ -15,6 +15,8 @@ import numpy as np
 from pipeline.calibration.windows import TokenWindows
 from pipeline.evaluation.choices import TaskRows
 
+TOKENS_PER_PASS = 1 << 15
+"""What a worker holds activations of, at most; more pass the blocks in turn."""
 _TOKENS_PER_BATCH = 1024
 _SHORTEST = 32
 

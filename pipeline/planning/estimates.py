@@ -46,8 +46,8 @@ _GRAM_COPIES = 3
 _LAYER_COPIES = 4
 _SCORE_COPIES = 2
 _HEAD_FEATURES = 64
-# Of a GPU's memory: cuBLAS' workspaces, and what compiled programs keep.
-_DEVICE_PROGRAMS_BYTES = 512 << 20
+DEVICE_PROGRAMS_BYTES = 512 << 20
+"""Of a GPU's memory: cuBLAS' workspaces, and what compiled programs keep."""
 # A GPTQ solve holds its Hessian four times while it is factored; then three times beside two bands
 # of rows, with seven arrays of their columns each.
 _FACTORED_HESSIANS, _SOLVED_HESSIANS = 4, 3
@@ -177,11 +177,11 @@ def _device_bytes(plan: Plan, workers: int) -> int:
         max(_SOLVE_COPIES * _solve_size(part), _banded_size(part)) for part in plan.parts
     )
     if plan.tokens is None:
-        return _DEVICE_PROGRAMS_BYTES + weights + solve
+        return DEVICE_PROGRAMS_BYTES + weights + solve
     held = _calibration(plan, workers)
     grams = int((_DEVICE_GRAM_COPIES + _HELD_GRAM * held.levels) * held.gram_bytes)
     return (
-        _DEVICE_PROGRAMS_BYTES
+        DEVICE_PROGRAMS_BYTES
         + weights
         + max(solve + int(_HELD_GRAM * held.gram_bytes), grams)
         + held.activation_bytes
@@ -219,8 +219,7 @@ def _calibration(plan: Plan, workers: int) -> _Calibration:
     kept = [g.in_features for part in plan.parts for g in part.groups if not g.experts]
     widest = max(kept, default=hidden)
     batch = tokens.micro_batch * tokens.sequence_length
-    heads = -(-hidden // _HEAD_FEATURES)
-    scores = batch * tokens.sequence_length * heads * _FLOAT_BYTES
+    scores = attention_scores_bytes(batch, tokens.sequence_length, hidden)
     # Hidden states, residuals, and the input of the layers.
     activations = (3 * hidden + widest) * _activation_bytes(plan) * num_streams(plan)
     transient = micro_batch_bytes(batch, widest, tokens.largest_array_bytes or scores)
@@ -237,6 +236,11 @@ def _calibration(plan: Plan, workers: int) -> _Calibration:
 def num_streams(plan: Plan) -> int:
     """How many models the calibration windows pass: the quantized, and perhaps the float one."""
     return 2 if plan.has_float_stream else 1
+
+
+def attention_scores_bytes(num_tokens: int, length: int, hidden: int) -> int:
+    """Of attention's scores in float32, for so many tokens in windows of one length."""
+    return num_tokens * length * -(-hidden // _HEAD_FEATURES) * _FLOAT_BYTES
 
 
 def micro_batch_bytes(num_tokens: int, widest: int, largest_array_bytes: int) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from numpy.typing import NDArray
 
 from pipeline.evaluation.answers import ChoiceLikelihood
-from pipeline.evaluation.batches import EvaluationSet
+from pipeline.evaluation.batches import TOKENS_PER_PASS, EvaluationSet
 from pipeline.executor.protocol import ActivationPlace, concurrent
 from pipeline.fidelity import WindowFidelity
 from pipeline.recipe.recipe import StatisticsKind
@@ -232,6 +232,13 @@ class WorkerApi(Protocol):
         """Write the artifact's small files and the manifest; all parts must be committed."""
 
     def evaluate(
-        self, given: EvaluationSet, numbers: Sequence[int]
+        self,
+        given: EvaluationSet,
+        numbers: Sequence[int],
+        tokens_per_pass: int = TOKENS_PER_PASS,
     ) -> list[list[WindowFidelity] | list[ChoiceLikelihood]]:
-        """Compare source and finished artifact on some batches, by number; by row of each."""
+        """Compare source and finished artifact on some batches, by number; by row of each.
+
+        Args:
+            tokens_per_pass: how many its device has room for between two blocks.
+        """

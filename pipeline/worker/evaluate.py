@@ -14,19 +14,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from keras import tree
 from numpy.typing import NDArray
 
 from pipeline.evaluation.answers import ChoiceLikelihood
-from pipeline.evaluation.batches import Batch, EvaluationSet
+from pipeline.evaluation.batches import TOKENS_PER_PASS, Batch, EvaluationSet
 from pipeline.evaluation.choices import TaskRows
 from pipeline.fidelity import WindowFidelity
 from pipeline.model.inputs import InputBatch, InputLayout
 from pipeline.worker.streamed_model import BatchValues, StreamedModel
-
-_TOKENS_PER_PASS = 1 << 15
-"""What a worker holds activations of; more pass in turn."""
 
 
 def evaluate(
@@ -37,6 +34,7 @@ def evaluate(
     numbers: Sequence[int],
     *,
     predicts_tokens: bool,
+    tokens_per_pass: int = TOKENS_PER_PASS,
 ) -> list[list[WindowFidelity] | list[ChoiceLikelihood]]:
     """Run both models over batches, and compare their outputs.
 
@@ -44,6 +42,7 @@ def evaluate(
         numbers: of the batches.
         predicts_tokens: whether the output is the next token's logits; of an encoder–decoder, of
             the decoder's tokens.
+        tokens_per_pass: how many may pass the blocks together; a batch is not divided.
 
     Returns:
         What was found of each row of each batch.
@@ -51,18 +50,18 @@ def evaluate(
     batches = [given.batches[number] for number in numbers]
     return [
         found
-        for some in _passes(batches)
+        for some in _passes(batches, tokens_per_pass)
         for found in _compare(
             source, artifact, layout, given, some, predicts_tokens=predicts_tokens
         )
     ]
 
 
-def _passes(batches: Sequence[Batch]) -> Iterator[list[Batch]]:
+def _passes(batches: Sequence[Batch], most_tokens: int) -> Iterator[list[Batch]]:
     """Batches that pass the blocks together: each pass reads every block once more."""
     some: list[Batch] = []
     for batch in batches:
-        if some and sum(one.num_tokens for one in some) + batch.num_tokens > _TOKENS_PER_PASS:
+        if some and sum(one.num_tokens for one in some) + batch.num_tokens > most_tokens:
             yield some
             some = []
         some.append(batch)
@@ -83,15 +82,14 @@ def _compare(
     inputs = [layout.batch(windows, slice(None), len(windows.lengths)) for windows in read]
     last = [_last_values(model, inputs) for model in (source, artifact)]
     heads = [source.head(), artifact.head()]
-    row = 0
-    for batch, windows in zip(batches, read, strict=True):
+    for index, (batch, windows) in enumerate(zip(batches, read, strict=True)):
         found: list[Any] = []
-        for place, number in enumerate(batch.rows):
-            one = layout.batch(windows, [place], 1)
+        for row, number in enumerate(batch.rows):
+            one = layout.batch(windows, [row], 1)
             outputs, broken = [], []
-            for head, (values, places) in zip(heads, last, strict=True):
-                outputs.append(head(values[row], one))
-                broken.append(places[row] or _broken_output(outputs[-1], one))
+            for head, (states, places) in zip(heads, last, strict=True):
+                outputs.append(head(_row(states[index], row), one))
+                broken.append(places[index][row] or _broken_output(outputs[-1], one))
             before, after = outputs
             if batch.task is not None:
                 compared: Any = _choice(before, after, given.tasks[batch.task], number, one)
@@ -104,16 +102,16 @@ def _compare(
                     compared, source_broken_at=broken[0], result_broken_at=broken[1]
                 )
             )
-            row += 1
         yield found
 
 
 def _last_values(
     model: StreamedModel, batches: Sequence[InputBatch]
-) -> tuple[list[BatchValues], list[str]]:
-    """What the blocks leave to the head, by number, each [1, …], for every row of the batches.
+) -> tuple[list[BatchValues], list[list[str]]]:
+    """What the blocks leave to the head, for each batch.
 
-    Also, for each row, the first block that gives values which are not finite; "" if none does.
+    Also, for each of its rows, the first block that gives values which are not finite; "" if none
+    does.
     """
     states = model.embed(batches)
     broken = [[""] * len(batch.mask) for batch in batches]
@@ -125,26 +123,32 @@ def _last_values(
                 for row in np.flatnonzero(_broken_windows(state[given], batch)):
                     places[row] = places[row] or f"block {call.block} ({name})"
     taken = model.graph.head_takes
-    values = [
-        {number: state[number][row : row + 1] for number in taken}
-        for batch, state in zip(batches, states, strict=True)
-        for row in range(len(batch.mask))
-    ]
-    return values, [place for places in broken for place in places]
+    return [{number: state[number] for number in taken} for state in states], broken
 
 
-def _broken_windows(value: NDArray[Any], batch: InputBatch) -> NDArray[np.bool_]:
+def _row(values: BatchValues, row: int) -> BatchValues:
+    """One row of each, [1, …], cut by one program for all rows."""
+    return {
+        number: lax.dynamic_index_in_dim(value, np.int32(row), keepdims=True)
+        for number, value in values.items()
+    }
+
+
+def _broken_windows(value: Array, batch: InputBatch) -> NDArray[np.bool_]:
     """In which windows a vector that is not padding holds NaN or infinity, [batch]."""
     if value.ndim != 3:
         return np.zeros(len(batch.mask), bool)  # an attention mask may hold infinity
-    broken: NDArray[np.bool_] = (~np.isfinite(value) & batch.rows(value.shape[:2])[..., None]).any(
-        axis=(1, 2)
-    )
-    return broken
+    return np.asarray(_not_finite(value, batch.rows(value.shape[:2])))
+
+
+@jax.jit
+def _not_finite(value: Array, keep: Array) -> Array:
+    """Where it is, so that only the answer leaves a GPU."""
+    return (~jnp.isfinite(value) & keep[..., None]).any(axis=(1, 2))
 
 
 def _broken_output(output: Any, window: InputBatch) -> str:
-    values = (np.asarray(value) for value in tree.flatten(output))
+    values = map(jnp.asarray, tree.flatten(output))
     return "the output" if any(_broken_windows(value, window).any() for value in values) else ""
 
 

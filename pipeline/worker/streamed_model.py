@@ -40,8 +40,11 @@ Pairs = list[tuple[Any, NDArray[Any]]]
 
 _TRACING = threading.RLock()
 
-BatchValues = dict[int, NDArray[Any]]
-"""What passes between the blocks for one batch, by number (see `pipeline.model.blocks`)."""
+BatchValues = dict[int, Array]
+"""What passes between the blocks for one batch, by number (see `pipeline.model.blocks`).
+
+It stays on the device that computed it.
+"""
 
 
 class StreamedModel:
@@ -81,7 +84,7 @@ class StreamedModel:
         if found.glue is not None:
             run = self._load(0, f"glue {call}", found.glue.model)
             for state in states:
-                results = run([[jnp.asarray(state[n]) for n in found.glue.takes]], {})
+                results = run([[state[n] for n in found.glue.takes]], {})
                 state.update(_numbered(found.glue.gives, results))
         # Calls of one signature list their variables in the same order, and share a program.
         run = self._load(found.block + 1, found.signature, found.layer)
@@ -114,15 +117,14 @@ class StreamedModel:
                     return layer(*args, **kwargs)
 
             self._programs[key] = jax.jit(call) if compiled else call
-        values: list[Any] = [np.asarray(value, np.dtype(v.dtype)) for v, value in pairs]
-        if not compiled:
-            values = [jnp.asarray(value) for value in values]
+        # Once for all batches.
+        values = jax.device_put([np.asarray(value, np.dtype(v.dtype)) for v, value in pairs])
         return partial(self._programs[key], values)
 
 
 def _numbered(numbers: Sequence[int], outputs: Any) -> BatchValues:
     # Keras unpacks a list of one.
-    return dict(zip(numbers, map(np.asarray, tree.flatten(outputs)), strict=True))
+    return dict(zip(numbers, map(jnp.asarray, tree.flatten(outputs)), strict=True))
 
 
 def _rounds_inputs(layer: LayerPlan) -> bool:

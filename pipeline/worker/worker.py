@@ -19,7 +19,7 @@ from pipeline.artifact.parts import encode_solved_part, finalize
 from pipeline.calibration.windows import TokenWindows
 from pipeline.errors import DamagedObjectError, MissingObjectError
 from pipeline.evaluation.answers import ChoiceLikelihood
-from pipeline.evaluation.batches import EvaluationSet
+from pipeline.evaluation.batches import TOKENS_PER_PASS, EvaluationSet
 from pipeline.executor.protocol import ActivationPlace
 from pipeline.fidelity import WindowFidelity
 from pipeline.machine import check_machine
@@ -264,7 +264,10 @@ class Worker(WorkerApi):
 
     @device_errors()
     def evaluate(
-        self, given: EvaluationSet, numbers: Sequence[int]
+        self,
+        given: EvaluationSet,
+        numbers: Sequence[int],
+        tokens_per_pass: int = TOKENS_PER_PASS,
     ) -> list[list[WindowFidelity] | list[ChoiceLikelihood]]:
         self._sums.clear()
         self._shards.clear()
@@ -281,6 +284,7 @@ class Worker(WorkerApi):
                 given,
                 shares[device],
                 predicts_tokens=skeleton.predicts_tokens,
+                tokens_per_pass=tokens_per_pass,
             )
 
         found = [iter(rows) for rows in self._devices.each(compare)]

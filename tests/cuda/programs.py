@@ -265,7 +265,7 @@ class _Traced:
 
 
 def compile_solver(where: Any, shapes: Sequence[tuple[int, int]]) -> list[Compiled]:
-    """What solving weights of these shapes runs."""
+    """What solving weights of these shapes runs, and what AWQ runs for the first."""
     import jax
 
     assert not any(name.startswith("quantizer") for name in sys.modules)
@@ -285,9 +285,33 @@ def compile_solver(where: Any, shapes: Sequence[tuple[int, int]]) -> list[Compil
         )
         for out_features, in_features in shapes:
             solve.compile_solver(out_features, in_features, scheme, scale_dtype="bfloat16")
+        _compile_awq(*shapes[0])
     finally:
         jax.jit, jax.default_backend = original, backend
     return list(found.values())
+
+
+def _compile_awq(out_features: int, in_features: int) -> None:
+    """One choice of input scales, with all that may be searched."""
+    import jax
+    import jax.numpy as jnp
+
+    awq = importlib.import_module("quantizer.awq")
+    weight, vector, gram = (
+        jax.ShapeDtypeStruct(shape, jnp.float32)
+        for shape in ((in_features, out_features), (in_features,), (in_features, in_features))
+    )
+    awq._attempt(
+        weight,
+        vector,
+        vector,
+        vector,
+        gram,
+        group_size=128,
+        search=True,
+        scale_dtype="bfloat16",
+        together=awq._all_groups_together(),
+    )
 
 
 # What a panel takes in the column loop and in refinement, by function.
@@ -308,6 +332,10 @@ def solver_problems(found: Sequence[Compiled], widths: int) -> list[str]:
     calls = sum((one.calls for one in found), Counter[str]())
     if calls["cusolver_potrf_ffi"] != widths:
         problems.append(f"{calls['cusolver_potrf_ffi']} calls of cuSOLVER factor {widths} widths")
+    # Of a search's coarse and fine steps; a loop over groups would be one more.
+    for one in found:
+        if one.name in ("solver: find_grid", "solver: _attempt") and one.loops > 2:
+            problems.append(f"{one.name}: {one.loops} loops")
     for names in PANEL_PROGRAMS:
         kernels = 0
         for name in names:

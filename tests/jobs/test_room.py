@@ -6,9 +6,11 @@ import dataclasses
 
 import pytest
 
-from jobs.room import check_device_memory, check_memory, place_activations
+from jobs.room import check_device_memory, check_memory, evaluation_pass, place_activations
+from pipeline.evaluation.batches import TOKENS_PER_PASS
 from pipeline.executor.protocol import ActivationPlace, DeviceMemory, ExecutorError, NodeRoom
 from pipeline.planning.estimates import Estimate, estimate
+from pipeline.planning.evaluation_memory import EvaluationMemory
 from tests.pipeline.tiny_runs import planned
 
 GIB = 1 << 30
@@ -100,3 +102,25 @@ def test_activations_wait_on_the_devices_if_all_have_room_for_them() -> None:
         check_device_memory(beside, [gpu(beside.device_bytes - 1)])
     uncalibrated = estimate(dataclasses.replace(on_gpu, tokens=None), 1)
     assert place_activations(uncalibrated, [gpu(1)]) == uncalibrated
+
+
+def test_an_evaluation_takes_fewer_windows_at_a_time_or_is_refused() -> None:
+    needed = EvaluationMemory(
+        fixed_bytes=8 * GIB,
+        logits_bytes=4 * GIB,
+        longest=8192,
+        batch_tokens=8192,
+        token_bytes=GIB // 8192,
+    )
+
+    def gpu(num_bytes: int | None) -> DeviceMemory:
+        return DeviceMemory(node="node-7", kind="NVIDIA L4", num_bytes=num_bytes)
+
+    assert evaluation_pass(needed, [gpu(None), gpu(80 * GIB)]) == TOKENS_PER_PASS
+    assert evaluation_pass(needed, [gpu(80 * GIB), gpu(10 * GIB)]) == 2 * 8192
+    with pytest.raises(ExecutorError) as raised:
+        evaluation_pass(needed, [gpu(80 * GIB), gpu(8 * GIB)])
+    told = str(raised.value)
+    assert "needs about 9.0 GiB, 4.0 GiB of it for the logits of a window of 8192 tokens" in told
+    assert "on node-7 it has 8.0 GiB of its NVIDIA L4; leave the evaluation out" in told
+    assert "\n" not in told

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from quantizer import AWQScheme, Int4Scheme, SchemeError, solve, solve_stack
+from quantizer import AWQScheme, Int4Scheme, SchemeError, awq, solve, solve_stack
 from quantizer.awq import solve_awq
 from quantizer.hessian import HessianSum
 from quantizer.solver import check_layer
@@ -114,6 +114,16 @@ def test_a_second_run_gives_the_same_bits():
     assert first.report == second.report
     np.testing.assert_array_equal(first.weight.codes_RC, second.weight.codes_RC)
     np.testing.assert_array_equal(first.weight.input_scale_C, second.weight.input_scale_C)
+
+
+def test_all_groups_together_give_what_each_gives_alone(monkeypatch):
+    problem, scheme = PROBLEMS["tall"], AWQScheme(group_size=16, num_grid_points=3)
+    alone = solve(problem.weight_RC, problem.hessian, scheme)
+    monkeypatch.setattr(awq, "_all_groups_together", lambda: True)
+    together = solve(problem.weight_RC, problem.hessian, scheme)
+    np.testing.assert_array_equal(together.weight.codes_RC, alone.weight.codes_RC)
+    np.testing.assert_array_equal(together.weight.scale_RG, alone.weight.scale_RG)
+    assert together.report == alone.report
 
 
 FOLDABLE = AWQScheme(group_size=32, num_grid_points=6, foldable=True)

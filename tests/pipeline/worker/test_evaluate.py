@@ -22,7 +22,6 @@ from pipeline.fidelity import fidelity_of
 from pipeline.model.preset import read_preset
 from pipeline.model.skeleton import build_skeleton
 from pipeline.planning.token_windows import question_tokens
-from pipeline.worker import evaluate as module
 from pipeline.worker.evaluate import evaluate
 from pipeline.worker.streamed_model import StreamedModel, artifact_model, source_model
 from pipeline.worker.worker import Worker
@@ -103,14 +102,13 @@ def test_choices_are_as_likely_as_stock_keras_finds_them(run: FinishedRun) -> No
 
 
 @pytest.mark.exhaustive
-def test_any_number_of_workers_finds_the_same(run: FinishedRun, monkeypatch) -> None:
+def test_any_number_of_workers_finds_the_same(run: FinishedRun) -> None:
     given = judged_on(run.source)
     figures = evaluate_on_workers(workers(run, 1), given).figures()
     assert figures["divergence_p99"] > figures["divergence"] > 0
     assert evaluate_on_workers(workers(run, 3), given).figures() == figures
     # Nor does it matter what passes the blocks together.
-    monkeypatch.setattr(module, "_TOKENS_PER_PASS", 1)
-    assert evaluate_on_workers(workers(run, 2), given).figures() == figures
+    assert evaluate_on_workers(workers(run, 2), given, 1).figures() == figures
 
 
 def test_sets_pass_the_blocks_together_and_have_the_figures_they_have_alone(

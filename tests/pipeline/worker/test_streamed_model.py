@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import keras_hub
 import numpy as np
 import pytest
@@ -81,6 +82,8 @@ def test_a_part_is_read_when_it_is_due_and_not_before() -> None:
     for block in range(3):
         model.advance(block, states)
         assert reads == [0, *range(1, block + 2)]
+        # What passes the blocks stays on the device.
+        assert all(isinstance(value, jax.Array) for state in states for value in state.values())
     model.head()
     assert reads == [0, 1, 2, 3, 0]
 
