@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar, Self, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from pipeline.canonical import canonical_json
 from pipeline.errors import (
@@ -35,7 +35,7 @@ from pipeline.errors import (
     StorageError,
 )
 from pipeline.storage.object_store import ObjectStore
-from pipeline.storage.record import STRICT
+from pipeline.storage.record import STRICT, adapter_of
 
 PREFIX = "leases/"
 TERM_SECONDS = 60.0
@@ -202,7 +202,7 @@ def _read(store: ObjectStore, key: str, kind: type[_Stored]) -> tuple[bytes, _St
     data = b""
     try:
         data = store.get(key, at_most=_MAX_BYTES)
-        return data, TypeAdapter(kind).validate_json(data)
+        return data, adapter_of(kind).validate_json(data)
     except (MissingObjectError, DamagedObjectError, ValidationError):
         return data, None
 
