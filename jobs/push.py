@@ -6,6 +6,7 @@ commit then makes all of them visible. Whatever was sent before an interruption 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,8 +95,18 @@ def push_run(job: PushJob, *, dry_run: bool, as_json: bool) -> None:
         files = _files(contents, repository)
     for note in run.origin.notes:
         log_event("note", note)
-    with status(f"asking the hub for {repository.name}"):
-        found = repository.find(private=job.private)
+    found = None
+    try:
+        with status(f"asking the hub for {repository.name}"):
+            found = repository.find(private=job.private)
+    except HubError as error:
+        if not dry_run:
+            raise
+        log_event(
+            "hub not asked",
+            f"{error}; what is there already is not known, so every file is listed to be sent",
+            level=logging.WARNING,
+        )
     stale = () if found is None else _stale(repository, found, files)
     missing = [file for file in files if not _is_there(found, file)]
     num_bytes = sum(file.size_bytes for file in files)

@@ -38,6 +38,7 @@ from pipeline.artifact.loading import load_hints
 from pipeline.errors import PipelineError, UnusableResultError
 from pipeline.evaluation.batches import EvaluationSet
 from pipeline.evaluation.named_texts import EvaluatedTexts
+from pipeline.evaluation.tasks import read_tasks
 from pipeline.executor.protocol import Allocation, ComputeSpec, FunctionRunner
 from pipeline.export.description import MadeExport
 from pipeline.export.settings import ExportSettings
@@ -118,6 +119,8 @@ def run_job(
     )
     set_run(run=url_name(job.output_url), model=url_name(job.source_url), recipe=recipe.name)
     check_apart(job.source_url, job.output_url)
+    if dry_run is None:
+        read_tasks(job.tasks)  # mistakes in them need no model to be found
     # Before anything else: an output that cannot be read cannot be written either.
     store = reachable(job.output_url, PLAN_KEY)
     check_preset(reachable(job.source_url, CONFIG_FILE))
@@ -193,6 +196,7 @@ def resume_job(
     Raises:
         PipelineError: there is no run, or its source is not what it was.
     """
+    read_tasks(job.tasks)
     output_url = absolute(job.output_url)
     set_run(run=url_name(output_url))
     store = reachable(output_url, PLAN_KEY)

@@ -172,7 +172,11 @@ def make_exports(
     wanted = tuple(dict.fromkeys((*asked, *pending_exports(run))))
     if not wanted:
         return ()
-    evaluations = find_evaluations(run, read_manifest(run).record_sha256)
+    evaluations = find_evaluations(
+        run,
+        read_manifest(run).record_sha256,
+        lambda text: log_event("damaged", text, level=logging.WARNING),
+    )
     if reason := not_finite(evaluations):
         text = f"not exported, since the result gives {reason}"
         log_event("note", text, level=logging.WARNING)

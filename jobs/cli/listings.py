@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -12,10 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.cli import options
-from jobs.logging import print_result
+from jobs.logging import print_result, url_name
 
 if TYPE_CHECKING:
     from jobs.catalog.catalog_file import Catalog
+    from jobs.catalog.entries import Gate, Settings
     from pipeline.recipe.recipe import Recipe
 
 app = typer.Typer()
@@ -123,18 +124,41 @@ def catalog_json(catalog: Catalog) -> dict[str, Any]:
 def catalog_table(catalog: Catalog) -> Table:
     """One line per model, in execution order."""
     table = Table(
-        *("model", "recipes", "gate", "priority", "owner", "preset"),
+        *("model", "recipes", "evaluated on", "gate", "exports", "priority", "owner", "preset"),
         caption=f"{len(catalog.entries)} models, {catalog.num_runs} runs, in {catalog.root_url}",
     )
     for entry in catalog.entries:
-        gate = entry.settings.gate
-        limits = {} if gate is None else gate.model_dump(exclude_none=True)
+        settings = entry.settings
+        exports = ", ".join(dict.fromkeys(one.format for one in settings.export))
         table.add_row(
             Text("\n".join((entry.name, *(f"= {alias}" for alias in entry.aliases)))),
             Text(", ".join(recipe.name for recipe in entry.recipes)),
-            Text(", ".join(f"{name} {value:g}" for name, value in limits.items()) or "–"),
+            Text("\n".join(_evaluated_on(settings)) or "–"),
+            Text("\n".join(_limits(settings.gate)) or "–"),
+            Text(exports or "–"),
             str(entry.settings.priority),
             Text(entry.settings.owner or "–"),
             Text(entry.preset),
         )
     return table
+
+
+def _evaluated_on(settings: Settings) -> Iterator[str]:
+    """What results are evaluated on, in a few words: sets of texts, and tasks."""
+    for name, urls in settings.evaluated_on.by_name.items():
+        files = "1 source" if len(urls) == 1 else f"{len(urls)} sources"
+        yield f"{name or 'texts'}: {files}"
+    if settings.tasks:
+        yield f"tasks: {', '.join(url_name(url) for url in settings.tasks)}"
+
+
+def _limits(gate: Gate | None) -> Iterator[str]:
+    """The limits of a gate, and those of each set of texts, a line each."""
+    if gate is None:
+        return
+    limits = gate.model_dump(exclude_none=True)
+    sets = {name: limits.pop(name) for name in gate.sets}
+    for where, of_set in {"": limits, **sets}.items():
+        values = ", ".join(f"{name} {value:g}" for name, value in of_set.items())
+        if values:
+            yield f"{where}: {values}" if where else values

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from jobs.catalog.request import EVALUATED_ON, Request, request_key, run_store
+from jobs.catalog.request import Request, run_store
 from jobs.execute import (
     Compute,
     DriverOptions,
@@ -19,12 +19,19 @@ from jobs.execute import (
     execute,
     read_evaluation_set,
 )
+from jobs.fleet.known_quality import judged_request, known_fidelity
 from jobs.fleet.release_exports import release_exports
 from jobs.logging import log_event, set_run, status
 from jobs.metrics import RunMetrics
 from jobs.publish.published_exports import PublishedExport
 from jobs.publish.releases import Release, find_current, publish
-from jobs.publish.verdict import Verdict, failures, find_verdict, quality_figures, save_verdict
+from jobs.publish.verdict import (
+    Verdict,
+    failures,
+    find_verdict,
+    quality_figures,
+    save_verdict,
+)
 from jobs.publish.verified_files import VerifiedFiles
 from jobs.release.cards import update_cards
 from jobs.run_exports import CATALOG_OPTION, check_exports, foresee_exports
@@ -99,7 +106,7 @@ def fulfil(
             artifact = _quantize(root, request, compute, held, options)
         fidelity = None
         if request.evaluated_on or request.tasks:
-            fidelity = _known_fidelity(root, request, artifact)
+            fidelity = known_fidelity(root, request, artifact.manifest.record_sha256)
             if fidelity is None:
                 fidelity = _evaluate(root, request, artifact, compute)
         verdict = _judge(request, artifact, fidelity)
@@ -207,17 +214,9 @@ def _candidates(root: ObjectStore, request: Request) -> Iterator[str]:
         yield verdict.run_id
     current = find_current(root, request.model, request.recipe_name)
     if current is not None:
-        before = _fulfilled_request(root, current.release)
+        before = judged_request(root, current.release)
         if before is not None and before.run_id == request.run_id:
             yield current.release.run_id
-
-
-def _fulfilled_request(root: ObjectStore, release: Release) -> Request | None:
-    """The request that a release fulfils; None where it cannot be read."""
-    try:
-        return Request.read(root, request_key(release.request_id))
-    except (MissingObjectError, DamagedObjectError):
-        return None
 
 
 def _quantize(
@@ -319,23 +318,6 @@ def _evaluation_set(request: Request, plan: Plan, runner: FunctionRunner) -> Eva
         tasks=request.tasks,
         named=f"evaluate_on, with {request.evaluation_windows} windows",
     )
-
-
-def _known_fidelity(root: ObjectStore, request: Request, artifact: _Artifact) -> Fidelity | None:
-    """The artifact's quality on what the request names; None if it is not known."""
-    manifest_sha256 = artifact.manifest.record_sha256
-    verdict = find_verdict(root, request.request_id)
-    if verdict is not None and verdict.manifest_sha256 == manifest_sha256 and verdict.quality:
-        return Fidelity.from_figures(verdict.quality)
-    current = find_current(root, request.model, request.recipe_name)
-    if current is None or current.release.manifest_sha256 != manifest_sha256:
-        return None
-    before = _fulfilled_request(root, current.release)
-    same = before is not None and all(
-        getattr(before, name) == getattr(request, name) for name in (*EVALUATED_ON, "evaluation")
-    )
-    quality = current.release.quality
-    return Fidelity.from_figures(quality) if same and quality else None
 
 
 def _judge(request: Request, artifact: _Artifact, fidelity: Fidelity | None) -> Verdict:

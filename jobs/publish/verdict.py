@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,9 +54,19 @@ class Verdict(JudgedRun):
         return not self.failures
 
 
+_PREFIX = "verdicts/"
+
+
 def verdict_key(request_id: str) -> str:
     """Where a request's verdict lies, below a catalog's root."""
-    return f"verdicts/{checked_id(request_id)}.json"
+    return f"{_PREFIX}{checked_id(request_id)}.json"
+
+
+def judged_requests(root: ObjectStore, model: str, recipe_name: str) -> tuple[str, ...]:
+    """The ids of all requests for a model and recipe on which there are verdicts."""
+    pattern = re.compile(rf"{re.escape(f'{model}-{recipe_name}')}-[0-9a-f]{{12}}")
+    found = (key.removeprefix(_PREFIX).removesuffix(".json") for key in root.list(_PREFIX))
+    return tuple(request_id for request_id in found if pattern.fullmatch(request_id))
 
 
 def save_verdict(root: ObjectStore, verdict: Verdict) -> None:

@@ -135,7 +135,7 @@ def read_run(store: ObjectStore, run_url: str) -> FinishedRun:
         DamagedObjectError: the run is not finished, or a record is damaged.
     """
     manifest = finished_manifest(store, run_url)
-    evaluations = find_evaluations(store, manifest.record_sha256)
+    evaluations = find_evaluations(store, manifest.record_sha256, _tell_of_damage)
     if is_plain(manifest):
         given = manifest.provenance
         return FinishedRun(
@@ -165,6 +165,10 @@ def read_run(store: ObjectStore, run_url: str) -> FinishedRun:
         loaded_bytes=sum(record.loaded_bytes for record in records),
         evaluations=evaluations,
     )
+
+
+def _tell_of_damage(text: str) -> None:
+    log_event("damaged", text, level=logging.WARNING)
 
 
 def _number(record: PartRecord) -> int:
@@ -251,7 +255,7 @@ def find_exports(run: FinishedRun) -> tuple[Contents, ...]:
             if _is_of(run, ExportManifest.read(store, EXPORT_KEY)):
                 found.append(export_contents(run, store))
         except (DamagedObjectError, MissingObjectError) as error:
-            log_event("damaged", f"left out: {error}", level=logging.WARNING)
+            _tell_of_damage(f"left out: {error}")
     return tuple(found)
 
 

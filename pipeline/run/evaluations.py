@@ -6,7 +6,7 @@ texts or by a later version. Other machines round otherwise, so the latest evalu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -69,19 +69,23 @@ def _identity(windows: TokenWindows) -> dict[str, Any]:
     }
 
 
-def find_evaluations(run: ObjectStore, manifest_sha256: str) -> tuple[Evaluation, ...]:
+def find_evaluations(
+    run: ObjectStore, manifest_sha256: str, tell: Callable[[str], None]
+) -> tuple[Evaluation, ...]:
     """All evaluations of a result, by key; those of another result in its place are left out.
+
+    So are damaged ones: what they said is lost, and another evaluation makes them again.
 
     Args:
         run: opened at the run's root.
-
-    Raises:
-        DamagedObjectError: one of them cannot be read.
+        tell: is told of each that is damaged.
     """
-    try:
-        found = [Evaluation.read(run, key) for key in run.list(EVALUATIONS_PREFIX)]
-    except DamagedObjectError as error:
-        raise DamagedObjectError(f"{error}; delete it, and evaluate again") from None
+    found = []
+    for key in run.list(EVALUATIONS_PREFIX):
+        try:
+            found.append(Evaluation.read(run, key))
+        except DamagedObjectError as error:
+            tell(f"left out: {error}; delete it, and evaluate again")
     return tuple(one for one in found if one.manifest_sha256 == manifest_sha256)
 
 

@@ -453,6 +453,7 @@ def test_quantize_evaluates_and_says_how_to_load(command: Command, tmp_path: Pat
     questions.write_text('{"question": "The dog is", "choices": ["lazy", "a box"], "answer": 3}')
     assert command("evaluate", output, "--tasks", questions) == 2
     assert f"{questions}:1: 'answer' is '3', but there are 2 choices" in command.complaint
+    assert "worker(s)" not in command.err, "before any worker is asked for"
     questions.write_text('{"question": "The dog is", "choices": ["lazy", "a box"], "answer": 0}')
     set_of_texts = ["--evaluate-on", f"dogs={text_file()}", "--windows", 1]
     assert command("evaluate", output, "--tasks", questions, *set_of_texts) == 0

@@ -116,6 +116,18 @@ def test_a_dry_run_sends_nothing(
     assert {method for method, _ in hub.requests} == {"GET"}
 
 
+def test_a_dry_run_without_the_hub_lists_every_file(
+    run: ObjectStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    assert command(run.root_url, TARGET, "--dry-run", "--json") == 0
+    told = capsys.readouterr()
+    printed = json.loads(told.out)
+    assert printed["files"] == len(printed["send"]) > 3
+    assert "the hub cannot be reached" in told.err
+    assert "every file is listed to be sent" in told.err
+
+
 def test_a_file_of_the_hub_that_differs_is_replaced_and_others_stay(
     hub: FakeHub, run: ObjectStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,7 +196,7 @@ def test_a_new_branch_keeps_nothing_of_the_release_that_it_begins_with(
 def test_a_result_that_gives_no_numbers_is_not_pushed(
     hub: FakeHub, run: ObjectStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    [one] = find_evaluations(run, read_manifest(run).record_sha256)
+    [one] = find_evaluations(run, read_manifest(run).record_sha256, pytest.fail)
     broken = {**one.figures, "not_finite": "values that are not finite in 2 of 2 windows"}
     dataclasses.replace(one, figures=broken).save(run)
     assert command(run.root_url, TARGET) == 5

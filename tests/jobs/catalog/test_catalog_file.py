@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from jobs.catalog.catalog_file import Catalog, CatalogError, parse_catalog, read_catalog
 from jobs.catalog.entries import Export
+from jobs.cli.listings import catalog_table
 
 HEAD = "root: s3://bucket/fleet\n"
 
@@ -150,6 +153,34 @@ models:
         "max_divergence": 0.1,
         "max_perplexity_increase": 0.3,
     }
+
+
+def test_a_checked_catalog_shows_what_is_evaluated_judged_and_exported(tmp_path: Path) -> None:
+    catalog = parsed(
+        """\
+root: s3://bucket/fleet
+models:
+  - name: a
+    preset: s3://bucket/a
+    recipes: [int8]
+    evaluate_on: {manual: m.txt, novels: [s3://bucket/n.txt, o.txt]}
+    tasks: [s3://bucket/arc.jsonl]
+    gate: {max_divergence: 0.1, min_recovery: 0.9, novels: {max_divergence: 0.3}}
+    export: [gptq, dense]
+""",
+        tmp_path,
+    )
+    stream = io.StringIO()
+    Console(file=stream, width=200).print(catalog_table(catalog))
+    for text in (
+        "manual: 1 source",
+        "novels: 2 sources",
+        "tasks: arc.jsonl",
+        "max_divergence 0.1, min_recovery 0.9",
+        "novels: max_divergence 0.3",
+        "gptq, dense",
+    ):
+        assert text in stream.getvalue(), text
 
 
 def test_calibration_texts_may_have_weights(tmp_path: Path) -> None:

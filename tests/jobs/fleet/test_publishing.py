@@ -56,6 +56,14 @@ def test_gate_rollback_promote_and_gc(published: TinyCatalog) -> None:
     code, found = catalog.nightly()
     assert (code, found["alpha best"]["result"]) == (5, "gate failed")
     assert catalog.work.opened == 0
+    # Another gate judges it by the figures that are known, though it was never released.
+    catalog.work.calls.clear()
+    model["gate"] = {"max_divergence": 0.011}
+    code, found = catalog.nightly()
+    assert (code, found["alpha best"]["result"]) == (5, "gate failed")
+    assert "more than 0.011" in found["alpha best"]["text"]
+    assert catalog.work.calls["evaluate"] == 0
+    model["gate"] = {"max_divergence": 0.01}
     request = f"{catalog.root.root_url}/requests/{bad['request_id']}.json"
     code, printed = catalog.call("fulfil", request)
     assert code == 5

@@ -53,7 +53,7 @@ def test_tasks_are_refused_answered_and_limited(
         assert (task["name"], task["num_questions"]) == ("foxes", 8)
         assert release["quality"]["source_perplexity"] is None
         run = open_store(str(catalog.folder / "results" / "runs" / release["run_id"]))
-        [evaluation] = find_evaluations(run, release["manifest_sha256"])
+        [evaluation] = find_evaluations(run, release["manifest_sha256"], pytest.fail)
         assert list(evaluation.measured_on["tasks"]) == ["foxes"]
         assert evaluation.figures["tasks"] == [task]
 

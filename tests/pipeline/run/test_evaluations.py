@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 
 from pipeline.calibration.windows import TokenWindows
-from pipeline.errors import DamagedObjectError
 from pipeline.evaluation.batches import EvaluationSet
 from pipeline.fidelity import Fidelity
 from pipeline.run.evaluations import EVALUATIONS_PREFIX, Evaluation, find_evaluations
@@ -32,7 +31,7 @@ def test_the_latest_evaluation_on_the_same_texts_counts(store):
     for perplexity in (9.0, 9.5):
         Evaluation.of(RESULT, windows(), fidelity(perplexity)).save(store)
     Evaluation.of(RESULT, windows(token=2), fidelity(10.0)).save(store)
-    found = find_evaluations(store, RESULT)
+    found = find_evaluations(store, RESULT, pytest.fail)
     assert sorted(one.figures["result_perplexity"] for one in found) == [9.5, 10.0]
     assert {one.measured_on["num_windows"] for one in found} == {3}
     assert {one.measured_on["sequence_length"] for one in found} == {8}
@@ -49,16 +48,21 @@ def test_named_sets_are_part_of_what_was_measured_on(store):
 
 def test_an_evaluation_of_another_result_is_left_out(store):
     Evaluation.of(OTHER, windows(), fidelity(9.0)).save(store)
-    assert find_evaluations(store, RESULT) == ()
+    assert find_evaluations(store, RESULT, pytest.fail) == ()
 
 
 def test_what_is_not_finite_is_stored_as_null(store):
     Evaluation.of(RESULT, windows(), fidelity(float("inf"))).save(store)
-    [found] = find_evaluations(store, RESULT)
+    [found] = find_evaluations(store, RESULT, pytest.fail)
     assert found.figures["result_perplexity"] is None
 
 
-def test_a_damaged_evaluation_is_named(store):
+def test_a_damaged_evaluation_is_named_and_costs_the_others_nothing(store):
+    Evaluation.of(RESULT, windows(), fidelity(9.0)).save(store)
     store.put(f"{EVALUATIONS_PREFIX}some.json", b"{}")
-    with pytest.raises(DamagedObjectError, match=r"evaluations/some\.json"):
-        find_evaluations(store, RESULT)
+    told = []
+    [found] = find_evaluations(store, RESULT, told.append)
+    assert found.figures["result_perplexity"] == 9.0
+    [text] = told
+    assert "evaluations/some.json" in text
+    assert text.endswith("delete it, and evaluate again")
