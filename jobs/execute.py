@@ -121,6 +121,10 @@ class Compute:
         found = self.executor.run_each(found_device_memory, [()] * self.executor.num_processes)
         return max((x.peak_bytes for x in found if x.peak_bytes is not None), default=None)
 
+    def estimate(self, plan: Plan) -> Estimate:
+        """The costs of a plan on all workers."""
+        return estimate(plan, self.allocation.workers, self.allocation.gpus)
+
     def placed(self, costs: Estimate) -> Estimate:
         """The costs with activations where they have room: on the workers' GPUs, or beside them."""
         return place_activations(costs, self._gpus)
@@ -136,7 +140,7 @@ class Compute:
 
     def place(self, plan: Plan, workers: int) -> ActivationPlace:
         """Where the activations of this many workers have room; says so if not on their GPUs."""
-        costs = self.placed(estimate(plan, workers))
+        costs = self.placed(estimate(plan, workers, self.allocation.gpus))
         if costs.activations == "host":
             log_event(
                 "host memory",

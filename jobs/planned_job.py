@@ -86,7 +86,7 @@ def report_plan(
     if named is not None:
         plan, allocation, costs = named.plan(plan), named.allocation, named.estimate(plan)
     else:
-        costs = estimate(plan, allocation.workers)
+        costs = estimate(plan, allocation.workers, allocation.gpus)
         if not finished_at:
             costs = compute.placed(costs)
     _print_plan(planned, plan, costs, allocation, as_json=as_json)

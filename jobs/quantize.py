@@ -167,7 +167,7 @@ def run_job(
             output_url = job.output_url if finished else ""
             report_plan(planned, compute, dry_run, finished_at=output_url, as_json=as_json)
             return
-        costs = estimate(plan, compute.allocation.workers)
+        costs = compute.estimate(plan)
         if not finished:
             costs = compute.placed(costs)
             compute.check_room(costs)
@@ -240,7 +240,7 @@ def resume_job(
         _log_allocation(compute.allocation, spec, address)
         with status("checking that source and machine are what they were"):
             judged_on = compute.plan(check_source)
-        costs = compute.placed(estimate(plan, compute.allocation.workers))
+        costs = compute.placed(compute.estimate(plan))
         compute.check_room(costs)
         compute.evaluation_pass(plan, judged_on)
         _finish(plan, job, store, compute, costs, judged_on, as_json=as_json)

@@ -85,5 +85,5 @@ def evaluation_pass(needed: EvaluationMemory, devices: Sequence[DeviceMemory]) -
 
 def _without_windows(costs: Estimate) -> int:
     """Of a GPU's memory, what neither fewer nor shorter windows would lower much."""
-    on_device = costs.held_bytes if costs.activations == "device" else 0
+    on_device = costs.device_held_bytes if costs.activations == "device" else 0
     return costs.device_bytes - costs.micro_batch_bytes - on_device

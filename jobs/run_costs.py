@@ -44,19 +44,30 @@ _STAGES: dict[Stage, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """Workers that may not exist, each on one machine of a kind."""
+    """Workers that may not exist, on so many machines of a kind: GPUs, or nodes of CPUs.
+
+    Attributes:
+        together: GPUs of each worker.
+    """
 
     number: int
     machine: Machine
+    together: int = 1
+
+    @classmethod
+    def on(cls, number: int, machine: Machine) -> Workers:
+        """What a cluster of them would give: a worker for each node, with all of its GPUs."""
+        of_a_node = min(number, machine.workers_per_node) if machine.device == "gpu" else 1
+        return cls(number=number, machine=machine, together=1 if number % of_a_node else of_a_node)
 
     @property
     def allocation(self) -> Allocation:
         """What such a cluster would give a run."""
         on_gpus = self.machine.device == "gpu"
         return Allocation(
-            workers=self.number,
-            threads=self.machine.host_threads,
-            gpus=1 if on_gpus else 0,
+            workers=self.number // self.together,
+            threads=self.machine.host_threads * self.together,
+            gpus=self.together if on_gpus else 0,
             accelerator=self.machine.name if on_gpus else "",
         )
 
@@ -68,7 +79,8 @@ class Workers:
 
     def estimate(self, plan: Plan) -> Estimate:
         """The memory that each would need."""
-        return place_activations(estimate(self.plan(plan), self.number), self._devices)
+        costs = estimate(self.plan(plan), self.number // self.together, self.together)
+        return place_activations(costs, self._devices)
 
     def check_room(self, costs: Estimate) -> None:
         """Refuse a run that would not fit their memory.
@@ -113,7 +125,7 @@ class PricedMachine:
         if on is None:
             return cls(machines=machines, named=None)
         workers, name = workers_on(on)
-        named = Workers(number=workers, machine=machines.named(name))
+        named = Workers.on(workers, machines.named(name))
         return cls(machines=machines, named=named)
 
     def find(self, runner: FunctionRunner, allocation: Allocation) -> Workers | str:
@@ -130,7 +142,11 @@ class PricedMachine:
                 f"no rates are known for GPUs {kind}; describe them in a file that you give as "
                 f"--rates, or name others with --on: {', '.join(self.machines.by_name)}"
             )
-        return Workers(number=allocation.workers, machine=self.machines.at_hand(found))
+        return Workers(
+            number=allocation.workers * allocation.gpus,
+            machine=self.machines.at_hand(found),
+            together=allocation.gpus,
+        )
 
 
 def refuse_without_dry_run(on: str | None, rates: str | None, *, dry_run: bool) -> None:
@@ -152,7 +168,12 @@ def cost_of(plan: Plan, workers: Workers, *, num_windows: int, keep_every: int =
     length = _EVALUATED_TOKENS if plan.tokens is None else plan.tokens.sequence_length
     evaluated = Evaluated(num_windows=num_windows, sequence_length=length) if num_windows else None
     return run_cost(
-        plan, workers.machine, workers.number, evaluated=evaluated, keep_every=keep_every
+        plan,
+        workers.machine,
+        workers.number,
+        together=workers.together,
+        evaluated=evaluated,
+        keep_every=keep_every,
     )
 
 

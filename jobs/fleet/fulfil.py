@@ -40,7 +40,6 @@ from pipeline.evaluation.batches import EvaluationSet
 from pipeline.executor.protocol import FunctionRunner
 from pipeline.fidelity import Fidelity
 from pipeline.plan import PLAN_KEY, Plan, read_plan
-from pipeline.planning.estimates import estimate
 from pipeline.recipe.recipe_file import recipe_from_dict
 from pipeline.remote_planning import identity, plan_on
 from pipeline.run.claim import claim
@@ -247,7 +246,7 @@ def _quantize(
                 f"{twin.run_id}; nothing to quantize",
             )
             return twin
-    costs = run_compute.placed(estimate(plan, run_compute.allocation.workers))
+    costs = run_compute.placed(run_compute.estimate(plan))
     run_compute.check_room(costs)
     run_compute.evaluation_pass(plan, judged_on)  # refused now, if it has no room
     if is_new:

@@ -7,14 +7,18 @@ them is what bounds it.
 
 What is assumed of workers:
 
-- The forward pass and the Grams are shared by calibration shards: the worker with the most shards
-  decides. Adding up the Grams takes one exchange for each level of the tree above the workers.
-- Every worker that solves rows of an input factors its Hessian itself. Rows are shared by slices:
-  the worker with the most work decides.
-- Every worker decodes the block's kernels for itself.
-- One worker reads a block, while the block before is being calibrated and solved; one commits it,
-  while the next one is. What of it is longer than that is waited for.
-- Planning reads and hashes the source on all workers and threads. On CPUs that start a cluster of
+- A worker has one GPU or several of its node. The forward pass and the Grams are shared by
+  calibration shards: the GPU, or the worker on CPUs, with the most shards decides. Adding up the
+  Grams takes a copy for each level of the tree above the GPUs of a worker, and one exchange through
+  host memory for each level above the workers.
+- Every worker that solves rows of an input factors its Hessian itself, on one GPU, whose others
+  copy the factor. Rows are shared by slices: the GPU with the most work decides.
+- Every worker decodes the block's kernels for itself; its other GPUs copy the block's weights.
+- One worker reads a block, by a thread for each of its GPUs, while the block before is being
+  calibrated and solved; one commits it, while the next one is. What of it is longer than that is
+  waited for.
+- Planning reads and hashes the source on all workers and threads, as fast as the parts of their
+  hosts that belong to all GPUs. On CPUs that start a cluster of
   their own, workers start meanwhile.
 - Nothing fails, and nothing is repeated.
 """
@@ -57,6 +61,8 @@ _FILE_SECONDS = 0.02
 _EVALUATION_START_SECONDS = 6.0
 # To compile one program of a kind; those of the solver are compiled while the first block is read.
 _COMPILE_SECONDS = {"cpu": (1.5, 1.0), "gpu": (8.0, 3.0)}
+# As `pipeline.worker.solve.CompiledAhead` does.
+_COMPILED_AT_ONCE = {"cpu": 1, "gpu": 4}
 # gzip writes so many float8 values a second (docs/benchmarks.md).
 _COMPRESSED_PER_SECOND = 28e6
 _READ_PASSES = 2.0
@@ -71,17 +77,19 @@ def run_cost(
     machine: Machine,
     workers: int,
     *,
+    together: int = 1,
     evaluated: Evaluated | None = None,
     keep_every: int = 8,
 ) -> RunCost:
-    """What a plan costs on so many workers, each on such a machine.
+    """What a plan costs on so many such machines: GPUs, or nodes of CPUs.
 
     Args:
         plan: also one that was made for other devices (see `planned_on`).
+        workers: the machines, each with a worker of its own, or so many `together` with one.
         evaluated: the text that the result is judged on.
         keep_every: blocks between activations that are stored.
     """
-    model = _Model(planned_on(plan, machine.device), machine, workers)
+    model = _Model(planned_on(plan, machine.device), machine, workers, together)
     model.begin()
     if model.plan.tokens is None:
         model.quantize_alone(model.plan.parts)
@@ -91,26 +99,30 @@ def run_cost(
     model.finish()
     if evaluated is not None:
         model.evaluate(evaluated)
-    return RunCost(machine=machine, workers=workers, stages=model.ledger.stages())
+    return RunCost(
+        machine=machine, workers=workers, together=together, stages=model.ledger.stages()
+    )
 
 
 class _Model:
     """Goes through a run as its driver would, and adds up what it takes."""
 
-    def __init__(self, plan: Plan, machine: Machine, workers: int) -> None:
+    def __init__(self, plan: Plan, machine: Machine, devices: int, together: int) -> None:
         self.plan = plan
         self.ledger = Ledger(machine)
         self._machine = machine
-        self._workers = workers
+        self._devices, self._together = devices, together
+        self._workers = devices // together
         self._constants = CONSTANTS[machine.device]
         self._works: dict[tuple[Any, ...], BlockWork] = {}
 
     def begin(self) -> None:
         """Start, compile, and plan, which reads and hashes the source."""
         source = sum(part.source_bytes for part in self.plan.parts)
-        threads = self._workers * min(self._machine.host_threads, _MOST_HASHING_THREADS)
+        of_worker = self._machine.host_threads * self._together
+        threads = self._workers * min(of_worker, _MOST_HASHING_THREADS)
         hashed = Work(
-            storage_bytes=source / self._workers,
+            storage_bytes=source / self._devices,
             hash_bytes=source / threads,
             host_bytes=source / threads,
             seconds=_PLAN_SECONDS + _PLAN_BLOCK_SECONDS * self.plan.num_blocks,
@@ -134,7 +146,8 @@ class _Model:
             for name in (name for group in part.groups for name in group.targets):
                 layer = layers[name]
                 forms.add((layer.in_features, -(-layer.out_features // layer.slices), layer.scheme))
-        return solver * len(forms) + stage * sum(stages.values())
+        at_once = _COMPILED_AT_ONCE[self._machine.device]
+        return solver * -(-len(forms) // at_once) + stage * sum(stages.values())
 
     def quantize_alone(self, parts: Sequence[PartPlan]) -> None:
         """Parts that depend on no other, as many at once as there are workers."""
@@ -167,8 +180,10 @@ class _Model:
                 beside.append(("read", self._read(blocks[index + 1])))
             if index:
                 beside.append(("commit", self._commit(blocks[index - 1])))
-            waiting = sum(self.ledger.seconds_of(work) for _, work in beside)
-            share = max(0.0, waiting - busy) / waiting if waiting else 0.0
+            # Threads of their own do these, side by side.
+            seconds = [self.ledger.seconds_of(work) for _, work in beside]
+            waited = max(0.0, max(seconds, default=0.0) - busy)
+            share = waited / sum(seconds) if seconds else 0.0
             for stage, work in beside:
                 self.ledger.add(stage, work, share=share)
             if not last and (index + 1) % keep_every == 0:
@@ -180,12 +195,14 @@ class _Model:
         found = self._work_of(part)
         share = self._largest_share()
         to_device = part.source_bytes if self._machine.device == "gpu" else 0
-        forward = found.forward * share + Work(transfer_bytes=to_device)
+        # As read, and again as decoded.
+        copied = 2 * to_device * (self._together - 1)
+        forward = found.forward * share + Work(transfer_bytes=to_device, peer_bytes=copied)
         stages: list[tuple[Stage, Work]] = [
             ("forward", forward + self._moved_activations(part)),
             ("grams", found.grams * share),
             ("decode", found.decode),
-            ("exchange", self._exchange(part, found)),
+            ("exchange", self._exchange(part, found) + self._between_gpus(found)),
         ]
         stages += [("solve", g.shared + self._most_rows(g.rows)) for g in found.solve]
         return sum(self.ledger.add(stage, work) for stage, work in stages)
@@ -197,18 +214,22 @@ class _Model:
         return self._works[form]
 
     def _largest_share(self) -> float:
-        """Of all calibration windows, those of the worker that has most."""
+        """Of all calibration windows, those of the GPU, or of the worker, that has most."""
         tokens = self.plan.tokens
         assert tokens is not None
-        held = [
-            sum(tokens.shards[leaf][1] - tokens.shards[leaf][0] for tree in share for leaf in tree)
-            for share in split(len(tokens.shards), self._workers)
-        ]
+        sizes = [stop - start for start, stop in tokens.shards]
+        held = []
+        for share in split(len(sizes), self._workers):
+            of_worker = [sizes[leaf] for tree in share for leaf in tree]
+            held += [
+                sum(of_worker[place] for tree in one for place in tree)
+                for one in split(len(of_worker), self._together)
+            ]
         return max(held) / tokens.num_samples
 
     def _most_rows(self, rows: Sequence[Work]) -> Work:
-        """The work of the worker with most, where each piece goes to the one that has least."""
-        loads = [(0.0, Work())] * self._workers
+        """The work of the GPU with most, where each piece goes to the one that has least."""
+        loads = [(0.0, Work())] * self._devices
         pieces = sorted(rows, key=self.ledger.seconds_of, reverse=True)
         for piece in pieces:
             least = min(range(len(loads)), key=lambda worker: loads[worker][0])
@@ -221,7 +242,7 @@ class _Model:
         tokens = self.plan.tokens
         if self._machine.device == "cpu" or tokens is None:
             return Work()
-        needed = estimate(self.plan, self._workers).device_bytes
+        needed = estimate(self.plan, self._workers, self._together).device_bytes
         if needed <= GPU_MEMORY_SHARE * self._machine.memory_bytes:
             return Work()
         num_tokens = self._largest_share() * tokens.num_samples * tokens.sequence_length
@@ -240,10 +261,25 @@ class _Model:
         weights = part.source_bytes + part.num_weights  # as read, and as codes
         return work + self._sent(sums) + self._sent(weights)
 
+    def _between_gpus(self, found: BlockWork) -> Work:
+        """What the GPUs of a worker copy: sums up the tree, and what each needs to solve with.
+
+        Copies of one level pass at the same time; those of a factor leave one GPU in turn.
+        """
+        if self._together == 1:
+            return Work()
+        levels = math.ceil(math.log2(self._together))
+        peer, added = 0.0, 0.0
+        for group in found.solve:
+            solving = min(self._together, -(-len(group.rows) // self._workers))
+            peer += levels * group.sum_bytes + (solving - 1) * group.shared_bytes
+            added += 3.0 * levels * group.sum_bytes  # two read, one written
+        return Work(peer_bytes=peer, memory_bytes=added)
+
     def _sent(self, num_bytes: float) -> Work:
         """From one worker to another: off the device, into and out of shared memory, on again."""
         of_gpu = self._machine.device == "gpu"
-        many_nodes = self._workers > self._machine.workers_per_node
+        many_nodes = self._devices > self._machine.workers_per_node
         return Work(
             transfer_bytes=2 * num_bytes if of_gpu else 0.0,
             host_bytes=2 * num_bytes,
@@ -251,11 +287,12 @@ class _Model:
         )
 
     def _read(self, part: PartPlan) -> Work:
-        return Work(
-            storage_bytes=part.source_bytes,
-            hash_bytes=part.source_bytes,
-            host_bytes=_READ_PASSES * part.source_bytes,
-        )
+        """By a thread for each GPU of the worker, of which none reads a part of a variable."""
+        largest = max((x.num_weights for x in part.layers), default=0) / max(part.num_weights, 1)
+        read = part.source_bytes * max(largest, 1 / self._together)
+        if self._together == 1:
+            read = part.source_bytes
+        return Work(storage_bytes=read, hash_bytes=read, host_bytes=_READ_PASSES * read)
 
     def _commit(self, part: PartPlan) -> Work:
         stored = stored_bytes(self.plan, part)
@@ -286,7 +323,7 @@ class _Model:
 
     def evaluate(self, evaluated: Evaluated) -> None:
         """Source and result go over the worker's windows, each block read for each pass."""
-        windows = evaluated.worker_windows(self._workers)
+        windows = evaluated.worker_windows(self._devices)
         tokens = evaluated.as_tokens(self.plan, windows)
         num_tokens = windows * evaluated.sequence_length
         passes = -(-num_tokens // _EVALUATED_PER_PASS)

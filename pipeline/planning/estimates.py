@@ -69,10 +69,12 @@ class Estimate:
         weights: of all matrices; active_weights: of those that one token is multiplied with.
         tokens_per_expert, advised_tokens: see `pipeline.planning.expert_costs`.
         activation_bytes: of all calibration shards between two blocks.
-        held_bytes: of the activations of the worker that holds most, inside a block.
+        held_bytes: of the activations of the worker that holds most, inside a block;
+            device_held_bytes of these, of one of its GPUs.
         activations: where they wait between two stages of a block.
         worker_bytes: peak memory of the worker that holds most.
-        device_bytes: peak memory of that worker's GPU; 0 on CPUs, where it is the worker's own.
+        device_bytes: peak memory of a GPU, the one that holds most; 0 on CPUs, where it is the
+            worker's own.
         micro_batch_bytes: of these, what no number of workers lowers: of a micro-batch in a layer.
         forward_flops, gram_flops, solve_flops: of all blocks, as they are run.
     """
@@ -92,6 +94,7 @@ class Estimate:
     gram_flops: float
     solve_flops: float
     held_bytes: int = 0
+    device_held_bytes: int = 0
     activations: ActivationPlace = "device"
 
     def beside_devices(self) -> Estimate:
@@ -101,7 +104,7 @@ class Estimate:
             self,
             activations="host",
             worker_bytes=self.worker_bytes + self.held_bytes,
-            device_bytes=self.device_bytes - self.held_bytes,
+            device_bytes=self.device_bytes - self.device_held_bytes,
         )
 
     @property
@@ -109,8 +112,12 @@ class Estimate:
         return self.forward_flops + self.gram_flops + self.solve_flops
 
 
-def estimate(plan: Plan, workers: int) -> Estimate:
-    """Estimate the costs of a plan on this many workers."""
+def estimate(plan: Plan, workers: int, gpus: int = 1) -> Estimate:
+    """Estimate the costs of a plan on this many workers, each with so many GPUs if it is for them.
+
+    All are taken to hold calibration shards for themselves.
+    """
+    devices = workers * max(1, gpus)
     blocks = plan.parts[1:]
     tokens = plan.tokens
     num_tokens = 0 if tokens is None else tokens.num_samples * tokens.sequence_length
@@ -126,7 +133,8 @@ def estimate(plan: Plan, workers: int) -> Estimate:
         activation_bytes=num_tokens * hidden_features(plan) * _activation_bytes(plan) * streams,
         worker_bytes=_worker_bytes(plan, workers),
         held_bytes=0 if tokens is None else _calibration(plan, workers).activation_bytes,
-        device_bytes=0 if plan.device == "cpu" else _device_bytes(plan, workers),
+        device_held_bytes=0 if tokens is None else _calibration(plan, devices).activation_bytes,
+        device_bytes=0 if plan.device == "cpu" else _device_bytes(plan, devices, gpus),
         micro_batch_bytes=0 if tokens is None else _calibration(plan, workers).transient_bytes,
         # Every layer runs once, on the output of the quantized ones before it; and in float.
         forward_flops=float(
@@ -166,8 +174,12 @@ def _worker_bytes(plan: Plan, workers: int) -> int:
     )
 
 
-def _device_bytes(plan: Plan, workers: int) -> int:
-    """The peak of a worker's GPU, where activations stay between the stages of a block."""
+def _device_bytes(plan: Plan, devices: int, together: int) -> int:
+    """The peak of a GPU, where activations stay between the stages of a block.
+
+    Args:
+        devices: of all workers; together: of one.
+    """
     # Part by part, each array once; a layer is decoded in float32 before it takes its place.
     layer = max(x.in_features * x.num_rows for part in plan.parts for x in part.layers)
     weights = max(part.num_weights for part in plan.parts) * _activation_bytes(plan)
@@ -178,8 +190,10 @@ def _device_bytes(plan: Plan, workers: int) -> int:
     )
     if plan.tokens is None:
         return DEVICE_PROGRAMS_BYTES + weights + solve
-    held = _calibration(plan, workers)
-    grams = int((_DEVICE_GRAM_COPIES + _HELD_GRAM * held.levels) * held.gram_bytes)
+    held = _calibration(plan, devices)
+    # The levels of the tree, and a sum that another GPU of the worker has sent.
+    sums = held.levels + (together > 1)
+    grams = int((_DEVICE_GRAM_COPIES + _HELD_GRAM * sums) * held.gram_bytes)
     return (
         DEVICE_PROGRAMS_BYTES
         + weights

@@ -51,6 +51,7 @@ class Machine(BaseModel):
     memory_achievable: _Share
     transfer_bytes_per_second: _Rate
     transfer_achievable: _Share
+    peer_bytes_per_second: _Rate | None = None
     step_seconds: _Rate
     host_threads: Annotated[StrictInt, Field(ge=1)]
     host_bytes_per_second: _Rate
@@ -61,6 +62,12 @@ class Machine(BaseModel):
     source: StrictStr
     price_per_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     price_source: StrictStr = ""
+
+    @property
+    def between_gpus(self) -> float:
+        """Bytes a second from one GPU to another: over the host's bus where there is no link."""
+        peak = self.peer_bytes_per_second or self.transfer_bytes_per_second
+        return peak * self.transfer_achievable
 
 
 class _File(BaseModel):

@@ -29,7 +29,8 @@ def fitting_micro_batch(plan: Plan, device_bytes: int | None) -> int | None:
     number = tokens.micro_batch
     while number > 1:
         smaller = replace(plan, tokens=_with_micro_batch(tokens, number))
-        needed = estimate(smaller, len(tokens.shards)).beside_devices()
+        # A worker with two GPUs has one's sums arrive at the other.
+        needed = estimate(smaller, len(tokens.shards), gpus=2).beside_devices()
         if needed.device_bytes <= device_bytes:
             break
         number //= 2

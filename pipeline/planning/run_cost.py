@@ -51,14 +51,16 @@ class StageCost:
 
 @dataclass(frozen=True, kw_only=True)
 class RunCost:
-    """What a run costs on so many workers of one kind.
+    """What a run costs on so many machines of one kind.
 
     Attributes:
+        workers: GPUs, or nodes of CPUs, of which each worker has so many `together`.
         stages: in their order; compiling is needed where no run before has done it.
     """
 
     machine: Machine
     workers: int
+    together: int = 1
     stages: tuple[StageCost, ...]
 
     @property
@@ -85,6 +87,7 @@ class RunCost:
         return {
             "machine": self.machine.model_dump(),
             "workers": self.workers,
+            "gpus_per_worker": self.together,
             "stages": [dataclasses.asdict(stage) for stage in self.stages],
             "seconds": self.seconds,
             "worker_hours": self.worker_hours,
@@ -113,6 +116,7 @@ def resource_seconds(work: Work, machine: Machine) -> dict[str, float]:
         "hashing": (work.hash_bytes, machine.host_hash_bytes_per_second),
         "storage": (work.storage_bytes, machine.storage_bytes_per_second),
         "rounding": (work.rounded_weights, _ROUNDED_PER_SECOND * rounding_threads),
+        "between GPUs": (work.peer_bytes, machine.between_gpus),
         "network": (work.network_bytes, machine.network_bytes_per_second),
         "fixed": (work.seconds, 1.0),
     }

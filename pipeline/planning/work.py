@@ -42,6 +42,7 @@ class Work:
         memory_bytes: read and written in the memory of what computes.
         steps: small kernels, each of which waits for the one before.
         transfer_bytes: between host and device; none on a CPU.
+        peer_bytes: from one GPU to another of its node.
         host_bytes: read and written by one thread of the host.
         hash_bytes: hashed by one thread.
         storage_bytes: read from, or written to, storage.
@@ -55,6 +56,7 @@ class Work:
     memory_bytes: float = 0.0
     steps: float = 0.0
     transfer_bytes: float = 0.0
+    peer_bytes: float = 0.0
     host_bytes: float = 0.0
     hash_bytes: float = 0.0
     storage_bytes: float = 0.0
@@ -150,6 +152,7 @@ class GroupWork:
 
     Attributes:
         shared: what every worker that solves any of them does: the factor.
+        shared_bytes: of what its GPUs then copy from each other: the factor and the Hessian.
         rows: of each slice of rows, what solving it takes; slices can be anywhere.
         sum_bytes: of the statistics of the input; of a Gram its bands, which travel.
         owned: whether they are added up where they are used, each expert's apart.
@@ -158,6 +161,7 @@ class GroupWork:
     shared: Work
     rows: tuple[Work, ...]
     sum_bytes: int
+    shared_bytes: int = 0
     owned: bool = False
 
     def received_bytes(self, workers: int, levels: int) -> float:
@@ -257,7 +261,8 @@ def _group_work(
     if on_gpu:
         rows += _banded_work(targets, constants)
     sum_bytes = _FLOAT_BYTES * int(_GRAM_SHARE * size**2 if hessian else 3 * size)
-    return GroupWork(shared=shared, rows=tuple(rows), sum_bytes=sum_bytes)
+    copied = 2 * _FLOAT_BYTES * size**2 if needs_factor else 0
+    return GroupWork(shared=shared, rows=tuple(rows), sum_bytes=sum_bytes, shared_bytes=copied)
 
 
 def _factoring(size: int, constants: Constants, *, factor: bool = True) -> Work:

@@ -128,6 +128,25 @@ def read_in_threads(source: ReadsValues, variables: Sequence[SizedPath], threads
     return Reading(pool, [pool.submit(digests, paths) for paths in _pieces(variables)])
 
 
+def read_side_by_side(
+    source: ReadsValues, variables: Sequence[SizedPath], threads: int
+) -> tuple[dict[str, NDArray[Any]], str]:
+    """Read and hash the variables of a part by so many threads; the values, and the part's digest.
+
+    Raises:
+        SourceError: values that cannot be read, or are not finite.
+    """
+
+    def read(share: Sequence[SizedPath]) -> list[tuple[str, NDArray[Any], VariableDigest]]:
+        values = source.read([path for path, _ in share])
+        return [(path, value, variable_digest(value)) for path, value in values.items()]
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="reading") as pool:
+        found = [one for share in pool.map(read, shares(variables, threads)) for one in share]
+    values = {path: value for path, value, _ in found}
+    return values, part_digest({path: digest for path, _, digest in found})
+
+
 def _pieces(variables: Sequence[SizedPath]) -> list[tuple[str, ...]]:
     """Paths in their order, cut where a piece would become too large."""
     pieces: list[list[str]] = []

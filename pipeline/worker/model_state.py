@@ -25,7 +25,7 @@ from pipeline.model.targets import Target, outputs_with
 from pipeline.plan import Plan
 from pipeline.recipe.recipe import statistics_of
 from pipeline.run.worker_api import Values
-from pipeline.weights.digests import values_digest
+from pipeline.weights.digests import read_side_by_side
 from pipeline.weights.source import open_source
 from pipeline.worker.activation_memory import ActivationMemory
 from pipeline.worker.block_program import BlockProgram
@@ -117,8 +117,11 @@ class ModelState:
         targets = graph.rest_targets if part == 0 else graph.blocks[part - 1].targets
         return {target.path: target for target in targets}
 
-    def read(self, part: int) -> dict[str, NDArray[Any]]:
-        """The source's arrays of one part, by variable path; threads may read side by side.
+    def read(self, part: int, threads: int = 1) -> dict[str, NDArray[Any]]:
+        """The source's arrays of one part, by variable path; several calls may read side by side.
+
+        Args:
+            threads: that read and hash for this call.
 
         Raises:
             SourceError: they cannot be read, or are not those that the plan was made for.
@@ -126,11 +129,11 @@ class ModelState:
         with self._preparing:
             self._source.prepare()
         if part:
-            values = self._source.read_layer(self.graph.blocks[part - 1].layer)
+            paths = self._source.layer_paths(self.graph.blocks[part - 1].layer)
         else:
-            values = self._source.read(self._source.rest_paths(self.graph))
+            paths = self._source.rest_paths(self.graph)
+        values, digest = read_side_by_side(self._source, self._source.sized(paths), threads)
         planned = self.plan.parts[part]
-        digest = values_digest(values)
         if digest != planned.source_sha256:
             raise SourceError(
                 f"{self._preset.url}: the weights of {planned.name} changed since the run was "

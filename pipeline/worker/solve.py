@@ -48,6 +48,8 @@ from quantizer.schemes import (
 from quantizer.solver import check_layer, solve_problems, solve_rows, uncalibrated
 
 _Solved = TypeVar("_Solved")
+_COMPILING_THREADS = 4
+"""On a GPU's host."""
 
 
 def solve_layers(
@@ -238,7 +240,7 @@ class CompiledAhead:
         """Start compiling, once blocks are to be solved; evaluation needs none of it."""
         if self._compiling:
             return
-        pool = ThreadPoolExecutor(1, thread_name_prefix="compiling")
+        pool = ThreadPoolExecutor(_compiling_threads(), thread_name_prefix="compiling")
         for part in self._plan.parts[1:]:
             layers = {layer.name: layer for layer in part.layers}
             for group in part.groups:
@@ -269,6 +271,11 @@ class CompiledAhead:
             compiling = self._compiling.get(_program(layer))
             if compiling is not None:
                 compiling.result()
+
+
+def _compiling_threads() -> int:
+    """A CPU compiles beside its own work; on a GPU compiling takes longest, of one core each."""
+    return 1 if jax.default_backend() == "cpu" else _COMPILING_THREADS
 
 
 def _program(layer: LayerPlan) -> tuple[Scheme | None, int, int, int]:

@@ -80,7 +80,8 @@ class Worker(WorkerApi):
         self._compiled = CompiledAhead(plan, self._model.targets, self._model.scale_dtype)
 
     def read(self, part: int) -> dict[str, NDArray[Any]]:
-        return self._model.read(part)
+        # A GPU comes with its share of a host.
+        return self._model.read(part, threads=len(self._devices))
 
     @device_errors()
     def restore(
@@ -96,7 +97,7 @@ class Worker(WorkerApi):
         if not missing:
             return
         self._sums.clear()
-        rest = self._model.read(0)
+        rest = self.read(0)
         self._glue_values = {path: rest[path] for path in sorted(self._model.glue_paths)}
         planned = self._plan.tokens
         assert planned is not None
@@ -237,7 +238,7 @@ class Worker(WorkerApi):
     @device_errors()
     def quantize_alone(self, part: int) -> PartRecord:
         self._begin()
-        values = self._model.read(part)
+        values = self.read(part)
         paths = [layer.path for layer in self._plan.parts[part].layers if layer.scheme]
         return self.commit(part, "", values, self.solve(part, paths, values, None))
 

@@ -61,7 +61,7 @@ def print_tables(names: Sequence[str]) -> None:
         costs, needs = [], []
         for given in _MACHINES:
             number, kind = workers_on(given)
-            workers = Workers(number=number, machine=machines.named(kind))
+            workers = Workers.on(number, machines.named(kind))
             costs.append(cost_of(plan, workers, num_windows=0))
             needs.append(_memory(workers, plan))
         print(f"\n{name}\n")

@@ -20,6 +20,7 @@ from typing import Any
 
 import pipeline.run.commits
 import pipeline.run.driver
+import pipeline.weights.digests
 import pipeline.worker.model_state
 from pipeline.recipe.recipe_file import load_recipe
 from pipeline.remote_planning import plan_run
@@ -32,7 +33,7 @@ from tests.pipeline.local_executor import LocalExecutor
 
 # Of the beats' thread nothing is counted: it mostly waits.
 _PROTOCOL: tuple[tuple[Any, str, str], ...] = (
-    (pipeline.worker.model_state, "values_digest", "checksum of the source"),
+    (pipeline.weights.digests, "variable_digest", "checksum of the source"),
     (pipeline.run.commits, "sha256", "checksum of the result"),
     (activations, "save", "activations kept"),
     (activations, "finish", "activations kept"),

@@ -45,7 +45,7 @@ def test_the_tightest_node_decides_and_the_remedy_fits(nodes: list[NodeRoom], re
 
 def test_a_gpu_that_is_too_small_is_named() -> None:
     given = estimate(planned("gptq").plan, 1)
-    costs = dataclasses.replace(given, device_bytes=30 * GIB, held_bytes=10 * GIB)
+    costs = dataclasses.replace(given, device_bytes=30 * GIB, device_held_bytes=10 * GIB)
     large, small = (
         DeviceMemory(node=f"node-{size}", kind="NVIDIA H100", num_bytes=size * GIB)
         for size in (72, 24)

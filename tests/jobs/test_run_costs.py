@@ -12,6 +12,7 @@ from rich.console import Console
 from jobs.cli.main import main
 from jobs.run_costs import PricedMachine, Workers, cost_json, cost_of, cost_table, costs_table
 from pipeline.executor.protocol import Allocation, ExecutorError
+from pipeline.planning.estimates import estimate
 from pipeline.planning.machines import known_machines
 from pipeline.planning.work import planned_on
 from tests.pipeline.planning.small_plans import plan, slow_machine
@@ -63,6 +64,26 @@ def test_gpus_at_hand_have_the_rates_of_their_kind() -> None:
     allocation = Allocation(workers=4, threads=8, gpus=1, accelerator="L4")
     found = priced.find(Unused(), allocation)
     assert found == Workers(number=4, machine=known_machines().named("L4"))
+
+
+@pytest.mark.parametrize(
+    ("given", "workers", "gpus"),
+    [("8xH100", 1, 8), ("4xH100", 1, 4), ("16xH100", 2, 8), ("12xH100", 12, 1), ("8xL4", 8, 1)],
+)
+def test_named_gpus_are_those_of_whole_nodes(given: str, workers: int, gpus: int) -> None:
+    named = PricedMachine.of(given, None).named
+    assert named is not None
+    assert (named.allocation.workers, named.allocation.gpus) == (workers, gpus)
+    there = named.plan(plan())
+    assert named.estimate(plan()) == estimate(there, workers, gpus)
+    cost = cost_of(there, named, num_windows=0)
+    assert (cost.workers, cost.to_dict()["gpus_per_worker"]) == (workers * gpus, gpus)
+
+
+def test_gpus_of_one_worker_at_hand_count_each() -> None:
+    allocation = Allocation(workers=2, threads=8, gpus=4, accelerator="H100")
+    found = PricedMachine.of(None, None).find(Unused(), allocation)
+    assert found == Workers(number=8, machine=known_machines().named("H100"), together=4)
 
 
 def test_gpus_of_an_unknown_kind_have_no_cost_and_say_what_to_do() -> None:

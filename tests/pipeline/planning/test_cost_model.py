@@ -10,7 +10,7 @@ from pipeline.planning.cost_model import run_cost
 from pipeline.planning.machines import known_machines
 from pipeline.planning.run_cost import STAGES, RunCost, Stage, resource_seconds
 from pipeline.planning.stage_constants import CONSTANTS
-from pipeline.planning.work import Evaluated, Work, block_work
+from pipeline.planning.work import Evaluated, Work, block_work, planned_on
 from quantizer.schemes import Int8Scheme
 from tests.pipeline.planning.small_plans import plan, slow_machine, with_layers
 
@@ -90,6 +90,32 @@ def test_sums_and_weights_travel_only_between_workers() -> None:
     assert one.seconds < two.seconds < three.seconds
     on_one_node = quick_calls.model_copy(update={"workers_per_node": 2})
     assert run_cost(plan(), on_one_node, 2).stage("exchange").seconds < two.seconds
+
+
+def test_gpus_of_one_worker_copy_sums_to_each_other_and_share_a_factor() -> None:
+    h100 = known_machines().named("H100")
+    given = with_layers(plan(), out_features=1 << 14)
+    apart, together = (run_cost(given, h100, 4, together=n, evaluated=EVALUATED) for n in (1, 4))
+    assert apart.worker_hours / apart.seconds == together.worker_hours / together.seconds
+    for stage in ("solve", "evaluate"):
+        alone = seconds(run_cost(given, h100, 1, evaluated=EVALUATED), stage)  # type: ignore[arg-type]
+        assert seconds(together, stage) < alone, stage  # type: ignore[arg-type]
+    assert seconds(together, "exchange") < seconds(apart, "exchange")
+    # Without NVLink over the host's bus, with slower links slower.
+    unlinked = h100.model_copy(update={"peer_bytes_per_second": None})
+    slow = h100.model_copy(update={"peer_bytes_per_second": 1e6})
+    assert unlinked.between_gpus == h100.transfer_bytes_per_second * h100.transfer_achievable
+    assert h100.between_gpus > unlinked.between_gpus
+    exchanged = run_cost(given, slow, 4, together=4).stage("exchange")
+    assert exchanged.bound == "between GPUs"
+    on_gpu = planned_on(given, "gpu")
+    groups = block_work(on_gpu, on_gpu.parts[1], CONSTANTS["gpu"]).solve
+    # Two levels of the tree, and three copies of the factor and the Hessian, for each block.
+    copied = 2 * sum(2 * group.sum_bytes + 3 * group.shared_bytes for group in groups)
+    link = slow.between_gpus
+    assert exchanged.seconds == pytest.approx(
+        copied / link + seconds(run_cost(given, h100, 1), "exchange"), rel=1e-3
+    )
 
 
 def test_reading_and_committing_hide_behind_the_blocks() -> None:

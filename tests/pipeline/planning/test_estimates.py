@@ -197,6 +197,19 @@ def test_more_workers_share_the_activations_only() -> None:
     assert (one.flops, one.source_bytes) == (four.flops, four.source_bytes)
 
 
+def test_the_gpus_of_a_worker_share_its_activations() -> None:
+    plan = dataclasses.replace(planned("gptq").plan, machine={"platform": "gpu", "device": "H100"})
+    one, two, apart = estimate(plan, 1), estimate(plan, 1, 2), estimate(plan, 2)
+    assert two.device_held_bytes == apart.held_bytes == apart.device_held_bytes
+    assert two.held_bytes == one.held_bytes > two.device_held_bytes
+    assert one.device_bytes > two.device_bytes
+    # It has a sum sent by the other.
+    assert two.device_bytes >= apart.device_bytes
+    beside = two.beside_devices()
+    assert beside.device_bytes == two.device_bytes - two.device_held_bytes
+    assert beside.worker_bytes == two.worker_bytes + two.held_bytes
+
+
 def test_the_float_model_s_activations_count() -> None:
     plan = planned("gptq").plan
     alone, both = estimate(plan, 1), estimate(correcting_drift(plan), 1)

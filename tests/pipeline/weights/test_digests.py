@@ -24,6 +24,7 @@ from pipeline.remote_planning import plan_on, read_share
 from pipeline.weights.digests import (
     part_digests,
     read_in_threads,
+    read_side_by_side,
     shares,
     values_digest,
     variable_digest,
@@ -187,3 +188,31 @@ def test_weights_that_are_not_finite_are_refused_by_whoever_reads_them(tmp_path:
     runner = LocalExecutor([object()] * 2)
     with pytest.raises(SourceError, match=r"1 of .* values are NaN or infinite"):
         plan_on(runner, str(preset), recipe("int8"), 1)
+
+
+class Recording:
+    """A source that says by which threads it is read."""
+
+    def __init__(self, values: dict[str, NDArray[Any]]) -> None:
+        self.values = values
+        self.threads: set[str] = set()
+        self.reads: list[str] = []
+
+    def read(self, paths: Iterable[str]) -> dict[str, NDArray[Any]]:
+        wanted = list(paths)
+        self.threads.add(threading.current_thread().name)
+        self.reads += wanted
+        return {path: self.values[path] for path in wanted}
+
+
+@pytest.mark.parametrize("threads", [1, 3, 20])
+def test_a_part_read_by_several_threads_is_the_part(threads: int) -> None:
+    values = {f"v{i}": np.full((3, i + 1), i, np.float32) for i in range(9)}
+    source = Recording(values)
+    sized = [(path, value.nbytes) for path, value in values.items()]
+    found, digest = read_side_by_side(source, sized, threads)
+    assert list(found) == list(values)
+    assert all(found[path] is values[path] for path in values)
+    assert digest == values_digest(values)
+    assert sorted(source.reads) == sorted(values)
+    assert len(source.threads) <= threads

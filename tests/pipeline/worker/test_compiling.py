@@ -45,6 +45,14 @@ def test_every_shape_is_compiled_once_in_the_order_of_use(monkeypatch: pytest.Mo
     assert dtypes == {"float32"}
 
 
+def test_a_gpus_host_compiles_several_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(2, timeout=60)
+    monkeypatch.setattr(compiling.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(compiling, "compile_solver", lambda *args, **options: together.wait())
+    plan = planned("gptq").plan
+    ahead(plan).await_for(plan.parts[1].layers[:2])
+
+
 def test_nothing_is_compiled_for_schemes_without_gptq(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "compile_solver", lambda *args, **options: pytest.fail("called"))
     plan = planned("int8").plan
