@@ -7,7 +7,6 @@ can trust a record without knowing anything else about it.
 from __future__ import annotations
 
 import json
-from functools import cache
 from typing import Any, ClassVar, Self
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -28,10 +27,14 @@ class RecordError(PipelineError):
     """Bytes that differ from what was written, or that contradict themselves."""
 
 
-@cache
-def adapter_of(kind: type) -> TypeAdapter[Any]:
+_adapters: dict[type[Any], TypeAdapter[Any]] = {}
+
+
+def adapter_of(kind: type[Any]) -> TypeAdapter[Any]:
     """What reads and writes a dataclass; built once, since that takes tens of milliseconds."""
-    return TypeAdapter(kind)
+    if kind not in _adapters:
+        _adapters[kind] = TypeAdapter(kind)
+    return _adapters[kind]
 
 
 class StoredRecord:
