@@ -99,7 +99,10 @@ format: $(READY)  ## let ruff fix style and sort imports
 demo: $(READY)  ## quantize a real language model, evaluate it, and generate with stock KerasHub
 	$(BIN)/python -m tests.demo.prepare out/demo
 	$(BIN)/quantfleet quantize out/demo/smollm2 --recipe tests/demo/recipe.yaml \
-		--output out/demo/quantized --evaluate-on out/demo/texts/evaluation.jsonl --windows 4
+		--output out/demo/quantized --windows 2 \
+		--evaluate-on manual=out/demo/texts/evaluation-manual.jsonl \
+		--evaluate-on code=out/demo/texts/evaluation-code.jsonl \
+		--evaluate-on licenses=out/demo/texts/evaluation-licenses.jsonl
 	$(BIN)/quantfleet verify out/demo/quantized --no-stock
 	$(BIN)/python -I tests/demo/generate.py out/demo/quantized/artifact
 

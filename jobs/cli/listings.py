@@ -34,10 +34,16 @@ def schemes(as_json: options.Json = False) -> None:
 @app.command()
 def recipes(as_json: options.Json = False) -> None:
     """List the built-in recipes."""
+    from pipeline.recipe.measured import measured_recipes
     from pipeline.recipe.recipe_file import builtin_recipes
 
     found = builtin_recipes()
-    values = {name: recipe.to_dict() for name, recipe in found.items()}
+    measured = measured_recipes()
+    values = {
+        name: recipe.to_dict()
+        | {"measured": dataclasses.asdict(measured[name]) if name in measured else None}
+        for name, recipe in found.items()
+    }
     print_result(values, recipes_table(found), as_json=as_json)
 
 
@@ -82,10 +88,14 @@ def schemes_table(described: dict[str, dict[str, Any]]) -> Table:
 def recipes_table(recipes: Mapping[str, Recipe]) -> Table:
     """One line per recipe."""
     from pipeline.export.kernels import served_by
+    from pipeline.recipe.measured import NOT_MEASURED, PLAINEST, how_measured, measured_recipes
 
+    measured = measured_recipes()
+    how = f"KL in nats a token, and time over that of {PLAINEST}: {how_measured() or NOT_MEASURED}"
     table = Table(
         *("recipe", "scheme", "embeddings", "served by, once exported", "calibration"),
-        caption="all settings: --json",
+        *("KL", "time"),
+        caption=f"{how}\nall settings: --json",
     )
     for name, recipe in recipes.items():
         assert recipe.scheme is not None
@@ -96,7 +106,13 @@ def recipes_table(recipes: Mapping[str, Recipe]) -> Table:
             texts = f"{given.num_samples} × {given.sequence_length} tokens of {names}"
         served = served_by(recipe.scheme)
         table.add_row(
-            Text(name, style="bold"), recipe.scheme.policy, embeddings, served, Text(texts)
+            Text(name, style="bold"),
+            recipe.scheme.policy,
+            embeddings,
+            served,
+            Text(texts),
+            NOT_MEASURED if name not in measured else measured[name].divergence_text,
+            NOT_MEASURED if name not in measured else measured[name].time_text,
         )
     return table
 

@@ -1,6 +1,6 @@
-"""Write the inputs of `make demo`: SmolLM2-135M-Instruct as a KerasHub preset, and texts.
+"""Write the inputs of `make demo`: SmolLM2-135M-Instruct as a KerasHub preset, and kinds of text.
 
-Both come from installed packages; nothing is downloaded. An existing preset is kept.
+All come from installed packages; nothing is downloaded. An existing preset is kept.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from tests.demo.kinds import write_kinds
 from tests.models.smollm2 import smollm2_preset
-from tests.models.texts import write_texts
 
 
 def main() -> None:
@@ -19,8 +19,7 @@ def main() -> None:
     preset = folder / "smollm2"
     if not (preset / "metadata.json").exists():
         smollm2_preset(preset)
-    (folder / "texts").mkdir(parents=True, exist_ok=True)
-    for path in (preset, *write_texts(folder / "texts")):
+    for path in (preset, *write_kinds(folder / "texts")):
         print(f"ready: {path}")
 
 
