@@ -156,6 +156,10 @@ class PartPlan:
     def num_weights(self) -> int:
         return _num_weights(self.layers)
 
+    def corrects_drift(self, group: InputGroup) -> bool:
+        """Whether any layer of a group is solved for the outputs that it has in the float model."""
+        return any(x.corrects_drift for x in self.layers if x.name in group.targets)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceTokens:

@@ -96,6 +96,23 @@ matrix [columns, rows].
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DriftJudgement:
+    """What a layer's drift correction does on calibration rows that it was not found on.
+
+    Attributes:
+        strength: share of the correction that is made, which lowers the error on these rows most;
+            0 leaves the layer as it is.
+        held_back_error: ‖x Wᵀ - x̃ W'ᵀ‖² / ‖x Wᵀ‖² over them, of the corrected target W' before
+            it is rounded; x are the float model's inputs and x̃ the quantized one's.
+        uncorrected_error: the same of W itself.
+    """
+
+    strength: float
+    held_back_error: float
+    uncorrected_error: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SolveReport:
     """The errors of one quantized layer, as plain values for records and reports.
 
@@ -114,6 +131,8 @@ class SolveReport:
             from plain values where there are none, since older versions did not know it.
         num_rows: calibration rows (tokens).
         ratio: AWQ's exponent of the input scales.
+        drift: of a layer whose drift correction was judged; its errors above are distances from
+            the corrected target. Omitted of others.
     """
 
     weight_error: float
@@ -127,12 +146,15 @@ class SolveReport:
     faint_inputs: int = 0
     num_rows: int = 0
     ratio: float | None = None
+    drift: DriftJudgement | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         values = dataclasses.asdict(self)
         if not self.faint_inputs:
             del values["faint_inputs"]
+        if self.drift is None:
+            del values["drift"]
         return values
 
 

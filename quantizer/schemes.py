@@ -83,7 +83,8 @@ class GPTQScheme(_Checked):
     )
     drift_correction: float = _option(
         0.0,
-        "Share (0 to 1) of the drift caused by quantized layers before to undo (not in Keras).",
+        "Most of the drift (0 to 1) caused by quantized layers before to undo; windows held back "
+        "choose how much (not in Keras).",
         _SHARE,
     )
 

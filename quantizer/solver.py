@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from quantizer.awq import solve_awq
 from quantizer.errors import CalibrationError, SchemeError, WeightError
-from quantizer.gptq.drift import DriftSum, correct_target
+from quantizer.gptq.drift import Drift, correct_layers
 from quantizer.gptq.solve import (
     SolvedRows,
     cut_rows,
@@ -25,7 +25,7 @@ from quantizer.gptq.solve import (
 )
 from quantizer.hessian import CalibrationStatistics, HessianSum, MagnitudeSum
 from quantizer.problem import LayerProblem, RowGroups
-from quantizer.result import Float32, SolveReport, SolveResult
+from quantizer.result import DriftJudgement, Float32, SolveReport, SolveResult
 from quantizer.rtn import solve_float8, solve_int
 from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
 
@@ -38,7 +38,7 @@ def solve(
     statistics: CalibrationStatistics | None,
     scheme: Scheme,
     *,
-    drift: DriftSum | None = None,
+    drift: Drift | None = None,
     scale_dtype: str = "float32",
     row_groups: RowGroups | None = None,
     name: str = "weight",
@@ -69,7 +69,7 @@ def solve_stack(
     statistics: CalibrationStatistics | None,
     scheme: Scheme,
     *,
-    drift: DriftSum | None = None,
+    drift: Drift | None = None,
     scale_dtype: str = "float32",
     names: Sequence[str] | None = None,
 ) -> list[SolveResult]:
@@ -90,7 +90,7 @@ def solve_problems(
     layers: Sequence[LayerProblem],
     statistics: CalibrationStatistics | None,
     *,
-    drift: DriftSum | None = None,
+    drift: Drift | None = None,
     scale_of_input_C: NDArray[np.intp] | None = None,
     devices: Sequence[jax.Device] = (),
 ) -> list[SolveResult]:
@@ -127,12 +127,14 @@ def solve_rows(
     statistics: CalibrationStatistics | None,
     slices: Sequence[int],
     *,
+    drift: Drift | None = None,
     devices: Sequence[jax.Device] = (),
 ) -> list[SolvedRows]:
-    """Solve some row slices of a gptq layer without `row_groups` or drift, for `join_slices`.
+    """Solve some row slices of a gptq layer without `row_groups`, for `join_slices`.
 
     Args:
         slices: their numbers in `row_slices`.
+        drift: as in `solve`.
         devices: as in `solve_problems`.
 
     Raises:
@@ -143,9 +145,11 @@ def solve_rows(
     assert layer.row_groups is None
     _check_statistics([layer], statistics)
     assert isinstance(statistics, HessianSum)
-    rows = cut_rows(_corrected(layer, statistics, None, scheme))
+    [(corrected, judgement)] = _corrected([layer], statistics, drift, scheme)
+    rows = cut_rows(corrected)
     shared = share_input(statistics, scheme)
-    return solve_slices([rows[number] for number in slices], shared, devices)
+    solved = solve_slices([rows[number] for number in slices], shared, devices)
+    return [replace(one, drift=judgement) for one in solved]
 
 
 def uncalibrated(report: SolveReport, obstacle: str, out_features: int) -> SolveReport:
@@ -169,18 +173,22 @@ def _solve_gptq(
     layers: Sequence[LayerProblem],
     hessian: HessianSum,
     scheme: GPTQScheme,
-    drift: DriftSum | None,
+    drift: Drift | None,
     devices: Sequence[jax.Device],
 ) -> list[SolveResult]:
-    layers = [_corrected(layer, hessian, drift, scheme) for layer in layers]
+    corrected = _corrected(layers, hessian, drift, scheme)
     shared = share_input(hessian, scheme)
-    cut = [cut_rows(layer) if layer.row_groups is None else [] for layer in layers]
+    cut = [cut_rows(layer) if layer.row_groups is None else [] for layer, _ in corrected]
     solved = iter(solve_slices([rows for slices in cut for rows in slices], shared, devices))
-    return [
-        join_slices(layer.weight_RC, [next(solved) for _ in slices], scheme)
+    results = [
+        join_slices(given.weight_RC, [next(solved) for _ in slices], scheme)
         if layer.row_groups is None
         else solve_in_row_groups(layer, layer.row_groups, shared)
-        for layer, slices in zip(layers, cut, strict=True)
+        for given, (layer, _), slices in zip(layers, corrected, cut, strict=True)
+    ]
+    return [
+        replace(result, report=replace(result.report, drift=judgement))
+        for result, (_, judgement) in zip(results, corrected, strict=True)
     ]
 
 
@@ -291,22 +299,20 @@ def _check_statistics(
 
 
 def _corrected(
-    layer: LayerProblem, hessian: HessianSum, drift: DriftSum | None, scheme: GPTQScheme
-) -> LayerProblem:
-    """The layer with the weights to approximate: those given, unless the scheme corrects drift."""
+    layers: Sequence[LayerProblem], hessian: HessianSum, drift: Drift | None, scheme: GPTQScheme
+) -> list[tuple[LayerProblem, DriftJudgement | None]]:
+    """Layers with the weights to approximate: those given, unless the scheme corrects drift."""
     if scheme.drift_correction == 0:
-        return layer
+        return [(layer, None) for layer in layers]
     if drift is None:
         raise CalibrationError(
-            f"{layer.name}: drift_correction is {scheme.drift_correction:g}, but no DriftSum was "
-            "given; give DriftSum.of(inputs, quantized_inputs), or set it to 0"
+            f"{layers[0].name}: drift_correction is {scheme.drift_correction:g}, but no DriftSum "
+            "was given; give DriftSum.of(inputs, quantized_inputs), or set it to 0"
         )
-    target_RC = correct_target(
-        layer.weight_RC,
+    return correct_layers(
+        layers,
         hessian,
         drift,
         strength=scheme.drift_correction,
         hessian_damping=scheme.hessian_damping,
-        name=layer.name,
     )
-    return replace(layer, weight_RC=target_RC)

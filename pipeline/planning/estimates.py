@@ -39,6 +39,11 @@ _REST_COPIES = 3
 _SOLVE_COPIES = 3
 # Of a Gram, what a worker holds until it is solved: the bands from the diagonal on.
 _HELD_GRAM = 10 / 16
+# What the sums of a group that corrects drift take beside its Gram: Σ(x - x̃)ᵀx̃ twice, of windows
+# that are held back and of others; of these also Σ(x - x̃)ᵀ(x - x̃) and a Gram.
+DRIFT_GRAMS = 3 + _HELD_GRAM
+# To correct it: the Hessian damped, its factor and the step, beside those Grams made whole.
+_CORRECTING_GRAMS = 5
 # A shard's Gram and a micro-batch's while that is added, besides one sum per level of the tree.
 _GRAM_COPIES = 3
 # A micro-batch inside a layer, and its attention's scores before and after the softmax; on a GPU
@@ -140,10 +145,14 @@ def estimate(plan: Plan, workers: int, gpus: int = 1) -> Estimate:
         forward_flops=float(
             sum(2 * run_weights(part, plan.device) * num_tokens * streams for part in blocks)
         ),
-        # Above the diagonal in four bands: 10/16 of the whole product.
+        # Above the diagonal in four bands: 10/16 of the whole product. Drifts have no symmetry.
         gram_flops=float(
             sum(
-                2 * group.in_features**2 * num_tokens * rows_per_token(group, part) * 10 / 16
+                2
+                * group.in_features**2
+                * num_tokens
+                * rows_per_token(group, part)
+                * (10 / 16 + part.corrects_drift(group))
                 for group, part in _hessian_groups(plan)
             )
         ),
@@ -164,6 +173,8 @@ def _worker_bytes(plan: Plan, workers: int) -> int:
         return _PROCESS_BYTES + weights + solve
     held = _calibration(plan, workers)
     grams = int((_GRAM_COPIES + _HELD_GRAM * held.levels) * held.gram_bytes)
+    grams += int((_GRAM_COPIES + held.levels) * DRIFT_GRAMS * held.drift_bytes)
+    solve += int((_CORRECTING_GRAMS + DRIFT_GRAMS) * held.drift_bytes)
     return (
         _PROCESS_BYTES
         + _PROGRAMS_BYTES
@@ -194,6 +205,8 @@ def _device_bytes(plan: Plan, devices: int, together: int) -> int:
     # The levels of the tree, and a sum that another GPU of the worker has sent.
     sums = held.levels + (together > 1)
     grams = int((_DEVICE_GRAM_COPIES + _HELD_GRAM * sums) * held.gram_bytes)
+    grams += int((_DEVICE_GRAM_COPIES + sums) * DRIFT_GRAMS * held.drift_bytes)
+    solve += int((_CORRECTING_GRAMS + DRIFT_GRAMS) * held.drift_bytes)
     return (
         DEVICE_PROGRAMS_BYTES
         + weights
@@ -210,6 +223,7 @@ class _Calibration:
 
     Attributes:
         gram_bytes: of the largest Gram.
+        drift_bytes: of the largest Gram of a group that corrects drift; 0 without one.
         levels: of the tree that sums are merged in, each of which may hold one.
         activation_bytes: of all its windows between two stages of a block.
         in_flight_bytes: of the micro-batches that pass between host and device at once.
@@ -217,6 +231,7 @@ class _Calibration:
     """
 
     gram_bytes: int
+    drift_bytes: int
     levels: int
     activation_bytes: int
     in_flight_bytes: int
@@ -239,6 +254,11 @@ def _calibration(plan: Plan, workers: int) -> _Calibration:
     transient = micro_batch_bytes(batch, widest, tokens.largest_array_bytes or scores)
     return _Calibration(
         gram_bytes=max((gram_size(*one) for one in _hessian_groups(plan)), default=0)
+        * _FLOAT_BYTES,
+        drift_bytes=max(
+            (gram_size(*one) for one in _hessian_groups(plan) if one[1].corrects_drift(one[0])),
+            default=0,
+        )
         * _FLOAT_BYTES,
         levels=held.bit_length(),
         activation_bytes=windows * tokens.sequence_length * activations,

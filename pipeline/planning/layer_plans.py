@@ -26,6 +26,10 @@ _OTHER_USE = (
     "its block does not multiply each token's row with one matrix per expert of a known router; "
     "left in float"
 )
+_DRIFTING = (
+    "no drift_correction for experts, to which the float model may send other tokens; solved "
+    "without it"
+)
 _READ_APART = (
     "its block reads the kernel past the layer, and would take codes for weights; left in float"
 )
@@ -150,11 +154,6 @@ def _choose_scheme(
     scheme = recipe.scheme_for(target.path, target.layer_kind)
     if scheme is None or target.layer_kind == "embedding":
         return scheme, ""
-    if isinstance(scheme, GPTQScheme) and scheme.drift_correction:
-        raise RecipeError(
-            f"recipe {recipe.name}: drift_correction needs the float model's activations beside "
-            "the quantized one's, which a run does not carry; set it to 0"
-        )
     if statistics_of(scheme) and not in_block:
         return None, f"{scheme.mode} is calibrated inside blocks only; left in float"
     if isinstance(scheme, GPTQScheme | AWQScheme) and not target.num_experts:
@@ -171,6 +170,8 @@ def _of_experts(scheme: Scheme, use: ExpertUse | None) -> tuple[Scheme | None, s
         return None, _OTHER_USE
     if not isinstance(scheme, GPTQScheme | Int8Scheme | Int4Scheme):
         return None, f"no {scheme.mode} for experts; left in float, give them gptq, int8 or int4"
+    if isinstance(scheme, GPTQScheme) and scheme.drift_correction:
+        return dataclasses.replace(scheme, drift_correction=0.0), _DRIFTING
     return scheme, ""
 
 

@@ -15,6 +15,7 @@ from operator import add
 from pipeline.calibration.windows import shard_bounds
 from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan, TokensPlan, micro_batches
 from pipeline.planning.estimates import (
+    DRIFT_GRAMS,
     GPU_BAND,
     bits_per_weight,
     codes_bytes,
@@ -29,6 +30,8 @@ from quantizer.schemes import AWQScheme, GPTQScheme
 
 _HEAD_FEATURES = 64
 _FLOAT_BYTES = 4
+_DRIFT_PRODUCTS = 6
+"""Of a weight with matrices over its inputs, to judge and make the correction of its drift."""
 _GRAM_SHARE = 10 / 16
 """Of the whole product: above the diagonal in four bands."""
 
@@ -179,13 +182,12 @@ def block_work(plan: Plan, part: PartPlan, constants: Constants) -> BlockWork:
     states.
     """
     on_gpu = plan.device == "gpu"
-    layers = {layer.name: layer for layer in part.layers}
     grouped = {name for group in part.groups for name in group.targets}
     alone = [x for x in part.layers if x.scheme is not None and x.name not in grouped]
     groups = [
         _experts_work(group, part, constants)
         if group.experts
-        else _group_work(group, layers, constants, on_gpu=on_gpu)
+        else _group_work(group, part, constants, on_gpu=on_gpu)
         for group in part.groups
     ]
     if alone:
@@ -233,11 +235,16 @@ def _gram_work(
     if group.statistics != "hessian":
         item = 2 if bfloat16 else _FLOAT_BYTES
         return Work(memory_bytes=2.0 * num_rows * group.in_features * item)
-    size = float(group.in_features) ** 2 * _GRAM_SHARE
+    size = float(group.in_features) ** 2 * (_GRAM_SHARE + _drift_products(part, group, tokens))
     num_batches = sum(-(-(b - a) // tokens.micro_batch) for a, b in tokens.shards)
     products = _products(constants.gram * 2.0 * size * num_rows, bfloat16=bfloat16)
     passes = constants.gram_passes * num_batches * max(1, group.experts)
     return products + Work(memory_bytes=passes * size * _FLOAT_BYTES)
+
+
+def _drift_products(part: PartPlan, group: InputGroup, tokens: TokensPlan) -> float:
+    """How many whole products the sums of a group's drift are: one, two of what is held back."""
+    return 1 + tokens.num_held_back / tokens.num_samples if part.corrects_drift(group) else 0.0
 
 
 def _products(flops: float, *, bfloat16: bool) -> Work:
@@ -245,8 +252,9 @@ def _products(flops: float, *, bfloat16: bool) -> Work:
 
 
 def _group_work(
-    group: InputGroup, layers: dict[str, LayerPlan], constants: Constants, *, on_gpu: bool
+    group: InputGroup, part: PartPlan, constants: Constants, *, on_gpu: bool
 ) -> GroupWork:
+    layers = {layer.name: layer for layer in part.layers}
     targets = [layers[name] for name in group.targets]
     size = group.in_features
     hessian = group.statistics == "hessian"
@@ -262,7 +270,17 @@ def _group_work(
         rows += _banded_work(targets, constants)
     sum_bytes = _FLOAT_BYTES * int(_GRAM_SHARE * size**2 if hessian else 3 * size)
     copied = 2 * _FLOAT_BYTES * size**2 if needs_factor else 0
+    if part.corrects_drift(group):
+        sum_bytes += int(_FLOAT_BYTES * DRIFT_GRAMS * size**2)
+        shared += _correcting([x for x in targets if x.corrects_drift], size)
     return GroupWork(shared=shared, rows=tuple(rows), sum_bytes=sum_bytes, shared_bytes=copied)
+
+
+def _correcting(targets: Sequence[LayerPlan], size: int) -> Work:
+    """Find the step of the drift's correction twice, to judge it and to make it; and do so."""
+    steps = 2 * (1 / 3 + 2) * float(size) ** 3
+    products = _DRIFT_PRODUCTS * 2.0 * sum(x.num_rows for x in targets) * float(size) ** 2
+    return Work(float32_flops=steps + products)
 
 
 def _factoring(size: int, constants: Constants, *, factor: bool = True) -> Work:

@@ -107,12 +107,18 @@ class InputSum:
             experts first, and the last one is the number of rows that each was sent.
         num_rows: tokens that it covers.
         experts: their numbers.
+        drift: where the group corrects drift: Σ (x - x̃)ᵀx̃, and over windows that are held back
+            Σ (x - x̃)ᵀ(x - x̃) too, of the float model's inputs x and the quantized one's, x̃.
+        held_back: over windows that are held back, of which the sum itself covers none then; None
+            if it covers all windows, or if none of its windows are held back.
     """
 
     kind: StatisticsKind
     arrays: tuple[Any, ...]
     num_rows: int
     experts: range | None = None
+    drift: tuple[Any, ...] = ()
+    held_back: InputSum | None = None
 
 
 class WorkerApi(Protocol):

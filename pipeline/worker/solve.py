@@ -30,7 +30,8 @@ from pipeline.worker.solve_bank import (
 )
 from quantizer.errors import UnusableStatisticsError
 from quantizer.experts import ExpertHessians, InputStatistics
-from quantizer.gptq.solve import compile_solver, join_slices
+from quantizer.gptq.drift import Drift, DriftSum, JudgedDrift
+from quantizer.gptq.solve import SolvedRows, compile_solver, join_slices
 from quantizer.hessian import CalibrationStatistics, HessianSum, MagnitudeSum
 from quantizer.keras_format.kernel_layout import row_groups
 from quantizer.keras_format.layers import kernel_layout, solve_embedding
@@ -58,6 +59,7 @@ def solve_layers(
     values: Values,
     statistics: CalibrationStatistics | None,
     fold: Fold | None = None,
+    drift: JudgedDrift | None = None,
     *,
     devices: Sequence[jax.Device] = (),
 ) -> list[SolvedLayer]:
@@ -70,6 +72,7 @@ def solve_layers(
         layers: those to solve; all have a scheme.
         fold: what takes up the input scales that all of them share by a foldable awq; without it
             such layers get none.
+        drift: of the input that they share, if any of them corrects it.
 
     Raises:
         QuantizationError: with the layer's path.
@@ -89,16 +92,24 @@ def solve_layers(
             by_scheme.setdefault(layer.scheme, []).append(layer)
     for scheme, alike in by_scheme.items():
         problems = [_problem(targets[layer.path], scheme, values) for layer in alike]
-        attempt = partial(
-            solve_problems,
-            problems,
-            scale_of_input_C=_scale_of_input(scheme, fold, problems[0]),
-            devices=devices,
-        )
-        results, obstacle = _calibrated(attempt, statistics, problems[0])
+        scales = _scale_of_input(scheme, fold, problems[0])
+        attempt = partial(_solve_alike, problems, scales, devices)
+        results, obstacle = _calibrated(attempt, statistics, drift, problems[0])
         for layer, result in zip(alike, results, strict=True):
             solved[layer.path] = _encoded(targets[layer.path], result, scheme, values, obstacle)
     return [solved[layer.path] for layer in layers]
+
+
+def _solve_alike(
+    problems: Sequence[LayerProblem],
+    scale_of_input_C: NDArray[np.intp] | None,
+    devices: Sequence[jax.Device],
+    statistics: CalibrationStatistics | None,
+    drift: Drift | None,
+) -> list[SolveResult]:
+    return solve_problems(
+        problems, statistics, drift=drift, scale_of_input_C=scale_of_input_C, devices=devices
+    )
 
 
 def solve_slices(
@@ -107,6 +118,7 @@ def solve_slices(
     values: Values,
     statistics: InputStatistics | None,
     slices: Sequence[int],
+    drift: JudgedDrift | None = None,
     *,
     devices: Sequence[jax.Device] = (),
 ) -> SolvedSlices:
@@ -116,9 +128,11 @@ def solve_slices(
     if isinstance(statistics, HessianSum):
         make_room(statistics.gram_CC.nbytes)
     problem = _problem(target, _gptq(layer), values)
-    rows, obstacle = _calibrated(
-        lambda usable: solve_rows(problem, usable, slices, devices=devices), statistics, problem
-    )
+
+    def attempt(usable: CalibrationStatistics | None, drift: Drift | None) -> list[SolvedRows]:
+        return solve_rows(problem, usable, slices, drift=drift, devices=devices)
+
+    rows, obstacle = _calibrated(attempt, statistics, drift, problem)
     return SolvedSlices(
         path=layer.path, rows=dict(zip(slices, rows, strict=True)), problem=obstacle
     )
@@ -163,8 +177,9 @@ def _scale_of_input(
 
 
 def _calibrated(
-    attempt: Callable[[CalibrationStatistics | None], _Solved],
+    attempt: Callable[[CalibrationStatistics | None, Drift | None], _Solved],
     statistics: CalibrationStatistics | None,
+    drift: Drift | None,
     first: LayerProblem,
 ) -> tuple[_Solved, str]:
     """What `attempt` gives with the statistics, and "".
@@ -172,7 +187,7 @@ def _calibrated(
     If they are unusable, what it gives without any knowledge of the inputs, and what was wrong.
     """
     try:
-        return attempt(statistics), ""
+        return attempt(statistics, drift), ""
     except UnusableStatisticsError as error:
         if isinstance(first.scheme, Float8Scheme):
             raise  # without the largest input there is no scale for the inputs
@@ -180,8 +195,9 @@ def _calibrated(
     ones_C = np.ones(first.weight_RC.shape[1], np.float32)
     if isinstance(statistics, HessianSum):
         # Uncorrelated inputs: no error can be corrected at another input.
-        return attempt(HessianSum(np.diag(ones_C), 1)), obstacle
-    return attempt(MagnitudeSum(ones_C, ones_C, ones_C, 1)), obstacle
+        none = DriftSum(np.zeros((len(ones_C), len(ones_C)), np.float32), 1)
+        return attempt(HessianSum(np.diag(ones_C), 1), none), obstacle
+    return attempt(MagnitudeSum(ones_C, ones_C, ones_C, 1), None), obstacle
 
 
 def _encoded(

@@ -10,7 +10,7 @@ and has nothing to compile.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -25,10 +25,12 @@ from pipeline.plan import InputGroup
 from pipeline.recipe.recipe import StatisticsKind
 from pipeline.reduction import join
 from pipeline.run.worker_api import InputSum
+from pipeline.worker.captured_inputs import Captured
 from pipeline.worker.memory import make_room
 from pipeline.worker.routed_rows import RoutedRows
-from quantizer import HessianSum, MagnitudeSum
+from quantizer import DriftSum, HessianSum, MagnitudeSum
 from quantizer.experts import ExpertHessians, InputStatistics
+from quantizer.gptq.drift import HeldBackSums, JudgedDrift
 
 # A Gram is symmetric: cut into this many bands of rows, each is multiplied only from the diagonal
 # on, which takes 10/16 of the flops, and of the bytes until it is finished.
@@ -39,29 +41,54 @@ Sums = tuple[Array, ...]
 
 
 def sum_inputs(
-    inputs: Iterable[tuple[Array, NDArray[np.bool_]]],
-    group: InputGroup,
-    input_axes: tuple[int, ...],
+    inputs: Iterable[Captured], group: InputGroup, input_axes: tuple[int, ...]
 ) -> InputSum:
     """Sum the micro-batches of a group's input.
 
     Args:
-        inputs: each as Keras gives it, [batch, sequence, …], and its mask, [batch, sequence]; rows
-            where that is false are left out.
         input_axes: the axes that are contracted with the kernel, counted from the end.
     """
-    kind, size = group.statistics, group.in_features
-    if kind == "hessian":
-        make_room(4 * size**2)
-        sums = tuple(jnp.zeros((b - a, size - a)) for a, b in _bands(size))
-    else:
-        sums = tuple(jnp.zeros(size) for _ in range(3))
-    num_rows = 0
-    for array, mask in inputs:
+    running = {False: _Running(group, input_axes)}
+    for one in inputs:
+        if one.held_back not in running:
+            running[True] = _Running(group, input_axes)
+        running[one.held_back].add(one)
+    sums = {held_back: found.sum() for held_back, found in running.items()}
+    return dataclasses.replace(sums[False], held_back=sums.get(True))
+
+
+class _Running:
+    """A sum over micro-batches, as far as they have come."""
+
+    def __init__(self, group: InputGroup, input_axes: tuple[int, ...]) -> None:
+        self._kind, self._size, self._axes = group.statistics, group.in_features, input_axes
+        self._drift: Sums = ()
+        self._num_rows = 0
+        if self._kind == "hessian":
+            make_room(4 * self._size**2)
+            self._sums = tuple(jnp.zeros((b - a, self._size - a)) for a, b in _bands(self._size))
+        else:
+            self._sums = tuple(jnp.zeros(self._size) for _ in range(3))
+
+    def add(self, one: Captured) -> None:
         # A program of its own for no padding saves a pass over the rows.
-        sums = _add(sums, array, None if mask.all() else mask, kind, input_axes)
-        num_rows += int(np.count_nonzero(mask))
-    return InputSum(kind=kind, arrays=_kept(sums), num_rows=num_rows)
+        mask = None if one.mask.all() else one.mask
+        self._sums = _add(self._sums, one.inputs, mask, self._kind, self._axes)
+        self._num_rows += int(np.count_nonzero(one.mask))
+        if one.in_float is not None:
+            if not self._drift:
+                shape = (self._size, self._size)
+                make_room(4 * self._size**2 * (1 + one.held_back))
+                self._drift = tuple(jnp.zeros(shape) for _ in range(1 + one.held_back))
+            self._drift = _add_drift(self._drift, one.inputs, one.in_float, mask, self._axes)
+
+    def sum(self) -> InputSum:
+        return InputSum(
+            kind=self._kind,
+            arrays=_kept(self._sums),
+            num_rows=self._num_rows,
+            drift=_kept(self._drift),
+        )
 
 
 def merged(left: InputSum, right: InputSum) -> InputSum:
@@ -69,12 +96,37 @@ def merged(left: InputSum, right: InputSum) -> InputSum:
 
     The right one is copied there, if it is elsewhere.
     """
-    rows = left.num_rows + right.num_rows
     merge: Any = partial(_merge, np)
     if isinstance(left.arrays[0], Array):
         merge, right = _merge_in_place, on_device(right, left.arrays[0].device)
-    arrays = merge(left.arrays, right.arrays, left.kind)
-    return dataclasses.replace(left, arrays=arrays, num_rows=rows)
+    return _added(left, right, merge)
+
+
+def _added(left: InputSum, right: InputSum, merge: Callable[..., Any]) -> InputSum:
+    """Two sums, with whatever is summed beside either of them."""
+    drift = left.drift or right.drift
+    if left.drift and right.drift:
+        drift = merge(left.drift, right.drift, left.kind)
+    held_back = left.held_back or right.held_back
+    if left.held_back is not None and right.held_back is not None:
+        held_back = _added(left.held_back, right.held_back, merge)
+    return dataclasses.replace(
+        left,
+        arrays=merge(left.arrays, right.arrays, left.kind),
+        num_rows=left.num_rows + right.num_rows,
+        drift=drift,
+        held_back=held_back,
+    )
+
+
+def _moved(total: InputSum, move: Callable[[list[Any]], Iterable[Any]]) -> InputSum:
+    """A sum whose arrays are elsewhere."""
+    return dataclasses.replace(
+        total,
+        arrays=tuple(move(list(total.arrays))),
+        drift=tuple(move(list(total.drift))),
+        held_back=None if total.held_back is None else _moved(total.held_back, move),
+    )
 
 
 def on_device(total: InputSum, device: Any) -> InputSum:
@@ -84,12 +136,29 @@ def on_device(total: InputSum, device: Any) -> InputSum:
     here = first.device if isinstance(first, Array) else jax.devices()[0]
     if here == device:
         return total
-    return dataclasses.replace(total, arrays=tuple(jax.device_put(list(total.arrays), device)))
+    return _moved(total, lambda arrays: jax.device_put(arrays, device))
 
 
 def in_numpy(total: InputSum) -> InputSum:
     """A sum that may be sent to another process."""
-    return dataclasses.replace(total, arrays=tuple(map(np.asarray, total.arrays)))
+    return _moved(total, lambda arrays: map(np.asarray, arrays))
+
+
+def judged_drift(total: InputSum) -> JudgedDrift | None:
+    """The drift over a group's input, where it is corrected, with what judges the correction.
+
+    Raises:
+        UnusableStatisticsError: none of the windows that are held back have a token.
+    """
+    held_back = total.held_back
+    if not total.drift or held_back is None:
+        return None
+    cross_CC, spread_CC = held_back.drift
+    return JudgedDrift(
+        _hessian(total),
+        DriftSum(total.drift[0], total.num_rows),
+        HeldBackSums(_hessian(held_back), DriftSum(cross_CC, held_back.num_rows), spread_CC),
+    )
 
 
 def of_experts(total: InputSum, experts: range | None) -> InputSum:
@@ -113,16 +182,17 @@ def joined(found: Iterable[InputSum], experts: range | None, device: Any) -> Inp
     """
     sums = [on_device(of_experts(one, experts), device) for one in found]
     numpy = jnp if any(isinstance(one.arrays[0], Array) for one in sums) else np
-
-    def add(left: InputSum, right: InputSum) -> InputSum:
-        arrays = _merge(numpy, left.arrays, right.arrays, left.kind)
-        return dataclasses.replace(left, arrays=arrays, num_rows=left.num_rows + right.num_rows)
-
-    return join(sums, add)
+    return join(sums, partial(_added, merge=partial(_merge, numpy)))
 
 
 def finished(total: InputSum) -> InputStatistics:
-    """What solvers take; a Gram stays where it is, and magnitudes are too small to matter."""
+    """What solvers take; a Gram stays where it is, and magnitudes are too small to matter.
+
+    It is over all windows, those that are held back too.
+    """
+    if total.held_back is not None:
+        alone = dataclasses.replace(total, held_back=None)
+        total = _added(alone, total.held_back, partial(_merge, jnp))
     if total.kind == "magnitudes":
         sum_abs_C, sum_square_C, max_abs_C = map(np.asarray, total.arrays)
         return MagnitudeSum(sum_abs_C, sum_square_C, max_abs_C, total.num_rows)
@@ -130,6 +200,11 @@ def finished(total: InputSum) -> InputStatistics:
         *bands, rows_E = total.arrays
         gram_ECC, rows_E = _kept((_whole(tuple(bands)), rows_E))
         return ExpertHessians(gram_ECC, np.asarray(rows_E, np.int64), total.experts.start)
+    return _hessian(total)
+
+
+def _hessian(total: InputSum) -> HessianSum:
+    """Of the arrays themselves, without what is held back."""
     [gram_CC] = _kept((_whole(total.arrays),))
     return HessianSum(gram_CC, total.num_rows)
 
@@ -177,9 +252,7 @@ def _add(
     input_axes: tuple[int, ...],
 ) -> Sums:
     """Add a micro-batch: to the bands of a Gram, or to sums, squares and maxima by channel."""
-    last = tuple(range(-len(input_axes), 0))
-    moved = jnp.moveaxis(inputs, input_axes, last)
-    rows = moved.reshape(*moved.shape[: -len(last)], -1)
+    rows = _rows(inputs, input_axes)
     if statistics != "hessian" or rows.dtype != jnp.bfloat16:
         rows = rows.astype(jnp.float32)
     if mask is not None:
@@ -194,6 +267,29 @@ def _add(
     size_NC = jnp.abs(rows_NC)
     of_rows = jnp.sum(size_NC, axis=0), jnp.sum(jnp.square(size_NC), axis=0), jnp.max(size_NC, 0)
     return _merge(jnp, sums, of_rows, statistics)
+
+
+@partial(jax.jit, static_argnames=("input_axes",), donate_argnums=(0,))
+def _add_drift(
+    sums: Sums, inputs: Array, in_float: Array, mask: Array | None, input_axes: tuple[int, ...]
+) -> Sums:
+    """Add a micro-batch to Σ (x - x̃)ᵀx̃, and to Σ (x - x̃)ᵀ(x - x̃) if that is summed too."""
+    seen, exact = (_rows(array, input_axes).astype(jnp.float32) for array in (inputs, in_float))
+    drift = exact - seen
+    if mask is not None:
+        seen, drift = (jnp.where(mask[..., None], rows, 0.0) for rows in (seen, drift))
+    drift_NC, seen_NC = (rows.reshape(-1, rows.shape[-1]) for rows in (drift, seen))
+    factors = (seen_NC, drift_NC)[: len(sums)]
+    return tuple(
+        total + _product(drift_NC.T, rows_NC) for total, rows_NC in zip(sums, factors, strict=True)
+    )
+
+
+def _rows(inputs: Array, input_axes: tuple[int, ...]) -> Array:
+    """Inputs with all axes that the kernel contracts in one, the last."""
+    last = tuple(range(-len(input_axes), 0))
+    moved = jnp.moveaxis(inputs, input_axes, last)
+    return moved.reshape(*moved.shape[: -len(last)], -1)
 
 
 def _merge(

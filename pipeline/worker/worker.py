@@ -40,6 +40,7 @@ from pipeline.storage.object_store import open_store
 from pipeline.worker.activation_memory import ActivationMemory
 from pipeline.worker.block_program import BlockProgram
 from pipeline.worker.block_weights import BlockWeights, Stored
+from pipeline.worker.captured_inputs import captured, captured_of_experts
 from pipeline.worker.device_memory import device_errors
 from pipeline.worker.devices import Devices
 from pipeline.worker.evaluate import evaluate
@@ -52,13 +53,14 @@ from pipeline.worker.statistics import (
     finished,
     in_numpy,
     joined,
+    judged_drift,
     merged,
     of_experts,
     sum_inputs,
     sum_routed,
 )
 from pipeline.worker.streamed_model import artifact_model, source_model
-from quantizer.experts import ExpertHessians, InputStatistics
+from quantizer.experts import ExpertHessians
 
 
 class Worker(WorkerApi):
@@ -128,6 +130,9 @@ class Worker(WorkerApi):
         name = HeldSum(block=block, stage=stage, leaves=subtree, experts=experts)
         self._sums.begin(name)
         weights = self._weights.on_each(block, values, _stored(solved))
+        part = self._plan.parts[block + 1]
+        corrected = part.corrects_drift(part.groups[stage])
+        in_float = self._weights.on_each(block, values, {}) if corrected else []
         if experts is not None:
             self._check_routing(block, subtree[0], weights)
 
@@ -135,18 +140,12 @@ class Worker(WorkerApi):
             batches = self._shards.get(index, block)
             call, program = self._model.call(block), self._program(block, batches[0])
             here = weights[self._shards.device_of(index)]
-            group, shapes = program.groups[stage], program.group_shapes[stage]
-            found = ((one.run_stage(call, program, stage, here), one.batch) for one in batches)
-            if group.experts:
-                assert experts is not None
-                [shape] = shapes
-                routed = ((*results, batch.rows(shape)) for results, batch in found)
+            group = program.groups[stage]
+            if experts is not None:
+                routed = captured_of_experts(batches, call, program, stage, here)
                 return sum_routed(routed, group.in_features, experts)
-            inputs = (
-                (result, batch.rows(shape))
-                for results, batch in found
-                for result, shape in zip(results, shapes, strict=True)
-            )
+            exact = in_float[self._shards.device_of(index)] if corrected else None
+            inputs = captured(batches, call, program, stage, here, exact)
             return sum_inputs(inputs, group, program.input_axes[stage])
 
         self._shards.check(subtree, block)
@@ -177,10 +176,12 @@ class Worker(WorkerApi):
         names = {layer.name for layer in layers}
         folds = [g.fold for g in self._plan.parts[part].groups if names.intersection(g.targets)]
         fold = folds[0] if folds else None  # layers solved at once share an input, or have none
-        statistics = None if total is None else self._statistics(total)
+        found = None if total is None else self._total(total)
+        statistics = None if found is None else finished(found)
+        drift = None if found is None else judged_drift(found)
         assert not isinstance(statistics, ExpertHessians), "experts are solved in ranges"
         targets, devices = self._model.targets(part), self._devices.several
-        return solve_layers(targets, layers, values, statistics, fold, devices=devices)
+        return solve_layers(targets, layers, values, statistics, fold, drift, devices=devices)
 
     @device_errors()
     def solve_slices(
@@ -194,10 +195,11 @@ class Worker(WorkerApi):
         layers = self._layers(part, slices)
         targets, devices = self._model.targets(part), self._devices.several
         self._compiled.await_for(layers)
-        statistics = self._statistics(*sums, experts=experts)
+        total = self._total(*sums, experts=experts)
+        statistics, drift = finished(total), judged_drift(total)
         return {
             x.path: solve_slices(
-                targets[x.path], x, values, statistics, slices[x.path], devices=devices
+                targets[x.path], x, values, statistics, slices[x.path], drift, devices=devices
             )
             for x in layers
         }
@@ -296,12 +298,10 @@ class Worker(WorkerApi):
         check_machine(self._plan.machine)
         self._compiled.begin()
 
-    def _statistics(
-        self, *sums: HeldSum | InputSum, experts: range | None = None
-    ) -> InputStatistics:
-        """What solvers take of a sum, or of sums over subtrees: of these experts alone."""
+    def _total(self, *sums: HeldSum | InputSum, experts: range | None = None) -> InputSum:
+        """A sum, or the sum over subtrees: of these experts alone."""
         found = (self._sums.get(one) if isinstance(one, HeldSum) else one for one in sums)
-        return finished(joined(found, experts, self._devices.first))
+        return joined(found, experts, self._devices.first)
 
     def _layers(self, part: int, paths: Iterable[str]) -> list[LayerPlan]:
         layers = {layer.path: layer for layer in self._plan.parts[part].layers}

@@ -26,7 +26,14 @@ from quantizer.gptq.path import Path, path_of
 from quantizer.hessian import HessianSum, count_faint, energy_with_unseen
 from quantizer.problem import LayerProblem, RowGroups
 from quantizer.qparams import contiguous_groups, find_grid
-from quantizer.result import Float32, GroupedWeight, SolveReport, SolveResult, relative_error
+from quantizer.result import (
+    DriftJudgement,
+    Float32,
+    GroupedWeight,
+    SolveReport,
+    SolveResult,
+    relative_error,
+)
 from quantizer.schemes import GPTQScheme
 
 _STRIPE = 32
@@ -169,6 +176,7 @@ class SolvedRows:
         dead_inputs: how many inputs were zero in all of calibration.
         faint_inputs: how many had next to no energy (see `hessian.FAINT`).
         num_rows: calibration rows (tokens).
+        drift: of the whole layer, if its drift was judged.
     """
 
     solved: SolvedSlice
@@ -177,6 +185,7 @@ class SolvedRows:
     dead_inputs: int
     num_rows: int
     faint_inputs: int = 0
+    drift: DriftJudgement | None = None
 
 
 def solve_on_grid(weight_RC: Float32, shared: SharedInput, grid: Grid) -> SolvedRows:
@@ -361,6 +370,7 @@ def _report(weight_RC: Float32, parts: Sequence[SolvedRows], scheme: GPTQScheme)
         dead_inputs=parts[0].dead_inputs,
         faint_inputs=parts[0].faint_inputs,
         num_rows=parts[0].num_rows,
+        drift=parts[0].drift,
     )
 
 

@@ -40,6 +40,7 @@ PASSING = ("events/", "activations/", "quarantine/", "leases/")
 SCHEMES: dict[str, dict[str, Any]] = {
     # The simplest of each: the solvers have tests of their own.
     "gptq": {"mode": "gptq", "weight_bits": 4, "group_size": 32},
+    "drift": {"mode": "gptq", "weight_bits": 3, "group_size": 32, "drift_correction": 1.0},
     "awq": {"mode": "awq", "group_size": 32},
     "awq-foldable": {"mode": "awq", "group_size": 16, "num_grid_points": 10, "foldable": True},
     "float8": {"mode": "float8"},

@@ -111,10 +111,6 @@ def test_what_cannot_be_quantized_stays_in_float_with_the_reason() -> None:
     [
         ({"scheme": {"mode": "gptq", "group_size": 128}}, "group_size of at most 64"),
         (
-            {"scheme": {"mode": "gptq", "group_size": 32, "drift_correction": 0.5}},
-            "drift_correction",
-        ),
-        (
             {"scheme": None, "rules": [{"pattern": "nothing", "scheme": {"mode": "int8"}}]},
             "none of",
         ),

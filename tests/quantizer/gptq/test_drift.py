@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from quantizer import CalibrationError, DriftSum, GPTQScheme, HessianSum, solve, solve_stack
-from quantizer.gptq.drift import correct_target
+from quantizer.gptq.drift import HeldBackSums, JudgedDrift, correct_target
+from quantizer.gptq.solve import join_slices
+from quantizer.solver import check_layer, solve_rows
 from tests import reference
 from tests.quantizer.problems import make
 from tests.selection import by_default
@@ -22,6 +24,18 @@ def answer_error(target_RC, restored_RC, seen=SEEN, exact=EXACT):
     """‖x Wᵀ - x̃ Ŵᵀ‖², float64."""
     wanted = exact.astype(np.float64) @ target_RC.T.astype(np.float64)
     return float(np.square(wanted - seen.astype(np.float64) @ restored_RC.T).sum())
+
+
+def judged(held_exact, held_seen, fitted=slice(0, 700)):
+    """The drift of some rows, judged on others; and the Hessian of all."""
+    held_back = HeldBackSums.of(held_exact, held_seen)
+    hessian = HessianSum.of(SEEN[fitted])
+    drift = JudgedDrift(hessian, DriftSum.of(EXACT[fitted], SEEN[fitted]), held_back)
+    return drift, hessian.merge(held_back.hessian)
+
+
+HELD = slice(700, 1024)
+JUDGED, ALL_ROWS = judged(EXACT[HELD], SEEN[HELD])
 
 
 def corrected(strength, hessian_damping=0.01):
@@ -133,3 +147,82 @@ def test_an_indefinite_hessian_is_refused_by_name():
     scheme = GPTQScheme(group_size=32, drift_correction=0.5)
     with pytest.raises(CalibrationError, match=r"block_3/query.*indefinite.*HessianSum\.of"):
         solve(PROBLEM.weight_RC, HessianSum(gram, 1024), scheme, drift=DRIFT, name="block_3/query")
+
+
+def relative_error_64(target_RC, exact, seen):
+    """‖x Wᵀ - x̃ W'ᵀ‖² / ‖x Wᵀ‖²."""
+    wanted = exact.astype(np.float64) @ PROBLEM.weight_RC.T.astype(np.float64)
+    found = seen.astype(np.float64) @ target_RC.T.astype(np.float64)
+    return np.square(wanted - found).sum() / np.square(wanted).sum()
+
+
+@pytest.mark.parametrize("most", [0.25, 1.0])
+def test_what_is_held_back_chooses_the_strength_with_the_least_error_on_it(most):
+    scheme = GPTQScheme(group_size=32, drift_correction=most)
+    found = solve(PROBLEM.weight_RC, ALL_ROWS, scheme, drift=JUDGED).report.drift
+
+    best_RC = reference.drift_target(
+        PROBLEM.weight_RC,
+        EXACT[:700],
+        SEEN[:700],
+        strength=1.0,
+        hessian_damping=scheme.hessian_damping,
+    )
+
+    def error(strength):
+        target_RC = PROBLEM.weight_RC + strength * (best_RC - PROBLEM.weight_RC)
+        return relative_error_64(target_RC, EXACT[HELD], SEEN[HELD])
+
+    assert found.held_back_error == pytest.approx(error(found.strength), rel=1e-3)
+    assert found.uncorrected_error == pytest.approx(error(0.0), rel=1e-3)
+    errors = [error(strength) for strength in np.linspace(0, most, 11)]
+    assert 0 < found.strength <= most
+    assert error(found.strength) <= min(errors) + 1e-6
+    assert found.held_back_error < found.uncorrected_error
+
+
+def test_a_judged_correction_is_made_as_found_on_all_rows():
+    judged_one = GPTQScheme(weight_bits=3, group_size=32, drift_correction=1.0)
+    found = solve(PROBLEM.weight_RC, ALL_ROWS, judged_one, drift=JUDGED)
+    told = GPTQScheme(weight_bits=3, group_size=32, drift_correction=found.report.drift.strength)
+    expected = solve(PROBLEM.weight_RC, ALL_ROWS, told, drift=JUDGED.whole)
+    np.testing.assert_array_equal(found.weight.codes_RC, expected.weight.codes_RC)
+    assert expected.report.drift is None
+
+
+def test_a_drift_that_is_another_on_other_rows_is_left_alone():
+    drift, hessian = judged(2 * SEEN[HELD] - EXACT[HELD], SEEN[HELD])
+    scheme = GPTQScheme(group_size=32, drift_correction=1.0)
+    found = solve(PROBLEM.weight_RC, hessian, scheme, drift=drift)
+    assert found.report.drift.strength == 0
+    assert found.report.drift.held_back_error == found.report.drift.uncorrected_error > 0
+    plain = solve(PROBLEM.weight_RC, hessian, GPTQScheme(group_size=32))
+    np.testing.assert_array_equal(found.weight.codes_RC, plain.weight.codes_RC)
+
+
+def test_rows_held_back_with_nothing_in_them_correct_nothing():
+    drift, hessian = judged(EXACT[:0], SEEN[:0])
+    scheme = GPTQScheme(group_size=32, drift_correction=1.0)
+    found = solve(PROBLEM.weight_RC, hessian, scheme, drift=drift).report.drift
+    assert (found.strength, found.held_back_error, found.uncorrected_error) == (0, 0, 0)
+
+
+def test_slices_of_a_corrected_layer_make_the_whole(monkeypatch):
+    monkeypatch.setattr("quantizer.gptq.solve._LARGEST_SLICE", 32)
+    scheme = GPTQScheme(group_size=32, drift_correction=1.0)
+    whole = solve(PROBLEM.weight_RC, ALL_ROWS, scheme, drift=JUDGED)
+    layer = check_layer(PROBLEM.weight_RC, scheme)
+    parts = [solve_rows(layer, ALL_ROWS, [n], drift=JUDGED)[0] for n in (1, 0)]
+    joined = join_slices(layer.weight_RC, parts[::-1], scheme)
+    np.testing.assert_array_equal(joined.weight.codes_RC, whole.weight.codes_RC)
+    assert joined.report == whole.report
+
+
+def test_only_a_judged_layer_s_report_mentions_its_drift():
+    told = solve(
+        PROBLEM.weight_RC, HESSIAN, GPTQScheme(group_size=32, drift_correction=1.0), drift=DRIFT
+    )
+    assert "drift" not in told.report.to_dict()
+    scheme = GPTQScheme(group_size=32, drift_correction=1.0)
+    values = solve(PROBLEM.weight_RC, ALL_ROWS, scheme, drift=JUDGED).report.to_dict()["drift"]
+    assert sorted(values) == ["held_back_error", "strength", "uncorrected_error"]
