@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -60,8 +61,13 @@ class PlannedJob:
 
     def warn(self) -> None:
         """Say where calibration shows too little."""
-        for text in self.warnings:
-            log_event("narrow calibration", f"warning: {text}", level=logging.WARNING)
+        warn_of_narrow_calibration(self.warnings)
+
+
+def warn_of_narrow_calibration(warnings: Iterable[str]) -> None:
+    """Log what a `Coverage` warns of."""
+    for text in warnings:
+        log_event("narrow calibration", f"warning: {text}", level=logging.WARNING)
 
 
 def log_finished_before(output_url: str) -> None:

@@ -26,7 +26,7 @@ from jobs.release.contents import (
     FinishedRun,
     artifact_contents,
     export_contents,
-    find_exports,
+    intact_exports,
     read_run,
 )
 from jobs.release.hub import HubError, HubTree, Repository, repository_of
@@ -155,7 +155,7 @@ def _chosen(run: FinishedRun, what: str) -> Contents:
         return artifact_contents(run)
     if what not in get_args(ExportFormat):
         return export_contents(run, open_store(absolute(what)))
-    found = [export for export in find_exports(run) if export.form == what]
+    found = [export for export in intact_exports(run) if export.form == what]
     if not found:
         raise ExportError(
             f"{run.store.root_url}: no finished export as {what} below it; write it with "

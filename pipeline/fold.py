@@ -2,7 +2,8 @@
 
 awq multiplies a layer's inputs' weights by scales, so its input has to be divided by them. A fold
 divides what gives that input, such as the weight of the norm before, or the rows of the layer
-before: then the runtime needs to know of no scales. `pipeline.planning.folds` finds folds.
+before: then the runtime needs to know of no scales. `pipeline.planning.folds` finds
+folds, and `pipeline.export.folding` carries them out.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from jobs.fleet.known_quality import judged_request, known_fidelity
 from jobs.fleet.release_exports import release_exports
 from jobs.logging import log_event, set_run, status
 from jobs.metrics import RunMetrics
+from jobs.planned_job import warn_of_narrow_calibration
 from jobs.publish.published_exports import PublishedExport
 from jobs.publish.releases import Release, find_current, publish
 from jobs.publish.verdict import (
@@ -35,11 +36,13 @@ from jobs.publish.verdict import (
 from jobs.publish.verified_files import VerifiedFiles
 from jobs.release.cards import update_cards
 from jobs.run_exports import CATALOG_OPTION, check_exports, foresee_exports
+from pipeline.calibration.windows import TokenWindows
 from pipeline.errors import DamagedObjectError, MissingObjectError, PipelineError
 from pipeline.evaluation.batches import EvaluationSet
 from pipeline.executor.protocol import FunctionRunner
 from pipeline.fidelity import Fidelity
 from pipeline.plan import PLAN_KEY, Plan, read_plan
+from pipeline.planning.coverage import Coverage
 from pipeline.recipe.recipe_file import recipe_from_dict
 from pipeline.remote_planning import identity, plan_on
 from pipeline.run.claim import claim
@@ -250,6 +253,9 @@ def _quantize(
     run_compute.check_room(costs)
     run_compute.evaluation_pass(plan, judged_on)  # refused now, if it has no room
     if is_new:
+        if windows is not None:
+            coverage = Coverage.of(plan, TokenWindows.from_bytes(windows))
+            warn_of_narrow_calibration(() if coverage is None else coverage.warnings())
         plan = claim(store, plan, windows)
     for finding in damaged:
         log_event("damaged", f"made again: {finding.problem}", level=logging.WARNING)

@@ -271,7 +271,7 @@ def _line(row: Row) -> tuple[str, ...]:
     weights = "–" if row.stored_bytes is None else size(row.stored_bytes)
     if row.stored_bytes is not None and row.source_bytes is not None:
         weights = f"{size(row.source_bytes)} → {weights}"
-    quality = quality_text(row.quality)
+    quality = quality_text(row.quality, between="\n")  # a line each
     exports = ", ".join(one.format for one in row.exports)
     shown = weights, quality, exports, row.text
     return row.model, row.recipe, state, parts, left, heartbeat, *shown

@@ -178,8 +178,12 @@ def quality_figures(fidelity: Fidelity | None) -> dict[str, Any] | None:
     return None if fidelity is None else fidelity.figures()
 
 
-def quality_text(quality: Mapping[str, Any] | None) -> str:
-    """What `quality_figures` returns, in a few words."""
+def quality_text(quality: Mapping[str, Any] | None, between: str = ", ") -> str:
+    """What `quality_figures` returns, in a few words.
+
+    Args:
+        between: sets of texts and tasks.
+    """
     if quality is None:
         return "–"
     if quality.get("not_finite") is not None:
@@ -190,7 +194,7 @@ def quality_text(quality: Mapping[str, Any] | None) -> str:
     ]
     on_texts = [_text_quality(quality)] if quality["num_windows"] else []
     sets = [f"{one['name']} {_text_quality(one)}" for one in quality.get("sets", ())]
-    return ", ".join([*on_texts, *sets, *tasks])
+    return between.join([*on_texts, *sets, *tasks])
 
 
 def _text_quality(quality: Mapping[str, Any]) -> str:

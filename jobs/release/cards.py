@@ -22,7 +22,7 @@ from jobs.release.contents import (
     FinishedRun,
     artifact_contents,
     export_contents,
-    find_exports,
+    intact_exports,
     read_run,
 )
 from jobs.release.loading import Place
@@ -139,7 +139,7 @@ def _write(store: ObjectStore, key: str, content: bytes) -> None:
 
 def write_cards(run: FinishedRun) -> tuple[WrittenCard, ...]:
     """Write the cards of a run's artifact, and of the exports below it, as they were before."""
-    return tuple(write_card(one) for one in (artifact_contents(run), *find_exports(run)))
+    return tuple(write_card(one) for one in (artifact_contents(run), *intact_exports(run)))
 
 
 def update_cards(store: ObjectStore) -> None:
@@ -170,7 +170,7 @@ def card_run(
     with status("reading what is known of the run"):
         run = read_run(store, run_url)
         if to_url is None:
-            wanted = (artifact_contents(run), *find_exports(run))
+            wanted = (artifact_contents(run), *intact_exports(run))
         else:
             wanted = (export_contents(run, open_store(absolute(to_url))),)
         cards = []

@@ -240,7 +240,7 @@ def export_contents(run: FinishedRun, store: ObjectStore) -> Contents:
     )
 
 
-def find_exports(run: FinishedRun) -> tuple[Contents, ...]:
+def intact_exports(run: FinishedRun) -> tuple[Contents, ...]:
     """The finished exports below a run; those of an earlier result in its place are left out.
 
     So are damaged ones, which are told of: nobody may have use for them.

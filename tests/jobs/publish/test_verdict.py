@@ -133,3 +133,12 @@ def test_values_that_are_not_finite_are_kept_with_the_figures_and_otherwise_not_
     assert quality_text(found) == "not finite"
     # What is read back is judged alike.
     assert failures(None, Fidelity(**found)) == failures(None, BROKEN)
+
+
+def test_each_set_may_have_a_line_of_its_own() -> None:
+    text = quality_text(quality_figures(dataclasses.replace(SETS, tasks=(ARC,))), between="\n")
+    assert text.splitlines() == [
+        "perplexity 20 → 21",
+        "novels perplexity 40 → 80",
+        "arc 0.5 → 0.45",
+    ]
