@@ -64,6 +64,12 @@ def plan_table(
             facts.add_row("calibrated on", coverage.text)
         if plan.device == "gpu":
             facts.add_row("computed in", _forward(plan.forward_dtype, tokens))
+    if (tuning := plan.recipe.tuning) is not None and tokens is not None:
+        facts.add_row(
+            "tuning",
+            f"{tuning.steps} steps a block of {max(1, tuning.batch // tokens.micro_batch)} × "
+            f"{tokens.micro_batch} windows, judged on {tokens.num_held_back} others",
+        )
     for name, text in planned_experts(plan, costs):
         facts.add_row(name, text)
     facts.add_row("read", size(costs.source_bytes))
@@ -81,7 +87,8 @@ def plan_table(
     facts.add_row(
         "flops",
         f"{count(costs.flops)} (forward {count(costs.forward_flops)}, Hessians "
-        f"{count(costs.gram_flops)}, solving {count(costs.solve_flops)})",
+        f"{count(costs.gram_flops)}, solving {count(costs.solve_flops)}"
+        + (f", tuning {count(costs.tuning_flops)})" if costs.tuning_flops else ")"),
     )
     facts.add_row("workers", f"{allocation.workers} × {allocation.threads} threads")
     every = [layer for part in plan.parts for layer in part.layers]

@@ -33,6 +33,7 @@ _STAGES: dict[Stage, str] = {
     "forward": "forward",
     "grams": "Grams",
     "solve": "factor, solve",
+    "tune": "tune",
     "decode": "decode",
     "exchange": "calls, exchange",
     "commit": "commit blocks",

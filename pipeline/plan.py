@@ -337,7 +337,8 @@ class Plan(StoredRecord):
     @cached_property
     def has_float_stream(self) -> bool:
         """Whether workers carry the float model's activations beside the quantized model's."""
-        return any(layer.corrects_drift for part in self.parts[1:] for layer in part.layers)
+        layers = (layer for part in self.parts[1:] for layer in part.layers)
+        return self.recipe.tuning is not None or any(x.corrects_drift for x in layers)
 
     @cached_property
     def source_digest(self) -> str:

@@ -32,6 +32,7 @@ from pipeline.run.records import (
     LayerRecord,
     Manifest,
     PartRecord,
+    TuningRecord,
     codes_key,
     file_key,
     manifest_of,
@@ -213,13 +214,16 @@ def encode_solved_part(
     previous: str,
     values: Values,
     solved: Mapping[str, SolvedLayer],
+    tuning: TuningRecord | None = None,
 ) -> tuple[PartRecord, dict[str, bytes]]:
     """A part's record, and the files that it names, by storage key.
 
     Args:
         previous: digest of the record of the block before; "" where there is none.
-        values: the source's arrays, by variable path, for all but the solved layers.
+        values: the source's arrays, by variable path, for all but the solved layers; with what
+            tuning changed of them.
         solved: the quantized layers, by path.
+        tuning: what training them together did.
     """
     arrays: dict[str, NDArray[Any]] = {}
     banks = {path: layer.codes for path, layer in solved.items() if layer.codes is not None}
@@ -258,6 +262,7 @@ def encode_solved_part(
             )
             for layer in layers
         ),
+        tuning=tuning,
     )
     return record, files
 

@@ -14,6 +14,7 @@ What is assumed of workers:
 - Every worker that solves rows of an input factors its Hessian itself, on one GPU, whose others
   copy the factor. Rows are shared by slices: the GPU with the most work decides.
 - Every worker decodes the block's kernels for itself; its other GPUs copy the block's weights.
+- One worker trains a block (tuning), on one GPU, while the others wait.
 - One worker reads a block, by a thread for each of its GPUs, while the block before is being
   calibrated and solved; one commits it, while the next one is. What of it is longer than that is
   waited for.
@@ -45,6 +46,7 @@ from pipeline.planning.work import (
     head_flops,
     planned_on,
     stored_bytes,
+    tuning_work,
 )
 from pipeline.reduction import split
 from quantizer.schemes import Float8Scheme
@@ -205,6 +207,8 @@ class _Model:
             ("exchange", self._exchange(part, found) + self._between_gpus(found)),
         ]
         stages += [("solve", g.shared + self._most_rows(g.rows)) for g in found.solve]
+        if self.plan.recipe.tuning is not None:
+            stages.append(("tune", tuning_work(self.plan, part, self._constants)))
         return sum(self.ledger.add(stage, work) for stage, work in stages)
 
     def _work_of(self, part: PartPlan) -> BlockWork:

@@ -17,6 +17,14 @@ from pipeline.planning.expert_costs import (
     run_weights,
     tokens_per_expert,
 )
+from pipeline.planning.tuning import (
+    GRADIENT_FORWARDS,
+    judged_windows,
+    trained_weights,
+    trained_windows,
+    tuning_bytes,
+    tuning_window_bytes,
+)
 from pipeline.reduction import split
 from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme
 
@@ -81,7 +89,7 @@ class Estimate:
         device_bytes: peak memory of a GPU, the one that holds most; 0 on CPUs, where it is the
             worker's own.
         micro_batch_bytes: of these, what no number of workers lowers: of a micro-batch in a layer.
-        forward_flops, gram_flops, solve_flops: of all blocks, as they are run.
+        forward_flops, gram_flops, solve_flops, tuning_flops: of all blocks, as they are run.
     """
 
     source_bytes: int
@@ -98,6 +106,7 @@ class Estimate:
     forward_flops: float
     gram_flops: float
     solve_flops: float
+    tuning_flops: float = 0.0
     held_bytes: int = 0
     device_held_bytes: int = 0
     activations: ActivationPlace = "device"
@@ -114,7 +123,7 @@ class Estimate:
 
     @property
     def flops(self) -> float:
-        return self.forward_flops + self.gram_flops + self.solve_flops
+        return self.forward_flops + self.gram_flops + self.solve_flops + self.tuning_flops
 
 
 def estimate(plan: Plan, workers: int, gpus: int = 1) -> Estimate:
@@ -157,7 +166,16 @@ def estimate(plan: Plan, workers: int, gpus: int = 1) -> Estimate:
             )
         ),
         solve_flops=float(sum(_solve_flops(part) for part in blocks)),
+        tuning_flops=float(sum(_tuning_flops(plan, part) for part in blocks)),
     )
+
+
+def _tuning_flops(plan: Plan, part: PartPlan) -> float:
+    """Of the block's products; one without a layer to train is not run."""
+    if plan.tokens is None or not trained_weights(part):
+        return 0.0
+    windows = GRADIENT_FORWARDS * trained_windows(plan) + judged_windows(plan)
+    return 2 * run_weights(part, "gpu") * windows * plan.tokens.sequence_length
 
 
 def _worker_bytes(plan: Plan, workers: int) -> int:
@@ -175,11 +193,14 @@ def _worker_bytes(plan: Plan, workers: int) -> int:
     grams = int((_GRAM_COPIES + _HELD_GRAM * held.levels) * held.gram_bytes)
     grams += int((_GRAM_COPIES + held.levels) * DRIFT_GRAMS * held.drift_bytes)
     solve += int((_CORRECTING_GRAMS + DRIFT_GRAMS) * held.drift_bytes)
+    window = plan.tokens.sequence_length * hidden_features(plan) * _activation_bytes(plan)
+    tuned = held.tuning_bytes if plan.device == "cpu" else 0
     return (
         _PROCESS_BYTES
         + _PROGRAMS_BYTES
         + weights
-        + max(solve + int(_HELD_GRAM * held.gram_bytes), grams)
+        + tuning_window_bytes(plan, window)
+        + max(solve + int(_HELD_GRAM * held.gram_bytes), grams, tuned)
         # On a GPU they are there, as long as they fit.
         + (held.activation_bytes + held.transient_bytes if plan.device == "cpu" else 0)
     )
@@ -210,7 +231,7 @@ def _device_bytes(plan: Plan, devices: int, together: int) -> int:
     return (
         DEVICE_PROGRAMS_BYTES
         + weights
-        + max(solve + int(_HELD_GRAM * held.gram_bytes), grams)
+        + max(solve + int(_HELD_GRAM * held.gram_bytes), grams, held.tuning_bytes)
         + held.activation_bytes
         + held.in_flight_bytes
         + held.transient_bytes
@@ -228,6 +249,7 @@ class _Calibration:
         activation_bytes: of all its windows between two stages of a block.
         in_flight_bytes: of the micro-batches that pass between host and device at once.
         transient_bytes: of a micro-batch inside a layer.
+        tuning_bytes: of what is trained, and of a micro-batch on its way there and back.
     """
 
     gram_bytes: int
@@ -236,6 +258,7 @@ class _Calibration:
     activation_bytes: int
     in_flight_bytes: int
     transient_bytes: int
+    tuning_bytes: int
 
 
 def _calibration(plan: Plan, workers: int) -> _Calibration:
@@ -264,6 +287,7 @@ def _calibration(plan: Plan, workers: int) -> _Calibration:
         activation_bytes=windows * tokens.sequence_length * activations,
         in_flight_bytes=_IN_FLIGHT * batch * activations,
         transient_bytes=max(transient, *(batch * made_bytes(part) for part in plan.parts)),
+        tuning_bytes=tuning_bytes(plan, tokens.largest_array_bytes or scores),
     )
 
 

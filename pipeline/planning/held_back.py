@@ -25,7 +25,7 @@ def held_back_every(
     Raises:
         RecipeError: there is a single micro-batch, of which nothing can be held back.
     """
-    judged = _judged([layer for layers in blocks for layer in layers])
+    judged = _judged(recipe, [layer for layers in blocks for layer in layers])
     if not judged:
         return 0
     num_batches = -(-tokens.num_samples // tokens.micro_batch)
@@ -38,6 +38,8 @@ def held_back_every(
     return min(_EVERY, num_batches)
 
 
-def _judged(layers: Sequence[LayerPlan]) -> str:
+def _judged(recipe: Recipe, layers: Sequence[LayerPlan]) -> str:
     """The first option of the recipe that is judged; "" if none is."""
+    if recipe.tuning is not None:
+        return "tuning"
     return "drift_correction" if any(layer.corrects_drift for layer in layers) else ""

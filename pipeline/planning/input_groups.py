@@ -12,13 +12,13 @@ import numpy as np
 from pipeline.calibration.windows import TokenWindows
 from pipeline.errors import RecipeError, SourceError
 from pipeline.model.blocks import Block, BlockGraph, Call, Glue
-from pipeline.model.inputs import InputLayout
+from pipeline.model.inputs import InputBatch, InputLayout
 from pipeline.model.preset import keras_errors
 from pipeline.model.targets import outputs_with
 from pipeline.plan import InputGroup, LayerPlan
 from pipeline.recipe.recipe import statistics_of
 from pipeline.worker.block_memory import BlockMemory
-from pipeline.worker.block_program import BlockProgram, trace_block
+from pipeline.worker.block_program import BlockProgram, hidden_states, trace_block
 from pipeline.worker.expert_products import expert_products
 
 Shapes = dict[int, Any]
@@ -34,8 +34,13 @@ def input_groups(
     layers: Sequence[Sequence[LayerPlan]],
     windows: TokenWindows,
     micro_batch: int,
+    *,
+    tuned: bool = False,
 ) -> tuple[list[tuple[InputGroup, ...]], BlockMemory]:
     """The input groups of every block, given the layers of each, and what any block needs.
+
+    Args:
+        tuned: whether blocks are to be trained, and judged by what they give.
 
     Raises:
         PipelineError: the model cannot take the windows, or a layer cannot be calibrated.
@@ -56,6 +61,8 @@ def input_groups(
             for shape in program.input_shapes:
                 batch.rows(shape)  # refuses layers whose padding cannot be told
             _check_all_called(block, statistics, program)
+            if tuned:
+                _check_judged(block, program.outputs, batch)
             memory = memory.most(program.memory)
         found.append(programs[key].groups_of(block))
         values |= zip(call.gives, programs[key].outputs, strict=True)
@@ -199,6 +206,18 @@ class _Traced:
                 for v in program.outvars[len(called) :]
             ],
         )
+
+
+def _check_judged(block: Block, given: Sequence[jax.ShapeDtypeStruct], batch: InputBatch) -> None:
+    places = hidden_states(given)
+    if not places:
+        shapes = ", ".join(str(list(one.shape)) for one in given)
+        raise RecipeError(
+            f"{block.name}: it gives arrays of the shapes {shapes}, and no hidden states [batch, "
+            "positions, features] to train it by; leave tuning out of the recipe"
+        )
+    for place in places:
+        batch.rows(given[place].shape[:2])
 
 
 def _check_all_called(block: Block, statistics: Mapping[str, Any], program: BlockProgram) -> None:

@@ -42,6 +42,7 @@ from pipeline.planning.input_groups import embedded_shapes, input_groups
 from pipeline.planning.layer_plans import check_share, plan_layers
 from pipeline.planning.micro_batch import fitting_micro_batch
 from pipeline.planning.token_windows import token_windows
+from pipeline.planning.tuning import check_trained
 from pipeline.recipe.recipe import Recipe, statistics_of
 from pipeline.weights.digests import SizedPath, part_digests, read_in_threads
 from pipeline.weights.source import open_source
@@ -81,6 +82,7 @@ def make_plan(
     graph = find_blocks(skeleton)
     layers, policies = plan_layers(preset, skeleton, graph, recipe)
     check_share(preset, recipe, layers)
+    check_trained(recipe, layers[1:])
     if preset.format == "huggingface":
         # Before the weights: a tensor that is missing or left over does not say which key it is of.
         check_converted(preset, skeleton.backbone, skeleton.predicts_tokens)
@@ -158,7 +160,8 @@ def _calibrated(
     tokens = _tokens_plan(graph, layout, windows, most_windows)
     rest, *blocks = layers
     tokens = replace(tokens, held_back_every=held_back_every(plan.recipe, blocks, tokens))
-    groups, memory = input_groups(graph, layout, blocks, windows, tokens.micro_batch)
+    tuned = plan.recipe.tuning is not None
+    groups, memory = input_groups(graph, layout, blocks, windows, tokens.micro_batch, tuned=tuned)
     if plan.device != "cpu":
         tokens = replace(
             tokens,

@@ -18,6 +18,7 @@ Stage = Literal[
     "forward",
     "grams",
     "solve",
+    "tune",
     "decode",
     "exchange",
     "commit",

@@ -25,6 +25,12 @@ from pipeline.planning.estimates import (
 )
 from pipeline.planning.expert_costs import rows_per_token, run_weights
 from pipeline.planning.stage_constants import Constants, Device
+from pipeline.planning.tuning import (
+    GRADIENT_FORWARDS,
+    judged_windows,
+    trained_weights,
+    trained_windows,
+)
 from quantizer.experts import expert_ranges
 from quantizer.schemes import AWQScheme, GPTQScheme
 
@@ -32,6 +38,9 @@ _HEAD_FEATURES = 64
 _FLOAT_BYTES = 4
 _DRIFT_PRODUCTS = 6
 """Of a weight with matrices over its inputs, to judge and make the correction of its drift."""
+# Of the trained weights' arrays, for a micro-batch: decoding, its gradient, sums, and now and then
+# an update of all of them.
+_TUNING_PASSES = 12.0
 _GRAM_SHARE = 10 / 16
 """Of the whole product: above the diagonal in four bands."""
 
@@ -225,6 +234,17 @@ def forward_work(plan: Plan, part: PartPlan, tokens: TokensPlan, constants: Cons
         heads = -(-hidden // _HEAD_FEATURES)
         memory += 4.0 * num_tokens * tokens.sequence_length * heads * item
     return _products(flops, bfloat16=bfloat16) + Work(memory_bytes=memory)
+
+
+def tuning_work(plan: Plan, part: PartPlan, constants: Constants) -> Work:
+    """Train a block, on one worker."""
+    tokens, weights = plan.tokens, trained_weights(part)
+    if tokens is None or not trained_windows(plan) or not weights:
+        return Work()
+    windows = GRADIENT_FORWARDS * trained_windows(plan) + judged_windows(plan)
+    forward = forward_work(plan, part, tokens, constants) * (windows / tokens.num_samples)
+    batches = windows / tokens.micro_batch
+    return forward + Work(memory_bytes=_TUNING_PASSES * batches * weights * _FLOAT_BYTES)
 
 
 def _gram_work(

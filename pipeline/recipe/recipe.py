@@ -186,6 +186,34 @@ class Calibration(BaseModel):
         return values
 
 
+class Tuning(BaseModel):
+    """How each block is trained once its layers are solved (see `quantizer.tuning`).
+
+    Learning rates are those of the first step; they fall to 0 in a straight line.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: Annotated[StrictInt, Field(ge=1, le=100_000)] = 100
+    batch: Annotated[StrictInt, Field(ge=1, le=100_000)] = 4
+    """Windows of a step; whole micro-batches, one at least."""
+    offset_rate: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.02
+    """Of the offsets that are added before rounding, in steps of the grid."""
+    scale_rate: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 1e-3
+    """Of the scales' logarithms."""
+    norm_rate: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 1e-3
+    """Of the norms' weights, relative to their size."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not (self.offset_rate or self.scale_rate or self.norm_rate):
+            raise ValueError(
+                "every learning rate is 0, so nothing would be trained; leave tuning out, or give "
+                "one of offset_rate, scale_rate and norm_rate more"
+            )
+        return self
+
+
 class Recipe(BaseModel):
     """Schemes per layer and the calibration they need."""
 
@@ -206,6 +234,9 @@ class Recipe(BaseModel):
     """Whether less than half of the weights that are asked for may be quantized."""
     servable: StrictBool = False
     """Whether other runtimes are meant to serve the result: planning warns where none would."""
+    tuning: Tuning | None = None
+    """Trains the roundings and scales of gptq layers, and the norms beside them, block by block;
+    null leaves them as they were solved."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -219,6 +250,11 @@ class Recipe(BaseModel):
             modes = sorted({scheme.mode for scheme in schemes if scheme and statistics_of(scheme)})
             raise ValueError(
                 f"{' and '.join(modes)} must see texts; add calibration: {{texts: [...]}}"
+            )
+        if self.tuning is not None and not any(isinstance(x, GPTQScheme) for x in schemes):
+            raise ValueError(
+                "tuning trains layers that gptq has solved, and no layer gets gptq; give scheme or "
+                "a rule {mode: gptq}, or leave tuning out"
             )
         return self
 
@@ -257,6 +293,8 @@ class Recipe(BaseModel):
         for name in ("allow_partial", "servable"):
             if not values[name]:
                 del values[name]
+        if self.tuning is None:
+            del values["tuning"]
         return values if self.needs_calibration else values | {"calibration": None}
 
 

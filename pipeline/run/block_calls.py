@@ -9,7 +9,14 @@ from typing import Concatenate
 from pipeline.executor.protocol import Executor, P, T, argument
 from pipeline.plan import LayerPlan, Plan
 from pipeline.reduction import join
-from pipeline.run.worker_api import HeldSum, InputSum, SolvedLayer, Values, WorkerApi
+from pipeline.run.worker_api import (
+    HeldSum,
+    InputSum,
+    SolvedLayer,
+    SolvedLayers,
+    Values,
+    WorkerApi,
+)
 from quantizer.experts import expert_passes, expert_ranges
 
 
@@ -79,6 +86,24 @@ class BlockCalls:
                 paths = sorted({path for numbers in cut for path in numbers})
                 solved.append(self._submit(0, WorkerApi.join, number, paths, values, *slices))
         return solved
+
+    def tune(
+        self, block: int, values: Values, solved: Sequence[list[SolvedLayer]]
+    ) -> list[SolvedLayers]:
+        """Have a solved block trained, if the recipe asks for it; returns what becomes of it.
+
+        One worker trains, and all windows go there: they travel once, where a gradient, as large as
+        the block in float32, would travel in every step. So no bit depends on who holds which.
+        """
+        if self.plan.recipe.tuning is None:
+            return list(solved)
+        windows = [
+            self._submit(worker, WorkerApi.windows, block, shards, values)
+            for worker, shards in self.shards.items()
+            if worker
+        ]
+        own = self.shards[0]
+        return [self._submit(0, WorkerApi.tune, block, own, values, *solved, *windows)]
 
     def _solve_experts(
         self,

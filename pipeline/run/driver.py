@@ -29,7 +29,7 @@ from pipeline.run.block_calls import BlockCalls
 from pipeline.run.commits import committed_parts, quarantine
 from pipeline.run.events import Report, Step
 from pipeline.run.records import Manifest, PartRecord
-from pipeline.run.worker_api import SolvedLayer, Values, WorkerApi
+from pipeline.run.worker_api import SolvedLayers, Values, WorkerApi
 from pipeline.storage.object_store import ObjectStore
 
 KEEP_EVERY = 8
@@ -226,7 +226,7 @@ class _Drive:
         for block in range(first, plan.num_blocks):
             last = block + 1 == plan.num_blocks
             following = values if last else calls.read(block + 1)
-            solved = calls.solve(block, values)
+            solved = calls.tune(block, values, calls.solve(block, values))
             if commit is not None:
                 self._conclude(commit)
             # By how far they are, so that an attempt also keeps what the one before did not.
@@ -249,7 +249,7 @@ class _Drive:
         self._conclude(commit)
 
     def _begin_commit(
-        self, block: int, values: Values, solved: Sequence[list[SolvedLayer]]
+        self, block: int, values: Values, solved: Sequence[SolvedLayers]
     ) -> Handle[PartRecord]:
         """Submit a block's commit; no other may be under way."""
         self.check_lease()

@@ -9,7 +9,7 @@ that all executions of one plan write the same bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, StringConstraints
 
@@ -44,6 +44,30 @@ class LayerRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TuningRecord:
+    """What training did to a solved block; its layers' accounts are of what was solved.
+
+    Attributes:
+        kept: "tuned", or "solved" where training made the error on held-back windows no smaller.
+        solved_error, tuned_error: of the block's output, Σ‖y − t‖² / ‖t‖² by token, over windows
+            that it was not trained on; None where it is not finite.
+        num_tokens: of these windows.
+        changed_codes: the share of the trained layers' codes that are not those solved.
+        norms: by path, the root of the mean square of how a norm's weights changed, relative to
+            theirs.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kept: Literal["tuned", "solved"]
+    solved_error: float | None
+    tuned_error: float | None
+    num_tokens: int
+    changed_codes: float
+    norms: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FileDigest:
     """Digest and size of a file."""
 
@@ -68,6 +92,7 @@ class PartRecord(StoredRecord):
         previous: SHA-256 of the previous block's record if the result depends on it; else "".
         layers: in the model's order.
         codes: of the file of codes; omitted where there is none.
+        tuning: omitted where the recipe asks for none, and where the block has nothing to train.
     """
 
     part: Annotated[int, Field(ge=0, le=99_999)]
@@ -79,11 +104,14 @@ class PartRecord(StoredRecord):
     previous: Digest | Annotated[str, StringConstraints(max_length=0)] = ""
     layers: tuple[LayerRecord, ...] = ()
     codes: FileDigest | None = None
+    tuning: TuningRecord | None = None
 
     def content(self) -> dict[str, Any]:
         values = super().content()
         if self.codes is None:
             del values["codes"]
+        if self.tuning is None:
+            del values["tuning"]
         return values
 
     @property

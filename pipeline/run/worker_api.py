@@ -6,7 +6,7 @@ JAX.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -18,12 +18,13 @@ from pipeline.executor.protocol import ActivationPlace, concurrent
 from pipeline.fidelity import WindowFidelity
 from pipeline.recipe.recipe import StatisticsKind
 from pipeline.run.activations import SavedShard
-from pipeline.run.records import Manifest, PartRecord
+from pipeline.run.records import Manifest, PartRecord, TuningRecord
 
 if TYPE_CHECKING:
     from quantizer.expert_codes import ExpertCodes
     from quantizer.expert_solver import SolvedExpert
     from quantizer.gptq.solve import SolvedRows
+    from quantizer.tuning.training import Batch
 
 Values: TypeAlias = Mapping[str, NDArray[Any]]
 """A part's arrays in the source, by the path of their variable."""
@@ -62,6 +63,44 @@ class SolvedSlices:
     rows: dict[int, SolvedRows] = field(default_factory=dict)
     experts: dict[int, SolvedExpert] = field(default_factory=dict)
     problem: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedBlock:
+    """A solved block after training; the better of the two by windows that it was not trained on.
+
+    Attributes:
+        layers: all of its quantized layers.
+        floats: variables that stay in float and have changed, by path, as they are stored.
+        record: what training did; None if the block has nothing to train.
+    """
+
+    layers: list[SolvedLayer]
+    floats: dict[str, NDArray[Any]]
+    record: TuningRecord | None
+
+
+SolvedLayers: TypeAlias = Sequence[SolvedLayer] | TunedBlock
+"""Results for some layers of a block, or for all of it."""
+
+
+def whole_block(solved: Iterable[SolvedLayers]) -> TunedBlock:
+    """Results for the layers of a block put together; without a record if it was not trained."""
+    layers: dict[str, SolvedLayer] = {}
+    floats: dict[str, NDArray[Any]] = {}
+    record = None
+    for one in solved:
+        if isinstance(one, TunedBlock):
+            floats, record = one.floats, one.record
+        layers |= {x.path: x for x in (one.layers if isinstance(one, TunedBlock) else one)}
+    return TunedBlock(layers=list(layers.values()), floats=floats, record=record)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningWindows:
+    """Micro-batches that a block is trained and judged on, by their number, in NumPy."""
+
+    batches: dict[int, Batch]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,10 +247,25 @@ class WorkerApi(Protocol):
     ) -> list[SolvedLayer]:
         """Put layers together whose slices several workers solved."""
 
+    def windows(self, block: int, shards: Sequence[int], values: Values) -> TuningWindows:
+        """What a block takes of shards, and what the float model's block gives, to train it on."""
+
+    def tune(
+        self,
+        block: int,
+        shards: Sequence[int],
+        values: Values,
+        *given: Sequence[SolvedLayer] | TuningWindows,
+    ) -> TunedBlock:
+        """Train a block all of whose layers are solved.
+
+        Args:
+            shards: that this worker holds.
+            given: the results for all layers, and the windows of all other shards.
+        """
+
     @concurrent("commit")
-    def commit(
-        self, part: int, previous: str, values: Values, *solved: Sequence[SolvedLayer]
-    ) -> PartRecord:
+    def commit(self, part: int, previous: str, values: Values, *solved: SolvedLayers) -> PartRecord:
         """Write a part's file and record, and return the record.
 
         Args:
@@ -224,7 +278,7 @@ class WorkerApi(Protocol):
         """Wait until no commit that was begun before is under way."""
 
     def propagate(
-        self, block: int, shards: Sequence[int], values: Values, *solved: Sequence[SolvedLayer]
+        self, block: int, shards: Sequence[int], values: Values, *solved: SolvedLayers
     ) -> None:
         """Send shards through the rest of the quantized block; no-op for those that have left."""
 

@@ -209,6 +209,19 @@ def trace_block(
     return jax.make_jaxpr(run)(weights, list(inputs)), names
 
 
+def hidden_states(given: Sequence[Any]) -> list[int]:
+    """Of what a block gives, by place: vectors of numbers, [batch, positions, features].
+
+    Args:
+        given: shapes and dtypes.
+    """
+    return [
+        place
+        for place, one in enumerate(given)
+        if len(one.shape) == 3 and jnp.issubdtype(one.dtype, jnp.floating)
+    ]
+
+
 @dataclass(frozen=True)
 class _Read:
     """One input of a target, as a variable of the traced program.

@@ -9,6 +9,7 @@ one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -39,16 +40,20 @@ class BlockWeights:
         self._model, self._devices = model, devices
         self._keeps_float = model.plan.has_float_stream
         self._block: int | None = None
-        # By the path of the variable, and whether it is a decoded kernel.
+        # By the path of the variable, and whether it is other than the source's.
         self._held: dict[tuple[str, bool], Array] = {}
         # On each further device: what is held and its copy, by the id of what is held.
         self._copies: list[dict[int, tuple[Array, Array]]] = [{} for _ in devices.several[1:]]
 
     def on_each(
-        self, block: int, values: Values, solved: Mapping[str, Stored]
+        self,
+        block: int,
+        values: Values,
+        solved: Mapping[str, Stored],
+        floats: Values = MappingProxyType({}),
     ) -> list[list[Array]]:
         """A block's weights on each device. Arguments as in `of`."""
-        first = self.of(block, values, solved)
+        first = self.of(block, values, solved, floats)
         return [first, *(self._copied(first, i + 1) for i in range(len(self._copies)))]
 
     def _copied(self, arrays: Sequence[Array], device: int) -> list[Array]:
@@ -61,12 +66,19 @@ class BlockWeights:
             copies[id(array)] = array, copy
         return [copies[id(array)][1] for array in arrays]
 
-    def of(self, block: int, values: Values, solved: Mapping[str, Stored]) -> list[Array]:
+    def of(
+        self,
+        block: int,
+        values: Values,
+        solved: Mapping[str, Stored],
+        floats: Values = MappingProxyType({}),
+    ) -> list[Array]:
         """A block's weights on the first device, in the order of its layer's.
 
         Args:
             values: the source's arrays of the block.
             solved: what is stored for the layers solved so far, by path; none of the float block.
+            floats: what stays in float, but no longer as it is in the source.
         """
         if block != self._block:
             self.free()
@@ -78,15 +90,19 @@ class BlockWeights:
             if layer.path in solved and layer.kind == "kernel"
         }
         variables = self._model.graph.blocks[block].layer.weights
-        wanted = [(variable.path, variable.path in layers) for variable in variables]
+        changed = layers.keys() | floats.keys()
+        wanted = [(variable.path, variable.path in changed) for variable in variables]
         due = [v for v, one in zip(variables, wanted, strict=True) if one not in self._held]
         if not self._keeps_float:
             # Before others take their place.
             for variable in due:
-                self._held.pop((variable.path, variable.path not in layers), None)
-        unsolved = [v for v in due if v.path not in layers]
+                self._held.pop((variable.path, variable.path not in changed), None)
+        unsolved = [v for v in due if v.path not in changed]
         for variable, array in zip(unsolved, place_weights(unsolved, values), strict=True):
             self._held[variable.path, False] = array
+        trained = [v for v in due if v.path in floats]
+        for variable, array in zip(trained, place_weights(trained, floats), strict=True):
+            self._held[variable.path, True] = array
         for variable in due:
             if variable.path in layers:
                 layer = layers[variable.path]

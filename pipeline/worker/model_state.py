@@ -29,6 +29,7 @@ from pipeline.weights.digests import read_side_by_side
 from pipeline.weights.source import open_source
 from pipeline.worker.activation_memory import ActivationMemory
 from pipeline.worker.block_program import BlockProgram
+from pipeline.worker.tune import BlockTuner
 
 
 class ModelState:
@@ -40,6 +41,7 @@ class ModelState:
         skeleton: the source, in its own dtype.
         graph: the model that is calibrated, which computes in the plan's dtype.
         parts: what each file of the artifact holds.
+        tuner: trains blocks.
     """
 
     def __init__(self, plan: Plan, source_url: str) -> None:
@@ -56,6 +58,7 @@ class ModelState:
         self.parts: tuple[Part, ...] = self._cut_parts()
         self._programs: dict[tuple[Any, ...], BlockProgram] = {}
         self._functions: dict[int, Any] = {}
+        self.tuner = BlockTuner(plan)
 
     @cached_property
     def _forward_skeleton(self) -> Skeleton:
@@ -142,19 +145,29 @@ class ModelState:
             )
         return values
 
-    def solved_variables(self, part: int, data: bytes) -> dict[str, dict[str, NDArray[Any]]]:
-        """What a committed file holds of the layers with a scheme, by path, by their own names."""
+    def committed(
+        self, part: int, data: bytes
+    ) -> tuple[dict[str, dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]:
+        """What a committed file holds: of the layers with a scheme, and of what stays in float.
+
+        Returns:
+            variables by the layer's path and their own names; and others by their paths.
+        """
         values = decode_part(self.parts[part], data)
         parts = self.plan.parts[part]
         solved: dict[str, dict[str, NDArray[Any]]] = {
             layer.path: {} for layer in parts.layers if layer.scheme is not None
         }
+        floats = {}
         for stored in self.parts[part].variables:
             # Experts are a variable of a layer; others are all variables of one.
-            for path in (stored.layer_path, str(stored.variable.path)):
-                if path in solved:
-                    solved[path][stored.name] = values[stored.name_path]
-        return solved
+            path = str(stored.variable.path)
+            for owner in (stored.layer_path, path):
+                if owner in solved:
+                    solved[owner][stored.name] = values[stored.name_path]
+            if stored.layer_path not in solved and path not in solved:
+                floats[path] = values[stored.name_path]
+        return solved, floats
 
     @cached_property
     def layout(self) -> InputLayout:

@@ -32,9 +32,13 @@ from pipeline.run.worker_api import (
     HeldSum,
     InputSum,
     SolvedLayer,
+    SolvedLayers,
     SolvedSlices,
+    TunedBlock,
+    TuningWindows,
     Values,
     WorkerApi,
+    whole_block,
 )
 from pipeline.storage.object_store import open_store
 from pipeline.worker.activation_memory import ActivationMemory
@@ -60,6 +64,7 @@ from pipeline.worker.statistics import (
     sum_routed,
 )
 from pipeline.worker.streamed_model import artifact_model, source_model
+from pipeline.worker.tune import batch_numbers, schedule_of, tuning_batch
 from quantizer.experts import ExpertHessians
 
 
@@ -114,8 +119,9 @@ class Worker(WorkerApi):
 
         self._devices.each(enter)
         for done in range(start, block):
-            solved = self._model.solved_variables(done + 1, committed_file(self._store, done + 1))
-            self._finish_block(done, missing, self._model.read(done + 1), solved)
+            solved, floats = self._model.committed(done + 1, committed_file(self._store, done + 1))
+            changed = {} if self._plan.recipe.tuning is None else floats
+            self._finish_block(done, missing, self._model.read(done + 1), solved, changed)
 
     @device_errors()
     def capture(
@@ -129,7 +135,7 @@ class Worker(WorkerApi):
     ) -> HeldSum:
         name = HeldSum(block=block, stage=stage, leaves=subtree, experts=experts)
         self._sums.begin(name)
-        weights = self._weights.on_each(block, values, _stored(solved))
+        weights = self._weights.on_each(block, values, _stored(x for one in solved for x in one))
         part = self._plan.parts[block + 1]
         corrected = part.corrects_drift(part.groups[stage])
         in_float = self._weights.on_each(block, values, {}) if corrected else []
@@ -215,12 +221,52 @@ class Worker(WorkerApi):
             joined.append(join_layer(targets[layer.path], layer, values, slices))
         return joined
 
-    def commit(
-        self, part: int, previous: str, values: Values, *solved: Sequence[SolvedLayer]
-    ) -> PartRecord:
-        results = {layer.path: layer for layers in solved for layer in layers}
+    @device_errors()
+    def windows(self, block: int, shards: Sequence[int], values: Values) -> TuningWindows:
+        used, numbers = schedule_of(self._plan, block).used, batch_numbers(self._plan)
+        call, in_float = self._model.call(block), self._weights.on_each(block, values, {})
+        return TuningWindows(
+            batches={
+                number: tuning_batch(
+                    batch, call, self._program(block, batch), in_float[batch.memory.device]
+                )
+                for index in shards
+                for number, batch in zip(
+                    numbers[index], self._shards.get(index, block), strict=True
+                )
+                if number in used
+            }
+        )
+
+    @device_errors()
+    def tune(
+        self,
+        block: int,
+        shards: Sequence[int],
+        values: Values,
+        *given: Sequence[SolvedLayer] | TuningWindows,
+    ) -> TunedBlock:
+        batches = dict(self.windows(block, shards, values).batches)
+        layers: list[SolvedLayer] = []
+        for one in given:
+            if isinstance(one, TuningWindows):
+                batches |= one.batches
+            else:
+                layers += one
+        weights = self._weights.of(block, values, _stored(layers))
+        return self._model.tuner.tune(
+            self._model.graph.blocks[block], values, weights, layers, batches
+        )
+
+    def commit(self, part: int, previous: str, values: Values, *solved: SolvedLayers) -> PartRecord:
+        block = whole_block(solved)
         record, files = encode_solved_part(
-            self._plan, self._model.parts[part], previous, values, results
+            self._plan,
+            self._model.parts[part],
+            previous,
+            {**values, **block.floats},
+            {layer.path: layer for layer in block.layers},
+            block.record,
         )
         commit_part(self._store, record, files)
         return record
@@ -233,9 +279,15 @@ class Worker(WorkerApi):
 
     @device_errors()
     def propagate(
-        self, block: int, shards: Sequence[int], values: Values, *solved: Sequence[SolvedLayer]
+        self, block: int, shards: Sequence[int], values: Values, *solved: SolvedLayers
     ) -> None:
-        self._finish_block(block, shards, values, _stored(solved))
+        done = whole_block(solved)
+        if self._plan.recipe.tuning is not None:
+            # Windows are inside the block, and weights on the device, as they were solved.
+            self._weights.free()
+            for batch in (x for index in shards for x in self._shards.unfinished(index, block)):
+                batch.rewind()
+        self._finish_block(block, shards, values, _stored(done.layers), done.floats)
 
     @device_errors()
     def quantize_alone(self, part: int) -> PartRecord:
@@ -313,13 +365,18 @@ class Worker(WorkerApi):
         shards: Sequence[int],
         values: Values,
         solved: Mapping[str, Stored],
+        floats: Values,
     ) -> None:
-        """Send shards through the rest of a block, all of whose layers with a scheme are solved."""
+        """Send shards through the rest of a block, all of whose layers with a scheme are solved.
+
+        Args:
+            floats: what the quantized block has in place of some of the source's values.
+        """
         unfinished = [x for index in shards for x in self._shards.unfinished(index, block)]
         if not unfinished:
             return
         call = self._model.call(block)
-        weights = self._weights.on_each(block, values, solved)
+        weights = self._weights.on_each(block, values, solved, floats)
         in_float = weights
         if self._plan.has_float_stream:
             in_float = self._weights.on_each(block, values, {})
@@ -399,6 +456,6 @@ class Worker(WorkerApi):
         return batches
 
 
-def _stored(solved: Iterable[Sequence[SolvedLayer]]) -> dict[str, Stored]:
+def _stored(solved: Iterable[SolvedLayer]) -> dict[str, Stored]:
     """What is stored for each solved layer, by path."""
-    return {layer.path: layer.codes or layer.variables for layers in solved for layer in layers}
+    return {layer.path: layer.codes or layer.variables for layer in solved}

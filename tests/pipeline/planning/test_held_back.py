@@ -9,6 +9,7 @@ import pytest
 from pipeline.errors import RecipeError
 from pipeline.plan import TokensPlan
 from pipeline.planning.held_back import held_back_every
+from pipeline.recipe.recipe import Tuning
 from tests.pipeline.planning.small_plans import GPTQ, layer, plan
 
 CORRECTED = layer("up", 64, 128, scheme=dataclasses.replace(GPTQ, drift_correction=1.0))
@@ -47,6 +48,13 @@ def test_every_eighth_micro_batch_or_the_last(
 
 def test_none_is_held_back_where_nothing_is_judged() -> None:
     assert held_back_every(plan().recipe, [[layer("up", 64, 128)]], tokens(16, 1)) == 0
+
+
+def test_tuning_is_judged_too() -> None:
+    recipe = plan().recipe.model_copy(update={"tuning": Tuning()})
+    assert held_back_every(recipe, [[layer("up", 64, 128)]], tokens(16, 1)) == 8
+    with pytest.raises(RecipeError, match=r"tuning is judged .* or leave tuning out"):
+        held_back_every(recipe, [[layer("up", 64, 128)]], tokens(4, 4))
 
 
 def test_of_a_single_micro_batch_nothing_can_be_held_back() -> None:

@@ -68,7 +68,7 @@ def worker(*, in_float: bool) -> QuickWorker:
 def solved(block: int) -> list[SolvedLayer]:
     """The layers that were committed."""
     model = model_state(planned("gptq").plan.to_json(), str(source()))
-    found = model.solved_variables(block + 1, committed_file(finished(), block + 1))
+    found, _ = model.committed(block + 1, committed_file(finished(), block + 1))
     return [SolvedLayer(path=path, variables=found[path], report={}) for path in found]
 
 
