@@ -48,11 +48,12 @@ def plan_table(
     facts = Table(show_header=False, box=None)
     facts.add_row("quantized", share_text(plan.share))
     if (tokens := plan.tokens) is not None:
+        held_back = tokens.num_held_back
         facts.add_row(
             "calibration",
             f"{tokens.num_samples} windows of {tokens.sequence_length} tokens in "
             f"{len(tokens.shards)} shards (the leaves of the reduction), {tokens.micro_batch} "
-            "windows at once",
+            "windows at once" + (f"; {held_back} are held back, to judge on" if held_back else ""),
         )
         calibration = plan.recipe.calibration
         urls = calibration.text_urls if calibration is not None and tokens.sources else ()

@@ -32,6 +32,8 @@ PLAN_KEY = "plan.json"
 _CPU_MICRO_BATCH_TOKENS = 512
 _SHARD_TOKENS = 2048
 _MAX_SHARDS = 32
+_HELD_BACK_STEP = 5
+"""Has no divisor in common with eight, so that all places take their turns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,8 +194,8 @@ class TokensPlan:
         largest_array_bytes: on a GPU, of what a block computes for a micro-batch; attention's
             scores where they are kept. Omitted on CPUs.
         sources: in the recipe's order, where its texts have weights; omitted where they have none.
-        held_back_every: each such micro-batch is held back: what was made of the others is judged
-            on it. Omitted where nothing is judged.
+        held_back_every: of so many micro-batches one is held back: what was made of the others is
+            judged on it. Omitted where nothing is judged.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -212,11 +214,12 @@ class TokensPlan:
 
     def is_held_back(self, window: int) -> bool:
         """Whether the micro-batch that begins with this window is held back."""
-        # Shards hold whole micro-batches, so that they are numbered across shards.
-        number = window // self.micro_batch
-        return self.held_back_every > 0 and number % self.held_back_every == (
-            self.held_back_every - 1
-        )
+        if not self.held_back_every:
+            return False
+        # Shards hold whole micro-batches, so that they are numbered across shards. Of each run of
+        # them another one, since windows of several sources alternate.
+        run, place = divmod(window // self.micro_batch, self.held_back_every)
+        return place == (self.held_back_every - 1 + _HELD_BACK_STEP * run) % self.held_back_every
 
     @property
     def num_held_back(self) -> int:

@@ -24,15 +24,15 @@ def tokens(num_samples: int, micro_batch: int) -> TokensPlan:
 @pytest.mark.parametrize(
     ("num_samples", "micro_batch", "expected"),
     [
-        (16, 1, [7, 15]),
-        (20, 1, [7, 15]),
+        (16, 1, [7, 12]),
+        (20, 1, [7, 12, 17]),
         (3, 1, [2]),
         (2, 1, [1]),
         (18, 4, [16, 17]),
-        (64, 4, [28, 29, 30, 31, 60, 61, 62, 63]),
+        (64, 4, [28, 29, 30, 31, 48, 49, 50, 51]),
     ],
 )
-def test_every_eighth_micro_batch_or_the_last(
+def test_one_micro_batch_in_eight_or_the_last(
     num_samples: int, micro_batch: int, expected: list[int]
 ) -> None:
     given = tokens(num_samples, micro_batch)
@@ -44,6 +44,14 @@ def test_every_eighth_micro_batch_or_the_last(
     ends = [min(start + micro_batch, num_samples) for start in held]
     assert [w for a, b in zip(held, ends, strict=True) for w in range(a, b)] == expected
     assert found.num_held_back == len(expected)
+
+
+@pytest.mark.parametrize("num_sources", [2, 3, 4, 8])
+def test_sources_that_alternate_are_all_held_back_of(num_sources: int) -> None:
+    found = dataclasses.replace(tokens(64, 1), held_back_every=8)
+    held = [window for window in range(64) if found.is_held_back(window)]
+    assert len(held) == 8
+    assert {window % num_sources for window in held} == set(range(num_sources))
 
 
 def test_none_is_held_back_where_nothing_is_judged() -> None:

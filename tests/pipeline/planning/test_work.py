@@ -17,7 +17,7 @@ from pipeline.planning.work import (
 )
 from quantizer.gptq import path
 from quantizer.schemes import AWQScheme, GPTQScheme, Int8Scheme
-from tests.pipeline.planning.small_plans import block, experts_plan, layer, plan, with_layers
+from tests.pipeline.planning.small_plans import GPTQ, block, experts_plan, layer, plan, with_layers
 
 ONES = dataclasses.replace(
     CONSTANTS["cpu"],
@@ -53,6 +53,28 @@ def test_grams_are_ten_sixteenths_of_their_products_and_added_once_a_micro_batch
         float32_flops=2 * sizes * TOKENS * 10 / 16,
         memory_bytes=8 * 4 * sizes * 10 / 16,
     )
+
+
+def test_a_drift_is_a_whole_product_more_and_two_of_what_is_held_back() -> None:
+    plain = plan()
+    assert plain.tokens is not None
+    held = dataclasses.replace(plain.tokens, held_back_every=8)
+    given = with_layers(
+        dataclasses.replace(plain, tokens=held),
+        scheme=dataclasses.replace(GPTQ, drift_correction=1.0),
+    )
+    sizes = 64**2 + 128**2
+    found, before = (block_work(one, one.parts[1], ONES) for one in (given, plain))
+    assert found.grams.float32_flops - before.grams.float32_flops == (
+        2 * sizes * TOKENS + 2 * sizes * 16
+    )
+    assert found.forward == before.forward * 2
+    for ours, theirs, size in zip(found.solve, before.solve, (64, 128), strict=True):
+        assert ours.sum_bytes - theirs.sum_bytes == 4 * (3 + 10 / 16) * size**2
+        assert ours.rows == theirs.rows
+        more = ours.shared.float32_flops - theirs.shared.float32_flops
+        other = 64 * 128 // size
+        assert more == pytest.approx(14 / 3 * size**3 + 12 * other * size**2)
 
 
 def test_solving_is_a_factor_and_the_products_and_passes_of_the_rows() -> None:
