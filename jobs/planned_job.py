@@ -16,7 +16,6 @@ from jobs.logging import log_event, print_json
 from jobs.plan_summary import plan_table
 from jobs.run_costs import PricedMachine, Workers, cost_json, cost_of, cost_table
 from jobs.run_exports import ForeseenExports
-from pipeline.calibration.windows import TokenWindows
 from pipeline.evaluation.batches import EvaluationSet
 from pipeline.executor.protocol import Allocation
 from pipeline.plan import Plan
@@ -50,9 +49,8 @@ class PlannedJob:
     @cached_property
     def coverage(self) -> Coverage | None:
         """What calibration shows of the model's inputs; None without texts."""
-        if self.windows is None:
-            return None
-        return Coverage.of(self.plan, TokenWindows.from_bytes(self.windows))
+        windows = self.windows
+        return None if windows is None else Coverage.read(self.plan, lambda: windows)
 
     @property
     def warnings(self) -> tuple[str, ...]:

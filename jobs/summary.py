@@ -14,7 +14,6 @@ from rich.text import Text
 from jobs.expert_summary import ExpertSummary
 from jobs.quality_rows import add_quality
 from jobs.quantities import count, size
-from pipeline.calibration.windows import TokenWindows
 from pipeline.errors import DamagedObjectError, MissingObjectError
 from pipeline.fidelity import Fidelity
 from pipeline.model.preset import PresetFiles
@@ -178,13 +177,14 @@ class Summary:
 
 
 def _coverage(plan: Plan, store: ObjectStore) -> Coverage | None:
-    if plan.tokens is None:
-        return None
+    def content() -> bytes:
+        assert plan.tokens is not None
+        return store.get(plan.tokens.key, sha256=plan.tokens.digest)
+
     try:
-        content = store.get(plan.tokens.key, sha256=plan.tokens.digest)
+        return Coverage.read(plan, content)
     except MissingObjectError:
         return None
-    return Coverage.of(plan, TokenWindows.from_bytes(content))
 
 
 def _faint_inputs(plan: Plan, layers: Iterable[LayerRecord]) -> dict[str, tuple[int, int]]:

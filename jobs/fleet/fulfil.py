@@ -36,7 +36,6 @@ from jobs.publish.verdict import (
 from jobs.publish.verified_files import VerifiedFiles
 from jobs.release.cards import update_cards
 from jobs.run_exports import CATALOG_OPTION, check_exports, foresee_exports
-from pipeline.calibration.windows import TokenWindows
 from pipeline.errors import DamagedObjectError, MissingObjectError, PipelineError
 from pipeline.evaluation.batches import EvaluationSet
 from pipeline.executor.protocol import FunctionRunner
@@ -254,7 +253,7 @@ def _quantize(
     run_compute.evaluation_pass(plan, judged_on)  # refused now, if it has no room
     if is_new:
         if windows is not None:
-            coverage = Coverage.of(plan, TokenWindows.from_bytes(windows))
+            coverage = Coverage.read(plan, lambda: windows)
             warn_of_narrow_calibration(() if coverage is None else coverage.warnings())
         plan = claim(store, plan, windows)
     for finding in damaged:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -65,6 +65,20 @@ class Coverage:
             vocabulary_size=max(tables, default=None),
             widest_input=max(widths),
         )
+
+    @classmethod
+    def read(cls, plan: Plan, content: Callable[[], bytes]) -> Self | None:
+        """What a plan's stored windows show; None if they are no text alone.
+
+        Arrays beside texts, such as images, may take gigabytes, and are not read for this.
+
+        Args:
+            content: reads the windows.
+        """
+        calibration = plan.recipe.calibration
+        if plan.tokens is None or calibration is None or calibration.inputs:
+            return None
+        return cls.of(plan, TokenWindows.from_bytes(content()))
 
     @property
     def vocabulary_share(self) -> float | None:

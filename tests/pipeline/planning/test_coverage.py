@@ -31,6 +31,19 @@ def test_a_plan_s_windows_are_counted_against_its_table_and_its_widest_layer() -
     assert found.to_dict()["tokens_per_input"] == tokens.size / widest
 
 
+def test_windows_with_arrays_beside_them_are_not_read_for_it() -> None:
+    given = planned("gptq")
+    assert given.windows is not None
+    content = given.windows.to_bytes()
+    assert Coverage.read(given.plan, lambda: content) == Coverage.of(given.plan, given.windows)
+    calibration = given.plan.recipe.calibration
+    assert calibration is not None
+    seeing = calibration.model_copy(update={"inputs": {"images": "images.npy"}})
+    recipe = given.plan.recipe.model_copy(update={"calibration": seeing})
+    plan = dataclasses.replace(given.plan, recipe=recipe)
+    assert Coverage.read(plan, lambda: pytest.fail("they may take gigabytes")) is None
+
+
 def test_padding_does_not_count() -> None:
     given = planned("gptq")
     assert given.windows is not None
