@@ -38,7 +38,9 @@ def check_device_memory(costs: Estimate, devices: Sequence[DeviceMemory]) -> Non
     """Refuse a run whose workers would not fit into the memory of their devices."""
     for device in devices:
         if device.num_bytes is not None and costs.device_bytes > device.num_bytes:
-            remedy = "use more --workers, so that each holds fewer windows, lower num_samples,"
+            remedy = (
+                "use more --workers or GPUs, so that each has fewer windows, lower num_samples,"
+            )
             if costs.activations == "host":
                 remedy = "activations wait in host memory already; lower sequence_length,"
             if 2 * costs.micro_batch_bytes > device.num_bytes:

@@ -1,4 +1,4 @@
-"""One GPU in at most eight minutes: is it right, is it the same twice, how fast, how much memory.
+"""A node's GPUs in at most eight minutes: right, the same twice, how fast, how much memory.
 
     make check-gpu                       (in the environment of `make venv-gpu`)
     python -m tests.cuda.check OUT [--tiny] [--budget 480] [--without-ray]
@@ -8,7 +8,9 @@ it should be. Each step has a process of its own. What is compared between proce
 anew by each; other steps take over what the first run of the pair compiled. A step for which no
 time is left is skipped, and the report says so. `--tiny` runs every step on the CPU with small
 shapes, where nothing is said of speed. Needs no network. Exit code 1 if anything fails.
-`--without-ray` is for machines where Ray is not installed (see `tests.cuda.pair_local`).
+Of a node with several GPUs the pair of blocks takes all, as one worker, and then one: the bytes
+must be the same. `--without-ray` is for machines where Ray is not installed (see
+`tests.cuda.pair_local`).
 """
 
 from __future__ import annotations
@@ -52,8 +54,13 @@ class Step:
 class Check:
     """All steps, in the order in which they tell most."""
 
-    def __init__(self, folder: Path, *, tiny: bool, with_ray: bool = True) -> None:
-        """Args: folder: for what steps write, gigabytes at 8B's size; removed by the caller."""
+    def __init__(
+        self, folder: Path, *, tiny: bool, with_ray: bool = True, gpus: int | None = None
+    ) -> None:
+        """Args: folder: for what steps write, gigabytes at 8B's size; removed by the caller.
+
+        gpus: how many there are; None to find out.
+        """
         self._folder = folder
         self._with_ray = with_ray
         self._device = "cpu" if tiny else "gpu"
@@ -81,6 +88,8 @@ class Check:
             self._pair("bfloat16", "2", cache="second"),
             self._pair("float32", "1", cache="kept"),
         )
+        if (_number_of_gpus() if gpus is None else gpus) > 1:
+            self.steps += (self._pair("bfloat16", "on one GPU", cache="kept", gpus=1),)
 
     def _codes(self, device: str, number: str) -> Step:
         place = self._folder / f"codes-{number}"
@@ -90,7 +99,8 @@ class Check:
         )
         return Step(name=f"codes {number}", run=run, least_seconds=15, most_seconds=90)
 
-    def _pair(self, dtype: str, number: str, *, cache: str) -> Step:
+    def _pair(self, dtype: str, number: str, *, cache: str, gpus: int | None = None) -> Step:
+        """Args: gpus: None for all that there are."""
         name = f"pair {dtype} {number}"
 
         def run(limit_seconds: float) -> Found:
@@ -99,7 +109,7 @@ class Check:
             return pair.quantize(
                 self._folder,
                 name.replace(" ", "-"),
-                pair.environment_of(os.environ, self._folder / cache),
+                pair.environment_of(_seeing(gpus), self._folder / cache),
                 device=self._device,
                 dtype=dtype,
                 limit_seconds=limit_seconds,
@@ -161,6 +171,19 @@ def carry_out(steps: Sequence[Step], budget_seconds: float, tell: Callable[[Foun
         tell(found)
         print(f"{step.name}: {json.dumps(found[step.name])[:300]}", flush=True)
     return found
+
+
+def _number_of_gpus() -> int:
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def _seeing(gpus: int | None) -> dict[str, str]:
+    """The environment of a process that sees so many GPUs; None for all."""
+    environment = dict(os.environ)
+    if gpus is not None:
+        visible = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[:gpus])
+    return environment
 
 
 def _card() -> str:

@@ -26,6 +26,8 @@ def main() -> None:
     # Before JAX is imported.
     os.environ |= worker_environment(allocation)
 
+    import jax
+
     from pipeline.machine import check_device
     from pipeline.model.preset import read_preset
     from pipeline.planning.estimates import estimate
@@ -46,7 +48,7 @@ def main() -> None:
     store = open_store(output)
     assert planned.windows is not None
     plan = claim(store, planned.plan, planned.windows.to_bytes())
-    costs = place_activations(estimate(plan, 1), [device_memory()])
+    costs = place_activations(estimate(plan, 1, jax.local_device_count()), [device_memory()])
     start = time.monotonic()
     log = EventLog(store, plan, allocation)
     worker = Worker(plan, model, output)

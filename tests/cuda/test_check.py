@@ -73,6 +73,7 @@ def test_a_gpu_that_is_right_passes_and_each_fault_is_named(tmp_path: Path) -> N
         "pair bfloat16 2": pair("a", peak=90, seconds=100),
     }
     good["codes 2"] = dict(good["codes 1"])
+    good["pair bfloat16 on one GPU"] = pair("a", peak=90, seconds=100)
     verdicts = judge(good, tmp_path, on_gpu=True)
     assert failed(verdicts) == []
     assert len([verdict for verdict in verdicts if verdict.passed]) >= 10
@@ -84,6 +85,10 @@ def test_a_gpu_that_is_right_passes_and_each_fault_is_named(tmp_path: Path) -> N
         ),
         "codes in two processes": ("codes 2", good["codes 2"] | {"gram": "other"}),
         "run in two processes": ("pair bfloat16 2", pair("b", peak=90, seconds=100)),
+        "run on all GPUs and on one": (
+            "pair bfloat16 on one GPU",
+            pair("b", peak=90, seconds=100),
+        ),
         "solving 4096 × 4096, two sweeps": (
             "speed",
             {"4096 × 4096": {"first": 9.0, "then": 0.5}},
@@ -104,6 +109,29 @@ def test_a_gpu_that_is_right_passes_and_each_fault_is_named(tmp_path: Path) -> N
     verdicts = judge(slow, tmp_path, on_gpu=False)
     assert failed(verdicts) == []
     assert "not a GPU" in table("none", verdicts)
+
+
+def test_several_gpus_are_used_together_and_then_one_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str | None] = []
+
+    def quantize(folder: Path, name: str, environment: dict[str, str], **_: Any) -> Found:
+        seen.append(environment.get("CUDA_VISIBLE_DEVICES"))
+        return {}
+
+    monkeypatch.setattr("tests.cuda.pair.quantize", quantize)
+    (tmp_path / "recipe.yaml").touch()
+    for visible, expected in ((None, [None, "0"]), ("5,3", ["5,3", "5"])):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        check = Check(tmp_path, tiny=False, gpus=4)
+        by_name = {step.name: step for step in check.steps}
+        for name in ("pair bfloat16 1", "pair bfloat16 on one GPU"):
+            by_name[name].run(1.0)
+        assert seen[-2:] == expected
+    assert "pair bfloat16 on one GPU" not in {x.name for x in Check(tmp_path, tiny=True).steps}
 
 
 @pytest.mark.exhaustive

@@ -57,8 +57,19 @@ def judge(found: dict[str, Any], folder: Path, *, on_gpu: bool) -> list[Verdict]
         *verdicts,
         *_against_cpu(found, folder, on_gpu=on_gpu),
         *_otherwise(found.get("codes 1", {})),
-        *_twice(found, "codes", ["codes 1", "codes 2"], ["gram", "pivots", *_codes_names()]),
-        *_twice(found, "run", ["pair bfloat16 1", "pair bfloat16 2"], ["files"]),
+        *_same(
+            found,
+            "codes in two processes",
+            ["codes 1", "codes 2"],
+            ["gram", "pivots", *_codes_names()],
+        ),
+        *_same(found, "run in two processes", ["pair bfloat16 1", "pair bfloat16 2"], ["files"]),
+        *_same(
+            found,
+            "run on all GPUs and on one",
+            ["pair bfloat16 1", "pair bfloat16 on one GPU"],
+            ["files"],
+        ),
         *_speed(found.get("speed", {}), on_gpu=on_gpu),
         *(
             verdict
@@ -110,13 +121,13 @@ def _otherwise(found: dict[str, Any]) -> list[Verdict]:
     return [Verdict(what, text, "none", text == "none") for what, text in texts.items()]
 
 
-def _twice(found: dict[str, Any], what: str, steps: list[str], names: list[str]) -> list[Verdict]:
+def _same(found: dict[str, Any], what: str, steps: list[str], names: list[str]) -> list[Verdict]:
     one, two = (found.get(step, {}) for step in steps)
     if any(name not in values for name in names for values in (one, two)):
         return []
     other = [name for name in names if one[name] != two[name]]
     text = "the same bytes" if not other else f"other bytes: {', '.join(other)}"
-    return [Verdict(f"{what} in two processes", text, "the same bytes", not other)]
+    return [Verdict(what, text, "the same bytes", not other)]
 
 
 def _speed(found: dict[str, Any], *, on_gpu: bool) -> list[Verdict]:

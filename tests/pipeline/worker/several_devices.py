@@ -21,6 +21,7 @@ from pipeline.worker.devices import Devices
 from pipeline.worker.worker import Worker
 from quantizer.gptq import solve
 from quantizer.gptq.factor import Factor
+from tests.pipeline.run.test_expert_sums import planned as planned_experts
 from tests.pipeline.tiny_runs import execute, lasting, planned
 
 
@@ -75,7 +76,7 @@ def run(
     own = Devices(jax.devices()[:devices])
     Devices.of_this_process = classmethod(lambda _: own)  # type: ignore[method-assign,assignment]
     store = open_store(f"memory://{scheme}-{devices}-{workers}-{len(lose)}")
-    given = planned(scheme, num_samples=100)
+    given = planned_experts() if scheme == "experts" else planned(scheme, num_samples=100)
     with Copies() as copies:
         _, executor = execute(given, store, workers=workers, lose=lose)
     stored = lasting(store)

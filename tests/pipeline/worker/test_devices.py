@@ -105,16 +105,29 @@ def test_several_devices_leave_the_bytes_of_one(
     assert stored[0] == stored[1]
 
 
-@pytest.mark.exhaustive
-def test_devices_of_their_own_memory_copy_sums_to_each_other_alone() -> None:
-    """On a CPU that is cut into four devices; with workers that die, and two workers of two."""
-    command = [sys.executable, "-m", "tests.pipeline.worker.several_devices", "gptq"]
+def on_four_devices(scheme: str) -> dict[str, Any]:
+    """Runs on a CPU that is cut into four devices, some with workers that die."""
+    command = [sys.executable, "-m", "tests.pipeline.worker.several_devices", scheme]
     flags = "--xla_force_host_platform_device_count=4"
     environment = {**os.environ, "XLA_FLAGS": flags}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
     assert len({one["sha256"] for one in found.values()}) == 1, found
+    return found
+
+
+@pytest.mark.slow
+def test_experts_are_solved_on_all_devices_to_the_same_bytes() -> None:
+    found = on_four_devices("experts")
+    # Three shards are on three of them; copies of factors are the dense layers'.
+    assert (found["1 device"]["devices"], found["4 devices"]["devices"]) == (1, 3)
+    assert found["1 device"]["factors"] == found["4 devices"]["factors"]
+
+
+@pytest.mark.exhaustive
+def test_devices_of_their_own_memory_copy_sums_to_each_other_alone() -> None:
+    found = on_four_devices("gptq")
     one, two, four = (found[f"{n} device{'s' * (n > 1)}"] for n in (1, 2, 4))
     # Seven shards: devices add up 4 and 3, or 2, 2, 2 and 1, and copy what they have once.
     captures = one["calls"]["capture"]
