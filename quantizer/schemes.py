@@ -81,12 +81,24 @@ class GPTQScheme(_Checked):
         "Sweeps that revisit every solved weight, all others known (not in Keras); 2 are plenty.",
         ("between 0 and 100", range(101).__contains__),
     )
+    scale_refit: bool = _option(
+        False,
+        "Refit scales to the codes by least squares before each sweep (not in Keras).",
+    )
     drift_correction: float = _option(
         0.0,
         "Most of the drift (0 to 1) caused by quantized layers before to undo; windows held back "
         "choose how much (not in Keras).",
         _SHARE,
     )
+
+    def __post_init__(self) -> None:
+        _Checked.__post_init__(self)
+        if self.scale_refit and not self.refinement_sweeps:
+            raise SchemeError(
+                "GPTQScheme.scale_refit must be False without refinement_sweeps, before each of "
+                "which scales are refitted; set refinement_sweeps to 1 or more"
+            )
 
     @property
     def policy(self) -> str:
@@ -174,8 +186,9 @@ SCHEMES: dict[str, type[Scheme]] = {
 def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
     """The scheme as plain JSON values, its mode first."""
     values = {"mode": scheme.mode, **dataclasses.asdict(scheme)}
-    if isinstance(scheme, AWQScheme) and not scheme.foldable:
-        del values["foldable"]  # older versions did not know it
+    for name in ("foldable", "scale_refit"):
+        if not values.get(name, True):
+            del values[name]  # older versions did not know it
     return values
 
 

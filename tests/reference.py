@@ -173,6 +173,7 @@ def gptq(
     hessian_damping: float,
     scale_search: bool,
     refinement_sweeps: int = 0,
+    scale_refit: bool = False,
     scale_dtype: str = "float32",
 ) -> Answer:
     """Algorithm 1 with static groups, then round-to-nearest wherever that had the lower loss.
@@ -180,7 +181,8 @@ def gptq(
     The columns of dead inputs, which the paper's program sets to zero, are rounded to nearest:
     nothing in the algorithm couples them to others.
 
-    Refinement is QuantEase's coordinate descent on the damped loss, kept where the undamped fell.
+    Refinement is QuantEase's coordinate descent on the damped loss, kept where the undamped fell;
+    before each of its sweeps scales are refitted if asked for.
     """
     weight = np.asarray(weight_RC, np.float64)
     energy = np.diagonal(hessian_CC).copy()
@@ -220,17 +222,58 @@ def gptq(
     solved[rtn_better] = rounded[rtn_better]
     if refinement_sweeps:
         ridge = damped(hessian_CC, hessian_damping)
-        refined = solved.copy()
+        # Alone in its row, a dead input may have any curvature in a sweep; a scale it shares with
+        # others must not follow it.
+        ridge[dead, dead] = hessian_damping * energy[~dead].mean()
+        refined, fitted = solved.copy(), scale
         for _ in range(refinement_sweeps):
+            if scale_refit:
+                groups = groups_of(len(energy), group_size)
+                steps = refined - zero
+                fitted = refitted(weight, steps, fitted, ridge, hessian_CC, groups, scale_dtype)
             for j in range(len(energy)):
-                values = (refined - zero) * scale
+                values = (refined - zero) * fitted
                 correction = (weight - values) @ ridge[:, j] / ridge[j, j]
-                refined[:, j] = nearest(values[:, j] + correction, scale[:, j], zero[:, j], top)
+                refined[:, j] = nearest(values[:, j] + correction, fitted[:, j], zero[:, j], top)
         before = row_losses(weight - (solved - zero) * scale, hessian_CC)
-        after = row_losses(weight - (refined - zero) * scale, hessian_CC)
-        solved = np.where((after < before)[:, None], refined, solved)
+        after = row_losses(weight - (refined - zero) * fitted, hessian_CC)
+        better = (after < before)[:, None]
+        solved, scale = np.where(better, refined, solved), np.where(better, fitted, scale)
         rtn_better &= after >= before
     return Answer(solved, (solved - zero) * scale, rtn_RC, int(rtn_better.sum()))
+
+
+def refitted(
+    weight_RC: Float64,
+    steps_RC: Float64,
+    scale_RC: Float64,
+    ridge_CC: Float64,
+    hessian_CC: Float64,
+    groups: list[slice],
+    scale_dtype: str = "float32",
+) -> Float64:
+    """Each group's best scale in turn, by the damped loss, kept where both losses fall.
+
+    Args:
+        steps_RC: code - zero.
+        scale_RC: of every weight.
+        ridge_CC: the damped Hessian.
+    """
+    scale = scale_RC.copy()
+    for group in groups:
+        direction = np.zeros_like(weight_RC)
+        direction[:, group] = steps_RC[:, group]
+        delta = weight_RC - steps_RC * scale
+        slope = np.einsum("rc,rc->r", delta @ ridge_CC, direction)
+        curvature = row_losses(direction, ridge_CC)
+        old = scale[:, group][:, 0]
+        best = stored(old + slope / np.where(curvature > 0, curvature, 1), scale_dtype)
+        moved = delta - direction * (best - old)[:, None]
+        better = (best > 0) & (curvature > 0)
+        for loss_CC in (ridge_CC, hessian_CC):
+            better &= row_losses(moved, loss_CC) < row_losses(delta, loss_CC)
+        scale[:, group] = np.where(better, best, old)[:, None]
+    return scale
 
 
 def awq(

@@ -372,14 +372,15 @@ def _gptq_rows(columns: int, rows: int, scheme: GPTQScheme, constants: Constants
     """Solve some rows, as GPTQ and rounded, and go over them again in each sweep.
 
     Half of each column's products, for GPTQ and for rounding to nearest beside it, are C²·R flops
-    each; a sweep has products with all columns, 2·C²·R.
+    each; a sweep has products with all columns, 2·C²·R, and so has a refit of scales before it.
     """
     sweeps = scheme.refinement_sweeps
+    refits = sweeps if scheme.scale_refit else 0
     weights = float(columns * rows)
     search = constants.searched_grid_passes if scheme.scale_search else constants.grid_passes
     passes = search + (1 + sweeps) * constants.column_passes
     return Work(
-        float32_flops=constants.columns * (1 + sweeps) * 2.0 * weights * columns,
+        float32_flops=constants.columns * (1 + sweeps + refits) * 2.0 * weights * columns,
         memory_bytes=passes * weights * _FLOAT_BYTES,
         steps=constants.column_steps * columns * (1 + sweeps),
     )

@@ -16,6 +16,7 @@ from quantizer.gptq.column_loop import Columns, SolvedSlice, solve_slice
 from quantizer.gptq.factor import Blocks, Factor, factorize_shifted, factorize_whole
 from quantizer.gptq.gpu_loop import damped_whole, solve_whole, sweep_whole
 from quantizer.gptq.refine import Sweep, damped_hessian, refine_slice, sweep_panels
+from quantizer.gptq.refit import Refit
 from quantizer.schemes import GPTQScheme
 
 BAND = 2048
@@ -51,15 +52,31 @@ class Path:
     band: int | None
 
     def solve_columns(
-        self, columns: Columns, factor: Factor, damped: Blocks, scheme: GPTQScheme
-    ) -> SolvedSlice:
-        """Solve a slice, and refine it if the scheme says so."""
+        self,
+        columns: Columns,
+        factor: Factor,
+        damped: Blocks,
+        scheme: GPTQScheme,
+        refit: Refit | None,
+    ) -> tuple[SolvedSlice, Array]:
+        """Solve a slice, and refine it if the scheme says so.
+
+        Returns:
+            The slice, and its scales, [groups, slice].
+        """
         bits, sweeps = scheme.weight_bits, scheme.refinement_sweeps
         solved = self.solve(columns, factor, weight_bits=bits)
         if not sweeps:
-            return solved
+            return solved, columns.scale_GR
         return refine_slice(
-            solved, columns, factor, damped, weight_bits=bits, sweeps=sweeps, sweep=self.sweep
+            solved,
+            columns,
+            factor,
+            damped,
+            weight_bits=bits,
+            sweeps=sweeps,
+            sweep=self.sweep,
+            refit=refit,
         )
 
 

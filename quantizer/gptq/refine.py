@@ -3,6 +3,7 @@
 GPTQ rounds a column before the rounding of later ones is known. A sweep visits the columns again
 and gives each code its best value for all others as they stand, so that the loss can only fall.
 The nesting is that of the column loop: one product for each pair of panels, a small one per tile.
+Between the sweeps scales may be refitted to the codes (`quantizer.gptq.refit`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from quantizer.gptq.column_loop import (
     zeros,
 )
 from quantizer.gptq.factor import TILE, Blocks, Factor, block_size, panel_bounds
+from quantizer.gptq.refit import Refit, refit_scales
 from quantizer.jit import product, program
 from quantizer.qparams import decode, encode
 
@@ -189,17 +191,22 @@ def refine_slice(
     weight_bits: int,
     sweeps: int,
     sweep: Sweep = sweep_panels,
-) -> SolvedSlice:
+    refit: Refit | None = None,
+) -> tuple[SolvedSlice, Array]:
     """Lower the damped loss of a solved slice; channels whose undamped loss rises stay as given.
 
     Args:
         solved: what was found for these columns with this factor.
         hessian: damped by the factor's shift, cut as `sweep` needs it.
         sweeps: times that every column is revisited.
+        refit: for scales that are refitted before each sweep.
+
+    Returns:
+        The slice, and its scales, [groups, slice].
     """
     num_inputs, num_outputs = columns.weight_PR.shape
     max_code = 2.0**weight_bits - 1
-    heights = [row[0].shape[0] for row in hessian]
+    heights = tuple(row[0].shape[0] for row in hessian)
     starts = [sum(heights[:p]) for p in range(len(heights))]
     order_C = _in_order(sum(heights))
     panels = tuple(
@@ -211,10 +218,35 @@ def refine_slice(
     )
     after, change_R = before, zeros((num_outputs,))
     for _ in range(sweeps):
+        if refit is not None:
+            scale_GR, missing_CR, change_R = refit_scales(
+                columns._replace(scale_GR=panels[0].scale_GR),
+                _whole(after, num_inputs=num_inputs),
+                factor.shift,
+                change_R,
+                max_code,
+                refit,
+            )
+            panels = tuple(panel._replace(scale_GR=scale_GR) for panel in panels)
+            after = _cut(missing_CR, heights=heights)
         after, change_R = sweep(
             panels, after, hessian, change_R, num_inputs=num_inputs, max_code=max_code
         )
-    return _settled(solved, panels, before, after, change_R, factor.shift, max_code)
+    given_GR = columns.scale_GR
+    return _settled(solved, given_GR, panels, before, after, change_R, factor.shift, max_code)
+
+
+@program(static_argnames="num_inputs")
+def _whole(parts: tuple[Array, ...], *, num_inputs: int) -> Array:
+    return jnp.concatenate(parts)[:num_inputs]
+
+
+@program(static_argnames="heights")
+def _cut(whole_CR: Array, *, heights: tuple[int, ...]) -> tuple[Array, ...]:
+    """Panels of these heights, the last filled up with zeros."""
+    whole_CR = jnp.pad(whole_CR, ((0, sum(heights) - whole_CR.shape[0]), (0, 0)))
+    ends = [sum(heights[: p + 1]) for p in range(len(heights))]
+    return tuple(whole_CR[b - height : b] for b, height in zip(ends, heights, strict=True))
 
 
 @program(static_argnums=0)
@@ -225,14 +257,22 @@ def _in_order(size: int) -> Array:
 @program()
 def _settled(
     solved: SolvedSlice,
+    scale_GR: Array,
     panels: tuple[Columns, ...],
     before: tuple[Array, ...],
     after: tuple[Array, ...],
     change_R: Array,
     shift: Array,
     max_code: float,
-) -> SolvedSlice:
-    """The better of the refined and the given codes, by w - ŵ of either, channel by channel."""
+) -> tuple[SolvedSlice, Array]:
+    """The better of the refined and the given codes, by w - ŵ of either, channel by channel.
+
+    Args:
+        scale_GR: of the given codes; those of the refined ones are the panels'.
+
+    Returns:
+        The slice and its scales.
+    """
     num_inputs = solved.codes_CR.shape[0]
 
     def whole(parts: Iterable[Array]) -> Array:
@@ -248,12 +288,13 @@ def _settled(
     weight_CR = whole(columns.weight_PR for columns in panels)
     group_C = whole(columns.group_P for columns in panels)
     grid = Columns(weight_CR, group_C, *panels[0][2:]).grid()
-    codes_CR = encode(weight_CR - kept_CR, *grid, max_code)
-    return SolvedSlice(
-        codes_CR.astype(jnp.uint8),
+    codes_CR = encode(weight_CR - after_CR, *grid, max_code).astype(jnp.uint8)
+    refined = SolvedSlice(
+        jnp.where(better_R, codes_CR, solved.codes_CR),
         jnp.maximum(jnp.minimum(loss_R, solved.loss_R), 0.0),
         solved.rtn_loss_R,
         # A rounded channel that was refined is no longer round-to-nearest.
         solved.rtn_kept_R & ~better_R,
         jnp.sum(kept_CR**2, axis=0),
     )
+    return refined, jnp.where(better_R, panels[0].scale_GR, scale_GR)

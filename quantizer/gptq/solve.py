@@ -23,6 +23,7 @@ from quantizer.gptq.bands import pack, split, stacked
 from quantizer.gptq.column_loop import Columns, SolvedSlice, round_slice
 from quantizer.gptq.factor import Blocks, Factor, arrange, factorize
 from quantizer.gptq.path import Path, path_of
+from quantizer.gptq.refit import Refit
 from quantizer.hessian import HessianSum, count_faint, energy_with_unseen
 from quantizer.problem import LayerProblem, RowGroups
 from quantizer.qparams import contiguous_groups, find_grid
@@ -96,11 +97,11 @@ class SharedInput:
     path: Path
 
     def on_device(self, device: jax.Device) -> SharedInput:
-        """The same on another device; the Hessian only where there is no factor to solve with."""
+        """The same on another device; the undamped Hessian only if solving reads it."""
         factor, hessian = self.factor, self.hessian
-        if factor is None:
+        if factor is None or self.scheme.scale_refit:
             hessian = replace(hessian, gram_CC=jax.device_put(hessian.gram_CC, device))
-        else:
+        if factor is not None:
             factor = factor.on_device(device)
         damped: Blocks = jax.device_put(self.damped, device)
         return replace(self, hessian=hessian, factor=factor, damped=damped)
@@ -188,8 +189,10 @@ class SolvedRows:
     drift: DriftJudgement | None = None
 
 
-def solve_on_grid(weight_RC: Float32, shared: SharedInput, grid: Grid) -> SolvedRows:
-    """Solve one slice of output channels on a given grid."""
+def solve_on_grid(
+    weight_RC: Float32, shared: SharedInput, grid: Grid, refit: Refit | None = None
+) -> SolvedRows:
+    """Solve one slice of output channels on a given grid, whose scales may be refitted."""
     band = shared.path.band
     columns = Columns(
         jnp.asarray(stacked([weight_RC], band)),
@@ -198,11 +201,28 @@ def solve_on_grid(weight_RC: Float32, shared: SharedInput, grid: Grid) -> Solved
         jnp.asarray(stacked([grid.zero_RG], band)),
     )
     dead_inputs = int(np.sum(shared.hessian.diagonal() == 0))
-    return _solve_columns(columns, shared, [len(weight_RC)], dead_inputs)[0]
+    return _solve_columns(columns, shared, [len(weight_RC)], dead_inputs, refit)[0]
+
+
+def _refit(shared: SharedInput, group_size: int, scale_dtype: str) -> Refit | None:
+    """For slices of this input with such groups, if the scheme has their scales refitted."""
+    if not shared.scheme.scale_refit:
+        return None
+    gram_CC = jnp.asarray(shared.hessian.gram_CC)
+    num_rows = jnp.float32(shared.hessian.num_rows)
+    return Refit(gram_CC, num_rows, _size_of_groups(group_size, len(gram_CC)), scale_dtype)
+
+
+def _size_of_groups(group_size: int, in_features: int) -> int:
+    return in_features if group_size == -1 else group_size
 
 
 def _solve_columns(
-    columns: Columns, shared: SharedInput, heights: Sequence[int], dead_inputs: int
+    columns: Columns,
+    shared: SharedInput,
+    heights: Sequence[int],
+    dead_inputs: int,
+    refit: Refit | None,
 ) -> list[SolvedRows]:
     """Solve a stack of slices of these heights."""
     hessian, scheme, factor = shared.hessian, shared.scheme, shared.factor
@@ -210,7 +230,8 @@ def _solve_columns(
         hessian_CC = jnp.asarray(hessian.gram_CC) * (2.0 / hessian.num_rows)
         solved = round_slice(columns, hessian_CC, weight_bits=scheme.weight_bits)
     else:
-        solved = shared.path.solve_columns(columns, factor, shared.damped, scheme)
+        solved, scale_GR = shared.path.solve_columns(columns, factor, shared.damped, scheme, refit)
+        columns = columns._replace(scale_GR=scale_GR)
     group_C, scale_GR, zero_GR = jax.device_get(columns[1:])
     ends = np.cumsum(heights)
     faint_inputs = count_faint(hessian.diagonal())
@@ -261,7 +282,8 @@ def solve_slices(
             grid = _find_grid(weight_CR, energy_C1, scheme, rows[0].scale_dtype)
             columns = Columns(weight_CR, jnp.asarray(group_C), *grid)
             heights = [len(weight_RC) for weight_RC in weights]
-            return _solve_columns(columns, copies[place], heights, dead_inputs)
+            refit = _refit(copies[place], scheme.group_size, rows[0].scale_dtype)
+            return _solve_columns(columns, copies[place], heights, dead_inputs, refit)
 
     dead_inputs = int(np.sum(shared.hessian.diagonal() == 0))
     with ThreadPoolExecutor(_CONCURRENT_SLICES * len(copies)) as pool:
@@ -291,7 +313,7 @@ def solve_in_row_groups(
     """Solve the matrix with grids that lie along the rows of its stored matrix.
 
     Grids are static, so that output channels need only be solved apart where they map inputs to
-    groups in different ways.
+    groups in different ways. Scales are refitted where a group lies within one output channel.
 
     Returns:
         The stored matrix, with groups by row; and the report of the weight matrix.
@@ -307,19 +329,31 @@ def solve_in_row_groups(
     scale, zero = stored.scale_RG.ravel(), stored.zero_RG.ravel()
     codes_RC = np.empty(weight_RC.shape, np.uint8)
     parts: list[SolvedRows] = []
-    for channels, group_C, cells in row_groups.patterns(stored.group_C):
+    patterns = row_groups.patterns(stored.group_C)
+    channels_of_cell = np.bincount(np.concatenate([cells.ravel() for *_, cells in patterns]))
+    unfitted = 0
+    for channels, group_C, cells in patterns:
+        size = int(np.count_nonzero(group_C == 0))
+        in_runs = np.array_equal(group_C, contiguous_groups(len(group_C), size))
+        if in_runs and (channels_of_cell[cells] == 1).all():
+            refit = _refit(shared, size, layer.scale_dtype)
+        else:
+            refit = None
+            unfitted += len(channels) if shared.scheme.scale_refit else 0
         for a, b in row_slices(len(channels), weight_RC.shape[1]):
             grid = Grid(scale[cells[a:b]], zero[cells[a:b]], group_C)
-            part = solve_on_grid(weight_RC[channels[a:b]], shared, grid)
+            part = solve_on_grid(weight_RC[channels[a:b]], shared, grid, refit)
             codes_RC[channels[a:b]] = part.solved.codes_CR.T
+            if refit is not None:
+                scale[cells[a:b]] = part.grid.scale_RG
             parts.append(part)
     grouped = GroupedWeight(
         np.ascontiguousarray(row_groups.to_stored(codes_RC)),
-        stored.scale_RG,
+        scale.reshape(stored.scale_RG.shape),
         stored.zero_RG.astype(np.uint8),
         stored.group_C,
     )
-    return SolveResult(grouped, _report(weight_RC, parts, shared.scheme))
+    return SolveResult(grouped, _report(weight_RC, parts, shared.scheme, unfitted=unfitted))
 
 
 def _transposed(codes: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
@@ -335,8 +369,14 @@ def _transposed(codes: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     return codes_RC
 
 
-def _report(weight_RC: Float32, parts: Sequence[SolvedRows], scheme: GPTQScheme) -> SolveReport:
-    """The report of one weight, from all its slices."""
+def _report(
+    weight_RC: Float32, parts: Sequence[SolvedRows], scheme: GPTQScheme, *, unfitted: int = 0
+) -> SolveReport:
+    """The report of one weight, from all its slices.
+
+    Args:
+        unfitted: output channels whose scales should have been refitted, and could not be.
+    """
     damping = parts[0].damping
 
     def total(field: str) -> float:
@@ -356,6 +396,11 @@ def _report(weight_RC: Float32, parts: Sequence[SolvedRows], scheme: GPTQScheme)
             reason += (
                 f"; damping was raised from {scheme.hessian_damping:g} to {damping:g}, "
                 "where the Hessian could be factored"
+            )
+        if unfitted:
+            reason += (
+                f"; scales of {unfitted} output channels were not refitted: "
+                "the stored groups are not runs of one channel's inputs"
             )
     return SolveReport(
         weight_error=relative_error(
@@ -384,12 +429,16 @@ def compile_solver(
     alive_C = np.zeros(in_features, bool)
     factor = Factor(*path.factorize(hessian_CC, mean), order_C, alive_C, number, 0.0)
     damped = path.damp(gram_CC, number, number) if scheme.refinement_sweeps else ()
+    refit = None
+    if scheme.scale_refit:
+        size = _size_of_groups(scheme.group_size, in_features)
+        refit = Refit(gram_CC, number, size, scale_dtype)
     slices = row_slices(out_features, in_features)
     for height in sorted({path.band or b - a for a, b in slices}):
         weight_CR, energy_C1 = _shape(in_features, height), _shape(in_features, 1)
         grid = _find_grid(weight_CR, energy_C1, scheme, scale_dtype)
         columns = Columns(weight_CR, _shape(in_features, dtype=jnp.int32), *grid)
-        path.solve_columns(columns, factor, damped, scheme)
+        path.solve_columns(columns, factor, damped, scheme, refit)
 
 
 def _shape(*shape: int, dtype: Any = jnp.float32) -> Any:

@@ -27,6 +27,7 @@ def scheme(
     activation_order: bool,
     search: bool,
     sweeps: int = 0,
+    refit: bool = False,
 ) -> GPTQScheme:
     return GPTQScheme(
         weight_bits=weight_bits,
@@ -35,6 +36,7 @@ def scheme(
         activation_order=activation_order,
         scale_search=search,
         refinement_sweeps=sweeps,
+        scale_refit=refit,
     )
 
 
@@ -59,8 +61,12 @@ CASES = [
     ("ragged group", scheme(3, 64, False, True, True, sweeps=2)),
     ("dead inputs", scheme(2, -1, True, False, True, sweeps=1)),
     ("three panels", scheme(4, 64, False, True, True, sweeps=2)),
+    ("dead inputs", scheme(3, 64, False, True, True, sweeps=1, refit=True)),
+    ("three panels", scheme(2, -1, True, True, True, sweeps=1, refit=True)),
+    ("three panels", scheme(4, 96, False, False, True, sweeps=2, refit=True)),
+    ("rank-deficient", scheme(2, 64, False, True, True, sweeps=1, refit=True)),
 ]
-DEFAULT = {6, 8, 9, 15}
+DEFAULT = {6, 8, 9, 15, 19}
 """Numbers of the cases that run by default: those that other tests need, and two slices."""
 MARKED_CASES = [
     pytest.param(*case, marks=() if number in DEFAULT else pytest.mark.exhaustive)
@@ -83,6 +89,8 @@ def case_id(case: tuple[str, GPTQScheme]) -> str:
     chosen = [flag for flag in flags if getattr(options, flag)]
     if options.refinement_sweeps:
         chosen.append(f"{options.refinement_sweeps} sweeps")
+    if options.scale_refit:
+        chosen.append("refit")
     return "-".join([problem, str(options.weight_bits), str(options.group_size), *chosen])
 
 
@@ -203,7 +211,7 @@ def same_bits(one: SolveResult, other: SolveResult) -> None:
 
 
 def test_row_slices_solved_apart_equal_the_whole():
-    options = scheme(4, 64, False, False, True, sweeps=1)
+    options = scheme(4, 64, False, False, True, sweeps=1, refit=True)
     weight, whole, _ = solved("two slices", options)
     hessian = PROBLEMS["two slices"].hessian
     slices = row_slices(*weight.shape)
@@ -253,7 +261,7 @@ def test_an_empty_stack_has_no_solutions():
 UNSEEN = [
     scheme(4, 64, False, True, False),
     scheme(2, -1, True, False, True),
-    scheme(3, 32, False, True, True, sweeps=2),
+    scheme(3, 32, False, True, True, sweeps=2, refit=True),
     dataclasses.replace(scheme(8, 64, False, False, True, sweeps=1), hessian_damping=0.0),
 ]
 

@@ -11,7 +11,7 @@ import pytest
 
 from quantizer import GPTQScheme, HessianSum, solve
 from quantizer import qparams as grid
-from quantizer.gptq import block_kernel, factor, gpu_loop, refine
+from quantizer.gptq import block_kernel, factor, gpu_loop, refine, refit
 from quantizer.gptq import column_loop as gptq
 from quantizer.gptq import column_loop as panels
 from quantizer.gptq import factor as cholesky
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.exhaustive
 # `quantizer.jit` leaves what it wraps at hand.
 PROGRAMS = {
     value.__name__
-    for module in (cholesky, factor, gptq, gpu_loop, grid, panels, refine)
+    for module in (cholesky, factor, gptq, gpu_loop, grid, panels, refine, refit)
     for value in vars(module).values()
     if hasattr(value, "__wrapped__")
 }
@@ -64,13 +64,18 @@ def test_a_solve_compiles_nothing_that_was_compiled_ahead(
         group_size=24,
         activation_order=activation_order,
         refinement_sweeps=refinement_sweeps,
+        scale_refit=refinement_sweeps > 0,
         scale_search=True,
     )
     jax.clear_caches()
     compile_solver(544, in_features, scheme, scale_dtype="bfloat16")
     assert compiled_by_solve(544, in_features, scheme, caplog) == set()
     # Of another shape, others are: the check can fail.
-    refining = {"damped_hessian", "_sweep_panel", "_settled"} if refinement_sweeps else set()
+    refining = (
+        {"damped_hessian", "_refit_unit", "_sweep_panel", "_settled"}
+        if refinement_sweeps
+        else set()
+    )
     solving = {"arrange", "find_grid", "columns_of", "_solve_panel", "better"}
     assert compiled_by_solve(200, 136, scheme, caplog) >= solving | refining
 
@@ -81,7 +86,7 @@ def test_a_solve_on_gpus_compiles_nothing_that_was_compiled_ahead(
     monkeypatch.setattr(block_kernel, "TILE", 2)
     monkeypatch.setattr(block_kernel, "STEP", 2)
     monkeypatch.setattr(solver, "this_path", lambda: replace(GPU, band=64))
-    scheme = GPTQScheme(group_size=16, activation_order=True, refinement_sweeps=1)
+    scheme = GPTQScheme(group_size=16, activation_order=True, refinement_sweeps=1, scale_refit=True)
     jax.clear_caches()
     compile_solver(100, 80, scheme, scale_dtype="bfloat16")
     assert compiled_by_solve(100, 80, scheme, caplog) == set()

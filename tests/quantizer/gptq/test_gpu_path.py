@@ -44,7 +44,9 @@ def solved(path: Path, given: Problem, options: GPTQScheme, monkeypatch) -> Solv
 CASES = [
     (make(64, 150, 300), scheme(3, 64, False, True, True, sweeps=1)),
     pytest.param(
-        make(64, 250, 400), scheme(3, 64, False, True, True, sweeps=2), marks=pytest.mark.exhaustive
+        make(64, 250, 400),
+        scheme(3, 64, False, True, True, sweeps=2, refit=True),
+        marks=pytest.mark.exhaustive,
     ),
     pytest.param(
         make(40, 64, 128, dead=7), scheme(2, -1, True, False, True), marks=pytest.mark.exhaustive
