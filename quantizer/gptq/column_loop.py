@@ -299,6 +299,10 @@ class Columns(NamedTuple):
         group_B = rows_of(self.group_P, first, size)
         return Columns(weight_BR, group_B, self.scale_GR, self.zero_GR)
 
+    def with_scales(self, scale_GR: Array) -> Columns:
+        """The same columns with other scales."""
+        return Columns(self.weight_PR, self.group_P, scale_GR, self.zero_GR)
+
     def grid(self) -> tuple[Array, Array]:
         """Scales and zero points of all columns, [panel, slice] each."""
         return jnp.take(self.scale_GR, self.group_P, 0), jnp.take(self.zero_GR, self.group_P, 0)

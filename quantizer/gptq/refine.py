@@ -220,14 +220,14 @@ def refine_slice(
     for _ in range(sweeps):
         if refit is not None:
             scale_GR, missing_CR, change_R = refit_scales(
-                columns._replace(scale_GR=panels[0].scale_GR),
+                columns.with_scales(panels[0].scale_GR),
                 _whole(after, num_inputs=num_inputs),
                 factor.shift,
                 change_R,
                 max_code,
                 refit,
             )
-            panels = tuple(panel._replace(scale_GR=scale_GR) for panel in panels)
+            panels = tuple(panel.with_scales(scale_GR) for panel in panels)
             after = _cut(missing_CR, heights=heights)
         after, change_R = sweep(
             panels, after, hessian, change_R, num_inputs=num_inputs, max_code=max_code

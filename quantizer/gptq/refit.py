@@ -80,7 +80,7 @@ def refit_scales(
     scale_GR = columns.scale_GR
     for first in range(0, num_inputs, size):
         scale_GR, missing_CR, change_R = _refit_unit(
-            Columns(*columns[:2], scale_GR, columns.zero_GR),
+            columns.with_scales(scale_GR),
             missing_CR,
             refit.gram_CC,
             refit.num_rows,

@@ -231,7 +231,7 @@ def _solve_columns(
         solved = round_slice(columns, hessian_CC, weight_bits=scheme.weight_bits)
     else:
         solved, scale_GR = shared.path.solve_columns(columns, factor, shared.damped, scheme, refit)
-        columns = columns._replace(scale_GR=scale_GR)
+        columns = columns.with_scales(scale_GR)
     group_C, scale_GR, zero_GR = jax.device_get(columns[1:])
     ends = np.cumsum(heights)
     faint_inputs = count_faint(hessian.diagonal())

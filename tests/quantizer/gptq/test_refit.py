@@ -39,7 +39,7 @@ def test_passes_approach_the_solution_of_the_whole_system():
         scale_GR, missing_CR, change_R = refit_scales(
             columns, missing_CR, shift, change_R, 7.0, refit
         )
-        columns = columns._replace(scale_GR=scale_GR)
+        columns = columns.with_scales(scale_GR)
 
     hessian_CC, weight_RC = GIVEN.true_hessian, GIVEN.weight_RC.astype(np.float64)
     before_R = reference.row_losses(GIVEN.weight_RC - solved.dequantize(), hessian_CC)
