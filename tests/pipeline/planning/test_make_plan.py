@@ -114,6 +114,14 @@ def test_what_cannot_be_quantized_stays_in_float_with_the_reason() -> None:
             {"scheme": None, "rules": [{"pattern": "nothing", "scheme": {"mode": "int8"}}]},
             "none of",
         ),
+        (
+            {
+                "scheme": {"mode": "int8"},
+                "rules": [{"pattern": "nothing", "scheme": {"mode": "gptq", "group_size": 32}}],
+                "tuning": {},
+            },
+            "in this model none is",
+        ),
     ],
 )
 def test_impossible_recipes_are_refused(values: dict[str, Any], message: str) -> None:

@@ -502,3 +502,36 @@ def test_a_mistake_in_weighted_texts_is_named_by_line(old, new, line, message):
         parse_recipe(WEIGHTED.replace(old, new), where="weighted.yaml")
     assert message in str(caught.value)
     assert str(caught.value).startswith(f"weighted.yaml:{line}: ")
+
+
+@pytest.mark.parametrize("tuning", [None, {}, {"steps": 7, "offset_rate": 0}])
+def test_tuning_is_kept_and_not_mentioned_where_there_is_none(tuning):
+    values = {"name": "a", "scheme": {"mode": "gptq"}, "calibration": {"texts": ["a"]}}
+    recipe = recipe_from_dict(values if tuning is None else values | {"tuning": tuning})
+    found = recipe.to_dict()
+    assert ("tuning" in found) == (tuning is not None)
+    assert recipe_from_dict(found) == recipe
+
+
+@pytest.mark.parametrize(
+    ("scheme", "tuning", "message"),
+    [
+        ("int8", {}, "no layer gets gptq; give scheme or a rule {mode: gptq}"),
+        ("gptq", {"offset_rate": 0, "scale_rate": 0, "norm_rate": 0}, "every learning rate is 0"),
+        ("gptq", {"steps": 0}, "tuning.steps"),
+        ("gptq", {"scale_rate": 2}, "tuning.scale_rate"),
+        ("gptq", {"rate": 1}, "tuning.rate"),
+    ],
+)
+def test_tuning_that_would_do_nothing_or_harm_is_refused(scheme, tuning, message):
+    with pytest.raises(RecipeError) as caught:
+        recipe_from_dict(
+            {
+                "name": "a",
+                "scheme": {"mode": scheme},
+                "calibration": {"texts": ["a"]},
+                "tuning": tuning,
+            }
+        )
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -72,8 +72,9 @@ def test_one_worker_of_two_is_lost_and_the_run_resumes_to_the_same_bytes() -> No
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("workers", [2, 3, 4])
-@pytest.mark.parametrize("method", ["windows", "tune", "propagate", "capture"])
+@pytest.mark.parametrize(
+    ("workers", "method"), [(2, "windows"), (3, "tune"), (3, "propagate"), (2, "capture")]
+)
 def test_any_workers_leave_the_same_bytes_though_one_is_lost(workers: int, method: str) -> None:
     store = fresh()
     _, executor = execute(tuned(), store, workers=workers, lose=[(method, 2)], keep_every=1)
@@ -82,8 +83,7 @@ def test_any_workers_leave_the_same_bytes_though_one_is_lost(workers: int, metho
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("part", range(NUM_BLOCKS + 1))
-@pytest.mark.parametrize("keep_every", [1, 8])
+@pytest.mark.parametrize(("part", "keep_every"), [(0, 8), (1, 1), (2, 8), (3, 1)])
 def test_a_crash_costs_a_block_at_most(part: int, keep_every: int) -> None:
     store = fresh()
     with pytest.raises(CrashError):
