@@ -41,9 +41,6 @@ from quantizer.tuning.training import (
     VectorForm,
 )
 
-# What makes gradients of attention by cuDNN, and sums, the same in every run.
-_DETERMINISTIC = {"xla_gpu_deterministic_ops": True}
-
 
 def schedule_of(plan: Plan, block: int) -> Schedule:
     """The schedule of one block; micro-batches are numbered in the order of the windows."""
@@ -218,7 +215,6 @@ class BlockTuner:
                 lambda weights, taken: [run(*weights, *taken)[i] for i in given],
                 kernels,
                 vectors,
-                _DETERMINISTIC if jax.default_backend() == "gpu" else None,
             )
         return self._trainings[key]
 

@@ -121,15 +121,12 @@ class BlockTraining:
         forward: Forward,
         kernels: Sequence[KernelForm],
         vectors: Sequence[VectorForm],
-        compiler_options: dict[str, Any] | None = None,
     ) -> None:
         self._forward = forward
         self._kernels = tuple(kernels)
         self._vectors = tuple(vectors)
-        self._gradient = jax.jit(
-            self._add_gradient, donate_argnums=(0,), compiler_options=compiler_options
-        )
-        self._error = jax.jit(self._error_of, compiler_options=compiler_options)
+        self._gradient = jax.jit(self._add_gradient, donate_argnums=(0,))
+        self._error = jax.jit(self._error_of)
         self._update = jax.jit(self._updated, donate_argnums=(0, 1))
 
     def train(

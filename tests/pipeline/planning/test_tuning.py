@@ -16,7 +16,7 @@ from tests.pipeline.planning.small_plans import GPTQ, plan, slow_machine, with_l
 
 
 def tuned(steps: int, batch: int = 2) -> Plan:
-    """Two blocks of 2 × 64 × 128 weights, 8 windows of 16 tokens, the last of which is held back."""
+    """Two blocks of 2 × 64 × 128 weights, 8 windows of 16 tokens, the last held back."""
     recipe = Recipe(
         name="small",
         scheme=GPTQ,
