@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import pytest
 
 
-def covering(*axes: Iterable[Any]) -> list[Any]:
+def covering(*axes: Iterable[Any], default: Sequence[Collection[Any]] = ()) -> list[Any]:
     """Return every combination of the axes' values, for a test of one argument an axis.
 
     By default the test runs on so few of them that each value occurs: on the axes' first values,
     then on their second ones, starting again on the shorter axes.
+
+    Args:
+        default: for each axis, the values that are to occur; none for all of them.
     """
     values = [list(axis) for axis in axes]
-    longest = max(map(len, values))
-    default = {tuple(axis[i % len(axis)] for axis in values) for i in range(longest)}
-    return [_case(case, case in default) for case in itertools.product(*values)]
+    chosen = [list(axis) for axis in default] or values
+    assert all(set(some) <= set(axis) for some, axis in zip(chosen, values, strict=True))
+    longest = max(map(len, chosen))
+    covered = {tuple(axis[i % len(axis)] for axis in chosen) for i in range(longest)}
+    return [_case(case, case in covered) for case in itertools.product(*values)]
 
 
 def by_default(values: Iterable[Any], default: Collection[Any]) -> list[Any]:

@@ -252,6 +252,7 @@ def _errors(
 HELD_OUT = [case for case in CASES if case.values[1].startswith("gptq")]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("family", "scheme"), HELD_OUT)
 def test_no_bank_is_worse_than_rounding_on_other_text(
     family: str, scheme: str, run_of: Runs, tmp_path: Path

@@ -19,7 +19,6 @@ from pipeline.run.records import PartRecord, record_key
 from quantizer.schemes import GPTQScheme
 from tests.families.tiny_families import FAMILIES, tiny_family
 from tests.integration.quantized import finished_run, recipe
-from tests.selection import by_default
 
 SCHEME = GPTQScheme(weight_bits=4, group_size=16, scale_search=False)
 DOWN = "experts/expert_feedforward_output_dense"
@@ -58,7 +57,8 @@ def experts_of(record: PartRecord) -> dict[str, Any]:
     return account
 
 
-@pytest.mark.parametrize("per_token", by_default([1, 2], [2]))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("per_token", [1, 2])
 def test_experts_that_no_token_reaches_are_rounded_and_named(
     per_token: int, tmp_path: Path
 ) -> None:

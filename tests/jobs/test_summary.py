@@ -172,6 +172,7 @@ def test_tasks_and_the_worst_tokens_stand_with_the_quality() -> None:
     assert "perplexity" not in shown_summary(dataclasses.replace(summary, fidelity=alone))
 
 
+@pytest.mark.exhaustive
 def test_inputs_that_calibration_never_saw_are_counted(tmp_path: Path) -> None:
     preset = tiny_preset("Llama3", tmp_path / "in", num_blocks=1)
     with h5py.File(preset / "model.weights.h5", "r+") as file:

@@ -123,6 +123,7 @@ def test_without_task_json_a_decoder_becomes_a_causal_language_model(llama, tmp_
     assert len(task.preprocessor(["the dog"])[0]["token_ids"][0]) > 2
 
 
+@pytest.mark.exhaustive
 def test_without_task_json_an_encoder_becomes_a_text_embedder(bert, tmp_path):
     policies = {"transformer_layer_0/self_attention_layer/query": "int8"}
     files = patched(bert, policies, leave_out=["task.json"])

@@ -117,6 +117,7 @@ def test_a_model_of_images_is_calibrated_on_arrays(classifier: Path) -> None:
     assert found.cosine == pytest.approx(np.mean(cosines), rel=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_a_model_of_images_says_that_it_needs_them(classifier: Path) -> None:
     with pytest.raises(SourceError, match="input 'images' that text does not determine; give it"):
         planned(classifier, texts=True)

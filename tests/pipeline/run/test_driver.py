@@ -38,6 +38,7 @@ from tests.pipeline.tiny_runs import (
     recipe,
     source,
 )
+from tests.selection import by_default, covering
 
 ALL_PARTS = list(range(NUM_BLOCKS + 1))
 _fresh = iter(range(1_000_000))
@@ -60,8 +61,7 @@ def store() -> ObjectStore:
     return fresh()
 
 
-@pytest.mark.parametrize("workers", [2, 3, 4])
-@pytest.mark.parametrize("scheme", ["gptq", "int8"])
+@pytest.mark.parametrize(("scheme", "workers"), covering(["gptq", "int8"], [2, 3, 4]))
 def test_any_number_of_workers_leaves_the_same_bytes(
     scheme: str, workers: int, store: ObjectStore
 ) -> None:
@@ -69,6 +69,7 @@ def test_any_number_of_workers_leaves_the_same_bytes(
     assert lasting(store) == expected(scheme)
 
 
+@pytest.mark.exhaustive
 def test_layers_of_one_input_share_the_scales_that_can_be_folded(store: ObjectStore) -> None:
     given = planned("awq-foldable")
     execute(given, store, workers=2)
@@ -204,7 +205,7 @@ class RepeatingExecutor(CountingExecutor):
         return result
 
 
-@pytest.mark.parametrize("lag", [0, 1, 2, 5])
+@pytest.mark.parametrize("lag", by_default([0, 1, 2, 5], [0, 2]))
 def test_every_call_may_be_carried_out_twice(lag: int, store: ObjectStore) -> None:
     given = planned("gptq")
     assert given.windows is not None
@@ -225,7 +226,10 @@ def test_workers_that_never_last_end_the_run(store: ObjectStore) -> None:
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("damage", ["deleted", "flipped", "no index", "damaged index"])
+@pytest.mark.parametrize(
+    "damage",
+    by_default(["deleted", "flipped", "no index", "damaged index"], ["flipped", "no index"]),
+)
 def test_activations_that_are_gone_or_damaged_are_computed_again(
     damage: str, store: ObjectStore
 ) -> None:
@@ -268,8 +272,9 @@ def test_old_activations_are_removed(store: ObjectStore) -> None:
     assert len(blocks) <= 2
 
 
-@pytest.mark.parametrize("victim", [file_key(2), record_key(2)])
-@pytest.mark.parametrize("damage", ["deleted", "flipped"])
+@pytest.mark.parametrize(
+    ("victim", "damage"), covering([file_key(2), record_key(2)], ["deleted", "flipped"])
+)
 def test_a_damaged_block_is_solved_again_and_nothing_else(
     victim: str, damage: str, store: ObjectStore
 ) -> None:

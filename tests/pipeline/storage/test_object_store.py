@@ -629,6 +629,7 @@ def test_writes_nothing_where_creating_once_is_not_atomic(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
 
 
+@pytest.mark.exhaustive
 def test_errors_survive_being_sent_between_processes():
     for kind in (StorageError, MissingObjectError, ObjectExistsError, DamagedObjectError):
         error = copy.deepcopy(kind("s3://bucket/key: what to do"))

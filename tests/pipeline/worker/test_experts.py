@@ -101,7 +101,7 @@ def watched(banks: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[
 @pytest.mark.parametrize(
     "family",
     [
-        *by_default(FAMILIES, ["Mixtral"]),
+        *by_default(FAMILIES, []),
         # Its linear attention takes long in stock Keras, uncompiled.
         pytest.param("Qwen3_5Moe", marks=pytest.mark.slow),
     ],

@@ -51,7 +51,7 @@ def compiled_by_solve(
 
 @pytest.mark.parametrize(
     ("in_features", "activation_order", "refinement_sweeps"),
-    [(72, False, 0), (800, True, 1)],
+    [(72, False, 0), pytest.param(800, True, 1, marks=pytest.mark.exhaustive)],
 )
 def test_a_solve_compiles_nothing_that_was_compiled_ahead(
     in_features: int,

@@ -9,7 +9,7 @@ from quantizer.gptq.solve import join_slices
 from quantizer.solver import check_layer, solve_rows
 from tests import reference
 from tests.quantizer.problems import make
-from tests.selection import by_default
+from tests.selection import by_default, covering
 
 PROBLEM = make(48, 96, 1024)
 EXACT = PROBLEM.inputs_NC
@@ -44,8 +44,7 @@ def corrected(strength, hessian_damping=0.01):
     )
 
 
-@pytest.mark.parametrize("strength", [0.25, 1.0])
-@pytest.mark.parametrize("hessian_damping", [0.0, 0.01, 0.1])
+@pytest.mark.parametrize(("strength", "hessian_damping"), covering([0.25, 1.0], [0.0, 0.01, 0.1]))
 def test_the_target_is_the_damped_least_squares_one(strength, hessian_damping):
     wanted = reference.drift_target(
         PROBLEM.weight_RC, EXACT, SEEN, strength=strength, hessian_damping=hessian_damping
@@ -96,8 +95,7 @@ def test_no_drift_changes_nothing():
     np.testing.assert_array_equal(plain.weight.codes_RC, still.weight.codes_RC)
 
 
-@pytest.mark.parametrize("num_rows", [60, 1024])
-@pytest.mark.parametrize("hessian_damping", [0.0, 0.01])
+@pytest.mark.parametrize(("num_rows", "hessian_damping"), covering([60, 1024], [0.0, 0.01]))
 def test_dead_and_dependent_inputs_do_not_derail_it(num_rows, hessian_damping):
     seen, exact = SEEN[:num_rows].copy(), EXACT[:num_rows].copy()
     seen[:, 5] = exact[:, 5] = 0

@@ -57,7 +57,10 @@ def relative_difference(answer, expected):
     return np.abs(answer - expected).max() / np.abs(expected).max()
 
 
-@pytest.mark.parametrize(("form", "name"), covering(KERNEL_FORMS, SCHEMES))
+@pytest.mark.parametrize(
+    ("form", "name"),
+    covering(KERNEL_FORMS, SCHEMES, default=(KERNEL_FORMS, ONE_OF_EACH_MODE)),
+)
 def test_a_stock_layer_answers_as_its_dequantized_kernel(form, name):
     scheme = SCHEMES[name]
     layer, inputs = kernel_layer(form)
@@ -158,6 +161,7 @@ def test_int8_in_float16_is_refused_as_keras_refuses_it():
         quantize_layer(layer, Int8Scheme())
 
 
+@pytest.mark.exhaustive
 def test_gemmas_query_may_have_groups_that_span_heads():
     layer, inputs = kernel_layer("gemma query")
     kernel = convert_to_numpy(layer.kernel.value)
