@@ -32,7 +32,7 @@ from quantizer.schemes import (
 )
 
 if TYPE_CHECKING:
-    from quantizer.gptq.drift import DriftSum
+    from quantizer.gptq.drift import DriftSum, HeldBackSums, JudgedDrift
     from quantizer.gptq.solve import row_slices
     from quantizer.hessian import CalibrationStatistics, HessianSum, MagnitudeSum, tree_merge
     from quantizer.keras_format.layers import kernel_layout, quantize_layer, save_model
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 # Imported on first use: naming a scheme must not cost the import of NumPy, JAX and Keras.
 _MODULES = {
-    "gptq.drift": "DriftSum",
+    "gptq.drift": "DriftSum HeldBackSums JudgedDrift",
     "gptq.solve": "row_slices",
     "hessian": "CalibrationStatistics HessianSum MagnitudeSum tree_merge",
     "keras_format.layers": "kernel_layout quantize_layer save_model",
@@ -65,9 +65,11 @@ __all__ = [
     "DriftSum",
     "Float8Scheme",
     "GPTQScheme",
+    "HeldBackSums",
     "HessianSum",
     "Int4Scheme",
     "Int8Scheme",
+    "JudgedDrift",
     "LayerError",
     "LayerResult",
     "MagnitudeSum",

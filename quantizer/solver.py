@@ -49,7 +49,8 @@ def solve(
         weight: [out_features, in_features], any float dtype.
         statistics: of the layer's inputs. gptq needs a HessianSum, float8 a MagnitudeSum, awq
             either; int8 and int4 take None or either.
-        drift: for `GPTQScheme.drift_correction` above 0.
+        drift: for `GPTQScheme.drift_correction` above 0, which a DriftSum corrects by just that
+            share, and a JudgedDrift by the share up to it that serves rows held back best.
         scale_dtype, row_groups, name: as in `LayerProblem`.
 
     Returns:
