@@ -14,6 +14,7 @@ from rich.text import Text
 from jobs.expert_summary import ExpertSummary
 from jobs.quality_rows import add_quality
 from jobs.quantities import count, size
+from jobs.tuning_summary import TuningSummary
 from pipeline.errors import DamagedObjectError, MissingObjectError
 from pipeline.fidelity import Fidelity
 from pipeline.model.preset import PresetFiles
@@ -72,6 +73,7 @@ class Summary:
             token windows are no longer there.
         faint_inputs: how many inputs had next to no energy in calibration, by layer path.
         warnings: where calibration showed too little.
+        tuning: None where no block was to be trained.
     """
 
     plan_digest: str
@@ -102,6 +104,7 @@ class Summary:
     coverage: Coverage | None = None
     faint_inputs: dict[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    tuning: TuningSummary | None = None
 
     @classmethod
     def of(
@@ -167,6 +170,7 @@ class Summary:
             coverage=coverage,
             faint_inputs={path: number for path, (number, _) in faint.items()},
             warnings=(*([] if coverage is None else coverage.warnings()), *faint_warnings(faint)),
+            tuning=TuningSummary.of([x.tuning for x in records if x.tuning is not None]),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -319,6 +323,8 @@ def summary_table(summary: Summary) -> RenderableType:
             f"{sum(faint.values())} inputs of {len(faint)} layers had next to no energy in "
             f"calibration; most of them, {faint[most]}, in {most}",
         )
+    if summary.tuning is not None:
+        facts.add_row("tuned", summary.tuning.text)
     if summary.coverage is not None:
         facts.add_row("calibrated on", summary.coverage.text)
     if summary.fidelity is not None:
