@@ -154,6 +154,8 @@ def run_job(
             keep_every=job.options.keep_every,
         )
 
+    if not recipe.needs_calibration:
+        spec = spec.with_one_gpu_each()
     with open_compute(
         spec, job.source_url, job.output_url, address=address, plan_only=dry_run is not None
     ) as compute:

@@ -72,6 +72,10 @@ class Workers:
             accelerator=self.machine.name if on_gpus else "",
         )
 
+    def together_for(self, plan: Plan) -> int:
+        """GPUs of each worker; one without calibration (see `ComputeSpec.with_one_gpu_each`)."""
+        return self.together if plan.chained else 1
+
     def plan(self, plan: Plan) -> Plan:
         """The plan as it would be made there (see `planned_on`)."""
         there = planned_on(plan, self.machine.device)
@@ -80,7 +84,8 @@ class Workers:
 
     def estimate(self, plan: Plan) -> Estimate:
         """The memory that each would need."""
-        costs = estimate(self.plan(plan), self.number // self.together, self.together)
+        together = self.together_for(plan)
+        costs = estimate(self.plan(plan), self.number // together, together)
         return place_activations(costs, self._devices)
 
     def check_room(self, costs: Estimate) -> None:
@@ -172,7 +177,7 @@ def cost_of(plan: Plan, workers: Workers, *, num_windows: int, keep_every: int =
         plan,
         workers.machine,
         workers.number,
-        together=workers.together,
+        together=workers.together_for(plan),
         evaluated=evaluated,
         keep_every=keep_every,
     )

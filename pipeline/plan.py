@@ -311,7 +311,8 @@ class Plan(StoredRecord):
         """
         threads = spec.threads or self.threads
         device = spec.device if finished or spec.device != "auto" else self.device
-        return replace(spec, threads=threads, device=device)
+        spec = replace(spec, threads=threads, device=device)
+        return spec if finished or self.chained else spec.with_one_gpu_each()
 
     @property
     def num_blocks(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections import Counter
@@ -64,6 +65,16 @@ class ComputeSpec:
                 f"accelerator {self.accelerator} is a kind of GPU, and the device is to be cpu; "
                 "leave out one of the two"
             )
+
+    def with_one_gpu_each(self) -> ComputeSpec:
+        """The same, with a GPU for each worker, unless the user says how many.
+
+        For runs without calibration, of which a worker does one part after the other, and most of
+        that on its host.
+        """
+        if self.gpus_per_worker is not None or self.device == "cpu":
+            return self
+        return dataclasses.replace(self, gpus_per_worker=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from pipeline.executor.protocol import Allocation, ExecutorError
 from pipeline.planning.estimates import estimate
 from pipeline.planning.machines import known_machines
 from pipeline.planning.work import planned_on
+from quantizer.schemes import Int8Scheme
 from tests.pipeline.planning.small_plans import plan, slow_machine
 
 
@@ -78,6 +79,14 @@ def test_named_gpus_are_those_of_whole_nodes(given: str, workers: int, gpus: int
     assert named.estimate(plan()) == estimate(there, workers, gpus)
     cost = cost_of(there, named, num_windows=0)
     assert (cost.workers, cost.to_dict()["gpus_per_worker"]) == (workers * gpus, gpus)
+
+
+def test_without_calibration_each_named_gpu_has_a_worker() -> None:
+    named = PricedMachine.of("8xH100", None).named
+    assert named is not None
+    rounded = plan(scheme=Int8Scheme())
+    assert cost_of(named.plan(rounded), named, num_windows=0).together == 1
+    assert named.estimate(rounded) == estimate(named.plan(rounded), 8)
 
 
 def test_gpus_of_one_worker_at_hand_count_each() -> None:

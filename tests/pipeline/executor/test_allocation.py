@@ -62,6 +62,12 @@ def test_workers_threads_and_gpus(
     assert (found.workers, found.threads, found.gpus) == expected
 
 
+def test_runs_without_calibration_have_a_worker_for_each_gpu_unless_told_otherwise() -> None:
+    assert allocate(ComputeSpec().with_one_gpu_each(), [TWO_GPUS]).workers == 2
+    for spec in (ComputeSpec(gpus_per_worker=2), ComputeSpec(device="cpu")):
+        assert spec.with_one_gpu_each() == spec
+
+
 @pytest.mark.parametrize(
     ("nodes", "spec", "message"),
     [
