@@ -20,7 +20,8 @@ def covering(*axes: Iterable[Any], default: Sequence[Collection[Any]] = ()) -> l
     """
     values = [list(axis) for axis in axes]
     chosen = [list(axis) for axis in default] or values
-    assert all(set(some) <= set(axis) for some, axis in zip(chosen, values, strict=True))
+    inside = all(set(some) <= set(axis) for some, axis in zip(chosen, values, strict=True))
+    assert inside, "a default that is no value"
     longest = max(map(len, chosen))
     covered = {tuple(axis[i % len(axis)] for axis in chosen) for i in range(longest)}
     return [_case(case, case in covered) for case in itertools.product(*values)]

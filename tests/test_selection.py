@@ -21,6 +21,14 @@ def test_covering_meets_each_value_by_default_and_each_combination_in_all(axes):
         assert {case[position] for case in default} == set(axis)
 
 
+def test_covering_may_meet_some_values_alone_by_default():
+    default, exhaustive = split(covering("abc", "wxyz", default=("abc", "xy")))
+    assert sorted(default) == [("a", "x"), ("b", "y"), ("c", "x")]
+    assert sorted(default + exhaustive) == sorted(itertools.product("abc", "wxyz"))
+    with pytest.raises(AssertionError, match="no value"):
+        covering("abc", "wxyz", default=("abc", "q"))
+
+
 def test_by_default_keeps_the_others_exhaustive():
     assert split(by_default("abc", "b")) == ([("b",)], [("a",), ("c",)])
     with pytest.raises(AssertionError, match="no case"):

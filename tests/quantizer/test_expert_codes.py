@@ -12,12 +12,12 @@ from quantizer import HessianSum, quantize_layer, solve
 from quantizer.expert_codes import ExpertCodes, code_format
 from quantizer.result import GroupedWeight
 from quantizer.schemes import AWQScheme, GPTQScheme
+from tests.selection import covering
 
 IN_FEATURES, OUT_FEATURES = 48, 40
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize(("bits", "dtype"), covering([3, 4, 8], ["float32", "bfloat16", "float16"]))
 def test_values_are_those_of_stock_keras_own_quantized_layer(bits: int, dtype: str) -> None:
     scheme = GPTQScheme(weight_bits=bits, group_size=16, scale_search=False)
     rng = np.random.default_rng(bits)

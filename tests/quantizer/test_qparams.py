@@ -9,6 +9,7 @@ from hypothesis.extra import numpy as hnp
 
 from quantizer.qparams import decode, encode, find_grid, num_groups
 from tests import reference
+from tests.selection import by_default
 
 IN_FEATURES, OUT_FEATURES = 20, 3
 # One compiled program each; groups of 8 leave a short last one.
@@ -65,7 +66,9 @@ def assert_holds(weight_CR, scale_GR, zero_GR, options):
     )
 
 
-@pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "scale_dtype", by_default(["float32", "bfloat16", "float16"], ["bfloat16"])
+)
 @pytest.mark.parametrize("options", GRIDS, ids=str)
 @settings(max_examples=25)
 @given(weight_CR=WEIGHTS)

@@ -92,7 +92,13 @@ def test_a_source_that_changes_after_planning_is_refused_and_never_published(
     assert not store.exists(file_key(part))
 
 
-@pytest.mark.parametrize("damage", ["file flipped", "file gone", "record gone", "record flipped"])
+@pytest.mark.parametrize(
+    "damage",
+    by_default(
+        ["file flipped", "file gone", "record gone", "record flipped"],
+        ["file flipped", "record gone"],
+    ),
+)
 def test_damage_during_a_run_is_repaired_in_the_same_run(damage: str, store: ObjectStore) -> None:
     whole = open_store(f"{store.root_url}-whole")
     execute(planned("gptq"), whole, keep_every=1)
