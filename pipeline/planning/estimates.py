@@ -16,6 +16,7 @@ from pipeline.planning.expert_costs import (
     rows_per_token,
     run_weights,
     tokens_per_expert,
+    written_bytes,
 )
 from pipeline.planning.tuning import (
     GRADIENT_FORWARDS,
@@ -34,9 +35,9 @@ _FLOAT_BYTES = 4
 # A process with JAX and Keras before it holds a model, and the programs compiled to calibrate one.
 _PROCESS_BYTES = 450 << 20
 _PROGRAMS_BYTES = 450 << 20
-# The block, the next one and the one before, whose commit may go on, as read; the block on the
-# device.
-_BLOCK_COPIES = 4
+# The block, the next one and the one before, whose commit may go on, as read. The block is on the
+# device besides.
+_READ_COPIES = 3
 # The kernels of the block on the device as decoded, where the float block stays beside them.
 _DECODED_COPIES = 1
 # Both as quantized, and the one before as written.
@@ -182,9 +183,13 @@ def _worker_bytes(plan: Plan, workers: int) -> int:
     """The peak of a worker: programs, blocks, statistics or a solve, activations."""
     rest, *blocks = plan.parts
     decoded = (num_streams(plan) - 1) * _DECODED_COPIES * _FLOAT_BYTES
+    item = _read_bytes(plan)
     weights = max(
         _REST_COPIES * rest.num_weights * _FLOAT_BYTES,
-        *(_block_bytes(part) + decoded * part.num_weights for part in blocks),
+        *(
+            _block_bytes(part, plan.num_blocks, item) + decoded * part.num_weights
+            for part in blocks
+        ),
     )
     solve = _SOLVE_COPIES * _FLOAT_BYTES * max(map(_solve_size, plan.parts))
     if plan.tokens is None:
@@ -193,16 +198,22 @@ def _worker_bytes(plan: Plan, workers: int) -> int:
     grams = int((_GRAM_COPIES + _HELD_GRAM * held.levels) * held.gram_bytes)
     grams += int((_GRAM_COPIES + held.levels) * DRIFT_GRAMS * held.drift_bytes)
     solve += int((_CORRECTING_GRAMS + DRIFT_GRAMS) * held.drift_bytes)
+    solve += int(_HELD_GRAM * held.gram_bytes)
+    # What experts make of a micro-batch is gone before any layer is solved.
+    made = held.transient_bytes - held.layer_bytes
+    tuned, activations = 0, 0
+    if plan.device == "cpu":  # on a GPU they are there, as long as they fit
+        activations = held.activation_bytes + held.layer_bytes
+        grams, tuned = grams + made, held.tuning_bytes + made
     window = plan.tokens.sequence_length * hidden_features(plan) * _activation_bytes(plan)
-    tuned = held.tuning_bytes if plan.device == "cpu" else 0
+    written = max((written_bytes(part, item) for part in blocks), default=0)
     return (
         _PROCESS_BYTES
         + _PROGRAMS_BYTES
         + weights
         + tuning_window_bytes(plan, window)
-        + max(solve + int(_HELD_GRAM * held.gram_bytes), grams, tuned)
-        # On a GPU they are there, as long as they fit.
-        + (held.activation_bytes + held.transient_bytes if plan.device == "cpu" else 0)
+        + max(solve, grams, tuned, written)
+        + activations
     )
 
 
@@ -248,7 +259,7 @@ class _Calibration:
         levels: of the tree that sums are merged in, each of which may hold one.
         activation_bytes: of all its windows between two stages of a block.
         in_flight_bytes: of the micro-batches that pass between host and device at once.
-        transient_bytes: of a micro-batch inside a layer.
+        transient_bytes: of a micro-batch inside a layer; layer_bytes: inside any but experts.
         tuning_bytes: of what is trained, and of a micro-batch on its way there and back.
     """
 
@@ -258,6 +269,7 @@ class _Calibration:
     activation_bytes: int
     in_flight_bytes: int
     transient_bytes: int
+    layer_bytes: int
     tuning_bytes: int
 
 
@@ -287,6 +299,7 @@ def _calibration(plan: Plan, workers: int) -> _Calibration:
         activation_bytes=windows * tokens.sequence_length * activations,
         in_flight_bytes=_IN_FLIGHT * batch * activations,
         transient_bytes=max(transient, *(batch * made_bytes(part) for part in plan.parts)),
+        layer_bytes=transient,
         tuning_bytes=tuning_bytes(plan, tokens.largest_array_bytes or scores),
     )
 
@@ -335,8 +348,12 @@ def hidden_features(plan: Plan) -> int:
     return max(found)
 
 
-def _block_bytes(part: PartPlan) -> int:
-    """Of all copies of a block that a worker may hold at once."""
+def _block_bytes(part: PartPlan, num_blocks: int, item: int) -> int:
+    """Of all copies of a block that a worker may hold at once, while a block is solved.
+
+    Args:
+        item: bytes of a weight as read.
+    """
     # Keras keeps codes of a byte or less, but the kernels of float8 in float.
     in_float = sum(
         layer.num_weights
@@ -344,7 +361,15 @@ def _block_bytes(part: PartPlan) -> int:
         if layer.scheme is None or isinstance(layer.scheme, Float8Scheme)
     )
     result = part.num_weights - in_float + in_float * _FLOAT_BYTES
-    return _BLOCK_COPIES * part.num_weights * _FLOAT_BYTES + _RESULT_COPIES * result
+    read = min(_READ_COPIES, num_blocks) * item + _FLOAT_BYTES
+    written = written_bytes(part, item) if num_blocks > 1 else 0  # the block's before
+    return read * part.num_weights + _RESULT_COPIES * result + written
+
+
+def _read_bytes(plan: Plan) -> int:
+    """Of a weight as a worker reads it: in the model's dtype, which is the source's or wider."""
+    narrow = source_bits(plan) == 16 and plan.recipe.dtype != "float32"
+    return _FLOAT_BYTES // 2 if narrow else _FLOAT_BYTES
 
 
 def _solve_size(part: PartPlan) -> int:

@@ -14,6 +14,8 @@ from quantizer.experts import expert_passes, expert_ranges, token_floor
 _FLOAT_BYTES = 4
 # What experts make of a micro-batch, before and after it is moved or multiplied.
 _COPIES = 2
+# Experts are written as floats: as decoded, in the file's image, and as that is handed over.
+_WRITTEN_COPIES = 3
 # Rows of an expert are multiplied in blocks, of which the last is filled up.
 _FILLED = 1.5
 # Routers send some experts half as many tokens as others, and less.
@@ -57,6 +59,16 @@ def gram_size(group: InputGroup, part: PartPlan) -> int:
 def made_bytes(part: PartPlan) -> int:
     """What the experts of a block make of a token."""
     return _COPIES * _FLOAT_BYTES * sum(x.num_rows for x in part.layers if x.experts)
+
+
+def written_bytes(part: PartPlan, item: int) -> int:
+    """What committing the experts of a part holds.
+
+    Args:
+        item: bytes of a weight.
+    """
+    experts = sum(layer.num_weights for layer in part.layers if layer.experts and layer.scheme)
+    return _WRITTEN_COPIES * item * experts
 
 
 def tokens_per_expert(plan: Plan) -> int:

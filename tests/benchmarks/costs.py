@@ -34,7 +34,7 @@ from tests.models.large_shapes import SHAPES, large_folder
 _MACHINES = ("H100", "8xH100", "8xL4")
 _RECIPE = "gptq-w4-g128"
 # Longer than any calibration: its tokens are counted, and never read.
-_TEXT = "The quick brown fox jumps over the lazy dog. " * 30_000
+_TEXT = "The quick brown fox jumps over the lazy dog. " * 40_000
 
 
 def large_plan(name: str, folder: Path, **calibration: int) -> Plan:

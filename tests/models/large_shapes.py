@@ -65,6 +65,8 @@ _QWEN3_30B = expert_configs.CONFIGS["Qwen3Moe"] | {
     "num_experts_per_tok": 8,
     "vocab_size": 151936,
     "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "sliding_window": None,
 }
 _QWEN3_235B = _QWEN3_30B | {
     "hidden_size": 4096,
