@@ -32,7 +32,13 @@ from quantizer.schemes import GPTQScheme
 from tests.models.large_shapes import large_folder
 
 ROOT = Path(__file__).parents[2]
-SMALL = {"hidden_size": 512, "moe_intermediate_size": 256, "head_dim": 32, "vocab_size": 512}
+SMALL = {
+    "hidden_size": 512,
+    "moe_intermediate_size": 256,
+    "head_dim": 32,
+    "vocab_size": 512,
+    "num_experts": 64,
+}
 """Sizes that take seconds."""
 
 _PROGRAM = """

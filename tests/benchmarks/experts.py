@@ -2,6 +2,7 @@
 
 python -m tests.benchmarks.experts             3 and 4 bits, three seeds: the table of the docs
 python -m tests.benchmarks.experts --bits 3    one width
+python -m tests.benchmarks.experts --trained 250   the same with experts trained for so many steps
 
 The mixture is `tests.benchmarks.upcycled`'s. A seed has calibration text and a router of its own;
 the text of evaluation is the same for all. What is compared is the output of down at the rows that
@@ -23,6 +24,7 @@ from rich.table import Table
 from quantizer import GPTQScheme, HessianSum, solve
 from quantizer.expert_solver import shrunk
 from quantizer.solver import solve_stack
+from tests.benchmarks.trained_mixture import Texts, read_texts, trained_mixture
 from tests.benchmarks.upcycled import (
     INTERMEDIATE,
     NUM_EXPERTS,
@@ -219,6 +221,18 @@ def _shown(table: Table, names: Sequence[str], found: Sequence[Errors]) -> None:
         table.add_row(name, *cells)
 
 
+def _trained(texts: Texts, seed: int, steps: int, console: Console) -> Mixture:
+    """A trained mixture, of which the first and the last loss and the experts' shares are told."""
+    mixture, losses = trained_mixture(texts, seed, steps)
+    chosen = mixture.route(texts.layer.evaluation_TH).experts_TK
+    shares = np.bincount(chosen.reshape(-1), minlength=NUM_EXPERTS) / len(chosen)
+    console.print(
+        f"seed {seed}: loss {losses[0]:.2f} to {np.mean(losses[-10:]):.2f}; experts get "
+        f"{shares.min():.0%} to {shares.max():.0%} of other text's tokens"
+    )
+    return mixture
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks.experts",
@@ -227,12 +241,20 @@ def main() -> None:
     )
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--trained", type=int, default=0, metavar="STEPS")
     arguments = parser.parse_args()
     console, start = Console(), time.monotonic()
     each = max(TOKENS_PER_EXPERT) * NUM_EXPERTS // PER_TOKEN
-    layer = read_feed_forward(arguments.seeds * each, 4096)
+    seeds = range(arguments.seeds)
+    mixtures: list[Mixture | None] = [None for _ in seeds]
+    if arguments.trained:
+        texts = read_texts(arguments.seeds * each, 4096)
+        layer = texts.layer
+        mixtures = [_trained(texts, seed, arguments.trained, console) for seed in seeds]
+    else:
+        layer = read_feed_forward(arguments.seeds * each, 4096)
     for bits in arguments.bits:
-        found = [run_seed(layer, seed, arguments.seeds, bits) for seed in range(arguments.seeds)]
+        found = [run_seed(layer, seed, len(seeds), bits, mixtures[seed]) for seed in seeds]
         for title, names, of_seeds in (
             ("down", VARIANTS, [down for down, _ in found]),
             ("the bank", BANKS, [bank for _, bank in found]),

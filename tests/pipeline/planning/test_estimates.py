@@ -22,6 +22,7 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.storage.object_store import open_store
 from quantizer.experts import num_expert_ranges
 from quantizer.schemes import Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
+from tests.benchmarks import expert_memory
 from tests.families.tiny_families import FAMILIES, shared_family, tiny_family
 from tests.integration.quantized import recipe as integration_recipe
 from tests.models.tiny import tiny_preset
@@ -166,6 +167,33 @@ def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
     print({num_blocks: f"{peak:,}" for num_blocks, peak in peaks.items()}, f"{per_block=:,}")
     # 28 more blocks; not even two of them fit below this limit.
     assert peaks[32] - peaks[4] < 2 * per_block + (8 << 20), peaks
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_128_experts_of_a_published_shape_go_through_in_the_memory_that_is_planned(
+    tmp_path: Path,
+) -> None:
+    """A block of Qwen3-30B-A3B's shape; it takes 10 GB."""
+    found = expert_memory.weighed(tmp_path, vocab_size=512, num_hidden_layers=1)
+    print(f"peak {found.peak_bytes:,}, planned {found.costs.worker_bytes:,}")
+    assert found.peak_bytes <= found.costs.worker_bytes
+    assert found.costs.worker_bytes < 2 * found.peak_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_memory_with_experts_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
+    small = expert_memory.SMALL
+    few, more = (
+        expert_memory.weighed(tmp_path / str(blocks), **{**small, "num_hidden_layers": blocks})
+        for blocks in (2, 5)
+    )
+    print(f"peaks {few.peak_bytes:,}, {more.peak_bytes:,}")
+    for found in (few, more):
+        assert found.peak_bytes <= found.costs.worker_bytes
+    per_block = (more.costs.source_bytes - few.costs.source_bytes) // 3
+    assert more.peak_bytes - few.peak_bytes < per_block
 
 
 def test_source_bytes_are_those_of_the_source() -> None:
