@@ -222,11 +222,16 @@ class TokensPlan:
         return place == (self.held_back_every - 1 + _HELD_BACK_STEP * run) % self.held_back_every
 
     @property
+    def held_back_batches(self) -> tuple[int, ...]:
+        """Numbers of the micro-batches that are held back."""
+        starts = range(0, self.num_samples, self.micro_batch)
+        return tuple(number for number, a in enumerate(starts) if self.is_held_back(a))
+
+    @property
     def num_held_back(self) -> int:
         """Windows that are held back."""
-        starts = range(0, self.num_samples, self.micro_batch)
-        held = [start for start in starts if self.is_held_back(start)]
-        return sum(min(self.micro_batch, self.num_samples - start) for start in held)
+        starts = [number * self.micro_batch for number in self.held_back_batches]
+        return sum(min(self.micro_batch, self.num_samples - start) for start in starts)
 
 
 @dataclass(frozen=True, kw_only=True)

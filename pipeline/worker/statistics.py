@@ -145,11 +145,7 @@ def in_numpy(total: InputSum) -> InputSum:
 
 
 def judged_drift(total: InputSum) -> JudgedDrift | None:
-    """The drift over a group's input, where it is corrected, with what judges the correction.
-
-    Raises:
-        UnusableStatisticsError: none of the windows that are held back have a token.
-    """
+    """The drift over a group's input, where it is corrected, with what judges the correction."""
     held_back = total.held_back
     if not total.drift or held_back is None:
         return None

@@ -50,7 +50,7 @@ def schedule_of(plan: Plan, block: int) -> Schedule:
     assert plan.recipe.calibration is not None
     return make_schedule(
         sum(map(len, batch_numbers(plan))),
-        held_back_every=tokens.held_back_every,
+        held_back=tokens.held_back_batches,
         steps=tuning.steps,
         batch=max(1, tuning.batch // tokens.micro_batch),
         seed=plan.recipe.calibration.seed,

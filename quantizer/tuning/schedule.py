@@ -30,17 +30,21 @@ class Schedule:
 
 
 def make_schedule(
-    num_batches: int, *, held_back_every: int, steps: int, batch: int, seed: int, block: int
+    num_batches: int,
+    *,
+    held_back: tuple[int, ...],
+    steps: int,
+    batch: int,
+    seed: int,
+    block: int,
 ) -> Schedule:
     """The schedule of one block: what is not held back comes in rounds, each in its own order.
 
     Args:
-        num_batches: of micro-batches, at least `held_back_every`, which is 2 or more: the last of
-            so many in a row is held back.
+        num_batches: of micro-batches; held_back: some of them, and not all.
         batch: micro-batches of a step.
     """
-    assert num_batches >= held_back_every >= 2, "one to train on and one to judge by"
-    held_back = tuple(range(held_back_every - 1, num_batches, held_back_every))
+    assert 0 < len(held_back) < num_batches, "one to train on and one to judge by"
     rest = [number for number in range(num_batches) if number not in held_back]
     drawn: list[int] = []
     # Raw bits are the same in every version of NumPy; what Generator makes of them is not.
