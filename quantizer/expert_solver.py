@@ -2,8 +2,8 @@
 
 A router sends an expert a share of the tokens. Few rows make a Hessian that fits them and no
 others: the fewer, the less the correlations between inputs count, which GPTQ uses to correct
-errors, while the energies of the inputs stay (`shrunk`). An expert that no row reached is rounded
-to nearest.
+errors, while the energies of the inputs stay (`HessianSum.shrunk`). An expert that no row reached
+is rounded to nearest.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from quantizer.result import (
     relative_error,
 )
 from quantizer.rtn import round_groups
-from quantizer.schemes import Int4Scheme, Int8Scheme
+from quantizer.schemes import GPTQScheme, Int4Scheme, Int8Scheme, Scheme
 from quantizer.solver import solve_problems, uncalibrated
 
+EXPERT_SHRINKAGE = 1.0
 _NOT_REACHED = "no token of the calibration reached this expert"
 
 
@@ -103,7 +104,7 @@ def _solve(problem: LayerProblem, hessian: HessianSum) -> SolvedExpert:
     obstacle = "" if hessian.num_rows else _NOT_REACHED
     if not obstacle:
         try:
-            [result] = solve_problems([problem], shrunk(hessian))
+            [result] = solve_problems([problem], _shrunk(hessian, problem.scheme))
         except UnusableStatisticsError as error:
             obstacle = str(error)
     if obstacle:
@@ -116,18 +117,15 @@ def _solve(problem: LayerProblem, hessian: HessianSum) -> SolvedExpert:
     return SolvedExpert(result.weight, result.report, _energy(problem), hessian.num_rows, obstacle)
 
 
-def shrunk(hessian: HessianSum) -> HessianSum:
-    """The sum with correlations scaled by rows / (rows + inputs); energies stay.
+def _shrunk(hessian: HessianSum, scheme: Scheme) -> HessianSum:
+    """With correlations that count for rows / (rows + inputs), unless the scheme says how much.
 
-    It is what solving minimises, and what reports give as output errors: closer to other text's
-    than the sum as it is, which fits its own rows. tests/benchmarks/experts.py compares both, and
-    other remedies, on experts cut from a real model (docs/benchmarks.md).
+    tests/benchmarks/experts.py compares this and other remedies on experts cut from a real model
+    (docs/benchmarks.md).
     """
-    num_inputs = hessian.gram_CC.shape[0]
-    share = np.float32(hessian.num_rows / (hessian.num_rows + num_inputs))
-    share_CC = np.full((num_inputs, num_inputs), share)
-    np.fill_diagonal(share_CC, 1)
-    return replace(hessian, gram_CC=hessian.gram_CC * share_CC)
+    if isinstance(scheme, GPTQScheme) and scheme.correlation_shrinkage:
+        return hessian
+    return hessian.shrunk(EXPERT_SHRINKAGE)
 
 
 def round_experts(
@@ -205,9 +203,9 @@ def join_experts(solved: Sequence[SolvedExpert]) -> tuple[GroupedWeight, dict[st
 
     Returns:
         The report as plain JSON values, as of one layer, with errors weighted by rows (for what
-        they are see `shrunk`), and under "experts" how many tokens reached an expert: "tokens"
-        is the least, the median and the most; "below_floor" says how many had fewer than "floor";
-        "rounded" names those that were rounded to nearest, by reason.
+        they are see `HessianSum.shrunk`), and under "experts" how many tokens reached an expert:
+        "tokens" is the least, the median and the most; "below_floor" says how many had fewer than
+        "floor"; "rounded" names those that were rounded to nearest, by reason.
     """
     weight = _stacked([one.weight for one in solved])
     floor, rows = token_floor(weight.codes_RC.shape[1]), sorted(one.num_rows for one in solved)

@@ -119,7 +119,8 @@ class SolveReport:
     Attributes:
         weight_error: ‖W - Ŵ‖ / ‖W‖ (Frobenius).
         output_error: tr(Δ H Δᵀ), H = 2·gram/num_rows undamped: twice the mean squared error
-            of the layer's output over calibration rows. None without calibration.
+            of the layer's output over calibration rows, if correlations are not shrunk. None
+            without calibration.
         rtn_output_error: the same for round-to-nearest on the same grid.
         kept: whose codes were kept; "gptq+rtn" when output channels differ.
         reason: why, in words.

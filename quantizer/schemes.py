@@ -73,6 +73,12 @@ class GPTQScheme(_Checked):
     hessian_damping: float = _option(
         0.01, "Share of the Hessian's mean diagonal added to it; raised only if it must be.", _SHARE
     )
+    correlation_shrinkage: float = _option(
+        0.0,
+        "With s > 0, correlations between inputs count for rows / (rows + s * inputs) of what "
+        "calibration shows (not in Keras).",
+        ("between 0 and 100", lambda shrinkage: 0 <= shrinkage <= 100),
+    )
     scale_search: bool = _option(
         True, "Search each group's range for the least energy-weighted error (not in Keras)."
     )
@@ -186,7 +192,7 @@ SCHEMES: dict[str, type[Scheme]] = {
 def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
     """The scheme as plain JSON values, its mode first."""
     values = {"mode": scheme.mode, **dataclasses.asdict(scheme)}
-    for name in ("foldable", "scale_refit"):
+    for name in ("foldable", "correlation_shrinkage", "scale_refit"):
         if not values.get(name, True):
             del values[name]  # older versions did not know it
     return values

@@ -375,7 +375,7 @@ def _read_bytes(plan: Plan) -> int:
 def _solve_size(part: PartPlan) -> int:
     """The largest weight and Hessian of one solve, in numbers."""
     kernels = {x.name: x for x in part.layers if x.scheme and x.kind == "kernel"}
-    sizes = [(x.in_features, x.num_rows) for x in kernels.values()]
+    sizes = [(x.in_features, x.num_rows + _shrunk_rows(x)) for x in kernels.values()]
     # Layers that share foldable input scales are solved at once.
     folded = [group for group in part.groups if group.fold is not None]
     sizes += [(g.in_features, sum(kernels[n].out_features for n in g.targets)) for g in folded]
@@ -386,12 +386,20 @@ def _solve_size(part: PartPlan) -> int:
     return max(solved, default=0)
 
 
+def _shrunk_rows(layer: LayerPlan) -> int:
+    """The Hessian with less correlation, which is held once, as rows of the weight."""
+    scheme = layer.scheme
+    shrinks = isinstance(scheme, GPTQScheme) and scheme.correlation_shrinkage > 0
+    return -(-layer.in_features // _SOLVE_COPIES) if shrinks else 0
+
+
 def _banded_size(part: PartPlan) -> int:
     """What solving the part's widest kernel by GPTQ holds on a GPU, in numbers."""
     kernels = [x for x in part.layers if isinstance(x.scheme, GPTQScheme) and x.kind == "kernel"]
     inputs = max((x.in_features for x in kernels), default=0)
     banded = _SOLVED_HESSIANS * inputs + _BAND_ARRAYS * GPU_BAND
-    return inputs * max(_FACTORED_HESSIANS * inputs, banded)
+    shrunk = inputs if any(map(_shrunk_rows, kernels)) else 0
+    return inputs * (shrunk + max(_FACTORED_HESSIANS * inputs, banded))
 
 
 def _solve_flops(part: PartPlan) -> float:

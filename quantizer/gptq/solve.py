@@ -24,7 +24,7 @@ from quantizer.gptq.column_loop import Columns, SolvedSlice, round_slice
 from quantizer.gptq.factor import Blocks, Factor, arrange, factorize
 from quantizer.gptq.path import Path, path_of
 from quantizer.gptq.refit import Refit
-from quantizer.hessian import HessianSum, count_faint, energy_with_unseen
+from quantizer.hessian import HessianSum, correlation_share, count_faint, energy_with_unseen
 from quantizer.problem import LayerProblem, RowGroups
 from quantizer.qparams import contiguous_groups, find_grid
 from quantizer.result import (
@@ -108,8 +108,10 @@ class SharedInput:
 
 
 def share_input(hessian: HessianSum, scheme: GPTQScheme) -> SharedInput:
-    """Factor the Hessian of an input, once for all of its layers."""
+    """Shrink the correlations of an input, if the scheme says so, and factor its Hessian."""
     path = this_path()
+    if scheme.correlation_shrinkage:
+        hessian = hessian.shrunk(scheme.correlation_shrinkage)
     factor = factorize(
         jnp.asarray(hessian.gram_CC),
         hessian.num_rows,
@@ -397,6 +399,10 @@ def _report(
                 f"; damping was raised from {scheme.hessian_damping:g} to {damping:g}, "
                 "where the Hessian could be factored"
             )
+        if scheme.correlation_shrinkage:
+            num_rows, in_features = parts[0].num_rows, weight_RC.shape[1]
+            share = correlation_share(num_rows, in_features, scheme.correlation_shrinkage)
+            reason += f"; correlations between inputs counted for {share:.0%}, also in the errors"
         if unfitted:
             reason += (
                 f"; scales of {unfitted} output channels were not refitted: "

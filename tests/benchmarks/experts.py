@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quantizer import GPTQScheme, HessianSum, solve
-from quantizer.expert_solver import shrunk
+from quantizer.expert_solver import EXPERT_SHRINKAGE
 from quantizer.solver import solve_stack
 from tests.benchmarks.trained_mixture import Texts, read_texts, trained_mixture
 from tests.benchmarks.upcycled import (
@@ -66,6 +66,10 @@ def _no_knowledge(in_features: int) -> HessianSum:
     return HessianSum(np.eye(in_features, dtype=np.float32), 1)
 
 
+def _shrunk(hessian: HessianSum) -> HessianSum:
+    return hessian.shrunk(EXPERT_SHRINKAGE)
+
+
 def below(rows_per_input: int) -> Callable[[HessianSum], HessianSum]:
     """Correlations scaled down by rows / floor, below a floor of rows."""
 
@@ -90,14 +94,14 @@ class Variant:
 VARIANTS = {
     "rounding": Variant(lambda reads: _no_knowledge(reads.all_TI.shape[1])),
     "all tokens": Variant(Reads.every_token),
-    "all tokens, shrunk": Variant(Reads.every_token, shrunk),
+    "all tokens, shrunk": Variant(Reads.every_token, _shrunk),
     "routed": Variant(Reads.routed),
     "routed · weight²": Variant(Reads.weighted),
     f"routed, damping {_MORE_DAMPING:g}": Variant(Reads.routed, damping=_MORE_DAMPING),
     "routed, rows / inputs": Variant(Reads.routed, below(1)),
     "routed, rows / 4 inputs": Variant(Reads.routed, below(4)),
-    "routed, shrunk (ours)": Variant(Reads.routed, shrunk),
-    "routed · weight², shrunk": Variant(Reads.weighted, shrunk),
+    "routed, shrunk (ours)": Variant(Reads.routed, _shrunk),
+    "routed · weight², shrunk": Variant(Reads.weighted, _shrunk),
 }
 BANKS = {
     "rounding": ("rounding", "rounding"),
@@ -179,7 +183,7 @@ def _gate_up(
         "all tokens": solve_stack(matrices, HessianSum.of(inputs_TH), scheme),
         "routed": [solve(*pair, scheme) for pair in zip(matrices, routed, strict=True)],
         "routed, shrunk": [
-            solve(matrix, shrunk(hessian), scheme)
+            solve(matrix, _shrunk(hessian), scheme)
             for matrix, hessian in zip(matrices, routed, strict=True)
         ],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,7 +19,6 @@ from quantizer.expert_solver import (
     concurrent_experts,
     join_experts,
     round_experts,
-    shrunk,
     solve_experts,
 )
 from quantizer.experts import ExpertHessians, token_floor
@@ -54,7 +54,7 @@ def test_an_expert_is_solved_as_a_layer_of_its_own_with_its_own_correlations_shr
     given = statistics(FLOOR, 2 * FLOOR, first=3)
     found = solve_experts(problems(2), given, [3, 4])
     for number, problem, one in zip((3, 4), problems(2), found, strict=True):
-        hessian = shrunk(given.of_expert(number))
+        hessian = given.of_expert(number).shrunk(1)
         alone = solve(problem.weight_RC, hessian, SCHEME, name=problem.name)
         assert one.report == alone.report
         assert one.num_rows == given.of_expert(number).num_rows
@@ -104,6 +104,16 @@ def test_what_is_compiled_does_not_grow_with_the_number_of_experts(
     assert not [each for each in caplog.records if each.getMessage().startswith("Compiling")]
 
 
+def test_a_scheme_that_shrinks_correlations_says_how_far_for_experts_too() -> None:
+    scheme = replace(SCHEME, correlation_shrinkage=3.0)
+    [given] = problems(1)
+    hessian = HessianSum.of(rows(IN_FEATURES, 0))
+    statistics = ExpertHessians(hessian.gram_CC[None], np.array([hessian.num_rows]))
+    [solved] = solve_experts([replace(given, scheme=scheme)], statistics, [0])
+    alone = solve(given.weight_RC, hessian.shrunk(3.0), SCHEME).weight
+    np.testing.assert_array_equal(solved.weight.codes_RC, alone.codes_RC)
+
+
 @pytest.mark.parametrize(
     ("number", "share"), [(IN_FEATURES // 3, 10 / 42), (IN_FEATURES, 0.5), (FLOOR, 0.8)]
 )
@@ -111,7 +121,7 @@ def test_correlations_count_the_more_rows_there_are_and_energies_in_full(
     number: int, share: float
 ) -> None:
     few = HessianSum.of(rows(number, 0))
-    found = shrunk(few)
+    found = few.shrunk(1)
     assert found.num_rows == few.num_rows
     np.testing.assert_array_equal(found.gram_CC.diagonal(), few.gram_CC.diagonal())
     off = ~np.eye(IN_FEATURES, dtype=bool)
@@ -177,7 +187,7 @@ def test_errors_of_a_bank_are_those_of_all_its_rows_with_correlations_shrunk() -
     squares = difference = energy = 0.0
     for number, problem, one in zip(range(3), problems(3), solved, strict=True):
         delta = (problem.weight_RC - one.weight.dequantize()).astype(np.float64)
-        hessian = shrunk(HessianSum.of(rows(numbers[number], number)))
+        hessian = HessianSum.of(rows(numbers[number], number)).shrunk(1)
         squares += float(np.einsum("rc,cd,rd->", delta, hessian.gram_CC, delta))
         difference += float(np.sum(delta**2))
         energy += float(np.sum(problem.weight_RC.astype(np.float64) ** 2))

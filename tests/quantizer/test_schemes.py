@@ -37,6 +37,7 @@ BAD_VALUES = [
     (GPTQScheme, "hessian_damping", -0.1, "between 0 and 1"),
     (GPTQScheme, "hessian_damping", float("nan"), "between 0 and 1"),
     (GPTQScheme, "hessian_damping", True, "must be float"),
+    (GPTQScheme, "correlation_shrinkage", -1.0, "between 0 and 100"),
     (GPTQScheme, "drift_correction", 1.5, "between 0 and 1"),
     (GPTQScheme, "drift_correction", "1", "must be float"),
     (AWQScheme, "weight_bits", 8, "must be 4"),
@@ -70,7 +71,7 @@ def test_a_bad_value_is_refused_with_what_is_allowed(kind, field, value, message
 SAMPLES = [
     GPTQScheme(weight_bits=3, group_size=-1, symmetric=True, drift_correction=0.5),
     GPTQScheme(hessian_damping=0),
-    GPTQScheme(refinement_sweeps=1, scale_refit=True),
+    GPTQScheme(refinement_sweeps=1, scale_refit=True, correlation_shrinkage=2.0),
     AWQScheme(num_grid_points=4),
     AWQScheme(foldable=True),
     Int8Scheme(quantize_activations=False),
@@ -95,7 +96,7 @@ def test_absent_fields_take_their_defaults(mode):
 def test_what_older_versions_did_not_know_is_left_out_by_default():
     assert "foldable" not in scheme_to_dict(AWQScheme())
     assert scheme_to_dict(AWQScheme(foldable=True))["foldable"] is True
-    assert "scale_refit" not in scheme_to_dict(GPTQScheme())
+    assert not {"scale_refit", "correlation_shrinkage"} & set(scheme_to_dict(GPTQScheme()))
 
 
 def test_reading_a_dict_leaves_it_alone():

@@ -19,7 +19,6 @@ from pipeline.worker.model_state import ModelState
 from pipeline.worker.solve import join_layer, solve_layers, solve_slices
 from quantizer import HessianSum, solve
 from quantizer.errors import WeightError
-from quantizer.expert_solver import shrunk
 from quantizer.experts import ExpertHessians
 from quantizer.result import GroupedWeight
 from quantizer.schemes import GPTQScheme, Int8Scheme
@@ -89,7 +88,7 @@ def test_experts_with_inputs_of_their_own_are_solved_in_any_ranges() -> None:
     ]
     assert_same(join_layer(target, layer, values, parts), whole)
     for number, one in enumerate(sums):
-        alone = solve(values[layer.path][number].T, shrunk(one), SCHEME).weight
+        alone = solve(values[layer.path][number].T, one.shrunk(1), SCHEME).weight
         assert isinstance(alone, GroupedWeight)
         assert whole.codes is not None
         np.testing.assert_array_equal(whole.codes.codes_ERC[number], alone.codes_RC)

@@ -96,7 +96,7 @@ def case_id(case: tuple[str, GPTQScheme]) -> str:
 
 def options_of(options: GPTQScheme) -> dict[str, object]:
     fields = dataclasses.asdict(options)
-    del fields["drift_correction"]
+    del fields["drift_correction"], fields["correlation_shrinkage"]
     return fields
 
 
@@ -169,6 +169,19 @@ def test_codes_are_found_on_the_stored_scale(scale_dtype):
     scale = solution.weight.scale_RG
     np.testing.assert_array_equal(scale, reference.stored(scale, scale_dtype))
     assert np.mean(solution.weight.codes_RC == answer.codes_RC) >= 0.999
+
+
+def test_correlations_count_as_far_as_the_scheme_says():
+    given = make(16, 32, 256)
+    options = GPTQScheme(weight_bits=3, group_size=16, refinement_sweeps=1)
+    shrinking = dataclasses.replace(options, correlation_shrinkage=2.0)
+    solution = solve(given.weight_RC, given.hessian, shrinking)
+    by_hand = solve(given.weight_RC, given.hessian.shrunk(2.0), options)
+    same_bits(solution, by_hand)
+    assert solution.report.output_error == by_hand.report.output_error
+    assert "counted for 80%" in solution.report.reason
+    plain = solve(given.weight_RC, given.hessian, options)
+    assert (plain.weight.codes_RC != solution.weight.codes_RC).any()
 
 
 def test_activation_order_leaves_groups_in_the_order_of_the_inputs():
