@@ -42,7 +42,7 @@ def tuned(architecture: str = "Llama3", **settings: float) -> Planned:
     of_experts = architecture == "Qwen3Moe"
     wanted = recipe("gptq").to_dict() | {
         "scheme": {"mode": "gptq", "weight_bits": 2, "group_size": 16 if of_experts else 32},
-        "tuning": {"steps": 30, "batch": 4, "offset_rate": 0.05, **settings},
+        "tuning": {"steps": 30, "batch": 4, "offset_rate": 0.05, "scale_rate": 0.001, **settings},
     }
     preset = read_preset(str(shared_family(architecture) if of_experts else source(architecture)))
     return make_plan(preset, recipe_from_dict(wanted), threads=2)
