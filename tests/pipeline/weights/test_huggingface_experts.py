@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from pipeline.errors import SourceError
 from pipeline.model.preset import PresetFiles, read_preset
+from pipeline.model.recorded_tensors import carried_out
 from pipeline.weights.source import Source, open_source
 from tests.models.tiny_huggingface import write_json
 from tests.models.transformers_answers import folder_of
@@ -166,6 +167,28 @@ def test_four_bits_are_decoded_exactly_and_one_expert_at_a_time(
     np.testing.assert_array_equal(found.astype(np.float32), expected)
     experts, inputs, outputs = expected.shape
     assert sizes == [inputs * outputs // 2, inputs * outputs // 32] * experts
+
+
+@pytest.mark.parametrize("agrees", [True, False])
+def test_four_bits_are_looked_up_if_the_converter_agrees_on_the_first_expert(
+    agrees: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    computed = []
+
+    def counted(*args: Any) -> Any:
+        computed.append(args)
+        return carried_out(*args)
+
+    monkeypatch.setattr("pipeline.weights.safetensors.carried_out", counted)
+    if not agrees:
+        monkeypatch.setattr("pipeline.weights.mxfp4._PAIRS", np.zeros((256, 2), np.float32))
+    folder = folder_of("gpt_oss in four bits", tmp_path)
+    source = source_of(folder)
+    path = next(p for p in source.paths if "layer_1" in p and p.endswith("down_proj"))
+    [found] = source.read([path]).values()
+    np.testing.assert_array_equal(found, four_bits(folder, 1, "down_proj"))
+    assert len(computed) == (1 if agrees else len(found))
+    assert len(found) > 1
 
 
 @pytest.mark.exhaustive
