@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 import quantizer
 from pipeline.machine import check_device, machine
 from pipeline.plan import InputGroup
+from pipeline.worker.captured_inputs import Captured
 from pipeline.worker.statistics import finished, sum_inputs
 from quantizer.gptq.solve import share_input
 from quantizer.keras_format.kernel_layout import dense_layout
@@ -154,7 +155,9 @@ def _hessian(inputs_NC: NDArray[np.float32]) -> Any:
     group = InputGroup(targets=("weight",), in_features=size, statistics="hessian")
     step = min(2048, len(inputs_NC))
     parts = np.array_split(inputs_NC, -(-len(inputs_NC) // step))
-    rows = ((jax.numpy.asarray(part[None]), np.ones((1, len(part)), bool)) for part in parts)
+    rows = (
+        Captured(jax.numpy.asarray(part[None]), np.ones((1, len(part)), bool)) for part in parts
+    )
     return finished(sum_inputs(rows, group, (-1,)))
 
 

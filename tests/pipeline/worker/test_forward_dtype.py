@@ -18,6 +18,7 @@ from pipeline.run.claim import claim
 from pipeline.run.driver import quantize
 from pipeline.run.records import Manifest
 from pipeline.storage.object_store import ObjectStore, open_store
+from pipeline.worker.captured_inputs import Captured
 from pipeline.worker.statistics import finished, sum_inputs
 from pipeline.worker.worker import Worker
 from tests.pipeline.local_executor import LocalExecutor
@@ -109,7 +110,7 @@ def test_a_gram_of_bfloat16_loses_nothing() -> None:
     batches = [jnp.asarray(rng.standard_normal((2, 32, 64)), jnp.bfloat16) for _ in range(3)]
     all_rows = np.ones((2, 32), bool)
     masks = [all_rows, np.arange(32)[None] < np.array([[20], [32]]), all_rows]
-    found = finished(sum_inputs(zip(batches, masks, strict=True), group, (-1,)))
+    found = finished(sum_inputs(map(Captured, batches, masks), group, (-1,)))
     rows = [np.asarray(x, np.float64)[mask] for x, mask in zip(batches, masks, strict=True)]
     exact = sum(part.T @ part for part in rows)
     assert found.gram_CC.dtype == np.float32  # type: ignore[union-attr]
