@@ -111,6 +111,7 @@ BANKS = {
     "gate, up: all; down: routed": ("all tokens", "routed"),
     "gate, up: all; down: weight², shrunk": ("all tokens", "routed · weight², shrunk"),
     "gate, up: all; down: shrunk (ours)": ("all tokens", "routed, shrunk (ours)"),
+    "gate, up: all, shrunk; down: shrunk": ("all tokens, shrunk", "routed, shrunk (ours)"),
 }
 """How gate and up are calibrated, and how down is."""
 
@@ -176,11 +177,12 @@ def _gate_up(
     """Gate and up of all experts, by what calibrates them."""
     scheme = GPTQScheme(weight_bits=bits, group_size=_GROUP_SIZE)
     matrices = [np.concatenate([one.gate_IH, one.up_IH]) for one in experts]
-    unknown = _no_knowledge(inputs_TH.shape[1])
+    unknown, everything = _no_knowledge(inputs_TH.shape[1]), HessianSum.of(inputs_TH)
     routed = [HessianSum.of(inputs_TH[rows]) for rows in sent]
     results = {
         "rounding": solve_stack(matrices, unknown, scheme),
-        "all tokens": solve_stack(matrices, HessianSum.of(inputs_TH), scheme),
+        "all tokens": solve_stack(matrices, everything, scheme),
+        "all tokens, shrunk": solve_stack(matrices, _shrunk(everything), scheme),
         "routed": [solve(*pair, scheme) for pair in zip(matrices, routed, strict=True)],
         "routed, shrunk": [
             solve(matrix, _shrunk(hessian), scheme)
