@@ -8,6 +8,7 @@ quantizer, its newest lines count.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -69,9 +70,10 @@ class Results:
         return any(judged.key == key for judged in self.read())
 
     def append(self, judged: Judged) -> None:
-        """Write a line, in place of one without its end."""
+        """Write a line, in place of one without its end; processes may share a folder."""
         line = json.dumps(dataclasses.asdict(judged), sort_keys=True) + "\n"
         with self._file.open("ab+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
             file.write(line.encode())
