@@ -197,9 +197,9 @@ class Tuning(BaseModel):
     steps: Annotated[StrictInt, Field(ge=1, le=100_000)] = 100
     batch: Annotated[StrictInt, Field(ge=1, le=100_000)] = 4
     """Windows of a step; whole micro-batches, one at least."""
-    offset_rate: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0125
-    """Of the offsets that are added before rounding, in steps of the grid. Codes flip at half a
-    step, and an offset goes steps × offset_rate / 2 at most."""
+    offset_rate: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.02
+    """Of the offsets that are added before rounding, in steps of the grid. A code flips once its
+    offset has gone half a step, and an offset goes about steps × offset_rate / 2 at most."""
     scale_rate: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 2e-3
     """Of the scales' logarithms."""
     norm_rate: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 1e-3
