@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from jobs.expert_summary import ExpertSummary
+from jobs.logging import log_event
 from jobs.quality_rows import add_quality
 from jobs.quantities import count, size
 from jobs.tuning_summary import TuningSummary
@@ -70,7 +72,7 @@ class Summary:
         unseen_inputs: how many inputs were zero in all of calibration, by layer path.
         experts: None where none is quantized.
         coverage: what calibration showed of the model's inputs; None without texts, or where the
-            token windows are no longer there.
+            token windows are no longer there, or damaged.
         faint_inputs: how many inputs had next to no energy in calibration, by layer path.
         warnings: where calibration showed too little.
         tuning: None where no block was to be trained.
@@ -188,6 +190,11 @@ def _coverage(plan: Plan, store: ObjectStore) -> Coverage | None:
     try:
         return Coverage.read(plan, content)
     except MissingObjectError:
+        return None
+    except DamagedObjectError as error:
+        # What was made of them is finished, and their digest was checked then.
+        text = f"what calibration showed is left out of the summary: {error}"
+        log_event("damaged", text, level=logging.WARNING)
         return None
 
 

@@ -10,6 +10,7 @@ import h5py
 import pytest
 from rich.console import Console
 
+from jobs.logging import configure
 from jobs.plan_summary import plan_table
 from jobs.summary import Summary, summary_table
 from pipeline.errors import DamagedObjectError
@@ -134,6 +135,32 @@ def test_weights_that_are_not_hdf5_are_damaged() -> None:
             wall_seconds=0.0,
             fidelity=None,
         )
+
+
+def test_damaged_token_windows_cost_a_finished_run_only_what_they_showed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    store, whole = finished("gptq")
+    assert whole.coverage is not None
+    plan = planned("gptq").plan
+    assert plan.tokens is not None
+    copy = open_store("memory://test-summary/damaged-windows")
+    for key in store.list():
+        content = store.get(key)
+        copy.put(key, content[:-1] + b"?" if key == plan.tokens.key else content)
+    configure("text")
+    summary = Summary.of(
+        plan,
+        copy,
+        read_manifest(copy),
+        estimate(plan, 1),
+        whole.seconds,
+        wall_seconds=whole.wall_seconds,
+        fidelity=whole.fidelity,
+    )
+    assert summary.coverage is None
+    assert summary.stored_bytes == whole.stored_bytes
+    assert f"{plan.tokens.key} is damaged" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_scheme_without_calibration_has_no_comparison() -> None:
