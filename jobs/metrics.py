@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,7 +63,8 @@ class RunMetrics:
         found = [one.perplexity_ratio for one in fidelity.texts.values()]
         ratios = [ratio for ratio in found if ratio is not None]
         if ratios:
-            worst = max(ratios)
+            # NaN, which compares with nothing, is worse than any number.
+            worst = max(ratios, key=lambda ratio: (math.isnan(ratio), ratio))
             _record("quantfleet_perplexity_ratio", worst, model=self.model, recipe=self.recipe)
 
 

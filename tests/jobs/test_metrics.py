@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
+from functools import partial
 
 import pytest
 
 from jobs.metrics import COUNTERS, GAUGES, RunMetrics, nightly_ended
 from pipeline.executor import ray_cluster
-from pipeline.fidelity import Fidelity
+from pipeline.fidelity import Fidelity, SetFidelity
 from pipeline.run.events import Step
 from pipeline.storage.object_store import open_store
 from tests.pipeline.tiny_runs import NUM_BLOCKS, execute, planned
@@ -54,6 +56,17 @@ def test_a_run_counts_what_it_commits_and_loses(told: Told) -> None:
     assert told.values["quantfleet_perplexity_ratio", "llama", "w4"] == pytest.approx(1.1)
     assert told.values["quantfleet_stage_seconds_total", "llama", "capture"] > 0
     assert told.values["quantfleet_last_block_timestamp_seconds", "llama"] > 1.7e9
+
+
+@pytest.mark.parametrize("names", [("code", "novels"), ("novels", "code")])
+def test_a_set_without_a_number_is_the_worst(told: Told, names: tuple[str, str]) -> None:
+    of_set = partial(SetFidelity, num_windows=1, count=1, source_perplexity=20.0)
+    sets = [
+        of_set(name=name, result_perplexity=result)
+        for name, result in zip(names, (22.0, math.nan), strict=True)
+    ]
+    RunMetrics(model="m", recipe="r").judged(Fidelity(num_windows=0, count=0, sets=tuple(sets)))
+    assert math.isnan(told.values["quantfleet_perplexity_ratio", "m", "r"])
 
 
 def test_a_nightly_pass_says_when_it_ended(told: Told) -> None:
