@@ -7,7 +7,7 @@ nesting). Both are rejected while reading the event stream, before any value is 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -24,6 +24,8 @@ YamlPath = tuple[int | str, ...]
 
 UNION_TAG = "as:"
 """Begins the tags of unions, which pydantic counts among the keys that lead to a value."""
+_KEY = "[key]"
+"""What pydantic puts behind a key that is itself at fault."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +153,11 @@ def describe_mistake(error: ErrorDetails, model: type[BaseModel]) -> str:
         model: the model that was validated.
     """
     loc = error["loc"]
-    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc)
+    is_key = loc[-1:] == (_KEY,)
+    steps = loc[:-2] if is_key else loc
+    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
     path = path.removeprefix(".")
+    path = f"a key of {path}" if is_key else path
     given = repr(error["input"])
     given = f"got {given}" if len(given) <= 80 else f"got {given[:77]}..."
     if error["type"] == "extra_forbidden":
@@ -172,12 +177,15 @@ _MISTAKES = {
     "tuple_type": "{path} must be a list, {given}; write - before each entry",
     "list_type": "{path} must be a list, {given}; write - before each entry",
     "int_type": "{path} must be a whole number, {given}; write it without quotes or a point",
+    "float_type": "{path} must be a number, {given}; write it without quotes, 1e-2 as 1.0e-2",
+    "finite_number": "{path} must be finite, {given}; correct it",
     "bool_type": "{path} must be true or false, {given}; write it without quotes",
     "string_type": "{path} must be text, {given}; put it in quotes",
     "too_short": "{path} is empty; give at least {min_length}",
     "string_too_short": "{path} is empty; give at least {min_length}",
     "too_long": "{path} is too long; at most {max_length} are allowed",
     "string_too_long": "{path} is too long; at most {max_length} are allowed",
+    "greater_than": "{path} must be greater than {gt:g}, {given}; raise it",
     "greater_than_equal": "{path} must be at least {ge}, {given}; raise it",
     "less_than_equal": "{path} must be at most {le}, {given}; lower it",
     "less_than": "{path} must be less than {lt}, {given}; lower it",
@@ -190,9 +198,18 @@ _MISTAKES = {
 def _keys(model: type[BaseModel], loc: YamlPath) -> list[str]:
     """The known keys of the mapping at `loc`, found by following the annotations."""
     for step in loc:
-        if isinstance(step, str) and step in model.model_fields:
-            model = _model_in(model.model_fields[step].annotation) or model
+        if isinstance(step, str):
+            field = model.model_fields.get(step)
+            inner = _extra_of(model) if field is None else field.annotation
+            model = _model_in(inner) or model
     return list(model.model_fields)
+
+
+def _extra_of(model: type[BaseModel]) -> Any:
+    """The type of a model's keys that are no fields; None where it allows none."""
+    if model.model_config.get("extra") != "allow":
+        return None
+    return get_type_hints(model).get("__pydantic_extra__")
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

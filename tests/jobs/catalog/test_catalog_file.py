@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from jobs.catalog.catalog_file import Catalog, CatalogError, parse_catalog, read_catalog
-from jobs.catalog.entries import Export
+from jobs.catalog.entries import Export, TextLimits
 from jobs.cli.listings import catalog_table
 
 HEAD = "root: s3://bucket/fleet\n"
@@ -292,7 +292,7 @@ MISTAKES = {
     "a bad name of a set": (
         "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int8]\n"
         "    evaluate_on: {Novels: s3://b/t.txt}\n",
-        6, "must match ^[a-z0-9]",
+        6, "a key of models[0].evaluate_on must match ^[a-z0-9]",
     ),
     "no set of texts": (
         "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int8]\n    evaluate_on: {}\n",
@@ -368,6 +368,14 @@ def test_a_mistake_is_reported_with_its_line(mistake: str) -> None:
     assert message in said
     assert "secret" not in said
     assert "\n" not in said
+
+
+def test_the_limits_of_tasks_are_not_offered_to_a_set_of_texts() -> None:
+    text, _, _ = MISTAKES["an unknown limit of a set"]
+    with pytest.raises(CatalogError, match="the keys here are ") as caught:
+        parsed(HEAD + text)
+    offered = str(caught.value).partition("the keys here are ")[2].split(", ")
+    assert offered == list(TextLimits.model_fields)
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"a: !!python/object:os.system {}", b"", b"{"])

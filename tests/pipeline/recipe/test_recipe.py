@@ -487,8 +487,10 @@ def test_weighted_texts_come_back_from_plain_values():
 @pytest.mark.parametrize(
     ("old", "new", "line", "message"),
     [
-        ("weight: 2", "weight: 0", 5, "calibration.texts[0].weight"),
-        ("weight: 2", "weight: true", 5, "calibration.texts[0].weight"),
+        ("weight: 2", "weight: 0", 5, "calibration.texts[0].weight must be greater than 0, got 0"),
+        ("weight: 2", "weight: .nan", 5, "calibration.texts[0].weight must be finite, got nan"),
+        ("weight: 2", "weight: true", 5, "calibration.texts[0].weight must be a number, got True"),
+        ("weight: 2", "weight: 1e-2", 5, "got '1e-2'; write it without quotes, 1e-2 as 1.0e-2"),
         ("weight: 2", "wight: 2", 5, "the keys here are url, weight, text_field"),
         ("url: manual.jsonl, ", "", 5, "calibration.texts[0].url is missing; add it"),
         ("{url: manual.jsonl, weight: 2}", "7", 5, "calibration.texts[0] must be text, got 7"),
