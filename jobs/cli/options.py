@@ -63,7 +63,9 @@ Chat = Annotated[
         help="Render conversations by the model's chat template, or take their contents alone.",
     ),
 ]
-Windows = Annotated[int, typer.Option(min=1, help="Token windows of each set to evaluate on.")]
+Windows = Annotated[
+    int, typer.Option(min=1, max=1_000_000, help="Token windows of each set to evaluate on.")
+]
 Source = Annotated[str | None, typer.Option(help="The preset, if it has moved since.")]
 KeepEvery = Annotated[
     int, typer.Option(min=1, help="Save activations to resume from after every so many blocks.")

@@ -50,11 +50,15 @@ def parse_texts(given: Iterable[str]) -> EvaluatedTexts:
     """Texts as the command line takes them: URL, or NAME=URL.
 
     Raises:
-        CalibrationTextError: a name that is not valid, or is given twice.
+        CalibrationTextError: nothing, or a name that is not valid, or is given twice.
     """
     texts: list[str] = []
     sets: dict[str, tuple[str, ...]] = {}
     for one in given:
+        if not one.strip():
+            raise CalibrationTextError(
+                "a text to evaluate on is empty; give a URL, or NAME=URL; is a variable not set?"
+            )
         match = _NAMED.fullmatch(one)
         if match is None:
             texts.append(one)

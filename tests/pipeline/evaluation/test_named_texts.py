@@ -31,6 +31,7 @@ def test_a_name_stands_before_the_first_equals_sign_of_no_url_or_path() -> None:
         (["Novels=a.txt"], "Novels=a.txt: a set of texts is NAME=URL.*write ./Novels=a.txt"),
         (["=a.txt"], "a set of texts is NAME=URL"),
         (["novels="], "a set of texts is NAME=URL"),
+        (["a.txt", " "], "a text to evaluate on is empty; give a URL, or NAME=URL"),
         (["novels=a.txt", "novels=b.txt"], "novels is a.txt already; give each set a name"),
     ],
 )
