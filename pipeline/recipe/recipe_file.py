@@ -139,7 +139,8 @@ def builtin_recipes() -> Mapping[str, Recipe]:
 
 
 def _gptq(weight_bits: int, group_size: int, *, symmetric: bool = False) -> Scheme:
-    # The settings of the lowest output error; each costs time only while quantizing.
+    # The settings of the lowest error, on text like that of the calibration and on other text
+    # (docs/accuracy.md); each costs time only while quantizing.
     return GPTQScheme(
         weight_bits=weight_bits,
         group_size=group_size,
@@ -147,6 +148,7 @@ def _gptq(weight_bits: int, group_size: int, *, symmetric: bool = False) -> Sche
         activation_order=True,
         scale_search=True,
         refinement_sweeps=2,
+        correlation_shrinkage=1.0,
     )
 
 
