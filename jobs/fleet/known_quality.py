@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from jobs.catalog.entries import Gate
 from jobs.catalog.request import EVALUATED_ON, Request, request_key
 from jobs.publish.releases import find_current
 from jobs.publish.verdict import JudgedRun, find_verdict, judged_requests
@@ -15,14 +16,27 @@ from pipeline.storage.object_store import ObjectStore
 def known_fidelity(root: ObjectStore, request: Request, manifest_sha256: str) -> Fidelity | None:
     """A result's quality on what a request names; None if it is not known.
 
+    Nor is it where the gate limits a figure that an older version did not measure.
+
     Args:
         manifest_sha256: of the result.
     """
     for judged in _judged_before(root, request):
         known = judged.manifest_sha256 == manifest_sha256 and judged.quality
         if known and _same_evaluation(root, request, judged):
-            return Fidelity.from_figures(known)
+            fidelity = Fidelity.from_figures(known)
+            if request.gate is None or not _lacks_figures(request.gate, fidelity):
+                return fidelity
     return None
+
+
+def _lacks_figures(gate: Gate, fidelity: Fidelity) -> bool:
+    return any(
+        gate.of_set(name).max_divergence_p99 is not None
+        and of_texts.divergence is not None
+        and of_texts.divergence_p99 is None
+        for name, of_texts in fidelity.texts.items()
+    )
 
 
 def _judged_before(root: ObjectStore, request: Request) -> Iterator[JudgedRun]:
