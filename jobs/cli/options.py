@@ -26,7 +26,10 @@ Dashboard = Annotated[
     str, typer.Option(help="Dashboard of the Ray cluster, such as http://head:8265.")
 ]
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="Workers; default: one per node, or one per GPU.")
+    int | None,
+    typer.Option(
+        min=1, help="Workers; default: one per node, or as many as its GPUs are enough for."
+    ),
 ]
 Threads = Annotated[
     int | None,

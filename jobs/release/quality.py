@@ -82,7 +82,9 @@ def _flat(values: Any, inside: str) -> Iterator[tuple[str, Any]]:
     pairs = values.items() if isinstance(values, Mapping) else enumerate(values)
     for name, value in pairs:
         label = f"{inside}{_MEASURED_ON.get(str(name), str(name).replace('_', ' '))}"
-        if isinstance(value, Mapping | list | tuple):
+        if name == "sets" and not inside:
+            yield from _flat(value, inside)  # each under its own name, as its figures are
+        elif isinstance(value, Mapping | list | tuple):
             yield from _flat(value, f"{label}: ")
         else:
             yield label, value

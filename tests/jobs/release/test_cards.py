@@ -16,6 +16,7 @@ from jobs.release.loading import Place
 from jobs.release.model_card import CardSettings, model_card
 from jobs.release.quality import measured_on
 from pipeline.export.manifest import EXPORT_KEY
+from pipeline.fidelity import Fidelity, SetFidelity
 from pipeline.plain.run import carry_out, make_plan
 from pipeline.recipe.recipe import Calibration, Recipe, Rule
 from pipeline.run.commits import damaged_files, read_manifest
@@ -298,6 +299,26 @@ def test_figures_that_this_version_does_not_know_are_told(run: ObjectStore) -> N
     assert (compared, 14) in measured_on(one)
     on_tasks_alone = dataclasses.replace(one, figures={**figures, "count": 0})
     assert compared not in dict(measured_on(on_tasks_alone))
+
+
+def test_a_card_says_of_each_set_of_texts_what_it_was_and_what_was_found(run: ObjectStore) -> None:
+    evaluate(run)
+    read = read_run(run, run.root_url)
+    [one] = read.evaluations
+    novels = SetFidelity(name="novels", num_windows=3, count=21, divergence=0.25)
+    on_sets = dataclasses.replace(
+        one,
+        measured_on={"sets": {"novels": {"num_windows": 3, "texts_sha256": "ab" * 32}}},
+        figures=Fidelity(num_windows=0, count=0, sets=(novels,)).figures(),
+    )
+    read = dataclasses.replace(read, evaluations=(on_sets,))
+    card = model_card(artifact_contents(read), CardSettings(), Place(folder="artifact")).decode()
+    assert "| novels: KL divergence, mean, nats a token | – | 0.25 | – |" in card
+    assert dict(measured_on(on_sets)) == {
+        "novels: windows": 3,
+        "novels: SHA-256 of the texts": "ab" * 32,
+    }
+    assert "\nnovels: windows: 3,\nnovels: SHA-256 of the texts: `abab" in card
 
 
 def test_a_plain_keras_model_gets_a_card_too(tmp_path: Path) -> None:
