@@ -121,17 +121,23 @@ def _check_gpus(nodes: Sequence[NodeResources], spec: ComputeSpec) -> None:
 
 
 def _gpus_each(nodes: Sequence[NodeResources], spec: ComputeSpec) -> int:
-    """GPUs of each worker: of each node an equal part, and the largest that leaves enough."""
+    """GPUs of each worker: of each node an equal part, and the largest that leaves enough.
+
+    Nodes without the CPUs for a worker do not count, since none can be there.
+    """
     if spec.gpus_per_worker is not None:
         return spec.gpus_per_worker
+    threads = spec.threads or 1
+    nodes = [node for node in nodes if node.cpus >= threads]
     numbers = {node.gpus for node in nodes}
-    if len(numbers) > 1:
+    if len(numbers) != 1:
         return 1
-    most = max(numbers)
+    [most] = numbers
     fitting = (
         number
         for number in range(most, 1, -1)
-        if most % number == 0 and len(nodes) * (most // number) >= (spec.workers or 1)
+        if most % number == 0
+        and sum(_room(node, threads, number) for node in nodes) >= (spec.workers or 1)
     )
     return next(fitting, 1)
 

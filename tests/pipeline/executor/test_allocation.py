@@ -52,6 +52,12 @@ L4 = NodeResources(cpus=4, gpus=2, memory_bytes=16 * GIB, accelerator="L4")
         ([TWO_GPUS, EIGHT], ComputeSpec(threads=8), (1, 8, 2)),
         ([NodeResources(cpus=1, gpus=4), TWO], ComputeSpec(), (1, 1, 4)),
         ([NodeResources(cpus=0, gpus=1), ONE_GPU], ComputeSpec(), (1, 8, 1)),
+        # Nodes without CPUs for a worker do not decide how many GPUs each gets.
+        ([NodeResources(cpus=0, gpus=8), EIGHT_GPUS], ComputeSpec(workers=2), (2, 32, 4)),
+        ([NodeResources(cpus=0, gpus=8), TWO_GPUS], ComputeSpec(), (1, 8, 2)),
+        ([NodeResources(cpus=1, gpus=8), EIGHT_GPUS], ComputeSpec(workers=2), (2, 1, 8)),
+        ([NodeResources(cpus=1, gpus=8), EIGHT_GPUS], ComputeSpec(workers=2, threads=2), (2, 2, 4)),
+        ([NodeResources(cpus=1, gpus=8)] * 2, ComputeSpec(workers=2), (2, 1, 8)),
         ([H100, H100, L4], ComputeSpec(accelerator="H100"), (2, 8, 1)),
     ],
 )
