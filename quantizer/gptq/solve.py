@@ -87,6 +87,7 @@ class SharedInput:
             H_kk. Without a factor nothing is corrected. An input that calibration never saw costs
             what the others do on average: it may well be used by other text.
         path: how it was factored, and all of it is solved.
+        dead_inputs, faint_inputs: as in `SolvedRows`.
     """
 
     hessian: HessianSum
@@ -95,6 +96,8 @@ class SharedInput:
     damped: Blocks
     energy_C: Float32
     path: Path
+    dead_inputs: int
+    faint_inputs: int
 
     def on_device(self, device: jax.Device) -> SharedInput:
         """The same on another device; the undamped Hessian only if solving reads it."""
@@ -120,7 +123,8 @@ def share_input(hessian: HessianSum, scheme: GPTQScheme) -> SharedInput:
         shifted=path.factorize,
     )
     damped: Blocks = ()
-    energy_C: Float32 = hessian.diagonal() * np.float32(2 / hessian.num_rows)
+    diagonal_C = hessian.diagonal()
+    energy_C: Float32 = diagonal_C * np.float32(2 / hessian.num_rows)
     dead_C = energy_C == 0
     if factor is not None:
         pivot_C = np.empty(factor.order_C.shape[0], np.float32)
@@ -129,8 +133,16 @@ def share_input(hessian: HessianSum, scheme: GPTQScheme) -> SharedInput:
         if scheme.refinement_sweeps:
             rows = jnp.float32(hessian.num_rows)
             damped = path.damp(jnp.asarray(hessian.gram_CC), rows, factor.shift)
-    energy_C = energy_with_unseen(energy_C, dead_C)
-    return SharedInput(hessian, scheme, factor, damped, energy_C, path)
+    return SharedInput(
+        hessian,
+        scheme,
+        factor,
+        damped,
+        energy_with_unseen(energy_C, dead_C),
+        path,
+        dead_inputs=int(np.sum(diagonal_C == 0)),
+        faint_inputs=count_faint(diagonal_C),
+    )
 
 
 def grid_of(weight_RC: Float32, energy_RC: Float32, scheme: GPTQScheme, scale_dtype: str) -> Grid:
@@ -202,8 +214,7 @@ def solve_on_grid(
         jnp.asarray(stacked([grid.scale_RG], band, filling=1.0)),
         jnp.asarray(stacked([grid.zero_RG], band)),
     )
-    dead_inputs = int(np.sum(shared.hessian.diagonal() == 0))
-    return _solve_columns(columns, shared, [len(weight_RC)], dead_inputs, refit)[0]
+    return _solve_columns(columns, shared, [len(weight_RC)], refit)[0]
 
 
 def _refit(shared: SharedInput, group_size: int, scale_dtype: str) -> Refit | None:
@@ -223,7 +234,6 @@ def _solve_columns(
     columns: Columns,
     shared: SharedInput,
     heights: Sequence[int],
-    dead_inputs: int,
     refit: Refit | None,
 ) -> list[SolvedRows]:
     """Solve a stack of slices of these heights."""
@@ -236,15 +246,14 @@ def _solve_columns(
         columns = columns.with_scales(scale_GR)
     group_C, scale_GR, zero_GR = jax.device_get(columns[1:])
     ends = np.cumsum(heights)
-    faint_inputs = count_faint(hessian.diagonal())
     return [
         SolvedRows(
             solved=part,
             grid=Grid(scale_GR.T[b - height : b], zero_GR.T[b - height : b], group_C),
             damping=None if factor is None else factor.damping,
-            dead_inputs=dead_inputs,
+            dead_inputs=shared.dead_inputs,
             num_rows=hessian.num_rows,
-            faint_inputs=faint_inputs,
+            faint_inputs=shared.faint_inputs,
         )
         for part, b, height in zip(
             split(jax.device_get(solved), heights), ends, heights, strict=True
@@ -285,9 +294,8 @@ def solve_slices(
             columns = Columns(weight_CR, jnp.asarray(group_C), *grid)
             heights = [len(weight_RC) for weight_RC in weights]
             refit = _refit(copies[place], scheme.group_size, rows[0].scale_dtype)
-            return _solve_columns(columns, copies[place], heights, dead_inputs, refit)
+            return _solve_columns(columns, copies[place], heights, refit)
 
-    dead_inputs = int(np.sum(shared.hessian.diagonal() == 0))
     with ThreadPoolExecutor(_CONCURRENT_SLICES * len(copies)) as pool:
         solved = list(pool.map(solve_stack, range(len(packs)), packs))
     by_number = {

@@ -100,6 +100,8 @@ def run(
 
 def main(scheme: str) -> None:
     assert jax.device_count() == 4, jax.devices()
+    # What is computed on one device with an array of another would copy it without saying so.
+    jax.config.update("jax_transfer_guard_device_to_device", "disallow")
     solve._LARGEST_SLICE = 32
     found = {
         "1 device": run(scheme, 1, 1),
