@@ -58,9 +58,7 @@ class BlockWeights:
 
     def _copied(self, arrays: Sequence[Array], device: int) -> list[Array]:
         """The arrays on another device, of which only new ones are copied."""
-        held, copies = set(map(id, self._held.values())), self._copies[device - 1]
-        for gone in copies.keys() - held:
-            del copies[gone]  # before others take their place
+        copies = self._copies[device - 1]
         due = [array for array in arrays if id(array) not in copies]
         for array, copy in zip(due, self._devices.copied(due, device), strict=True):
             copies[id(array)] = array, copy
@@ -96,7 +94,7 @@ class BlockWeights:
         if not self._keeps_float:
             # Before others take their place.
             for variable in due:
-                self._held.pop((variable.path, variable.path not in changed), None)
+                self._forget(variable.path, variable.path not in changed)
         unsolved = [v for v in due if v.path not in changed]
         for variable, array in zip(unsolved, place_weights(unsolved, values), strict=True):
             self._held[variable.path, False] = array
@@ -110,6 +108,12 @@ class BlockWeights:
                 kernel = _decoded(target, layer, stored, values[variable.path].dtype, variable)
                 self._held[variable.path, True] = kernel
         return [self._held[one] for one in wanted]
+
+    def _forget(self, path: str, changed: bool) -> None:
+        """Give the memory of a variable back on every device; copies refer to what they are of."""
+        gone = self._held.pop((path, changed), None)
+        for copies in self._copies:
+            copies.pop(id(gone), None)
 
     def free(self) -> None:
         """Give the devices' memory back, once a block is left."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,6 +99,28 @@ def test_a_run_sends_each_array_once_and_then_the_layers_that_are_solved(
     assert sent.decoded == len(kernels)
     assert not kernels.intersection(sent.placed)
     assert len(sent.placed) == sum(sizes[:2]) - len(kernels)
+
+
+def test_float_kernels_are_gone_from_all_devices_before_codes_take_their_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, stored = state("int8"), {path: x.variables for path, x in solved(0).items()}
+    values, variables = model.read(1), model.graph.blocks[0].layer.weights
+    held = BlockWeights(model, Devices(jax.devices() * 3))
+    kernels = {model.targets(1)[path].kernel_path for path in stored}
+    arrays = [weakref.ref(a) for one in held.on_each(0, values, {}) for a in one]
+    paths = [variable.path for variable in variables] * 3
+    left: list[int] = []
+    decode = block_weights.decode_on_device
+
+    def decoding(*args: Any) -> Any:
+        known = zip(paths, arrays, strict=True)
+        left.append(sum(array() is not None for path, array in known if path in kernels))
+        return decode(*args)
+
+    monkeypatch.setattr(block_weights, "decode_on_device", decoding)
+    held.on_each(0, values, stored)
+    assert left == [0] * len(kernels)
 
 
 def test_weights_depend_on_the_block_and_what_is_solved_alone(sent: Sent) -> None:
