@@ -132,7 +132,7 @@ def estimate(plan: Plan, workers: int, gpus: int = 1) -> Estimate:
 
     All are taken to hold calibration shards for themselves.
     """
-    devices = workers * max(1, gpus)
+    gpus = max(1, gpus)
     blocks = plan.parts[1:]
     tokens = plan.tokens
     num_tokens = 0 if tokens is None else tokens.num_samples * tokens.sequence_length
@@ -148,8 +148,8 @@ def estimate(plan: Plan, workers: int, gpus: int = 1) -> Estimate:
         activation_bytes=num_tokens * hidden_features(plan) * _activation_bytes(plan) * streams,
         worker_bytes=_worker_bytes(plan, workers),
         held_bytes=0 if tokens is None else _calibration(plan, workers).activation_bytes,
-        device_held_bytes=0 if tokens is None else _calibration(plan, devices).activation_bytes,
-        device_bytes=0 if plan.device == "cpu" else _device_bytes(plan, devices, gpus),
+        device_held_bytes=0 if tokens is None else _calibration(plan, workers, gpus).activation_bytes,
+        device_bytes=0 if plan.device == "cpu" else _device_bytes(plan, workers, gpus),
         micro_batch_bytes=0 if tokens is None else _calibration(plan, workers).transient_bytes,
         # Every layer runs once, on the output of the quantized ones before it; and in float.
         forward_flops=float(
@@ -217,11 +217,11 @@ def _worker_bytes(plan: Plan, workers: int) -> int:
     )
 
 
-def _device_bytes(plan: Plan, devices: int, together: int) -> int:
+def _device_bytes(plan: Plan, workers: int, gpus: int) -> int:
     """The peak of a GPU, where activations stay between the stages of a block.
 
     Args:
-        devices: of all workers; together: of one.
+        gpus: of each worker.
     """
     # Part by part, each array once; a layer is decoded in float32 before it takes its place.
     layer = max(x.in_features * x.num_rows for part in plan.parts for x in part.layers)
@@ -233,9 +233,9 @@ def _device_bytes(plan: Plan, devices: int, together: int) -> int:
     )
     if plan.tokens is None:
         return DEVICE_PROGRAMS_BYTES + weights + solve
-    held = _calibration(plan, devices)
+    held = _calibration(plan, workers, gpus)
     # The levels of the tree, and a sum that another GPU of the worker has sent.
-    sums = held.levels + (together > 1)
+    sums = held.levels + (gpus > 1)
     grams = int((_DEVICE_GRAM_COPIES + _HELD_GRAM * sums) * held.gram_bytes)
     grams += int((_DEVICE_GRAM_COPIES + sums) * DRIFT_GRAMS * held.drift_bytes)
     solve += int((_CORRECTING_GRAMS + DRIFT_GRAMS) * held.drift_bytes)
@@ -251,7 +251,7 @@ def _device_bytes(plan: Plan, devices: int, together: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Calibration:
-    """What calibrating a block needs besides its weights, of the worker that holds most.
+    """What calibrating a block needs besides its weights, of the worker or GPU that holds most.
 
     Attributes:
         gram_bytes: of the largest Gram.
@@ -273,10 +273,13 @@ class _Calibration:
     tuning_bytes: int
 
 
-def _calibration(plan: Plan, workers: int) -> _Calibration:
+def _calibration(plan: Plan, workers: int, gpus: int = 1) -> _Calibration:
+    """Of one of the workers' GPUs, where several of a worker share what it holds."""
     tokens = plan.tokens
     assert tokens is not None
-    held = max(sum(map(len, share)) for share in split(len(tokens.shards), workers))
+    # As the driver shares them out, and then each worker.
+    of_workers = (sum(map(len, share)) for share in split(len(tokens.shards), workers))
+    held = max(sum(map(len, share)) for number in of_workers for share in split(number, gpus))
     windows = held * max(stop - start for start, stop in tokens.shards)
     hidden = hidden_features(plan)
     # Inputs that experts have of their own are not kept.

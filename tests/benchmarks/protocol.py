@@ -21,7 +21,6 @@ from typing import Any
 import pipeline.run.commits
 import pipeline.run.driver
 import pipeline.weights.digests
-import pipeline.worker.model_state
 from pipeline.recipe.recipe_file import load_recipe
 from pipeline.remote_planning import plan_run
 from pipeline.run import activations, lease

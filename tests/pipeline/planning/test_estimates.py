@@ -238,6 +238,17 @@ def test_the_gpus_of_a_worker_share_its_activations() -> None:
     assert beside.worker_bytes == two.worker_bytes + two.held_bytes
 
 
+def test_a_gpu_s_windows_are_those_that_its_worker_gives_it() -> None:
+    """Eight shards are 4, 2 and 2 of three workers, and of three GPUs; those of a worker 2, 1, 1."""
+    plan = dataclasses.replace(planned("gptq").plan, machine={"platform": "gpu", "device": "H100"})
+    assert plan.tokens is not None
+    tokens = dataclasses.replace(plan.tokens, shards=tuple((i, i + 1) for i in range(8)))
+    plan = dataclasses.replace(plan, tokens=tokens)
+    one = estimate(plan, 8).held_bytes
+    held = {(w, g): estimate(plan, w, g).device_held_bytes // one for w in (1, 3) for g in (1, 3)}
+    assert held == {(1, 1): 8, (1, 3): 4, (3, 1): 4, (3, 3): 2}
+
+
 def test_the_float_model_s_activations_count() -> None:
     plan = planned("gptq").plan
     alone, both = estimate(plan, 1), estimate(correcting_drift(plan), 1)
