@@ -66,6 +66,9 @@ DEVICE_PROGRAMS_BYTES = 512 << 20
 # of rows, with seven arrays of their columns each.
 _FACTORED_HESSIANS, _SOLVED_HESSIANS = 4, 3
 _BAND_ARRAYS = 2 * 7
+# To refit scales, two slices at once each hold the Hessian's rows of so many inputs, or of a whole
+# group's, two and a half times (`quantizer.gptq.refit`).
+_REFIT_UNIT, _REFIT_COPIES = 512, 2 * 2.5
 # Micro-batches that are brought to the device or back while another one is computed.
 _IN_FLIGHT = 2
 # A shard's Gram and a micro-batch's, without the gaps that memory on the host has.
@@ -148,7 +151,9 @@ def estimate(plan: Plan, workers: int, gpus: int = 1) -> Estimate:
         activation_bytes=num_tokens * hidden_features(plan) * _activation_bytes(plan) * streams,
         worker_bytes=_worker_bytes(plan, workers),
         held_bytes=0 if tokens is None else _calibration(plan, workers).activation_bytes,
-        device_held_bytes=0 if tokens is None else _calibration(plan, workers, gpus).activation_bytes,
+        device_held_bytes=0
+        if tokens is None
+        else _calibration(plan, workers, gpus).activation_bytes,
         device_bytes=0 if plan.device == "cpu" else _device_bytes(plan, workers, gpus),
         micro_batch_bytes=0 if tokens is None else _calibration(plan, workers).transient_bytes,
         # Every layer runs once, on the output of the quantized ones before it; and in float.
@@ -378,7 +383,10 @@ def _read_bytes(plan: Plan) -> int:
 def _solve_size(part: PartPlan) -> int:
     """The largest weight and Hessian of one solve, in numbers."""
     kernels = {x.name: x for x in part.layers if x.scheme and x.kind == "kernel"}
-    sizes = [(x.in_features, x.num_rows + _shrunk_rows(x)) for x in kernels.values()]
+    sizes = [
+        (x.in_features, x.num_rows + -(-_beside_solve(x) // _SOLVE_COPIES))
+        for x in kernels.values()
+    ]
     # Layers that share foldable input scales are solved at once.
     folded = [group for group in part.groups if group.fold is not None]
     sizes += [(g.in_features, sum(kernels[n].out_features for n in g.targets)) for g in folded]
@@ -389,11 +397,19 @@ def _solve_size(part: PartPlan) -> int:
     return max(solved, default=0)
 
 
-def _shrunk_rows(layer: LayerPlan) -> int:
-    """The Hessian with less correlation, which is held once, as rows of the weight."""
-    scheme = layer.scheme
-    shrinks = isinstance(scheme, GPTQScheme) and scheme.correlation_shrinkage > 0
-    return -(-layer.in_features // _SOLVE_COPIES) if shrinks else 0
+def _beside_solve(layer: LayerPlan) -> int:
+    """What solving a layer holds beside its weight and Hessian, in numbers for each input.
+
+    That is the Hessian with less correlation, and what refits its scales.
+    """
+    scheme, inputs = layer.scheme, layer.in_features
+    if not isinstance(scheme, GPTQScheme):
+        return 0
+    beside = inputs if scheme.correlation_shrinkage else 0
+    if scheme.scale_refit:
+        unit = inputs if scheme.group_size == -1 else max(scheme.group_size, _REFIT_UNIT)
+        beside += int(_REFIT_COPIES * min(unit, inputs))
+    return beside
 
 
 def _banded_size(part: PartPlan) -> int:
@@ -401,8 +417,8 @@ def _banded_size(part: PartPlan) -> int:
     kernels = [x for x in part.layers if isinstance(x.scheme, GPTQScheme) and x.kind == "kernel"]
     inputs = max((x.in_features for x in kernels), default=0)
     banded = _SOLVED_HESSIANS * inputs + _BAND_ARRAYS * GPU_BAND
-    shrunk = inputs if any(map(_shrunk_rows, kernels)) else 0
-    return inputs * (shrunk + max(_FACTORED_HESSIANS * inputs, banded))
+    beside = max(map(_beside_solve, kernels), default=0)
+    return inputs * (beside + max(_FACTORED_HESSIANS * inputs, banded))
 
 
 def _solve_flops(part: PartPlan) -> float:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import jax
 import pytest
 
 from pipeline.executor.protocol import Allocation
@@ -21,6 +23,8 @@ from pipeline.planning.make_plan import make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.storage.object_store import open_store
 from quantizer.experts import num_expert_ranges
+from quantizer.gptq.column_loop import Columns
+from quantizer.gptq.refit import _refit_unit, unit_size
 from quantizer.schemes import Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
 from tests.benchmarks import expert_memory
 from tests.families.tiny_families import FAMILIES, shared_family, tiny_family
@@ -238,8 +242,56 @@ def test_the_gpus_of_a_worker_share_its_activations() -> None:
     assert beside.worker_bytes == two.worker_bytes + two.held_bytes
 
 
+@pytest.mark.parametrize("group_size", [-1, 128])
+def test_what_refits_scales_counts(group_size: int) -> None:
+    """As the compiler reports it, for two slices at once of the widest layer."""
+    inputs, rows = 1024, 256
+    plan = dataclasses.replace(planned("gptq").plan, machine={"platform": "gpu", "device": "H100"})
+    scheme = GPTQScheme(group_size=group_size, refinement_sweeps=1)
+
+    def device_bytes(**changed: Any) -> int:
+        wanted = dataclasses.replace(scheme, **changed)
+        layers = tuple(
+            dataclasses.replace(
+                x, in_features=inputs, scheme=wanted if isinstance(x.scheme, GPTQScheme) else None
+            )
+            for x in plan.parts[1].layers
+        )
+        parts = (plan.parts[0], dataclasses.replace(plan.parts[1], layers=layers))
+        return estimate(dataclasses.replace(plan, parts=parts), 1).device_bytes
+
+    number, groups = jax.ShapeDtypeStruct((), "float32"), 1 if group_size == -1 else 8
+    columns = Columns(
+        jax.ShapeDtypeStruct((inputs, rows), "float32"),
+        jax.ShapeDtypeStruct((inputs,), "int32"),
+        *[jax.ShapeDtypeStruct((groups, rows), "float32")] * 2,
+    )
+    size = inputs if group_size == -1 else unit_size(group_size)
+    compiled = (
+        jax.jit(inspect.unwrap(_refit_unit), static_argnames=("size", "group_size", "scale_dtype"))
+        .lower(
+            columns,
+            columns.weight_PR,
+            jax.ShapeDtypeStruct((inputs, inputs), "float32"),
+            *[number] * 2,
+            jax.ShapeDtypeStruct((rows,), "float32"),
+            0,
+            15.0,
+            size=size,
+            group_size=inputs if group_size == -1 else group_size,
+            scale_dtype="float32",
+        )
+        .compile()
+    )
+    # Beside arrays of the slice's columns, which every solve has.
+    temporary = compiled.memory_analysis().temp_size_in_bytes - 4 * 4 * size * rows
+    counted = device_bytes(scale_refit=True) - device_bytes()
+    assert 0.5 * counted < 2 * temporary <= counted
+    assert device_bytes(scale_refit=True, correlation_shrinkage=1.0) > device_bytes() + counted
+
+
 def test_a_gpu_s_windows_are_those_that_its_worker_gives_it() -> None:
-    """Eight shards are 4, 2 and 2 of three workers, and of three GPUs; those of a worker 2, 1, 1."""
+    """Eight shards are 4, 2 and 2 of three workers, and of a worker's GPUs; four are 2, 1 and 1."""
     plan = dataclasses.replace(planned("gptq").plan, machine={"platform": "gpu", "device": "H100"})
     assert plan.tokens is not None
     tokens = dataclasses.replace(plan.tokens, shards=tuple((i, i + 1) for i in range(8)))
