@@ -160,6 +160,12 @@ class TestRefusedWhilePlanning:
     def test_another_dtype(self, folder):
         self.refuse(RecipeError, "leave dtype out", folder, recipe(folder, dtype="bfloat16"))
 
+    def test_what_needs_blocks(self, folder):
+        self.refuse(RecipeError, "leave tuning out", folder, recipe(folder, tuning={"steps": 1}))
+        drifting = GPTQScheme(weight_bits=3, group_size=8, drift_correction=0.5)
+        expected = "drift_correction is 0.5 for shared.*no drift to correct; leave it out"
+        self.refuse(RecipeError, expected, folder, recipe(folder, scheme=drifting))
+
     def test_a_small_share_of_what_is_asked_for(self, folder):
         int8 = builtin_recipes()["int8"]
         expected = "10% of the weights.*large and its like .*Conv2D.*--allow-partial"
