@@ -186,6 +186,9 @@ class Calibration(BaseModel):
         return values
 
 
+_Rate = Annotated[float, Field(ge=0, le=1, strict=True, allow_inf_nan=False)]
+
+
 class Tuning(BaseModel):
     """How each block is trained once its layers are solved (see `quantizer.tuning`).
 
@@ -197,12 +200,12 @@ class Tuning(BaseModel):
     steps: Annotated[StrictInt, Field(ge=1, le=100_000)] = 100
     batch: Annotated[StrictInt, Field(ge=1, le=100_000)] = 4
     """Windows of a step; whole micro-batches, one at least."""
-    offset_rate: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.02
+    offset_rate: _Rate = 0.02
     """Of the offsets that are added before rounding, in steps of the grid. A code flips once its
     offset has gone half a step, and an offset goes about steps × offset_rate / 2 at most."""
-    scale_rate: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 2e-3
+    scale_rate: _Rate = 2e-3
     """Of the scales' logarithms."""
-    norm_rate: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 1e-3
+    norm_rate: _Rate = 1e-3
     """Of the norms' weights, relative to their size."""
 
     @model_validator(mode="after")

@@ -522,6 +522,8 @@ def test_tuning_is_kept_and_not_mentioned_where_there_is_none(tuning):
         ("gptq", {"offset_rate": 0, "scale_rate": 0, "norm_rate": 0}, "every learning rate is 0"),
         ("gptq", {"steps": 0}, "tuning.steps"),
         ("gptq", {"scale_rate": 2}, "tuning.scale_rate"),
+        ("gptq", {"norm_rate": True}, "tuning.norm_rate"),
+        ("gptq", {"norm_rate": "0.5"}, "tuning.norm_rate"),
         ("gptq", {"rate": 1}, "tuning.rate"),
     ],
 )
