@@ -85,6 +85,11 @@ class LayerPlan:
         """Whether it is solved for the outputs that it has in the float model."""
         return isinstance(self.scheme, GPTQScheme) and self.scheme.drift_correction > 0
 
+    @property
+    def is_trainable(self) -> bool:
+        """Whether tuning trains it, where its block is tuned."""
+        return isinstance(self.scheme, GPTQScheme) and not self.experts
+
 
 @dataclass(frozen=True, kw_only=True)
 class Share:

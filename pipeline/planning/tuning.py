@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pipeline.errors import RecipeError
 from pipeline.plan import LayerPlan, PartPlan, Plan
 from pipeline.recipe.recipe import Recipe
-from quantizer.schemes import GPTQScheme
 
 _FLOAT_BYTES = 4
 # Of a weight, in float32: its offset, two moments, the gradient's sum and its next term, the
@@ -32,7 +31,7 @@ def check_trained(recipe: Recipe, blocks: Sequence[Sequence[LayerPlan]]) -> None
     Raises:
         RecipeError: says what tuning is for.
     """
-    if recipe.tuning is None or any(_is_trained(x) for layers in blocks for x in layers):
+    if recipe.tuning is None or any(x.is_trainable for layers in blocks for x in layers):
         return
     raise RecipeError(
         f"recipe {recipe.name}: tuning trains layers of blocks that gptq has solved, other than "
@@ -56,7 +55,7 @@ def judged_windows(plan: Plan) -> int:
 
 def trained_weights(part: PartPlan) -> int:
     """Weights of a block that are trained; norms are none to speak of."""
-    return sum(layer.num_weights for layer in part.layers if _is_trained(layer))
+    return sum(layer.num_weights for layer in part.layers if layer.is_trainable)
 
 
 def tuning_bytes(plan: Plan, largest_array_bytes: int) -> int:
@@ -89,7 +88,3 @@ def tuning_window_bytes(plan: Plan, window_bytes: int) -> int:
     tokens = plan.tokens
     used = min(trained_windows(plan), tokens.num_samples - tokens.num_held_back)
     return 2 * (used + tokens.num_held_back) * window_bytes
-
-
-def _is_trained(layer: LayerPlan) -> bool:
-    return isinstance(layer.scheme, GPTQScheme) and not layer.experts

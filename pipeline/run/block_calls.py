@@ -92,10 +92,13 @@ class BlockCalls:
     ) -> list[SolvedLayers]:
         """Have a solved block trained, if the recipe asks for it; returns what becomes of it.
 
+        A block without a layer to train stays as it was solved.
+
         One worker trains, and all windows go there: they travel once, where a gradient, as large as
         the block in float32, would travel in every step. So no bit depends on who holds which.
         """
-        if self.plan.recipe.tuning is None:
+        trained = any(layer.is_trainable for layer in self.plan.parts[block + 1].layers)
+        if self.plan.recipe.tuning is None or not trained:
             return list(solved)
         windows = [
             self._submit(worker, WorkerApi.windows, block, shards, values)

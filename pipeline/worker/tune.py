@@ -85,8 +85,9 @@ class _Forms:
         kernels = []
         for target in block.targets:
             layer, scheme = planned[target.path], planned[target.path].scheme
-            if not isinstance(scheme, GPTQScheme) or target.num_experts:
+            if not layer.is_trainable:
                 continue
+            assert isinstance(scheme, GPTQScheme)
             form = KernelForm(
                 place=places[target.kernel_path],
                 shape=kernel_layout(target.layer).shape,

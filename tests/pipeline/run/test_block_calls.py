@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from pipeline.plan import LayerPlan
-from pipeline.run.block_calls import share_out
-from quantizer.schemes import GPTQScheme
+from pipeline.recipe.recipe import Calibration, Recipe, Tuning
+from pipeline.run.block_calls import BlockCalls, share_out
+from pipeline.run.worker_api import SolvedLayer
+from quantizer.schemes import GPTQScheme, Int8Scheme
+from tests.pipeline.local_executor import LocalExecutor
+from tests.pipeline.planning.small_plans import GPTQ, plan, with_layers
 
 
 def layers(*rows_and_slices: tuple[int, int]) -> list[LayerPlan]:
@@ -42,3 +48,14 @@ def test_every_slice_has_one_worker_and_all_have_about_the_same(workers: int) ->
     assert max(loads) - min(loads) <= 512
     if workers == 1:
         assert cut == [{}]
+
+
+def test_a_block_with_nothing_to_train_sends_no_windows() -> None:
+    recipe = Recipe(
+        name="small", scheme=GPTQ, calibration=Calibration(texts=("a",)), tuning=Tuning()
+    )
+    given = with_layers(dataclasses.replace(plan(), recipe=recipe), scheme=Int8Scheme())
+    solved = [[SolvedLayer(path="up", variables={}, report={})]]
+    # These workers have no method to call.
+    calls = BlockCalls(given, LocalExecutor([object(), object()]), [[range(2)], [range(2, 4)]])
+    assert calls.tune(0, {}, solved) == solved
