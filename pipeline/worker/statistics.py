@@ -139,6 +139,11 @@ def on_device(total: InputSum, device: Any) -> InputSum:
     return _moved(total, lambda arrays: jax.device_put(arrays, device))
 
 
+def made(total: InputSum) -> InputSum:
+    """A sum, once nothing of it is still to be computed."""
+    return _moved(total, jax.block_until_ready)
+
+
 def in_numpy(total: InputSum) -> InputSum:
     """A sum that may be sent to another process."""
     return _moved(total, lambda arrays: map(np.asarray, arrays))

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -58,6 +57,7 @@ from pipeline.worker.statistics import (
     in_numpy,
     joined,
     judged_drift,
+    made,
     merged,
     of_experts,
     sum_inputs,
@@ -157,8 +157,7 @@ class Worker(WorkerApi):
         self._shards.check(subtree, block)
         total = self._devices.reduce(subtree, self._shards.device_of, leaf, merged)
         # What fails, or takes long, shows here, and not where the sum is used.
-        jax.block_until_ready(total.arrays)
-        return self._sums.put(name, total)
+        return self._sums.put(name, made(total))
 
     @device_errors()
     def merge(self, left: HeldSum, right: HeldSum, sent: InputSum | None = None) -> HeldSum:

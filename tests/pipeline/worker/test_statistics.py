@@ -19,6 +19,7 @@ from pipeline.worker.statistics import (
     finished,
     in_numpy,
     judged_drift,
+    made,
     merged,
     sum_inputs,
 )
@@ -118,3 +119,24 @@ def test_drifts_are_summed_apart_from_those_that_are_held_back(
 
 def test_without_drift_nothing_is_judged() -> None:
     assert judged_drift(summed("hessian", 0)) is None
+
+
+def test_a_sum_is_made_once_all_that_is_summed_beside_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    captured, *_ = drifted(range(2))
+    group = InputGroup(targets=("dense",), in_features=24, statistics="hessian")
+    total = sum_inputs(captured, group, (-2, -1))
+    held_back = total.held_back
+    assert held_back is not None
+    awaited: list[int] = []
+
+    def wait_for(arrays: list[Any]) -> list[Any]:
+        awaited.extend(map(id, arrays))
+        return arrays
+
+    monkeypatch.setattr(jax, "block_until_ready", wait_for)
+    made(total)
+    arrays = (*total.arrays, *total.drift, *held_back.arrays, *held_back.drift)
+    assert sorted(awaited) == sorted(map(id, arrays))
+    assert len(arrays) == 5
