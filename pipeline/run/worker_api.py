@@ -79,6 +79,11 @@ class TunedBlock:
     floats: dict[str, NDArray[Any]]
     record: TuningRecord | None
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether it is other than it was solved."""
+        return self.record is not None and self.record.kept == "tuned"
+
 
 SolvedLayers: TypeAlias = Sequence[SolvedLayer] | TunedBlock
 """Results for some layers of a block, or for all of it."""

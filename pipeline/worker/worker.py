@@ -281,7 +281,7 @@ class Worker(WorkerApi):
         self, block: int, shards: Sequence[int], values: Values, *solved: SolvedLayers
     ) -> None:
         done = whole_block(solved)
-        if self._plan.recipe.tuning is not None:
+        if done.is_changed:
             # Windows are inside the block, and weights on the device, as they were solved.
             self._weights.free()
             for batch in (x for index in shards for x in self._shards.unfinished(index, block)):
