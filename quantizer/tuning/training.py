@@ -144,6 +144,7 @@ class BlockTraining:
             steps: the micro-batches of each, whose gradients are added in order.
         """
         trained: Trained = jax.tree.map(jnp.array, first)
+        start = jax.device_put(start)  # once, and not for every micro-batch
         zeros: Callable[[], Trained] = partial(jax.tree.map, jnp.zeros_like, trained)
         moments = Moments(zeros(), zeros())
         for number, batches in enumerate(steps):
@@ -158,6 +159,7 @@ class BlockTraining:
         self, trained: Trained, start: Start, values: Sequence[Any], batches: Sequence[Batch]
     ) -> float:
         """The mean relative error over the tokens of all micro-batches."""
+        trained, start = jax.device_put((trained, start))
         found = [self._error(trained, start, values, batch) for batch in batches]
         total = sum(float(error) for error, _ in found)
         return total / sum(int(count) for _, count in found)
