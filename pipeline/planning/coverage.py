@@ -39,13 +39,14 @@ class Coverage:
         num_tokens: in all windows, without padding.
         distinct_tokens: of the vocabulary, that occur.
         vocabulary_size: None where the model has no table of tokens.
-        widest_input: inputs of the calibrated layer that has the most.
+        widest_input: inputs of the layer with the most, of those that are fitted to correlations
+            between inputs; None where there is none, as with float8.
     """
 
     num_tokens: int
     distinct_tokens: int
     vocabulary_size: int | None
-    widest_input: int
+    widest_input: int | None
 
     @classmethod
     def of(cls, plan: Plan, windows: TokenWindows) -> Self | None:
@@ -54,16 +55,17 @@ class Coverage:
         Experts, each with rows of its own, do not count; they have figures of their own.
         """
         tokens = windows.tokens[windows.mask]
-        widths = [g.in_features for part in plan.parts for g in part.groups if not g.experts]
-        if not tokens.size or not widths:
+        groups = [g for part in plan.parts for g in part.groups if not g.experts]
+        if not tokens.size or not groups:
             return None
+        widths = [g.in_features for g in groups if g.statistics == "hessian"]
         tables = [x.out_features for x in plan.parts[0].layers if x.kind == "embedding"]
         return cls(
             num_tokens=int(tokens.size),
             distinct_tokens=len(np.unique(tokens)),
             # Beside it there are only shorter tables, of positions or types.
             vocabulary_size=max(tables, default=None),
-            widest_input=max(widths),
+            widest_input=max(widths, default=None),
         )
 
     @classmethod
@@ -86,19 +88,20 @@ class Coverage:
         return self.distinct_tokens / self.vocabulary_size if self.vocabulary_size else None
 
     @property
-    def tokens_per_input(self) -> float:
+    def tokens_per_input(self) -> float | None:
         """Of the layer with the most inputs."""
-        return self.num_tokens / self.widest_input
+        return self.num_tokens / self.widest_input if self.widest_input else None
 
     @property
     def text(self) -> str:
         """In words."""
         share = self.vocabulary_share
         of = "" if share is None else f", {share:.1%} of the vocabulary"
-        return (
-            f"{self.num_tokens} tokens, {self.distinct_tokens} different ones{of}; "
-            f"{self.tokens_per_input:.1f} for each of the widest layer's {self.widest_input} inputs"
-        )
+        found = f"{self.num_tokens} tokens, {self.distinct_tokens} different ones{of}"
+        each = self.tokens_per_input
+        if each is None:
+            return found
+        return f"{found}; {each:.1f} for each of the widest layer's {self.widest_input} inputs"
 
     def warnings(self) -> Iterator[str]:
         """What is too little, in words."""
@@ -110,10 +113,11 @@ class Coverage:
                 f"fewer than {wanted:.0f}: the result may be much worse on other kinds of text; "
                 "calibrate on more kinds (texts with weights), and more windows (num_samples)"
             )
-        if self.tokens_per_input < MIN_TOKENS_PER_INPUT:
+        each = self.tokens_per_input
+        if self.widest_input is not None and each is not None and each < MIN_TOKENS_PER_INPUT:
             wanted = math.ceil(MIN_TOKENS_PER_INPUT * self.widest_input)
             yield (
-                f"calibration has {self.tokens_per_input:.1f} tokens for each of the widest "
+                f"calibration has {each:.1f} tokens for each of the widest "
                 f"layer's {self.widest_input} inputs, fewer than {MIN_TOKENS_PER_INPUT:g}: chance "
                 f"correlations count as true ones; give it {wanted} tokens or more (num_samples)"
             )

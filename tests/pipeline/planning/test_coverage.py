@@ -31,6 +31,20 @@ def test_a_plan_s_windows_are_counted_against_its_table_and_its_widest_layer() -
     assert found.to_dict()["tokens_per_input"] == tokens.size / widest
 
 
+def test_a_scheme_that_uses_no_correlations_needs_no_tokens_for_them() -> None:
+    given = planned("float8")
+    assert given.windows is not None
+    few = given.windows.chosen([0])
+    found = Coverage.of(given.plan, few)
+    assert found is not None
+    assert found.tokens_per_input is None
+    assert found.text.startswith("128 tokens, ")
+    assert not any("correlations" in text for text in found.warnings())
+    of_gptq = Coverage.of(planned("gptq").plan, few)
+    assert of_gptq is not None
+    assert any("chance correlations" in text for text in of_gptq.warnings())
+
+
 def test_windows_with_arrays_beside_them_are_not_read_for_it() -> None:
     given = planned("gptq")
     assert given.windows is not None
