@@ -9,21 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
 from pipeline.artifact.parts import encode_solved_part, finalize
-from pipeline.calibration.windows import TokenWindows
-from pipeline.errors import DamagedObjectError, MissingObjectError
 from pipeline.evaluation.answers import ChoiceLikelihood
 from pipeline.evaluation.batches import TOKENS_PER_PASS, EvaluationSet
 from pipeline.executor.protocol import ActivationPlace
 from pipeline.fidelity import WindowFidelity
 from pipeline.machine import check_machine
 from pipeline.plan import LayerPlan, Plan
-from pipeline.reduction import split
 from pipeline.run import activations
 from pipeline.run.commits import commit_part, committed_file
 from pipeline.run.records import Manifest, PartRecord
@@ -40,17 +35,15 @@ from pipeline.run.worker_api import (
     whole_block,
 )
 from pipeline.storage.object_store import open_store
-from pipeline.worker.activation_memory import ActivationMemory
-from pipeline.worker.block_program import BlockProgram
 from pipeline.worker.block_weights import BlockWeights, Stored
 from pipeline.worker.captured_inputs import captured, captured_of_experts
 from pipeline.worker.device_memory import device_errors
 from pipeline.worker.devices import Devices
 from pipeline.worker.evaluate import evaluate
 from pipeline.worker.held_sums import HeldSums
-from pipeline.worker.memory import FreedMemory
-from pipeline.worker.model_state import ModelState, place_weights
-from pipeline.worker.shards import CalibrationShards, LostShardError, MicroBatch
+from pipeline.worker.model_state import ModelState
+from pipeline.worker.passage import Passage
+from pipeline.worker.shards import CalibrationShards
 from pipeline.worker.solve import CompiledAhead, join_layer, solve_layers, solve_slices
 from pipeline.worker.statistics import (
     finished,
@@ -82,8 +75,9 @@ class Worker(WorkerApi):
         self._weights = BlockWeights(self._model, self._devices)
         self._shards = CalibrationShards()
         self._sums = HeldSums()
-        self._glue_values: Values = {}
-        self._freed = FreedMemory()
+        self._passage = Passage(
+            self._model, self._store, self._shards, self._weights, self._devices
+        )
         self._compiled = CompiledAhead(plan, self._model.targets, self._model.scale_dtype)
 
     def read(self, part: int) -> dict[str, NDArray[Any]]:
@@ -104,24 +98,11 @@ class Worker(WorkerApi):
         if not missing:
             return
         self._sums.clear()
-        rest = self.read(0)
-        self._glue_values = {path: rest[path] for path in sorted(self._model.glue_paths)}
-        planned = self._plan.tokens
-        assert planned is not None
-        windows = TokenWindows.from_bytes(self._store.get(planned.key, sha256=planned.digest))
-        shares = split(len(missing), len(self._devices))
-
-        def enter(device: int) -> None:
-            memory = ActivationMemory(place, self._devices, device)
-            embed = place_weights(self._model.graph.embed.weights, rest)
-            for index in (missing[i] for subtree in shares[device] for i in subtree):
-                self._shards.put(index, self._enter(embed, windows, index, start, memory))
-
-        self._devices.each(enter)
+        self._passage.begin(missing, start, place, self.read(0))
         for done in range(start, block):
             solved, floats = self._model.committed(done + 1, committed_file(self._store, done + 1))
             changed = {} if self._plan.recipe.tuning is None else floats
-            self._finish_block(done, missing, self._model.read(done + 1), solved, changed)
+            self._passage.finish_block(done, missing, self._model.read(done + 1), solved, changed)
 
     @device_errors()
     def capture(
@@ -144,7 +125,7 @@ class Worker(WorkerApi):
 
         def leaf(index: int) -> InputSum:
             batches = self._shards.get(index, block)
-            call, program = self._model.call(block), self._program(block, batches[0])
+            call, program = self._model.call(block), self._passage.program(block, batches[0])
             here = weights[self._shards.device_of(index)]
             group = program.groups[stage]
             if experts is not None:
@@ -227,7 +208,7 @@ class Worker(WorkerApi):
         return TuningWindows(
             batches={
                 number: tuning_batch(
-                    batch, call, self._program(block, batch), in_float[batch.memory.device]
+                    batch, call, self._passage.program(block, batch), in_float[batch.memory.device]
                 )
                 for index in shards
                 for number, batch in zip(
@@ -286,7 +267,7 @@ class Worker(WorkerApi):
             self._weights.free()
             for batch in (x for index in shards for x in self._shards.unfinished(index, block)):
                 batch.rewind()
-        self._finish_block(block, shards, values, _stored(done.layers), done.floats)
+        self._passage.finish_block(block, shards, values, _stored(done.layers), done.floats)
 
     @device_errors()
     def quantize_alone(self, part: int) -> PartRecord:
@@ -296,20 +277,7 @@ class Worker(WorkerApi):
         return self.commit(part, "", values, self.solve(part, paths, values, None))
 
     def keep(self, block: int, shards: Sequence[int]) -> dict[int, activations.SavedShard]:
-        self._shards.check(shards, block)
-        carried = self._model.graph.carried(self._model.call(block))
-
-        def save(device: int) -> dict[int, activations.SavedShard]:
-            saved = {}
-            for index in (one for one in shards if self._shards.device_of(one) == device):
-                values = [
-                    [np.asarray(one.values[number]) for one in batch.streams for number in carried]
-                    for batch in self._shards.get(index, block)
-                ]
-                saved[index] = activations.save(self._store, block, index, values)
-            return saved
-
-        return {index: one for saved in self._devices.each(save) for index, one in saved.items()}
+        return self._passage.save(block, shards)
 
     def finalize(self, records: Mapping[int, PartRecord]) -> Manifest:
         return finalize(
@@ -358,101 +326,10 @@ class Worker(WorkerApi):
         layers = {layer.path: layer for layer in self._plan.parts[part].layers}
         return [layers[path] for path in paths]
 
-    def _finish_block(
-        self,
-        block: int,
-        shards: Sequence[int],
-        values: Values,
-        solved: Mapping[str, Stored],
-        floats: Values,
-    ) -> None:
-        """Send shards through the rest of a block, all of whose layers with a scheme are solved.
-
-        Args:
-            floats: what the quantized block has in place of some of the source's values.
-        """
-        unfinished = [x for index in shards for x in self._shards.unfinished(index, block)]
-        if not unfinished:
-            return
-        call = self._model.call(block)
-        weights = self._weights.on_each(block, values, solved, floats)
-        in_float = weights
-        if self._plan.has_float_stream:
-            in_float = self._weights.on_each(block, values, {})
-
-        def finish(device: int) -> None:
-            glue = self._model.glue_weights(block + 1, self._glue_values)
-            for batch in (one for one in unfinished if one.memory.device == device):
-                # In float first: windows have left the block once they have in the quantized model.
-                for one in (one for one in batch.streams if one.block == block):
-                    here = (weights if one is batch else in_float)[device]
-                    found = one.finish_block(call, self._program(block, one), here)
-                    entered = self._model.enter(block + 1, glue, found, one.memory)
-                    one.enter(block + 1, entered)
-
-        self._devices.each(finish)
-        self._weights.free()
-        self._freed.limit()
-
     def _check_routing(self, block: int, shard: int, weights: Sequence[Sequence[Array]]) -> None:
         batch = self._shards.get(shard, block)[0]
         taken = batch.taken(self._model.call(block))
-        self._program(block, batch).check_routing(weights[batch.memory.device], taken)
-
-    def _program(self, block: int, batch: MicroBatch) -> BlockProgram:
-        return self._model.program(
-            self._model.graph.blocks[block], batch.taken(self._model.call(block))
-        )
-
-    def _enter(
-        self,
-        embed: Sequence[Array],
-        windows: TokenWindows,
-        shard: int,
-        block: int,
-        memory: ActivationMemory,
-    ) -> list[MicroBatch]:
-        """A shard's micro-batches where they enter a block: 0, or one whose activations are saved.
-
-        Args:
-            embed: the weights of what comes before the blocks, on the device.
-        """
-        plan = self._plan.tokens
-        assert plan is not None
-        start, stop = plan.shards[shard]
-        batches = []
-        for a in range(start, stop, plan.micro_batch):
-            # The last micro-batch is filled up with masked windows.
-            chosen = slice(a, min(a + plan.micro_batch, stop))
-            batch = self._model.layout.batch(windows, chosen, plan.micro_batch)
-            found = self._model.embed(embed, batch)
-            values = dict(zip(found, memory.keep(list(found.values())), strict=True))
-            in_float = None
-            if self._plan.has_float_stream:
-                in_float = MicroBatch(values=values, batch=batch, memory=memory)
-            batches.append(
-                MicroBatch(
-                    values=values,
-                    batch=batch,
-                    memory=memory,
-                    in_float=in_float,
-                    held_back=plan.is_held_back(a),
-                )
-            )
-        if block:
-            try:
-                saved = activations.load(self._store, block, shard)
-            except (DamagedObjectError, MissingObjectError) as error:
-                # They were complete when the driver chose them: have it choose again.
-                raise LostShardError(str(error)) from error
-            call = self._model.call(block)
-            carried = self._model.graph.carried(call)
-            for held, arrays in zip(batches, saved, strict=True):
-                kept = iter(memory.keep([jnp.asarray(array) for array in arrays]))
-                for one in held.streams:
-                    values = one.values | {number: next(kept) for number in carried}
-                    one.enter(block, {number: values[number] for number in call.live})
-        return batches
+        self._passage.program(block, batch).check_routing(weights[batch.memory.device], taken)
 
 
 def _stored(solved: Iterable[SolvedLayer]) -> dict[str, Stored]:

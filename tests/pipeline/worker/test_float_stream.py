@@ -177,7 +177,7 @@ def test_a_repeated_restore_goes_back_in_both_models() -> None:
 def rows_of(batches: list[MicroBatch], one: QuickWorker, stage: int, weights: Any) -> Any:
     """What the layers of a block's group are given, float64, [rows, in_features]."""
     call = one._model.call(1)
-    program = one._program(1, batches[0])
+    program = one._passage.program(1, batches[0])
     size = program.groups[stage].in_features
     found = [batch.run_stage(call, program, stage, weights)[0] for batch in batches]
     return np.concatenate([np.asarray(x, np.float64).reshape(-1, size) for x in found])
