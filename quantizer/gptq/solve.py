@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -281,13 +280,14 @@ def solve_slices(
     packs = pack(slices, path.band)
     # No more than there is work for.
     devices = devices[: len(packs)]
+    here = jax.default_device.value  # which threads of a pool do not know
     copies = [shared, *(shared.on_device(device) for device in devices[1:])]
 
     def solve_stack(number: int, members: Sequence[int]) -> list[SolvedRows]:
         place = number % len(copies)
         rows = [slices[number] for number in members]
         weights = [one.weight_RC for one in rows]
-        with jax.default_device(devices[place]) if place else nullcontext():
+        with jax.default_device(devices[place] if place else here):
             weight_CR = jnp.asarray(stacked(weights, path.band))
             energy_C1 = jnp.asarray(shared.energy_C[:, None])
             grid = _find_grid(weight_CR, energy_C1, scheme, rows[0].scale_dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import quantizer.gptq.solve
 from pipeline.canonical import canonical_json
 from quantizer import HessianSum, solve
 from quantizer.expert_codes import ExpertCodes
@@ -219,3 +221,19 @@ def test_rounded_experts_are_within_half_a_step(scheme: Any, levels: float, dtyp
     # Scales in 16 bits may clip a largest weight by their own rounding.
     slack = {"float32": 1e-5, "bfloat16": 2**-9 * levels, "float16": 2e-2}[dtype]
     assert (np.abs(values_RC - weight_RC) <= (0.5 + slack) * step_R).all()
+
+
+def test_an_expert_s_grid_is_found_on_the_device_that_solves_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    [cpu] = jax.devices()
+    found: Counter[Any] = Counter()
+    find = quantizer.gptq.solve._find_grid
+
+    def finding(*args: Any) -> Any:
+        found[jax.config.jax_default_device] += 1
+        return find(*args)
+
+    monkeypatch.setattr(quantizer.gptq.solve, "_find_grid", finding)
+    solve_experts(problems(3), statistics(FLOOR, FLOOR, FLOOR), range(3), devices=[cpu, cpu])
+    assert found == {None: 2, cpu: 1}
