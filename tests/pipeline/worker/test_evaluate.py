@@ -6,6 +6,7 @@ import dataclasses
 from functools import cache
 from pathlib import Path
 
+import jax
 import keras_hub
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from pipeline.fidelity import fidelity_of
 from pipeline.model.preset import read_preset
 from pipeline.model.skeleton import build_skeleton
 from pipeline.planning.token_windows import question_tokens
+from pipeline.worker.devices import Devices
 from pipeline.worker.evaluate import evaluate
 from pipeline.worker.streamed_model import StreamedModel, artifact_model, source_model
 from pipeline.worker.worker import Worker
@@ -109,6 +111,15 @@ def test_any_number_of_workers_finds_the_same(run: FinishedRun) -> None:
     assert evaluate_on_workers(workers(run, 3), given).figures() == figures
     # Nor does it matter what passes the blocks together.
     assert evaluate_on_workers(workers(run, 2), given, 1).figures() == figures
+
+
+@pytest.mark.exhaustive
+def test_any_number_of_devices_finds_the_same(run: FinishedRun) -> None:
+    given, devices = judged_on(run.source), Devices(jax.devices() * 3)
+    assert len(given.batches) % 3 != 0
+    worker = Worker(run.plan, str(run.source), str(run.folder), devices=devices)
+    found = evaluate_on_workers(LocalExecutor([worker]), given)
+    assert found.figures() == evaluate_on_workers(workers(run, 1), given).figures()
 
 
 def test_sets_pass_the_blocks_together_and_have_the_figures_they_have_alone(
