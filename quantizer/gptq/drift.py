@@ -234,6 +234,9 @@ def _step(hessian: HessianSum, drift: DriftSum, hessian_damping: float, name: st
         )
     diagonal_C = hessian.diagonal()
     live_C = diagonal_C > 0
+    if not live_C.any():
+        # Nothing is answered on inputs of zeros alone, as some of a layer's rows may have.
+        return jnp.zeros_like(drift.cross_CC)
     mean = float(diagonal_C[live_C].mean())
     for damping in dampings(hessian_damping):
         shift_C = np.where(live_C, damping * mean, mean).astype(np.float32)

@@ -188,6 +188,18 @@ def test_a_judged_correction_is_made_as_found_on_all_rows():
     assert expected.report.drift is None
 
 
+def test_where_only_rows_held_back_have_inputs_nothing_is_corrected():
+    nothing = np.zeros_like(SEEN[:700])
+    held_back = HeldBackSums.of(EXACT[HELD], SEEN[HELD])
+    drift = JudgedDrift(HessianSum.of(nothing), DriftSum.of(EXACT[:700], nothing), held_back)
+    hessian = drift.hessian.merge(held_back.hessian)
+    scheme = GPTQScheme(group_size=32, drift_correction=1.0)
+    found = solve(PROBLEM.weight_RC, hessian, scheme, drift=drift)
+    assert found.report.drift.strength == 0
+    plain = solve(PROBLEM.weight_RC, hessian, GPTQScheme(group_size=32))
+    np.testing.assert_array_equal(found.weight.codes_RC, plain.weight.codes_RC)
+
+
 def test_a_drift_that_is_another_on_other_rows_is_left_alone():
     drift, hessian = judged(2 * SEEN[HELD] - EXACT[HELD], SEEN[HELD])
     scheme = GPTQScheme(group_size=32, drift_correction=1.0)
