@@ -7,7 +7,7 @@ is `model.keras`, then `manifest.json`, which makes it finished; both are writte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
@@ -23,7 +23,7 @@ from pipeline.plain.plan import MODEL_KEY, PlainPlan
 from pipeline.recipe.recipe import Recipe, statistics_of
 from pipeline.run.records import FileDigest, LayerRecord, Manifest
 from pipeline.storage.object_store import ObjectStore
-from quantizer import GPTQScheme, ModelReport, plan_model, quantize_model
+from quantizer import ModelReport, plan_model, quantize_model
 
 _BATCH = 32
 _LEAST_SHARE = 0.5
@@ -46,7 +46,6 @@ def make_plan(source_url: str, recipe: Recipe, threads: int) -> PlainPlan:
     report = plan_model(model, recipe.scheme, rules=_rules(recipe), embeddings=recipe.embeddings)
     _check_share(report, recipe, source_url)
     layers = _records(report)
-    _check_no_drift(recipe, layers, source_url)
     arrays = _arrays(model, recipe, layers, source_url)
     return PlainPlan(
         source_url=source_url,
@@ -110,17 +109,6 @@ def _check_share(report: ModelReport, recipe: Recipe, where: str) -> None:
         f"that it asks for; most are in {largest.path} and its like ({largest.reason}). If this is "
         "wanted, give --allow-partial; or leave these layers out by a rule with scheme: null"
     )
-
-
-def _check_no_drift(recipe: Recipe, layers: Sequence[LayerRecord], where: str) -> None:
-    """Refuse to correct drift: all layers are calibrated on the float model's inputs."""
-    for layer in layers:
-        if isinstance(layer.scheme, GPTQScheme) and layer.scheme.drift_correction:
-            raise RecipeError(
-                f"recipe {recipe.name}: drift_correction is {layer.scheme.drift_correction:g} for "
-                f"{layer.path}, but all layers of {where} are calibrated on the inputs that they "
-                "have in float, so that there is no drift to correct; leave it out"
-            )
 
 
 def _rules(recipe: Recipe) -> dict[str, Any]:

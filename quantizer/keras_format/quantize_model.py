@@ -308,7 +308,8 @@ def _check_schemes(chosen: _Chosen) -> None:
     """Check groups and weights before anything is computed.
 
     Raises:
-        SchemeError: groups larger than a layer, or foldable scales; the message names the layers.
+        SchemeError: groups larger than a layer, foldable scales or corrected drift; the message
+            names the layers.
         WeightError: weights that are not finite.
     """
     for layer, scheme in chosen.values():
@@ -317,6 +318,11 @@ def _check_schemes(chosen: _Chosen) -> None:
                 f"{layer_name(layer)}: what gives a layer its input is known of a preset's blocks "
                 "only, so that no other model can be quantized by a foldable awq; leave foldable "
                 "out"
+            )
+        if isinstance(scheme, GPTQScheme) and scheme.drift_correction:
+            raise SchemeError(
+                f"{layer_name(layer)}: all layers are calibrated on the inputs that they have in "
+                "the float model, so that there is no drift to correct; leave drift_correction out"
             )
     too_small: dict[str, int] = {}
     for layer, scheme in chosen.values():

@@ -23,7 +23,7 @@ from pipeline.recipe.recipe_file import builtin_recipes
 from pipeline.run.commits import damaged_files, read_manifest
 from pipeline.run.records import MANIFEST_KEY
 from pipeline.storage.object_store import open_store
-from quantizer import GPTQScheme, Int8Scheme, quantize_model
+from quantizer import GPTQScheme, Int8Scheme, SchemeError, quantize_model
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +163,8 @@ class TestRefusedWhilePlanning:
     def test_what_needs_blocks(self, folder):
         self.refuse(RecipeError, "leave tuning out", folder, recipe(folder, tuning={"steps": 1}))
         drifting = GPTQScheme(weight_bits=3, group_size=8, drift_correction=0.5)
-        expected = "drift_correction is 0.5 for shared.*no drift to correct; leave it out"
-        self.refuse(RecipeError, expected, folder, recipe(folder, scheme=drifting))
+        expected = "shared: .*no drift to correct; leave drift_correction out"
+        self.refuse(SchemeError, expected, folder, recipe(folder, scheme=drifting))
 
     def test_a_small_share_of_what_is_asked_for(self, folder):
         int8 = builtin_recipes()["int8"]
