@@ -107,7 +107,10 @@ def test_what_the_machine_at_hand_is_cannot_be_said(key: str, tmp_path: Path) ->
     ("text", "complaint"),
     [
         ("machines: {H100: {price: 1}}", "H100: unknown key price"),
-        ("machines:\n  H100:\n    memory_bytes: 0", "rates.yaml:3: H100: memory_bytes: "),
+        (
+            "machines:\n  H100:\n    memory_bytes: 0",
+            "rates.yaml:3: H100: memory_bytes must be greater than 0, got 0",
+        ),
         ("machines: {mine: {device: gpu}}", "mine: float32_flops is missing; add it"),
         ("machines: {mine: {like: T4}}", "mine is to be like 'T4', which is not known"),
         ("machines: {here: {price_per_hour: cheap}}", "here: price_per_hour"),
