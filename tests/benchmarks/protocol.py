@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pipeline.run.commits
+import pipeline.artifact.parts
 import pipeline.run.driver
 import pipeline.weights.digests
 from pipeline.recipe.recipe_file import load_recipe
@@ -33,7 +33,7 @@ from tests.pipeline.local_executor import LocalExecutor
 # Of the beats' thread nothing is counted: it mostly waits.
 _PROTOCOL: tuple[tuple[Any, str, str], ...] = (
     (pipeline.weights.digests, "variable_digest", "checksum of the source"),
-    (pipeline.run.commits, "sha256", "checksum of the result"),
+    (pipeline.artifact.parts, "sha256", "checksum of the result"),
     (activations, "save", "activations kept"),
     (activations, "finish", "activations kept"),
     (activations, "discard", "activations kept"),
@@ -89,6 +89,9 @@ def main() -> None:
         quantize(plan, store, executor, lambda step: None, check_lease=held.check)
         held.release()
         whole = time.perf_counter() - start
+    never = {label for *_, label in _PROTOCOL} - clock.seconds.keys()
+    if never:
+        raise SystemExit(f"{', '.join(sorted(never))}: never called where it is timed")
     for name, seconds in sorted(clock.seconds.items()):
         print(f"{name:24} {seconds:7.2f} s {seconds / whole:7.2%}")
     total = sum(clock.seconds.values())
