@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TypeVar
 
-from jobs.logging import log_event, route_to_root, status
+from jobs.logging import log_event, route_to_root
 from jobs.metrics import RunMetrics
 from jobs.progress import watch
 from jobs.quantities import size
@@ -23,10 +23,8 @@ from jobs.room import (
     place_activations,
 )
 from jobs.summary import Summary
-from pipeline.calibration.windows import TokenWindows
-from pipeline.errors import CalibrationTextError, PipelineError
+from pipeline.errors import PipelineError
 from pipeline.evaluation.batches import TOKENS_PER_PASS, EvaluationSet
-from pipeline.evaluation.named_texts import EvaluatedTexts
 from pipeline.executor.allocation import allocate, may_have_gpu, this_machine
 from pipeline.executor.local_process import LocalProcess, local_process
 from pipeline.executor.protocol import (
@@ -35,20 +33,16 @@ from pipeline.executor.protocol import (
     ComputeSpec,
     DeviceMemory,
     Executor,
-    ExecutorError,
     FunctionRunner,
-    WorkerLostError,
 )
 from pipeline.executor.worker_environment import worker_environment
-from pipeline.fidelity import Fidelity, fidelity_of
+from pipeline.fidelity import Fidelity
 from pipeline.plan import Plan
 from pipeline.planning.estimates import Estimate, estimate
-from pipeline.planning.evaluation_memory import EvaluationMemory
+from pipeline.planning.evaluation_costs import EvaluationMemory
 from pipeline.remote_planning import (
     Identity,
-    evaluation_windows,
     found_device_memory,
-    question_rows,
     start_worker,
 )
 from pipeline.run import lease
@@ -57,11 +51,9 @@ from pipeline.run.commits import Finding, quarantine, read_manifest
 from pipeline.run.driver import KEEP_EVERY, quantize
 from pipeline.run.events import EventLog
 from pipeline.run.records import Manifest
-from pipeline.run.worker_api import WorkerApi
 from pipeline.storage.object_store import ObjectStore
 
 _T = TypeVar("_T")
-_MOST_LOSSES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,90 +236,6 @@ def check_identity(plan: Plan, found: Identity, source_url: str, *, finished: bo
             f"the run was planned for other machines or packages ({'; '.join(other)}), which "
             "round otherwise; go on where it was planned, or start a new run elsewhere"
         )
-
-
-def read_evaluation_set(
-    runner: FunctionRunner,
-    source_url: str,
-    plan: Plan,
-    *,
-    texts: EvaluatedTexts,
-    num_windows: int,
-    tasks: tuple[str, ...] = (),
-    chat: bool | None = None,
-    named: str,
-) -> EvaluationSet | None:
-    """What to judge a result by: windows as long as calibration's, and tasks; None for neither.
-
-    Args:
-        num_windows: of each set of texts.
-        chat: how conversations are read; None as the plan's calibration reads its own.
-        named: how the user named texts and windows, for messages.
-
-    Raises:
-        CalibrationTextError: texts that are missing, unreadable or too few.
-        TaskError: files that hold no questions, or a model that cannot answer any.
-    """
-    if not texts and not tasks:
-        return None
-    # Questions first: reading them is quick.
-    questions = runner.run(question_rows, source_url, tasks) if tasks else ()
-    if not texts:
-        return EvaluationSet(tasks=questions)
-    length = None if plan.tokens is None else plan.tokens.sequence_length
-    given = plan.recipe.calibration
-    if chat is None and given is not None:
-        chat = given.chat
-    inputs = {} if given is None else given.inputs
-    try:
-        windows = runner.run(
-            evaluation_windows, source_url, texts.by_name, num_windows, length, chat, inputs
-        )
-    except CalibrationTextError as error:
-        raise CalibrationTextError(f"{named}: {error}") from None
-    read = {name: TokenWindows.from_bytes(content) for name, content in windows.items()}
-    return EvaluationSet(windows=read.pop("", None), named=read, tasks=questions)
-
-
-def evaluate(
-    executor: Executor, given: EvaluationSet, tokens_per_pass: int = TOKENS_PER_PASS
-) -> Fidelity:
-    """Compare a finished result with its source, with the batches spread over the workers.
-
-    Args:
-        tokens_per_pass: how many have room on a worker's device (see `Compute.evaluation_pass`).
-    """
-    if tokens_per_pass < TOKENS_PER_PASS:
-        log_event(
-            "device memory",
-            f"at most {tokens_per_pass} tokens pass the blocks together, of {TOKENS_PER_PASS}: a "
-            "GPU has no room for more; each pass reads all blocks again",
-        )
-    for _ in range(_MOST_LOSSES):
-        number = len(given.batches)
-        workers = min(executor.num_workers, number)
-        try:
-            with status("comparing the result with its source"):
-                measured = executor.fetch(
-                    [
-                        executor.submit(
-                            w,
-                            WorkerApi.evaluate,
-                            given,
-                            range(w, number, workers),
-                            tokens_per_pass,
-                        )
-                        for w in range(workers)
-                    ]
-                )
-        except WorkerLostError:
-            executor.recover()
-        else:
-            return fidelity_of(given, [measured[i % workers][i // workers] for i in range(number)])
-    raise ExecutorError(
-        f"workers were lost {_MOST_LOSSES} times while they evaluated; check the memory and logs "
-        "of the cluster's nodes, then run quantfleet evaluate"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,14 +8,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from jobs.evaluating import evaluate, read_evaluation_set
 from jobs.execute import (
     Compute,
     DriverOptions,
     check_identity,
-    evaluate,
     execute,
     open_compute,
-    read_evaluation_set,
 )
 from jobs.logging import is_json, log_event, print_json, set_run, status, url_name
 from jobs.metrics import RunMetrics

@@ -8,7 +8,7 @@ from jobs.quantities import size
 from pipeline.evaluation.batches import TOKENS_PER_PASS
 from pipeline.executor.protocol import DeviceMemory, ExecutorError, NodeRoom
 from pipeline.planning.estimates import Estimate
-from pipeline.planning.evaluation_memory import EvaluationMemory
+from pipeline.planning.evaluation_costs import EvaluationMemory
 
 
 def check_memory(costs: Estimate, nodes: Sequence[NodeRoom]) -> None:

@@ -17,10 +17,11 @@ from pipeline.executor.worker_environment import GPU_MEMORY_SHARE
 from pipeline.plan import Plan
 from pipeline.planning.cost_model import run_cost
 from pipeline.planning.estimates import Estimate, estimate
+from pipeline.planning.evaluation_costs import Evaluated
 from pipeline.planning.machines import Machine, Machines, known_machines, workers_on
 from pipeline.planning.micro_batch import in_fitting_micro_batches
 from pipeline.planning.run_cost import RunCost, Stage
-from pipeline.planning.work import Evaluated, planned_on
+from pipeline.planning.work import planned_on
 from pipeline.remote_planning import measured_machine
 
 _EVALUATED_TOKENS = 512

@@ -15,14 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 from quantizer.awq import solve_awq
 from quantizer.errors import CalibrationError, SchemeError, WeightError
 from quantizer.gptq.drift import Drift, correct_layers
-from quantizer.gptq.solve import (
-    SolvedRows,
-    cut_rows,
-    join_slices,
-    share_input,
-    solve_in_row_groups,
-    solve_slices,
-)
+from quantizer.gptq.solve import cut_rows, share_input, solve_in_row_groups, solve_slices
+from quantizer.gptq.solved_rows import SolvedRows, join_slices
 from quantizer.hessian import CalibrationStatistics, HessianSum, MagnitudeSum
 from quantizer.problem import LayerProblem, RowGroups
 from quantizer.result import DriftJudgement, Float32, SolveReport, SolveResult

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 
 from jobs.catalog.request import Request, run_store
+from jobs.evaluating import evaluate, read_evaluation_set
 from jobs.execute import (
     Compute,
     DriverOptions,
     OpenCompute,
     check_identity,
-    evaluate,
     execute,
-    read_evaluation_set,
 )
 from jobs.fleet.known_quality import judged_request, known_fidelity
 from jobs.fleet.release_exports import release_exports

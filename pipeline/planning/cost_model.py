@@ -34,18 +34,17 @@ from typing import Any
 from pipeline.executor.worker_environment import GPU_MEMORY_SHARE
 from pipeline.plan import PartPlan, Plan
 from pipeline.planning.estimates import estimate, hidden_features, num_streams
+from pipeline.planning.evaluation_costs import Evaluated, head_flops
 from pipeline.planning.machines import Machine
 from pipeline.planning.run_cost import Ledger, RunCost, Stage
 from pipeline.planning.stage_constants import CONSTANTS
+from pipeline.planning.stored_sizes import stored_bytes
 from pipeline.planning.work import (
     BlockWork,
-    Evaluated,
     Work,
     block_work,
     forward_work,
-    head_flops,
     planned_on,
-    stored_bytes,
     tuning_work,
 )
 from pipeline.reduction import split

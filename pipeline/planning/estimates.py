@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
 
 from pipeline.executor.protocol import ActivationPlace
-from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan
+from pipeline.plan import InputGroup, PartPlan, Plan
 from pipeline.planning.expert_costs import (
     active_weights,
     advised_tokens,
@@ -18,6 +17,8 @@ from pipeline.planning.expert_costs import (
     tokens_per_expert,
     written_bytes,
 )
+from pipeline.planning.solve_costs import SOLVE_COPIES, banded_size, solve_flops, solve_size
+from pipeline.planning.stored_sizes import codes_bytes, result_bytes, source_bits
 from pipeline.planning.tuning import (
     GRADIENT_FORWARDS,
     judged_windows,
@@ -27,10 +28,8 @@ from pipeline.planning.tuning import (
     tuning_window_bytes,
 )
 from pipeline.reduction import split
-from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme
+from quantizer.schemes import Float8Scheme
 
-GPU_BAND = 2048
-"""Output channels that a GPU solves in one loop (`quantizer.gptq.path.BAND`)."""
 _FLOAT_BYTES = 4
 # A process with JAX and Keras before it holds a model, and the programs compiled to calibrate one.
 _PROCESS_BYTES = 450 << 20
@@ -44,8 +43,6 @@ _DECODED_COPIES = 1
 _RESULT_COPIES = 3
 # Everything outside the blocks as read, in float32 to embed, and as written.
 _REST_COPIES = 3
-# A solve holds weight and Hessian about three times (`tests.benchmarks.memory`).
-_SOLVE_COPIES = 3
 # Of a Gram, what a worker holds until it is solved: the bands from the diagonal on.
 _HELD_GRAM = 10 / 16
 # What the sums of a group that corrects drift take beside its Gram: Σ(x - x̃)ᵀx̃ twice, of windows
@@ -62,13 +59,6 @@ _SCORE_COPIES = 2
 _HEAD_FEATURES = 64
 DEVICE_PROGRAMS_BYTES = 512 << 20
 """Of a GPU's memory: cuBLAS' workspaces, and what compiled programs keep."""
-# A GPTQ solve holds its Hessian four times while it is factored; then three times beside two bands
-# of rows, with seven arrays of their columns each.
-_FACTORED_HESSIANS, _SOLVED_HESSIANS = 4, 3
-_BAND_ARRAYS = 2 * 7
-# To refit scales, two slices at once each hold the Hessian's rows of so many inputs, or of a whole
-# group's, two and a half times (`quantizer.gptq.refit`).
-_REFIT_UNIT, _REFIT_COPIES = 512, 2 * 2.5
 # Micro-batches that are brought to the device or back while another one is computed.
 _IN_FLIGHT = 2
 # A shard's Gram and a micro-batch's, without the gaps that memory on the host has.
@@ -142,7 +132,7 @@ def estimate(plan: Plan, workers: int, gpus: int = 1) -> Estimate:
     streams = num_streams(plan)
     return Estimate(
         source_bytes=sum(part.source_bytes for part in plan.parts),
-        result_bytes=_result_bytes(plan),
+        result_bytes=result_bytes(plan),
         codes_bytes=int(sum(codes_bytes(plan, part) for part in plan.parts)),
         weights=sum(part.num_weights for part in plan.parts),
         active_weights=sum(active_weights(x) for part in plan.parts for x in part.layers),
@@ -171,7 +161,7 @@ def estimate(plan: Plan, workers: int, gpus: int = 1) -> Estimate:
                 for group, part in _hessian_groups(plan)
             )
         ),
-        solve_flops=float(sum(_solve_flops(part) for part in blocks)),
+        solve_flops=float(sum(solve_flops(part) for part in blocks)),
         tuning_flops=float(sum(_tuning_flops(plan, part) for part in blocks)),
     )
 
@@ -196,7 +186,7 @@ def _worker_bytes(plan: Plan, workers: int) -> int:
             for part in blocks
         ),
     )
-    solve = _SOLVE_COPIES * _FLOAT_BYTES * max(map(_solve_size, plan.parts))
+    solve = SOLVE_COPIES * _FLOAT_BYTES * max(map(solve_size, plan.parts))
     if plan.tokens is None:
         return _PROCESS_BYTES + weights + solve
     held = _calibration(plan, workers)
@@ -234,7 +224,7 @@ def _device_bytes(plan: Plan, workers: int, gpus: int) -> int:
     weights *= num_streams(plan)
     weights += layer * _FLOAT_BYTES
     solve = _FLOAT_BYTES * max(
-        max(_SOLVE_COPIES * _solve_size(part), _banded_size(part)) for part in plan.parts
+        max(SOLVE_COPIES * solve_size(part), banded_size(part)) for part in plan.parts
     )
     if plan.tokens is None:
         return DEVICE_PROGRAMS_BYTES + weights + solve
@@ -378,106 +368,3 @@ def _read_bytes(plan: Plan) -> int:
     """Of a weight as a worker reads it: in the model's dtype, which is the source's or wider."""
     narrow = source_bits(plan) == 16 and plan.recipe.dtype != "float32"
     return _FLOAT_BYTES // 2 if narrow else _FLOAT_BYTES
-
-
-def _solve_size(part: PartPlan) -> int:
-    """The largest weight and Hessian of one solve, in numbers."""
-    kernels = {x.name: x for x in part.layers if x.scheme and x.kind == "kernel"}
-    sizes = [
-        (x.in_features, x.num_rows + -(-_beside_solve(x) // _SOLVE_COPIES))
-        for x in kernels.values()
-    ]
-    # Layers that share foldable input scales are solved at once.
-    folded = [group for group in part.groups if group.fold is not None]
-    sizes += [(g.in_features, sum(kernels[n].out_features for n in g.targets)) for g in folded]
-    solved = [inputs * (outputs + inputs) for inputs, outputs in sizes]
-    # Experts are solved one by one, beside the Hessians of those that were summed with them.
-    own = [group for group in part.groups if group.experts]
-    solved += [kernels[g.targets[0]].num_weights + gram_size(g, part) for g in own]
-    return max(solved, default=0)
-
-
-def _beside_solve(layer: LayerPlan) -> int:
-    """What solving a layer holds beside its weight and Hessian, in numbers for each input.
-
-    That is the Hessian with less correlation, and what refits its scales.
-    """
-    scheme, inputs = layer.scheme, layer.in_features
-    if not isinstance(scheme, GPTQScheme):
-        return 0
-    beside = inputs if scheme.correlation_shrinkage else 0
-    if scheme.scale_refit:
-        unit = inputs if scheme.group_size == -1 else max(scheme.group_size, _REFIT_UNIT)
-        beside += int(_REFIT_COPIES * min(unit, inputs))
-    return beside
-
-
-def _banded_size(part: PartPlan) -> int:
-    """What solving the part's widest kernel by GPTQ holds on a GPU, in numbers."""
-    kernels = [x for x in part.layers if isinstance(x.scheme, GPTQScheme) and x.kind == "kernel"]
-    inputs = max((x.in_features for x in kernels), default=0)
-    banded = _SOLVED_HESSIANS * inputs + _BAND_ARRAYS * GPU_BAND
-    beside = max(map(_beside_solve, kernels), default=0)
-    return inputs * (beside + max(_FACTORED_HESSIANS * inputs, banded))
-
-
-def _solve_flops(part: PartPlan) -> float:
-    rows = {layer.name: layer.num_rows for layer in part.layers}
-    return sum(
-        sum(rows[name] for name in g.targets) * g.in_features**2
-        + max(1, g.experts) * 2 / 3 * g.in_features**3
-        for g in part.groups
-        if g.statistics == "hessian"
-    )
-
-
-def _result_bytes(plan: Plan) -> int:
-    bits = source_bits(plan)
-    saved_bits = 0.0
-    for part in plan.parts:
-        others = 8 * part.source_bytes / bits - part.num_weights
-        for layer in part.layers:
-            if layer.experts:
-                continue  # which are stored as floats
-            weights = layer.in_features * layer.out_features
-            if layer.kind == "embedding" and others >= weights:
-                weights *= 2  # the reverse table of an untied head
-            saved_bits += weights * (bits - bits_per_weight(layer, plan, bits))
-    return sum(part.source_bytes for part in plan.parts) - int(saved_bits / 8)
-
-
-def codes_bytes(plan: Plan, part: PartPlan) -> float:
-    """Of the codes of a part's experts."""
-    bits = source_bits(plan)
-    layers = [layer for layer in part.layers if layer.experts and layer.scheme]
-    return sum(layer.num_weights * bits_per_weight(layer, plan, bits) / 8 for layer in layers)
-
-
-def source_bits(plan: Plan) -> Literal[16, 32]:
-    """Bits of most weights in the source."""
-    ratios = [8 * part.source_bytes / part.num_weights for part in plan.parts if part.num_weights]
-    # Parts hold more than their layers' matrices, so that the lowest ratio is closest.
-    return 16 if min(ratios, default=32) < 24 else 32
-
-
-def bits_per_weight(layer: LayerPlan, plan: Plan, source_bits: int) -> float:
-    """Stored bits of one weight, including its share of scales and zero points.
-
-    Args:
-        source_bits: of a weight in the source, 16 or 32.
-    """
-    match layer.scheme:
-        case (
-            GPTQScheme(weight_bits=bits, group_size=size)
-            | AWQScheme(weight_bits=bits, group_size=size)
-        ):
-            return bits + 40 / (layer.in_features if size == -1 else size)
-        case Int8Scheme():
-            return 8 + 32 / layer.in_features
-        case Int4Scheme(block_size=size):
-            return 4 + 40 / (layer.in_features if size == -1 else size)
-        case Float8Scheme(power_of_two=power_of_two) if plan.weights_format == 2:
-            # A float kernel, compressed (see `pipeline.artifact.weights_file`).
-            return 8.2 if power_of_two or source_bits == 16 else 11.2
-        case Float8Scheme() | None:
-            return source_bits

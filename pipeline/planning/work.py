@@ -6,7 +6,6 @@ Counts come from the plan alone, layer by layer. What a machine makes of them is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
@@ -14,17 +13,11 @@ from operator import add
 
 from pipeline.calibration.windows import shard_bounds
 from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan, TokensPlan, micro_batches
-from pipeline.planning.estimates import (
-    DRIFT_GRAMS,
-    GPU_BAND,
-    bits_per_weight,
-    codes_bytes,
-    hidden_features,
-    num_streams,
-    source_bits,
-)
+from pipeline.planning.estimates import DRIFT_GRAMS, hidden_features, num_streams
 from pipeline.planning.expert_costs import rows_per_token, run_weights
+from pipeline.planning.solve_costs import GPU_BAND
 from pipeline.planning.stage_constants import Constants, Device
+from pipeline.planning.stored_sizes import source_bits
 from pipeline.planning.tuning import (
     GRADIENT_FORWARDS,
     judged_windows,
@@ -389,52 +382,3 @@ def _gptq_rows(columns: int, rows: int, scheme: GPTQScheme, constants: Constants
 def _rounding(layer: LayerPlan) -> Work:
     """By the host, whatever else computes."""
     return Work(rounded_weights=layer.num_weights)
-
-
-def stored_bytes(plan: Plan, part: PartPlan) -> float:
-    """Of one part of the artifact, and of its experts' codes."""
-    bits = source_bits(plan)
-    saved = sum(
-        layer.in_features * layer.out_features * (bits - bits_per_weight(layer, plan, bits))
-        for layer in part.layers
-        if not layer.experts  # which are stored as floats
-    )
-    return max(part.source_bytes - saved / 8, 0.0) + codes_bytes(plan, part)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """Text that source and result are compared on.
-
-    Attributes:
-        num_windows, sequence_length: of the text.
-    """
-
-    num_windows: int
-    sequence_length: int
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_windows * self.sequence_length
-
-    def as_tokens(self, plan: Plan, num_windows: int) -> TokensPlan:
-        """Some of the windows as the blocks would take them in calibration."""
-        return TokensPlan(
-            key="",
-            digest="",
-            fingerprint="",
-            num_samples=num_windows,
-            sequence_length=self.sequence_length,
-            micro_batch=max(1, 1024 // self.sequence_length),
-            shards=((0, num_windows),),
-            attention="scores" if plan.tokens is None else plan.tokens.attention,
-        )
-
-    def worker_windows(self, workers: int) -> int:
-        """Windows of the worker that has most."""
-        return math.ceil(self.num_windows / workers)
-
-
-def head_flops(plan: Plan, num_tokens: int) -> float:
-    """Of what is outside the blocks: each matrix or table there counts as the output head's."""
-    return 2.0 * sum(layer.num_weights for layer in plan.parts[0].layers) * num_tokens

@@ -23,7 +23,7 @@ from pipeline.run.records import Manifest, PartRecord, TuningRecord
 if TYPE_CHECKING:
     from quantizer.expert_codes import ExpertCodes
     from quantizer.expert_solver import SolvedExpert
-    from quantizer.gptq.solve import SolvedRows
+    from quantizer.gptq.solved_rows import SolvedRows
     from quantizer.tuning.training import Batch
 
 Values: TypeAlias = Mapping[str, NDArray[Any]]

@@ -31,7 +31,8 @@ from pipeline.worker.solve_bank import (
 from quantizer.errors import UnusableStatisticsError
 from quantizer.experts import ExpertHessians, InputStatistics
 from quantizer.gptq.drift import Drift, DriftSum, JudgedDrift
-from quantizer.gptq.solve import SolvedRows, compile_solver, join_slices
+from quantizer.gptq.solve import compile_solver
+from quantizer.gptq.solved_rows import SolvedRows, join_slices
 from quantizer.hessian import CalibrationStatistics, HessianSum, MagnitudeSum
 from quantizer.keras_format.kernel_layout import row_groups
 from quantizer.keras_format.layers import kernel_layout, solve_embedding

@@ -10,7 +10,7 @@ from jobs.room import check_device_memory, check_memory, evaluation_pass, place_
 from pipeline.evaluation.batches import TOKENS_PER_PASS
 from pipeline.executor.protocol import ActivationPlace, DeviceMemory, ExecutorError, NodeRoom
 from pipeline.planning.estimates import Estimate, estimate
-from pipeline.planning.evaluation_memory import EvaluationMemory
+from pipeline.planning.evaluation_costs import EvaluationMemory
 from tests.pipeline.tiny_runs import planned
 
 GIB = 1 << 30

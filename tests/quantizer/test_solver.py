@@ -25,6 +25,7 @@ from quantizer import (
     solver,
 )
 from quantizer.gptq import solve as gptq
+from quantizer.gptq.solved_rows import join_slices
 from quantizer.keras_format.kernel_layout import KernelLayout
 from tests.selection import covering
 from tests.stock import kernel_layer
@@ -105,7 +106,7 @@ def test_row_slices_join_to_the_whole(monkeypatch):
     layer = solver.check_layer(weight, scheme)
     last, first = solver.solve_rows(layer, hessian, [2]), solver.solve_rows(layer, hessian, [0, 1])
     joined, whole = (
-        gptq.join_slices(weight, [*first, *last], scheme),
+        join_slices(weight, [*first, *last], scheme),
         solve(weight, hessian, scheme),
     )
     assert joined.report == whole.report

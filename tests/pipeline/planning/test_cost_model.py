@@ -7,10 +7,11 @@ import dataclasses
 import pytest
 
 from pipeline.planning.cost_model import run_cost
+from pipeline.planning.evaluation_costs import Evaluated
 from pipeline.planning.machines import known_machines
 from pipeline.planning.run_cost import STAGES, RunCost, Stage, resource_seconds
 from pipeline.planning.stage_constants import CONSTANTS
-from pipeline.planning.work import Evaluated, Work, block_work, planned_on
+from pipeline.planning.work import Work, block_work, planned_on
 from quantizer.schemes import Int8Scheme
 from tests.pipeline.planning.small_plans import plan, slow_machine, with_layers
 

@@ -18,8 +18,9 @@ from pipeline.executor.protocol import Allocation
 from pipeline.executor.worker_environment import worker_environment
 from pipeline.model.preset import read_preset
 from pipeline.plan import Plan
-from pipeline.planning.estimates import bits_per_weight, estimate
+from pipeline.planning.estimates import estimate
 from pipeline.planning.make_plan import make_plan
+from pipeline.planning.stored_sizes import bits_per_weight
 from pipeline.recipe.recipe import Recipe
 from pipeline.storage.object_store import open_store
 from quantizer.experts import num_expert_ranges

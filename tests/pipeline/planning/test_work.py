@@ -7,14 +7,10 @@ import dataclasses
 import pytest
 
 from pipeline.plan import InputGroup
-from pipeline.planning.estimates import GPU_BAND
+from pipeline.planning.solve_costs import GPU_BAND
 from pipeline.planning.stage_constants import CONSTANTS
-from pipeline.planning.work import (
-    Work,
-    block_work,
-    planned_on,
-    stored_bytes,
-)
+from pipeline.planning.stored_sizes import stored_bytes
+from pipeline.planning.work import Work, block_work, planned_on
 from quantizer.gptq import path
 from quantizer.schemes import AWQScheme, GPTQScheme, Int8Scheme
 from tests.pipeline.planning.small_plans import GPTQ, block, experts_plan, layer, plan, with_layers

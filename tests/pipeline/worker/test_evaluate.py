@@ -11,7 +11,7 @@ import keras_hub
 import numpy as np
 import pytest
 
-from jobs.execute import evaluate as evaluate_on_workers
+from jobs.evaluating import evaluate as evaluate_on_workers
 from jobs.publish.verdict import failures
 from pipeline.calibration.windows import TokenWindows
 from pipeline.evaluation import batches

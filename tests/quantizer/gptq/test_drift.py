@@ -5,7 +5,7 @@ import pytest
 
 from quantizer import CalibrationError, DriftSum, GPTQScheme, HessianSum, solve, solve_stack
 from quantizer.gptq.drift import HeldBackSums, JudgedDrift, correct_target
-from quantizer.gptq.solve import join_slices
+from quantizer.gptq.solved_rows import join_slices
 from quantizer.solver import check_layer, solve_rows
 from tests import reference
 from tests.quantizer.problems import make

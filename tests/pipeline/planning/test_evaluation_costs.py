@@ -9,7 +9,7 @@ import numpy as np
 from pipeline.calibration.windows import TokenWindows
 from pipeline.evaluation.batches import TOKENS_PER_PASS, EvaluationSet
 from pipeline.plan import Plan
-from pipeline.planning.evaluation_memory import EvaluationMemory
+from pipeline.planning.evaluation_costs import EvaluationMemory
 from tests.pipeline.tiny_runs import planned
 
 

@@ -1,18 +1,19 @@
-"""What comparing a result with its source takes of a worker's GPU, and what fits there at once."""
+"""What comparing a result with its source takes: text, flops, and memory of a worker's GPU."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pipeline.evaluation.batches import TOKENS_PER_PASS, EvaluationSet
-from pipeline.plan import Plan
+from pipeline.plan import Plan, TokensPlan
 from pipeline.planning.estimates import (
     DEVICE_PROGRAMS_BYTES,
     attention_scores_bytes,
     hidden_features,
     micro_batch_bytes,
-    source_bits,
 )
+from pipeline.planning.stored_sizes import source_bits
 
 # A block as read, and what of it Keras' quantized layers decode to compute with.
 _BLOCK_COPIES = 2
@@ -22,6 +23,44 @@ _REST_COPIES = 3
 _LOGIT_COPIES = 3
 # What the source has left to its head, what passes the artifact, and what a decoder or masks add.
 _STATE_COPIES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """Text that source and result are compared on.
+
+    Attributes:
+        num_windows, sequence_length: of the text.
+    """
+
+    num_windows: int
+    sequence_length: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_windows * self.sequence_length
+
+    def as_tokens(self, plan: Plan, num_windows: int) -> TokensPlan:
+        """Some of the windows as the blocks would take them in calibration."""
+        return TokensPlan(
+            key="",
+            digest="",
+            fingerprint="",
+            num_samples=num_windows,
+            sequence_length=self.sequence_length,
+            micro_batch=max(1, 1024 // self.sequence_length),
+            shards=((0, num_windows),),
+            attention="scores" if plan.tokens is None else plan.tokens.attention,
+        )
+
+    def worker_windows(self, workers: int) -> int:
+        """Windows of the worker that has most."""
+        return math.ceil(self.num_windows / workers)
+
+
+def head_flops(plan: Plan, num_tokens: int) -> float:
+    """Of what is outside the blocks: each matrix or table there counts as the output head's."""
+    return 2.0 * sum(layer.num_weights for layer in plan.parts[0].layers) * num_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
