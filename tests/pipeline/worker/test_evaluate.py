@@ -152,11 +152,11 @@ def test_a_lost_worker_s_share_is_evaluated_again(run: FinishedRun, monkeypatch)
     executor = workers(run, 2)
     calls = []
 
-    def lose_once(self, evaluated, numbers):
+    def lose_once(self, evaluated, numbers, tokens_per_pass):
         calls.append(list(numbers))
         if len(calls) == 2:
             raise WorkerLostError("killed")
-        return original(self, evaluated, numbers)
+        return original(self, evaluated, numbers, tokens_per_pass)
 
     original = Worker.evaluate
     monkeypatch.setattr(Worker, "evaluate", lose_once)
