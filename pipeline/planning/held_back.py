@@ -3,8 +3,8 @@
 What fits its own windows better may answer worse on any other text. Choices that could fit too
 well are therefore made on windows that had no part in what is chosen from: one micro-batch in
 eight, spread evenly, since neighbouring windows may be of one text, and in turn at every place of
-the eight, since windows of several sources alternate. Micro-batches are whole, so
-that nothing has to be masked, and which ones is part of the plan, whoever holds them.
+the eight, since windows of several sources alternate. Micro-batches are held back whole, so that
+nothing has to be masked; which ones is part of the plan, whoever holds them.
 """
 
 from __future__ import annotations
