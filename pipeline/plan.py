@@ -29,9 +29,6 @@ from pipeline.storage.record import STRICT, StoredRecord
 from quantizer.schemes import GPTQScheme
 
 PLAN_KEY = "plan.json"
-_CPU_MICRO_BATCH_TOKENS = 512
-_SHARD_TOKENS = 2048
-_MAX_SHARDS = 32
 _HELD_BACK_STEP = 5
 """Has no divisor in common with eight, so that all places take their turns."""
 
@@ -381,21 +378,3 @@ def read_plan(store: ObjectStore) -> Plan:
         raise DamagedObjectError(
             f"{error}; without its plan this run cannot be resumed: start again in an empty folder"
         ) from error
-
-
-def micro_batches(
-    num_samples: int, sequence_length: int, platform: str, at_most: int | None = None
-) -> tuple[int, int]:
-    """The windows of a micro-batch, and the windows of a shard, which holds whole micro-batches.
-
-    A CPU's caches hold the attention scores of about 512 tokens; an accelerator needs more. A shard
-    has 2,048 tokens, or more where there would be more than 32 shards.
-
-    Args:
-        at_most: windows of a micro-batch, where memory holds no more.
-    """
-    tokens = _CPU_MICRO_BATCH_TOKENS if platform == "cpu" else _SHARD_TOKENS
-    micro_batch = min(num_samples, max(1, tokens // sequence_length), at_most or num_samples)
-    shard = min(num_samples, max(1, _SHARD_TOKENS // sequence_length))
-    shard = micro_batch * max(1, shard // micro_batch)
-    return micro_batch, shard * -(-num_samples // (shard * _MAX_SHARDS))

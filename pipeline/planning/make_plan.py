@@ -34,13 +34,12 @@ from pipeline.plan import (
     Plan,
     SourceTokens,
     TokensPlan,
-    micro_batches,
 )
 from pipeline.planning.folds import with_folds
 from pipeline.planning.held_back import held_back_every
 from pipeline.planning.input_groups import embedded_shapes, input_groups
 from pipeline.planning.layer_plans import check_share, plan_layers
-from pipeline.planning.micro_batch import fitting_micro_batch
+from pipeline.planning.micro_batch import fitting_micro_batch, micro_batches
 from pipeline.planning.token_windows import token_windows
 from pipeline.planning.tuning import check_trained
 from pipeline.recipe.recipe import Recipe, statistics_of

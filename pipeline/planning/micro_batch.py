@@ -1,4 +1,4 @@
-"""How many windows pass a block together on a GPU: fewer where its memory holds no more.
+"""How many windows pass a block together: on a GPU fewer where its memory holds no more.
 
 A plan names them, since products round by their shapes. They follow from the kind of GPU and the
 model alone, never from the number of workers, on which no byte of a result depends.
@@ -9,8 +9,30 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.calibration.windows import shard_bounds
-from pipeline.plan import Plan, TokensPlan, micro_batches
+from pipeline.plan import Plan, TokensPlan
 from pipeline.planning.estimates import estimate
+
+_CPU_MICRO_BATCH_TOKENS = 512
+_SHARD_TOKENS = 2048
+_MAX_SHARDS = 32
+
+
+def micro_batches(
+    num_samples: int, sequence_length: int, platform: str, at_most: int | None = None
+) -> tuple[int, int]:
+    """The windows of a micro-batch, and the windows of a shard, which holds whole micro-batches.
+
+    A CPU's caches hold the attention scores of about 512 tokens; an accelerator needs more. A shard
+    has 2,048 tokens, or more where there would be more than 32 shards.
+
+    Args:
+        at_most: windows of a micro-batch, where memory holds no more.
+    """
+    tokens = _CPU_MICRO_BATCH_TOKENS if platform == "cpu" else _SHARD_TOKENS
+    micro_batch = min(num_samples, max(1, tokens // sequence_length), at_most or num_samples)
+    shard = min(num_samples, max(1, _SHARD_TOKENS // sequence_length))
+    shard = micro_batch * max(1, shard // micro_batch)
+    return micro_batch, shard * -(-num_samples // (shard * _MAX_SHARDS))
 
 
 def fitting_micro_batch(plan: Plan, device_bytes: int | None) -> int | None:

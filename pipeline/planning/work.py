@@ -12,9 +12,10 @@ from functools import reduce
 from operator import add
 
 from pipeline.calibration.windows import shard_bounds
-from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan, TokensPlan, micro_batches
+from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan, TokensPlan
 from pipeline.planning.estimates import DRIFT_GRAMS, hidden_features, num_streams
 from pipeline.planning.expert_costs import rows_per_token, run_weights
+from pipeline.planning.micro_batch import micro_batches
 from pipeline.planning.solve_costs import GPU_BAND
 from pipeline.planning.stage_constants import Constants, Device
 from pipeline.planning.stored_sizes import source_bits

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.calibration.windows import shard_bounds
-from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan, TokensPlan, micro_batches
+from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan, TokensPlan
 from pipeline.planning.cost_model import run_cost
 from pipeline.planning.estimates import estimate
 from pipeline.planning.machines import Machine, known_machines
+from pipeline.planning.micro_batch import micro_batches
 from pipeline.planning.stage_constants import CONSTANTS
 from pipeline.planning.work import block_work, planned_on
 from pipeline.recipe.recipe import Recipe

@@ -2,11 +2,9 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pipeline.canonical import canonical_json
-from pipeline.plan import Plan, micro_batches
+from pipeline.plan import Plan
 from pipeline.storage.record import RecordError
 from tests.pipeline.tiny_runs import planned
 
@@ -56,16 +54,3 @@ def test_other_content_is_reported_as_damage() -> None:
         with pytest.raises(RecordError, match=r"not JSON|not a record|digest|version") as raised:
             Plan.from_json(case)
         assert "\n" not in str(raised.value)
-
-
-@given(st.integers(1, 100_000), st.integers(2, 10_000))
-def test_shards_hold_whole_micro_batches_and_are_few(num_samples: int, length: int) -> None:
-    for platform in ("cpu", "gpu"):
-        check(*micro_batches(num_samples, length, platform), num_samples, length)
-
-
-def check(micro_batch: int, per_shard: int, num_samples: int, length: int) -> None:
-    assert 1 <= micro_batch <= num_samples
-    assert per_shard % micro_batch == 0
-    assert -(-num_samples // per_shard) <= 32
-    assert micro_batch == 1 or micro_batch * length <= 2048

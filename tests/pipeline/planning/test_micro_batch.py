@@ -1,4 +1,4 @@
-"""Micro-batches on GPUs are as large as memory allows, whoever the workers are."""
+"""Micro-batches are small on CPUs; on GPUs as large as memory allows, whoever the workers are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import dataclasses
 
 import jax
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.calibration.windows import shard_bounds
 from pipeline.executor.protocol import DeviceMemory
@@ -13,7 +15,7 @@ from pipeline.model.preset import read_preset
 from pipeline.plan import Plan
 from pipeline.planning import make_plan as planning
 from pipeline.planning.estimates import estimate
-from pipeline.planning.micro_batch import fitting_micro_batch
+from pipeline.planning.micro_batch import fitting_micro_batch, micro_batches
 from tests.pipeline.planning.small_plans import plan
 from tests.pipeline.tiny_runs import recipe, source
 
@@ -79,3 +81,16 @@ def test_a_plan_for_a_small_gpu_has_small_micro_batches_and_whole_shards(
     assert [part.groups for part in small.parts] == [part.groups for part in roomy.parts]
     assert on_cpu.tokens is not None
     assert on_cpu.tokens.micro_batch == 4
+
+
+@given(st.integers(1, 100_000), st.integers(2, 10_000))
+def test_shards_hold_whole_micro_batches_and_are_few(num_samples: int, length: int) -> None:
+    for platform in ("cpu", "gpu"):
+        check(*micro_batches(num_samples, length, platform), num_samples, length)
+
+
+def check(micro_batch: int, per_shard: int, num_samples: int, length: int) -> None:
+    assert 1 <= micro_batch <= num_samples
+    assert per_shard % micro_batch == 0
+    assert -(-num_samples // per_shard) <= 32
+    assert micro_batch == 1 or micro_batch * length <= 2048
