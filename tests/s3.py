@@ -48,6 +48,11 @@ class S3Server:
     def create_bucket(self, name: str) -> None:
         self.client().create_bucket(Bucket=name)
 
+    def empty_bucket(self, name: str) -> None:
+        for page in self.client().get_paginator("list_objects_v2").paginate(Bucket=name):
+            for entry in page.get("Contents", ()):
+                self.client().delete_object(Bucket=name, Key=entry["Key"])
+
     def client(self):
         """A client independent of the code under test."""
         return _client(self.endpoint_url)

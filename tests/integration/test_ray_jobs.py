@@ -76,6 +76,8 @@ def s3(request: pytest.FixtureRequest) -> Iterator[S3Server]:
         else:
             server = request.getfixturevalue("radosgw")
         server.create_bucket(BUCKET)
+        # Of an earlier time: tests that go from process to process set the module up again.
+        server.empty_bucket(BUCKET)
         yield server
 
 

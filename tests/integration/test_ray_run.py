@@ -264,7 +264,9 @@ def call(folder: Path, *arguments: object, where: Path = ROOT, **environment: st
     return Outcome(finished.returncode, finished.stdout, finished.stderr, told.read_text())
 
 
-@pytest.fixture(scope="module")
+# Once a session, as the store: a process that gives away some of a module's tests and gets them
+# back sets the module up twice, and would find the run finished.
+@pytest.fixture(scope="session")
 def on_s3(
     cluster: RunningCluster, s3: S3Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Outcome:
