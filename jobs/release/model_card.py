@@ -88,10 +88,10 @@ def model_card(contents: Contents, settings: CardSettings, place: Place) -> byte
         evaluations=[(o, quality_rows(o), measured_on(o)) for o in run.evaluations],
         experts_in_float=any(key.startswith(CODES_PREFIX) for key in run.manifest.files),
         rounds_inputs=contents.export is not None and _rounds_inputs(run),
-        in_float=list(_in_float(run)),
+        in_float=list(left_in_float(run)),
         notes=[_without_source(run, note) for note in (run.plan.notes if run.plan else ())],
         recipe=block(yaml_text(published_recipe(run)), "yaml"),
-        facts=_facts(contents),
+        facts=facts_of(contents),
         commands=[(one, block(one.text, one.language)) for one in load_commands(contents, place)],
         place=place,
         code=code,
@@ -162,7 +162,7 @@ def _sizes(contents: Contents) -> list[tuple[str, str]]:
     return rows
 
 
-def _in_float(run: FinishedRun) -> Iterator[tuple[int, str, str]]:
+def left_in_float(run: FinishedRun) -> Iterator[tuple[int, str, str]]:
     """Number of layers left in float, one of them, and why; the recipe says so where "" is why."""
     left = [layer for layer in run.layers if layer.scheme is None]
     counts = Counter(_without_source(run, layer.note) for layer in left)
@@ -200,7 +200,7 @@ def _published(url: str) -> str:
     return re.sub(r"[?#].*", "", url).rstrip("/").rpartition("/")[2].rpartition("@")[2]
 
 
-def _facts(contents: Contents) -> list[tuple[str, str]]:
+def facts_of(contents: Contents) -> list[tuple[str, str]]:
     """Digests and circumstances by which a result can be told from others, and made again."""
     run = contents.run
     given = run.manifest.provenance

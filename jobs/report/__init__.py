@@ -1,0 +1,1 @@
+"""Pages for people: a run's report, self-contained HTML with pictures."""
