@@ -21,6 +21,7 @@ from jobs.metrics import RunMetrics
 from jobs.planned_job import PlannedJob, log_finished_before, report_plan
 from jobs.reachable import absolute, check_writable, reachable
 from jobs.release.cards import update_cards
+from jobs.report.run_report import update_report
 from jobs.run_costs import PricedMachine, Workers
 from jobs.run_exports import (
     check_exports,
@@ -225,6 +226,7 @@ def resume_job(
             with open_compute(spec, source_url, output_url, address=address) as compute:
                 made = make_exports(compute, store)
         update_cards(store)
+        update_report(store)
         summary = Summary.of(plan, store, found, costs, {}, wall_seconds=0.0, fidelity=None)
         _print_summary(summary, store, made, as_json=as_json)
         return
@@ -300,6 +302,7 @@ def _finish(
         raise
     summary = execution.summarize(costs, fidelity)
     update_cards(store)
+    update_report(store)
     _print_summary(summary, store, made, as_json=as_json)
     if fidelity is not None and fidelity.not_finite is not None:
         raise UnusableResultError(

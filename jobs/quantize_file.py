@@ -15,6 +15,7 @@ from jobs.logging import is_json, log_event, print_json, set_run, status, url_na
 from jobs.quantities import size
 from jobs.reachable import absolute, check_writable, reachable
 from jobs.release.cards import update_cards
+from jobs.report.run_report import update_report
 from jobs.summary import left_in_float, schemes_table, summarized_schemes
 from pipeline.errors import PipelineError, PlanMismatchError
 from pipeline.executor.allocation import allocate, this_machine
@@ -71,6 +72,7 @@ def run_file(
             with status(f"quantizing {chosen} layers"):
                 manifest = process.run(quantize_plain, plan, output_url)
         update_cards(store)
+        update_report(store)
     _print_result(manifest, store, as_json=as_json)
 
 

@@ -82,6 +82,20 @@ def card(
 
 
 @app.command()
+def report(
+    output: options.FinishedRun,
+    to: Annotated[
+        str | None, typer.Option(help="Write the page to this file instead of into the run.")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Write a report of a finished result: one page with pictures, for any browser."""
+    from jobs.report.run_report import report_run
+
+    report_run(output, to, as_json=as_json)
+
+
+@app.command()
 def push(
     output: options.FinishedRun,
     repository: Annotated[str, typer.Argument(help="hf://owner/name; it is made if need be.")],

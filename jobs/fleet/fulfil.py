@@ -34,6 +34,7 @@ from jobs.publish.verdict import (
 )
 from jobs.publish.verified_files import VerifiedFiles
 from jobs.release.cards import update_cards
+from jobs.report.run_report import update_report
 from jobs.run_exports import CATALOG_OPTION, check_exports, foresee_exports
 from pipeline.errors import DamagedObjectError, MissingObjectError, PipelineError
 from pipeline.evaluation.batches import EvaluationSet
@@ -125,6 +126,7 @@ def fulfil(
                 options,
             )
         update_cards(run_store(root, artifact.run_id))
+        update_report(run_store(root, artifact.run_id))
         held.check()
         releases = publish(root, request, verdict, exports) if verdict.passed else ()
         if compute.has_workers:

@@ -1,0 +1,157 @@
+"""A finished run's report: one HTML page that says what was done, how well, and how long it took.
+
+It follows from what is stored, so no digest covers it, and it is written anew whenever more is
+known.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.text import Text
+
+from jobs.logging import print_result, status
+from jobs.quantities import duration, size
+from jobs.reachable import absolute
+from jobs.release.contents import Contents, FinishedRun, artifact_contents, read_run
+from jobs.release.loading import Place, load_commands
+from jobs.release.markdown import yaml_text
+from jobs.release.model_card import facts_of, left_in_float, published_recipe
+from jobs.release.quality import measured_on, quality_rows
+from jobs.report.figures import (
+    drivers_figure,
+    error_figures,
+    sizes_figure,
+    stages_figure,
+)
+from jobs.report.layer_errors import errors_outside_blocks, layer_errors, worst
+from jobs.report.page import page
+from jobs.report.timeline import Timeline, read_timeline
+from pipeline.errors import PipelineError
+from pipeline.run.records import ARTIFACT_PREFIX, PartRecord
+from pipeline.storage.object_store import ObjectStore, open_store
+from pipeline.storage.record import MAX_RECORD_BYTES
+
+REPORT_KEY = "report.html"
+_NUM_WORST = 20
+
+
+def update_report(store: ObjectStore) -> None:
+    """Write the report of the finished run at a store's root."""
+    with status("writing the report"):
+        store.put(REPORT_KEY, run_report(read_run(store, store.root_url)))
+
+
+def report_run(run_url: str, to_url: str | None, *, as_json: bool) -> None:
+    """Write the report of a finished run, and say where it is.
+
+    Args:
+        to_url: file or URL of the page; None for the run's own.
+
+    Raises:
+        DamagedObjectError: the run is not finished, or a record is damaged.
+    """
+    store = open_store(absolute(run_url))
+    with status("writing the report"):
+        content = run_report(read_run(store, run_url))
+        target, key = (store, REPORT_KEY) if to_url is None else _file(to_url)
+        target.put(key, content)
+    url = target.url(key).removeprefix("file://")
+    print_result({"url": url, "size_bytes": len(content)}, Text(f"report: {url}"), as_json=as_json)
+
+
+def _file(url: str) -> tuple[ObjectStore, str]:
+    folder, _, name = absolute(url).rpartition("/")
+    if not name.endswith(".html"):
+        raise PipelineError(f"--to {url}: a page is one file; give it a name that ends in .html")
+    return open_store(folder), name
+
+
+def run_report(run: FinishedRun) -> bytes:
+    """The page of a finished run.
+
+    Raises:
+        DamagedObjectError: a record is damaged.
+    """
+    contents = artifact_contents(run)
+    records = [] if run.plan is None else _records(run)
+    layers = layer_errors(run.plan, records) if records else errors_outside_blocks(run.layers)
+    timeline = read_timeline(run.store)
+    names = [part.name for part in run.plan.parts] if run.plan is not None else []
+    figures = [
+        sizes_figure(_sizes(run, contents, records)),
+        *error_figures(layers),
+        stages_figure(timeline, names),
+        drivers_figure(timeline, names),
+    ]
+    return page(
+        "run_report.html.jinja",
+        [one for one in figures if one is not None],
+        run=run,
+        headline=_headline(run, contents, timeline),
+        evaluations=[(o, quality_rows(o), measured_on(o)) for o in run.evaluations],
+        worst=worst(layers, _NUM_WORST),
+        num_layers=len(layers),
+        in_float=list(left_in_float(run)),
+        notes=run.plan.notes if run.plan is not None else (),
+        recipe=yaml_text(published_recipe(run)),
+        facts=facts_of(contents),
+        commands=load_commands(contents, Place(folder=ARTIFACT_PREFIX.rstrip("/"))),
+        license=run.origin.license,
+        timeline=timeline,
+        duration=duration,
+    )
+
+
+def _records(run: FinishedRun) -> list[PartRecord]:
+    return [
+        PartRecord.from_json(run.store.get(key, sha256=digest, at_most=MAX_RECORD_BYTES))
+        for key, digest in sorted(run.manifest.records.items())
+    ]
+
+
+def _sizes(
+    run: FinishedRun, contents: Contents, records: list[PartRecord]
+) -> list[tuple[str, str, int]]:
+    if run.plan is None:
+        return [
+            ("source", "weights", run.source_bytes),
+            ("stored", "weights", contents.stored_bytes),
+        ]
+    outside = "outside the blocks"
+    rows = [
+        ("source", "blocks", sum(part.source_bytes for part in run.plan.parts[1:])),
+        ("source", outside, run.plan.parts[0].source_bytes),
+    ]
+    for place, attribute in (("stored", "size_bytes"), ("in memory", "loaded_bytes")):
+        found: dict[bool, int] = {True: 0, False: 0}
+        for record in records:
+            found[record.part > 0] += getattr(record, attribute)
+        rows += [(place, "blocks", found[True]), (place, outside, found[False])]
+    return rows
+
+
+def _headline(run: FinishedRun, contents: Contents, timeline: Timeline) -> list[tuple[str, str]]:
+    """The few figures that most readers came for: pairs of a label and a value."""
+    stored = contents.stored_bytes
+    rows = [
+        ("weights", f"{size(run.source_bytes)} → {size(stored)}"),
+        ("smaller by a factor of", f"{run.source_bytes / stored:.1f}" if stored else "–"),
+    ]
+    figures = run.evaluations[0].figures if run.evaluations else {}
+    rows += _quality(figures)
+    if timeline.sittings:
+        rows.append(("from start to end", duration(max(one.end for one in timeline.sittings))))
+    return rows
+
+
+def _quality(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    before, after = figures.get("source_perplexity"), figures.get("result_perplexity")
+    rows = []
+    if before and after:
+        rows.append(("perplexity", f"{before:.2f} → {after:.2f}"))
+    if figures.get("divergence") is not None:
+        rows.append(("KL divergence, nats a token", f"{figures['divergence']:.4f}"))
+    if figures.get("cosine") is not None:
+        rows.append(("mean cosine", f"{figures['cosine']:.5f}"))
+    return rows
