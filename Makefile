@@ -60,7 +60,7 @@ test: lint  ## lint, types and the default tests
 	$(PYTEST)
 
 # The second call runs the default tests of layers once more, with Keras on PyTorch.
-test-all: test $(TORCH)  ## the default tests, then all others but the slow ones (needs radosgw)
+test-all: test $(TORCH)  ## the default tests, then all others but the slow ones (needs radosgw, chromium)
 	$(PYTEST) -m "(exhaustive or torch or radosgw) and not slow"
 	KERAS_BACKEND=torch $(PYTEST) tests/quantizer/keras_format/test_layers.py
 

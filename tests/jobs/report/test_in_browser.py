@@ -1,0 +1,153 @@
+"""Reports in a real browser, Debian's Chromium, which `.ci/run` installs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import vl_convert
+from playwright.sync_api import Browser
+
+from jobs.release.contents import read_run
+from jobs.report.figure import Figure
+from jobs.report.figures import drivers_figure, error_figures, stages_figure
+from jobs.report.page import page
+from jobs.report.run_report import run_report
+from jobs.report.timeline import timeline
+from pipeline.storage.object_store import open_store
+from tests.jobs.release.runs import finished
+from tests.jobs.report.browser import Opened, chromium
+from tests.jobs.report.test_figures import layer
+from tests.jobs.report.test_page import HOSTILE
+from tests.jobs.report.test_timeline import KILLED, RESUMED
+
+pytestmark = pytest.mark.exhaustive
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as found:
+        yield found
+
+
+def hostile_page(num_blocks: int, num_layers: int) -> bytes:
+    names = [HOSTILE] + [f"l{j}" for j in range(num_layers - 1)]
+    layers = [
+        layer(block, name, 0.1 + block + j, account={"damping": 0.01, "kept": HOSTILE})
+        for block in range(num_blocks)
+        for j, name in enumerate(names)
+    ]
+    found = timeline([KILLED, RESUMED])
+    parts = ("rest", HOSTILE, "block_1")
+    given = (*error_figures(layers), stages_figure(found, parts), drivers_figure(found, parts))
+    figures: list[Figure] = [one for one in given if one is not None]
+    run = SimpleNamespace(
+        origin=SimpleNamespace(name=HOSTILE),
+        recipe=SimpleNamespace(name=HOSTILE),
+        schemes={HOSTILE: 1},
+    )
+    return page(
+        "run_report.html.jinja",
+        figures,
+        run=run,
+        headline=[(HOSTILE, HOSTILE)],
+        evaluations=[],
+        worst=layers[:3],
+        num_layers=len(layers),
+        in_float=[(1, HOSTILE, HOSTILE)],
+        notes=[HOSTILE],
+        recipe=HOSTILE,
+        facts=[(HOSTILE, HOSTILE)],
+        commands=[SimpleNamespace(reader=HOSTILE, text=HOSTILE, note=HOSTILE)],
+        license=SimpleNamespace(id=HOSTILE),
+        timeline=found,
+    )
+
+
+def test_a_run_s_report_is_drawn_whole_dark_light_and_narrow(
+    browser: Browser, tmp_path: Path
+) -> None:
+    run = str(finished())
+    file = tmp_path / "report.html"
+    file.write_bytes(run_report(read_run(open_store(run), run)))
+    paper = set()
+    for width, dark in ((1100, False), (1100, True), (360, False)):
+        opened = Opened(browser, file, width=width, dark=dark)
+        assert opened.said == []
+        assert opened.marks("sizes") >= 6
+        # Nothing is wider than the window but what scrolls by itself.
+        assert opened.overflow() == 0
+        paper.add(opened.page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        assert opened.faults() == []
+    assert len(paper) == 2
+
+
+def test_every_figure_has_its_marks_and_a_tooltip(browser: Browser, tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    file.write_bytes(hostile_page(4, 7))
+    opened = Opened(browser, file)
+    assert {one: opened.marks(one) >= 28 for one in ("share", "error")} == dict.fromkeys(
+        ("share", "error"), True
+    )
+    assert opened.marks("drivers") >= 2 + 6
+    assert opened.marks("stages") >= 4
+    for figure in ("share", "error", "stages", "drivers"):
+        picture = opened.page.locator(f"#{figure} svg")
+        assert len(set(picture.screenshot())) > 50  # not an empty region
+    opened.page.locator("#share .mark-rect path").first.hover()
+    tooltip = opened.page.locator("#vg-tooltip-element")
+    tooltip.wait_for(state="visible")
+    assert "of rounding's error" in tooltip.inner_text()
+
+
+def test_hostile_names_are_shown_as_text_and_nothing_of_them_runs(
+    browser: Browser, tmp_path: Path
+) -> None:
+    file = tmp_path / "report.html"
+    file.write_bytes(hostile_page(2, 3))
+    opened = Opened(browser, file)
+    assert opened.said == []
+    assert opened.page.locator("img").count() == 0
+    assert opened.page.locator("script:not([type])").count() == 2
+    assert HOSTILE[:40] in opened.page.locator("h1").inner_text()
+    # Names reach the page through tooltips, too.
+    opened.page.locator("#share .mark-rect path").first.hover()
+    opened.page.locator("#vg-tooltip-element").wait_for(state="visible")
+    assert opened.page.locator("img").count() == 0
+
+
+def test_a_keyboard_reaches_sections_tables_and_the_recipe(
+    browser: Browser, tmp_path: Path
+) -> None:
+    file = tmp_path / "report.html"
+    file.write_bytes(hostile_page(2, 3))
+    opened = Opened(browser, file)
+    reached = []
+    for _ in range(12):
+        opened.page.keyboard.press("Tab")
+        reached.append(
+            opened.page.evaluate(
+                "document.activeElement.getAttribute('aria-label') "
+                "|| document.activeElement.textContent.trim()"
+            )
+        )
+    assert reached[:6] == ["Quality", "Size", "Layers", "Time", "Use", "Origin"]
+    assert "Layers that lost most" in reached
+    assert "Recipe" in reached
+
+
+def test_ten_thousand_layers_fit_into_five_megabytes(browser: Browser, tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    file.write_bytes(hostile_page(100, 100))
+    assert file.stat().st_size < 5_000_000
+    opened = Opened(browser, file)
+    assert opened.said == []
+    assert opened.marks("share") >= 10_000
+
+
+def test_the_scripts_are_those_of_the_packages() -> None:
+    from jobs.report.page import _text
+
+    assert _text("vega.js") == vl_convert.javascript_bundle()
