@@ -156,6 +156,8 @@ def run_job(
 
     if not recipe.needs_calibration:
         spec = spec.with_one_gpu_each()
+    if dry_run is not None and dry_run.named is not None:
+        spec = spec.without_kind()  # which is asked of others than those at hand
     with open_compute(
         spec, job.source_url, job.output_url, address=address, plan_only=dry_run is not None
     ) as compute:

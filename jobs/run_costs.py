@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,13 @@ from pipeline.plan import Plan
 from pipeline.planning.cost_model import run_cost
 from pipeline.planning.estimates import Estimate, estimate
 from pipeline.planning.evaluation_costs import Evaluated
-from pipeline.planning.machines import Machine, Machines, known_machines, workers_on
+from pipeline.planning.machines import (
+    Machine,
+    Machines,
+    RatesError,
+    known_machines,
+    workers_on,
+)
 from pipeline.planning.micro_batch import in_fitting_micro_batches
 from pipeline.planning.run_cost import RunCost, Stage
 from pipeline.planning.work import planned_on
@@ -50,17 +57,37 @@ class Workers:
 
     Attributes:
         together: GPUs of each worker.
+        is_fixed: whether the user says how many that are.
     """
 
     number: int
     machine: Machine
     together: int = 1
+    is_fixed: bool = False
 
     @classmethod
     def on(cls, number: int, machine: Machine) -> Workers:
         """What a cluster of them would give: a worker for each node, with all of its GPUs."""
         of_a_node = min(number, machine.workers_per_node) if machine.device == "gpu" else 1
         return cls(number=number, machine=machine, together=1 if number % of_a_node else of_a_node)
+
+    def with_gpus_each(self, gpus: int | None) -> Workers:
+        """The same with so many GPUs for each worker; None leaves it as it is.
+
+        Raises:
+            RatesError: there are not so many, or some would be left over.
+        """
+        if gpus is None:
+            return self
+        what = f"{gpus} GPUs per worker, on {self.number} × {self.machine.name}"
+        most = min(self.number, self.machine.workers_per_node)
+        if self.machine.device == "cpu":
+            raise RatesError(f"{what}: that machine has no GPU; name one that has")
+        if gpus > most:
+            raise RatesError(f"{what}: a node has {most}; ask for no more than that")
+        if self.number % gpus:
+            raise RatesError(f"{what}: {self.number % gpus} would be left over; ask for a divisor")
+        return dataclasses.replace(self, together=gpus, is_fixed=True)
 
     @property
     def allocation(self) -> Allocation:
@@ -75,7 +102,7 @@ class Workers:
 
     def together_for(self, plan: Plan) -> int:
         """GPUs of each worker; one without calibration (see `ComputeSpec.with_one_gpu_each`)."""
-        return self.together if plan.chained else 1
+        return self.together if plan.chained or self.is_fixed else 1
 
     def plan(self, plan: Plan) -> Plan:
         """The plan as it would be made there (see `planned_on`)."""
@@ -122,8 +149,11 @@ class PricedMachine:
     named: Workers | None
 
     @classmethod
-    def of(cls, on: str | None, rates: str | None) -> PricedMachine:
+    def of(cls, on: str | None, rates: str | None, gpus: int | None = None) -> PricedMachine:
         """Of the options --on and --rates, before anything is planned.
+
+        Args:
+            gpus: of each worker, if the user says how many.
 
         Raises:
             RatesError: an unknown machine, or a file of rates that cannot be used.
@@ -132,7 +162,7 @@ class PricedMachine:
         if on is None:
             return cls(machines=machines, named=None)
         workers, name = workers_on(on)
-        named = Workers.on(workers, machines.named(name))
+        named = Workers.on(workers, machines.named(name)).with_gpus_each(gpus)
         return cls(machines=machines, named=named)
 
     def find(self, runner: FunctionRunner, allocation: Allocation) -> Workers | str:

@@ -172,6 +172,7 @@ def evaluation_windows(
     Raises:
         PipelineError: texts that are missing, unreadable or too few.
     """
+    from pipeline.calibration.windows import EVALUATION_WINDOWS
     from pipeline.model.preset import read_preset
     from pipeline.model.skeleton import build_skeleton
     from pipeline.planning.token_windows import most_tokens, token_windows
@@ -190,7 +191,8 @@ def evaluation_windows(
             sampling="sequential",
         )
         try:
-            found[name] = token_windows(preset, skeleton, calibration).to_bytes()
+            windows = token_windows(preset, skeleton, calibration, EVALUATION_WINDOWS)
+            found[name] = windows.to_bytes()
         except CalibrationTextError as error:
             raise CalibrationTextError(f"{name}: {error}" if name else str(error)) from None
     return found

@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from pipeline.evaluation.named_texts import SET_NAME_PATTERN, EvaluatedTexts
-from pipeline.executor.protocol import Device
+from pipeline.executor.protocol import ComputeSpec, Device, ExecutorError
 from pipeline.export.code_formats import ExportFormat
 from pipeline.export.settings import ExportDtype
 from pipeline.recipe.text_sources import CalibrationText, WeightedText
@@ -213,8 +213,28 @@ class Resources(_Mapping):
     device: Device = "auto"
     accelerator: Annotated[StrictStr, Field(min_length=1)] | None = None
     """The kind of GPU, as Ray names it, such as H100; needed where a cluster has several."""
+    gpus_per_worker: Annotated[StrictInt, Field(ge=1, le=1_000)] | None = None
+    """All of one node; None for as many as a node has."""
     memory: Annotated[ByteSize, BeforeValidator(_size)] | None = None
     """Per worker, such as 8GiB. A run whose plan needs more is rejected."""
+
+    @property
+    def needs(self) -> ComputeSpec:
+        """The same, as runs ask for it.
+
+        Raises:
+            ExecutorError: it contradicts itself.
+        """
+        memory = None if self.memory is None else int(self.memory)
+        return ComputeSpec(**self.model_dump(exclude={"memory"}), memory_bytes=memory)
+
+    @model_validator(mode="after")
+    def _check_needs(self) -> Resources:
+        try:
+            _ = self.needs
+        except ExecutorError as error:
+            raise ValueError(str(error)) from None
+        return self
 
 
 class Retention(_Mapping):

@@ -89,10 +89,9 @@ class Request(StoredRecord):
         for name in ("tasks", "exports", "exports_like", "evaluation_sets"):
             if not values[name]:
                 del values[name]  # older versions did not know it
-        if self.needs.accelerator is None:
-            del values["needs"]["accelerator"]  # nor this
-        if self.needs.gpus_per_worker is None:
-            del values["needs"]["gpus_per_worker"]  # nor this
+        for name in ("accelerator", "gpus_per_worker", "one_gpu_each"):
+            if not values["needs"][name]:
+                del values["needs"][name]  # nor these
         return values
 
     @cached_property
@@ -259,8 +258,7 @@ def catalog_runs(catalog: Catalog) -> Iterator[CatalogRun]:
 
 
 def _request(entry: Entry, recipe: Recipe, **fingerprints: dict[str, str]) -> Request:
-    settings, resources = entry.settings, entry.settings.resources
-    memory = resources.memory
+    settings = entry.settings
     return Request(
         model=entry.name,
         recipe_name=recipe.name,
@@ -272,10 +270,7 @@ def _request(entry: Entry, recipe: Recipe, **fingerprints: dict[str, str]) -> Re
         evaluation_windows=settings.windows,
         tasks=settings.tasks or (),
         gate=settings.gate,
-        needs=ComputeSpec(
-            **resources.model_dump(exclude={"memory"}),
-            memory_bytes=None if memory is None else int(memory),
-        ),
+        needs=settings.resources.needs,
         keep=settings.retention.keep,
         exports=tuple(
             ExportSettings(format=one.format, dtype=one.dtype, like_url=one.like)

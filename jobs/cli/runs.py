@@ -106,7 +106,7 @@ def quantize(
     from jobs.run_costs import PricedMachine, refuse_without_dry_run
 
     refuse_without_dry_run(on, rates, dry_run=dry_run)
-    priced = PricedMachine.of(on, rates) if dry_run else None
+    priced = PricedMachine.of(on, rates, gpus_per_worker) if dry_run else None
     judged_on = parse_texts(evaluate_on or ())
     job = Job(
         source_url=preset,

@@ -45,6 +45,26 @@ class TextStream:
         return cls(documents=documents, num_windows=calibration.num_samples)
 
 
+@dataclass(frozen=True, kw_only=True)
+class WindowNames:
+    """How whoever asked for windows calls what they may change, for messages.
+
+    Attributes:
+        texts, number: the texts, and how many windows there are to be.
+        length: of a window; "" where it is not theirs to choose.
+    """
+
+    texts: str
+    number: str
+    length: str = ""
+
+
+CALIBRATION_WINDOWS = WindowNames(
+    texts="calibration.texts", number="num_samples", length="sequence_length"
+)
+EVALUATION_WINDOWS = WindowNames(texts="texts to evaluate on", number="windows")
+
+
 def make_windows(
     streams: Sequence[TextStream],
     tokenize: Tokenize,
@@ -56,6 +76,7 @@ def make_windows(
     vocabulary_size: int | None = None,
     decoder_start: tuple[int, ...] = (),
     inputs: Mapping[str, NDArray[Any]] | None = None,
+    names: WindowNames = CALIBRATION_WINDOWS,
 ) -> TokenWindows:
     """Cut texts into token windows, reading no more texts than necessary.
 
@@ -72,6 +93,7 @@ def make_windows(
         pad_token: fills up a window without packing.
         vocabulary_size: upper bound of the tokens; JAX would clip larger ones silently.
         decoder_start, inputs: see `TokenWindows`.
+        names: for messages.
 
     Raises:
         CalibrationTextError: too few texts, or values that are not tokens of the vocabulary.
@@ -96,7 +118,7 @@ def make_windows(
         if len(pool) < stream.num_windows:
             num_tokens = log.num_tokens - counted[1]
             raise CalibrationTextError(
-                _too_few(stream, len(pool), num_documents[-1], num_tokens, calibration)
+                _too_few(stream, len(pool), num_documents[-1], num_tokens, calibration, names)
             )
         pools.append(pool)
     counts = [stream.num_windows for stream in streams]
@@ -222,9 +244,10 @@ def _too_few(
     num_documents: int,
     num_tokens: int,
     calibration: Calibration,
+    names: WindowNames,
 ) -> str:
     length, wanted = calibration.sequence_length, calibration.num_samples
-    where = "calibration.texts" if stream.source is None else stream.source.url
+    where = names.texts if stream.source is None else stream.source.url
     found = (
         f"{where}: {num_documents} documents with {num_tokens} tokens give {num_windows} windows "
         f"of {length} tokens, but "
@@ -236,10 +259,10 @@ def _too_few(
             f"{f', {needed * length} tokens' if calibration.packing else ''}; give it more texts, "
             "lower its weight, or lower num_samples or sequence_length"
         )
-    found = f"{found}num_samples is {wanted}"
+    found = f"{found}{names.number} is {wanted}"
     if num_windows:
-        return f"{found}; set num_samples to at most {num_windows}, or name more texts"
-    return f"{found}; lower sequence_length, or name more texts"
+        return f"{found}; set {names.number} to at most {num_windows}, or name more texts"
+    return f"{found}; {f'lower {names.length}, or ' if names.length else ''}name more texts"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

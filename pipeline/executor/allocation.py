@@ -47,7 +47,9 @@ def allocate(spec: ComputeSpec, nodes: Sequence[NodeResources]) -> Allocation:
     on_gpus = spec.device != "cpu" and any(node.gpus for node in nodes)
     if spec.device == "gpu" and not on_gpus:
         raise ExecutorError("the cluster has no GPU; use --device cpu, or add a node with one")
-    if on_gpus:
+    if not on_gpus:
+        _refuse_gpu_options(spec)
+    else:
         nodes = _of_one_kind([node for node in nodes if node.gpus], spec.accelerator)
         _check_gpus(nodes, spec)
     gpus = _gpus_each(nodes, spec) if on_gpus else 0
@@ -80,6 +82,24 @@ def allocate(spec: ComputeSpec, nodes: Sequence[NodeResources]) -> Allocation:
             if count
         ),
     )
+
+
+def _refuse_gpu_options(spec: ComputeSpec) -> None:
+    """Refuse what is asked of GPUs where there are none; CPUs would round otherwise, and take long.
+
+    Raises:
+        ExecutorError: the user says what GPUs workers are to have.
+    """
+    asked = {
+        "--gpus-per-worker, or gpus_per_worker in a catalog": spec.gpus_per_worker,
+        "--accelerator, or accelerator in a catalog": spec.accelerator,
+    }
+    for option, value in asked.items():
+        if value is not None:
+            raise ExecutorError(
+                f"{option}, is {value}, and the cluster has no GPU; leave it out to run on CPUs, "
+                "or add a node with GPUs"
+            )
 
 
 def _of_one_kind(nodes: Sequence[NodeResources], wanted: str | None) -> list[NodeResources]:
@@ -125,8 +145,8 @@ def _gpus_each(nodes: Sequence[NodeResources], spec: ComputeSpec) -> int:
 
     Nodes without the CPUs for a worker do not count, since none can be there.
     """
-    if spec.gpus_per_worker is not None:
-        return spec.gpus_per_worker
+    if spec.gpus_per_worker is not None or spec.one_gpu_each:
+        return spec.gpus_per_worker or 1
     threads = spec.threads or 1
     nodes = [node for node in nodes if node.cpus >= threads]
     numbers = {node.gpus for node in nodes}

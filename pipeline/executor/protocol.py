@@ -43,6 +43,7 @@ class ComputeSpec:
         accelerator: the kind of GPU, as Ray names it, such as H100; None for the only kind there
             is.
         gpus_per_worker: all of one node; None for as many as possible.
+        one_gpu_each: where `gpus_per_worker` does not say otherwise (see `with_one_gpu_each`).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -53,6 +54,7 @@ class ComputeSpec:
     memory_bytes: int | None = None
     accelerator: str | None = None
     gpus_per_worker: int | None = None
+    one_gpu_each: bool = False
 
     def __post_init__(self) -> None:
         if self.gpus_per_worker is not None and self.device == "cpu":
@@ -74,7 +76,12 @@ class ComputeSpec:
         """
         if self.gpus_per_worker is not None or self.device == "cpu":
             return self
-        return dataclasses.replace(self, gpus_per_worker=1)
+        return dataclasses.replace(self, one_gpu_each=True)
+
+    def without_kind(self) -> ComputeSpec:
+        """The same without what it asks of GPUs, to plan here for machines that are elsewhere."""
+        device: Device = "auto" if self.device == "gpu" else self.device
+        return dataclasses.replace(self, device=device, accelerator=None, gpus_per_worker=None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,14 @@ import numpy as np
 from pipeline.calibration.arrays import read_arrays
 from pipeline.calibration.chat import ChatTemplate
 from pipeline.calibration.texts import read_each, read_texts
-from pipeline.calibration.windows import TextStream, Tokenize, TokenWindows, make_windows
+from pipeline.calibration.windows import (
+    CALIBRATION_WINDOWS,
+    TextStream,
+    Tokenize,
+    TokenWindows,
+    WindowNames,
+    make_windows,
+)
 from pipeline.errors import RecipeError, TaskError
 from pipeline.evaluation.choices import Tokens
 from pipeline.model.chat_template import find_chat_template
@@ -27,9 +34,15 @@ _MOST_WHERE_UNKNOWN = 2048
 
 
 def token_windows(
-    preset: PresetFiles, skeleton: Skeleton, calibration: Calibration
+    preset: PresetFiles,
+    skeleton: Skeleton,
+    calibration: Calibration,
+    names: WindowNames = CALIBRATION_WINDOWS,
 ) -> TokenWindows:
     """Tokenize texts as the preset does, with its special tokens, and cut them into windows.
+
+    Args:
+        names: of what the user may change, for messages.
 
     Raises:
         PipelineError: no tokenizer, texts that are missing, unreadable or too few, or inputs that
@@ -77,6 +90,7 @@ def token_windows(
         vocabulary_size=getattr(skeleton.backbone, "vocabulary_size", None),
         decoder_start=decoder_start,
         inputs=inputs,
+        names=names,
     )
 
 

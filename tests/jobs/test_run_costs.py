@@ -13,7 +13,7 @@ from jobs.cli.main import main
 from jobs.run_costs import PricedMachine, Workers, cost_json, cost_of, cost_table, costs_table
 from pipeline.executor.protocol import Allocation, ExecutorError
 from pipeline.planning.estimates import estimate
-from pipeline.planning.machines import known_machines
+from pipeline.planning.machines import RatesError, known_machines
 from pipeline.planning.work import planned_on
 from quantizer.schemes import Int8Scheme
 from tests.pipeline.planning.small_plans import plan, slow_machine
@@ -87,6 +87,20 @@ def test_without_calibration_each_named_gpu_has_a_worker() -> None:
     rounded = plan(scheme=Int8Scheme())
     assert cost_of(named.plan(rounded), named, num_windows=0).together == 1
     assert named.estimate(rounded) == estimate(named.plan(rounded), 8)
+
+
+def test_a_user_says_how_many_named_gpus_a_worker_has() -> None:
+    named = PricedMachine.of("16xH100", None, 4).named
+    assert named is not None
+    assert (named.allocation.workers, named.allocation.gpus) == (4, 4)
+    assert cost_of(named.plan(plan(scheme=Int8Scheme())), named, num_windows=0).together == 4
+    for given, gpus, message in (
+        ("8xH100", 9, "9 GPUs per worker, on 8 × H100: a node has 8"),
+        ("8xH100", 3, "2 would be left over"),
+        ("8xcpu16", 1, "that machine has no GPU"),
+    ):
+        with pytest.raises(RatesError, match=message):
+            PricedMachine.of(given, None, gpus)
 
 
 def test_gpus_of_one_worker_at_hand_count_each() -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from jobs.catalog.catalog_file import Catalog, CatalogError, parse_catalog, read_catalog
 from jobs.catalog.entries import Export, TextLimits
 from jobs.cli.listings import catalog_table
+from pipeline.executor.protocol import ComputeSpec
 
 HEAD = "root: s3://bucket/fleet\n"
 
@@ -60,6 +61,17 @@ models:
     assert calibration.num_samples == 16
     assert calibration.chat is False
     assert catalog.num_runs == 3
+
+
+def test_gpus_per_worker_are_asked_for_as_on_the_command_line() -> None:
+    text = """
+root: s3://bucket/fleet
+defaults: {recipes: [int8], resources: {gpus_per_worker: 2}}
+models:
+  - {name: a, preset: s3://bucket/a, resources: {memory: 8GiB}}
+"""
+    (entry,) = parse_catalog(text, where="catalog.yaml", folder=None).entries
+    assert entry.settings.resources.needs == ComputeSpec(gpus_per_worker=2, memory_bytes=8 << 30)
 
 
 def test_a_dtype_becomes_part_of_every_recipe() -> None:
@@ -202,6 +214,21 @@ models:
 
 
 MISTAKES = {
+    "GPUs on CPUs": (
+        "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int8]\n"
+        "    resources: {device: cpu, gpus_per_worker: 2}\n",
+        6, "resources: 2 GPUs per worker, and the device is to be cpu; leave out one of the two",
+    ),
+    "a kind of GPU on CPUs": (
+        "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int8]\n"
+        "    resources: {device: cpu, accelerator: H100}\n",
+        6, "accelerator H100 is a kind of GPU, and the device is to be cpu",
+    ),
+    "no GPU per worker": (
+        "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int8]\n"
+        "    resources: {gpus_per_worker: 0}\n",
+        6, "resources.gpus_per_worker must be at least 1",
+    ),
     "a password in a weighted text": (
         "models:\n  - name: a\n    preset: p\n    recipes: [int8]\n    calibration:\n"
         "      texts: [{url: 'https://me:secret@host/t.txt', weight: 1}]\n",

@@ -61,6 +61,7 @@ PASSING: dict[str, tuple[dict[str, Any], str]] = {
     "limits": ({"gate": Gate(min_cosine=0.9, max_flips=0.1)}, "gate changed"),
     "url": ({"source_url": "s3://other/a"}, "source moved"),
     "workers": ({"needs": ComputeSpec(workers=3)}, "resources changed"),
+    "gpus per worker": ({"needs": ComputeSpec(gpus_per_worker=2)}, "resources changed"),
     "aliases": ({"aliases": ("b",)}, "aliases changed"),
     "keep": ({"keep": 9}, "retention changed"),
     "exports": ({"exports": (ExportSettings(),)}, "exports changed: their settings"),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.calibration import windows as cutting
-from pipeline.calibration.windows import TextStream, TokenWindows, shard_bounds
+from pipeline.calibration.windows import EVALUATION_WINDOWS, TextStream, TokenWindows, shard_bounds
 from pipeline.errors import CalibrationTextError
 from pipeline.recipe.recipe import Calibration
 from pipeline.recipe.text_sources import mixed, shares
@@ -147,6 +147,18 @@ def test_too_little_text_tells_how_many_windows_there_are_and_what_to_do(packing
         caught.value
     )
     assert "set num_samples to at most 2, or name more texts" in str(caught.value)
+
+
+def test_too_few_texts_to_evaluate_on_are_not_called_calibrations():
+    for tokens, remedy in ((5, "set windows to at most 2, or name more texts"), (1, "name more")):
+        with pytest.raises(CalibrationTextError) as caught:
+            make_windows(
+                numbered(2, tokens), words, settings_of(num_samples=8), names=EVALUATION_WINDOWS
+            )
+        said = str(caught.value)
+        assert said.startswith("texts to evaluate on: 2 documents")
+        assert f"but windows is 8; {remedy}" in said
+        assert not any(word in said for word in ("calibration", "num_samples", "sequence_length"))
 
 
 def test_no_window_at_all_asks_for_shorter_ones():

@@ -70,6 +70,7 @@ def test_workers_threads_and_gpus(
 
 def test_runs_without_calibration_have_a_worker_for_each_gpu_unless_told_otherwise() -> None:
     assert allocate(ComputeSpec().with_one_gpu_each(), [TWO_GPUS]).workers == 2
+    assert allocate(ComputeSpec().with_one_gpu_each(), [EIGHT]).gpus == 0
     for spec in (ComputeSpec(gpus_per_worker=2), ComputeSpec(device="cpu")):
         assert spec.with_one_gpu_each() == spec
 
@@ -89,6 +90,16 @@ def test_runs_without_calibration_have_a_worker_for_each_gpu_unless_told_otherwi
             [TWO_GPUS, ONE_GPU],
             ComputeSpec(workers=2, gpus_per_worker=2),
             "2 workers need 2 GPUs of one node each; the cluster has 3, enough for 1",
+        ),
+        (
+            [EIGHT],
+            ComputeSpec(gpus_per_worker=2),
+            "--gpus-per-worker, .* is 2, and the cluster has no GPU; leave it out",
+        ),
+        (
+            [EIGHT],
+            ComputeSpec(accelerator="H100"),
+            "--accelerator, .* is H100, and the cluster has no GPU; leave it out",
         ),
         ([NodeResources(cpus=0)], ComputeSpec(), "no CPU for workers"),
         (
