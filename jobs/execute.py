@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TypeVar
 
-from jobs.logging import log_event, route_to_root
+from jobs.logging import log_event, route_to_root, waiting
 from jobs.metrics import RunMetrics
-from jobs.progress import watch
+from jobs.progress.run import watch
 from jobs.quantities import size
 from jobs.room import (
     check_device_memory,
@@ -199,8 +199,11 @@ def open_compute(
         if address is not None or (spec.device != "cpu" and may_have_gpu()):
             from pipeline.executor.ray_cluster import allocate_on_cluster, connect
 
-            stack.enter_context(connect(address, machine))
-            allocation = allocate_on_cluster(spec)
+            at = "on this machine" if address is None else f"at {address}"
+            with waiting(f"joining the Ray cluster {at}"):
+                stack.enter_context(connect(address, machine))
+            with waiting("finding nodes for the workers"):
+                allocation = allocate_on_cluster(spec)
         else:
             allocation = allocate(spec, [machine])
             planner = stack.enter_context(local_process(worker_environment(allocation)))
@@ -211,7 +214,8 @@ def open_compute(
             from pipeline.executor.ray_executor import RayExecutor
 
             if planner is not None:
-                stack.enter_context(connect(None, machine))
+                with waiting("starting Ray, and workers, on this machine"):
+                    stack.enter_context(connect(None, machine))
             started = dataclasses.replace(allocation, workers=1) if plan_only else allocation
             return RayExecutor(started, partial(start_worker, source_url, run_url))
 
@@ -295,11 +299,12 @@ def execute(
         if damaged:
             held.check()
             quarantine(store, damaged)
-        with watch(plan) as report:
+        executor = compute.executor
+        with watch(plan, compute.allocation, executor.doing) as report:
             manifest = quantize(
                 plan,
                 store,
-                compute.executor,
+                executor,
                 metrics.also(log.also(report)),
                 keep_every=options.keep_every,
                 check_lease=held.check,

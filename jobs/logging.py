@@ -16,16 +16,22 @@ import os
 import re
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Literal
 
 from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.measure import Measurement
 from rich.segment import Segments
+from rich.spinner import Spinner
 from rich.table import Column, Table
+from rich.text import Text
+
+from jobs.quantities import duration
 
 FORMAT_VARIABLE = "QUANTFLEET_LOG"
 LogFormat = Literal["text", "json"]
@@ -41,6 +47,8 @@ _process_run: Mapping[str, str] = {}
 _COLOURS = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _SECRET_NAME = re.compile(r"(SECRET|TOKEN|PASSWORD|ACCESS_KEY)(?!.*_(PATH|FILE)$)")
 _SHORTEST_SECRET = 8
+_PATIENCE_SECONDS = 3.0
+"""Before anyone wonders how long something has been going on."""
 _UNLIMITED = 10_000
 """Columns of what is no terminal."""
 
@@ -104,10 +112,43 @@ def status(message: str) -> Iterator[None]:
     """Say what takes a while: a spinner on a terminal, an event for machines."""
     if is_json():
         log_event("began", message)
+    with waiting(message):
         yield
-    else:
-        with STDERR.status(message):
-            yield
+
+
+@contextlib.contextmanager
+def waiting(message: str) -> Iterator[None]:
+    """Say what takes a while, on a terminal alone: a spinner, and how long it has been."""
+    started = time.monotonic()
+    spinner = Spinner("dots")
+
+    def shown() -> RenderableType:
+        seconds = time.monotonic() - started
+        past = f"  {duration(seconds)}" if seconds >= _PATIENCE_SECONDS else ""
+        spinner.update(text=Text.assemble(message, (past, "dim")))
+        return spinner
+
+    with live(shown):
+        yield
+
+
+@contextlib.contextmanager
+def live(shown: Callable[[], RenderableType]) -> Iterator[None]:
+    """Draw something at the foot of the terminal, again and again, for the block.
+
+    What is printed meanwhile goes above it. Blocks inside each other share the foot: the outermost
+    is drawn first. Nothing is drawn for machines, in files and pipes, or on a dumb terminal.
+    """
+    if not is_live():
+        yield
+        return
+    with Live(get_renderable=shown, console=STDERR, transient=True):
+        yield
+
+
+def is_live() -> bool:
+    """Whether stderr is a terminal whose foot can be drawn again."""
+    return STDERR.is_terminal and not STDERR.is_dumb_terminal and not is_json()
 
 
 def print_json(value: object) -> None:

@@ -16,7 +16,7 @@ from jobs.execute import (
     execute,
     open_compute,
 )
-from jobs.logging import is_json, log_event, print_json, set_run, status, url_name
+from jobs.logging import is_json, log_event, print_json, set_run, status, url_name, waiting
 from jobs.metrics import RunMetrics
 from jobs.planned_job import PlannedJob, log_finished_before, report_plan
 from jobs.reachable import absolute, check_writable, reachable
@@ -121,12 +121,13 @@ def run_job(
     check_apart(job.source_url, job.output_url)
     if dry_run is None:
         read_tasks(job.tasks)  # mistakes in them need no model to be found
-    # Before anything else: an output that cannot be read cannot be written either.
-    store = reachable(job.output_url, PLAN_KEY)
-    check_preset(reachable(job.source_url, CONFIG_FILE))
-    finished = store.exists(MANIFEST_KEY)
-    if not finished or job.is_evaluated or job.exports:
-        check_writable(store)
+    with waiting("looking at preset and output"):
+        # Before anything else: an output that cannot be read cannot be written either.
+        store = reachable(job.output_url, PLAN_KEY)
+        check_preset(reachable(job.source_url, CONFIG_FILE))
+        finished = store.exists(MANIFEST_KEY)
+        if not finished or job.is_evaluated or job.exports:
+            check_writable(store)
 
     def plan_all(runner: FunctionRunner) -> PlannedJob:
         # Before all else, since it reads no weights.
@@ -163,7 +164,7 @@ def run_job(
     ) as compute:
         if dry_run is None or dry_run.named is None:  # else what is at hand decides nothing
             _log_allocation(compute.allocation, spec, address, plan_only=dry_run is not None)
-        with status("planning: reading the preset, checking every layer, cutting texts"):
+        with status("planning: hashing the source, checking every layer, cutting texts"):
             has_work = not finished or job.is_evaluated or bool(job.exports)
             planned = compute.plan(plan_all, with_workers=has_work and dry_run is None)
         plan, judged_on = planned.plan, planned.judged_on

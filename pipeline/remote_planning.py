@@ -46,12 +46,14 @@ def start_worker(source_url: str, run_url: str) -> Callable[[], WorkerApi]:
     """
     import keras
 
+    from pipeline.compilation import watch_compilation
     from pipeline.machine import check_device
     from pipeline.worker.worker import Worker
 
     if keras.backend.backend() != "jax":
         raise ExecutorError(f"a worker started with Keras on {keras.backend.backend()}, not JAX")
     check_device()
+    watch_compilation()
     # The plan comes from storage: it is too large for an argument that restarts must find again.
     return lambda: Worker(read_plan(open_store(run_url)), source_url, run_url)
 

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.cli import options
-from jobs.logging import STDERR, is_json, log_event, print_json, print_result, print_table, status
+from jobs.logging import (
+    STDERR,
+    is_json,
+    log_event,
+    print_json,
+    print_result,
+    print_table,
+    status,
+    waiting,
+)
 from pipeline.errors import PipelineError
 from pipeline.storage.object_store import ObjectStore, open_store
 
@@ -161,7 +170,7 @@ def submit(
         entrypoint=entrypoint,
     )
     if wait:
-        with watch_tasks() as show:
+        with watch_tasks(decisions) as show:
             submission.finish(show)
     else:
         submission.step()
@@ -326,11 +335,13 @@ def _opened(file: str, only: list[str] | None) -> tuple[Catalog, ObjectStore]:
     from jobs.catalog.request import REQUESTS_PREFIX
     from jobs.reachable import reachable
 
-    catalog = read_catalog(file)
+    with waiting("reading the catalog"):
+        catalog = read_catalog(file)
     if only:
         unknown = sorted(set(only) - {entry.name for entry in catalog.entries})
         if unknown:
             raise PipelineError(f"{file}: no model {', '.join(unknown)}; correct --only")
         chosen = tuple(entry for entry in catalog.entries if entry.name in only)
         catalog = dataclasses.replace(catalog, entries=chosen)
-    return catalog, reachable(catalog.root_url, REQUESTS_PREFIX.rstrip("/"))
+    with waiting("looking at the catalog's root"):
+        return catalog, reachable(catalog.root_url, REQUESTS_PREFIX.rstrip("/"))

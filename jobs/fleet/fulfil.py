@@ -235,7 +235,7 @@ def _quantize(
     _, damaged = _read_intact(store)
     run_compute = compute.for_run(store)
     threads = run_compute.allocation.threads
-    with status("planning: reading the preset, checking every layer, cutting texts"):
+    with status("planning: hashing the source, checking every layer, cutting texts"):
         plan, windows, judged_on = run_compute.plan(
             lambda runner: _plan_all(request, store, runner, threads)
         )

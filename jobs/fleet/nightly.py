@@ -17,6 +17,7 @@ from jobs.execute import OpenCompute
 from jobs.fleet.fulfil import Fulfilled, GateFailedError
 from jobs.fleet.staleness import Decision
 from jobs.logging import is_json, log_event, set_run
+from jobs.progress.catalog_view import EntryPhase, EntryProgress, ShowEntry, watch_catalog
 from jobs.publish.verdict import quality_text
 from jobs.quantities import size
 from jobs.run_costs import PricedMachine, cost_json, cost_of
@@ -151,17 +152,38 @@ def run_stale(
     root: ObjectStore, decisions: Sequence[Decision], fulfil: Callable[[Request], Fulfilled]
 ) -> Iterator[Outcome]:
     """Make what is stale, one run after another; a failure does not stop the others."""
-    for decision in decisions:
-        outcome = preview(decision)
-        if outcome.result == "to do":
-            request, reasons = decision.request, list(decision.reasons)
-            set_run(run=request.run_id, model=request.model, recipe=request.recipe_name)
-            log_event("stale", f"{decision.run.name}: {'; '.join(reasons)}", {"reasons": reasons})
-            save_request(root, request)
-            outcome = _outcome_of_run(decision, fulfil)
-        log_outcome(outcome)
-        set_run()
-        yield outcome
+    known = [preview(decision) for decision in decisions]
+    with watch_catalog([entry_progress(outcome) for outcome in known]) as show:
+        for outcome in known:
+            yield _carried_out(root, outcome, fulfil, show)
+
+
+def entry_progress(outcome: Outcome, *, is_begun: bool = False) -> EntryProgress:
+    """How far an entry is, for whoever watches."""
+    run = outcome.decision.run
+    phase: EntryPhase = "failed" if outcome.exit_code else "done"
+    if outcome.result == "to do":
+        phase = "running" if is_begun else "waiting"
+    return EntryProgress(
+        name=run.name, priority=run.entry.settings.priority, phase=phase, text=outcome.text
+    )
+
+
+def _carried_out(
+    root: ObjectStore, known: Outcome, fulfil: Callable[[Request], Fulfilled], show: ShowEntry
+) -> Outcome:
+    decision, outcome = known.decision, known
+    if known.result == "to do":
+        request, reasons = decision.request, list(decision.reasons)
+        set_run(run=request.run_id, model=request.model, recipe=request.recipe_name)
+        log_event("stale", f"{decision.run.name}: {'; '.join(reasons)}", {"reasons": reasons})
+        show(entry_progress(known, is_begun=True))
+        save_request(root, request)
+        outcome = _outcome_of_run(decision, fulfil)
+        show(entry_progress(outcome))
+    log_outcome(outcome)
+    set_run()
+    return outcome
 
 
 def _outcome_of_run(decision: Decision, fulfil: Callable[[Request], Fulfilled]) -> Outcome:

@@ -13,15 +13,17 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from jobs.catalog.request import Request, save_request
+from jobs.fleet.nightly import entry_progress, preview
 from jobs.fleet.staleness import Decision, decide_run
-from jobs.logging import STDERR, is_json, log_event
+from jobs.logging import is_live, log_event
+from jobs.progress.catalog_view import EntryPhase, EntryProgress, ShowEntry, watch_catalog
 from pipeline.errors import PipelineError
 from pipeline.executor.ray_jobs import RayJob, RayJobs
 from pipeline.storage.object_store import ObjectStore
@@ -207,12 +209,38 @@ def stop_jobs(jobs: RayJobs, name: str) -> tuple[str, ...]:
 _LEVELS: dict[TaskPhase, int] = {"gate failed": logging.WARNING, "failed": logging.ERROR}
 
 
+_ENTRY_PHASES: dict[TaskPhase, EntryPhase] = {
+    "waiting": "waiting",
+    "running": "running",
+    "published": "done",
+    "gate failed": "failed",
+    "failed": "failed",
+}
+
+
+def _show_all(show: ShowEntry, tasks: Sequence[Task]) -> None:
+    for task in tasks:
+        run = task.decision.run
+        show(
+            EntryProgress(
+                name=run.name,
+                priority=run.entry.settings.priority,
+                phase=_ENTRY_PHASES[task.phase],
+                text=task.text or task.job,
+            )
+        )
+
+
 @contextlib.contextmanager
-def watch_tasks() -> Iterator[ShowTasks]:
-    """Yield what shows the tasks: a live table on a terminal, a line per change elsewhere."""
-    if STDERR.is_terminal and not is_json():
-        with Live(console=STDERR, auto_refresh=False) as live:
-            yield lambda tasks: live.update(tasks_table(tasks), refresh=True)
+def watch_tasks(decisions: Sequence[Decision]) -> Iterator[ShowTasks]:
+    """Yield what shows the tasks: a live view on a terminal, a line per change elsewhere.
+
+    Args:
+        decisions: of all entries; those that are not stale have no task.
+    """
+    if is_live():
+        with watch_catalog([entry_progress(preview(decision)) for decision in decisions]) as show:
+            yield partial(_show_all, show)
         return
     shown: dict[str, tuple[str, str]] = {}
 

@@ -6,12 +6,13 @@ import dataclasses
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, cast
 
 from pydantic import ConfigDict
 
+from pipeline.compilation import num_compiling
 from pipeline.errors import PipelineError
 from pipeline.storage.record import STRICT
 
@@ -222,8 +223,24 @@ class Executor(FunctionRunner, Protocol):
     def take_seconds(self) -> dict[str, float]:
         """Seconds of work by method since the last call, all workers together."""
 
+    def doing(self) -> Mapping[int, Doing]:
+        """What workers do now, by number: of those that answer at once. From any thread."""
+
     def recover(self) -> Sequence[str]:
         """Wait until workers answer again; returns what changed about them, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doing:
+    """What a worker does at a moment.
+
+    Attributes:
+        calls: of its methods, by name, with the seconds since each began; the oldest first.
+        compiling: programs that its process compiles for them.
+    """
+
+    calls: tuple[tuple[str, float], ...] = ()
+    compiling: int = 0
 
 
 class TimedWorker:
@@ -233,17 +250,31 @@ class TimedWorker:
         self._worker = worker
         self._lock = threading.Lock()
         self._seconds: Counter[str] = Counter()
+        self._under_way: list[tuple[str, float]] = []
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
+        with self._lock:
+            self._under_way.append((method, start))
         try:
             return getattr(self._worker, method)(*args, **kwargs)
         finally:
             seconds = time.perf_counter() - start
             with self._lock:
                 self._seconds[method] += seconds  # type: ignore[assignment]
+                self._under_way.remove((method, start))
 
     def take_seconds(self) -> dict[str, float]:
         with self._lock:
             taken, self._seconds = self._seconds, Counter()
         return dict(taken)
+
+    def doing(self) -> Doing:
+        """What is under way, asked from another thread."""
+        with self._lock:
+            calls = tuple(self._under_way)
+        now = time.perf_counter()
+        return Doing(
+            calls=tuple((method, now - start) for method, start in calls),
+            compiling=num_compiling(),
+        )

@@ -143,13 +143,16 @@ def result_of(object_ref: Any) -> Any:
     return result
 
 
-def ask_all(actors: Sequence[Any], method: str, *, copies: int = 1) -> dict[int, Any]:
+def ask_all(
+    actors: Sequence[Any], method: str, *, copies: int = 1, seconds: float = _ANSWER_SECONDS
+) -> dict[int, Any]:
     """Call a method of the ping group on all actors; the answers that arrive, by actor number.
 
     Args:
         copies: sent to each, side by side, so that a lost message is not taken for a lost actor.
+        seconds: to wait for them.
     """
-    deadline = time.monotonic() + _ANSWER_SECONDS
+    deadline = time.monotonic() + seconds
     pending = {
         getattr(actor, method).options(concurrency_group=PING_GROUP).remote(): number
         for number, actor in enumerate(actors)

@@ -17,6 +17,7 @@ import ray
 from pipeline.executor.protocol import (
     Allocation,
     ConcurrencyGroup,
+    Doing,
     ExecutorError,
     Handle,
     P,
@@ -32,6 +33,7 @@ from pipeline.executor.worker_environment import worker_environment
 _MOST_RUNS = 4
 _WAIT_SECONDS = 1.0
 _PING_SECONDS = 5.0
+_WATCHING_SECONDS = 1.0
 _PING_COPIES = 4
 """At 15% of messages lost, all four are lost one time in two thousand."""
 _MOST_LOST_ROUNDS = 8
@@ -194,6 +196,10 @@ class RayExecutor:
             total.update(seconds)
         return dict(total)
 
+    def doing(self) -> Mapping[int, Doing]:
+        # Whoever watches must not be kept, and a message may be lost: the next answer comes soon.
+        return ask_all(self._actors, "doing", seconds=_WATCHING_SECONDS)
+
     def recover(self) -> Sequence[str]:
         """Wait for all workers, or else go on with those whose nodes are still there.
 
@@ -273,6 +279,9 @@ class _WorkerActor:
     def take_seconds(self) -> tuple[str, Mapping[str, float]]:
         """The token of `ping`, and seconds by method."""
         return self._incarnation, {} if self._timed is None else self._timed.take_seconds()
+
+    def doing(self) -> Doing:
+        return Doing() if self._timed is None else self._timed.doing()
 
     def _worker(self) -> TimedWorker:
         with self._lock:

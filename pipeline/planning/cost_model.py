@@ -101,7 +101,11 @@ def run_cost(
     if evaluated is not None:
         model.evaluate(evaluated)
     return RunCost(
-        machine=machine, workers=workers, together=together, stages=model.ledger.stages()
+        machine=machine,
+        workers=workers,
+        together=together,
+        stages=model.ledger.stages(),
+        part_seconds=tuple(model.part_seconds),
     )
 
 
@@ -111,6 +115,7 @@ class _Model:
     def __init__(self, plan: Plan, machine: Machine, devices: int, together: int) -> None:
         self.plan = plan
         self.ledger = Ledger(machine)
+        self.part_seconds: list[float] = []
         self._machine = machine
         self._devices, self._together = devices, together
         self._workers = devices // together
@@ -153,11 +158,14 @@ class _Model:
     def quantize_alone(self, parts: Sequence[PartPlan]) -> None:
         """Parts that depend on no other, as many at once as there are workers."""
         for start in range(0, len(parts), self._workers):
+            before = self.ledger.total_seconds
             wave = parts[start : start + self._workers]
             stages = [self._alone(part) for part in wave]
             slowest = max(stages, key=lambda by: sum(map(self.ledger.seconds_of, by.values())))
             for stage, work in slowest.items():
                 self.ledger.add(stage, work)
+            spent = self.ledger.total_seconds - before
+            self.part_seconds += [spent / len(wave)] * len(wave)
 
     def _alone(self, part: PartPlan) -> dict[Stage, Work]:
         found = block_work(self.plan, part, self._constants)
@@ -172,6 +180,7 @@ class _Model:
     def quantize_in_turn(self, keep_every: int) -> None:
         """Blocks one after another, each read and committed beside others."""
         blocks = self.plan.parts[1:]
+        before = self.ledger.total_seconds
         self.ledger.add("read", self._read(blocks[0]))
         for index, part in enumerate(blocks):
             last = index + 1 == len(blocks)
@@ -189,7 +198,10 @@ class _Model:
                 self.ledger.add(stage, work, share=share)
             if not last and (index + 1) % keep_every == 0:
                 self.ledger.add("keep", self._keep())
-        self.ledger.add("commit", self._commit(blocks[-1]))
+            if last:
+                self.ledger.add("commit", self._commit(part))
+            self.part_seconds.append(self.ledger.total_seconds - before)
+            before = self.ledger.total_seconds
 
     def _calibrate_and_solve(self, part: PartPlan) -> float:
         """Add what a block's workers do one after the other; returns its seconds."""

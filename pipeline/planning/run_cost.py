@@ -57,12 +57,15 @@ class RunCost:
     Attributes:
         workers: GPUs, or nodes of CPUs, of which each worker has so many `together`.
         stages: in their order; compiling is needed where no run before has done it.
+        part_seconds: what each part adds to the stages between planning and the end, in the
+            plan's order; not in `to_dict`.
     """
 
     machine: Machine
     workers: int
     together: int = 1
     stages: tuple[StageCost, ...]
+    part_seconds: tuple[float, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -141,6 +144,11 @@ class Ledger:
         self._seconds[stage] += share * seconds  # type: ignore[assignment]
         self._hidden[stage] += (1 - share) * seconds  # type: ignore[assignment]
         return seconds
+
+    @property
+    def total_seconds(self) -> float:
+        """Of the run, so far."""
+        return sum(self._seconds.values())
 
     def seconds_of(self, work: Work) -> float:
         return sum(resource_seconds(work, self._machine).values())

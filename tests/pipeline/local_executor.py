@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, cast
 
-from pipeline.executor.protocol import Handle, P, T, TimedWorker
+from pipeline.executor.protocol import Doing, Handle, P, T, TimedWorker
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,9 @@ class LocalExecutor:
         for worker in self._workers:
             total.update(worker.take_seconds())
         return dict(total)
+
+    def doing(self) -> Mapping[int, Doing]:
+        return {number: worker.doing() for number, worker in enumerate(self._workers)}
 
     def recover(self) -> Sequence[str]:
         return ()

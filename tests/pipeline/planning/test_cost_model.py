@@ -130,6 +130,16 @@ def test_reading_and_committing_hide_behind_the_blocks() -> None:
     assert seconds(idle, "read") + idle.stage("read").hidden_seconds >= reads / 100
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_parts_take_is_what_lies_between_planning_and_the_end(workers: int) -> None:
+    given = with_layers(plan(num_blocks=3), slices=3)
+    for one in (given, dataclasses.replace(given, tokens=None)):
+        found = run_cost(one, slow_machine(), workers, keep_every=2)
+        beside = sum(seconds(found, stage) for stage in ("start", "compile", "plan", "finish"))
+        assert len(found.part_seconds) == len(given.parts)
+        assert sum(found.part_seconds) == pytest.approx(found.seconds - beside)
+
+
 def test_parts_that_need_no_calibration_are_made_in_waves() -> None:
     given = plan(num_blocks=5, scheme=Int8Scheme())
     one, three, six = (run_cost(given, slow_machine(), n) for n in (1, 3, 6))

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
-import jobs.progress
+import jobs.logging
 from jobs.logging import FORMAT_VARIABLE, LOG, JsonFormatter, TextHandler, configure, set_run
-from jobs.progress import watch
+from jobs.progress.run import watch
+from pipeline.executor.protocol import Allocation
 from pipeline.run.events import Step
 from pipeline.run.records import LayerRecord, PartRecord, file_key
 from quantizer.schemes import Int4Scheme
@@ -36,9 +37,9 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         stream = io.StringIO()
         console = Console(file=stream, force_terminal=terminal, width=width)
         configure("text")
-        monkeypatch.setattr(jobs.progress, "STDERR", console)
+        monkeypatch.setattr(jobs.logging, "STDERR", console)
         monkeypatch.setattr(LOG, "handlers", [TextHandler(console)])
-        with watch(planned("int8").plan) as report:
+        with watch(planned("int8").plan, Allocation(workers=1, threads=2)) as report:
             for step in steps:
                 report(step)
         return stream.getvalue()
@@ -89,7 +90,7 @@ def test_machines_get_a_json_line_for_each_step_and_layer(
     set_run(run="bert-gptq-0123")
     configure("text")
     monkeypatch.setattr(LOG, "handlers", [handler])
-    with watch(planned("int8").plan) as report:
+    with watch(planned("int8").plan, Allocation(workers=1, threads=2)) as report:
         report(step)
         report(Step(event="lost", text="ActorDiedError: a worker was lost"))
         report(Step(event="sealed", seconds={"seal": 0.5}))

@@ -1,53 +1,77 @@
-"""How a run reports its progress: a bar on a terminal, lines of text or JSON elsewhere."""
+"""How a run reports its progress: a live view on a terminal, lines of text or JSON elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 
-from rich import progress
-
-from jobs.logging import STDERR, is_json, log_event
+from jobs.logging import is_json, is_live, live, log_event
+from jobs.progress.run_view import RunView
+from jobs.progress.time_left import expected
+from pipeline.executor.protocol import Allocation, Doing, ExecutorError
 from pipeline.plan import Plan
 from pipeline.run.events import Report, Step
 from quantizer.schemes import scheme_to_dict
 
 _TROUBLE = frozenset({"damaged", "lost", "fewer"})
+_ASKING_SECONDS = 0.5
 
 
 @contextlib.contextmanager
-def watch(plan: Plan) -> Iterator[Report]:
-    """Yield what a run is to report to."""
+def watch(
+    plan: Plan,
+    allocation: Allocation,
+    doing: Callable[[], Mapping[int, Doing]] = dict,
+) -> Iterator[Report]:
+    """Yield what a run is to report to.
+
+    Args:
+        doing: asks the workers what they do, from another thread, for whoever looks at a terminal.
+    """
     if is_json():
         yield lambda step: _log_values(plan, step)
         return
-    if not STDERR.is_terminal:
+    if not is_live():
         yield lambda step: log_event(step.event, _message(plan, step))
         return
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TextColumn("left"),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=STDERR, transient=True) as shown:
-        bar = shown.add_task(plan.model, total=len(plan.parts))
-        done: set[int] = set()
+    view = RunView(plan=plan, num_workers=allocation.workers)
 
-        def report(step: Step) -> None:
-            if step.event == "resumed":
-                done.update(step.parts)
-            if step.event == "committed" and step.part is not None:
-                done.add(step.part)
-                shown.update(bar, description=plan.parts[step.part].name)
-            shown.update(bar, completed=len(done))
-            if step.text:
-                log_event(step.event, f"{step.event}: {step.text}")
+    def report(step: Step) -> None:
+        view.report(step)
+        if step.text:
+            log_event(step.event, f"{step.event}: {step.text}")
 
+    with live(lambda: view), _asking(view, plan, allocation, doing):
         yield report
+
+
+@contextlib.contextmanager
+def _asking(
+    view: RunView,
+    plan: Plan,
+    allocation: Allocation,
+    doing: Callable[[], Mapping[int, Doing]],
+) -> Iterator[None]:
+    """Find out what the view needs, in a thread, so that the run waits for none of it."""
+    is_over = threading.Event()
+
+    def ask() -> None:
+        view.expected = expected(plan, allocation)
+        while not is_over.wait(_ASKING_SECONDS):
+            try:
+                view.hear(doing())
+            except ExecutorError:
+                view.hear({})  # the run itself says what is wrong with the cluster
+
+    thread = threading.Thread(target=ask, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def _message(plan: Plan, step: Step) -> str:
