@@ -81,7 +81,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
 class KeptExecutor(CountingExecutor):
     """The latest one can be asked what its workers do."""
 
-    latest: KeptExecutor
+    latest: KeptExecutor | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -95,6 +95,8 @@ def test_a_real_run_is_drawn_on_a_terminal_and_leaves_it_as_it_was(
     asked = threading.Semaphore(0)
 
     def doing() -> Mapping[int, Doing]:
+        if KeptExecutor.latest is None:  # it is not made yet
+            return {}
         asked.release()
         return KeptExecutor.latest.doing()
 
