@@ -22,7 +22,6 @@ from pipeline.storage.object_store import ObjectStore, open_store
 from tests.fault_proxy import FAULTS, FaultProxy, spoil
 from tests.pipeline.tiny_runs import CrashError, crash_at, execute, lasting, planned
 from tests.s3 import S3Server
-from tests.selection import by_default
 
 QUICK = Patience(deadline_seconds=60, read_seconds=1, longest_pause_seconds=0.2)
 HOPELESS = Patience(deadline_seconds=2, read_seconds=0.5, longest_pause_seconds=0.2)
@@ -116,7 +115,7 @@ def reader(url: str) -> Iterator[Counter[str]]:
 @pytest.mark.parametrize(
     "seed",
     [
-        *by_default(range(12), [0]),
+        *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in range(12)),
         *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(12, 40)),
     ],
 )

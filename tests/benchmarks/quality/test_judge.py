@@ -12,7 +12,6 @@ import pytest
 
 from tests.benchmarks.quality.judge import Judge
 from tests.benchmarks.quality.weights import effective_weights, put_weights, variable_shapes
-from tests.selection import by_default
 
 WINDOWS = {
     kind: np.random.default_rng(seed).integers(0, 96, (3, 10)).astype(np.int32)
@@ -37,6 +36,9 @@ def tiny_task(*, seed: int = 0) -> Any:
     return keras_hub.models.Llama3CausalLM(backbone=backbone)
 
 
+pytestmark = pytest.mark.exhaustive
+
+
 def logits(task: Any, tokens_WT: np.ndarray) -> np.ndarray:
     inputs = {"token_ids": tokens_WT, "padding_mask": np.ones_like(tokens_WT)}
     return np.asarray(task(inputs), np.float64)[:, :-1]
@@ -52,7 +54,7 @@ def source() -> Any:
     return tiny_task()
 
 
-@pytest.mark.parametrize("mode", by_default([None, "int8"], [None]))
+@pytest.mark.parametrize("mode", [None, "int8"])
 def test_figures_are_those_of_whole_logits(source: Any, tmp_path: Path, mode: str | None) -> None:
     other = tiny_task(seed=1)
     if mode is not None:  # inputs are quantized at run time, those of the output head too

@@ -68,6 +68,7 @@ def records(store: ObjectStore) -> list[TuningRecord]:
     return [one for one in found if one is not None]
 
 
+@pytest.mark.exhaustive
 def test_one_worker_of_two_is_lost_and_the_run_resumes_to_the_same_bytes() -> None:
     store = fresh()
     with pytest.raises(CrashError):

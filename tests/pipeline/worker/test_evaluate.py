@@ -122,6 +122,7 @@ def test_any_number_of_devices_finds_the_same(run: FinishedRun) -> None:
     assert found.figures() == evaluate_on_workers(workers(run, 1), given).figures()
 
 
+@pytest.mark.exhaustive
 def test_sets_pass_the_blocks_together_and_have_the_figures_they_have_alone(
     run: FinishedRun, monkeypatch
 ) -> None:
