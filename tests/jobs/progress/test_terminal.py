@@ -159,7 +159,8 @@ class Command:
         )
         os.close(theirs)
         self.text = ""
-        self.read()
+        while not plain(self.text).strip() and self.read():
+            pass
         ticks = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
         self.seconds = (int(ticks[11]) + int(ticks[12])) / os.sysconf("SC_CLK_TCK")
 
