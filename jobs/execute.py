@@ -35,6 +35,7 @@ from pipeline.executor.protocol import (
     Executor,
     FunctionRunner,
 )
+from pipeline.executor.work_spans import WorkSpan
 from pipeline.executor.worker_environment import worker_environment
 from pipeline.fidelity import Fidelity
 from pipeline.plan import Plan
@@ -259,8 +260,14 @@ class Execution:
     wall_seconds: float
     device_peak_bytes: int | None
 
-    def summarize(self, costs: Estimate, fidelity: Fidelity | None) -> Summary:
-        """Sum it up, in the run's event log too."""
+    def summarize(
+        self, costs: Estimate, fidelity: Fidelity | None, work: Sequence[WorkSpan] = ()
+    ) -> Summary:
+        """Sum it up, in the run's event log too.
+
+        Args:
+            work: that was done after the manifest.
+        """
         summary = Summary.of(
             self.plan,
             self.store,
@@ -271,7 +278,7 @@ class Execution:
             device_peak_bytes=self.device_peak_bytes,
             fidelity=fidelity,
         )
-        self.log.close(summary.to_dict())
+        self.log.close(summary.to_dict(), work)
         return summary
 
 

@@ -303,7 +303,8 @@ def _finish(
             metrics.ended("failed" if isinstance(end, Exception) else "interrupted")
         log_event("resumable", f"to go on from the last committed block: {job.resume_command}")
         raise
-    summary = execution.summarize(costs, fidelity)
+    after = compute.executor.take_work() if compute.has_workers else ()
+    summary = execution.summarize(costs, fidelity, after)
     update_cards(store)
     update_report(store)
     _print_summary(summary, store, made, as_json=as_json)

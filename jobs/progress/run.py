@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from jobs.logging import is_json, is_live, live, log_event
 from jobs.progress.run_view import RunView
 from jobs.progress.time_left import expected
-from pipeline.executor.protocol import Allocation, Doing, ExecutorError
+from pipeline.executor.protocol import Allocation, ExecutorError
+from pipeline.executor.work_spans import Doing
 from pipeline.plan import Plan
 from pipeline.run.events import Report, Step
 from quantizer.schemes import scheme_to_dict

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from jobs.progress.time_left import Expected, seconds_a_block, seconds_left
 from jobs.quantities import duration
-from pipeline.executor.protocol import Doing
+from pipeline.executor.work_spans import Doing
 from pipeline.plan import Plan
 from pipeline.run.events import Step
 

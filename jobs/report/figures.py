@@ -1,4 +1,4 @@
-"""The pictures of a run's report."""
+"""Pictures of what a run made: how large it is, and what each layer lost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 from jobs.quantities import size
 from jobs.report.figure import AS_GIVEN, NUMBERS, Figure, Spec, figure
 from jobs.report.layer_errors import LayerError
-from jobs.report.timeline import Timeline
 
 _MOST_LABELS = 40
 
@@ -157,133 +156,3 @@ def _error_map(
 def _rounded(value: float | None) -> float | None:
     """As many digits as a reader sees: a page may show many thousands."""
     return None if value is None else float(f"{value:.4g}")
-
-
-def stages_figure(timeline: Timeline, names: Sequence[str]) -> Figure | None:
-    """Seconds of work by stage for each part; None where no driver told of any.
-
-    Args:
-        names: of the parts.
-    """
-    rows = {stage: row for row, stage in enumerate(timeline.by_stage)}
-    values = [
-        {
-            "part": part,
-            "name": _name(names, part),
-            "row": rows[stage],
-            "stage": stage,
-            "seconds": spent,
-        }
-        for part, by_stage in sorted((p, s) for p, s in timeline.seconds.items() if p is not None)
-        for stage, spent in by_stage.items()
-        if spent
-    ]
-    if not values:
-        return None
-    return figure(
-        "stages",
-        "Seconds of work on each part",
-        "All workers together. Part 0 is everything outside the blocks; the first block also "
-        "compiles its programs.",
-        data={"values": values},
-        height=220,
-        mark={"type": "bar"},
-        encoding={
-            "x": {
-                "field": "part",
-                "type": "ordinal",
-                "title": "part",
-                "axis": NUMBERS,
-            },
-            "y": {"field": "seconds", "type": "quantitative", "title": "seconds"},
-            "color": {
-                "field": "stage",
-                "type": "nominal",
-                "sort": AS_GIVEN,
-                "title": None,
-                "scale": {"scheme": "tableau10"},
-                "legend": {"orient": "bottom", "columns": 6},
-            },
-            "tooltip": [
-                {"field": "name", "title": "part"},
-                {"field": "stage"},
-                {"field": "seconds", "format": ".2f"},
-            ],
-        },
-    )
-
-
-def drivers_figure(timeline: Timeline, names: Sequence[str]) -> Figure | None:
-    """A bar for each driver, with what it told of; None where one driver met with nothing."""
-    moments = [one for sitting in timeline.sittings for one in sitting.moments]
-    eventful = any(one.mark not in ("committed", "sealed") for one in moments)
-    if len(timeline.sittings) < 2 and not eventful:
-        return None
-    bars = [
-        {
-            "driver": sitting.number,
-            "start": sitting.start,
-            "end": sitting.end,
-            "ending": "ended in order" if sitting.finished else "stopped here",
-            "parts": sitting.parts,
-            "workers": sitting.workers,
-        }
-        for sitting in timeline.sittings
-    ]
-    marks = [
-        {
-            "driver": sitting.number,
-            "seconds": one.seconds,
-            "what": one.mark,
-            "part": None if one.part is None else _name(names, one.part),
-            "text": one.text,
-        }
-        for sitting in timeline.sittings
-        for one in sitting.moments
-    ]
-    y = {"field": "driver", "type": "ordinal", "title": "driver"}
-    return figure(
-        "drivers",
-        "Drivers of the run",
-        "A bar from each driver's first to its last word, by its own clock. Where a bar stops and "
-        "another begins below it, the run was interrupted and resumed.",
-        height=34 * len(bars),
-        encoding={"y": y},
-        layer=[
-            {
-                "data": {"values": bars},
-                "mark": {"type": "bar", "height": 10, "cornerRadius": 3},
-                "encoding": {
-                    "x": {"field": "start", "type": "quantitative", "title": "seconds"},
-                    "x2": {"field": "end"},
-                    "opacity": {"value": 0.35},
-                    "tooltip": [
-                        {"field": "driver"},
-                        {"field": "ending"},
-                        {"field": "parts", "title": "parts committed"},
-                        {"field": "workers"},
-                    ],
-                },
-            },
-            {
-                "data": {"values": marks},
-                "mark": {"type": "point", "filled": True, "size": 70, "opacity": 1},
-                "encoding": {
-                    "x": {"field": "seconds", "type": "quantitative"},
-                    "color": {
-                        "field": "what",
-                        "type": "nominal",
-                        "title": None,
-                        "scale": {"scheme": "tableau10"},
-                        "legend": {"orient": "bottom"},
-                    },
-                    "shape": {"field": "what", "type": "nominal", "title": None},
-                    "tooltip": [{"field": "what"}, {"field": "part"}, {"field": "text"}],
-                },
-            },
-        ],
-    )
-
-
-def _name(names: Sequence[str], part: int) -> str:
-    return names[part] if 0 <= part < len(names) else str(part)

@@ -18,14 +18,10 @@ from jobs.release.loading import Place, load_commands
 from jobs.release.markdown import yaml_text
 from jobs.release.model_card import facts_of, left_in_float, published_recipe
 from jobs.release.quality import measured_on, quality_rows
-from jobs.report.figures import (
-    drivers_figure,
-    error_figures,
-    sizes_figure,
-    stages_figure,
-)
+from jobs.report.figures import error_figures, sizes_figure
 from jobs.report.layer_errors import errors_outside_blocks, layer_errors, worst
 from jobs.report.page import page
+from jobs.report.time_figures import stages_figure, workers_figure
 from jobs.report.timeline import Timeline, read_timeline
 from pipeline.errors import PipelineError
 from pipeline.run.records import ARTIFACT_PREFIX, PartRecord
@@ -82,7 +78,7 @@ def run_report(run: FinishedRun) -> bytes:
         sizes_figure(_sizes(run, contents, records)),
         *error_figures(layers),
         stages_figure(timeline, names),
-        drivers_figure(timeline, names),
+        workers_figure(timeline, names),
     ]
     return page(
         "run_report.html.jinja",
@@ -99,7 +95,7 @@ def run_report(run: FinishedRun) -> bytes:
         commands=load_commands(contents, Place(folder=ARTIFACT_PREFIX.rstrip("/"))),
         license=run.origin.license,
         timeline=timeline,
-        duration=duration,
+        stages=timeline.shares,
     )
 
 

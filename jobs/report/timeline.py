@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import datetime
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.executor.work_spans import WorkSpan
 from pipeline.run.events import EVENTS_PREFIX, Event, read_events
 from pipeline.storage.object_store import ObjectStore
 
-Mark = Literal["resumed", "committed", "lost", "fewer workers", "damage found", "sealed"]
+Mark = Literal[
+    "resumed", "committed", "worker lost", "fewer workers", "damage found", "finished", "stopped"
+]
 _MARKS: dict[str, Mark] = {
     "resumed": "resumed",
     "committed": "committed",
-    "lost": "lost",
+    "lost": "worker lost",
     "fewer": "fewer workers",
     "damaged": "damage found",
-    "sealed": "sealed",
+    "sealed": "finished",
 }
+_MOST = 1e12
+"""Seconds that a number of a log may say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +32,7 @@ class Moment:
     """Something that a driver told of.
 
     Attributes:
-        seconds: since the run's first driver began, by the drivers' clocks.
+        seconds: since its driver began, by that one's clock.
         part: what it is about; None for the run.
     """
 
@@ -43,9 +48,11 @@ class Sitting:
 
     Attributes:
         number: from 1, in the order in which they began.
-        start, end: seconds since the run's first driver began.
+        start, end: seconds since the run's first driver began; if it did not end in order, its
+            last mark says that it stopped.
         finished: whether it ended in order; else it was killed, or told of an error elsewhere.
         parts: how many it committed.
+        work: of its workers, by seconds since it began, and by their machines' clocks.
     """
 
     number: int
@@ -54,6 +61,7 @@ class Sitting:
     finished: bool
     workers: int | None
     moments: tuple[Moment, ...]
+    work: tuple[WorkSpan, ...] = ()
 
     @property
     def parts(self) -> int:
@@ -75,11 +83,21 @@ class Timeline:
 
     @property
     def by_stage(self) -> dict[str, float]:
-        """Seconds of work by stage, the longest first."""
+        """Seconds of work on parts by stage, the longest first."""
         sums: Counter[str] = Counter()
         for stages in self.seconds.values():
             sums.update(stages)
         return dict(sorted(sums.items(), key=lambda one: (-one[1], one[0])))
+
+    @property
+    def shares(self) -> list[tuple[str, float]]:
+        """The stages that took at least a hundredth of the work, and what share."""
+        whole = sum(self.by_stage.values())
+        return [
+            (stage.replace("_", " "), spent / whole)
+            for stage, spent in self.by_stage.items()
+            if spent > 0.01 * whole
+        ]
 
 
 def read_timeline(store: ObjectStore) -> Timeline:
@@ -116,22 +134,47 @@ def _sitting(number: int, log: tuple[Event, ...], began: datetime.datetime) -> S
             part = event.values.get("part")
             moments.append(
                 Moment(
-                    seconds=(event.time - began).total_seconds(),
+                    seconds=(event.time - log[0].time).total_seconds(),
                     mark=_MARKS[event.name],
                     part=part if isinstance(part, int) else None,
                     text=str(event.values.get("text", "")),
                 )
             )
+    finished = any(event.name in ("summary", "sealed") for event in log)
+    end = (log[-1].time - log[0].time).total_seconds()
+    if not finished:
+        moments.append(Moment(seconds=end, mark="stopped", part=None, text=""))
     workers = next((e.values.get("workers") for e in log if e.name == "started"), None)
     return Sitting(
         number=number,
         start=(log[0].time - began).total_seconds(),
         end=(log[-1].time - began).total_seconds(),
-        finished=any(event.name in ("summary", "sealed") for event in log),
+        finished=finished,
         workers=workers if isinstance(workers, int) else None,
         moments=tuple(moments),
+        work=tuple(span for event in log for span in _work(event)),
     )
 
 
+def _work(event: Event) -> Iterator[WorkSpan]:
+    """The spans of an event that are well formed."""
+    by_stage = event.values.get("work")
+    for stage, spans in by_stage.items() if isinstance(by_stage, dict) else ():
+        for value in spans if isinstance(spans, list) else ():
+            span = _span(stage, value)
+            if span is not None:
+                yield span
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Not infinite either, nor NaN: JSON has no place for them."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MOST
+
+
+def _span(stage: str, value: object) -> WorkSpan | None:
+    if not (isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))):
+        return None
+    worker, start, took = value
+    return WorkSpan(
+        stage=stage, worker=int(worker), start=start, end=start + max(took, 0), seconds=took
+    )

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
-import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, cast
 
 from pydantic import ConfigDict
 
-from pipeline.compilation import num_compiling
 from pipeline.errors import PipelineError
+from pipeline.executor.work_spans import Doing, WorkSpan
 from pipeline.storage.record import STRICT
 
 P = ParamSpec("P")
@@ -220,61 +217,11 @@ class Executor(FunctionRunner, Protocol):
             Exception: what the worker raised.
         """
 
-    def take_seconds(self) -> dict[str, float]:
-        """Seconds of work by method since the last call, all workers together."""
+    def take_work(self) -> list[WorkSpan]:
+        """What the workers did since the last call; what a lost one had done is lost with it."""
 
     def doing(self) -> Mapping[int, Doing]:
         """What workers do now, by number: of those that answer at once. From any thread."""
 
     def recover(self) -> Sequence[str]:
         """Wait until workers answer again; returns what changed about them, in words."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Doing:
-    """What a worker does at a moment.
-
-    Attributes:
-        calls: of its methods, by name, with the seconds since each began; the oldest first.
-        compiling: programs that its process compiles for them.
-    """
-
-    calls: tuple[tuple[str, float], ...] = ()
-    compiling: int = 0
-
-
-class TimedWorker:
-    """Calls a worker's methods by name and adds up how long they take, from several threads."""
-
-    def __init__(self, worker: object) -> None:
-        self._worker = worker
-        self._lock = threading.Lock()
-        self._seconds: Counter[str] = Counter()
-        self._under_way: list[tuple[str, float]] = []
-
-    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        with self._lock:
-            self._under_way.append((method, start))
-        try:
-            return getattr(self._worker, method)(*args, **kwargs)
-        finally:
-            seconds = time.perf_counter() - start
-            with self._lock:
-                self._seconds[method] += seconds  # type: ignore[assignment]
-                self._under_way.remove((method, start))
-
-    def take_seconds(self) -> dict[str, float]:
-        with self._lock:
-            taken, self._seconds = self._seconds, Counter()
-        return dict(taken)
-
-    def doing(self) -> Doing:
-        """What is under way, asked from another thread."""
-        with self._lock:
-            calls = tuple(self._under_way)
-        now = time.perf_counter()
-        return Doing(
-            calls=tuple((method, now - start) for method, start in calls),
-            compiling=num_compiling(),
-        )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import secrets
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, cast, get_args
@@ -17,17 +17,16 @@ import ray
 from pipeline.executor.protocol import (
     Allocation,
     ConcurrencyGroup,
-    Doing,
     ExecutorError,
     Handle,
     P,
     T,
-    TimedWorker,
     WorkerLostError,
     group_of,
 )
 from pipeline.executor.ray_calls import PING_GROUP, Call, PendingCalls, ask_all, result_of
 from pipeline.executor.ray_cluster import GcsMonitor
+from pipeline.executor.work_spans import Doing, TimedWorker, WorkSpan
 from pipeline.executor.worker_environment import worker_environment
 
 _MOST_RUNS = 4
@@ -188,13 +187,13 @@ class RayExecutor:
             if self._incarnations.setdefault(worker, incarnation) != incarnation:
                 raise WorkerLostError(f"worker {worker} has restarted")
 
-    def take_seconds(self) -> dict[str, float]:
-        total: Counter[str] = Counter()
-        # What a lost worker had counted is lost with it.
-        for worker, (incarnation, seconds) in ask_all(self._actors, "take_seconds").items():
+    def take_work(self) -> list[WorkSpan]:
+        found: list[WorkSpan] = []
+        for worker, (incarnation, spans) in ask_all(self._actors, "take_work").items():
             self._incarnations.setdefault(worker, incarnation)
-            total.update(seconds)
-        return dict(total)
+            number = self._all.index(self._actors[worker])
+            found += (dataclasses.replace(span, worker=number) for span in spans)
+        return found
 
     def doing(self) -> Mapping[int, Doing]:
         # Whoever watches must not be kept, and a message may be lost: the next answer comes soon.
@@ -276,9 +275,9 @@ class _WorkerActor:
             with self._lock:
                 self._num_calls -= 1
 
-    def take_seconds(self) -> tuple[str, Mapping[str, float]]:
-        """The token of `ping`, and seconds by method."""
-        return self._incarnation, {} if self._timed is None else self._timed.take_seconds()
+    def take_work(self) -> tuple[str, list[WorkSpan]]:
+        """The token of `ping`, and what was done since the last call."""
+        return self._incarnation, [] if self._timed is None else self._timed.take_work()
 
     def doing(self) -> Doing:
         return Doing() if self._timed is None else self._timed.doing()

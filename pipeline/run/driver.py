@@ -9,8 +9,7 @@ at most one block has to be solved again besides the one under way, and no shard
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -22,6 +21,7 @@ from pipeline.executor.protocol import (
     Handle,
     WorkerLostError,
 )
+from pipeline.executor.work_spans import WorkSpan
 from pipeline.plan import Plan
 from pipeline.reduction import split
 from pipeline.run import activations
@@ -106,11 +106,11 @@ class _Commit:
 
     Attributes:
         record: what the commit returns.
-        seconds: of work on the block, by stage.
+        work: on the block.
     """
 
     record: Handle[PartRecord]
-    seconds: Counter[str]
+    work: list[WorkSpan]
 
 
 @dataclass
@@ -120,7 +120,7 @@ class _Drive:
     Attributes:
         records: of the parts committed, as far as the current attempt has come.
         committing: the part whose commit has begun, and whose record has not arrived.
-        seconds: of work by stage that no report has named yet.
+        work: that no report has named yet.
     """
 
     plan: Plan
@@ -132,7 +132,7 @@ class _Drive:
     place: Callable[[int], ActivationPlace]
     records: dict[int, PartRecord] = field(default_factory=dict, init=False)
     committing: int | None = field(default=None, init=False)
-    seconds: Counter[str] = field(default_factory=Counter, init=False)
+    work: list[WorkSpan] = field(default_factory=list, init=False)
 
     def attempt(self, *, verify: bool) -> Manifest:
         """Go from where storage stands to the manifest."""
@@ -145,7 +145,7 @@ class _Drive:
         [manifest] = self.executor.fetch(
             [self.executor.submit(0, WorkerApi.finalize, self.records)]
         )
-        self.report(Step(event="sealed", seconds=dict(self._take_seconds())))
+        self.report(Step(event="sealed", work=self._take_work()))
         return manifest
 
     def settle(self) -> None:
@@ -173,23 +173,21 @@ class _Drive:
             self.check_lease()
             quarantine(self.store, found.findings)
         if self.committing in found.parts:
-            self._committed(found.parts[self.committing], self._take_seconds())
+            self._committed(found.parts[self.committing], self._take_work())
         self.committing = None
         if found.parts:
             text = f"{len(found.parts)} of {len(self.plan.parts)} parts were committed before"
             self.report(Step(event="resumed", parts=tuple(found.parts), text=text))
         self.records |= found.parts
 
-    def _committed(self, record: PartRecord, seconds: Mapping[str, float]) -> None:
+    def _committed(self, record: PartRecord, work: Sequence[WorkSpan]) -> None:
         self.records[record.part] = record
         self.committing = None
-        spent = dict(seconds)
-        self.report(Step(event="committed", part=record.part, record=record, seconds=spent))
+        self.report(Step(event="committed", part=record.part, record=record, work=work))
 
-    def _take_seconds(self) -> Counter[str]:
-        """Seconds of work by stage that no report has named yet, and no longer count."""
-        self.seconds.update(self.executor.take_seconds())
-        taken, self.seconds = self.seconds, Counter()
+    def _take_work(self) -> list[WorkSpan]:
+        """Work that no report has named yet, and that no other will."""
+        taken, self.work = [*self.work, *self.executor.take_work()], []
         return taken
 
     def _quantize_alone(self) -> None:
@@ -203,7 +201,7 @@ class _Drive:
                 for worker, part in enumerate(wave)
             ]
             for record in self.executor.fetch(handles):
-                self._committed(record, self._take_seconds())
+                self._committed(record, self._take_work())
 
     def _quantize_in_turn(self) -> None:
         """Quantize the blocks, each calibrated on the output of the quantized ones before it."""
@@ -243,7 +241,7 @@ class _Drive:
                         for w in shards
                     ]
                 )
-            commit = _Commit(record=record, seconds=self._take_seconds())
+            commit = _Commit(record=record, work=self._take_work())
             values = following
         assert commit is not None
         self._conclude(commit)
@@ -261,10 +259,10 @@ class _Drive:
     def _conclude(self, commit: _Commit) -> None:
         """Wait for a block's record."""
         [record] = self.executor.fetch([commit.record])
-        self.seconds.update(self.executor.take_seconds())
         # All else that took time meanwhile was for the next block.
-        commit.seconds["commit"] += self.seconds.pop("commit", 0)
-        self._committed(record, commit.seconds)
+        work = self._take_work()
+        self.work = [span for span in work if span.stage != "commit"]
+        self._committed(record, [*commit.work, *(s for s in work if s.stage == "commit")])
 
     def _keep(self, block: int, shards: dict[int, list[int]]) -> None:
         """Store the activations that enter a block, and delete those stored before.

@@ -11,19 +11,23 @@ import json
 import os
 import platform
 import secrets
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from pipeline.errors import DamagedObjectError, MissingObjectError
 from pipeline.executor.protocol import Allocation
+from pipeline.executor.work_spans import WorkSpan, coarse, seconds_by_stage
 from pipeline.plan import Plan
 from pipeline.run.records import PartRecord
 from pipeline.storage.object_store import ObjectStore
 
 EVENTS_PREFIX = "events/"
 _MAX_BYTES = 64 << 20
+_MOST_SPANS = 2000
+"""Of work in one event, since a driver writes all of its log with every part."""
 
 StepEvent: TypeAlias = Literal["damaged", "resumed", "committed", "kept", "lost", "fewer", "sealed"]
 """Damaged objects found; committed parts found; a part committed; activations stored; a worker
@@ -38,15 +42,20 @@ class Step:
 
     Attributes:
         parts: those that a resumed run found committed.
-        seconds: of work by stage since the last report, all workers together.
+        work: of all workers, on the part, or since the last report.
     """
 
     event: StepEvent
     part: int | None = None
     parts: tuple[int, ...] = ()
     record: PartRecord | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
+    work: Sequence[WorkSpan] = ()
     text: str = ""
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of work by stage, all workers together."""
+        return seconds_by_stage(self.work)
 
 
 Report: TypeAlias = Callable[[Step], None]
@@ -66,6 +75,7 @@ class EventLog:
         self._store = store
         self._key = f"{EVENTS_PREFIX}{_now():%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.jsonl"
         self._lines: list[str] = []
+        self._started = time.time()
         self.seconds: Counter[str] = Counter()
         self._add(
             "started",
@@ -83,17 +93,29 @@ class EventLog:
             self.seconds.update(step.seconds)
             size_bytes = None if step.record is None else step.record.size_bytes
             given = {"seconds": step.seconds, "part": step.part, "text": step.text}
-            self._add(step.event, **given, size_bytes=size_bytes)
+            self._add(step.event, **given, size_bytes=size_bytes, work=self._spans(step.work))
             if step.event != "resumed":
                 self._write()
             report(step)
 
         return both
 
-    def close(self, summary: dict[str, Any]) -> None:
-        """Write the last line, the summary."""
-        self._add("summary", summary=summary)
+    def close(self, summary: dict[str, Any], work: Sequence[WorkSpan] = ()) -> None:
+        """Write the last line, the summary.
+
+        Args:
+            work: that was done after the manifest.
+        """
+        self._add("summary", summary=summary, work=self._spans(work))
         self._write()
+
+    def _spans(self, work: Sequence[WorkSpan]) -> dict[str, list[list[float]]]:
+        """By stage: worker, start in seconds since this log's, and seconds until its end."""
+        found: dict[str, list[list[float]]] = {}
+        for one in coarse(work, _MOST_SPANS):
+            start, took = one.start - self._started, one.end - one.start
+            found.setdefault(one.stage, []).append([one.worker, round(start, 3), round(took, 3)])
+        return found
 
     def _add(self, event: EventName, **values: Any) -> None:
         given = {name: value for name, value in values.items() if value not in (None, "", {})}
@@ -121,7 +143,7 @@ class Event:
 
     def line(self) -> str:
         """One line for people."""
-        values = dict(self.values)
+        values = {name: value for name, value in self.values.items() if name != "work"}
         text = values.pop("text", "")
         for stage, spent in values.pop("seconds", {}).items():
             values[f"{stage}_seconds"] = round(spent, 2)

@@ -225,7 +225,9 @@ def test_a_worker_reads_and_commits_while_it_computes() -> None:
         settled, *_ = executor.fetch([submit(0, WorkerApi.settle), *calls])
         assert settled[-1] == "settle"
         assert "commit" in settled
-        assert set(executor.take_seconds()) == {"commit", "settle", "read", "capture", "solve"}
+        work = executor.take_work()
+        assert {span.stage for span in work} == {"commit", "settle", "read", "capture", "solve"}
+        assert {span.worker for span in work} == {0}
     finally:
         for actor in executor._actors:
             ray.kill(actor)

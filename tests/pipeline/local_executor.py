@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, cast
 
-from pipeline.executor.protocol import Doing, Handle, P, T, TimedWorker
+from pipeline.executor.protocol import Handle, P, T
+from pipeline.executor.work_spans import Doing, TimedWorker, WorkSpan
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,12 @@ class LocalExecutor:
     def fetch(self, handles: Sequence[Handle[T]]) -> list[T]:
         return [cast(_Done[T], handle).result for handle in handles]
 
-    def take_seconds(self) -> dict[str, float]:
-        total: Counter[str] = Counter()
-        for worker in self._workers:
-            total.update(worker.take_seconds())
-        return dict(total)
+    def take_work(self) -> list[WorkSpan]:
+        return [
+            dataclasses.replace(span, worker=number)
+            for number, worker in enumerate(self._workers)
+            for span in worker.take_work()
+        ]
 
     def doing(self) -> Mapping[int, Doing]:
         return {number: worker.doing() for number, worker in enumerate(self._workers)}

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pipeline.worker.worker
-from pipeline.executor.protocol import Handle, TimedWorker, WorkerLostError
+from pipeline.executor.protocol import Handle, WorkerLostError
+from pipeline.executor.work_spans import TimedWorker
 from pipeline.model.preset import read_preset
 from pipeline.plan import Plan
 from pipeline.planning.make_plan import Planned, make_plan

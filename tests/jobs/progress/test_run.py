@@ -14,6 +14,7 @@ from pipeline.executor.protocol import Allocation
 from pipeline.run.events import Step
 from pipeline.run.records import LayerRecord, PartRecord, file_key
 from quantizer.schemes import Int4Scheme
+from tests.pipeline.executor.test_work_spans import spell
 from tests.pipeline.tiny_runs import planned
 
 
@@ -26,7 +27,7 @@ def committed(part: int) -> Step:
         size_bytes=12345,
         loaded_bytes=0,
     )
-    return Step(event="committed", part=part, record=record, seconds={"solve": 1.26})
+    return Step(event="committed", part=part, record=record, work=[spell("solve", 1.26)])
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def test_machines_get_a_json_line_for_each_step_and_layer(
     with watch(planned("int8").plan, Allocation(workers=1, threads=2)) as report:
         report(step)
         report(Step(event="lost", text="ActorDiedError: a worker was lost"))
-        report(Step(event="sealed", seconds={"seal": 0.5}))
+        report(Step(event="sealed", work=[spell("seal", 0.5)]))
     set_run()
     found = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert all(line.pop("time") and line.pop("run") == "bert-gptq-0123" for line in found)

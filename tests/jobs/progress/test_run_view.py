@@ -9,7 +9,7 @@ from rich.console import Console
 
 from jobs.progress.run_view import RunView
 from jobs.progress.time_left import Expected
-from pipeline.executor.protocol import Doing
+from pipeline.executor.work_spans import Doing
 from pipeline.run.events import Step
 from tests.pipeline.tiny_runs import planned
 

@@ -23,7 +23,8 @@ from rich.console import Console
 import jobs.logging
 from jobs.logging import FORMAT_VARIABLE, LOG, TextHandler, configure
 from jobs.progress.run import watch
-from pipeline.executor.protocol import Allocation, Doing
+from pipeline.executor.protocol import Allocation
+from pipeline.executor.work_spans import Doing
 from pipeline.run.events import Step
 from pipeline.storage.object_store import open_store
 from tests.integration.ray_cluster import quiet_environment

@@ -2,12 +2,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobs.report.figures import drivers_figure, error_figures, sizes_figure, stages_figure
+from jobs.report.figures import error_figures, sizes_figure
 from jobs.report.layer_errors import LayerError, worst
-from jobs.report.timeline import timeline
-from tests.jobs.report.test_timeline import KILLED, RESUMED
-
-NAMES = ("rest", "block_0", "block_1")
 
 
 def layer(block: int | None, name: str, error: float | None, **values: Any) -> LayerError:
@@ -53,31 +49,6 @@ def test_the_worst_come_first_and_weights_count_only_without_outputs() -> None:
         layer(0, "d", 3.0),
     ]
     assert [one.name for one in worst(given, 3)] == ["c", "d", "a"]
-
-
-def test_drivers_are_drawn_only_where_something_happened() -> None:
-    assert drivers_figure(timeline([RESUMED[:1] + RESUMED[2:]]), NAMES) is None
-    found = drivers_figure(timeline([KILLED, RESUMED]), NAMES)
-    assert found is not None
-    bars, marks = (one["data"]["values"] for one in found.spec["layer"])
-    assert [one["ending"] for one in bars] == ["stopped here", "ended in order"]
-    assert [one["what"] for one in marks] == [
-        *("committed", "lost", "committed"),
-        *("resumed", "committed", "sealed"),
-    ]
-    assert [one["part"] for one in marks][:3] == ["rest", None, "block_0"]
-
-
-def test_stages_are_stacked_by_part() -> None:
-    found = stages_figure(timeline([KILLED, RESUMED]), NAMES)
-    assert found is not None
-    assert [(v["name"], v["stage"], v["seconds"]) for v in found.spec["data"]["values"]] == [
-        ("rest", "quantize_alone", 4.0),
-        ("block_0", "capture", 2.0),
-        ("block_0", "solve", 1.0),
-        ("block_1", "capture", 3.0),
-    ]
-    assert stages_figure(timeline([]), NAMES) is None
 
 
 def test_sizes_are_stacked_in_the_order_given() -> None:

@@ -12,9 +12,10 @@ from playwright.sync_api import Browser
 
 from jobs.release.contents import read_run
 from jobs.report.figure import Figure
-from jobs.report.figures import drivers_figure, error_figures, stages_figure
+from jobs.report.figures import error_figures
 from jobs.report.page import page
 from jobs.report.run_report import run_report
+from jobs.report.time_figures import stages_figure, workers_figure
 from jobs.report.timeline import timeline
 from pipeline.storage.object_store import open_store
 from tests.jobs.release.runs import finished
@@ -41,7 +42,7 @@ def hostile_page(num_blocks: int, num_layers: int) -> bytes:
     ]
     found = timeline([KILLED, RESUMED])
     parts = ("rest", HOSTILE, "block_1")
-    given = (*error_figures(layers), stages_figure(found, parts), drivers_figure(found, parts))
+    given = (*error_figures(layers), stages_figure(found, parts), workers_figure(found, parts))
     figures: list[Figure] = [one for one in given if one is not None]
     run = SimpleNamespace(
         origin=SimpleNamespace(name=HOSTILE),
@@ -63,6 +64,7 @@ def hostile_page(num_blocks: int, num_layers: int) -> bytes:
         commands=[SimpleNamespace(reader=HOSTILE, text=HOSTILE, note=HOSTILE)],
         license=SimpleNamespace(id=HOSTILE),
         timeline=found,
+        stages=[(HOSTILE, 0.5)],
     )
 
 
@@ -91,9 +93,9 @@ def test_every_figure_has_its_marks_and_a_tooltip(browser: Browser, tmp_path: Pa
     assert {one: opened.marks(one) >= 28 for one in ("share", "error")} == dict.fromkeys(
         ("share", "error"), True
     )
-    assert opened.marks("drivers") >= 2 + 6
+    assert opened.marks("workers") >= 2 + 3 + 7
     assert opened.marks("stages") >= 4
-    for figure in ("share", "error", "stages", "drivers"):
+    for figure in ("share", "error", "stages", "workers"):
         picture = opened.page.locator(f"#{figure} svg")
         assert len(set(picture.screenshot())) > 50  # not an empty region
     opened.page.locator("#share .mark-rect path").first.hover()

@@ -1,11 +1,13 @@
+import datetime
 import json
 
 import pytest
 
 from pipeline.executor.protocol import Allocation
-from pipeline.run.events import EventLog, Step
+from pipeline.run.events import EventLog, Step, read_events
 from pipeline.run.records import PartRecord, file_key
 from pipeline.storage.object_store import ObjectStore, open_store
+from tests.pipeline.executor.test_work_spans import spell
 from tests.pipeline.tiny_runs import planned
 
 _fresh = iter(range(1_000_000))
@@ -38,7 +40,7 @@ def test_events_are_stored_as_soon_as_a_part_is_committed(store: ObjectStore) ->
     log = EventLog(store, planned("int8").plan, Allocation(workers=2, threads=3))
     report = log.also(told.append)
     assert store.list() == ()
-    step = Step(event="committed", part=1, record=record(1), seconds={"solve": 1.5})
+    step = Step(event="committed", part=1, record=record(1), work=[spell("solve", 1.5)])
     report(step)
     assert told == [step]
     started, committed = lines(store)
@@ -54,8 +56,15 @@ def test_events_are_stored_as_soon_as_a_part_is_committed(store: ObjectStore) ->
 def test_seconds_add_up_by_stage(store: ObjectStore) -> None:
     log = EventLog(store, planned("int8").plan, Allocation(workers=1, threads=1))
     report = log.also(lambda step: None)
-    report(Step(event="committed", part=0, record=record(0), seconds={"solve": 1.0, "read": 2.0}))
-    report(Step(event="sealed", seconds={"solve": 0.5, "finalize": 0.25}))
+    report(
+        Step(
+            event="committed",
+            part=0,
+            record=record(0),
+            work=[spell("solve", 1.0), spell("read", 2.0)],
+        )
+    )
+    report(Step(event="sealed", work=[spell("solve", 0.5), spell("finalize", 0.25)]))
     assert dict(log.seconds) == {"solve": 1.5, "read": 2.0, "finalize": 0.25}
     log.close({"flops": 1.0})
     assert [line["event"] for line in lines(store)] == [
@@ -70,3 +79,27 @@ def test_every_driver_writes_a_file_of_its_own(store: ObjectStore) -> None:
     for _ in range(5):
         EventLog(store, planned("int8").plan, Allocation(workers=1, threads=1)).close({})
     assert len(store.list("events/")) == 5
+
+
+def test_the_log_says_who_worked_when_by_its_own_start(store: ObjectStore) -> None:
+    log = EventLog(store, planned("int8").plan, Allocation(workers=2, threads=1))
+    [started] = [json.loads(line) for line in log._lines]
+    began = datetime.datetime.fromisoformat(started["time"]).timestamp()
+    report = log.also(lambda step: None)
+    report(
+        Step(
+            event="committed",
+            part=0,
+            work=[
+                spell("solve", 2.0, start=began + 1),
+                spell("solve", 1.0, start=began + 5, worker=1),
+            ],
+        )
+    )
+    log.close({}, [spell("evaluate", 3.0, start=began + 9)])
+    _, committed, summary = lines(store)
+    assert committed["work"] == {
+        "solve": [[0, pytest.approx(1.0, abs=0.01), 2.0], [1, pytest.approx(5.0, abs=0.01), 1.0]]
+    }
+    assert summary["work"] == {"evaluate": [[0, pytest.approx(9.0, abs=0.01), 3.0]]}
+    assert all("work=" not in event.line() for event in read_events(store))

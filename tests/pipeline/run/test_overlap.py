@@ -97,7 +97,7 @@ def test_each_report_has_the_seconds_of_its_own_block(store: ObjectStore) -> Non
     assert "propagate" not in blocks[-1].seconds
     named = {stage for step in steps for stage in step.seconds}
     assert named == set(executor.calls)
-    assert executor.take_seconds() == {}
+    assert executor.take_work() == []
 
 
 def solved_parts(executor: LateCommits) -> list[list[int]]:
