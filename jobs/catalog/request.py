@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,12 +20,12 @@ from typing import Any
 
 from jobs.catalog.catalog_file import Catalog, Entry
 from jobs.catalog.entries import Gate
-from pipeline.canonical import digest_of, sha256
-from pipeline.errors import CalibrationTextError, MissingObjectError, PipelineError, SourceError
+from jobs.catalog.source_files import SourceFingerprints
+from pipeline.canonical import digest_of
+from pipeline.errors import CalibrationTextError, MissingObjectError, PipelineError
 from pipeline.evaluation.named_texts import EvaluatedTexts
 from pipeline.executor.protocol import ComputeSpec
 from pipeline.export.settings import ExportSettings
-from pipeline.model.preset import decides_model
 from pipeline.recipe.recipe import Recipe
 from pipeline.storage.local_store import file_version
 from pipeline.storage.object_store import ObjectStore, open_store
@@ -40,8 +41,9 @@ EVALUATED_ON = ("evaluation_texts", "evaluation_sets", "evaluation_windows", "ta
 _ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,199}")
 # As in `pipeline.machine.versions`, which needs JAX.
 PACKAGES = ("quantfleet", "jax", "jaxlib", "keras", "keras-hub", "numpy", "ml-dtypes", "h5py")
-_MAX_JSON_BYTES = 256 << 10
-_NUM_THREADS = 16
+_NUM_THREADS = 32
+_ENTRIES_AT_ONCE = 512
+"""Whose sources are listed together, and then held."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,45 +218,58 @@ def catalog_runs(catalog: Catalog) -> Iterator[CatalogRun]:
     """Fingerprint the files of each model and yield its runs, in the catalog's order.
 
     A model whose files cannot be read does not hold up the others. Each source and each set of
-    texts is fingerprinted once, however many entries name it.
+    texts is fingerprinted once, however many entries name it; a source's fingerprint is kept as
+    long as an entry that needs it is still to come.
     """
+    versions = package_versions()
+    needed = Counter(url for entry in catalog.entries for url in _source_urls(entry))
+    fingerprints = SourceFingerprints()
+    counted: set[str] = set()
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        # All sources at once: the stores' latency adds up otherwise.
-        urls = dict.fromkeys(entry.preset for entry in catalog.entries)
-        urls |= dict.fromkeys(url for entry in catalog.entries for url in _like_urls(entry))
-        sources = {url: pool.submit(source_fingerprint, url) for url in urls}
 
         @functools.cache
         def texts(given: tuple[str, ...]) -> Future[dict[str, str]]:
             return pool.submit(texts_fingerprint, given)
 
-        versions = package_versions()
-        counted: set[str] = set()
-        for entry in catalog.entries:
-            for recipe in entry.recipes:
-                try:
-                    source, bytes_read = sources[entry.preset].result()
-                    calibration = recipe.calibration if recipe.needs_calibration else None
-                    request = _request(
-                        entry,
-                        recipe,
-                        source=source,
-                        texts=texts(() if calibration is None else calibration.sources).result(),
-                        evaluation=texts(entry.settings.evaluated_urls).result()
-                        | texts(entry.settings.tasks or ()).result(),
-                        versions=versions,
-                        exports_like={
-                            f"{url}/{name}": token
-                            for url in _like_urls(entry)
-                            for name, token in sources[url].result()[0].items()
-                        },
-                    )
-                except PipelineError as problem:
-                    yield CatalogRun(entry=entry, recipe=recipe, problem=problem)
-                    continue
-                cost = 0 if entry.preset in counted else bytes_read
-                counted.add(entry.preset)
-                yield CatalogRun(entry=entry, recipe=recipe, request=request, bytes_read=cost)
+        for start in range(0, len(catalog.entries), _ENTRIES_AT_ONCE):
+            entries = catalog.entries[start : start + _ENTRIES_AT_ONCE]
+            fingerprints.find([url for entry in entries for url in _source_urls(entry)], pool)
+            for entry in entries:
+                for recipe in entry.recipes:
+                    try:
+                        source, bytes_read = fingerprints.of(entry.preset)
+                        calibration = recipe.calibration if recipe.needs_calibration else None
+                        request = _request(
+                            entry,
+                            recipe,
+                            source=source,
+                            texts=texts(
+                                () if calibration is None else calibration.sources
+                            ).result(),
+                            evaluation=texts(entry.settings.evaluated_urls).result()
+                            | texts(entry.settings.tasks or ()).result(),
+                            versions=versions,
+                            exports_like={
+                                f"{url}/{name}": token
+                                for url in _like_urls(entry)
+                                for name, token in fingerprints.of(url)[0].items()
+                            },
+                        )
+                    except PipelineError as problem:
+                        yield CatalogRun(entry=entry, recipe=recipe, problem=problem)
+                        continue
+                    cost = 0 if entry.preset in counted else bytes_read
+                    counted.add(entry.preset)
+                    yield CatalogRun(entry=entry, recipe=recipe, request=request, bytes_read=cost)
+                needed.subtract(urls := _source_urls(entry))
+                done = [url for url in urls if not needed[url]]
+                fingerprints.forget(done)
+                counted.difference_update(done)
+
+
+def _source_urls(entry: Entry) -> tuple[str, ...]:
+    """The folders that a run's fingerprints need, each once."""
+    return tuple(dict.fromkeys((entry.preset, *_like_urls(entry))))
 
 
 def _request(entry: Entry, recipe: Recipe, **fingerprints: dict[str, str]) -> Request:
@@ -282,38 +297,6 @@ def _request(entry: Entry, recipe: Recipe, **fingerprints: dict[str, str]) -> Re
 
 def _like_urls(entry: Entry) -> tuple[str, ...]:
     return tuple(dict.fromkeys(one.like for one in entry.settings.export if one.like is not None))
-
-
-def source_fingerprint(url: str) -> tuple[dict[str, str], int]:
-    """Fingerprint the files of a preset that decide what the model is.
-
-    A token is the size and version that the store reports. On a disk, where a version is only a
-    timestamp, small JSON files are hashed instead.
-
-    Returns:
-        A token for each file, and how many bytes of content were read.
-
-    Raises:
-        SourceError: no preset is there.
-        StorageError: the store cannot be used.
-    """
-    store = open_store(url)
-    is_on_disk = store.root_url.startswith("file://")
-    tokens, bytes_read = {}, 0
-    for name, version in store.versions().items():
-        if not decides_model(name):
-            continue
-        tokens[name] = version.token
-        if is_on_disk and name.endswith(".json") and version.size_bytes <= _MAX_JSON_BYTES:
-            content = store.get(name, at_most=_MAX_JSON_BYTES)
-            bytes_read += len(content)
-            tokens[name] = f"sha256:{sha256(content)}"
-    if "config.json" not in tokens:
-        raise SourceError(
-            f"{url}: no config.json there; name the folder of a KerasHub preset or of a Hugging "
-            "Face model"
-        )
-    return tokens, bytes_read
 
 
 def texts_fingerprint(sources: Sequence[str]) -> dict[str, str]:

@@ -97,7 +97,7 @@ def nightly(
     priced = None if on is None else PricedMachine.of(on, rates)
     catalog, root = _opened(file, only)
     with status("looking for stale runs"):
-        decisions = decide(root, catalog, save_verified=not dry_run)
+        decisions = tuple(decide(root, catalog, save_verified=not dry_run))
 
     if dry_run:
         plan_only = partial(execute.open_compute, address=address, plan_only=True)
@@ -158,7 +158,7 @@ def submit(
     catalog, root = _opened(file, only)
     jobs = RayJobs(address, working_dir=working_dir)
     with status("looking for stale runs"):
-        decisions = decide(root, catalog, save_verified=True)
+        decisions = tuple(decide(root, catalog, save_verified=True))
     others = [preview(decision) for decision in decisions if decision.state != "stale"]
     submission = Submission(
         root=root,

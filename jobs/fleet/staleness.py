@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from jobs.catalog.catalog_file import Catalog
 from jobs.catalog.request import (
     EVALUATED_ON,
-    RUNS_PREFIX,
     CatalogRun,
     Request,
     catalog_runs,
     request_key,
+    run_prefix,
     run_store,
 )
 from jobs.publish.releases import Current, find_current
@@ -30,7 +32,10 @@ Freshness = Literal["fresh", "stale", "gate failed", "set aside", "unreachable"]
 "gate failed" was made, and would only fail again; "set aside" was published, and a person replaced
 it; "unreachable" cannot be examined."""
 
-_NUM_THREADS = 16
+_NUM_THREADS = 32
+_RUNS_AT_ONCE = 512
+_FOLDERS_TOGETHER = 32
+"""Listed by one thread."""
 _MAX_FILES_NAMED = 3
 
 
@@ -58,42 +63,95 @@ class Decision:
         return self.run.request
 
 
-def decide(root: ObjectStore, catalog: Catalog, *, save_verified: bool) -> tuple[Decision, ...]:
-    """Decide for every run of a catalog, in its order.
+def decide(root: ObjectStore, catalog: Catalog, *, save_verified: bool) -> Iterator[Decision]:
+    """Decide for every run of a catalog, in its order, some hundred at a time.
+
+    Storage is asked for what is published under each name, and for the files of the runs that this
+    names, by pages (see `ObjectStore.folders`); nothing else below the root is listed.
 
     Args:
         save_verified: record which artifacts were read again and found intact, so that the next
             time they need not be.
     """
-    # One listing for all runs instead of one for each.
-    listed: dict[str, dict[str, Version]] = {}
-    for key, version in root.versions(RUNS_PREFIX).items():
-        run_id, _, name = key.removeprefix(RUNS_PREFIX).partition("/")
-        listed.setdefault(run_id, {})[name] = version
-
-    def decide_or_report(run: CatalogRun) -> Decision:
-        try:
-            return decide_run(root, run, save_verified=save_verified, listed=listed)
-        except PipelineError as problem:
-            return Decision(
-                run=run, state="unreachable", reasons=(str(problem),), bytes_read=run.bytes_read
-            )
-
+    runs = catalog_runs(catalog)
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        return tuple(pool.map(decide_or_report, catalog_runs(catalog)))
+
+        def decide_or_report(looked_up: tuple[CatalogRun, _Stored | PipelineError]) -> Decision:
+            run, stored = looked_up
+            try:
+                if isinstance(stored, PipelineError):
+                    raise stored
+                return decide_run(root, run, save_verified=save_verified, stored=stored)
+            except PipelineError as problem:
+                return Decision(
+                    run=run, state="unreachable", reasons=(str(problem),), bytes_read=run.bytes_read
+                )
+
+        while some := tuple(itertools.islice(runs, _RUNS_AT_ONCE)):
+            found = _look_up(root, some, pool)
+            yield from pool.map(decide_or_report, zip(some, found, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """What is known of one request.
+
+    Attributes:
+        current: what is published.
+        files: of the published run; without one, of the request's own.
+    """
+
+    current: Current | None
+    files: Mapping[str, Version]
+
+
+def _look_up(
+    root: ObjectStore, runs: Sequence[CatalogRun], pool: ThreadPoolExecutor
+) -> list[_Stored | PipelineError]:
+    """What is stored of each of some runs; or why it is not known."""
+    currents = list(pool.map(partial(_current_or_problem, root), runs))
+    run_ids = [
+        _examined(run.request, found)
+        for run, found in zip(runs, currents, strict=True)
+        if run.request is not None and not isinstance(found, PipelineError)
+    ]
+    prefixes = sorted({run_prefix(run_id) for run_id in run_ids})
+    groups = [
+        prefixes[i : i + _FOLDERS_TOGETHER] for i in range(0, len(prefixes), _FOLDERS_TOGETHER)
+    ]
+    listed: dict[str, Mapping[str, Version]] = {}
+    for folders in pool.map(lambda group: tuple(root.folders(group)), groups):
+        listed.update(folders)
+    return [
+        found
+        if isinstance(found, PipelineError) or run.request is None
+        else _Stored(current=found, files=listed[run_prefix(_examined(run.request, found))])
+        for run, found in zip(runs, currents, strict=True)
+    ]
+
+
+def _examined(request: Request, current: Current | None) -> str:
+    """The run whose files tell how a request stands."""
+    return request.run_id if current is None else current.release.run_id
+
+
+def _current_or_problem(root: ObjectStore, run: CatalogRun) -> Current | PipelineError | None:
+    if run.request is None:
+        assert run.problem is not None
+        return run.problem
+    try:
+        return find_current(root, run.request.model, run.request.recipe_name)
+    except PipelineError as problem:
+        return problem
 
 
 def decide_run(
-    root: ObjectStore,
-    run: CatalogRun,
-    *,
-    save_verified: bool,
-    listed: Mapping[str, Mapping[str, Version]] | None = None,
+    root: ObjectStore, run: CatalogRun, *, save_verified: bool, stored: _Stored | None = None
 ) -> Decision:
     """Decide for one run.
 
     Args:
-        listed: the files of all runs, if they are listed already.
+        stored: what is known of it already.
 
     Raises:
         PipelineError: it cannot be examined.
@@ -102,18 +160,21 @@ def decide_run(
     if request is None:
         assert run.problem is not None
         raise run.problem
-    current = find_current(root, request.model, request.recipe_name)
+    if stored is None:
+        current = find_current(root, request.model, request.recipe_name)
+        files = run_store(root, _examined(request, current)).versions()
+        stored = _Stored(current=current, files=files)
+    current = stored.current
     verdict, check = None, ArtifactCheck()
     if current is None or current.release.request_id != request.request_id:
         verdict = find_verdict(root, request.request_id)
     state: Freshness
     if current is None:
-        state, reasons = _never_published(root, request, verdict)
+        state, reasons = _never_published(verdict, is_started=PLAN_KEY in stored.files)
     else:
         release = current.release
-        files = None if listed is None else listed.get(release.run_id, {})
         check = check_artifact(
-            root, release.run_id, release.manifest_sha256, files, exports=release.exports
+            root, release.run_id, release.manifest_sha256, stored.files, exports=release.exports
         )
         if save_verified and check.verified is not None:
             check.verified.save(root)
@@ -132,14 +193,13 @@ def decide_run(
 
 
 def _never_published(
-    root: ObjectStore, request: Request, verdict: Verdict | None
+    verdict: Verdict | None, *, is_started: bool
 ) -> tuple[Freshness, tuple[str, ...]]:
     if verdict is not None and not verdict.passed:
         return "gate failed", verdict.failures
     if verdict is not None:
         return "stale", ("passed its gate, not published yet",)
-    started = run_store(root, request.run_id).exists(PLAN_KEY)
-    return "stale", ("started, not finished or judged" if started else "never run",)
+    return "stale", ("started, not finished or judged" if is_started else "never run",)
 
 
 def _published(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,6 +50,15 @@ class Backend(Protocol):
     def list(self, prefix: str) -> Iterator[str]:
         """Yield every key that begins with `prefix`, in any order."""
         return (key for key, _ in self.versions(prefix))
+
+    def folders(self, prefixes: Sequence[str]) -> Iterator[tuple[str, dict[str, Version]]]:
+        """Yield the objects of each of several folders, in their order (see `ObjectStore.folders`).
+
+        Keys are below the folder.
+        """
+        for prefix in prefixes:
+            found = {key.removeprefix(prefix): one for key, one in self.versions(prefix)}
+            yield prefix, found
 
     def delete(self, key: str) -> None:
         """Remove the object, or a leftover; it may be absent."""

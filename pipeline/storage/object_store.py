@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,14 +196,37 @@ class ObjectStore:
         found = (pair for pair in self.backend.versions(prefix) if _KEY.fullmatch(pair[0]))
         return dict(sorted(found))
 
+    def folders(self, prefixes: Iterable[str]) -> Iterator[tuple[str, Mapping[str, Version]]]:
+        """Yield what is known about the objects of each of several folders, empty ones too.
+
+        On S3 a request answers for as many folders as have a thousand objects together: what lies
+        between two that are asked for is jumped over. One folder is held at a time.
+
+        Args:
+            prefixes: each ends in "/"; none is within another.
+
+        Yields:
+            A prefix, and by key below it what is known, in the order of the prefixes' names.
+        """
+        asked = sorted(set(prefixes))
+        for prefix in asked:
+            if not (_PREFIX.fullmatch(prefix) and prefix.endswith("/")):
+                raise StorageError(f"{self.root_url}: {prefix!r} is not the prefix of a folder")
+        for prefix, found in self.backend.folders(asked):
+            yield prefix, {key: found[key] for key in sorted(filter(_KEY.fullmatch, found))}
+
+    def stream(self, prefix: str = "") -> Iterator[str]:
+        """All keys that begin with a prefix, in any order, page by page; see `list`."""
+        if not _PREFIX.fullmatch(prefix):
+            raise StorageError(f"{self.root_url}: {prefix!r} is not a prefix of a key")
+        return filter(_KEY.fullmatch, self.backend.list(prefix))
+
     def list(self, prefix: str = "") -> tuple[str, ...]:
         """All keys that begin with `prefix`, such as "records/block-", sorted.
 
         Files whose names are not keys are omitted.
         """
-        if not _PREFIX.fullmatch(prefix):
-            raise StorageError(f"{self.root_url}: {prefix!r} is not a prefix of a key")
-        return tuple(sorted(filter(_KEY.fullmatch, self.backend.list(prefix))))
+        return tuple(sorted(self.stream(prefix)))
 
     def delete(self, key: str) -> None:
         """Remove an object; it need not exist."""

@@ -12,7 +12,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from fsspec.asyn import AsyncFileSystem
 from pipeline.canonical import digest_of
 from pipeline.errors import StorageError
 from pipeline.storage.backend import Backend, Patience, Version
+from pipeline.storage.paged_folders import Page, folders_by_pages
 from pipeline.storage.remote_errors import FAILURES, classify
 
 _T = TypeVar("_T")
@@ -37,6 +38,8 @@ _SINGLE_READ_BYTES = 64 * 2**20
 # A slower transfer is considered hung.
 _SLOWEST_BYTES_PER_SECOND = 2**20
 _FIRST_PAUSE_SECONDS = 0.1
+_PAGE_BYTES = 2**20
+"""Of a listing, about: a thousand keys of the longest kind."""
 _AS_RAISED_BY_PYTHON: Mapping[str, type[Exception]] = {
     "missing": FileNotFoundError,
     "conflict": FileExistsError,
@@ -112,13 +115,57 @@ class RemoteBackend(Backend):
         return _version(self._info(key))
 
     def versions(self, prefix: str) -> Iterator[tuple[str, Version]]:
+        if self._protocol in _S3:
+            yield from self._pages(prefix)
+            return
         for key, info in self._find(prefix):
             if info["type"] == "file":
                 yield key, _version(info)
 
     def list(self, prefix: str) -> Iterator[str]:
+        if self._protocol in _S3:
+            return (key for key, _ in self._pages(prefix))
         # Not through `versions`: over http:// a listing gives no sizes.
         return (key for key, _ in self._find(prefix))
+
+    def folders(self, prefixes: Sequence[str]) -> Iterator[tuple[str, dict[str, Version]]]:
+        if self._protocol in _S3:
+            yield from folders_by_pages(self._page, self._pages, prefixes)
+        else:
+            yield from super().folders(prefixes)
+
+    def _pages(self, prefix: str) -> Iterator[tuple[str, Version]]:
+        page = self._page(prefix)
+        yield from page.entries
+        while page.token:
+            page = self._page(prefix, token=page.token)
+            yield from page.entries
+
+    def _page(self, prefix: str, after: str = "", *, token: str = "") -> Page:
+        """A page of keys with a prefix: the first after a key, or the one that a token names."""
+        bucket, _, below = self._root.partition("/")
+        root = f"{below}/" if below else ""
+        place = {"ContinuationToken": token} if token else {}
+        place |= {"StartAfter": f"{root}{after}"} if after else {}
+
+        def ask(fs: Any, _: str) -> Any:
+            return fs.call_s3(
+                "list_objects_v2",
+                Bucket=bucket,
+                Prefix=f"{root}{prefix}",
+                **place,
+                **self._limit(fs, _PAGE_BYTES),
+            )
+
+        try:
+            answer = self._try(prefix, ask)
+        except FileNotFoundError:  # no such bucket
+            return Page(entries=())
+        entries = tuple(
+            (one["Key"].removeprefix(root), _version({**one, "size": one["Size"]}))
+            for one in answer.get("Contents", ())
+        )
+        return Page(entries=entries, token=answer.get("NextContinuationToken", ""))
 
     def _find(self, prefix: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         directory = prefix.rpartition("/")[0]

@@ -17,9 +17,9 @@ from jobs.catalog.request import (
     package_versions,
     request_key,
     save_request,
-    source_fingerprint,
     texts_fingerprint,
 )
+from jobs.catalog.source_files import source_fingerprint
 from jobs.fleet.staleness import changes
 from pipeline.errors import DamagedObjectError, PipelineError, SourceError
 from pipeline.executor.protocol import ComputeSpec

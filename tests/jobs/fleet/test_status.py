@@ -222,7 +222,7 @@ def test_many_entries_are_decided_and_listed_within_seconds(url: str) -> None:
         catalog = done_catalog(f"{url}/{number}", number)
         root = open_store(catalog.root_url)
         calls: list[Callable[[], object]] = [
-            lambda root=root, catalog=catalog: decide(root, catalog, save_verified=True),
+            lambda root=root, catalog=catalog: tuple(decide(root, catalog, save_verified=True)),
             lambda root=root, catalog=catalog: status(root, catalog),
         ]
         spent[number] = []
