@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from rich.table import Table
 from rich.text import Text
 
-from jobs.catalog.request import REQUESTS_PREFIX, RUNS_PREFIX, run_store
+from jobs.catalog.request import REQUESTS_PREFIX, RUNS_PREFIX
 from jobs.logging import log_event, print_json, status
 from jobs.publish.releases import (
     MODELS_PREFIX,
+    Current,
     Release,
     find_current,
     history,
@@ -26,9 +29,15 @@ from jobs.quantities import size
 from pipeline.errors import PipelineError
 from pipeline.export.manifest import EXPORT_KEY
 from pipeline.export.settings import EXPORTS_PREFIX
+from pipeline.plan import PLAN_KEY
 from pipeline.run import lease
 from pipeline.run.garbage import Garbage, find_garbage, find_runs, remove, whole_run
+from pipeline.storage.backend import Version
 from pipeline.storage.object_store import ObjectStore, open_store
+
+_NUM_THREADS = 16
+_RUNS_TOGETHER = 64
+"""Listed together, and then held."""
 
 
 class _UnreferencedRun(NamedTuple):
@@ -71,23 +80,32 @@ def collect(
         PipelineError: no run is there.
     """
     root = open_store(url)
-    is_catalog_root = bool(root.list(MODELS_PREFIX) or root.list(REQUESTS_PREFIX))
-    unreferenced = _unreferenced_runs(root, unpublished=unpublished) if is_catalog_root else {}
-    runs = {run.rstrip("/") for run in find_runs(root)}
-    runs |= {f"{RUNS_PREFIX}{run_id}" for run_id in unreferenced}
-    exports = _UnnamedExports(root) if is_catalog_root else None
+    is_catalog_root = any(
+        True for prefix in (MODELS_PREFIX, REQUESTS_PREFIX) for _ in root.stream(prefix)
+    )
+    releases = _Releases.read(root) if is_catalog_root else None
+    unreferenced: dict[str, _UnreferencedRun] = {}
+    if releases is None:
+        runs = {run.rstrip("/") for run in find_runs(root)}
+    else:
+        found = _catalog_runs(root)
+        unreferenced = _unreferenced_runs(found, releases, unpublished=unpublished)
+        runs = {f"{RUNS_PREFIX}{run_id}" for run_id, one in found.items() if one.is_planned}
+        runs |= {f"{RUNS_PREFIX}{run_id}" for run_id in unreferenced}
     if not runs:
         raise PipelineError(f"{url}: no run is there or below it (no plan.json)")
-    swept = []
-    for run in sorted(runs):
-        run_url = f"{root.root_url}/{run}".rstrip("/")
-        whole = unreferenced.get(run.removeprefix(RUNS_PREFIX))
-        with status(f"searching {run_url}"):
-            try:
-                store = open_store(run_url)
-                swept.append(_sweep(root, store, whole, exports, delete, lease_seconds))
-            except PipelineError as error:
-                swept.append(SweptRun(url=run_url, skipped=str(error)))
+    sweep = _Sweep(root=root, releases=releases, delete=delete, lease_seconds=lease_seconds)
+    swept: list[SweptRun] = []
+    with status(f"searching {len(runs)} runs"), ThreadPoolExecutor(_NUM_THREADS) as pool:
+        for group in _groups(sorted(runs)):
+            # A run at the root itself is the only one.
+            listed = {"": root.versions()} if group == [""] else _listed(root, group)
+            swept += pool.map(
+                lambda run, listed=listed: sweep.report(
+                    run, listed[run], unreferenced.get(run.removeprefix(RUNS_PREFIX))
+                ),
+                group,
+            )
     if as_json:
         print_json(swept)
         return
@@ -96,119 +114,221 @@ def collect(
         log_event("listed", "nothing was deleted; add --delete to delete it")
 
 
-def _unreferenced_runs(root: ObjectStore, *, unpublished: bool) -> dict[str, _UnreferencedRun]:
+def _groups(runs: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Runs that are listed together; one at the root, which holds all others, alone."""
+    below = [run for run in runs if run]
+    if len(below) < len(runs):
+        yield [""]
+    for start in range(0, len(below), _RUNS_TOGETHER):
+        yield below[start : start + _RUNS_TOGETHER]
+
+
+def _listed(root: ObjectStore, runs: Sequence[str]) -> dict[str, Mapping[str, Version]]:
+    """The files of each run."""
+    found = root.folders(f"{run}/" for run in runs)
+    return {prefix.removesuffix("/"): versions for prefix, versions in found}
+
+
+@dataclass
+class _FoundRun:
+    """What the names of a run's files tell.
+
+    Attributes:
+        is_empty: whether there are leases alone.
+    """
+
+    is_planned: bool = False
+    is_empty: bool = True
+
+
+def _catalog_runs(root: ObjectStore) -> dict[str, _FoundRun]:
+    """All runs of a catalog, by id; of a page of keys at a time nothing else is kept."""
+    found: defaultdict[str, _FoundRun] = defaultdict(_FoundRun)
+    for key in root.stream(RUNS_PREFIX):
+        run_id, _, name = key.removeprefix(RUNS_PREFIX).partition("/")
+        found[run_id].is_planned |= name == PLAN_KEY
+        found[run_id].is_empty &= name.startswith(lease.PREFIX)
+    return dict(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Releases:
+    """Every release below a catalog's root, read once.
+
+    Attributes:
+        kept: the current ones and the newest.
+        published_as: of each run, the names under which it may be promoted again.
+        older: of each run, its latest release in words.
+    """
+
+    kept: tuple[Release, ...]
+    published_as: Mapping[str, frozenset[tuple[str, str]]]
+    older: Mapping[str, str]
+
+    @cached_property
+    def kept_runs(self) -> frozenset[str]:
+        return frozenset(release.run_id for release in self.kept)
+
+    @cached_property
+    def named_exports(self) -> frozenset[str]:
+        """The folders, below the root, of all exports that kept releases name."""
+        return frozenset(export.folder for release in self.kept for export in release.exports)
+
+    @classmethod
+    def read(cls, root: ObjectStore) -> _Releases:
+        """Read them.
+
+        Raises:
+            DamagedObjectError: a release cannot be read, so what it refers to is unknown.
+        """
+        kept: list[Release] = []
+        published_as: defaultdict[str, set[tuple[str, str]]] = defaultdict(set)
+        older: dict[str, str] = {}
+        names = published_names(root)
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            for one, (current, past) in zip(
+                names, pool.map(lambda one: _releases_of(root, one), names), strict=True
+            ):
+                kept += _kept(current, past)
+                for release in past:
+                    published_as[release.run_id].add(one)
+                    older[release.run_id] = (
+                        f"release {release.number} of {release.model} in {release.recipe_name}, "
+                        f"older than the {release.keep} that are kept"
+                    )
+        named = {run_id: frozenset(names) for run_id, names in published_as.items()}
+        return cls(kept=tuple(kept), published_as=named, older=older)
+
+
+def _releases_of(
+    root: ObjectStore, names: tuple[str, str]
+) -> tuple[Current | None, tuple[Release, ...]]:
+    return find_current(root, *names), history(root, *names)
+
+
+def _kept(current: Current | None, past: tuple[Release, ...]) -> tuple[Release, ...]:
+    """Of a model's and recipe's releases, the current one and the newest."""
+    return () if current is None else (current.release, *past[-current.release.keep :])
+
+
+def _unreferenced_runs(
+    runs: Mapping[str, _FoundRun], releases: _Releases, *, unpublished: bool
+) -> dict[str, _UnreferencedRun]:
     """Runs that neither the current nor one of the newest releases refers to, by id.
 
     A run that was never published may still be in progress, or kept to see why it failed its gate:
     it is included only if `unpublished`.
-
-    Raises:
-        DamagedObjectError: a release cannot be read, so what it refers to is unknown.
     """
-    needed: set[str] = set()
-    published_as: defaultdict[str, set[tuple[str, str]]] = defaultdict(set)
     reasons: dict[str, str] = {}
-    for names in published_names(root):
-        needed |= _needed(root, names)
-        for release in history(root, *names):
-            published_as[release.run_id].add(names)
-            reasons[release.run_id] = (
-                f"release {release.number} of {release.model} in {release.recipe_name}, older "
-                f"than the {release.keep} that are kept"
-            )
-    files: defaultdict[str, list[str]] = defaultdict(list)
-    for key in root.list(RUNS_PREFIX):
-        run_id, _, rest = key.removeprefix(RUNS_PREFIX).partition("/")
-        files[run_id].append(rest)
-    for run_id in files.keys() - reasons.keys():
-        if all(name.startswith(lease.PREFIX) for name in files[run_id]):
+    for run_id, found in runs.items():
+        if run_id in releases.older:
+            reasons[run_id] = releases.older[run_id]
+        elif found.is_empty:
             reasons[run_id] = "nothing was made here"
         elif unpublished:
             reasons[run_id] = "never published"
     return {
-        run_id: _UnreferencedRun(run_id, reasons[run_id], frozenset(published_as[run_id]))
-        for run_id in (files.keys() & reasons.keys()) - needed
+        run_id: _UnreferencedRun(run_id, reason, releases.published_as.get(run_id, frozenset()))
+        for run_id, reason in reasons.items()
+        if run_id not in releases.kept_runs
     }
-
-
-def _kept(root: ObjectStore, names: tuple[str, str]) -> tuple[Release, ...]:
-    """A model's and recipe's current release and the newest ones."""
-    current = find_current(root, *names)
-    if current is None:
-        return ()
-    return (current.release, *history(root, *names)[-current.release.keep :])
-
-
-def _needed(root: ObjectStore, names: tuple[str, str]) -> set[str]:
-    """The runs of a model's and recipe's current release and of the newest ones."""
-    return {release.run_id for release in _kept(root, names)}
 
 
 # Of exports that `fulfil` makes; others were made by a person.
 _EXPORT = re.compile(rf"({EXPORTS_PREFIX}[a-z-]+-[0-9a-f]{{12}})/")
 
 
-@dataclass(frozen=True)
-class _UnnamedExports:
-    """The exports below a catalog's root that no release names which is kept."""
+@dataclass(frozen=True, kw_only=True)
+class _Sweep:
+    """Finds, and deletes if asked, the garbage of one run after another.
+
+    Attributes:
+        releases: of the catalog, if it is one's root.
+        lease_seconds: silence after which another driver of a run counts as dead.
+    """
 
     root: ObjectStore
+    releases: _Releases | None
+    delete: bool
+    lease_seconds: float
 
-    def of(self, store: ObjectStore) -> tuple[Garbage, ...]:
-        """Those of one run that was published; others may still be published.
+    def report(
+        self, run: str, known: Mapping[str, Version], whole: _UnreferencedRun | None
+    ) -> SweptRun:
+        """Sweep one run; what cannot be is said.
 
-        Raises:
-            DamagedObjectError: a release cannot be read, so what it refers to is unknown.
+        Args:
+            known: its files.
         """
-        found = {
-            key: match[1] for key in store.list(EXPORTS_PREFIX) if (match := _EXPORT.match(key))
-        }
-        if not found:
-            return ()
-        kept = [r for names in published_names(self.root) for r in _kept(self.root, names)]
-        if store.root_url not in {run_store(self.root, r.run_id).root_url for r in kept}:
-            return ()
-        named = {f"{self.root.root_url}/{export.folder}" for r in kept for export in r.exports}
-        return tuple(
-            Garbage(key=key, reason="export that no kept release names", size_bytes=store.size(key))
-            # Each export.json first, so that no reader takes the rest for a finished export.
-            for key in sorted(found, key=lambda key: (not key.endswith(f"/{EXPORT_KEY}"), key))
-            if store.url(found[key]) not in named
-        )
+        url = f"{self.root.root_url}/{run}".rstrip("/")
+        try:
+            return self._sweep(open_store(url), known, whole)
+        except PipelineError as error:
+            return SweptRun(url=url, skipped=str(error))
 
-
-def _sweep(
-    root: ObjectStore,
-    store: ObjectStore,
-    whole: _UnreferencedRun | None,
-    exports: _UnnamedExports | None,
-    delete: bool,
-    lease_seconds: float,
-) -> SweptRun:
-    def garbage() -> tuple[Garbage, ...]:
+    def _sweep(
+        self, store: ObjectStore, known: Mapping[str, Version], whole: _UnreferencedRun | None
+    ) -> SweptRun:
+        found = self._garbage(store, known, whole, self.releases)
+        if not self.delete or not (found or whole):
+            return SweptRun(url=store.root_url, garbage=found, deleted=self.delete)
+        with lease.acquire(store, seconds=self.lease_seconds, wait=False) as held:
+            # A person may have promoted it since it was found.
+            now = (
+                [_kept(*_releases_of(self.root, one)) for one in whole.published_as]
+                if whole
+                else []
+            )
+            if whole and any(r.run_id == whole.run_id for kept in now for r in kept):
+                text = "a release of it was made current meanwhile"
+                return SweptRun(url=store.root_url, skipped=text)
+            # Listed under the lease: a running driver may still need what it has just written, and
+            # exports may have been published.
+            has_exports = any(one.key.startswith(EXPORTS_PREFIX) for one in found)
+            releases = self.releases
+            if releases is not None and has_exports and whole is None:
+                releases = _Releases.read(self.root)
+            found = self._garbage(store, store.versions(), whole, releases)
+            for one in found:
+                if whole is None or not one.key.startswith(lease.PREFIX):
+                    held.check()
+                    remove(store, one)
         if whole is not None:
-            return whole_run(store, whole.reason)
-        return find_garbage(store) + (() if exports is None else exports.of(store))
+            # The lease's own files go last; a run with leases alone would still be listed.
+            for key in store.list(lease.PREFIX):
+                store.delete(key)
+            self.root.delete(verified_files_key(whole.run_id))
+        return SweptRun(url=store.root_url, garbage=found, deleted=True)
 
-    url = store.root_url
-    if not delete:
-        return SweptRun(url=url, garbage=garbage())
-    with lease.acquire(store, seconds=lease_seconds, wait=False) as held:
-        # A person may have promoted it since it was found.
-        if whole and any(whole.run_id in _needed(root, names) for names in whole.published_as):
-            return SweptRun(url=url, skipped="a release of it was made current meanwhile")
-        # Listed under the lease: a running driver may still need what it has just written.
-        found = garbage()
-        for one in found:
-            if whole is None or not one.key.startswith(lease.PREFIX):
-                held.check()
-                remove(store, one)
-    if whole is not None:
-        # The lease's own files go last; a run with leases alone would still be listed.
-        for key in store.list(lease.PREFIX):
-            store.delete(key)
-        root.delete(verified_files_key(whole.run_id))
-    return SweptRun(url=url, garbage=found, deleted=True)
+    def _garbage(
+        self,
+        store: ObjectStore,
+        known: Mapping[str, Version],
+        whole: _UnreferencedRun | None,
+        releases: _Releases | None,
+    ) -> tuple[Garbage, ...]:
+        if whole is not None:
+            return whole_run(known, whole.reason)
+        found = find_garbage(store, known)
+        run_id = store.root_url.removeprefix(f"{self.root.root_url}/{RUNS_PREFIX}")
+        if releases is None or run_id not in releases.kept_runs:
+            return found  # exports of a run that was not published yet may still be
+        return found + _unnamed_exports(f"{RUNS_PREFIX}{run_id}/", known, releases)
+
+
+def _unnamed_exports(
+    prefix: str, known: Mapping[str, Version], releases: _Releases
+) -> tuple[Garbage, ...]:
+    """Exports of a run, which lies at a prefix, that no kept release names."""
+    folders = {key: match[1] for key in known if (match := _EXPORT.match(key))}
+    return tuple(
+        Garbage(
+            key=key, reason="export that no kept release names", size_bytes=known[key].size_bytes
+        )
+        # Each export.json first, so that no reader takes the rest for a finished export.
+        for key in sorted(folders, key=lambda key: (not key.endswith(f"/{EXPORT_KEY}"), key))
+        if f"{prefix}{folders[key]}" not in releases.named_exports
+    )
 
 
 def _table(swept: Sequence[SweptRun]) -> Table:

@@ -18,7 +18,6 @@ from pipeline.evaluation.named_texts import unknown_name
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.recipe_file import load_recipe, recipe_from_dict
 from pipeline.recipe.yaml_document import (
-    MAX_BYTES,
     MarkedYaml,
     YamlPath,
     describe_mistake,
@@ -30,6 +29,8 @@ from pipeline.storage.object_store import open_store
 from pipeline.storage.overlap import check_apart
 from pipeline.storage.user_files import read_given_text
 
+_MAX_BYTES = 8 << 20
+"""Some ten thousand models, with settings of their own."""
 _WRITTEN = ("models", "requests", "runs")
 """The folders below a catalog's root."""
 _FILES = {"evaluate_on": "texts", "tasks": "FILE.jsonl"}
@@ -82,7 +83,7 @@ def read_catalog(path: str) -> Catalog:
     Raises:
         CatalogError: `file:line: what is wrong; what to do`.
     """
-    text = read_given_text(path, max_bytes=MAX_BYTES, error_type=CatalogError)
+    text = read_given_text(path, max_bytes=_MAX_BYTES, error_type=CatalogError)
     folder = None if "://" in path else Path(path).expanduser().absolute().parent
     return parse_catalog(text, where=path, folder=folder)
 
@@ -94,7 +95,7 @@ def parse_catalog(text: str, *, where: str, folder: Path | None) -> Catalog:
         where: the file, for messages.
         folder: what relative paths are relative to; None rejects them.
     """
-    document = read_yaml(text, where=where, error_type=CatalogError)
+    document = read_yaml(text, where=where, error_type=CatalogError, max_bytes=_MAX_BYTES)
     try:
         written = CatalogFile.model_validate(_with_defaults(document.values))
     except ValidationError as invalid:

@@ -34,7 +34,7 @@ it; "unreachable" cannot be examined."""
 
 _NUM_THREADS = 32
 _RUNS_AT_ONCE = 512
-_FOLDERS_TOGETHER = 32
+_FOLDERS_TOGETHER = 64
 """Listed by one thread."""
 _MAX_FILES_NAMED = 3
 
@@ -122,12 +122,15 @@ def _look_up(
     listed: dict[str, Mapping[str, Version]] = {}
     for folders in pool.map(lambda group: tuple(root.folders(group)), groups):
         listed.update(folders)
-    return [
-        found
-        if isinstance(found, PipelineError) or run.request is None
-        else _Stored(current=found, files=listed[run_prefix(_examined(run.request, found))])
-        for run, found in zip(runs, currents, strict=True)
-    ]
+    stored: list[_Stored | PipelineError] = []
+    for run, found in zip(runs, currents, strict=True):
+        if isinstance(found, PipelineError):
+            stored.append(found)
+            continue
+        assert run.request is not None
+        files = listed[run_prefix(_examined(run.request, found))]
+        stored.append(_Stored(current=found, files=files))
+    return stored
 
 
 def _examined(request: Request, current: Current | None) -> str:

@@ -47,15 +47,17 @@ class MarkedYaml:
         return int(line) + 1
 
 
-def read_yaml(text: str, *, where: str, error_type: type[PipelineError]) -> MarkedYaml:
+def read_yaml(
+    text: str, *, where: str, error_type: type[PipelineError], max_bytes: int = MAX_BYTES
+) -> MarkedYaml:
     """Read one document of plain values.
 
     Raises:
         PipelineError: an `error_type`: invalid YAML, no document or several, a duplicate key, tags
             that would build objects, or more bytes, nesting or aliases than a person writes.
     """
-    if len(text.encode()) > MAX_BYTES:
-        raise error_type(f"{where}:1: more than {MAX_BYTES} bytes; split the file")
+    if len(text.encode()) > max_bytes:
+        raise error_type(f"{where}:1: more than {max_bytes} bytes; split the file")
     try:
         _check_events(text, where, error_type)
         node = yaml.compose(text, Loader=yaml.SafeLoader)

@@ -6,7 +6,7 @@ block, for all calibration shards. Its index is written last, and makes it usabl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import safetensors.numpy
@@ -73,21 +73,23 @@ def finish(store: ObjectStore, block: int, shards: Mapping[int, SavedShard]) -> 
 
 def latest(store: ObjectStore, block: int, num_shards: int) -> int:
     """The last block up to `block` that has a complete, undamaged set; 0 if none has."""
-    candidates = [candidate for candidate in sorted(_sets(store)) if candidate <= block]
+    candidates = [
+        candidate for candidate in sorted(_sets(store.list(PREFIX))) if candidate <= block
+    ]
     return next((c for c in reversed(candidates) if _is_whole(store, c, num_shards)), 0)
 
 
 def discard(store: ObjectStore, keep: int) -> None:
     """Delete the sets of the blocks before `keep`, except the last of them."""
-    sets = _sets(store)
+    sets = _sets(store.list(PREFIX))
     for block in sorted(block for block in sets if block < keep)[:-1]:
         for key in sets[block]:
             store.delete(key)
 
 
-def needed(store: ObjectStore) -> frozenset[str]:
-    """The keys of the last two sets that have an index; a resumed run may start from either."""
-    sets = _sets(store)
+def needed(keys: Iterable[str]) -> frozenset[str]:
+    """Of a run's keys, those of the last two sets with an index; it may resume from either."""
+    sets = _sets(keys)
     complete = [block for block in sorted(sets) if _index_key(block) in sets[block]]
     return frozenset(key for block in complete[-2:] for key in sets[block])
 
@@ -114,10 +116,12 @@ def _index(store: ObjectStore, block: int) -> dict[int, SavedShard]:
         ) from None
 
 
-def _sets(store: ObjectStore) -> dict[int, list[str]]:
-    """The keys of every set, complete or not, by block."""
+def _sets(keys: Iterable[str]) -> dict[int, list[str]]:
+    """Of a run's keys, those of every set, complete or not, by block."""
     sets: dict[int, list[str]] = {}
-    for key in store.list(PREFIX):
+    for key in keys:
+        if not key.startswith(PREFIX):
+            continue
         block, separator, _ = key.removeprefix(PREFIX).partition("/")
         if separator and block.isdecimal():
             sets.setdefault(int(block), []).append(key)

@@ -6,13 +6,14 @@ everything that a manifest, a plan or a resumed run may still read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.run import activations, lease
 from pipeline.run.commits import QUARANTINE_PREFIX, read_manifest
 from pipeline.run.records import ARTIFACT_PREFIX, CODES_PREFIX, MANIFEST_KEY, RECORDS_PREFIX
+from pipeline.storage.backend import Version
 from pipeline.storage.object_store import ObjectStore
 
 _TOKENS_PREFIX = "tokens/"
@@ -37,22 +38,28 @@ class Garbage:
 
 def find_runs(store: ObjectStore) -> tuple[str, ...]:
     """The prefixes of all runs, each ending in "/"; "" is a run at the store's root itself."""
-    plans = (key for key in store.list() if key.rpartition("/")[2] == PLAN_KEY)
-    return tuple(key.removesuffix(PLAN_KEY) for key in plans)
+    plans = (key for key in store.stream() if key.rpartition("/")[2] == PLAN_KEY)
+    return tuple(sorted(key.removesuffix(PLAN_KEY) for key in plans))
 
 
-def find_garbage(store: ObjectStore) -> tuple[Garbage, ...]:
+def find_garbage(
+    store: ObjectStore, known: Mapping[str, Version] | None = None
+) -> tuple[Garbage, ...]:
     """The garbage of the run at the store's root, by key.
 
     Hold the run's lease (see `pipeline.run.lease`) from here until it is deleted: an active driver
     writes objects that nothing refers to yet.
 
+    Args:
+        known: the run's files, if they are listed already.
+
     Raises:
         DamagedObjectError: plan or manifest cannot be read.
     """
+    known = store.versions() if known is None else known
     found = [
-        Garbage(key=key, reason=reason, size_bytes=store.size(key))
-        for key, reason in _unneeded(store, read_plan(store))
+        Garbage(key=key, reason=reason, size_bytes=known[key].size_bytes)
+        for key, reason in _unneeded(store, tuple(known), read_plan(store))
     ]
     found += [
         Garbage(key=name, reason="left by an interrupted write", size_bytes=0, is_leftover=True)
@@ -61,8 +68,8 @@ def find_garbage(store: ObjectStore) -> tuple[Garbage, ...]:
     return tuple(found)
 
 
-def whole_run(store: ObjectStore, reason: str) -> tuple[Garbage, ...]:
-    """The whole run at the store's root, in the order in which to delete it.
+def whole_run(known: Mapping[str, Version], reason: str) -> tuple[Garbage, ...]:
+    """A whole run, of such files, in the order in which to delete it.
 
     Manifests go first, so that no reader takes the rest for a finished run or export; the plan
     late, so that an interrupted deletion is found again; the leases last, since the caller holds
@@ -74,7 +81,6 @@ def whole_run(store: ObjectStore, reason: str) -> tuple[Garbage, ...]:
         rank = 0 if key.endswith("/export.json") else ranks.get(key, 1)
         return (3 if key.startswith(lease.PREFIX) else rank, key)
 
-    known = store.versions()
     return tuple(
         Garbage(key=key, reason=reason, size_bytes=known[key].size_bytes)
         for key in sorted(known, key=order)
@@ -89,16 +95,15 @@ def remove(store: ObjectStore, garbage: Garbage) -> None:
         store.delete(garbage.key)
 
 
-def _unneeded(store: ObjectStore, plan: Plan) -> Iterator[tuple[str, str]]:
-    """The keys of unneeded objects, each with the reason."""
-    keys = store.list()
+def _unneeded(store: ObjectStore, keys: Sequence[str], plan: Plan) -> Iterator[tuple[str, str]]:
+    """Those of a run's keys whose objects are not needed, each with the reason."""
     finished = MANIFEST_KEY in keys
     named: set[str] = set()
     if finished:
         manifest = read_manifest(store)
         named = {*manifest.files, *manifest.records}
-    latest = lease.find_latest(store).epoch
-    kept = activations.needed(store)
+    latest = max((lease.epoch_of(k) for k in keys if k.startswith(lease.PREFIX)), default=0)
+    kept = activations.needed(keys)
     for key in keys:
         if key.startswith(QUARANTINE_PREFIX):
             yield key, "damaged, moved aside"

@@ -8,6 +8,7 @@ objects where folders lie side by side.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -52,12 +53,13 @@ def folders_by_pages(
         after = max(after, prefixes[place])
         page = read(common, after)
         is_last = not page.token
+        keys = [after, *(key for key, _ in page.entries)]
+        if any(key <= before for before, key in itertools.pairwise(keys)):
+            for prefix in prefixes[place:]:
+                yield prefix, {key.removeprefix(prefix): one for key, one in list_one(prefix)}
+            return
+        after = keys[-1]
         for key, version in page.entries:
-            if key <= after:
-                for prefix in prefixes[place:]:
-                    yield prefix, {k.removeprefix(prefix): one for k, one in list_one(prefix)}
-                return
-            after = key
             while place < len(prefixes) and not key.startswith(prefixes[place]):
                 if key < prefixes[place]:
                     break  # between two folders

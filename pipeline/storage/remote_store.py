@@ -283,11 +283,29 @@ def _open(protocol: str, patience: Patience) -> Any:
     if os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
         # Servers other than Amazon's seldom have a host name per bucket.
         config["s3"] = {"addressing_style": "path"}
-    fs = fsspec.filesystem(protocol, config_kwargs=config, **options)
+    fs = fsspec.filesystem(protocol, config_kwargs=config, session=_session(), **options)
     fs.retries = 1  # s3fs's own loop, around botocore's
     # Connect now: otherwise threads that start together would create a client each.
     fs.connect()
     return fs
+
+
+def _session() -> Any:
+    """A session that reads times quickly: botocore's own parser takes half of a listing's time."""
+    from aiobotocore.session import AioSession
+    from botocore.utils import parse_timestamp
+
+    def parse(given: Any) -> datetime.datetime:
+        # As S3 lists: 2026-01-31T12:00:00.000Z. Headers have other forms.
+        if isinstance(given, str) and given.endswith("Z"):
+            with suppress(ValueError):
+                return datetime.datetime.fromisoformat(given)
+        found: datetime.datetime = parse_timestamp(given)
+        return found
+
+    session: Any = AioSession()
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=parse)
+    return session
 
 
 def _version(info: Mapping[str, Any]) -> Version:

@@ -1,4 +1,4 @@
-"""An S3 server of a store's objects, in memory: listings by pages, reads and writes, with a latency.
+"""An S3 server of objects in memory: listings by pages, reads and writes, with a latency.
 
 Not moto, which looks through every key of a bucket for each page, and so cannot hold a large
 catalog. Of the protocol it has what a catalog's decisions need: ListObjectsV2 in key order, GET and
@@ -11,6 +11,7 @@ import asyncio
 import bisect
 import datetime
 import hashlib
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -34,28 +35,30 @@ class Bucket:
 
     def put(self, key: str, data: bytes) -> None:
         self._tags.setdefault(data, hashlib.md5(data, usedforsecurity=False).hexdigest())
+        if key not in self._contents:
+            bisect.insort(self._keys, key)
         self._contents[key] = data
-        self._keys.clear()
 
     def get(self, key: str) -> bytes | None:
         return self._contents.get(key)
 
     def delete(self, key: str) -> None:
         if self._contents.pop(key, None) is not None:
-            self._keys.clear()
+            del self._keys[bisect.bisect_left(self._keys, key)]
 
     def tag(self, data: bytes) -> str:
         return self._tags[data]
 
     def page(self, prefix: str, after: str, number: int) -> tuple[list[str], bool]:
         """The first keys with a prefix after another, and whether there are more."""
-        if not self._keys:
-            self._keys = sorted(self._contents)
         start = bisect.bisect_left(self._keys, prefix)
         if after:
             start = max(start, bisect.bisect_right(self._keys, after))
-        found = self._keys[start : start + number + 1]
-        found = [key for key in found if key.startswith(prefix)]
+        found = []
+        for key in itertools.islice(self._keys, start, start + number + 1):
+            if not key.startswith(prefix):
+                break
+            found.append(key)
         return found[:number], len(found) > number
 
     def __len__(self) -> int:
@@ -109,13 +112,14 @@ class PagedStore:
 
     Attributes:
         requests: so far, by kind: list, get, head, put, delete.
+        latency_seconds: after which a request is answered.
         url: its endpoint.
     """
 
     def __init__(self, bucket: Bucket, latency_seconds: float) -> None:
         self.requests: Counter[str] = Counter()
         self.url = ""
-        self._bucket, self._latency = bucket, latency_seconds
+        self._bucket, self.latency_seconds = bucket, latency_seconds
         self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -142,7 +146,7 @@ class PagedStore:
                 headers = {k.lower(): v for k, _, v in (line.partition(": ") for line in lines)}
                 body = await reader.readexactly(int(headers.get("content-length", 0)))
                 method, target, _ = first.split(" ")
-                await asyncio.sleep(self._latency)
+                await asyncio.sleep(self.latency_seconds)
                 status, more, content = self._answer(method, target, headers, body)
                 size = len(content)
                 lines = [f"HTTP/1.1 {status} x", f"Content-Length: {size}", *more, "", ""]

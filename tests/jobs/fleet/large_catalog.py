@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from jobs.catalog.catalog_file import Catalog, parse_catalog
-from jobs.catalog.request import Request, catalog_runs, run_store, save_request
+from jobs.catalog.request import Request, catalog_runs, run_prefix, save_request
 from jobs.publish.releases import publish
 from jobs.publish.verdict import Verdict, save_verdict
 from jobs.publish.verified_files import VerifiedFiles
@@ -15,6 +15,7 @@ from pipeline.run.records import MANIFEST_KEY, FileDigest, Manifest
 from pipeline.storage.object_store import ObjectStore, open_store
 
 FILES = {f"artifact/model_{part:05d}.weights.h5": bytes([part]) * 100 for part in range(6)}
+SOURCE_FILES = {"config.json": b"{}" * 500, "model.weights.h5": b"w" * 1000}
 
 
 def catalog_text(url: str, num_entries: int) -> str:
@@ -25,13 +26,22 @@ def catalog_text(url: str, num_entries: int) -> str:
     return f"root: {url}/fleet\ndefaults: {{recipes: [int8]}}\nmodels:\n{models}"
 
 
-def write_sources(url: str, num_entries: int) -> None:
-    """A config and weights for each model."""
-    store = open_store(f"{url}/presets")
+def write_sources(
+    url: str,
+    num_entries: int,
+    store: ObjectStore | None = None,
+    files: Mapping[str, bytes] = SOURCE_FILES,
+) -> None:
+    """A config and weights for each model.
+
+    Args:
+        store: at `url`, if another way leads there.
+    """
+    at = store or open_store(url)
 
     def write(i: int) -> None:
-        store.put(f"m{i:04d}/config.json", b"{}" * 500)
-        store.put(f"m{i:04d}/model.weights.h5", b"w" * 1000)
+        for name, content in files.items():
+            at.put(f"presets/m{i:04d}/{name}", content)
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(num_entries)))
@@ -54,19 +64,24 @@ def _requests(catalog: Catalog) -> Iterator[Request]:
         yield run.request
 
 
-def finish(root: ObjectStore, request: Request) -> None:
-    """Leave in storage what carrying a request out would."""
-    store = run_store(root, request.run_id)
-    for key, data in FILES.items():
-        store.put(key, data)
+def finish(root: ObjectStore, request: Request, more: Mapping[str, bytes] | None = None) -> None:
+    """Leave in storage what carrying a request out would.
+
+    Args:
+        more: other files of the run, which no manifest names.
+    """
+    prefix = run_prefix(request.run_id)
+    for key, data in {**FILES, **(more or {})}.items():
+        root.put(f"{prefix}{key}", data)
     manifest = Manifest(
         plan_digest="0" * 64,
         files={k: FileDigest(sha256=sha256(d), size_bytes=len(d)) for k, d in FILES.items()},
         records={},
         provenance={},
     )
-    store.put(MANIFEST_KEY, manifest.to_json())
-    VerifiedFiles.of(request.run_id, manifest, store.versions()).save(root)
+    root.put(f"{prefix}{MANIFEST_KEY}", manifest.to_json())
+    [(_, versions)] = root.folders([prefix])
+    VerifiedFiles.of(request.run_id, manifest, versions).save(root)
     save_request(root, request)
     verdict = Verdict(
         request_id=request.request_id,
