@@ -11,7 +11,7 @@ from pipeline.executor.protocol import Executor, ExecutorError, FunctionRunner, 
 from pipeline.fidelity import Fidelity, fidelity_of
 from pipeline.plan import Plan
 from pipeline.remote_planning import evaluation_windows, question_rows
-from pipeline.run.worker_api import WorkerApi
+from pipeline.run.worker_api import PartsOfRuns, WorkerApi
 
 _MOST_LOSSES = 5
 
@@ -60,11 +60,15 @@ def read_evaluation_set(
 
 
 def evaluate(
-    executor: Executor, given: EvaluationSet, tokens_per_pass: int = TOKENS_PER_PASS
+    executor: Executor,
+    given: EvaluationSet,
+    tokens_per_pass: int = TOKENS_PER_PASS,
+    of: PartsOfRuns | None = None,
 ) -> Fidelity:
     """Compare a finished result with its source, with the batches spread over the workers.
 
     Args:
+        of: another result of the source than the workers' own.
         tokens_per_pass: how many have room on a worker's device (see `Compute.evaluation_pass`).
     """
     if tokens_per_pass < TOKENS_PER_PASS:
@@ -86,6 +90,7 @@ def evaluate(
                             given,
                             range(w, number, workers),
                             tokens_per_pass,
+                            of,
                         )
                         for w in range(workers)
                     ]

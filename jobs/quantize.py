@@ -219,6 +219,11 @@ def resume_job(
     if not finished or job.is_evaluated:
         check_writable(store)  # before anything is computed
     plan = read_plan(store)
+    if plan.composed and not finished:
+        raise PipelineError(
+            f"{store.url(PLAN_KEY)} is the plan of a composition that is not finished; go on with "
+            "the quantfleet compose that began it"
+        )
     source_url = absolute(job.source_url) or plan.source_url
     set_run(run=url_name(output_url), model=url_name(source_url), recipe=plan.recipe.name)
     if finished and not job.is_evaluated:

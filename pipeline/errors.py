@@ -9,7 +9,8 @@ class PipelineError(ValueError):
     """Base of every error that `pipeline` raises on purpose."""
 
     exit_code: ClassVar[int] = 2
-    """Of the command: 2 bad input, 3 unusable storage or cluster, 4 damaged, 5 unfit result."""
+    """Of the command: 2 bad input, 3 unusable storage or cluster, 4 damaged, 5 unfit result,
+    6 another result kept than the one that was asked for."""
 
 
 class SourceError(PipelineError):
@@ -86,6 +87,12 @@ class UnusableResultError(PipelineError):
     """A result whose answers are not finite; it is kept, and must not be used."""
 
     exit_code = 5
+
+
+class UniformResultKeptError(PipelineError):
+    """A composition measured worse than a run whose blocks are all of one kind, which was kept."""
+
+    exit_code = 6
 
 
 class ExportError(PipelineError):

@@ -237,6 +237,23 @@ class TokensPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartOrigin:
+    """The finished run that gives a part of a composed result.
+
+    Attributes:
+        recipe: the name of its recipe.
+        manifest_sha256: of the run.
+        record_sha256: of the part's record there.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    recipe: str
+    manifest_sha256: str
+    record_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan(StoredRecord):
     """One model × one recipe.
 
@@ -256,6 +273,8 @@ class Plan(StoredRecord):
             are. Plans of format 1 do not mention it, since older versions knew no other.
         notes: where the result is not simply the source with quantized layers, such as variables
             that the source stores in another dtype; omitted where there are none.
+        composed: where each part comes from, of a result that is made of the parts of finished
+            runs (see `pipeline.composition`); omitted of all others.
     """
 
     source_url: str
@@ -271,6 +290,7 @@ class Plan(StoredRecord):
     weights_format: Literal[1, 2] = 1
     forward_dtype: Literal["float32", "bfloat16"] = "float32"
     notes: tuple[str, ...] = ()
+    composed: tuple[PartOrigin, ...] = ()
 
     def content(self) -> dict[str, Any]:
         values = super().content()
@@ -278,8 +298,9 @@ class Plan(StoredRecord):
             del values["weights_format"]
         if self.forward_dtype == "float32":
             del values["forward_dtype"]
-        if not self.notes:
-            del values["notes"]
+        for name in ("notes", "composed"):
+            if not values[name]:
+                del values[name]
         if self.tokens is not None and self.tokens.attention == "scores":
             del values["tokens"]["attention"]
         if self.tokens is not None and not self.tokens.largest_array_bytes:

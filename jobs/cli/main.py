@@ -17,7 +17,7 @@ from typing import Annotated, Never
 
 import typer
 
-from jobs.cli import fleet, listings, results, runs
+from jobs.cli import compositions, fleet, listings, results, runs
 from jobs.logging import (
     FORMAT_VARIABLE,
     LogFormat,
@@ -35,6 +35,7 @@ app = typer.Typer(
     epilog=(
         "Exit codes: 0 done, 1 internal error, 2 bad input, 3 storage or cluster unavailable or "
         "run held by another driver, 4 damaged or incomplete result, 5 gate not passed, "
+        "6 a composition that measured worse than a run, which was kept, "
         "130 interrupted, 143 terminated."
     ),
     add_completion=False,
@@ -75,6 +76,7 @@ def quantfleet(
 
 
 app.add_typer(runs.app)
+app.add_typer(compositions.app)
 app.add_typer(results.app)
 app.add_typer(fleet.app)
 app.add_typer(listings.app)

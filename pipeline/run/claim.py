@@ -33,7 +33,7 @@ def claim(
                 "choose another --output, or resume that run with what it was started with"
             )
         return found
-    own = ("tokens/", "leases/", "exports/")
+    own = ("tokens/", "leases/", "exports/", "composition/")
     foreign = [key for key in store.list() if not key.startswith(own)]
     if foreign:
         raise PlanMismatchError(

@@ -40,14 +40,10 @@ class Evaluation(StoredRecord):
     @classmethod
     def of(cls, manifest_sha256: str, given: EvaluationSet, fidelity: Fidelity) -> Self:
         """The evaluation of a result on token windows, tasks or both."""
-        measured_on = {} if given.windows is None else _identity(given.windows)
-        if given.named:
-            sets = {name: _identity(windows) for name, windows in given.named.items()}
-            measured_on["sets"] = sets
-        if given.tasks:
-            measured_on["tasks"] = {task.name: task.sha256 for task in given.tasks}
         return cls(
-            manifest_sha256=manifest_sha256, measured_on=measured_on, figures=fidelity.figures()
+            manifest_sha256=manifest_sha256,
+            measured_on=measured_on(given),
+            figures=fidelity.figures(),
         )
 
     @property
@@ -58,6 +54,16 @@ class Evaluation(StoredRecord):
     def save(self, run: ObjectStore) -> None:
         """Write the record, over an earlier one of the same texts."""
         run.put(self.key, self.to_json())
+
+
+def measured_on(given: EvaluationSet) -> dict[str, Any]:
+    """What an evaluation on token windows, tasks or both says of them."""
+    found = {} if given.windows is None else _identity(given.windows)
+    if given.named:
+        found["sets"] = {name: _identity(windows) for name, windows in given.named.items()}
+    if given.tasks:
+        found["tasks"] = {task.name: task.sha256 for task in given.tasks}
+    return found
 
 
 def _identity(windows: TokenWindows) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pipeline.evaluation.answers import ChoiceLikelihood
 from pipeline.evaluation.batches import TOKENS_PER_PASS, EvaluationSet
 from pipeline.executor.protocol import ActivationPlace, concurrent
 from pipeline.fidelity import WindowFidelity
+from pipeline.plan import Plan
 from pipeline.recipe.recipe import StatisticsKind
 from pipeline.run.activations import SavedShard
 from pipeline.run.records import Manifest, PartRecord, TuningRecord
@@ -165,6 +166,19 @@ class InputSum:
     held_back: InputSum | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class PartsOfRuns:
+    """A model made of parts of finished runs of one source; a run of its own need not exist.
+
+    Attributes:
+        plan: of the whole.
+        run_urls: where each part is committed.
+    """
+
+    plan: Plan
+    run_urls: tuple[str, ...]
+
+
 class WorkerApi(Protocol):
     """One worker: it holds calibration shards, and captures, solves, commits and propagates.
 
@@ -301,9 +315,29 @@ class WorkerApi(Protocol):
         given: EvaluationSet,
         numbers: Sequence[int],
         tokens_per_pass: int = TOKENS_PER_PASS,
+        of: PartsOfRuns | None = None,
     ) -> list[list[WindowFidelity] | list[ChoiceLikelihood]]:
         """Compare source and finished artifact on some batches, by number; by row of each.
 
         Args:
             tokens_per_pass: how many its device has room for between two blocks.
+            of: another artifact of the source; None for the run's own.
+        """
+
+    def sensitivities(
+        self,
+        block: int,
+        artifacts: Sequence[PartsOfRuns],
+        given: EvaluationSet,
+        tokens_per_pass: int = TOKENS_PER_PASS,
+    ) -> list[list[WindowFidelity]]:
+        """Compare the source with what it is with this one block of an artifact instead of its own.
+
+        Blocks that are asked for in their order go on with the source's activations.
+
+        Args:
+            given: windows of text without a name.
+
+        Returns:
+            For each artifact, what was found of each window.
         """

@@ -9,15 +9,16 @@ from pipeline.errors import PipelineError
 _SAME_STORE = {"s3a": "s3", "local": "file"}
 
 
-def check_apart(source_url: str, output_url: str) -> None:
+def check_apart(source_url: str, output_url: str, what: str = "preset") -> None:
     """Refuse an output that would change its source, or that holds it.
 
     Below its source, a run's files would become the source's: it could not be resumed. Above it,
     the source's files would count as the run's. Nothing is opened, and nothing need exist.
 
     Args:
-        source_url: path or URL of a preset.
+        source_url: path or URL of a preset, or of what else is read.
         output_url: path or URL of what is written.
+        what: is read.
 
     Raises:
         PipelineError: one is the other, or lies inside it, be it through links, a relative path or
@@ -25,16 +26,16 @@ def check_apart(source_url: str, output_url: str) -> None:
     """
     source, output = _place(source_url), _place(output_url)
     if source == output:
-        how = f"is the preset itself ({source_url})"
+        how = f"is the {what} itself ({source_url})"
     elif source == output[: len(source)]:
-        how = f"lies inside the preset's own folder, {source_url}"
+        how = f"lies inside the {what}'s own folder, {source_url}"
     elif output == source[: len(output)]:
-        how = f"holds the preset, {source_url}"
+        how = f"holds the {what}, {source_url}"
     else:
         return
     raise PipelineError(
         f"{output_url}: the output {how}; the two would take each other's files for their own; "
-        "write to a folder beside the preset, not inside or above it"
+        f"write to a folder beside the {what}, not inside or above it"
     )
 
 

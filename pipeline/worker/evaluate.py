@@ -88,15 +88,13 @@ def _compare(
             one = layout.batch(windows, [row], 1)
             outputs, broken = [], []
             for head, (states, places) in zip(heads, last, strict=True):
-                outputs.append(head(_row(states[index], row), one))
+                outputs.append(head(one_row(states[index], row), one))
                 broken.append(places[index][row] or _broken_output(outputs[-1], one))
             before, after = outputs
             if batch.task is not None:
                 compared: Any = _choice(before, after, given.tasks[batch.task], number, one)
-            elif predicts_tokens:
-                compared = _compare_logits(before, after, one)
             else:
-                compared = _compare_vectors(before, after, one)
+                compared = compare_outputs(before, after, one, predicts_tokens=predicts_tokens)
             found.append(
                 dataclasses.replace(
                     compared, source_broken_at=broken[0], result_broken_at=broken[1]
@@ -126,7 +124,7 @@ def _last_values(
     return [{number: state[number] for number in taken} for state in states], broken
 
 
-def _row(values: BatchValues, row: int) -> BatchValues:
+def one_row(values: BatchValues, row: int) -> BatchValues:
     """One row of each, [1, …], cut by one program for all rows."""
     return {
         number: lax.dynamic_index_in_dim(value, np.int32(row), keepdims=True)
@@ -150,6 +148,14 @@ def _not_finite(value: Array, keep: Array) -> Array:
 def _broken_output(output: Any, window: InputBatch) -> str:
     values = map(jnp.asarray, tree.flatten(output))
     return "the output" if any(_broken_windows(value, window).any() for value in values) else ""
+
+
+def compare_outputs(
+    source: Any, artifact: Any, window: InputBatch, *, predicts_tokens: bool
+) -> WindowFidelity:
+    """Compare what two models make of one window; see `evaluate`."""
+    compare = _compare_logits if predicts_tokens else _compare_vectors
+    return compare(source, artifact, window)
 
 
 def _compare_logits(source: Array, artifact: Array, window: InputBatch) -> WindowFidelity:

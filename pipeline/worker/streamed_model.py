@@ -14,8 +14,9 @@ gives in stock Keras.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -158,8 +159,15 @@ def source_model(model: ModelState) -> StreamedModel:
     return StreamedModel(graph, read, compute_dtype=model.compute_dtype)
 
 
-def artifact_model(model: ModelState, store: ObjectStore) -> StreamedModel:
-    """The artifact, from its committed files."""
+def artifact_model(
+    model: ModelState, store: ObjectStore, others: Mapping[int, ObjectStore] = MappingProxyType({})
+) -> StreamedModel:
+    """The artifact, from its committed files.
+
+    Args:
+        store: opened at its run's root.
+        others: at the roots of other runs, by the number of the part that is there instead.
+    """
     _, (skeleton, graph) = model.evaluation_models
     skeleton.mark_calibrated()
     variables = {stored.name_path: stored.variable for stored in skeleton.stored}
@@ -167,7 +175,7 @@ def artifact_model(model: ModelState, store: ObjectStore) -> StreamedModel:
     of_task = {str(v.path): v for v in skeleton.model.variables if id(v) not in of_backbone}
 
     def read(part: int) -> Pairs:
-        values = decode_part(model.parts[part], committed_file(store, part))
+        values = decode_part(model.parts[part], committed_file(others.get(part, store), part))
         pairs = [(variables[name_path], value) for name_path, value in values.items()]
         if part == 0 and of_task:
             source = model.read(0)

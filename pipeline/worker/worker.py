@@ -6,7 +6,7 @@ block and no more. Ray turns workers into actors in `pipeline.executor.ray_execu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jax import Array
@@ -25,6 +25,7 @@ from pipeline.run.records import Manifest, PartRecord
 from pipeline.run.worker_api import (
     HeldSum,
     InputSum,
+    PartsOfRuns,
     SolvedLayer,
     SolvedLayers,
     SolvedSlices,
@@ -43,6 +44,7 @@ from pipeline.worker.evaluate import evaluate
 from pipeline.worker.held_sums import HeldSums
 from pipeline.worker.model_state import ModelState
 from pipeline.worker.passage import Passage
+from pipeline.worker.replaced_blocks import ReplacedBlocks, by_artifact
 from pipeline.worker.shards import CalibrationShards
 from pipeline.worker.solve import CompiledAhead, join_layer, solve_layers, solve_slices
 from pipeline.worker.statistics import (
@@ -56,7 +58,7 @@ from pipeline.worker.statistics import (
     sum_inputs,
     sum_routed,
 )
-from pipeline.worker.streamed_model import artifact_model, source_model
+from pipeline.worker.streamed_model import StreamedModel, artifact_model, source_model
 from pipeline.worker.tune import batch_numbers, schedule_of, tuning_batch
 from quantizer.experts import ExpertHessians
 
@@ -71,6 +73,7 @@ class Worker(WorkerApi):
         self._plan = plan
         self._devices = Devices.of_this_process() if devices is None else devices
         self._store = open_store(run_url)
+        self._source_url = source_url
         self._model = ModelState(self._plan, source_url)
         self._weights = BlockWeights(self._model, self._devices)
         self._shards = CalibrationShards()
@@ -79,6 +82,7 @@ class Worker(WorkerApi):
             self._model, self._store, self._shards, self._weights, self._devices
         )
         self._compiled = CompiledAhead(plan, self._model.targets, self._model.scale_dtype)
+        self._replaced: tuple[object, list[ReplacedBlocks]] | None = None
 
     def read(self, part: int) -> dict[str, NDArray[Any]]:
         # A GPU comes with its share of a host.
@@ -290,18 +294,18 @@ class Worker(WorkerApi):
         given: EvaluationSet,
         numbers: Sequence[int],
         tokens_per_pass: int = TOKENS_PER_PASS,
+        of: PartsOfRuns | None = None,
     ) -> list[list[WindowFidelity] | list[ChoiceLikelihood]]:
-        self._sums.clear()
-        self._shards.clear()
-        self._weights.free()
+        self._begin_evaluation()
         shares = [numbers[device :: len(self._devices)] for device in range(len(self._devices))]
         layout, skeleton = self._model.layout, self._model.skeleton
         _ = self._model.evaluation_models  # built by one thread
+        judged = self._own_artifact if of is None else self._composed(of)
 
         def compare(device: int) -> list[list[WindowFidelity] | list[ChoiceLikelihood]]:
             return evaluate(
                 source_model(self._model),
-                artifact_model(self._model, self._store),
+                judged(),
                 layout,
                 given,
                 shares[device],
@@ -311,6 +315,53 @@ class Worker(WorkerApi):
 
         found = [iter(rows) for rows in self._devices.each(compare)]
         return [next(found[i % len(found)]) for i in range(len(numbers))]
+
+    @device_errors()
+    def sensitivities(
+        self,
+        block: int,
+        artifacts: Sequence[PartsOfRuns],
+        given: EvaluationSet,
+        tokens_per_pass: int = TOKENS_PER_PASS,
+    ) -> list[list[WindowFidelity]]:
+        wanted = (tuple(artifacts), given.windows and given.windows.digest)
+        if self._replaced is None or self._replaced[0] != wanted:
+            self._begin_evaluation()
+            _ = self._model.evaluation_models  # built by one thread
+            opened = [self._composed(one) for one in artifacts]
+
+            def replaced(device: int) -> ReplacedBlocks:
+                return ReplacedBlocks(
+                    source_model(self._model),
+                    [open_artifact() for open_artifact in opened],
+                    self._model.layout,
+                    given,
+                    range(device, len(given.batches), len(self._devices)),
+                    predicts_tokens=self._model.skeleton.predicts_tokens,
+                    tokens_per_pass=tokens_per_pass,
+                )
+
+            self._replaced = wanted, self._devices.each(replaced)
+        held = self._replaced[1]
+        found = self._devices.each(lambda device: held[device].compare(block))
+        return by_artifact(found, len(given.batches))
+
+    def _begin_evaluation(self) -> None:
+        """Make room."""
+        self._sums.clear()
+        self._shards.clear()
+        self._weights.free()
+        self._replaced = None
+
+    def _own_artifact(self) -> StreamedModel:
+        return artifact_model(self._model, self._store)
+
+    def _composed(self, of: PartsOfRuns) -> Callable[[], StreamedModel]:
+        """What opens an artifact that is made of parts of runs, for a device of its own."""
+        model = ModelState(of.plan, self._source_url)
+        _ = model.evaluation_models  # built by one thread
+        stores = {part: open_store(url) for part, url in enumerate(of.run_urls)}
+        return lambda: artifact_model(model, self._store, stores)
 
     def _begin(self) -> None:
         """Before anything is computed that the run stores; evaluation may be done anywhere."""

@@ -1,0 +1,189 @@
+"""What a composition chooses from, what it chooses, and what other sizes would give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Group
+from rich.table import Column, Table
+from rich.text import Text
+
+from jobs.quantities import size
+from pipeline.composition.choice import Choice, Choices
+from pipeline.composition.composed_plan import GivenRun, part_bytes
+from pipeline.composition.decision import Target, block_weights, blocks_bytes, picked_runs
+from pipeline.composition.sensitivities import Sensitivity
+
+_NUM_POINTS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRow:
+    """A run that blocks are taken from.
+
+    Attributes:
+        num_bytes: of all weights files; bits: of a weight in the blocks, as stored.
+        expected: the sum of what its blocks alone cost; None if one gives answers not finite.
+    """
+
+    recipe: str
+    url: str
+    num_bytes: int
+    bits: float
+    expected: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockRow:
+    """A block, in each run.
+
+    Attributes:
+        name: the block's.
+        num_bytes, costs, standard_errors: by run.
+        picked: the number of the run chosen.
+    """
+
+    name: str
+    num_bytes: tuple[int, ...]
+    costs: tuple[float | None, ...]
+    standard_errors: tuple[float | None, ...]
+    picked: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """The best choice of a size.
+
+    Attributes:
+        picked: of each block, the number of the run.
+    """
+
+    num_bytes: int
+    bits: float
+    expected: float
+    picked: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """Everything that is known before an artifact is composed.
+
+    Attributes:
+        figure, num_windows: what costs are, and on how many windows they were measured.
+        curve: the best choices, by size.
+    """
+
+    target: str
+    figure: str
+    num_windows: int
+    runs: tuple[RunRow, ...]
+    blocks: tuple[BlockRow, ...]
+    choice: Point
+    curve: tuple[Point, ...]
+
+    @classmethod
+    def of(
+        cls,
+        runs: Sequence[GivenRun],
+        target: Target,
+        sensitivities: Sequence[Sequence[Sensitivity]],
+        choices: Choices,
+        numbers: Sequence[Sequence[int]],
+        choice: Choice,
+    ) -> Outlook:
+        """Args: numbers: of each block, the number of each option's run."""
+        weights = block_weights(runs[0])
+        outside = part_bytes(runs[0].records[0])
+
+        def point(one: Choice) -> Point:
+            return Point(
+                num_bytes=one.size_bytes + outside,
+                bits=8 * one.size_bytes / weights,
+                expected=one.cost,
+                picked=picked_runs(one, numbers),
+            )
+
+        chosen = point(choice)
+        rows = []
+        for number, run in enumerate(runs):
+            costs = [of_block[number].cost for of_block in sensitivities]
+            known = [cost for cost in costs if cost is not None]
+            rows.append(
+                RunRow(
+                    recipe=run.name,
+                    url=run.store.root_url,
+                    num_bytes=run.size_bytes,
+                    bits=8 * blocks_bytes(run) / weights,
+                    expected=sum(known) if len(known) == len(costs) else None,
+                )
+            )
+        return cls(
+            target=str(target),
+            figure=sensitivities[0][0].figure,
+            num_windows=sensitivities[0][0].num_windows,
+            runs=tuple(rows),
+            blocks=tuple(
+                BlockRow(
+                    name=runs[0].plan.parts[block + 1].name,
+                    num_bytes=tuple(part_bytes(run.records[block + 1]) for run in runs),
+                    costs=tuple(one.cost for one in of_block),
+                    standard_errors=tuple(one.standard_error for one in of_block),
+                    picked=chosen.picked[block],
+                )
+                for block, of_block in enumerate(sensitivities)
+            ),
+            choice=chosen,
+            curve=tuple(map(point, choices.curve(_NUM_POINTS))),
+        )
+
+    def tables(self) -> Group:
+        """All of it, for people."""
+        figure = "KL, nats a token" if self.figure == "divergence" else "1 - mean cosine"
+        names = [run.recipe for run in self.runs]
+        blocks = Table(
+            "block",
+            *(Column(name, justify="right") for name in names),
+            "chosen",
+            title=f"what each block alone costs ({figure}, {self.num_windows} windows)",
+        )
+        for row in self.blocks:
+            cells = [_cost(*cell) for cell in zip(row.costs, row.standard_errors, strict=True)]
+            blocks.add_row(Text(row.name), *cells, Text(names[row.picked]))
+        right = [Column(name, justify="right") for name in ("size", "bits a weight", "expected")]
+        curve = Table("", *right, "blocks of", title="sizes, and what they would cost")
+        for run in self.runs:
+            expected = "not finite" if run.expected is None else f"{run.expected:.5f}"
+            curve.add_row(Text(run.recipe), size(run.num_bytes), f"{run.bits:.3f}", expected)
+        points = sorted({*self.curve, self.choice}, key=lambda one: (one.num_bytes, one.expected))
+        for one in points:
+            curve.add_row(
+                "chosen" if one == self.choice else "",
+                size(one.num_bytes),
+                f"{one.bits:.3f}",
+                f"{one.expected:.5f}",
+                Text(blocks_of(one.picked, names)),
+            )
+        return Group(blocks, curve, Text(f"{self.target}; bits and sizes are as stored"))
+
+
+def _cost(cost: float | None, error: float | None) -> str:
+    if cost is None:
+        return "not finite"
+    return f"{cost:.5f}" if error is None else f"{cost:.5f} ± {error:.5f}"
+
+
+def blocks_of(picked: Sequence[int], names: Sequence[str]) -> str:
+    """Which run gives which blocks, in words, such as "w4: 0, 3–5; w3: 1–2"."""
+    ranges: dict[int, list[list[int]]] = {}
+    for block, number in enumerate(picked):
+        of_run = ranges.setdefault(number, [])
+        if of_run and of_run[-1][1] == block - 1:
+            of_run[-1][1] = block
+        else:
+            of_run.append([block, block])
+    return "; ".join(
+        f"{names[number]}: "
+        + ", ".join(f"{a}" if a == b else f"{a}–{b}" for a, b in ranges[number])
+        for number in sorted(ranges)
+    )

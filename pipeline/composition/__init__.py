@@ -1,0 +1,1 @@
+"""Artifacts made of the blocks of several finished runs."""

@@ -1,0 +1,232 @@
+"""The plan of an artifact that is made of blocks of finished runs.
+
+The runs differ in nothing but their schemes, so that any of their blocks fit together. Each block
+was solved on what the blocks before it gave in its own run; in the composition it meets what others
+give. Part 0, which is outside the blocks, is the same in all of them, and the first run's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipeline.errors import PipelineError
+from pipeline.plan import PartOrigin, PartPlan, Plan, read_plan
+from pipeline.recipe.recipe import Recipe, Rule
+from pipeline.run.claim import differences
+from pipeline.run.commits import read_manifest
+from pipeline.run.records import Manifest, PartRecord
+from pipeline.storage.object_store import ObjectStore
+from pipeline.storage.record import MAX_RECORD_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenRun:
+    """A finished run that gives blocks.
+
+    Attributes:
+        store: opened at its root.
+        records: of its parts, by number.
+    """
+
+    store: ObjectStore
+    plan: Plan
+    manifest: Manifest
+    records: tuple[PartRecord, ...]
+
+    @property
+    def name(self) -> str:
+        """That of its recipe."""
+        return self.plan.recipe.name
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all parts."""
+        return sum(map(part_bytes, self.records))
+
+    def origin(self, part: int) -> PartOrigin:
+        """What a composed plan says of a part that this run gives."""
+        return PartOrigin(
+            recipe=self.name,
+            manifest_sha256=self.manifest.record_sha256,
+            record_sha256=self.records[part].record_sha256,
+        )
+
+
+def part_bytes(record: PartRecord) -> int:
+    """Of a part's weights, and of its codes if it has any."""
+    return sum(file.size_bytes for file in record.files.values())
+
+
+def read_given_run(store: ObjectStore) -> GivenRun:
+    """Read a finished run's plan, manifest and records.
+
+    Raises:
+        MissingObjectError: it is not finished.
+        DamagedObjectError: one of them cannot be read.
+    """
+    manifest = read_manifest(store)
+    records = [
+        PartRecord.from_json(store.get(key, sha256=digest, at_most=MAX_RECORD_BYTES))
+        for key, digest in sorted(manifest.records.items())
+    ]
+    return GivenRun(
+        store=store,
+        plan=read_plan(store),
+        manifest=manifest,
+        records=tuple(sorted(records, key=lambda record: record.part)),
+    )
+
+
+def check_composable(runs: Sequence[GivenRun]) -> None:
+    """Refuse runs that differ in more than their schemes, before anything is measured.
+
+    Raises:
+        PipelineError: names the two runs, and what differs.
+    """
+    for number, run in enumerate(runs):
+        for earlier in runs[:number]:
+            if run.manifest.record_sha256 == earlier.manifest.record_sha256:
+                raise PipelineError(
+                    f"{run.store.root_url} has the same result as {earlier.store.root_url}; name "
+                    "each run once"
+                )
+    if len(runs) < 2:
+        raise PipelineError("a composition takes blocks of at least two runs; name another one")
+    # Runs without calibration say nothing of how the others are calibrated.
+    references = [runs[0], *[run for run in runs if run.plan.chained][:1]]
+    for run in runs:
+        for first in references:
+            found = list(_differences(first.plan, run.plan))
+            if found:
+                raise PipelineError(
+                    f"{run.store.root_url} differs from {first.store.root_url} in more than its "
+                    f"scheme: {'; '.join(found)}; compose runs of one source, calibrated alike on "
+                    "one type of machine"
+                )
+    _check_names(runs)
+
+
+def _check_names(runs: Sequence[GivenRun]) -> None:
+    """Refuse models of which a preset cannot name one block's layers without another's."""
+    keys = _policy_keys([run.plan for run in runs])
+    block_of: dict[str, str] = {}
+    for part in runs[0].plan.parts:
+        for key in {keys[layer.path] for layer in part.layers if layer.path in keys}:
+            first = block_of.setdefault(key, part.name)
+            if first != part.name and len({run.plan.policies.get(key) for run in runs}) > 1:
+                raise PipelineError(
+                    f"{first} and {part.name} have layers that differ only in a number that Keras "
+                    "gives them, which is another in every process, so that they cannot have "
+                    "different schemes, and this model cannot be composed"
+                )
+
+
+def _policy_keys(plans: Sequence[Plan]) -> dict[str, str]:
+    """What Keras looks a layer's policy up by, for each layer that has one in any plan."""
+    known = dict.fromkeys(key for plan in plans for key in plan.policies)
+    paths = [layer.path for part in plans[0].parts for layer in part.layers]
+    # Others are regular expressions, where Keras generates a name (see `rehearsal.policies_of`).
+    patterns = {key: re.compile(key) for key in known if key not in set(paths)}
+    keys = {}
+    for path in paths:
+        matches = (key for key, pattern in patterns.items() if pattern.fullmatch(path))
+        key = path if path in known else next(matches, None)
+        if key is not None:
+            keys[path] = key
+    return keys
+
+
+def _differences(first: Plan, second: Plan) -> Iterable[str]:
+    """What of two plans differs that must not, in words: names, and both values if short."""
+    if first.source_digest != second.source_digest:
+        yield f"other source ({second.source_url}, there {first.source_url})"
+    if first.recipe.dtype != second.recipe.dtype:
+        yield f"dtype {second.recipe.dtype}, there {first.recipe.dtype}"
+    for name in ("model", "task"):
+        if getattr(first, name) != getattr(second, name):
+            yield f"{name} {getattr(second, name)}, there {getattr(first, name)}"
+    if first.tokens is not None and second.tokens is not None:
+        if first.tokens.digest != second.tokens.digest:
+            yield (
+                f"other calibration windows (SHA-256 {second.tokens.digest[:12]}, there "
+                f"{first.tokens.digest[:12]})"
+            )
+        elif first.forward_dtype != second.forward_dtype:
+            yield f"calibrated in {second.forward_dtype}, there in {first.forward_dtype}"
+    theirs, ours = first.machine | first.versions, second.machine | second.versions
+    yield from differences(theirs, ours, "{0} {2}, there {1}")
+    outside = [
+        [(layer.path, layer.scheme) for layer in plan.parts[0].layers] for plan in (first, second)
+    ]
+    if outside[0] != outside[1]:
+        a, b = (dict(layers) for layers in outside)
+        path = next(path for path in (*a, *b) if a.get(path) != b.get(path))
+        schemes = [scheme.policy if scheme else "float" for scheme in (b.get(path), a.get(path))]
+        yield f"{path}, outside the blocks, is {schemes[0]}, there {schemes[1]}"
+
+
+def composed_plan(runs: Sequence[GivenRun], picked: Sequence[int], name: str) -> Plan:
+    """The plan of a composition; that of one run, but for the origins, if it gives all blocks.
+
+    Args:
+        runs: as `check_composable` lets pass.
+        picked: the number of the run that gives each block.
+        name: of the composition's recipe.
+    """
+    givers = [runs[number] for number in picked]
+    if len(set(picked)) == 1:
+        only = givers[0]
+        return replace(
+            only.plan, composed=tuple(only.origin(part.part) for part in only.plan.parts)
+        )
+    by_part = (runs[0], *givers)
+    plans = [run.plan for run in by_part]
+    # A block without calibration is the same wherever it stands.
+    calibrated = next((plan for plan in plans if plan.chained), None)
+    tunings = {plan.recipe.tuning for plan in plans[1:]}
+    first = runs[0].plan
+    parts = tuple(plan.parts[number] for number, plan in enumerate(plans))
+    rules = [rule for n, part in enumerate(parts) if n for rule in _rules(part, plans[n].recipe)]
+    keys = _policy_keys([run.plan for run in runs])
+    policies = {
+        keys[layer.path]: plan.policies[keys[layer.path]]
+        for part, plan in zip(parts, plans, strict=True)
+        for layer in part.layers
+        if keys.get(layer.path) in plan.policies
+    }
+    recipe: dict[str, Any] = first.recipe.to_dict() | {
+        "name": name,
+        "rules": [rule.model_dump(mode="json") for rule in rules],
+        "calibration": None if calibrated is None else calibrated.recipe.to_dict()["calibration"],
+        "allow_partial": any(plan.recipe.allow_partial for plan in plans),
+        "servable": all(plan.recipe.servable for plan in plans),
+    }
+    # Of blocks that were tuned in several ways, or not all, the records say which were.
+    [tuning] = tunings if len(tunings) == 1 else [None]
+    recipe["tuning"] = None if tuning is None else tuning.model_dump(mode="json")
+    return replace(
+        first,
+        recipe=Recipe.model_validate(recipe),
+        tokens=None if calibrated is None else calibrated.tokens,
+        forward_dtype=first.forward_dtype if calibrated is None else calibrated.forward_dtype,
+        parts=parts,
+        policies=policies,
+        weights_format=max(plan.weights_format for plan in plans),
+        notes=tuple(dict.fromkeys(note for plan in plans for note in plan.notes)),
+        composed=tuple(run.origin(part) for part, run in enumerate(by_part)),
+    )
+
+
+def _rules(part: PartPlan, recipe: Recipe) -> Iterable[Rule]:
+    """What a recipe asks for in a block, as rules for this block alone."""
+    wanted = {x.path: recipe.scheme_for(x.path, x.kind) for x in part.layers if x.kind == "kernel"}
+    first = next(iter(wanted.values()), None)
+    inside = all(path.startswith(f"{part.name}/") for path in wanted)
+    if inside and all(scheme == first for scheme in wanted.values()):
+        yield Rule(pattern=f"^{re.escape(part.name)}/", scheme=first)
+        return
+    for path, scheme in wanted.items():
+        yield Rule(pattern=f"^{re.escape(path)}$", scheme=scheme)
