@@ -311,6 +311,7 @@ def _provenance(plan: Plan) -> dict[str, Any]:
     left_out = {"quantized_share": dataclasses.asdict(share)}
     return {
         **(left_out if share.of_recipe < _NEARLY_ALL else {}),
+        **({"composed": _origins(plan)} if plan.composed else {}),
         "source_digest": plan.source_digest,
         "model": plan.model,
         "recipe": plan.recipe.to_dict(),
@@ -325,3 +326,12 @@ def _provenance(plan: Plan) -> dict[str, Any]:
             "sequence_length": tokens.sequence_length,
         },
     }
+
+
+def _origins(plan: Plan) -> list[dict[str, Any]]:
+    """The runs that a composition is made of, each with the parts that it gives."""
+    found: dict[str, dict[str, Any]] = {}
+    for part, origin in enumerate(plan.composed):
+        run = {"recipe": origin.recipe, "manifest_sha256": origin.manifest_sha256, "parts": []}
+        found.setdefault(origin.manifest_sha256, run)["parts"].append(part)
+    return [found[digest] for digest in sorted(found)]

@@ -82,6 +82,8 @@ class Worker(WorkerApi):
             self._model, self._store, self._shards, self._weights, self._devices
         )
         self._compiled = CompiledAhead(plan, self._model.targets, self._model.scale_dtype)
+        # Of other plans for the same source, by digest.
+        self._others: dict[str, ModelState] = {}
         self._replaced: tuple[object, list[ReplacedBlocks]] | None = None
 
     def read(self, part: int) -> dict[str, NDArray[Any]]:
@@ -358,7 +360,10 @@ class Worker(WorkerApi):
 
     def _composed(self, of: PartsOfRuns) -> Callable[[], StreamedModel]:
         """What opens an artifact that is made of parts of runs, for a device of its own."""
-        model = ModelState(of.plan, self._source_url)
+        digest = of.plan.digest
+        if digest != self._plan.digest and digest not in self._others:
+            self._others[digest] = ModelState(of.plan, self._source_url)
+        model = self._others.get(digest, self._model)
         _ = model.evaluation_models  # built by one thread
         stores = {part: open_store(url) for part, url in enumerate(of.run_urls)}
         return lambda: artifact_model(model, self._store, stores)

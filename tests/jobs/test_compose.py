@@ -1,11 +1,12 @@
-"""An artifact of a given size, made of the blocks of finished runs, that is a run like any other."""
+"""An artifact of a given size, made of the blocks of finished runs, that is a run like any."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import shutil
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,75 +15,304 @@ import pytest
 
 import jobs.compose
 import jobs.quantize
+import pipeline.storage.memory_store
+import pipeline.worker.worker
+from jobs.composition_tables import blocks_of
 from jobs.execute import Compute
-from pipeline.composition.decision import Decision
+from pipeline.artifact.verification import ask_stock
 from pipeline.composition.sensitivities import Sensitivity
 from pipeline.executor.protocol import Allocation, ComputeSpec
 from pipeline.plan import read_plan
-from pipeline.run.commits import read_manifest
-from pipeline.run.records import PartRecord, file_key, record_key
-from pipeline.storage.object_store import open_store
-from pipeline.worker.model_state import ModelState
+from pipeline.run.commits import committed_parts, read_manifest
+from pipeline.run.evaluations import EVALUATIONS_PREFIX, Evaluation
+from pipeline.run.records import ARTIFACT_PREFIX, PartRecord, file_key, record_key
+from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.worker.streamed_model import artifact_model
-from tests.integration.quantized import FinishedRun, answer, distance, finished_run, recipe
+from quantizer.schemes import GPTQScheme, Int8Scheme, Scheme
+from tests.faults.killing import Killed, Killer, kill, killing_memory
+from tests.integration.quantized import FinishedRun, batch_of, distance, finished_run, recipe
 from tests.integration.test_cli_quantize import Command, LateExecutor
 from tests.pipeline.presets import shared_preset
-from tests.pipeline.tiny_runs import NUM_BLOCKS, lasting, text_file
-from quantizer.schemes import GPTQScheme, Int8Scheme, Scheme
+from tests.pipeline.tiny_runs import NUM_BLOCKS, lasting, model_state, text_file
 
 SCHEMES: dict[str, Scheme] = {
     "w2": GPTQScheme(weight_bits=2, group_size=16, scale_search=False),
     "w4": GPTQScheme(weight_bits=4, group_size=16, scale_search=False),
     "int8": Int8Scheme(),
 }
+PARTS = range(1, NUM_BLOCKS + 1)
+_fresh = iter(range(1_000))
+
+
+class Runs(dict[str, FinishedRun]):
+    """A finished run for each scheme, made when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def __missing__(self, name: str) -> FinishedRun:
+        source = shared_preset("Llama3", num_blocks=NUM_BLOCKS)
+        wanted = recipe(SCHEMES[name], name=name)
+        return self.setdefault(name, finished_run(source, wanted, self._folder / name))
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FinishedRun]:
-    """A finished run for each scheme."""
-    folder = tmp_path_factory.mktemp("runs")
-    source = shared_preset("Llama3", num_blocks=NUM_BLOCKS)
-    return {
-        name: finished_run(source, recipe(scheme, name=name), folder / name)
-        for name, scheme in SCHEMES.items()
-    }
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Command:
-    """The command line, with workers in this process."""
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The command line, with two workers in this process."""
+    executors: dict[tuple[str, str], LateExecutor] = {}
 
     @contextlib.contextmanager
     def open_compute(
         spec: ComputeSpec, source_url: str, run_url: str, **_: Any
     ) -> Iterator[Compute]:
-        allocation = Allocation(workers=2, threads=1)
-        yield Compute(allocation, lambda: LateExecutor(2, source_url, run_url))
+        urls = source_url, run_url
+        executor = executors.setdefault(urls, LateExecutor(2, *urls))
+        yield Compute(Allocation(workers=2, threads=1), lambda: executor)
 
     monkeypatch.setattr(jobs.compose, "open_compute", open_compute)
     monkeypatch.setattr(jobs.quantize, "open_compute", open_compute)
+    monkeypatch.setattr(
+        pipeline.worker.worker, "ModelState", lambda plan, url: model_state(plan.to_json(), url)
+    )
     return Command(capsys)
 
 
-def bits_of(run: FinishedRun) -> float:
-    records = [PartRecord.read(run.store, record_key(p)) for p in range(1, NUM_BLOCKS + 1)]
-    weights = sum(part.num_weights for part in run.plan.parts[1:])
-    return 8 * sum(record.size_bytes for record in records) / weights
+def block_bytes(run: FinishedRun) -> list[int]:
+    return [PartRecord.read(run.store, record_key(part)).size_bytes for part in PARTS]
 
 
-def test_a_composition_is_a_run_of_the_wanted_size(
-    runs: dict[str, FinishedRun], command: Command, tmp_path: Path
-) -> None:
-    folders = [run.folder for run in runs.values()]
-    bits = [bits_of(run) for run in runs.values()]
-    assert bits == sorted(bits)
-    wanted = (2 * bits[0] + bits[2]) / 3
-    target = ("--target-bits", f"{wanted:.4f}", "--output", tmp_path / "out")
-    texts = ("--measure-windows", "4", "--evaluate-on", text_file(), "--windows", "2")
-    assert command("compose", *folders, *target, *texts, "--json") in (0, 6), command.err
+def between(runs: Runs, *names: str) -> str:
+    """Bits a weight that blocks of these runs take on average."""
+    weights = sum(part.num_weights for part in runs[names[0]].plan.parts[1:])
+    return f"{8 * sum(sum(block_bytes(runs[n])) for n in names) / len(names) / weights:.4f}"
+
+
+def given(runs: Runs, *names: str) -> list[Path]:
+    return [runs[name].folder for name in names]
+
+
+def fresh() -> str:
+    return f"memory://composed/{next(_fresh)}"
+
+
+MEASURED = ("--measure-windows", "4")
+JUDGED = (*MEASURED, "--evaluate-on", text_file(), "--windows", "2")
+
+
+def test_a_composition_is_a_run_like_any_other(runs: Runs, command: Command) -> None:
+    """The best that its size allows, by what was measured of each block alone; of its runs' very
+    bytes; with evaluation, provenance and a size that is kept."""
+    names, out = ("w2", "w4"), open_store(fresh())
+    bits = between(runs, *names)
+    target = ("--target-bits", bits, "--output", out.root_url)
+    code = command("compose", *given(runs, *names), *target, *JUDGED, "--json")
     found = json.loads(command.out)
-    assert found["choice"]["bits"] <= wanted
-    assert found["choice"]["num_bytes"] == found["decision"]["size_bytes"]
-    assert command("verify", tmp_path / "out", "--no-stock") == 0
+    decision = found["decision"]
+    assert code == (0 if decision["kept"] is None else 6), command.err
+    picked = decision["picked"]
+    assert set(picked) == {0, 1}
+    assert found["choice"]["bits"] <= float(bits)
+    # Every block costs less at four bits, and the whole lies between the two runs.
+    costs = [block["costs"] for block in found["blocks"]]
+    assert all(w4 < w2 for w2, w4 in costs)
+    assert decision["measured"] < decision["runs"][0]["measured"]
+    assert decision["expected"] == pytest.approx(
+        sum(of_block[one] for of_block, one in zip(costs, picked, strict=True))
+    )
+    plan, manifest = read_plan(out), read_manifest(out)
+    for part, one in zip(PARTS, picked, strict=True):
+        run = runs[names[one]]
+        assert out.get(file_key(part)) == run.store.get(file_key(part))
+        assert plan.parts[part] == run.plan.parts[part]
+        assert plan.composed[part].recipe == names[one]
+        for layer in plan.parts[part].layers:
+            assert plan.recipe.scheme_for(layer.path, layer.kind) == layer.scheme
+    given_parts = {x["recipe"]: x["parts"] for x in manifest.provenance["composed"]}
+    assert sorted(part for parts in given_parts.values() for part in parts) == [0, *PARTS]
+    assert all(given_parts[names[one]].count(part) for part, one in zip(PARTS, picked, strict=True))
+    records = committed_parts(
+        out, plan_digest=plan.digest, num_blocks=NUM_BLOCKS, chained=True, verify=True
+    )
+    assert not records.findings
+    assert sum(x.size_bytes for x in records.parts.values()) == decision["size_bytes"]
+    [key] = out.list(EVALUATIONS_PREFIX)
+    evaluation = Evaluation.read(out, key)
+    assert evaluation.manifest_sha256 == manifest.record_sha256
+    assert evaluation.figures["divergence"] == pytest.approx(decision["measured"])
+    assert command("verify", out.root_url, "--no-stock") == 0
+
+
+def test_what_is_measured_serves_every_budget_and_is_shown_before_anything_is_made(
+    runs: Runs, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = open_store(fresh())
+    where = ("--output", out.root_url, *MEASURED, "--dry-run", "--json")
+    assert command("compose", *given(runs, "w2", "w4"), "--target-bits", "99", *where) == 0
+    large = json.loads(command.out)
+    assert large["choice"]["picked"] == [1] * NUM_BLOCKS
+    kept = out.list()
+    assert all(key.startswith("composition/sensitivities/") for key in kept)
+    assert len(kept) == 2 * NUM_BLOCKS
+    points = large["curve"]
+    assert points[0]["picked"] == [0] * NUM_BLOCKS
+    assert points[-1]["picked"] == [1] * NUM_BLOCKS
+    assert [x["num_bytes"] for x in points] == sorted(x["num_bytes"] for x in points)
+    assert [x["expected"] for x in points] == sorted((x["expected"] for x in points), reverse=True)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(pipeline.worker.worker.Worker, "sensitivities", refuse)
+    whole = sum(block_bytes(runs["w2"])) + runs["w2"].store.size(file_key(0))
+    small = ("--target-bytes", str(whole), *where)
+    assert command("compose", *given(runs, "w2", "w4"), *small) == 0
+    assert json.loads(command.out)["choice"]["picked"] == [0] * NUM_BLOCKS
+    assert out.list() == kept
+    # Of a block that is damaged alone, or of a run that is new.
+    out.put(kept[0], b"{}")
+    with pytest.raises(AssertionError, match="measured again"):
+        command("compose", *given(runs, "w2", "w4"), *small)
+    monkeypatch.undo()
+
+
+def refusals(runs: Runs) -> Iterator[tuple[list[str | Path], str]]:
+    """Arguments beside --output, and what is said of them."""
+    two = given(runs, "w2", "w4")
+    bits = ("--target-bits", "9")
+    yield [two[0], *bits], "at least two runs"
+    yield [two[0], two[0], *bits], "the same result .* name each run once"
+    yield [*two], "--target-bits or --target-bytes"
+    yield [*two, *bits, "--target-bytes", "9"], "--target-bits or --target-bytes"
+    yield (
+        [*two, "--target-bits", "0.5"],
+        r"the smallest blocks of these runs make \d+\.\d+ bits",
+    )
+    yield [*two, "--target-bits", "-1"], "more than 0"
+    yield [*two, *bits, "--evaluate-on", "missing.jsonl"], "--evaluate-on, with --windows 8"
+    yield [two[0], runs["w2"].source, *bits], "name the folder that quantfleet quantize wrote to"
+
+
+def test_what_cannot_be_composed_is_refused_before_anything_is_written(
+    runs: Runs, command: Command, tmp_path: Path
+) -> None:
+    for arguments, expected in refusals(runs):
+        assert command("compose", *arguments, "--output", tmp_path / "out") in (2, 4)
+        assert re.search(expected, command.complaint), command.complaint
+    inside = runs["w2"].folder / "out"
+    command("compose", *given(runs, "w2", "w4"), "--target-bits", "9", "--output", inside)
+    assert "lies inside the run's own folder" in command.complaint
+    assert not (tmp_path / "out").exists()
+    assert not inside.exists()
+
+
+def poisoned(out: ObjectStore, runs: Runs, costs: dict[str, list[float]]) -> None:
+    """Replace what was measured of each block alone."""
+    for key in out.list("composition/sensitivities/"):
+        found = Sensitivity.read(out, key)
+        [name] = [
+            name
+            for name in costs
+            if PartRecord.read(runs[name].store, record_key(found.part)).sha256
+            == found.weights_sha256
+        ]
+        out.put(key, replace(found, cost=costs[name][found.part - 1]).to_json())
+
+
+@pytest.mark.exhaustive
+def test_a_run_that_measures_better_is_kept_and_said_to_be(runs: Runs, command: Command) -> None:
+    out = open_store(fresh())
+    arguments = (
+        *given(runs, "w2", "int8"),
+        *("--target-bits", "99", "--output", out.root_url, *JUDGED),
+    )
+    assert command("compose", *arguments, "--dry-run") == 0
+    assert "chosen" in command.out
+    poisoned(out, runs, {"w2": [0.0, 1.0, 1.0], "int8": [1.0, 0.0, 0.0]})
+    assert command("compose", *arguments) == 6
+    assert "the run int8" in command.complaint
+    assert "the run is kept" in command.complaint
+    for part in (0, *PARTS):
+        assert out.get(file_key(part)) == runs["int8"].store.get(file_key(part))
+    plan = read_plan(out)
+    assert {origin.recipe for origin in plan.composed} == {"int8"}
+    assert replace(plan, composed=()).digest == runs["int8"].plan.digest
+    # As before, and as resuming says.
+    made = lasting(out)
+    assert command("compose", *arguments) == 6
+    assert lasting(out) == made
+
+
+@pytest.mark.exhaustive
+def test_a_composition_that_is_killed_again_and_again_is_the_same_in_the_end(
+    runs: Runs, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def arguments(out: ObjectStore) -> tuple[str | Path, ...]:
+        target = ("--target-bits", between(runs, "w2", "w4"), "--output", out.root_url)
+        return (*given(runs, "w2", "w4"), *target, *JUDGED)
+
+    whole = open_store(fresh())
+    expected = command("compose", *arguments(whole))
+    out, kills = open_store(fresh()), 0
+    for number in range(3, 1_000, 9):
+        killer = Killer(end=kill, at=number, after=bool(number % 2))
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline.storage.memory_store, "MemoryBackend", killing_memory(killer))
+            try:
+                assert command("compose", *arguments(out)) == expected
+                break
+            except Killed:
+                kills += 1
+        if (plan := out.exists("plan.json")) and not out.exists("manifest.json"):
+            assert plan
+            assert command("resume", out.root_url) == 2
+            assert "go on with the quantfleet compose" in command.complaint
+    assert kills > 8
+    assert lasting(out) == lasting(whole)
+
+
+@pytest.mark.exhaustive
+def test_stock_keras_answers_as_its_blocks_do(runs: Runs, command: Command, tmp_path: Path) -> None:
+    """Blocks of three schemes, one of them without calibration."""
+    out = tmp_path / "out"
+    arguments = (*given(runs, "w2", "w4", "int8"), "--output", out, *MEASURED)
+    assert command("compose", *arguments, "--target-bits", "99", "--dry-run") == 0
+    costs = {"w2": [0.0, 1.0, 1.0], "w4": [1.0, 0.0, 1.0], "int8": [1.0, 1.0, 0.0]}
+    poisoned(open_store(str(out)), runs, costs)
+    # Too little for int8 as a whole, which would be better.
+    sizes = [block_bytes(runs[name])[block] for block, name in enumerate(costs)]
+    whole = sum(sizes) + runs["w2"].store.size(file_key(0))
+    code = command("compose", *arguments, "--target-bytes", str(whole), "--json")
+    decision = json.loads(command.out)["decision"]
+    assert decision["picked"] == [0, 1, 2]
+    assert code == 0, command.err
+    tokens = np.arange(5, 17, dtype=np.int32).reshape(1, 12)
+    [found] = ask_stock([out / ARTIFACT_PREFIX], [tokens]).outputs
+    expected = streamed(runs, ("w2", "w4", "int8"), tokens)
+    assert distance(found, expected) < 1e-5
+
+
+def streamed(runs: Runs, names: tuple[str, ...], tokens: Any) -> Any:
+    """What the runs' own artifacts make of tokens, each sending them through its block."""
+    models = [artifact_model(runs[name].model, runs[name].store) for name in names]
+    batch = batch_of(models[0], tokens)
+    states = models[0].embed([batch])
+    for block, model in enumerate(models):
+        model.advance(block, states)
+    return models[0].head()(states[0], batch)
+
+
+@pytest.mark.parametrize(
+    ("picked", "expected"),
+    [
+        ([0, 1, 1, 0, 1], "a: 0, 3; b: 1–2, 4"),
+        ([1], "b: 0"),
+    ],
+)
+def test_blocks_are_named_in_ranges(picked: list[int], expected: str) -> None:
+    assert blocks_of(picked, ["a", "b"]) == expected
