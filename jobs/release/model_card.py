@@ -211,6 +211,10 @@ def facts_of(contents: Contents) -> list[tuple[str, str]]:
     for label, key in (("source", "source_digest"), ("source file", "source_sha256")):
         if key in given:
             rows.append((label, given[key]))
+    for origin in given.get("composed", ()):
+        parts = ", ".join(map(str, origin["parts"]))
+        rows.append((f"parts of the run {origin['recipe']}", parts))
+        rows.append(("SHA-256 of its manifest.json", origin["manifest_sha256"]))
     calibration = given.get("calibration") or {}
     for label, key in (
         ("calibration texts", "texts_sha256"),
