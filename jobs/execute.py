@@ -22,6 +22,7 @@ from jobs.room import (
     evaluation_pass,
     place_activations,
 )
+from jobs.shared_statistics import with_statistics
 from jobs.summary import Summary
 from pipeline.errors import PipelineError
 from pipeline.evaluation.batches import TOKENS_PER_PASS, EvaluationSet
@@ -306,17 +307,35 @@ def execute(
         if damaged:
             held.check()
             quarantine(store, damaged)
-        executor = compute.executor
-        with watch(plan, compute.allocation, executor.doing) as report:
-            manifest = quantize(
-                plan,
-                store,
-                executor,
-                metrics.also(log.also(report)),
-                keep_every=options.keep_every,
-                check_lease=held.check,
-                place=partial(compute.place, plan),
-            )
+
+        def drive(plan: Plan, store: ObjectStore, log: EventLog, held: lease.Lease) -> Manifest:
+            executor = compute.executor
+            with watch(plan, compute.allocation, executor.doing) as report:
+                return quantize(
+                    plan,
+                    store,
+                    executor,
+                    metrics.also(log.also(report)),
+                    keep_every=options.keep_every,
+                    check_lease=held.check,
+                    place=partial(compute.place, plan),
+                )
+
+        def capture(wanted: Plan, found: ObjectStore, held: lease.Lease) -> None:
+            own = EventLog(found, wanted, compute.allocation, epoch=held.epoch)
+            compute.executor.work_on(found.root_url)
+            try:
+                drive(wanted, found, own, held)
+            finally:
+                compute.executor.work_on(store.root_url)
+
+        manifest = with_statistics(
+            plan,
+            store,
+            options.acquire_lease,
+            capture,
+            partial(drive, plan, store, log, held),
+        )
     seconds = time.monotonic() - start
     return Execution(
         plan=plan,

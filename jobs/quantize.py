@@ -155,7 +155,7 @@ def run_job(
             keep_every=job.options.keep_every,
         )
 
-    if not recipe.needs_calibration:
+    if not recipe.chains_blocks:
         spec = spec.with_one_gpu_each()
     if dry_run is not None and dry_run.named is not None:
         spec = spec.without_kind()  # which is asked of others than those at hand
@@ -223,6 +223,11 @@ def resume_job(
         raise PipelineError(
             f"{store.url(PLAN_KEY)} is the plan of a composition that is not finished; go on with "
             "the quantfleet compose that began it"
+        )
+    if plan.makes == "statistics":
+        raise PipelineError(
+            f"{output_url} holds statistics that several runs may use; resume one of these, which "
+            "captures what is missing"
         )
     source_url = absolute(job.source_url) or plan.source_url
     set_run(run=url_name(output_url), model=url_name(source_url), recipe=plan.recipe.name)

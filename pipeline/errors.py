@@ -53,6 +53,12 @@ class DamagedObjectError(StorageError):
     exit_code = 4
 
 
+class StatisticsError(PipelineError):
+    """Stored statistics that a run needs are missing or damaged; they can be made again."""
+
+    exit_code = 4
+
+
 class DivergenceError(PipelineError):
     """Two executions of the same work gave different bytes; nothing more may be published."""
 

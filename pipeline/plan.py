@@ -145,6 +145,9 @@ class PartPlan:
         name: the block's name; "rest" for part 0.
         source_bytes: size of its variables in the source.
         source_sha256: of their values (see `pipeline.weights.digests`); "" in a dry run's plan.
+        groups: inputs of the layers that are calibrated.
+        captured: inputs of which the sums over the float model are stored, those of all kernels
+            that have any; omitted where a recipe does not use them.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -155,6 +158,7 @@ class PartPlan:
     source_sha256: str
     layers: tuple[LayerPlan, ...]
     groups: tuple[InputGroup, ...] = ()
+    captured: tuple[InputGroup, ...] = ()
 
     @property
     def num_weights(self) -> int:
@@ -275,6 +279,10 @@ class Plan(StoredRecord):
             that the source stores in another dtype; omitted where there are none.
         composed: where each part comes from, of a result that is made of the parts of finished
             runs (see `pipeline.composition`); omitted of all others.
+        makes: "statistics" of a plan that stores the sums over the float model's inputs (see
+            `pipeline.float_statistics`); omitted otherwise.
+        statistics_url: the folder of all statistics, if the run uses them and it is not the run's
+            own; not part of the digest.
     """
 
     source_url: str
@@ -291,6 +299,8 @@ class Plan(StoredRecord):
     forward_dtype: Literal["float32", "bfloat16"] = "float32"
     notes: tuple[str, ...] = ()
     composed: tuple[PartOrigin, ...] = ()
+    makes: Literal["artifact", "statistics"] = "artifact"
+    statistics_url: str = ""
 
     def content(self) -> dict[str, Any]:
         values = super().content()
@@ -298,9 +308,11 @@ class Plan(StoredRecord):
             del values["weights_format"]
         if self.forward_dtype == "float32":
             del values["forward_dtype"]
-        for name in ("notes", "composed"):
+        for name in ("notes", "composed", "statistics_url"):
             if not values[name]:
                 del values[name]
+        if self.makes == "artifact":
+            del values["makes"]
         if self.tokens is not None and self.tokens.attention == "scores":
             del values["tokens"]["attention"]
         if self.tokens is not None and not self.tokens.largest_array_bytes:
@@ -313,11 +325,14 @@ class Plan(StoredRecord):
             for name in ("stacked_weights", "experts", "experts_per_token"):
                 if not layer[name]:
                     del layer[name]
-        for group in (group for part in values["parts"] for group in part["groups"]):
-            if group["fold"] is None:
-                del group["fold"]
-            if not group["experts"]:
-                del group["experts"]
+        for part in values["parts"]:
+            for group in (*part["groups"], *part["captured"]):
+                if group["fold"] is None:
+                    del group["fold"]
+                if not group["experts"]:
+                    del group["experts"]
+            if not part["captured"]:
+                del part["captured"]
         return values
 
     @property
@@ -346,6 +361,11 @@ class Plan(StoredRecord):
     def num_blocks(self) -> int:
         return len(self.parts) - 1
 
+    @property
+    def due_parts(self) -> range:
+        """Parts that a run of it commits; statistics are of blocks alone."""
+        return range(self.makes == "statistics", len(self.parts))
+
     @cached_property
     def share(self) -> Share:
         """How much of the model is quantized."""
@@ -364,7 +384,13 @@ class Plan(StoredRecord):
     @property
     def chained(self) -> bool:
         """Whether a block's result depends on the blocks before it."""
-        return self.tokens is not None
+        calibrated = self.tokens is not None and self.makes == "artifact"
+        return calibrated and not self.uses_float_statistics
+
+    @property
+    def uses_float_statistics(self) -> bool:
+        """Whether its blocks are solved on stored sums over the float model's inputs."""
+        return any(part.captured for part in self.parts)
 
     @cached_property
     def has_float_stream(self) -> bool:
@@ -382,7 +408,8 @@ class Plan(StoredRecord):
         """SHA-256 of everything that decides the result."""
         assert self.is_complete, "a dry run's plan has no digest"
         values = self.content()
-        del values["source_url"]
+        for name in ("source_url", "statistics_url"):
+            values.pop(name, None)
         return digest_of(values)
 
 

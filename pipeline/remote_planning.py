@@ -38,8 +38,10 @@ class Identity:
     versions: dict[str, str]
 
 
-def start_worker(source_url: str, run_url: str) -> Callable[[], WorkerApi]:
+def start_worker(source_url: str, run_url: str) -> Callable[..., WorkerApi]:
     """Import what takes long; returns a function that opens the worker, once the run is claimed.
+
+    It takes the URL of another run on the same source that the worker is to be of, if any.
 
     Raises:
         ExecutorError: Keras runs on another backend, or not on the GPU that the process is given.
@@ -55,7 +57,7 @@ def start_worker(source_url: str, run_url: str) -> Callable[[], WorkerApi]:
     check_device()
     watch_compilation()
     # The plan comes from storage: it is too large for an argument that restarts must find again.
-    return lambda: Worker(read_plan(open_store(run_url)), source_url, run_url)
+    return lambda url=run_url: Worker(read_plan(open_store(url)), source_url, url)
 
 
 def plan_run(source_url: str, recipe: Recipe, threads: int) -> tuple[Plan, bytes | None]:

@@ -40,6 +40,7 @@ from pipeline.errors import DamagedObjectError, MissingObjectError, PipelineErro
 from pipeline.evaluation.batches import EvaluationSet
 from pipeline.executor.protocol import FunctionRunner
 from pipeline.fidelity import Fidelity
+from pipeline.float_statistics import STATISTICS_FOLDER
 from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.planning.coverage import Coverage
 from pipeline.recipe.recipe_file import recipe_from_dict
@@ -164,7 +165,7 @@ class _RequestCompute:
             if store.exists(PLAN_KEY):
                 # As the run was started: it decides rounding.
                 spec = read_plan(store).resuming(spec, finished=store.exists(MANIFEST_KEY))
-            elif not recipe_from_dict(self.request.recipe).needs_calibration:
+            elif not recipe_from_dict(self.request.recipe).chains_blocks:
                 spec = spec.with_one_gpu_each()
             opened = self.open_compute(spec, self.request.source_url, store.root_url)
             self.opened = store.root_url, self.stack.enter_context(opened)
@@ -258,12 +259,19 @@ def _quantize(
         if windows is not None:
             coverage = Coverage.read(plan, lambda: windows)
             warn_of_narrow_calibration(() if coverage is None else coverage.warnings())
-        plan = claim(store, plan, windows)
+        plan = claim(store, _sharing_statistics(root, plan), windows)
     for finding in damaged:
         log_event("damaged", f"made again: {finding.problem}", level=logging.WARNING)
     execution = execute(plan, store, run_compute, held, compute.metrics, options, damaged=damaged)
     execution.summarize(costs, None)
     return _Artifact(run_id=request.run_id, plan=plan, manifest=execution.manifest, solved=True)
+
+
+def _sharing_statistics(root: ObjectStore, plan: Plan) -> Plan:
+    """The plan, with its statistics where all runs of the catalog find them."""
+    if not plan.uses_float_statistics:
+        return plan
+    return dataclasses.replace(plan, statistics_url=root.url(STATISTICS_FOLDER))
 
 
 def _plan_all(

@@ -79,10 +79,10 @@ def _message(plan: Plan, step: Step) -> str:
     if step.record is not None and step.part is not None:
         # Of parts solved side by side, the first reports the seconds of all.
         stages = "".join(f", {name} {value:.1f}s" for name, value in step.seconds.items())
-        return (
-            f"committed {step.part + 1}/{len(plan.parts)} {plan.parts[step.part].name}: "
-            f"{step.record.size_bytes:,} bytes{stages}"
-        )
+        done = f"committed {step.part + 1}/{len(plan.parts)}"
+        if plan.makes == "statistics":  # of which there are none outside the blocks
+            done = f"captured {step.part}/{plan.num_blocks}"
+        return f"{done} {plan.parts[step.part].name}: {step.record.size_bytes:,} bytes{stages}"
     return f"{step.event}: {step.text}" if step.text else ""
 
 

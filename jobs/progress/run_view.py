@@ -86,11 +86,11 @@ class RunView:
     @property
     def _missing(self) -> Sequence[int]:
         done = self.resumed | self.measured.keys()
-        return [part for part in range(len(self.plan.parts)) if part not in done]
+        return [part for part in self.plan.due_parts if part not in done]
 
     def _head(self) -> Sequence[RenderableType]:
         """What is made, and how much of it there is."""
-        total = len(self.plan.parts)
+        total = len(self.plan.due_parts)
         done = total - len(self._missing)
         line = Table.grid(padding=(0, 1))
         line.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
@@ -143,7 +143,7 @@ class RunView:
             return ("no answer", "") if has_answered else ("starting", ", importing Keras")
         calls = [(name.replace("_", " "), seconds) for name, seconds in doing.calls]
         # What computes is told first; what reads and commits goes on beside it.
-        calls.sort(key=lambda call: call[0] in ("read", "commit", "settle"))
+        calls.sort(key=lambda call: call[0] in ("read", "commit", "commit sums", "settle"))
         if not calls:
             return "waiting", ""
         (first, seconds), *beside = calls

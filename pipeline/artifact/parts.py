@@ -20,14 +20,15 @@ from numpy.typing import NDArray
 from pipeline.artifact.codes_file import codes_file_bytes
 from pipeline.artifact.weights_file import read_weights_file, weights_file_bytes
 from pipeline.canonical import canonical_json, sha256
-from pipeline.errors import ArtifactError, DamagedObjectError, WeightsFileError
+from pipeline.errors import ArtifactError, WeightsFileError
 from pipeline.model.preset import INDEX_FILE
 from pipeline.model.preset_json import quantized_json
 from pipeline.model.weight_layout import StoredVariable
 from pipeline.plan import Plan
-from pipeline.run.commits import commit_manifest, damaged_files
+from pipeline.run.commits import verify_and_seal
 from pipeline.run.records import (
     ARTIFACT_PREFIX,
+    CommittedRecord,
     FileDigest,
     LayerRecord,
     Manifest,
@@ -272,7 +273,7 @@ def finalize(
     store: ObjectStore,
     preset_files: Mapping[str, bytes],
     parts: Sequence[Part],
-    records: Mapping[int, PartRecord],
+    records: Mapping[int, CommittedRecord],
 ) -> Manifest:
     """Write the artifact's small files, verify every stored file, and commit the manifest.
 
@@ -291,14 +292,7 @@ def finalize(
     files = {f"{ARTIFACT_PREFIX}{name}": data for name, data in names.items()}
     for key in sorted(files):
         store.create(key, files[key])
-    manifest = manifest_of(plan.digest, dict(records), files, _provenance(plan))
-    damaged = damaged_files(store, manifest)
-    if damaged:
-        raise DamagedObjectError(
-            f"{len(damaged)} committed objects are damaged, the first: {damaged[0].problem}; "
-            "resume the run to make them again"
-        )
-    return commit_manifest(store, manifest)
+    return verify_and_seal(store, manifest_of(plan.digest, records, files, _provenance(plan)))
 
 
 # A manifest says how much of the recipe was left out if it is more than a head or a pooler.

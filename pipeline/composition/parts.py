@@ -55,6 +55,7 @@ def copy_parts(
     """
     found = committed_parts(
         store,
+        PartRecord,
         plan_digest=plan.digest,
         num_blocks=plan.num_blocks,
         chained=plan.chained,
@@ -93,6 +94,7 @@ def seal(run_url: str, source_url: str) -> None:
     plan = read_plan(store)
     found = committed_parts(
         store,
+        PartRecord,
         plan_digest=plan.digest,
         num_blocks=plan.num_blocks,
         chained=plan.chained,

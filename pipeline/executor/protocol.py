@@ -196,6 +196,12 @@ class Executor(FunctionRunner, Protocol):
 
     num_workers: int
 
+    def work_on(self, run_url: str) -> None:
+        """Have all calls from now on answered by workers of another run.
+
+        They are the same processes: what a worker held for the run before is gone.
+        """
+
     def submit(
         self,
         worker: int,

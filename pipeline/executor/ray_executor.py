@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import os
 import secrets
 import threading
@@ -53,7 +54,7 @@ class RayExecutor:
     """Worker actors on the connected cluster."""
 
     def __init__(
-        self, allocation: Allocation, start_worker: Callable[[], Callable[[], object]]
+        self, allocation: Allocation, start_worker: Callable[[], Callable[..., object]]
     ) -> None:
         """Start the actors; returns before they are up.
 
@@ -61,8 +62,9 @@ class RayExecutor:
             start_worker: called in each process when it starts, to import what takes long. It
                 returns a function that opens the worker at the first call of one of its methods:
                 what fails there reaches the driver, as a failing actor's end does not, and what
-                the worker reads need not exist before.
+                the worker reads need not exist before. After `work_on` it is given the run's URL.
         """
+        self._run_url = ""
         self.num_workers = allocation.workers
         options: dict[str, Any] = {
             "num_cpus": allocation.threads,
@@ -117,6 +119,10 @@ class RayExecutor:
             "memory of the cluster's nodes, then try again"
         )
 
+    def work_on(self, run_url: str) -> None:
+        # Each call says which run it is of, since a process may restart at any time.
+        self._run_url = run_url
+
     def submit(
         self,
         worker: int,
@@ -128,7 +134,12 @@ class RayExecutor:
             num_returns=2, concurrency_group=group_of(method)
         )
         return self._calls.submit(
-            Call(worker=worker, method=actor_method, args=(method.__name__, *args), kwargs=kwargs)
+            Call(
+                worker=worker,
+                method=actor_method,
+                args=(self._run_url, method.__name__, *args),
+                kwargs=kwargs,
+            )
         )
 
     def fetch(self, handles: Sequence[Handle[T]]) -> list[T]:
@@ -242,20 +253,21 @@ def _ping(actors: Sequence[Any]) -> dict[int, tuple[str, bool]]:
 class _WorkerActor:
     """The process of one worker."""
 
-    def __init__(self, start_worker: Callable[[], Callable[[], object]], folder: str) -> None:
+    def __init__(self, start_worker: Callable[[], Callable[..., object]], folder: str) -> None:
         # Relative paths of texts start where the user is. On a machine without that folder they
         # must not be found elsewhere by chance: then they are reported as missing.
         os.chdir(folder if Path(folder).is_dir() else "/")
         self._open_worker = start_worker()
         self._timed: TimedWorker | None = None
+        self._run_url = ""
         # Of a call and the concurrent ones beside it.
         self._lock = threading.Lock()
         self._num_calls = 0
         self._incarnation = secrets.token_hex(8)
 
-    def call(self, method: str, *args: Any, **kwargs: Any) -> tuple[None, Any]:
+    def call(self, run_url: str, method: str, *args: Any, **kwargs: Any) -> tuple[None, Any]:
         with self._busy():
-            return None, self._worker().call(method, *args, **kwargs)
+            return None, self._worker(run_url).call(method, *args, **kwargs)
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[None, Any]:
         with self._busy():
@@ -282,8 +294,12 @@ class _WorkerActor:
     def doing(self) -> Doing:
         return Doing() if self._timed is None else self._timed.doing()
 
-    def _worker(self) -> TimedWorker:
+    def _worker(self, run_url: str) -> TimedWorker:
         with self._lock:
+            if self._timed is not None and run_url != self._run_url:
+                self._timed = None
+                gc.collect()  # models refer to themselves in cycles
             if self._timed is None:
-                self._timed = TimedWorker(self._open_worker())
+                given = [run_url] if run_url else []
+                self._timed, self._run_url = TimedWorker(self._open_worker(*given)), run_url
             return self._timed

@@ -41,6 +41,11 @@ def make_plan(source_url: str, recipe: Recipe, threads: int) -> PlainPlan:
             f"recipe {recipe.name}: tuning trains the blocks of a KerasHub model, and {source_url} "
             "has none; leave tuning out"
         )
+    if recipe.uses_float_statistics:
+        raise RecipeError(
+            f"recipe {recipe.name}: statistics: float stores sums for each block of a KerasHub "
+            f"model, and {source_url} has none; leave statistics out"
+        )
     data = read_file(source_url)
     model = load_model(data, source_url)
     report = plan_model(model, recipe.scheme, rules=_rules(recipe), embeddings=recipe.embeddings)

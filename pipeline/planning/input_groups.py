@@ -16,7 +16,7 @@ from pipeline.model.inputs import InputBatch, InputLayout
 from pipeline.model.preset import keras_errors
 from pipeline.model.targets import outputs_with
 from pipeline.plan import InputGroup, LayerPlan
-from pipeline.recipe.recipe import statistics_of
+from pipeline.recipe.recipe import StatisticsKind, statistics_of
 from pipeline.worker.block_memory import BlockMemory
 from pipeline.worker.block_program import BlockProgram, hidden_states, trace_block
 from pipeline.worker.expert_products import expert_products
@@ -36,11 +36,14 @@ def input_groups(
     micro_batch: int,
     *,
     tuned: bool = False,
+    of_all: bool = False,
 ) -> tuple[list[tuple[InputGroup, ...]], BlockMemory]:
     """The input groups of every block, given the layers of each, and what any block needs.
 
     Args:
         tuned: whether blocks are to be trained, and judged by what they give.
+        of_all: take the Grams of all kernels that a block calls, but of experts, whatever the
+            schemes of its layers.
 
     Raises:
         PipelineError: the model cannot take the windows, or a layer cannot be calibrated.
@@ -52,7 +55,10 @@ def input_groups(
     found, memory = [], BlockMemory()
     for call, planned in zip(graph.calls, layers, strict=True):
         block, taken = graph.blocks[call.block], taken_by(call, values)
-        statistics = {layer.name: statistics_of(layer.scheme) for layer in planned}
+        statistics = {
+            layer.name: _any_statistics(layer) if of_all else statistics_of(layer.scheme)
+            for layer in planned
+        }
         # By their order: Keras numbers some names.
         kinds = tuple(statistics[target.name] for target in block.targets)
         key = (call.signature, kinds, taken)
@@ -60,13 +66,19 @@ def input_groups(
             program = programs[key] = BlockProgram(block, statistics, taken)
             for shape in program.input_shapes:
                 batch.rows(shape)  # refuses layers whose padding cannot be told
-            _check_all_called(block, statistics, program)
+            if not of_all:
+                _check_all_called(block, statistics, program)
             if tuned:
                 _check_judged(block, program.outputs, batch)
             memory = memory.most(program.memory)
         found.append(programs[key].groups_of(block))
         values |= zip(call.gives, programs[key].outputs, strict=True)
     return found, memory
+
+
+def _any_statistics(layer: LayerPlan) -> StatisticsKind | None:
+    """What any scheme may need to know of a layer's input."""
+    return "hessian" if layer.kind == "kernel" and not layer.experts else None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import numpy as np
 
 from pipeline.calibration.windows import TokenWindows, shard_bounds
 from pipeline.errors import SourceError
+from pipeline.float_statistics import statistics_plan
 from pipeline.machine import machine, versions
 from pipeline.model.blocks import BlockGraph, find_blocks
 from pipeline.model.huggingface import check_converted
@@ -28,13 +29,13 @@ from pipeline.model.preset_json import (
 )
 from pipeline.model.skeleton import Skeleton, build_skeleton
 from pipeline.plan import (
-    InputGroup,
     LayerPlan,
     PartPlan,
     Plan,
     SourceTokens,
     TokensPlan,
 )
+from pipeline.planning.captured_groups import Groups, captured_groups
 from pipeline.planning.folds import with_folds
 from pipeline.planning.held_back import held_back_every
 from pipeline.planning.input_groups import embedded_shapes, input_groups
@@ -119,7 +120,7 @@ def make_plan(
         task=task,
         recipe=Recipe.model_validate(recipe.to_dict()),
         tokens=None,
-        parts=_parts(skeleton, graph, layers, [()] * len(graph.blocks)),
+        parts=_parts(skeleton, graph, layers, *[[()] * len(graph.blocks)] * 2),
         machine=machine(threads),
         versions=versions(),
         policies=policies,
@@ -130,7 +131,9 @@ def make_plan(
     if windows is not None:
         plain = plan
         plan = _calibrated(plain, skeleton, graph, layers, windows)
-        fitting = fitting_micro_batch(plan, device_memory().num_bytes)
+        # What is stored for all recipes may depend on none.
+        passing = statistics_plan(plan) if plan.uses_float_statistics else plan
+        fitting = fitting_micro_batch(passing, device_memory().num_bytes)
         if fitting is not None:
             plan = _calibrated(plain, skeleton, graph, layers, windows, most_windows=fitting)
     if read_weights:
@@ -161,6 +164,11 @@ def _calibrated(
     tokens = replace(tokens, held_back_every=held_back_every(plan.recipe, blocks, tokens))
     tuned = plan.recipe.tuning is not None
     groups, memory = input_groups(graph, layout, blocks, windows, tokens.micro_batch, tuned=tuned)
+    captured: Groups = [()] * len(blocks)
+    if plan.recipe.uses_float_statistics:
+        captured, memory = captured_groups(
+            plan.recipe, graph, layout, blocks, windows, tokens.micro_batch
+        )
     if plan.device != "cpu":
         tokens = replace(
             tokens,
@@ -168,7 +176,8 @@ def _calibrated(
             largest_array_bytes=memory.largest_array_bytes,
         )
     blocks, groups = with_folds(graph, layout, blocks, groups, windows, tokens.micro_batch)
-    return replace(plan, tokens=tokens, parts=_parts(skeleton, graph, [rest, *blocks], groups))
+    parts = _parts(skeleton, graph, [rest, *blocks], groups, captured)
+    return replace(plan, tokens=tokens, parts=parts)
 
 
 def _forward_dtype(skeleton: Skeleton, platform: str) -> Literal["float32", "bfloat16"]:
@@ -231,7 +240,8 @@ def _parts(
     skeleton: Skeleton,
     graph: BlockGraph,
     layers: Sequence[tuple[LayerPlan, ...]],
-    groups: Sequence[tuple[InputGroup, ...]],
+    groups: Groups,
+    captured: Groups,
 ) -> tuple[PartPlan, ...]:
     in_blocks = {id(v) for block in graph.blocks for v in block.layer.weights}
     names = ["rest", *(block.name for block in graph.blocks)]
@@ -245,6 +255,7 @@ def _parts(
             source_sha256="",
             layers=layers[part],
             groups=groups[part - 1] if part else (),
+            captured=captured[part - 1] if part else (),
         )
         for part, (name, held) in enumerate(zip(names, variables, strict=True))
     )

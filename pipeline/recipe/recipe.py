@@ -129,6 +129,9 @@ class Calibration(BaseModel):
     inputs: dict[StrictStr, Annotated[StrictStr, Field(min_length=1)]] = Field(default_factory=dict)
     """For inputs of the model that text does not determine, such as "images": a .npy file with a
     sample per window (see `pipeline.calibration.arrays`)."""
+    statistics: Literal["sequential", "float"] = "sequential"
+    """Calibrate each layer on the output of the quantized ones before it; or on the float model's,
+    whose sums are stored for all recipes (see `pipeline.float_statistics`)."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -183,6 +186,8 @@ class Calibration(BaseModel):
             del values["inputs"]
         if self.chat is None:
             del values["chat"]
+        if self.statistics == "sequential":
+            del values["statistics"]
         return values
 
 
@@ -260,7 +265,29 @@ class Recipe(BaseModel):
                 "tuning trains layers that gptq has solved, and no layer gets gptq; give scheme or "
                 "a rule {mode: gptq}, or leave tuning out"
             )
+        if self.uses_float_statistics:
+            self._check_float_statistics(schemes)
         return self
+
+    def _check_float_statistics(self, schemes: Sequence[Scheme | None]) -> None:
+        """Refuse what needs the quantized model's activations, or other sums than are stored."""
+        remedy = "or statistics: sequential (the default)"
+        if self.tuning is not None:
+            raise ValueError(
+                "tuning trains each block on what the quantized blocks before it give, which "
+                f"statistics: float never computes; leave tuning out, {remedy}"
+            )
+        if any(isinstance(x, GPTQScheme) and x.drift_correction > 0 for x in schemes):
+            raise ValueError(
+                "drift_correction corrects how far the quantized model's inputs are from the float "
+                "model's, and with statistics: float every layer is solved on the float model's; "
+                f"leave drift_correction out, {remedy}"
+            )
+        if any(isinstance(x, Float8Scheme) for x in schemes):
+            raise ValueError(
+                "float8 needs the largest inputs, and statistics: float stores sums of their "
+                f"products; give these layers gptq, awq, int8 or null, {remedy}"
+            )
 
     def _kernel_schemes(self) -> tuple[Scheme | None, ...]:
         return (self.scheme, *(rule.scheme for rule in self.rules))
@@ -285,6 +312,18 @@ class Recipe(BaseModel):
     def needs_calibration(self) -> bool:
         """Whether any scheme needs calibration statistics."""
         return any(statistics_of(scheme) for scheme in self._kernel_schemes())
+
+    @property
+    def uses_float_statistics(self) -> bool:
+        """Whether layers are solved on stored sums over the float model's inputs."""
+        calibration = self.calibration
+        is_float = calibration is not None and calibration.statistics == "float"
+        return is_float and self.needs_calibration
+
+    @property
+    def chains_blocks(self) -> bool:
+        """Whether a block is calibrated on the output of the quantized ones before it."""
+        return self.needs_calibration and not self.uses_float_statistics
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain JSON values, with every default but those of newer fields.

@@ -87,6 +87,31 @@ class BlockCalls:
                 solved.append(self._submit(0, WorkerApi.join, number, paths, values, *slices))
         return solved
 
+    def sums(self, block: int, values: Values) -> tuple[list[InputSum], dict[int, list[HeldSum]]]:
+        """Submit the sums over a float block's inputs, of group after group.
+
+        Nothing is solved between them whose result would put these calls in order. So each is
+        given what the one before it on the same shards returned, and may only then be carried out.
+
+        Returns:
+            the sums; and by worker, what its shards have to wait for before they leave the block.
+        """
+        trees = [(worker, tree) for worker, share in enumerate(self.subtrees) for tree in share]
+        sums: list[InputSum] = []
+        before: list[list[HeldSum]] = [[] for _ in trees]
+        for stage in range(len(self.plan.parts[block + 1].groups)):
+            held = [
+                self._submit(worker, WorkerApi.capture, block, stage, tree, values, *done)
+                for (worker, tree), done in zip(trees, before, strict=True)
+            ]
+            before = [[one] for one in held]
+            summed = [_Summed(worker, one) for (worker, _), one in zip(trees, held, strict=True)]
+            sums.append(self._sent(self._summed(summed)))
+        last: dict[int, list[HeldSum]] = {worker: [] for worker, _ in trees}
+        for (worker, _), done in zip(trees, before, strict=True):
+            last[worker] += done
+        return sums, last
+
     def tune(
         self, block: int, values: Values, solved: Sequence[list[SolvedLayer]]
     ) -> list[SolvedLayers]:

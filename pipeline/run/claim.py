@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from pipeline.errors import PlanMismatchError
+from pipeline.float_statistics import STATISTICS_FOLDER
 from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.storage.object_store import ObjectStore
 
@@ -33,7 +34,7 @@ def claim(
                 "choose another --output, or resume that run with what it was started with"
             )
         return found
-    own = ("tokens/", "leases/", "exports/", "composition/")
+    own = ("tokens/", "leases/", "exports/", "composition/", f"{STATISTICS_FOLDER}/")
     foreign = [key for key in store.list() if not key.startswith(own)]
     if foreign:
         raise PlanMismatchError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from pipeline.canonical import sha256
 from pipeline.errors import (
@@ -21,6 +22,7 @@ from pipeline.errors import (
 from pipeline.run.records import (
     MANIFEST_KEY,
     RECORDS_PREFIX,
+    CommittedRecord,
     FileDigest,
     Manifest,
     PartRecord,
@@ -28,10 +30,13 @@ from pipeline.run.records import (
     file_key,
     record_key,
 )
+from pipeline.run.sums_records import SumsRecord
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.record import MAX_RECORD_BYTES, RecordError
 
 QUARANTINE_PREFIX = "quarantine/"
+
+RecordT = TypeVar("RecordT", PartRecord, SumsRecord)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,14 +54,14 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Committed:
+class Committed(Generic[RecordT]):
     """What a run can resume from: usable records by part, and what cannot be used."""
 
-    parts: dict[int, PartRecord]
+    parts: dict[int, RecordT]
     findings: tuple[Finding, ...]
 
 
-def commit_part(store: ObjectStore, record: PartRecord, files: Mapping[str, bytes]) -> None:
+def commit_part(store: ObjectStore, record: CommittedRecord, files: Mapping[str, bytes]) -> None:
     """Write a part's files, then its record; idempotent, also with concurrent writers.
 
     Args:
@@ -83,33 +88,40 @@ def commit_part(store: ObjectStore, record: PartRecord, files: Mapping[str, byte
 
 
 def committed_parts(
-    store: ObjectStore, *, plan_digest: str, num_blocks: int, chained: bool, verify: bool
-) -> Committed:
+    store: ObjectStore,
+    kind: type[RecordT],
+    *,
+    plan_digest: str,
+    num_blocks: int,
+    chained: bool,
+    verify: bool,
+) -> Committed[RecordT]:
     """Find out what a run can resume from; damaged objects are reported, and never used.
 
     Args:
         store: opened at the run's root.
+        kind: of the run's records.
         num_blocks: blocks of the model.
         chained: each block's result depends on the block before, as with calibration, so that
             only an unbroken chain from block 0 on can be used.
         verify: read and hash every file; otherwise only check its size.
     """
-    parts: dict[int, PartRecord] = {}
+    parts: dict[int, RecordT] = {}
     findings: list[Finding] = []
     present = set(store.list(RECORDS_PREFIX))
     # Digest of the record of the block before; None if that block cannot be used.
     previous: str | None = ""
     for part in range(num_blocks + 1):
         in_chain = chained and part > 0
-        found: PartRecord | list[Finding] = []
+        found: RecordT | list[Finding] = []
         if record_key(part) in present:
-            found = _examine(store, part, plan_digest, previous if in_chain else "", verify)
-        if isinstance(found, PartRecord):
-            parts[part] = found
-        else:
+            found = _examine(store, kind, part, plan_digest, previous if in_chain else "", verify)
+        if isinstance(found, list):
             findings += found
+        else:
+            parts[part] = found
         if in_chain:
-            previous = found.record_sha256 if isinstance(found, PartRecord) else None
+            previous = None if isinstance(found, list) else found.record_sha256
     return Committed(parts=parts, findings=tuple(findings))
 
 
@@ -165,6 +177,21 @@ def damaged_files(store: ObjectStore, manifest: Manifest) -> tuple[Finding, ...]
     return tuple(damaged)
 
 
+def verify_and_seal(store: ObjectStore, manifest: Manifest) -> Manifest:
+    """Read everything that a manifest names once more, and commit it (see `commit_manifest`).
+
+    Raises:
+        DamagedObjectError: a stored file differs from what was committed; resume repairs it.
+    """
+    damaged = damaged_files(store, manifest)
+    if damaged:
+        raise DamagedObjectError(
+            f"{len(damaged)} committed objects are damaged, the first: {damaged[0].problem}; "
+            "resume the run to make them again"
+        )
+    return commit_manifest(store, manifest)
+
+
 def commit_manifest(store: ObjectStore, manifest: Manifest) -> Manifest:
     """Mark a run as finished; returns the manifest that counts: the first that was written.
 
@@ -205,8 +232,13 @@ def read_manifest(store: ObjectStore) -> Manifest:
 
 
 def _examine(
-    store: ObjectStore, part: int, plan_digest: str, previous: str | None, verify: bool
-) -> PartRecord | list[Finding]:
+    store: ObjectStore,
+    kind: type[RecordT],
+    part: int,
+    plan_digest: str,
+    previous: str | None,
+    verify: bool,
+) -> RecordT | list[Finding]:
     """A part's record, or why it cannot be used, or each of its files that cannot."""
     key = record_key(part)
     url = store.url(key)
@@ -214,7 +246,7 @@ def _examine(
         problem = f"{url} follows a block that is not committed"
         return [Finding(key=key, problem=problem, is_damaged=False)]
     try:
-        record = PartRecord.read(store, key)
+        record = kind.read(store, key)
         if record.part != part:
             raise DamagedObjectError(f"{url} is the record of part {record.part}")
         if record.plan_digest != plan_digest:

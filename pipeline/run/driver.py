@@ -5,13 +5,17 @@ It holds no arrays and no Keras. Storage decides where it starts, so resuming is
 While a block is calibrated and solved, the next one is read and the one before it committed. Its
 own commit begins, and calibration shards leave it, once the one before is committed: whatever dies,
 at most one block has to be solved again besides the one under way, and no shard is further ahead.
+
+A plan that captures statistics (see `pipeline.float_statistics`) goes the same way: the blocks are
+not solved, but the sums over their inputs are committed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from pipeline.errors import DamagedObjectError, PipelineError
 from pipeline.executor.protocol import (
@@ -26,10 +30,11 @@ from pipeline.plan import Plan
 from pipeline.reduction import split
 from pipeline.run import activations
 from pipeline.run.block_calls import BlockCalls
-from pipeline.run.commits import committed_parts, quarantine
+from pipeline.run.commits import Committed, committed_parts, quarantine
 from pipeline.run.events import Report, Step
-from pipeline.run.records import Manifest, PartRecord
-from pipeline.run.worker_api import SolvedLayers, Values, WorkerApi
+from pipeline.run.records import CommittedRecord, Manifest, PartRecord
+from pipeline.run.sums_records import SumsRecord
+from pipeline.run.worker_api import HeldSum, InputSum, SolvedLayers, Values, WorkerApi
 from pipeline.storage.object_store import ObjectStore
 
 KEEP_EVERY = 8
@@ -109,7 +114,7 @@ class _Commit:
         work: on the block.
     """
 
-    record: Handle[PartRecord]
+    record: Handle[CommittedRecord]
     work: list[WorkSpan]
 
 
@@ -130,7 +135,7 @@ class _Drive:
     keep_every: int
     check_lease: Callable[[], None]
     place: Callable[[int], ActivationPlace]
-    records: dict[int, PartRecord] = field(default_factory=dict, init=False)
+    records: dict[int, CommittedRecord] = field(default_factory=dict, init=False)
     committing: int | None = field(default=None, init=False)
     work: list[WorkSpan] = field(default_factory=list, init=False)
 
@@ -139,14 +144,19 @@ class _Drive:
         self.records = {}
         self.settle()
         self._find_committed(verify=verify)
-        self._quantize_alone()
-        if self.plan.chained:
-            self._quantize_in_turn()
+        if not self._captures:
+            self._quantize_alone()
+        if self._captures or self.plan.chained:
+            self._go_in_turn()
         [manifest] = self.executor.fetch(
             [self.executor.submit(0, WorkerApi.finalize, self.records)]
         )
         self.report(Step(event="sealed", work=self._take_work()))
         return manifest
+
+    @property
+    def _captures(self) -> bool:
+        return self.plan.makes == "statistics"
 
     def settle(self) -> None:
         """Wait for the commit that an attempt left under way, so that storage tells how it ended.
@@ -160,27 +170,31 @@ class _Drive:
             self.executor.fetch([self.executor.submit(w, WorkerApi.settle) for w in workers])
 
     def _find_committed(self, *, verify: bool) -> None:
-        found = committed_parts(
-            self.store,
+        find = partial(
+            committed_parts,
             plan_digest=self.plan.digest,
             num_blocks=self.plan.num_blocks,
             chained=self.plan.chained,
             verify=verify,
+        )
+        found: Committed[PartRecord] | Committed[SumsRecord] = (
+            find(self.store, SumsRecord) if self._captures else find(self.store, PartRecord)
         )
         for finding in found.findings:
             self.report(Step(event="damaged", text=finding.problem))
         if found.findings:
             self.check_lease()
             quarantine(self.store, found.findings)
-        if self.committing in found.parts:
-            self._committed(found.parts[self.committing], self._take_work())
+        parts: dict[int, CommittedRecord] = {**found.parts}
+        if self.committing is not None and self.committing in parts:
+            self._committed(parts[self.committing], self._take_work())
         self.committing = None
-        if found.parts:
-            text = f"{len(found.parts)} of {len(self.plan.parts)} parts were committed before"
-            self.report(Step(event="resumed", parts=tuple(found.parts), text=text))
-        self.records |= found.parts
+        if parts:
+            text = f"{len(parts)} of {len(self.plan.due_parts)} parts were committed before"
+            self.report(Step(event="resumed", parts=tuple(parts), text=text))
+        self.records |= parts
 
-    def _committed(self, record: PartRecord, work: Sequence[WorkSpan]) -> None:
+    def _committed(self, record: CommittedRecord, work: Sequence[WorkSpan]) -> None:
         self.records[record.part] = record
         self.committing = None
         self.report(Step(event="committed", part=record.part, record=record, work=work))
@@ -203,12 +217,17 @@ class _Drive:
             for record in self.executor.fetch(handles):
                 self._committed(record, self._take_work())
 
-    def _quantize_in_turn(self) -> None:
-        """Quantize the blocks, each calibrated on the output of the quantized ones before it."""
+    def _go_in_turn(self) -> None:
+        """Take the calibration windows through the blocks, and make what is missing of each.
+
+        A block that is quantized gives the next one its input, so that all after it are missing.
+        Sums of the float model depend on no other: only those that are missing are made again.
+        """
         plan, executor = self.plan, self.executor
-        first = next((b for b in range(plan.num_blocks) if b + 1 not in self.records), None)
-        if first is None:
+        missing = [block for block in range(plan.num_blocks) if block + 1 not in self.records]
+        if not missing:
             return
+        first, last = missing[0], missing[-1]
         assert plan.tokens is not None
         num_shards = len(plan.tokens.shards)
         calls = BlockCalls(plan, executor, split(num_shards, executor.num_workers))
@@ -221,48 +240,75 @@ class _Drive:
         )
         commit: _Commit | None = None
         kept = start
-        for block in range(first, plan.num_blocks):
-            last = block + 1 == plan.num_blocks
-            following = values if last else calls.read(block + 1)
-            solved = calls.tune(block, values, calls.solve(block, values))
+        for block in range(first, last + 1):
+            following = values if block == last else calls.read(block + 1)
+            solved: Sequence[SolvedLayers] = ()
+            sums: Sequence[InputSum] = ()
+            captured: Mapping[int, Sequence[HeldSum]] = {}
+            if not self._captures:
+                solved = calls.tune(block, values, calls.solve(block, values))
+            elif block in missing:
+                sums, captured = calls.sums(block, values)
             if commit is not None:
                 self._conclude(commit)
+                commit = None
             # By how far they are, so that an attempt also keeps what the one before did not.
             if block - kept >= self.keep_every:
                 self._keep(block, shards)
                 kept = block
-            record = self._begin_commit(block, values, solved)
-            if last:
+            record = self._begin_commit(block, values, solved, sums) if block in missing else None
+            if block == last:
+                assert record is not None
                 executor.fetch([record])
             else:
                 executor.fetch(
                     [
-                        executor.submit(w, WorkerApi.propagate, block, shards[w], values, *solved)
+                        executor.submit(
+                            w,
+                            WorkerApi.propagate,
+                            block,
+                            shards[w],
+                            values,
+                            *solved,
+                            *captured.get(w, ()),
+                        )
                         for w in shards
                     ]
                 )
-            commit = _Commit(record=record, work=self._take_work())
+            if record is not None:
+                commit = _Commit(record=record, work=self._take_work())
             values = following
         assert commit is not None
         self._conclude(commit)
 
     def _begin_commit(
-        self, block: int, values: Values, solved: Sequence[SolvedLayers]
-    ) -> Handle[PartRecord]:
-        """Submit a block's commit; no other may be under way."""
+        self,
+        block: int,
+        values: Values,
+        solved: Sequence[SolvedLayers],
+        sums: Sequence[InputSum],
+    ) -> Handle[CommittedRecord]:
+        """Submit a block's commit; no other may be under way.
+
+        Args:
+            sums: of a plan that captures statistics, which solves nothing.
+        """
         self.check_lease()
-        self.committing = block + 1
-        previous = self.records[block].record_sha256 if block else ""
+        part = self.committing = block + 1
         worker = block % self.executor.num_workers
-        return self.executor.submit(worker, WorkerApi.commit, block + 1, previous, values, *solved)
+        if self._captures:
+            return self.executor.submit(worker, WorkerApi.commit_sums, part, *sums)
+        previous = self.records[block].record_sha256 if block else ""
+        return self.executor.submit(worker, WorkerApi.commit, part, previous, values, *solved)
 
     def _conclude(self, commit: _Commit) -> None:
         """Wait for a block's record."""
         [record] = self.executor.fetch([commit.record])
         # All else that took time meanwhile was for the next block.
         work = self._take_work()
-        self.work = [span for span in work if span.stage != "commit"]
-        self._committed(record, [*commit.work, *(s for s in work if s.stage == "commit")])
+        stage = "commit_sums" if self._captures else "commit"
+        self.work = [span for span in work if span.stage != stage]
+        self._committed(record, [*commit.work, *(s for s in work if s.stage == stage)])
 
     def _keep(self, block: int, shards: dict[int, list[int]]) -> None:
         """Store the activations that enter a block, and delete those stored before.

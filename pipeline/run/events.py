@@ -21,7 +21,7 @@ from pipeline.errors import DamagedObjectError, MissingObjectError
 from pipeline.executor.protocol import Allocation
 from pipeline.executor.work_spans import WorkSpan, coarse, seconds_by_stage
 from pipeline.plan import Plan
-from pipeline.run.records import PartRecord
+from pipeline.run.records import CommittedRecord
 from pipeline.storage.object_store import ObjectStore
 
 EVENTS_PREFIX = "events/"
@@ -48,7 +48,7 @@ class Step:
     event: StepEvent
     part: int | None = None
     parts: tuple[int, ...] = ()
-    record: PartRecord | None = None
+    record: CommittedRecord | None = None
     work: Sequence[WorkSpan] = ()
     text: str = ""
 

@@ -8,8 +8,9 @@ that all executions of one plan write the same bytes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import ConfigDict, Field, StringConstraints
 
@@ -80,6 +81,38 @@ class FileDigest:
     def of(cls, data: bytes) -> Self:
         """Of these bytes."""
         return cls(sha256=sha256(data), size_bytes=len(data))
+
+
+class CommittedRecord(Protocol):
+    """The record of one committed part, whatever a run makes of it."""
+
+    @property
+    def part(self) -> int: ...
+
+    @property
+    def plan_digest(self) -> str: ...
+
+    @property
+    def previous(self) -> str:
+        """SHA-256 of the record of the block before, if the result depends on it; else ""."""
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    @property
+    def layers(self) -> tuple[LayerRecord, ...]: ...
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def files(self) -> Mapping[str, FileDigest]:
+        """Everything committed with it, by storage key below the run's root."""
+
+    @property
+    def record_sha256(self) -> str: ...
+
+    def to_json(self) -> bytes: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +207,7 @@ def record_key(part: int) -> str:
 
 def manifest_of(
     plan_digest: str,
-    parts: dict[int, PartRecord],
+    parts: Mapping[int, CommittedRecord],
     other_files: dict[str, bytes],
     provenance: dict[str, Any],
 ) -> Manifest:

@@ -19,7 +19,8 @@ from pipeline.fidelity import WindowFidelity
 from pipeline.plan import Plan
 from pipeline.recipe.recipe import StatisticsKind
 from pipeline.run.activations import SavedShard
-from pipeline.run.records import Manifest, PartRecord, TuningRecord
+from pipeline.run.records import CommittedRecord, Manifest, PartRecord, TuningRecord
+from pipeline.run.sums_records import SumsRecord
 
 if TYPE_CHECKING:
     from quantizer.expert_codes import ExpertCodes
@@ -207,15 +208,17 @@ class WorkerApi(Protocol):
         stage: int,
         subtree: range,
         values: Values,
-        *solved: Sequence[SolvedLayer],
+        *before: Sequence[SolvedLayer] | HeldSum,
         experts: range | None = None,
     ) -> HeldSum:
         """Move shards to the input of the block's group `stage`, and sum it over a subtree of them.
 
-        The sum stays here until a later stage begins.
+        The sum stays here until a later stage begins; of a float block, until the block after the
+        next begins.
 
         Args:
-            solved: the results for all groups before, and for layers that need no calibration.
+            before: the results for all groups before, and for layers that need no calibration; of a
+                float block, which has none, the name of the sum that has to be captured before.
             experts: which ones' inputs to sum, of a group of experts with inputs of their own.
         """
 
@@ -293,21 +296,36 @@ class WorkerApi(Protocol):
         """
 
     @concurrent("commit")
+    def commit_sums(self, part: int, *sums: InputSum) -> SumsRecord:
+        """Write the sums over a float block's inputs, of all groups, and return their record."""
+
+    @concurrent("commit")
     def settle(self) -> None:
         """Wait until no commit that was begun before is under way."""
 
     def propagate(
-        self, block: int, shards: Sequence[int], values: Values, *solved: SolvedLayers
+        self, block: int, shards: Sequence[int], values: Values, *before: SolvedLayers | HeldSum
     ) -> None:
-        """Send shards through the rest of the quantized block; no-op for those that have left."""
+        """Send shards through the rest of the quantized block; no-op for those that have left.
+
+        Args:
+            before: the results for all of its layers; of a float block, names of the sums that have
+                to be captured before.
+        """
 
     def quantize_alone(self, part: int) -> PartRecord:
-        """Read, solve and commit a part whose layers need no calibration."""
+        """Read, solve and commit a part that depends on no other.
+
+        Its layers need no calibration, or are solved on stored statistics.
+
+        Raises:
+            StatisticsError: these are missing or damaged.
+        """
 
     def keep(self, block: int, shards: Sequence[int]) -> dict[int, SavedShard]:
         """Store the activations that enter `block`, to resume from."""
 
-    def finalize(self, records: Mapping[int, PartRecord]) -> Manifest:
+    def finalize(self, records: Mapping[int, CommittedRecord]) -> Manifest:
         """Write the artifact's small files and the manifest; all parts must be committed."""
 
     def evaluate(

@@ -30,6 +30,14 @@ class HeldSums:
         """
         self._held = {x: total for x, total in self._held.items() if x.place >= due.place}
 
+    def begin_block(self, block: int) -> None:
+        """Forget the sums of blocks more than one before this one, where they are only sent.
+
+        Those of the block before may still be on their way to its commit, which ends before the
+        commit of this one begins.
+        """
+        self._held = {x: total for x, total in self._held.items() if x.block >= block - 1}
+
     def put(self, held: HeldSum, total: InputSum) -> HeldSum:
         """Hold a sum; returns its name."""
         self._held[held] = total

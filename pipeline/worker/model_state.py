@@ -23,7 +23,6 @@ from pipeline.model.preset_json import base_policy, converted_files, policy_map
 from pipeline.model.skeleton import Skeleton, build_skeleton
 from pipeline.model.targets import Target, outputs_with
 from pipeline.plan import Plan
-from pipeline.recipe.recipe import statistics_of
 from pipeline.run.worker_api import Values
 from pipeline.weights.digests import read_side_by_side
 from pipeline.weights.source import open_source
@@ -246,11 +245,11 @@ class ModelState:
         Args:
             taken: the values that the block's call takes.
         """
-        layers = self.plan.parts[block.index + 1].layers
-        statistics = {layer.name: statistics_of(layer.scheme) for layer in layers}
+        groups = self.plan.parts[block.index + 1].groups
+        statistics = {name: group.statistics for group in groups for name in group.targets}
         inputs = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in taken)
         # By their order: Keras numbers some names.
-        kinds = tuple(statistics[target.name] for target in block.targets)
+        kinds = tuple(statistics.get(target.name) for target in block.targets)
         key = (block.signature, kinds, inputs)
         with self._tracing:
             if key not in self._programs:

@@ -17,11 +17,13 @@ from pipeline.evaluation.answers import ChoiceLikelihood
 from pipeline.evaluation.batches import TOKENS_PER_PASS, EvaluationSet
 from pipeline.executor.protocol import ActivationPlace
 from pipeline.fidelity import WindowFidelity
+from pipeline.float_statistics import statistics_plan, statistics_store
 from pipeline.machine import check_machine
 from pipeline.plan import LayerPlan, Plan
 from pipeline.run import activations
 from pipeline.run.commits import commit_part, committed_file
-from pipeline.run.records import Manifest, PartRecord
+from pipeline.run.records import CommittedRecord, Manifest, PartRecord
+from pipeline.run.sums_records import SumsRecord
 from pipeline.run.worker_api import (
     HeldSum,
     InputSum,
@@ -47,6 +49,7 @@ from pipeline.worker.passage import Passage
 from pipeline.worker.replaced_blocks import ReplacedBlocks, by_artifact
 from pipeline.worker.shards import CalibrationShards
 from pipeline.worker.solve import CompiledAhead, join_layer, solve_layers, solve_slices
+from pipeline.worker.solve_stored import solve_block
 from pipeline.worker.statistics import (
     finished,
     in_numpy,
@@ -58,6 +61,7 @@ from pipeline.worker.statistics import (
     sum_inputs,
     sum_routed,
 )
+from pipeline.worker.stored_sums import BlockSums, encode_sums, finalize_statistics
 from pipeline.worker.streamed_model import StreamedModel, artifact_model, source_model
 from pipeline.worker.tune import batch_numbers, schedule_of, tuning_batch
 from quantizer.experts import ExpertHessians
@@ -106,9 +110,13 @@ class Worker(WorkerApi):
         self._sums.clear()
         self._passage.begin(missing, start, place, self.read(0))
         for done in range(start, block):
+            values = self._model.read(done + 1)
+            if self._captures:
+                self._passage.finish_block(done, missing, values, {}, {})
+                continue
             solved, floats = self._model.committed(done + 1, committed_file(self._store, done + 1))
             changed = {} if self._plan.recipe.tuning is None else floats
-            self._passage.finish_block(done, missing, self._model.read(done + 1), solved, changed)
+            self._passage.finish_block(done, missing, values, solved, changed)
 
     @device_errors()
     def capture(
@@ -117,11 +125,15 @@ class Worker(WorkerApi):
         stage: int,
         subtree: range,
         values: Values,
-        *solved: Sequence[SolvedLayer],
+        *before: Sequence[SolvedLayer] | HeldSum,
         experts: range | None = None,
     ) -> HeldSum:
+        solved = [one for one in before if not isinstance(one, HeldSum)]
         name = HeldSum(block=block, stage=stage, leaves=subtree, experts=experts)
-        self._sums.begin(name)
+        if self._captures:
+            self._sums.begin_block(block)
+        else:
+            self._sums.begin(name)
         weights = self._weights.on_each(block, values, _stored(x for one in solved for x in one))
         part = self._plan.parts[block + 1]
         corrected = part.corrects_drift(part.groups[stage])
@@ -257,6 +269,12 @@ class Worker(WorkerApi):
         commit_part(self._store, record, files)
         return record
 
+    def commit_sums(self, part: int, *sums: InputSum) -> SumsRecord:
+        groups = self._plan.parts[part].groups
+        record, files = encode_sums(self._plan.digest, part, groups, sums)
+        commit_part(self._store, record, files)
+        return record
+
     def settle(self) -> None:
         """Do nothing: that this is called means that a commit which had begun has ended.
 
@@ -265,9 +283,9 @@ class Worker(WorkerApi):
 
     @device_errors()
     def propagate(
-        self, block: int, shards: Sequence[int], values: Values, *solved: SolvedLayers
+        self, block: int, shards: Sequence[int], values: Values, *before: SolvedLayers | HeldSum
     ) -> None:
-        done = whole_block(solved)
+        done = whole_block(one for one in before if not isinstance(one, HeldSum))
         if done.is_changed:
             # Windows are inside the block, and weights on the device, as they were solved.
             self._weights.free()
@@ -278,14 +296,28 @@ class Worker(WorkerApi):
     @device_errors()
     def quantize_alone(self, part: int) -> PartRecord:
         self._begin()
+        sums = self._stored_sums(part)  # if they are damaged, nothing else need be done
         values = self.read(part)
-        paths = [layer.path for layer in self._plan.parts[part].layers if layer.scheme]
-        return self.commit(part, "", values, self.solve(part, paths, values, None))
+        planned = self._plan.parts[part]
+        self._compiled.await_for([x for x in planned.layers if x.scheme is not None])
+        targets, devices = self._model.targets(part), self._devices.several
+        return self.commit(
+            part, "", values, solve_block(targets, planned, values, sums, devices=devices)
+        )
+
+    def _stored_sums(self, part: int) -> BlockSums | None:
+        """The sums that a part is solved on; None if none of its layers is calibrated."""
+        if not self._plan.parts[part].groups:
+            return None
+        store = statistics_store(self._plan, self._store.root_url)
+        return BlockSums.read(store, statistics_plan(self._plan).digest, part)
 
     def keep(self, block: int, shards: Sequence[int]) -> dict[int, activations.SavedShard]:
         return self._passage.save(block, shards)
 
-    def finalize(self, records: Mapping[int, PartRecord]) -> Manifest:
+    def finalize(self, records: Mapping[int, CommittedRecord]) -> Manifest:
+        if self._captures:
+            return finalize_statistics(self._plan, self._store, records)
         return finalize(
             self._plan, self._store, self._model.preset_files(), self._model.parts, records
         )
@@ -367,6 +399,10 @@ class Worker(WorkerApi):
         _ = model.evaluation_models  # built by one thread
         stores = {part: open_store(url) for part, url in enumerate(of.run_urls)}
         return lambda: artifact_model(model, self._store, stores)
+
+    @property
+    def _captures(self) -> bool:
+        return self._plan.makes == "statistics"
 
     def _begin(self) -> None:
         """Before anything is computed that the run stores; evaluation may be done anywhere."""

@@ -33,6 +33,9 @@ class LocalExecutor:
     def run_each(self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> list[T]:
         return [function(*args) for args in arguments]
 
+    def work_on(self, run_url: str) -> None:
+        raise AssertionError("workers of another run have an executor of their own")
+
     def submit(
         self,
         worker: int,

@@ -90,7 +90,7 @@ def record_of(part, previous="", codes=False):
 
 def found_in(store, *, chained=True, verify=True):
     return committed_parts(
-        store, plan_digest=PLAN, num_blocks=NUM_BLOCKS, chained=chained, verify=verify
+        store, PartRecord, plan_digest=PLAN, num_blocks=NUM_BLOCKS, chained=chained, verify=verify
     )
 
 
