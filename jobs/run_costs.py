@@ -10,10 +10,16 @@ from typing import Any
 from rich.table import Column, Table
 from rich.text import Text
 
-from jobs.quantities import duration
+from jobs.quantities import duration, size
 from jobs.room import check_device_memory, check_memory, place_activations
 from pipeline.errors import PipelineError
-from pipeline.executor.protocol import Allocation, DeviceMemory, FunctionRunner, NodeRoom
+from pipeline.executor.protocol import (
+    Allocation,
+    ComputeSpec,
+    DeviceMemory,
+    FunctionRunner,
+    NodeRoom,
+)
 from pipeline.executor.worker_environment import GPU_MEMORY_SHARE
 from pipeline.plan import Plan
 from pipeline.planning.cost_model import run_cost
@@ -88,6 +94,31 @@ class Workers:
         if self.number % gpus:
             raise RatesError(f"{what}: {self.number % gpus} would be left over; ask for a divisor")
         return dataclasses.replace(self, together=gpus, is_fixed=True)
+
+    def for_needs(self, needs: ComputeSpec) -> Workers:
+        """Those of them that a run would take, which says what it needs.
+
+        Raises:
+            RatesError: it asks for more than there are.
+        """
+        found = self.with_gpus_each(needs.gpus_per_worker)
+        if needs.workers is None:
+            return found
+        # As a cluster divides a node's GPUs (`pipeline.executor.allocation`).
+        most = 1 if found.is_fixed else found.together
+        fitting = (
+            parts
+            for parts in range(1, most + 1)
+            if most % parts == 0 and needs.workers * (found.together // parts) <= found.number
+        )
+        parts = next(fitting, None)
+        if parts is None:
+            raise RatesError(
+                f"the run asks for {needs.workers} workers, and --on names {found.number} × "
+                f"{found.machine.name}; name more"
+            )
+        together = found.together // parts
+        return dataclasses.replace(found, number=needs.workers * together, together=together)
 
     @property
     def allocation(self) -> Allocation:
@@ -242,24 +273,49 @@ def cost_table(cost: RunCost) -> Table:
     return table
 
 
-def costs_table(costs: Mapping[str, RunCost]) -> Table:
-    """What several runs cost, one after another, on the same workers."""
-    first = next(iter(costs.values()))
+@dataclass(frozen=True, kw_only=True)
+class CatalogCost:
+    """What one run of several costs, with the bytes of weights that it reads and writes."""
+
+    cost: RunCost
+    read_bytes: int
+    stored_bytes: int
+
+
+def costs_table(costs: Mapping[str, CatalogCost]) -> Table:
+    """What several runs cost, one after another, each by its name."""
+    found = [one.cost for one in costs.values()]
+    kind = _kind(found[0])
+    machines = dict.fromkeys(f"{cost.workers} × {cost.machine.name}" for cost in found)
     table = Table(
         "run",
-        *(Column(name, justify="right") for name in ("seconds", "worker-hours", "price")),
-        title=f"cost on {first.workers} × {first.machine.name}: a model, not a measurement",
-        caption=first.machine.price_source or None,
+        *(Column(name, justify="right") for name in ("seconds", f"{kind}-hours", "price")),
+        *(Column(name, justify="right") for name in ("reads", "stores")),
+        "corrected by",
+        title=f"cost on {', '.join(machines)}: a model, not a measurement",
+        caption=found[0].machine.price_source or None,
     )
-    for name, cost in costs.items():
-        table.add_row(Text(name), f"{cost.seconds:.0f}", f"{cost.worker_hours:.3g}", _dollars(cost))
+    for name, one in costs.items():
+        past = one.cost.correction
+        table.add_row(
+            Text(name),
+            f"{one.cost.seconds:.0f}",
+            f"{one.cost.worker_hours:.3g}",
+            _dollars(one.cost),
+            size(one.read_bytes),
+            size(one.stored_bytes),
+            "–" if past is None else f"{past.corrected_by} run(s), × {past.factor:.2f}",
+        )
     table.add_section()
-    priced = [cost.price for cost in costs.values() if cost.price is not None]
+    priced = [cost.price for cost in found if cost.price is not None]
     table.add_row(
         "in all",
-        f"{sum(cost.seconds for cost in costs.values()):.0f}",
-        f"{sum(cost.worker_hours for cost in costs.values()):.3g}",
+        f"{sum(cost.seconds for cost in found):.0f}",
+        f"{sum(cost.worker_hours for cost in found):.3g}",
         f"${sum(priced):.2f}" if priced else "–",
+        size(sum(one.read_bytes for one in costs.values())),
+        size(sum(one.stored_bytes for one in costs.values())),
+        "",
     )
     return table
 

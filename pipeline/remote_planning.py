@@ -81,6 +81,19 @@ def plan_by_metadata(
     return _plan(source_url, recipe, threads, read_weights=False)
 
 
+def plan_for_costs(source_url: str, recipe: Recipe, threads: int) -> Plan:
+    """A plan whose work is that of the run, made without reading weights or texts.
+
+    Raises:
+        PipelineError: a source or recipe that cannot be carried out.
+    """
+    from pipeline.model.preset import read_preset
+    from pipeline.planning.make_plan import make_plan
+
+    preset = read_preset(source_url)
+    return make_plan(preset, recipe, threads=threads, read_weights=False, read_texts=False).plan
+
+
 def _plan(
     source_url: str, recipe: Recipe, threads: int, *, read_weights: bool
 ) -> tuple[Plan, bytes | None, Variables]:

@@ -78,30 +78,29 @@ def nightly(
     """Make what is stale, say why it was, and publish what passes its gate."""
     from jobs import execute
     from jobs.fleet import fulfil as fulfilling
+    from jobs.fleet.forecast import show
     from jobs.fleet.nightly import (
         exit_code_of,
         foresee,
         log_outcome,
         outcomes_table,
-        preview,
         run_stale,
     )
     from jobs.fleet.staleness import decide
     from jobs.metrics import nightly_ended
-    from jobs.run_costs import PricedMachine, costs_table, refuse_without_dry_run
+    from jobs.run_costs import PricedMachine, refuse_without_dry_run
     from pipeline.executor.ray_cluster import connect
 
     refuse_without_dry_run(on, rates, dry_run=dry_run)
-    if rates is not None and on is None:
-        raise PipelineError(f"--rates {rates}: say for which machines, such as --on 8xH100")
-    priced = None if on is None else PricedMachine.of(on, rates)
+    priced = PricedMachine.of(on, rates) if dry_run else None
     catalog, root = _opened(file, only)
     with status("looking for stale runs"):
         decisions = tuple(decide(root, catalog, save_verified=not dry_run))
 
-    if dry_run:
+    if priced is not None:
         plan_only = partial(execute.open_compute, address=address, plan_only=True)
-        outcomes = [foresee(preview(decision), plan_only, priced) for decision in decisions]
+        with status("working out what each run would take"):
+            outcomes = foresee(root, decisions, plan_only, priced)
         for outcome in outcomes:
             log_outcome(outcome)
     else:
@@ -118,12 +117,7 @@ def nightly(
         print_json([outcome.to_dict() for outcome in outcomes])
     elif not is_json():  # each was logged when it was known
         print_table(STDERR, outcomes_table(outcomes))
-        for outcome in outcomes:
-            if outcome.foreseen is not None:
-                outcome.foreseen.show(outcome.decision.run.name)
-        costs = {o.decision.run.name: o.cost for o in outcomes if o.cost is not None}
-        if costs:
-            print_table(STDERR, costs_table(costs))
+        show({o.decision.run.name: o.forecast for o in outcomes if o.forecast is not None})
     raise typer.Exit(exit_code_of(outcomes))
 
 
@@ -147,9 +141,25 @@ def submit(
     poll_seconds: Annotated[
         float, typer.Option(min=0.1, help="Seconds between two polls of the jobs.")
     ] = 5.0,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print what is stale and what it would cost, with --on."),
+    ] = False,
+    on: options.On = None,
+    rates: options.Rates = None,
     as_json: options.Json = False,
 ) -> None:
     """Make a catalog's stale runs as Ray Jobs, and resume those that failed."""
+    from jobs.run_costs import refuse_without_dry_run
+
+    refuse_without_dry_run(on, rates, dry_run=dry_run)
+    if dry_run and on is None:
+        raise PipelineError(
+            "--dry-run: a dashboard does not say what machines there are; name workers with --on, "
+            "such as --on 8xH100, or use quantfleet nightly --dry-run --address"
+        )
+    if dry_run:
+        nightly(file, None, only, dry_run=True, on=on, rates=rates, as_json=as_json)
     from jobs.fleet.nightly import exit_code_of, outcomes_table, preview
     from jobs.fleet.staleness import decide
     from jobs.fleet.submission import Submission, exit_code_of_tasks, tasks_table, watch_tasks

@@ -14,19 +14,15 @@ from rich.text import Text
 
 from jobs.catalog.request import Request, save_request
 from jobs.execute import OpenCompute
+from jobs.fleet.forecast import Forecast, forecasts
 from jobs.fleet.fulfil import Fulfilled, GateFailedError
 from jobs.fleet.staleness import Decision
 from jobs.logging import is_json, log_event, set_run
 from jobs.progress.catalog_view import EntryPhase, EntryProgress, ShowEntry, watch_catalog
 from jobs.publish.verdict import quality_text
 from jobs.quantities import size
-from jobs.run_costs import PricedMachine, cost_json, cost_of
-from jobs.run_exports import CATALOG_OPTION, ForeseenExports, foresee_exports
+from jobs.run_costs import PricedMachine
 from pipeline.errors import LeaseHeldError, PipelineError
-from pipeline.executor.protocol import FunctionRunner
-from pipeline.planning.run_cost import RunCost
-from pipeline.recipe.recipe import Recipe
-from pipeline.remote_planning import plan_by_metadata
 from pipeline.storage.object_store import ObjectStore
 from quantizer.errors import QuantizationError
 
@@ -43,8 +39,7 @@ class Outcome:
     Attributes:
         text: more, in words.
         exit_code: 0 if what the catalog asks for is published, or another process is making it.
-        foreseen: what its exports would be, in a dry run; None if it has none.
-        cost: of what is to do, on the machines that a dry run is asked about.
+        forecast: of what is to do, in a dry run.
     """
 
     decision: Decision
@@ -53,8 +48,7 @@ class Outcome:
     exit_code: int = 0
     quality: dict[str, Any] | None = None
     solved: bool = False
-    foreseen: ForeseenExports | None = None
-    cost: RunCost | None = None
+    forecast: Forecast | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -72,8 +66,7 @@ class Outcome:
             "solved": self.solved,
             "quality": self.quality,
             "text": self.text,
-            **({} if self.foreseen is None else self.foreseen.to_dict()),
-            **({} if self.cost is None else cost_json(self.cost)),
+            **({} if self.forecast is None else self.forecast.to_dict()),
         }
 
 
@@ -97,55 +90,28 @@ def preview(decision: Decision) -> Outcome:
 
 
 def foresee(
-    outcome: Outcome, open_compute: OpenCompute, priced: PricedMachine | None = None
-) -> Outcome:
-    """What a run that is still to do would export and cost, found without reading a weight.
-
-    Args:
-        priced: the machines that costs are worked out for; None for no costs.
-    """
-    request = outcome.decision.run.request
-    if outcome.result != "to do" or request is None or not (request.exports or priced):
-        return outcome
-    recipe = outcome.decision.run.recipe
-
-    def find(runner: FunctionRunner) -> tuple[ForeseenExports | None, RunCost | None]:
-        foreseen = None
-        if request.exports:
-            foreseen = foresee_exports(
-                runner,
-                request.source_url,
-                recipe,
-                request.exports,
-                dry_run=True,
-                option=CATALOG_OPTION,
-            )
-        return foreseen, None if priced is None else _cost(runner, request, recipe, priced)
-
-    try:
-        with open_compute(request.needs, request.source_url, request.run_id) as compute:
-            foreseen, cost = compute.plan(find, with_workers=False)
-    except (PipelineError, QuantizationError) as error:
-        code = error.exit_code if isinstance(error, PipelineError) else PipelineError.exit_code
-        return dataclasses.replace(outcome, result="failed", text=str(error), exit_code=code)
-    return dataclasses.replace(outcome, foreseen=foreseen, cost=cost)
-
-
-def _cost(
-    runner: FunctionRunner, request: Request, recipe: Recipe, priced: PricedMachine
-) -> RunCost | None:
-    """What a request's run costs on the workers that were named; None if none were.
-
-    Raises:
-        ExecutorError: it would not fit their memory.
-    """
-    if priced.named is None:
-        return None
-    threads = request.needs.threads or 1
-    plan, _, _ = runner.run(plan_by_metadata, request.source_url, recipe, threads)
-    priced.named.check_room(priced.named.estimate(plan))
-    num_windows = request.evaluation_windows * len(request.evaluated_on.by_name)
-    return cost_of(priced.named.plan(plan), priced.named, num_windows=num_windows)
+    root: ObjectStore,
+    decisions: Sequence[Decision],
+    open_compute: OpenCompute,
+    priced: PricedMachine,
+) -> list[Outcome]:
+    """What is known of every run, and what those that are to do would take (see `forecasts`)."""
+    found = forecasts(root, decisions, open_compute, priced)
+    outcomes = []
+    for place, decision in enumerate(decisions):
+        outcome, foreseen = preview(decision), found.get(place)
+        match foreseen:
+            case None:
+                pass
+            case Forecast():
+                outcome = dataclasses.replace(outcome, forecast=foreseen)
+            case PipelineError() | QuantizationError():
+                code = getattr(foreseen, "exit_code", PipelineError.exit_code)
+                outcome = dataclasses.replace(
+                    outcome, result="failed", text=str(foreseen), exit_code=code
+                )
+        outcomes.append(outcome)
+    return outcomes
 
 
 def run_stale(

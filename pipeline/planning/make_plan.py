@@ -41,7 +41,7 @@ from pipeline.planning.held_back import held_back_every
 from pipeline.planning.input_groups import embedded_shapes, input_groups
 from pipeline.planning.layer_plans import check_share, plan_layers
 from pipeline.planning.micro_batch import fitting_micro_batch, micro_batches
-from pipeline.planning.token_windows import token_windows
+from pipeline.planning.token_windows import blank_windows, token_windows
 from pipeline.planning.tuning import check_trained
 from pipeline.recipe.recipe import Recipe, statistics_of
 from pipeline.weights.digests import SizedPath, part_digests, read_in_threads
@@ -64,7 +64,12 @@ class Planned:
 
 
 def make_plan(
-    preset: PresetFiles, recipe: Recipe, *, threads: int, read_weights: bool = True
+    preset: PresetFiles,
+    recipe: Recipe,
+    *,
+    threads: int,
+    read_weights: bool = True,
+    read_texts: bool = True,
 ) -> Planned:
     """Decide everything about a run.
 
@@ -73,6 +78,8 @@ def make_plan(
             read weights here.
         read_weights: False leaves their digests out of the plan (see `Plan.is_complete`), and
             reads no more of the files than where each variable is.
+        read_texts: False plans for windows of the same shape without text; such a plan is not to
+            be carried out.
 
     Raises:
         PipelineError: a source, recipe or calibration that cannot be used.
@@ -109,7 +116,8 @@ def make_plan(
     reading = read_in_threads(source, unread, threads)
     try:
         if calibration is not None:
-            windows = token_windows(preset, skeleton, calibration)
+            cut = token_windows if read_texts else blank_windows
+            windows = cut(preset, skeleton, calibration)
         digests = reading.result()
     finally:
         reading.cancel()

@@ -27,6 +27,8 @@ Stage = Literal[
     "evaluate",
 ]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+UNTIMED: frozenset[Stage] = frozenset({"start", "plan", "evaluate"})
+"""Stages before a run is claimed, and after its manifest."""
 _ROUNDED_PER_SECOND = 20e6
 """Weights that one thread rounds to nearest, with their error; measured, on tables that fit no
 cache and in memory that is touched for the first time."""
@@ -51,6 +53,19 @@ class StageCost:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Correction:
+    """What earlier runs say of the model.
+
+    Attributes:
+        factor: what they took, over what the model says of them.
+        corrected_by: how many they are.
+    """
+
+    factor: float
+    corrected_by: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunCost:
     """What a run costs on so many machines of one kind.
 
@@ -59,6 +74,7 @@ class RunCost:
         stages: in their order; compiling is needed where no run before has done it.
         part_seconds: what each part adds to the stages between planning and the end, in the
             plan's order; not in `to_dict`.
+        correction: that was made to the model's own seconds.
     """
 
     machine: Machine
@@ -66,6 +82,27 @@ class RunCost:
     together: int = 1
     stages: tuple[StageCost, ...]
     part_seconds: tuple[float, ...] = ()
+    correction: Correction | None = None
+
+    def corrected(self, correction: Correction) -> RunCost:
+        """The same by what earlier runs took of the stages that a driver times."""
+        stages = tuple(
+            stage
+            if stage.name in UNTIMED
+            else dataclasses.replace(
+                stage,
+                seconds=stage.seconds * correction.factor,
+                hidden_seconds=stage.hidden_seconds * correction.factor,
+            )
+            for stage in self.stages
+        )
+        parts = tuple(correction.factor * seconds for seconds in self.part_seconds)
+        return dataclasses.replace(self, stages=stages, part_seconds=parts, correction=correction)
+
+    @property
+    def timed_seconds(self) -> float:
+        """Of the stages that a driver times, from a run's claim to its manifest."""
+        return sum(stage.seconds for stage in self.stages if stage.name not in UNTIMED)
 
     @property
     def seconds(self) -> float:
@@ -96,6 +133,7 @@ class RunCost:
             "seconds": self.seconds,
             "worker_hours": self.worker_hours,
             "price": self.price,
+            **({} if self.correction is None else dataclasses.asdict(self.correction)),
         }
 
 

@@ -94,6 +94,30 @@ def token_windows(
     )
 
 
+def blank_windows(
+    preset: PresetFiles, skeleton: Skeleton, calibration: Calibration
+) -> TokenWindows:
+    """Windows of the shapes that texts would give, without a text: to plan what a run would cost.
+
+    Models that take two texts, or arrays, get their own, whose shapes nothing else tells.
+
+    Raises:
+        PipelineError: as `token_windows`, but of texts.
+    """
+    layout = input_layout(skeleton)
+    if calibration.inputs or layout.takes_two_texts or not layout.takes_text:
+        return token_windows(preset, skeleton, calibration)
+    layout.check(calibration.inputs)
+    _check_length(preset, skeleton, layout, calibration.sequence_length)
+    num_samples, length = calibration.num_samples, calibration.sequence_length
+    return TokenWindows(
+        tokens=np.zeros((num_samples, length), np.int32),
+        lengths=np.full(num_samples, length, np.int32),
+        fingerprint="",
+        num_documents=0,
+    )
+
+
 def _streams(calibration: Calibration, template: ChatTemplate | None) -> list[TextStream]:
     weighted = calibration.weighted_texts
     if not weighted:

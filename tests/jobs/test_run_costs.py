@@ -10,7 +10,15 @@ import pytest
 from rich.console import Console
 
 from jobs.cli.main import main
-from jobs.run_costs import PricedMachine, Workers, cost_json, cost_of, cost_table, costs_table
+from jobs.run_costs import (
+    CatalogCost,
+    PricedMachine,
+    Workers,
+    cost_json,
+    cost_of,
+    cost_table,
+    costs_table,
+)
 from pipeline.executor.protocol import Allocation, ExecutorError
 from pipeline.planning.estimates import estimate
 from pipeline.planning.machines import RatesError, known_machines
@@ -188,5 +196,6 @@ def test_the_table_has_the_numbers_of_the_json() -> None:
 def test_several_runs_are_summed() -> None:
     workers = Workers(number=1, machine=slow_machine(price_per_hour=3600.0))
     cost = cost_of(plan(), workers, num_windows=0)
-    text = shown(costs_table({"one": cost, "two": cost}))
+    one = CatalogCost(cost=cost, read_bytes=3 << 20, stored_bytes=1 << 20)
+    text = shown(costs_table({"one": one, "two": one}))
     assert f"${2 * cost.seconds:.2f}" in text
