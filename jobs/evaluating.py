@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from jobs.logging import log_event, status
 from pipeline.calibration.windows import TokenWindows
 from pipeline.errors import CalibrationTextError
+from pipeline.evaluation.answers import ChoiceLikelihood
 from pipeline.evaluation.batches import TOKENS_PER_PASS, EvaluationSet
 from pipeline.evaluation.named_texts import EvaluatedTexts
 from pipeline.executor.protocol import Executor, ExecutorError, FunctionRunner, WorkerLostError
-from pipeline.fidelity import Fidelity, fidelity_of
+from pipeline.fidelity import Fidelity, WindowFidelity, fidelity_of
 from pipeline.plan import Plan
-from pipeline.remote_planning import evaluation_windows, question_rows
+from pipeline.remote_planning import evaluation_windows, question_rows, token_texts
+from pipeline.run.evaluations import Evaluation
 from pipeline.run.worker_api import PartsOfRuns, WorkerApi
+from pipeline.run.worst_windows import WorstWindows
+from pipeline.storage.object_store import ObjectStore
 
 _MOST_LOSSES = 5
 
@@ -59,17 +65,57 @@ def read_evaluation_set(
     return EvaluationSet(windows=read.pop("", None), named=read, tasks=questions)
 
 
+def judge(
+    executor: Executor,
+    store: ObjectStore,
+    source_url: str,
+    manifest_sha256: str,
+    given: EvaluationSet,
+    tokens_per_pass: int = TOKENS_PER_PASS,
+) -> Fidelity:
+    """Compare a finished result with its source, and keep what is found beside it.
+
+    Args:
+        store: at the run's root.
+        tokens_per_pass: how many have room on a worker's device (see `Compute.evaluation_pass`).
+    """
+    found = measure(executor, given, tokens_per_pass)
+    fidelity = fidelity_of(given, found)
+    evaluation = Evaluation.of(manifest_sha256, given, fidelity)
+    evaluation.save(store)
+    if given.text_sets:
+
+        def decode(texts: Sequence[Sequence[int]]) -> list[list[str]]:
+            return executor.run(token_texts, source_url, texts)
+
+        WorstWindows.of(evaluation, given, found, decode).save(store)
+    return fidelity
+
+
 def evaluate(
     executor: Executor,
     given: EvaluationSet,
     tokens_per_pass: int = TOKENS_PER_PASS,
     of: PartsOfRuns | None = None,
 ) -> Fidelity:
+    """How close a finished result is to its source; see `measure`."""
+    return fidelity_of(given, measure(executor, given, tokens_per_pass, of))
+
+
+def measure(
+    executor: Executor,
+    given: EvaluationSet,
+    tokens_per_pass: int = TOKENS_PER_PASS,
+    of: PartsOfRuns | None = None,
+) -> list[list[WindowFidelity] | list[ChoiceLikelihood]]:
     """Compare a finished result with its source, with the batches spread over the workers.
 
     Args:
+        tokens_per_pass: how many have room on a worker's device.
         of: another result of the source than the workers' own.
-        tokens_per_pass: how many have room on a worker's device (see `Compute.evaluation_pass`).
+
+    Returns:
+        what was found of each row of each batch.
     """
     if tokens_per_pass < TOKENS_PER_PASS:
         log_event(
@@ -98,7 +144,7 @@ def evaluate(
         except WorkerLostError:
             executor.recover()
         else:
-            return fidelity_of(given, [measured[i % workers][i // workers] for i in range(number)])
+            return [measured[i % workers][i // workers] for i in range(number)]
     raise ExecutorError(
         f"workers were lost {_MOST_LOSSES} times while they evaluated; check the memory and logs "
         "of the cluster's nodes, then run quantfleet evaluate"

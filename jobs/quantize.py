@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from jobs.evaluating import evaluate, read_evaluation_set
+from jobs.evaluating import judge, read_evaluation_set
 from jobs.execute import (
     Compute,
     DriverOptions,
@@ -49,7 +49,6 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.remote_planning import identity, plan_by_metadata, plan_on
 from pipeline.run.claim import claim
 from pipeline.run.commits import read_manifest
-from pipeline.run.evaluations import Evaluation
 from pipeline.run.records import MANIFEST_KEY
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.overlap import check_apart
@@ -302,8 +301,8 @@ def _finish(
             execution = execute(plan, store, compute, held, metrics, job.options)
         if judged_on is not None:
             at_once = compute.evaluation_pass(plan, judged_on)
-            fidelity = evaluate(compute.executor, judged_on, at_once)
-            Evaluation.of(execution.manifest.record_sha256, judged_on, fidelity).save(store)
+            digest = execution.manifest.record_sha256
+            fidelity = judge(compute.executor, store, job.source_url, digest, judged_on, at_once)
             metrics.judged(fidelity)
         made = make_exports(compute, store, job.exports)
         if held is not None:  # or there was nothing to do

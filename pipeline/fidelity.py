@@ -179,19 +179,29 @@ def fidelity_of(given: EvaluationSet, found: Sequence[Sequence[RowFidelity]]) ->
     Args:
         found: of each row of each of the batches, in their order.
     """
-    windows: dict[str, list[WindowFidelity]] = {"": []}
+    windows = windows_by_set(given, found)
     choices: list[dict[int, ChoiceLikelihood]] = [{} for _ in given.tasks]
     for batch, rows in zip(given.batches, found, strict=True):
         for row, one in zip(batch.rows, rows, strict=True):
-            if isinstance(one, WindowFidelity):
-                windows.setdefault(batch.text_set, []).append(one)
-            elif batch.task is not None:
+            if batch.task is not None and isinstance(one, ChoiceLikelihood):
                 choices[batch.task][row] = one
     answered = [
         (task, [by_row[row] for row in range(len(task.rows))])
         for task, by_row in zip(given.tasks, choices, strict=True)
     ]
-    return average(windows.pop(""), answered, windows)
+    return average(windows.pop("", []), answered, windows)
+
+
+def windows_by_set(
+    given: EvaluationSet, found: Sequence[Sequence[RowFidelity]]
+) -> dict[str, list[WindowFidelity]]:
+    """What was found of the windows of each set, in their order; see `fidelity_of`."""
+    windows: dict[str, list[WindowFidelity]] = {}
+    for batch, rows in zip(given.batches, found, strict=True):
+        for one in rows:
+            if isinstance(one, WindowFidelity):
+                windows.setdefault(batch.text_set, []).append(one)
+    return windows
 
 
 def _means(windows: Sequence[WindowFidelity]) -> dict[str, Any]:

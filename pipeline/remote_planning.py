@@ -215,6 +215,15 @@ def evaluation_windows(
     return found
 
 
+def token_texts(source_url: str, texts: Sequence[Sequence[int]]) -> list[list[str]]:
+    """The text of each token of some texts, by the source's tokenizer."""
+    from pipeline.model.preset import read_preset
+    from pipeline.model.tokenizer import preset_tokenizer
+
+    tokenizer = preset_tokenizer(read_preset(source_url))
+    return [tokenizer.pieces(tokens) for tokens in texts]
+
+
 def question_rows(source_url: str, tasks: tuple[str, ...]) -> tuple[TaskRows, ...]:
     """Files of questions, as the tokens that a model reads.
 

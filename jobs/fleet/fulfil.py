@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from jobs.catalog.request import Request, run_store
-from jobs.evaluating import evaluate, read_evaluation_set
+from jobs.evaluating import judge, read_evaluation_set
 from jobs.execute import (
     Compute,
     DriverOptions,
@@ -47,7 +47,6 @@ from pipeline.recipe.recipe_file import recipe_from_dict
 from pipeline.remote_planning import identity, plan_on
 from pipeline.run.claim import claim
 from pipeline.run.commits import Finding, damaged_files, read_manifest
-from pipeline.run.evaluations import Evaluation
 from pipeline.run.lease import Lease
 from pipeline.run.records import MANIFEST_KEY, Manifest, is_weights_file
 from pipeline.storage.object_store import ObjectStore
@@ -318,9 +317,8 @@ def _evaluate(
     given = run_compute.plan(lambda runner: _evaluation_set(request, artifact.plan, runner))
     assert given is not None
     at_once = run_compute.evaluation_pass(artifact.plan, given)
-    fidelity = evaluate(run_compute.executor, given, at_once)
-    Evaluation.of(artifact.manifest.record_sha256, given, fidelity).save(store)
-    return fidelity
+    digest = artifact.manifest.record_sha256
+    return judge(run_compute.executor, store, request.source_url, digest, given, at_once)
 
 
 def _evaluation_set(request: Request, plan: Plan, runner: FunctionRunner) -> EvaluationSet | None:

@@ -23,8 +23,11 @@ from jobs.report.layer_errors import errors_outside_blocks, layer_errors, worst
 from jobs.report.page import page
 from jobs.report.time_figures import stages_figure, workers_figure
 from jobs.report.timeline import Timeline, read_timeline
+from jobs.report.worst_texts import LEVELS, WorstText, worst_text
 from pipeline.errors import PipelineError
+from pipeline.run.evaluations import Evaluation
 from pipeline.run.records import ARTIFACT_PREFIX, PartRecord
+from pipeline.run.worst_windows import find_worst_windows
 from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.storage.record import MAX_RECORD_BYTES
 
@@ -85,7 +88,11 @@ def run_report(run: FinishedRun) -> bytes:
         [one for one in figures if one is not None],
         run=run,
         headline=_headline(run, contents, timeline),
-        evaluations=[(o, quality_rows(o), measured_on(o)) for o in run.evaluations],
+        evaluations=[
+            (one, quality_rows(one), measured_on(one), _worst_texts(run, one))
+            for one in run.evaluations
+        ],
+        levels=LEVELS,
         worst=worst(layers, _NUM_WORST),
         num_layers=len(layers),
         in_float=list(left_in_float(run)),
@@ -97,6 +104,10 @@ def run_report(run: FinishedRun) -> bytes:
         timeline=timeline,
         stages=timeline.shares,
     )
+
+
+def _worst_texts(run: FinishedRun, evaluation: Evaluation) -> list[WorstText]:
+    return [worst_text(one) for one in find_worst_windows(run.store, evaluation)]
 
 
 def _records(run: FinishedRun) -> list[PartRecord]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,29 @@ class PresetTokenizer:
 
     def __call__(self, text: str) -> list[int]:
         return [int(token) for token in self.tokenizer(text)]
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """The text of each token, which together are the text.
+
+        Where several tokens make one character, the last of them is that character.
+        """
+        found: list[str] = []
+        known = ""
+        for i in range(len(tokens)):
+            text = str(self.tokenizer.detokenize(list(tokens[: i + 1])))
+            pairs = enumerate(zip(known, text, strict=False))
+            same = next((j for j, (a, b) in pairs if a != b), min(len(known), len(text)))
+            # What more tokens turned into something else was no text yet.
+            spare = len(known) - same
+            for j in reversed(range(len(found))):
+                kept = max(0, len(found[j]) - spare)
+                spare -= len(found[j]) - kept
+                found[j] = found[j][:kept]
+                if not spare:
+                    break
+            found.append(text[same:])
+            known = text
+        return found
 
     @property
     def special_texts(self) -> dict[str, str]:

@@ -17,6 +17,8 @@ from jobs.report.page import page
 from jobs.report.run_report import run_report
 from jobs.report.time_figures import stages_figure, workers_figure
 from jobs.report.timeline import timeline
+from jobs.report.worst_texts import LEVELS, worst_text
+from pipeline.run.worst_windows import WorstWindow
 from pipeline.storage.object_store import open_store
 from tests.jobs.release.runs import finished
 from tests.jobs.report.browser import Opened, chromium
@@ -44,6 +46,14 @@ def hostile_page(num_blocks: int, num_layers: int) -> bytes:
     parts = ("rest", HOSTILE, "block_1")
     given = (*error_figures(layers), stages_figure(found, parts), workers_figure(found, parts))
     figures: list[Figure] = [one for one in given if one is not None]
+    bad = WorstWindow(
+        text_set=HOSTILE,
+        number=3,
+        count=2,
+        divergence=1.0,
+        start=0,
+        text=((HOSTILE, 0.0), (HOSTILE, 0.7), ("\u202e\x00", 3.0)),
+    )
     run = SimpleNamespace(
         origin=SimpleNamespace(name=HOSTILE),
         recipe=SimpleNamespace(name=HOSTILE),
@@ -54,7 +64,15 @@ def hostile_page(num_blocks: int, num_layers: int) -> bytes:
         figures,
         run=run,
         headline=[(HOSTILE, HOSTILE)],
-        evaluations=[],
+        evaluations=[
+            (
+                SimpleNamespace(figures={}),
+                [SimpleNamespace(figure=HOSTILE, source=HOSTILE, result=HOSTILE, recovery=HOSTILE)],
+                [(HOSTILE, HOSTILE)],
+                [worst_text(bad)],
+            )
+        ],
+        levels=LEVELS,
         worst=layers[:3],
         num_layers=len(layers),
         in_float=[(1, HOSTILE, HOSTILE)],

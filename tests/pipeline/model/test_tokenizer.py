@@ -38,6 +38,16 @@ def test_reads_a_hugging_face_tokenizer() -> None:
     assert tokenizer.special_ids["sep"] == 102
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_pieces_are_one_for_each_token_and_together_the_text(architecture: str) -> None:
+    tokenizer = preset_tokenizer(read_preset(str(shared_preset(architecture))))
+    tokens = tokenizer("the quick brown fox – naïve 日本")
+    pieces = tokenizer.pieces(tokens)
+    assert len(pieces) == len(tokens)
+    assert "".join(pieces) == tokenizer.tokenizer.detokenize(tokens)
+    assert sum(map(bool, pieces)) > 3
+
+
 @pytest.mark.parametrize(
     ("missing", "expected"),
     [("tokenizer.json", "tokenizer.json is missing"), ("assets", "tokenizer cannot be built")],
