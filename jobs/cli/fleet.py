@@ -78,14 +78,17 @@ def nightly(
     """Make what is stale, say why it was, and publish what passes its gate."""
     from jobs import execute
     from jobs.fleet import fulfil as fulfilling
+    from jobs.fleet.fleet_report import update_fleet_report
     from jobs.fleet.forecast import show
     from jobs.fleet.nightly import (
         exit_code_of,
         foresee,
         log_outcome,
+        night_entries,
         outcomes_table,
         run_stale,
     )
+    from jobs.fleet.nights import Clock, save_night
     from jobs.fleet.staleness import decide
     from jobs.metrics import nightly_ended
     from jobs.run_costs import PricedMachine, refuse_without_dry_run
@@ -94,6 +97,7 @@ def nightly(
     refuse_without_dry_run(on, rates, dry_run=dry_run)
     priced = PricedMachine.of(on, rates) if dry_run else None
     catalog, root = _opened(file, only)
+    began = Clock.started()
     with status("looking for stale runs"):
         decisions = tuple(decide(root, catalog, save_verified=not dry_run))
 
@@ -110,6 +114,8 @@ def nightly(
         compute = partial(execute.open_compute, address=address)
         fulfil_one = partial(fulfilling.fulfil, root, open_compute=compute, options=driven)
         outcomes = list(run_stale(root, decisions, fulfil_one))
+        save_night(root, began.night(file, len(outcomes), night_entries(outcomes)))
+        update_fleet_report(root, catalog)
         if address is not None and not exit_code_of(outcomes):
             with connect(address):  # a cluster of our own ends with its run, and so do its metrics
                 nightly_ended(PurePath(file).stem)
@@ -160,13 +166,22 @@ def submit(
         )
     if dry_run:
         nightly(file, None, only, dry_run=True, on=on, rates=rates, as_json=as_json)
-    from jobs.fleet.nightly import exit_code_of, outcomes_table, preview
+    from jobs.fleet.fleet_report import update_fleet_report
+    from jobs.fleet.nightly import exit_code_of, night_entries, outcomes_table, preview
+    from jobs.fleet.nights import Clock, save_night
     from jobs.fleet.staleness import decide
-    from jobs.fleet.submission import Submission, exit_code_of_tasks, tasks_table, watch_tasks
+    from jobs.fleet.submission import (
+        Submission,
+        exit_code_of_tasks,
+        night_entries_of_tasks,
+        tasks_table,
+        watch_tasks,
+    )
     from pipeline.executor.ray_jobs import RayJobs
 
     catalog, root = _opened(file, only)
     jobs = RayJobs(address, working_dir=working_dir)
+    began = Clock.started()
     with status("looking for stale runs"):
         decisions = tuple(decide(root, catalog, save_verified=True))
     others = [preview(decision) for decision in decisions if decision.state != "stale"]
@@ -182,6 +197,9 @@ def submit(
     if wait:
         with watch_tasks(decisions) as show:
             submission.finish(show)
+        made = night_entries_of_tasks(submission.tasks)
+        save_night(root, began.night(file, len(decisions), [*made, *night_entries(others)]))
+        update_fleet_report(root, catalog)
     else:
         submission.step()
     jobs_json = [task.to_dict() for task in submission.tasks]

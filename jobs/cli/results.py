@@ -83,16 +83,22 @@ def card(
 
 @app.command()
 def report(
-    output: options.FinishedRun,
+    output: options.RunOrFleet,
     to: Annotated[
-        str | None, typer.Option(help="Write the page to this file instead of into the run.")
+        str | None,
+        typer.Option(help="Write the page to this file instead of into the run, or the fleet."),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Write a report of a finished result: one page with pictures, for any browser."""
+    """Write a page for any browser: the report of a finished result, or of a whole fleet."""
+    from jobs.fleet.fleet_report import find_fleet, report_fleet
     from jobs.report.run_report import report_run
 
-    report_run(output, to, as_json=as_json)
+    fleet = find_fleet(output)
+    if fleet is None:
+        report_run(output, to, as_json=as_json)
+    else:
+        report_fleet(*fleet, to, as_json=as_json)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from jobs.catalog.request import Request, save_request
 from jobs.execute import OpenCompute
 from jobs.fleet.forecast import Forecast, forecasts
 from jobs.fleet.fulfil import Fulfilled, GateFailedError
+from jobs.fleet.nights import NightEntry
 from jobs.fleet.staleness import Decision
 from jobs.logging import is_json, log_event, set_run
 from jobs.progress.catalog_view import EntryPhase, EntryProgress, ShowEntry, watch_catalog
@@ -169,6 +170,23 @@ def _outcome_of_run(decision: Decision, fulfil: Callable[[Request], Fulfilled]) 
         quality=verdict.quality,
         solved=fulfilled.solved,
     )
+
+
+def night_entries(outcomes: Sequence[Outcome]) -> list[NightEntry]:
+    """What is to be remembered of a night: of entries that were not up to date."""
+    return [
+        NightEntry(
+            model=outcome.decision.run.entry.name,
+            recipe=outcome.decision.run.recipe.name,
+            request_id="" if request is None else request.request_id,
+            result=outcome.result,
+            reasons=outcome.decision.reasons,
+            text=outcome.text,
+        )
+        for outcome in outcomes
+        for request in [outcome.decision.run.request]
+        if outcome.result != "up to date"
+    ]
 
 
 def log_outcome(outcome: Outcome) -> None:

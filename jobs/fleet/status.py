@@ -103,6 +103,7 @@ class Row:
     Attributes:
         run: None if only the release is known.
         quality: what `jobs.publish.verdict.quality_figures` returns.
+        gate: the limits that it was judged by.
         exports: that were published with a release.
         text: why the gate failed, or what is wrong.
     """
@@ -117,6 +118,7 @@ class Row:
     source_bytes: int | None = None
     stored_bytes: int | None = None
     quality: dict[str, Any] | None = None
+    gate: dict[str, Any] | None = None
     exports: tuple[PublishedExport, ...] = ()
     text: str = ""
 
@@ -127,14 +129,7 @@ def status(root: ObjectStore, catalog: Catalog | None = None) -> tuple[Row, ...]
     Args:
         catalog: its models only, with a row for those that have nothing yet.
     """
-    names: dict[tuple[str, str], None] | None = None
-    if catalog is not None:
-        names = {
-            (name, recipe.name): None
-            for entry in catalog.entries
-            for name in (entry.name, *entry.aliases)
-            for recipe in entry.recipes
-        }
+    names = None if catalog is None else catalog_names(catalog)
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         published = [one for one in published_names(root) if names is None or one in names]
         found = pool.map(lambda one: _current_or_problem(root, *one), published)
@@ -145,6 +140,16 @@ def status(root: ObjectStore, catalog: Catalog | None = None) -> tuple[Row, ...]
     missing = dict.fromkeys(names or ()).keys() - {(row.model, row.recipe) for row in rows}
     rows += [Row(model=model, recipe=recipe, state="not started") for model, recipe in missing]
     return tuple(sorted(rows, key=lambda row: (row.model, row.recipe, row.state != "published")))
+
+
+def catalog_names(catalog: Catalog) -> dict[tuple[str, str], None]:
+    """Every model and recipe that a catalog asks for, aliases too, in its order."""
+    return {
+        (name, recipe.name): None
+        for entry in catalog.entries
+        for name in (entry.name, *entry.aliases)
+        for recipe in entry.recipes
+    }
 
 
 def _current_or_problem(root: ObjectStore, model: str, recipe: str) -> Current | str:
@@ -173,6 +178,7 @@ def _judged(run: JudgedRun, state: Literal["published", "gate failed"], text: st
         source_bytes=run.source_bytes,
         stored_bytes=run.stored_bytes,
         quality=run.quality,
+        gate=run.gate,
         text=text,
     )
 

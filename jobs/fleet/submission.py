@@ -21,6 +21,7 @@ from rich.text import Text
 
 from jobs.catalog.request import Request, save_request
 from jobs.fleet.nightly import entry_progress, preview
+from jobs.fleet.nights import NightEntry
 from jobs.fleet.staleness import Decision, decide_run
 from jobs.logging import is_live, log_event
 from jobs.progress.catalog_view import EntryPhase, EntryProgress, ShowEntry, watch_catalog
@@ -177,6 +178,21 @@ class Submission:
             task.job, f"{self.entrypoint} fulfil {shlex.quote(url)} --address auto", task.labels
         )
         task.phase = "running"
+
+
+def night_entries_of_tasks(tasks: Sequence[Task]) -> list[NightEntry]:
+    """What is to be remembered of a night on which jobs did the work."""
+    return [
+        NightEntry(
+            model=task.request.model,
+            recipe=task.request.recipe_name,
+            request_id=task.request.request_id,
+            result=task.phase,
+            reasons=task.decision.reasons,
+            text=task.text,
+        )
+        for task in tasks
+    ]
 
 
 def exit_code_of_tasks(tasks: Sequence[Task]) -> int:

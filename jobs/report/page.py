@@ -1,6 +1,6 @@
 """A page as one file: template, style, pictures and what draws them; nothing is loaded.
 
-Every value is escaped by the template engine. The page's policy lets only its own two scripts run,
+Every value is escaped by the template engine. The page's policy lets only its own scripts run,
 named by their digests, so that a name from a source could do nothing even if it were markup.
 """
 
@@ -22,15 +22,18 @@ from jobs.report.figure import Figure
 _DRAWING = ("vega.js", "draw.js")
 
 
-def page(template: str, figures: Sequence[Figure], **values: Any) -> bytes:
+def page(
+    template: str, figures: Sequence[Figure], *, scripts: Sequence[str] = (), **values: Any
+) -> bytes:
     """Fill a template of this folder, which extends `page.html.jinja`.
 
     Args:
         figures: that the template places, by `figure(name)` of `figure.jinja`.
+        scripts: others of this folder that the page needs, beside those that draw.
     """
     by_name = {one.name: one for one in figures}
-    scripts = [_text(name) for name in _DRAWING] if figures else []
-    policy = " ".join(f"'sha256-{_digest(script)}'" for script in scripts) or "'none'"
+    texts = [_text(name) for name in (*(_DRAWING if figures else ()), *scripts)]
+    policy = " ".join(f"'sha256-{_digest(text)}'" for text in texts) or "'none'"
     filled = (
         _environment()
         .get_template(template)
@@ -39,9 +42,9 @@ def page(template: str, figures: Sequence[Figure], **values: Any) -> bytes:
             | {
                 "figures": by_name,
                 "script_policy": Markup(policy),  # base64 between quotes
-                "scripts": [Markup(script) for script in scripts],
+                "scripts": [Markup(text) for text in texts],
                 # The scripts' licenses ask to be given along with them.
-                "notices": Markup(_text("vega.LICENSE")) if scripts else "",
+                "notices": Markup(_text("vega.LICENSE")) if figures else "",
                 "style": Markup(_text("page.css")),
             }
         )

@@ -53,13 +53,18 @@ def report_run(run_url: str, to_url: str | None, *, as_json: bool) -> None:
     store = open_store(absolute(run_url))
     with status("writing the report"):
         content = run_report(read_run(store, run_url))
-        target, key = (store, REPORT_KEY) if to_url is None else _file(to_url)
+        target, key = (store, REPORT_KEY) if to_url is None else page_file(to_url)
         target.put(key, content)
     url = target.url(key).removeprefix("file://")
     print_result({"url": url, "size_bytes": len(content)}, Text(f"report: {url}"), as_json=as_json)
 
 
-def _file(url: str) -> tuple[ObjectStore, str]:
+def page_file(url: str) -> tuple[ObjectStore, str]:
+    """The store and the key of a page that a user names by --to.
+
+    Raises:
+        PipelineError: the name is not that of a page.
+    """
     folder, _, name = absolute(url).rpartition("/")
     if not name.endswith(".html"):
         raise PipelineError(f"--to {url}: a page is one file; give it a name that ends in .html")

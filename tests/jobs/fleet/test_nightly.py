@@ -11,6 +11,8 @@ from typing import Any
 import h5py
 import pytest
 
+from jobs.fleet.fleet_report import FLEET_PAGE_KEY
+from jobs.fleet.nights import read_nights
 from pipeline.errors import StorageError
 from pipeline.executor.protocol import ExecutorError
 from pipeline.plan import PLAN_KEY
@@ -57,6 +59,26 @@ def test_a_second_night_makes_nothing_and_reports_what_it_read(made: TinyCatalog
     assert found["alpha int8"]["bytes_read"] == json_bytes
     assert found["alpha gptq-w4"]["bytes_read"] == 0  # the source was looked at already
     assert {key: made.root.get(key) for key in made.root.list()} == before
+
+
+def test_a_night_is_remembered_beside_the_fleet_s_page_and_gc_keeps_both(made: TinyCatalog) -> None:
+    night = read_nights(made.root, 100)[0][0]
+    assert night.num_entries == 3
+    assert {(one.model, one.result, one.reasons) for one in night.entries} == {
+        ("alpha", "published", ("never run",)),
+        ("beta", "published", ("never run",)),
+    }
+    page = made.root.get(FLEET_PAGE_KEY).decode()
+    for name in ("alpha", "beta"):
+        run = made.current(name, "int8" if name == "alpha" else "int4")["release"]["run_id"]
+        assert f'href="../runs/{run}/report.html"' in page
+    before = made.root.list("report/")
+    made.call("gc", made.folder / "results", "--delete")
+    assert made.root.list("report/") == before
+    # A dry run writes none of it.
+    made.root.delete(FLEET_PAGE_KEY)
+    made.nightly("--dry-run")
+    assert made.root.list("report/") == tuple(key for key in before if key != FLEET_PAGE_KEY)
 
 
 def test_a_changed_byte_in_a_source_makes_its_runs_again_and_no_others(made: TinyCatalog) -> None:

@@ -1,0 +1,112 @@
+"""What nights made of a catalog, kept below its root: why each entry was made, what became of it.
+
+ROOT/report/nights/20261130T021500-….json   one for each night on which anything was to be done
+
+They are for people; nothing is decided by them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import secrets
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pydantic import ConfigDict
+
+from pipeline.errors import DamagedObjectError, MissingObjectError
+from pipeline.storage.object_store import ObjectStore
+from pipeline.storage.record import STRICT, StoredRecord
+
+NIGHTS_PREFIX = "report/nights/"
+_NUM_THREADS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class NightEntry:
+    """What became of one entry.
+
+    Attributes:
+        request_id: "" where its files could not be looked at.
+        result: as `nightly` or `submit` names it.
+        reasons: why it was to be made, or could not be looked at.
+        text: what became of it, in words.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    model: str
+    recipe: str
+    request_id: str
+    result: str
+    reasons: tuple[str, ...]
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Night(StoredRecord):
+    """One pass over a catalog.
+
+    Attributes:
+        catalog: its file or URL, as it was given.
+        began: by the driver's clock, in UTC, as ISO 8601.
+        num_entries: that were looked at.
+        entries: those that were not up to date.
+    """
+
+    catalog: str
+    began: str
+    seconds: float
+    num_entries: int
+    entries: tuple[NightEntry, ...]
+
+    @property
+    def began_at(self) -> datetime.datetime:
+        return datetime.datetime.fromisoformat(self.began)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """When a pass began."""
+
+    began: datetime.datetime
+
+    @classmethod
+    def started(cls) -> Clock:
+        return cls(datetime.datetime.now(datetime.UTC))
+
+    def night(self, catalog: str, num_entries: int, entries: Sequence[NightEntry]) -> Night:
+        """The pass that ends now."""
+        passed = datetime.datetime.now(datetime.UTC) - self.began
+        return Night(
+            catalog=catalog,
+            began=self.began.isoformat(timespec="seconds"),
+            seconds=round(passed.total_seconds(), 1),
+            num_entries=num_entries,
+            entries=tuple(entries),
+        )
+
+
+def save_night(root: ObjectStore, night: Night) -> None:
+    """Keep a night; one on which everything was up to date leaves nothing."""
+    if night.entries:
+        stamp = f"{night.began_at:%Y%m%dT%H%M%S}"
+        root.create(f"{NIGHTS_PREFIX}{stamp}-{secrets.token_hex(4)}.json", night.to_json())
+
+
+def read_nights(root: ObjectStore, most: int) -> tuple[tuple[Night, ...], int]:
+    """The latest nights, oldest first, and how many of these are damaged."""
+    keys = sorted(root.list(NIGHTS_PREFIX))[-most:]
+
+    def read(key: str) -> Night | None:
+        try:
+            night = Night.read(root, key)
+            return night if night.began_at.tzinfo else None
+        except (DamagedObjectError, MissingObjectError, ValueError):
+            return None
+
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        found = tuple(night for night in pool.map(read, keys) if night is not None)
+    return found, len(keys) - len(found)
