@@ -35,13 +35,14 @@ _COLORS = {
     "quantize_alone": "#54a24b",
     "read": "#88d27a",
     "commit": "#b79a20",
+    "commit_sums": "#7d6a14",
     "settle": "#bab0ac",
     "keep": "#9d755d",
     "finalize": "#79706e",
     "evaluate": "#ff9d98",
     "other": "#d8b5a5",
 }
-"""Of the stages, in the order in which a worker comes to them."""
+"""Of the stages, in the order in which a worker comes to them; what is not here is "other"."""
 
 _LOOKS: dict[Mark, tuple[str, str]] = {
     "committed": ("#8a929b", "triangle-up"),
