@@ -8,6 +8,7 @@ target, before any of it is written; and the better result is made of copies of 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -21,12 +22,10 @@ from jobs.reachable import absolute, check_writable, finished_manifest, reachabl
 from jobs.release.cards import update_cards
 from jobs.summary import Summary, summary_table
 from pipeline.artifact.loading import load_hints
-from pipeline.composition.choice import Choice
 from pipeline.composition.composed_plan import (
     GivenRun,
     check_composable,
     composed_plan,
-    part_bytes,
     read_given_run,
 )
 from pipeline.composition.decision import (
@@ -37,12 +36,13 @@ from pipeline.composition.decision import (
     check_target,
     measured_cost,
     options_of,
-    picked_runs,
     question,
 )
 from pipeline.composition.parts import copy_parts, seal
 from pipeline.composition.sensitivities import Sensitivity, measure
 from pipeline.errors import (
+    DamagedObjectError,
+    MissingObjectError,
     PipelineError,
     PlanMismatchError,
     UniformResultKeptError,
@@ -53,9 +53,9 @@ from pipeline.executor.protocol import ComputeSpec, FunctionRunner
 from pipeline.fidelity import Fidelity
 from pipeline.model.preset import CONFIG_FILE, check_preset
 from pipeline.plain.plan import is_plain
-from pipeline.plan import PLAN_KEY, Plan
+from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.remote_planning import identity
-from pipeline.run.claim import claim
+from pipeline.run.claim import check_empty, claim
 from pipeline.run.commits import read_manifest
 from pipeline.run.evaluations import Evaluation, find_evaluations, measured_on
 from pipeline.run.records import MANIFEST_KEY
@@ -110,6 +110,7 @@ def compose(
         check_apart(url, job.output_url, "run")
     store = reachable(job.output_url, PLAN_KEY)
     check_writable(store)
+    _check_free(store)
     runs = [_given_run(url) for url in job.run_urls]
     check_composable(runs)
     check_target(job.target, runs)
@@ -134,6 +135,17 @@ def compose(
             texts = compute.plan(read_texts)
         _Composing(job, runs, store, compute, texts, source_url).run(
             dry_run=dry_run, as_json=as_json
+        )
+
+
+def _check_free(store: ObjectStore) -> None:
+    """Refuse an output that holds anything but a composition, before anything is measured."""
+    if not store.exists(PLAN_KEY):
+        check_empty(store)
+    elif not read_plan(store).composed:
+        raise PlanMismatchError(
+            f"{store.url(PLAN_KEY)} is the plan of a run that is no composition; choose another "
+            "--output"
         )
 
 
@@ -179,7 +191,7 @@ class _Composing:
             print_result(outlook, outlook.tables(), as_json=as_json)
             return
         log_event("chosen", "", {"choice": asdict(outlook.choice)}, table=outlook.tables())
-        decision, found = self._decided(choice, picked_runs(choice, numbers), sensitivities)
+        decision, found = self._decided(outlook)
         plan = self._make(decision)
         fidelity = self._judged(decision, found)
         summary = Summary.of(
@@ -192,7 +204,7 @@ class _Composing:
             fidelity=fidelity,
         )
         update_cards(self.store)
-        said = _outcome(decision)
+        said = decision.outcome
         if as_json:
             found_out = {"decision": decision.content(), "summary": summary.to_dict()}
             print_json(asdict(outlook) | found_out)
@@ -235,11 +247,19 @@ class _Composing:
             ),
         )
 
+    def _decision_before(self) -> Decision | None:
+        """What was decided before, if that can be read; else the same measurements decide again."""
+        try:
+            return Decision.read(self.store, Decision.key)
+        except MissingObjectError:
+            return None
+        except DamagedObjectError as error:
+            log_event("damaged", f"{error}; it is decided again", level=logging.WARNING)
+            return None
+
     def _decided(
         self,
-        choice: Choice,
-        picked: tuple[int, ...],
-        sensitivities: Sequence[Sequence[Sensitivity]],
+        outlook: Outlook,
     ) -> tuple[Decision, Mapping[tuple[int, ...], Fidelity]]:
         """The decision, as it was made before or is made now, and what was measured for it now."""
         measured_windows = self.texts.measured.windows
@@ -250,8 +270,8 @@ class _Composing:
             measured_windows.digest,
             self.texts.judged_digest,
         )
-        if self.store.exists(Decision.key):
-            made = Decision.read(self.store, Decision.key)
+        made = self._decision_before()
+        if made is not None:
             if made.question == wanted:
                 return made, {}
             if self.store.exists(PLAN_KEY):
@@ -260,6 +280,7 @@ class _Composing:
                     "or texts; choose another --output, or judge what is there with quantfleet "
                     "evaluate"
                 )
+        picked = outlook.choice.picked
         found: dict[tuple[int, ...], Fidelity] = {}
         costs: dict[int, float] = {}
         limit = self.job.target.block_bytes(self.runs[0])
@@ -285,14 +306,14 @@ class _Composing:
                     plan_digest=run.plan.digest,
                     manifest_sha256=run.manifest.record_sha256,
                     size_bytes=run.size_bytes,
-                    expected=_sum([of_block[number].cost for of_block in sensitivities]),
+                    expected=outlook.runs[number].expected,
                     measured=_finite(costs.get(number)),
                 )
                 for number, run in enumerate(self.runs)
             ),
             picked=picked,
-            size_bytes=choice.size_bytes + part_bytes(self.runs[0].records[0]),
-            expected=choice.cost,
+            size_bytes=outlook.choice.num_bytes,
+            expected=outlook.choice.expected,
             measured=_finite(measured),
             kept=kept,
         )
@@ -345,41 +366,6 @@ class _Composing:
         if asked:
             Evaluation.of(manifest, given, fidelity).save(self.store)
         return fidelity
-
-
-def _outcome(decision: Decision) -> str:
-    """Which result was kept, and why, in words."""
-    size = f"{decision.size_bytes:,} bytes"
-    measured = "not finite" if decision.measured is None else f"{decision.measured:.5f}"
-    if len(set(decision.picked)) == 1:
-        only = decision.runs[decision.picked[0]].recipe
-        return f"the best choice within {decision.target} is the run {only} as it is, {size}"
-    if decision.kept is not None:
-        run = decision.runs[decision.kept]
-        return (
-            f"the composition ({size}) costs {measured}, and the run {run.recipe} "
-            f"({run.size_bytes:,} bytes) {run.measured:.5f}: the run is kept, and the output holds "
-            "a copy of it"
-        )
-    others = [
-        f"{run.recipe} {run.measured:.5f} ({run.size_bytes:,} bytes)"
-        for run in decision.runs
-        if run.measured is not None
-    ]
-    beside = f"; of runs within the target: {', '.join(others)}" if others else ""
-    return (
-        f"the composition, {size}, costs {measured}, where {decision.expected:.5f} was expected "
-        f"of its blocks alone{beside}"
-    )
-
-
-def _sum(costs: Sequence[float | None]) -> float | None:
-    total = 0.0
-    for cost in costs:
-        if cost is None:
-            return None
-        total += cost
-    return total
 
 
 def _finite(cost: float | None) -> float | None:

@@ -206,6 +206,32 @@ class Decision(StoredRecord):
         )
 
     @property
+    def outcome(self) -> str:
+        """Which result is kept, and why, in words."""
+        size = f"{self.size_bytes:,} bytes"
+        measured = "not finite" if self.measured is None else f"{self.measured:.5f}"
+        if len(set(self.picked)) == 1:
+            only = self.runs[self.picked[0]].recipe
+            return f"the best choice within {self.target} is the run {only} as it is, {size}"
+        if self.kept is not None:
+            run = self.runs[self.kept]
+            return (
+                f"the composition ({size}) costs {measured}, and the run {run.recipe} "
+                f"({run.size_bytes:,} bytes) {run.measured:.5f}: the run is kept, and the output "
+                "is a copy of it"
+            )
+        others = [
+            f"{run.recipe} {run.measured:.5f} ({run.size_bytes:,} bytes)"
+            for run in self.runs
+            if run.measured is not None
+        ]
+        beside = f"; of runs within the target: {', '.join(others)}" if others else ""
+        return (
+            f"the composition, {size}, costs {measured}, where {self.expected:.5f} was expected "
+            f"of its blocks alone{beside}"
+        )
+
+    @property
     def givers(self) -> tuple[int, ...]:
         """Of each block, the number of the run that gives it to the result that is kept."""
         return self.picked if self.kept is None else (self.kept,) * len(self.picked)

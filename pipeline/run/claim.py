@@ -34,6 +34,21 @@ def claim(
                 "choose another --output, or resume that run with what it was started with"
             )
         return found
+    check_empty(store)
+    if plan.tokens is not None and windows is not None:
+        store.create(plan.tokens.key, windows)
+    for key, data in beside.items():
+        store.put(key, data)
+    store.create(PLAN_KEY, plan.to_json())
+    return plan
+
+
+def check_empty(store: ObjectStore) -> None:
+    """Refuse a directory without a plan that holds other things than a run may find there.
+
+    Raises:
+        PlanMismatchError: it does.
+    """
     own = ("tokens/", "leases/", "exports/", "composition/", f"{STATISTICS_FOLDER}/")
     foreign = [key for key in store.list() if not key.startswith(own)]
     if foreign:
@@ -41,12 +56,6 @@ def claim(
             f"{store.url(foreign[0])} is there already, and no {PLAN_KEY} beside it; choose an "
             "empty --output"
         )
-    if plan.tokens is not None and windows is not None:
-        store.create(plan.tokens.key, windows)
-    for key, data in beside.items():
-        store.put(key, data)
-    store.create(PLAN_KEY, plan.to_json())
-    return plan
 
 
 def _difference(found: Plan, wanted: Plan) -> str:

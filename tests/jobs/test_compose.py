@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -209,6 +210,18 @@ def test_what_cannot_be_composed_is_refused_before_anything_is_written(
     assert "lies inside the run's own folder" in command.complaint
     assert not (tmp_path / "out").exists()
     assert not inside.exists()
+    taken = {
+        tmp_path / "taken": "choose an empty --output",
+        tmp_path / "run": "the plan of a run that is no composition",
+    }
+    for folder in taken:
+        folder.mkdir()
+        (folder / "stranger.txt").write_text("")
+    shutil.copy(runs["w4"].folder / "plan.json", tmp_path / "run")
+    for folder, expected in taken.items():
+        command("compose", *given(runs, "w2", "w4"), "--target-bits", "9", "--output", folder)
+        assert expected in command.complaint
+        assert not (folder / "composition").exists()
 
 
 def poisoned(out: ObjectStore, runs: Runs, costs: dict[str, list[float]]) -> None:
