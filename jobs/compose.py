@@ -156,6 +156,8 @@ def _given_run(url: str) -> GivenRun:
             f"{url}: the result of a plain Keras model, whose blocks are not known and lie in one "
             "file; compose runs on presets"
         )
+    if read_plan(store).makes != "artifact":
+        raise PipelineError(f"{url}: statistics of a model, and no result; name a finished run")
     return read_given_run(store)
 
 

@@ -64,7 +64,7 @@ def read_composition_texts(
         PipelineError: there is nothing to measure on.
     """
     # Evaluations, too, are on windows as long as calibration's.
-    calibrated = next((run for run in runs if run.plan.chained), runs[0])
+    calibrated = next((run for run in runs if run.plan.tokens is not None), runs[0])
     if asked.measure_texts:
         measured = read_evaluation_set(
             runner,

@@ -96,7 +96,7 @@ def check_composable(runs: Sequence[GivenRun]) -> None:
     if len(runs) < 2:
         raise PipelineError("a composition takes blocks of at least two runs; name another one")
     # Runs without calibration say nothing of how the others are calibrated.
-    references = [runs[0], *[run for run in runs if run.plan.chained][:1]]
+    references = [runs[0], *[run for run in runs if run.plan.tokens is not None][:1]]
     for run in runs:
         for first in references:
             found = list(_differences(first.plan, run.plan))
@@ -179,13 +179,17 @@ def composed_plan(runs: Sequence[GivenRun], picked: Sequence[int], name: str) ->
     givers = [runs[number] for number in picked]
     if len(set(picked)) == 1:
         only = givers[0]
-        return replace(
-            only.plan, composed=tuple(only.origin(part.part) for part in only.plan.parts)
-        )
+        origins = tuple(only.origin(part.part) for part in only.plan.parts)
+        return replace(only.plan, composed=origins, statistics_url="")
     by_part = (runs[0], *givers)
     plans = [run.plan for run in by_part]
-    # A block without calibration is the same wherever it stands.
-    calibrated = next((plan for plan in plans if plan.chained), None)
+    # A block without calibration is the same wherever it stands. Of runs that are calibrated on the
+    # quantized model and on the float one, the former's recipe allows all schemes.
+    calibrated = min(
+        (plan for plan in plans if plan.tokens is not None),
+        key=lambda plan: plan.uses_float_statistics,
+        default=None,
+    )
     tunings = {plan.recipe.tuning for plan in plans[1:]}
     first = runs[0].plan
     parts = tuple(plan.parts[number] for number, plan in enumerate(plans))
@@ -217,6 +221,7 @@ def composed_plan(runs: Sequence[GivenRun], picked: Sequence[int], name: str) ->
         weights_format=max(plan.weights_format for plan in plans),
         notes=tuple(dict.fromkeys(note for plan in plans for note in plan.notes)),
         composed=tuple(run.origin(part) for part, run in enumerate(by_part)),
+        statistics_url="",
     )
 
 

@@ -138,7 +138,7 @@ def test_a_composition_is_a_run_like_any_other(runs: Runs, command: Command) -> 
     assert sorted(part for parts in given_parts.values() for part in parts) == [0, *PARTS]
     assert all(given_parts[names[one]].count(part) for part, one in zip(PARTS, picked, strict=True))
     records = committed_parts(
-        out, plan_digest=plan.digest, num_blocks=NUM_BLOCKS, chained=True, verify=True
+        out, PartRecord, plan_digest=plan.digest, num_blocks=NUM_BLOCKS, chained=True, verify=True
     )
     assert not records.findings
     assert sum(x.size_bytes for x in records.parts.values()) == decision["size_bytes"]

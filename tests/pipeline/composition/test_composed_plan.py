@@ -14,7 +14,7 @@ from pipeline.plan import Plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.run.records import FileDigest, Manifest, PartRecord, file_key
 from pipeline.storage.object_store import open_store
-from quantizer.schemes import GPTQScheme, Int8Scheme
+from quantizer.schemes import Float8Scheme, GPTQScheme, Int8Scheme
 from tests.pipeline.tiny_runs import planned
 
 
@@ -137,3 +137,29 @@ def test_runs_that_differ_in_more_than_their_scheme_are_refused() -> None:
         check_composable((int8, w4, changed(w3, tokens=tokens)))
     with pytest.raises(PipelineError, match="at least two"):
         check_composable((w4,))
+
+
+def test_runs_calibrated_on_the_float_model_go_with_the_others() -> None:
+    w4, w3, int8 = runs()
+    assert w3.plan.recipe.calibration is not None
+    calibration = w3.plan.recipe.calibration.model_copy(update={"statistics": "float"})
+    on_float = changed(
+        w3,
+        recipe=w3.plan.recipe.model_copy(update={"calibration": calibration}),
+        parts=tuple(dataclasses.replace(x, captured=x.groups) for x in w3.plan.parts),
+        statistics_url="file:///elsewhere",
+    )
+    assert not on_float.plan.chained
+    check_composable((on_float, w4, int8))
+    float8 = changed(w4, recipe=w4.plan.recipe.model_copy(update={"scheme": Float8Scheme()}))
+    mixed = composed_plan((on_float, float8), [0, 0, 1], "mixed")
+    # No recipe asks for float8 on the float model's statistics.
+    assert mixed.recipe.calibration == w4.plan.recipe.calibration
+    assert not mixed.chained
+    assert not mixed.statistics_url
+    alone = composed_plan((on_float, int8), [0, 1, 1], "mixed")
+    assert alone.recipe.calibration == calibration
+    assert w3.plan.tokens is not None
+    tokens = dataclasses.replace(w3.plan.tokens, digest="0" * 64)
+    with pytest.raises(PipelineError, match="other calibration windows"):
+        check_composable((int8, w4, changed(on_float, tokens=tokens)))

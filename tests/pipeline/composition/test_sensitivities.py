@@ -15,7 +15,7 @@ from pipeline.composition.sensitivities import Sensitivity, measure
 from pipeline.evaluation.batches import EvaluationSet
 from pipeline.executor.protocol import ExecutorError
 from pipeline.storage.object_store import ObjectStore, open_store
-from pipeline.worker.streamed_model import artifact_model, source_model
+from pipeline.worker.streamed_model import StreamedModel, artifact_model, source_model
 from quantizer.schemes import Int4Scheme
 from tests.integration.quantized import FinishedRun, batch_of, finished_run, recipe
 from tests.pipeline.presets import shared_preset
@@ -71,9 +71,8 @@ def fresh() -> ObjectStore:
     return open_store(f"memory://sensitivities/{next(_stores)}")
 
 
-def output(run: FinishedRun, block: int | None) -> Any:
-    """Of the source with one block of a run, for all windows."""
-    source, artifact = source_model(run.model), artifact_model(run.model, run.store)
+def output(source: StreamedModel, artifact: StreamedModel, block: int | None) -> Any:
+    """Of a source with one block of an artifact, for all windows."""
     batch = batch_of(source, TOKENS)
     states = source.embed([batch])
     for number, call in enumerate(source.graph.calls):
@@ -101,10 +100,13 @@ def test_it_is_the_loss_of_the_model_with_this_block_alone(architecture: str, fo
     runs = runs_of(architecture, folder)
     found, _ = measured(runs, fresh())
     predicts = architecture == "Llama3"
-    before = output(runs[0], None)
+    source = source_model(runs[0].model)
+    artifacts = [artifact_model(run.model, run.store) for run in runs]
+    before = output(source, source, None)
     for block, of_block in enumerate(found):
-        for run, sensitivity in zip(runs, of_block, strict=True):
-            expected, error = cost(before, output(run, block), predicts=predicts)
+        for artifact, sensitivity in zip(artifacts, of_block, strict=True):
+            after = output(source, artifact, block)
+            expected, error = cost(before, after, predicts=predicts)
             assert sensitivity.cost == pytest.approx(expected, rel=0.02, abs=2e-7)
             assert sensitivity.standard_error == pytest.approx(error, rel=0.1, abs=2e-7)
             assert sensitivity.num_windows == 5
@@ -114,6 +116,7 @@ def test_it_is_the_loss_of_the_model_with_this_block_alone(architecture: str, fo
     assert all(fine < coarse for fine, coarse in costs)
 
 
+@pytest.mark.exhaustive
 def test_lost_workers_and_their_number_change_nothing(folder: Path) -> None:
     runs = runs_of("Llama3", folder)
     alone = fresh()
@@ -130,6 +133,7 @@ def test_lost_workers_and_their_number_change_nothing(folder: Path) -> None:
         measured(runs, fresh(), lose=[("sensitivities", number) for number in range(1, 99)])
 
 
+@pytest.mark.exhaustive
 def test_only_blocks_of_a_run_that_is_new_are_measured(folder: Path) -> None:
     runs = runs_of("Llama3", folder)
     store = fresh()
