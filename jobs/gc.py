@@ -29,9 +29,11 @@ from jobs.quantities import size
 from pipeline.errors import PipelineError
 from pipeline.export.manifest import EXPORT_KEY
 from pipeline.export.settings import EXPORTS_PREFIX
+from pipeline.float_statistics import STATISTICS_FOLDER
 from pipeline.plan import PLAN_KEY
 from pipeline.run import lease
 from pipeline.run.garbage import Garbage, find_garbage, find_runs, remove, whole_run
+from pipeline.run.statistics_users import holds_statistics, users
 from pipeline.storage.backend import Version
 from pipeline.storage.object_store import ObjectStore, open_store
 
@@ -47,6 +49,8 @@ class _UnreferencedRun(NamedTuple):
     reason: str
     published_as: frozenset[tuple[str, str]]
     """Models and recipes under which it may be promoted again."""
+    is_statistics: bool = False
+    """Not a run of the catalog, but statistics that no run uses any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +69,13 @@ class SweptRun:
 
 
 def collect(
-    url: str, *, delete: bool, lease_seconds: float, as_json: bool, unpublished: bool = False
+    url: str,
+    *,
+    delete: bool,
+    lease_seconds: float,
+    as_json: bool,
+    unpublished: bool = False,
+    statistics: bool = False,
 ) -> None:
     """Find, and delete if asked, the garbage of the runs at and below a URL.
 
@@ -75,6 +85,7 @@ def collect(
         url: a run, or a folder of runs, or a catalog's root.
         lease_seconds: silence after which another driver of a run counts as dead.
         unpublished: include whole runs that were never published.
+        statistics: include statistics of which all runs that use them are finished.
 
     Raises:
         PipelineError: no run is there.
@@ -92,9 +103,23 @@ def collect(
         unreferenced = _unreferenced_runs(found, releases, unpublished=unpublished)
         runs = {f"{RUNS_PREFIX}{run_id}" for run_id, one in found.items() if one.is_planned}
         runs |= {f"{RUNS_PREFIX}{run_id}" for run_id in unreferenced}
+    shared = {run for run in runs if holds_statistics(run)}
+    if releases is not None:
+        below = (key.split("/") for key in root.stream(f"{STATISTICS_FOLDER}/"))
+        shared = {"/".join(parts[:2]) for parts in below}
+    runs |= shared
     if not runs:
         raise PipelineError(f"{url}: no run is there or below it (no plan.json)")
-    sweep = _Sweep(root=root, releases=releases, delete=delete, lease_seconds=lease_seconds)
+    going = frozenset(f"{root.root_url}/{RUNS_PREFIX}{run_id}" for run_id in unreferenced)
+    use = _Use(going=going, unfinished=statistics)
+    unreferenced |= {
+        folder: _UnreferencedRun(folder, use.reason, frozenset(), is_statistics=True)
+        for folder in shared
+        if not use.of(open_store(f"{root.root_url}/{folder}"))
+    }
+    sweep = _Sweep(
+        root=root, releases=releases, use=use, delete=delete, lease_seconds=lease_seconds
+    )
     swept: list[SweptRun] = []
     with status(f"searching {len(runs)} runs"), ThreadPoolExecutor(_NUM_THREADS) as pool:
         for group in _groups(sorted(runs)):
@@ -112,6 +137,27 @@ def collect(
     log_event("swept", "", {"runs": list(map(dataclasses.asdict, swept))}, table=_table(swept))
     if not delete and any(one.garbage for one in swept):
         log_event("listed", "nothing was deleted; add --delete to delete it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Use:
+    """What counts as a use of statistics.
+
+    Attributes:
+        going: URLs of runs that are deleted too.
+        unfinished: by runs that are not finished alone.
+    """
+
+    going: frozenset[str]
+    unfinished: bool
+
+    @property
+    def reason(self) -> str:
+        return f"statistics that no {'unfinished ' if self.unfinished else ''}run uses"
+
+    def of(self, store: ObjectStore) -> bool:
+        """Whether any run uses the statistics at a store's root."""
+        return bool(users(store, unfinished=self.unfinished) - self.going)
 
 
 def _groups(runs: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -244,11 +290,13 @@ class _Sweep:
 
     Attributes:
         releases: of the catalog, if it is one's root.
+        use: by which statistics stay.
         lease_seconds: silence after which another driver of a run counts as dead.
     """
 
     root: ObjectStore
     releases: _Releases | None
+    use: _Use
     delete: bool
     lease_seconds: float
 
@@ -282,6 +330,8 @@ class _Sweep:
             if whole and any(r.run_id == whole.run_id for kept in now for r in kept):
                 text = "a release of it was made current meanwhile"
                 return SweptRun(url=store.root_url, skipped=text)
+            if whole and whole.is_statistics and self.use.of(store):
+                return SweptRun(url=store.root_url, skipped="a run has begun to use it meanwhile")
             # Listed under the lease: a running driver may still need what it has just written, and
             # exports may have been published.
             has_exports = any(one.key.startswith(EXPORTS_PREFIX) for one in found)
@@ -297,7 +347,8 @@ class _Sweep:
             # The lease's own files go last; a run with leases alone would still be listed.
             for key in store.list(lease.PREFIX):
                 store.delete(key)
-            self.root.delete(verified_files_key(whole.run_id))
+            if not whole.is_statistics:
+                self.root.delete(verified_files_key(whole.run_id))
         return SweptRun(url=store.root_url, garbage=found, deleted=True)
 
     def _garbage(

@@ -75,6 +75,12 @@ def plan_table(
         facts.add_row(name, text)
     facts.add_row("read", size(costs.source_bytes))
     facts.add_row("written, about", size(costs.result_bytes))
+    if costs.statistics_bytes:
+        facts.add_row(
+            "statistics",
+            f"{size(costs.statistics_bytes)}, captured once for all recipes of the model with the "
+            "same tokens",
+        )
     waiting = ", beside the GPUs, which have no room for them"
     facts.add_row(
         "activations",

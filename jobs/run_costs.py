@@ -50,6 +50,7 @@ _STAGES: dict[Stage, str] = {
     "tune": "tune",
     "decode": "decode",
     "exchange": "calls, exchange",
+    "statistics": "store, read statistics",
     "commit": "commit blocks",
     "keep": "keep activations",
     "finish": "verify, seal",
@@ -226,12 +227,20 @@ def refuse_without_dry_run(on: str | None, rates: str | None, *, dry_run: bool) 
             )
 
 
-def cost_of(plan: Plan, workers: Workers, *, num_windows: int, keep_every: int = 8) -> RunCost:
+def cost_of(
+    plan: Plan,
+    workers: Workers,
+    *,
+    num_windows: int,
+    keep_every: int = 8,
+    captured: bool = False,
+) -> RunCost:
     """What a plan costs.
 
     Args:
         plan: as it is made for these workers.
         num_windows: that source and result are compared on; 0 for none.
+        captured: whether another run has made the statistics that it uses, if it uses any.
     """
     length = _EVALUATED_TOKENS if plan.tokens is None else plan.tokens.sequence_length
     evaluated = Evaluated(num_windows=num_windows, sequence_length=length) if num_windows else None
@@ -242,6 +251,7 @@ def cost_of(plan: Plan, workers: Workers, *, num_windows: int, keep_every: int =
         together=workers.together_for(plan),
         evaluated=evaluated,
         keep_every=keep_every,
+        captured=captured,
     )
 
 

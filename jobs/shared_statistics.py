@@ -14,6 +14,7 @@ from pipeline.run.claim import claim
 from pipeline.run.commits import Finding, damaged_files, quarantine, read_manifest
 from pipeline.run.lease import Lease
 from pipeline.run.records import MANIFEST_KEY, RECORDS_PREFIX, Manifest, record_key
+from pipeline.run.statistics_users import note_user
 from pipeline.storage.object_store import ObjectStore
 
 _T = TypeVar("_T")
@@ -63,6 +64,7 @@ def with_statistics(
             found.create(tokens.key, windows)  # also where they are no longer
             capture(claim(found, wanted, windows), found, held)
 
+    note_user(found, store.root_url)
     if found.exists(MANIFEST_KEY):
         log_event("statistics", f"{found.root_url}: captured before; nothing to capture")
     else:

@@ -147,6 +147,10 @@ def gc(
             "--unpublished", help="At a catalog's root: also runs that were never published."
         ),
     ] = False,
+    statistics: Annotated[
+        bool,
+        typer.Option("--statistics", help="Also statistics that only finished runs have used."),
+    ] = False,
     lease_seconds: options.LeaseSeconds = 60.0,
     as_json: options.Json = False,
 ) -> None:
@@ -154,5 +158,10 @@ def gc(
     from jobs.gc import collect
 
     collect(
-        url, delete=delete, lease_seconds=lease_seconds, as_json=as_json, unpublished=unpublished
+        url,
+        delete=delete,
+        lease_seconds=lease_seconds,
+        as_json=as_json,
+        unpublished=unpublished,
+        statistics=statistics,
     )

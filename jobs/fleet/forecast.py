@@ -114,7 +114,7 @@ def _spec(decision: Decision, priced: PricedMachine) -> ComputeSpec:
     needs = decision.request.needs
     if priced.named is not None:
         return ComputeSpec(threads=_THREADS)
-    return needs if decision.run.recipe.needs_calibration else needs.with_one_gpu_each()
+    return needs if decision.run.recipe.chains_blocks else needs.with_one_gpu_each()
 
 
 def _finder(
@@ -128,6 +128,7 @@ def _finder(
         planner = _Planner(runner)
         at_hand = priced.find(runner, compute.allocation)
         found: dict[int, Foreseen] = {}
+        captured: set[str] = set()
         for place in places:
             try:
                 plan = planner.plan(decisions[place])
@@ -135,7 +136,9 @@ def _finder(
                     priced.named is None and not compute.allocation.gpus
                 ):  # theirs workers would tell
                     compute.check_room(compute.estimate(plan))
-                found[place] = _forecast(root, decisions[place], plan, runner, priced, at_hand)
+                found[place] = _forecast(
+                    root, decisions[place], plan, runner, priced, at_hand, captured
+                )
             except (PipelineError, QuantizationError) as error:
                 found[place] = error
         return found
@@ -150,7 +153,13 @@ def _forecast(
     runner: FunctionRunner,
     priced: PricedMachine,
     at_hand: Workers | str,
+    captured: set[str],
 ) -> Forecast:
+    """What one run would take.
+
+    Args:
+        captured: statistics that runs before it make; its own are added.
+    """
     request, recipe = decision.request, decision.run.recipe
     exports = None
     if request.exports:
@@ -168,7 +177,11 @@ def _forecast(
         if priced.named is not None:
             workers.check_room(workers.estimate(plan))
         num_windows = request.evaluation_windows * len(request.evaluated_on.by_name)
-        cost = cost_of(workers.plan(plan), workers, num_windows=num_windows)
+        shared = _statistics_of(request)
+        cost = cost_of(
+            workers.plan(plan), workers, num_windows=num_windows, captured=shared in captured
+        )
+        captured.add(shared)
         if past := correction(root, request, workers):
             cost = cost.corrected(past)
     return Forecast(
@@ -176,6 +189,19 @@ def _forecast(
         cost=cost,
         source_bytes=sum(part.source_bytes for part in plan.parts),
         stored_bytes=int(sum(stored_bytes(plan, part) for part in plan.parts)),
+    )
+
+
+def _statistics_of(request: Request) -> str:
+    """What decides the statistics of the float model, as far as the request tells."""
+    return digest_of(
+        {
+            "source": request.source,
+            "texts": request.texts,
+            "calibration": request.recipe.get("calibration"),
+            "dtype": request.recipe.get("dtype"),
+            "needs": [request.needs.threads, request.needs.device, request.needs.accelerator],
+        }
     )
 
 

@@ -21,6 +21,8 @@ What is assumed of workers:
 - Planning reads and hashes the source on all workers and threads, as fast as the parts of their
   hosts that belong to all GPUs. On CPUs that start a cluster of
   their own, workers start meanwhile.
+- With `statistics: float` the float model is captured first, block after block, unless another run
+  has done so; then each worker solves blocks alone.
 - Nothing fails, and nothing is repeated.
 """
 
@@ -32,6 +34,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.executor.worker_environment import GPU_MEMORY_SHARE
+from pipeline.float_statistics import statistics_plan
 from pipeline.plan import PartPlan, Plan
 from pipeline.planning.estimates import estimate, hidden_features, num_streams
 from pipeline.planning.evaluation_costs import Evaluated, head_flops
@@ -48,6 +51,7 @@ from pipeline.planning.work import (
     tuning_work,
 )
 from pipeline.reduction import split
+from pipeline.run.sums_records import statistics_bytes, sums_bytes
 from quantizer.schemes import Float8Scheme
 
 # Measured on two cores, in this order: Ray and a worker's imports; planning, and more of it for
@@ -68,6 +72,8 @@ _COMPILED_AT_ONCE = {"cpu": 1, "gpu": 4}
 _COMPRESSED_PER_SECOND = 28e6
 _READ_PASSES = 2.0
 _COMMIT_PASSES = 4.0
+# Of stored sums: read, and made whole and symmetric, which is twice as large.
+_UNPACK_PASSES = 5.0
 _MOST_HASHING_THREADS = 8
 _EVALUATED_PER_PASS = 1 << 15
 """Tokens of which a worker holds activations (`pipeline.worker.evaluate`)."""
@@ -81,6 +87,7 @@ def run_cost(
     together: int = 1,
     evaluated: Evaluated | None = None,
     keep_every: int = 8,
+    captured: bool = False,
 ) -> RunCost:
     """What a plan costs on so many such machines: GPUs, or nodes of CPUs.
 
@@ -89,10 +96,17 @@ def run_cost(
         workers: the machines, each with a worker of its own, or so many `together` with one.
         evaluated: the text that the result is judged on.
         keep_every: blocks between activations that are stored.
+        captured: whether another run has made the statistics that the plan uses, if it uses any.
     """
     model = _Model(planned_on(plan, machine.device), machine, workers, together)
     model.begin()
-    if model.plan.tokens is None:
+    if model.plan.makes == "statistics":
+        model.part_seconds.append(0.0)  # of what is outside the blocks
+        model.capture(model.plan, keep_every)
+    elif not model.plan.chained:
+        if model.plan.uses_float_statistics and not captured:
+            model.capture(statistics_plan(model.plan), keep_every)
+            model.part_seconds.clear()
         model.quantize_alone(model.plan.parts)
     else:
         model.quantize_alone(model.plan.parts[:1])
@@ -169,13 +183,71 @@ class _Model:
 
     def _alone(self, part: PartPlan) -> dict[Stage, Work]:
         found = block_work(self.plan, part, self._constants)
-        rows = [work for group in found.solve for work in group.rows]
+        # What uses statistics has an input's factor to find, too.
+        rows = [work for group in found.solve for work in (group.shared, *group.rows)]
+        sums = sums_bytes(part.captured) if part.groups else 0
+        to_device = sums if self._machine.device == "gpu" else 0
         return {
             "read": self._read(part),
+            "statistics": Work(
+                storage_bytes=sums,
+                hash_bytes=sums,
+                host_bytes=_UNPACK_PASSES * sums,
+                transfer_bytes=2 * to_device,
+            ),
             "solve": Work.total(rows),
             "commit": self._commit(part),
             "exchange": Work(seconds=_CALL_SECONDS),
         }
+
+    def capture(self, plan: Plan, keep_every: int) -> None:
+        """Take the sums over a float block's inputs, one block after another, and store them.
+
+        Args:
+            plan: of the statistics.
+        """
+        blocks = plan.parts[1:]
+        share = self._largest_share()
+        stored = [
+            Work(
+                host_bytes=_COMMIT_PASSES * sums_bytes(part.groups),
+                hash_bytes=sums_bytes(part.groups),
+                storage_bytes=sums_bytes(part.groups),
+                seconds=_FILE_SECONDS,
+            )
+            for part in blocks
+        ]
+        before = self.ledger.total_seconds
+        self.ledger.add("read", self._read(blocks[0]))
+        for index, part in enumerate(blocks):
+            found = self._work_of(part)
+            to_device = part.source_bytes if self._machine.device == "gpu" else 0
+            forward = found.forward * share + Work(transfer_bytes=to_device)
+            busy = self.ledger.add("forward", forward + self._moved_activations(part))
+            busy += self.ledger.add("grams", found.grams * share)
+            busy += self.ledger.add("exchange", self._exchange(part, found))
+            beside: list[tuple[Stage, Work]] = []
+            if index + 1 < len(blocks):
+                beside.append(("read", self._read(blocks[index + 1])))
+            if index:
+                beside.append(("statistics", stored[index - 1]))
+            self._add_beside(beside, busy)
+            if index + 1 < len(blocks) and (index + 1) % keep_every == 0:
+                self.ledger.add("keep", self._keep())
+            if index + 1 == len(blocks):
+                self.ledger.add("statistics", stored[-1])
+            self.part_seconds.append(self.ledger.total_seconds - before)
+            before = self.ledger.total_seconds
+        total = statistics_bytes(plan)
+        self.ledger.add("finish", Work(storage_bytes=total, hash_bytes=total))
+
+    def _add_beside(self, beside: Sequence[tuple[Stage, Work]], busy: float) -> None:
+        """Add what threads of their own do, side by side, while workers compute for so long."""
+        seconds = [self.ledger.seconds_of(work) for _, work in beside]
+        waited = max(0.0, max(seconds, default=0.0) - busy)
+        share = waited / sum(seconds) if seconds else 0.0
+        for stage, work in beside:
+            self.ledger.add(stage, work, share=share)
 
     def quantize_in_turn(self, keep_every: int) -> None:
         """Blocks one after another, each read and committed beside others."""
@@ -190,12 +262,7 @@ class _Model:
                 beside.append(("read", self._read(blocks[index + 1])))
             if index:
                 beside.append(("commit", self._commit(blocks[index - 1])))
-            # Threads of their own do these, side by side.
-            seconds = [self.ledger.seconds_of(work) for _, work in beside]
-            waited = max(0.0, max(seconds, default=0.0) - busy)
-            share = waited / sum(seconds) if seconds else 0.0
-            for stage, work in beside:
-                self.ledger.add(stage, work, share=share)
+            self._add_beside(beside, busy)
             if not last and (index + 1) % keep_every == 0:
                 self.ledger.add("keep", self._keep())
             if last:

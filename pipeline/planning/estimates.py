@@ -28,6 +28,7 @@ from pipeline.planning.tuning import (
     tuning_window_bytes,
 )
 from pipeline.reduction import split
+from pipeline.run.sums_records import statistics_bytes, sums_bytes
 from quantizer.schemes import Float8Scheme
 
 _FLOAT_BYTES = 4
@@ -57,6 +58,10 @@ _GRAM_COPIES = 3
 _LAYER_COPIES = 4
 _SCORE_COPIES = 2
 _HEAD_FEATURES = 64
+# Of a float block's sums, where these are stored: as bands on the device, for two blocks; and on
+# the host as sent, packed, and as a file.
+_HELD_SUMS = 3
+_SENT_SUMS = 4
 DEVICE_PROGRAMS_BYTES = 512 << 20
 """Of a GPU's memory: cuBLAS' workspaces, and what compiled programs keep."""
 # Micro-batches that are brought to the device or back while another one is computed.
@@ -83,6 +88,7 @@ class Estimate:
         device_bytes: peak memory of a GPU, the one that holds most; 0 on CPUs, where it is the
             worker's own.
         micro_batch_bytes: of these, what no number of workers lowers: of a micro-batch in a layer.
+        statistics_bytes: of the sums that are stored for all recipes, if the run uses such.
         forward_flops, gram_flops, solve_flops, tuning_flops: of all blocks, as they are run.
     """
 
@@ -104,6 +110,7 @@ class Estimate:
     held_bytes: int = 0
     device_held_bytes: int = 0
     activations: ActivationPlace = "device"
+    statistics_bytes: int = 0
 
     def beside_devices(self) -> Estimate:
         """The costs if activations wait in the workers' host memory, not on their GPUs."""
@@ -163,6 +170,7 @@ def estimate(plan: Plan, workers: int, gpus: int = 1) -> Estimate:
         ),
         solve_flops=float(sum(solve_flops(part) for part in blocks)),
         tuning_flops=float(sum(_tuning_flops(plan, part) for part in blocks)),
+        statistics_bytes=statistics_bytes(plan),
     )
 
 
@@ -209,6 +217,8 @@ def _worker_bytes(plan: Plan, workers: int) -> int:
         + tuning_window_bytes(plan, window)
         + max(solve, grams, tuned, written)
         + activations
+        + _SENT_SUMS * _stored_sums(plan)
+        + (_HELD_SUMS * _stored_sums(plan) if plan.device == "cpu" else 0)
     )
 
 
@@ -241,6 +251,7 @@ def _device_bytes(plan: Plan, workers: int, gpus: int) -> int:
         + held.activation_bytes
         + held.in_flight_bytes
         + held.transient_bytes
+        + _HELD_SUMS * _stored_sums(plan)
     )
 
 
@@ -329,7 +340,20 @@ def _activation_bytes(plan: Plan) -> int:
 
 
 def _hessian_groups(plan: Plan) -> list[tuple[InputGroup, PartPlan]]:
-    return [(g, part) for part in plan.parts for g in part.groups if g.statistics == "hessian"]
+    # What is captured for all recipes takes in what this one needs.
+    return [
+        (group, part)
+        for part in plan.parts
+        for group in part.captured or part.groups
+        if group.statistics == "hessian"
+    ]
+
+
+def _stored_sums(plan: Plan) -> int:
+    """Of the largest block's sums, where they are stored."""
+    if not (plan.uses_float_statistics or plan.makes == "statistics"):
+        return 0
+    return max(sums_bytes(part.captured or part.groups) for part in plan.parts)
 
 
 def hidden_features(plan: Plan) -> int:

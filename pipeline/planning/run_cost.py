@@ -21,6 +21,7 @@ Stage = Literal[
     "tune",
     "decode",
     "exchange",
+    "statistics",
     "commit",
     "keep",
     "finish",

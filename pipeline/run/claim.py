@@ -49,7 +49,7 @@ def check_empty(store: ObjectStore) -> None:
     Raises:
         PlanMismatchError: it does.
     """
-    own = ("tokens/", "leases/", "exports/", "composition/", f"{STATISTICS_FOLDER}/")
+    own = ("tokens/", "leases/", "exports/", "composition/", "users/", f"{STATISTICS_FOLDER}/")
     foreign = [key for key in store.list() if not key.startswith(own)]
     if foreign:
         raise PlanMismatchError(

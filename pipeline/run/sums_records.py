@@ -81,6 +81,7 @@ def sums_bytes(groups: Iterable[InputGroup]) -> int:
 
 
 def statistics_bytes(plan: Plan) -> int:
-    """What the statistics take that a run uses, or that it captures."""
-    captures = plan.makes == "statistics"
-    return sum(sums_bytes(part.groups if captures else part.captured) for part in plan.parts)
+    """What the statistics take that a run uses, or that it captures; 0 where it does neither."""
+    if plan.makes == "statistics":
+        return sum(sums_bytes(part.groups) for part in plan.parts)
+    return sum(sums_bytes(part.captured) for part in plan.parts)

@@ -70,6 +70,10 @@ class _LateExecutor(LocalExecutor):
         self._urls = source_url, run_url
         self._made = False
 
+    def work_on(self, run_url: str) -> None:
+        self._urls = self._urls[0], run_url
+        self._made = False
+
     def submit(
         self, worker: int, method: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Handle[Any]:

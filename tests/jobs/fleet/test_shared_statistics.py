@@ -1,0 +1,101 @@
+"""Recipes of a catalog share statistics of the float model: captured once, mended, swept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.float_statistics import STATISTICS_FOLDER
+from pipeline.run.sums_records import SUMS_PREFIX
+from tests.jobs.fleet.tiny_catalog import TinyCatalog, tiny_catalog
+
+BLOCKS = 2
+
+
+def in_float(catalog: TinyCatalog, bits: int) -> dict[str, Any]:
+    recipe = catalog.gptq(bits)
+    recipe["calibration"]["statistics"] = "float"
+    return recipe | {"name": f"float-w{bits}"}
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Iterator[TinyCatalog]:
+    with tiny_catalog(tmp_path) as made:
+        awq = in_float(made, 4) | {"name": "awq", "scheme": {"mode": "awq", "group_size": 32}}
+        made.add("alpha", [in_float(made, 4), in_float(made, 3), awq])
+        yield made
+
+
+def sums(catalog: TinyCatalog) -> list[str]:
+    keys = catalog.root.list(f"{STATISTICS_FOLDER}/")
+    return [key for key in keys if key.split("/")[2:3] == [SUMS_PREFIX.rstrip("/")]]
+
+
+def test_three_recipes_capture_once(catalog: TinyCatalog) -> None:
+    code, found = catalog.nightly()
+    assert code == 0, catalog.err
+    assert [one["result"] for one in found.values()] == ["published"] * 3
+    assert len({one["run_id"] for one in found.values()}) == 3
+    assert catalog.work.calls["commit_sums"] == BLOCKS
+    groups = catalog.work.calls["capture"] / BLOCKS
+    assert groups == 4  # query, key and value; output; gate and up; down: a single shard each
+    assert catalog.work.calls["quantize_alone"] == 3 * (BLOCKS + 1)
+    assert not catalog.work.calls["solve"]
+    assert len(sums(catalog)) == BLOCKS
+
+    # Damaged at rest: found when the next recipe reads it, said, and that block made again.
+    before = {key: catalog.root.get(key) for key in sums(catalog)}
+    last = sums(catalog)[-1]
+    catalog.root.put(last, before[last][:-1] + bytes([before[last][-1] ^ 1]))
+    catalog.values["models"][0]["recipes"].append(in_float(catalog, 2))
+    code, found = catalog.nightly()
+    assert code == 0, catalog.err
+    assert found["alpha float-w2"]["result"] == "published"
+    assert catalog.work.calls["commit_sums"] == BLOCKS + 1
+    assert {key: catalog.root.get(key) for key in sums(catalog)} == before
+    told = " ".join(catalog.err.split())
+    assert "statistics cannot be used" in told
+    assert f"made again: {catalog.root.url(last)} is damaged" in told
+
+
+def test_statistics_go_with_the_last_run_that_uses_them(catalog: TinyCatalog) -> None:
+    catalog.values["models"][0]["recipes"] = [in_float(catalog, 4)]
+    assert catalog.nightly()[0] == 0
+    root = catalog.root.root_url
+    code, swept = catalog.call("gc", root, "--delete")
+    assert code == 0
+    assert len(sums(catalog)) == BLOCKS
+    # The same, of runs that are not finished alone.
+    code, swept = catalog.call("gc", root, "--statistics")
+    [listed] = [one for one in swept if f"/{STATISTICS_FOLDER}/" in one["url"]]
+    assert {one["reason"] for one in listed["garbage"]} == {
+        "statistics that no unfinished run uses"
+    }
+    assert len(sums(catalog)) == BLOCKS
+    code, swept = catalog.call("gc", root, "--statistics", "--delete")
+    assert code == 0
+    assert catalog.root.list(f"{STATISTICS_FOLDER}/") == ()
+    # What another recipe needs is captured again.
+    catalog.values["models"][0]["recipes"].append(in_float(catalog, 3))
+    assert catalog.nightly()[0] == 0
+    assert catalog.work.calls["commit_sums"] == 2 * BLOCKS
+    # With its runs gone nothing uses it.
+    for key in catalog.root.list("runs/"):
+        catalog.root.delete(key)
+    code, swept = catalog.call("gc", root, "--delete")
+    assert code == 0
+    assert catalog.root.list(f"{STATISTICS_FOLDER}/") == ()
+
+
+def test_a_dry_run_counts_the_capture_once(catalog: TinyCatalog) -> None:
+    code, found = catalog.nightly("--dry-run", "--on", "2xcpu16")
+    assert code == 0, catalog.err
+    forward = [
+        next(s["seconds"] for s in one["cost"]["stages"] if s["name"] == "forward")
+        for one in found.values()
+    ]
+    assert forward[0] > 0
+    assert forward[1:] == [0, 0]
