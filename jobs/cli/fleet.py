@@ -11,12 +11,9 @@ import typer
 
 from jobs.cli import options
 from jobs.logging import (
-    STDERR,
-    is_json,
     log_event,
     print_json,
     print_result,
-    print_table,
     status,
     waiting,
 )
@@ -77,17 +74,10 @@ def nightly(
 ) -> None:
     """Make what is stale, say why it was, and publish what passes its gate."""
     from jobs import execute
+    from jobs.cli.dry_runs import show_outcomes
     from jobs.fleet import fulfil as fulfilling
     from jobs.fleet.fleet_report import update_fleet_report
-    from jobs.fleet.forecast import show
-    from jobs.fleet.nightly import (
-        exit_code_of,
-        foresee,
-        log_outcome,
-        night_entries,
-        outcomes_table,
-        run_stale,
-    )
+    from jobs.fleet.nightly import exit_code_of, foresee, log_outcome, night_entries, run_stale
     from jobs.fleet.nights import Clock, save_night
     from jobs.fleet.staleness import decide
     from jobs.metrics import nightly_ended
@@ -121,9 +111,8 @@ def nightly(
                 nightly_ended(PurePath(file).stem)
     if as_json:
         print_json([outcome.to_dict() for outcome in outcomes])
-    elif not is_json():  # each was logged when it was known
-        print_table(STDERR, outcomes_table(outcomes))
-        show({o.decision.run.name: o.forecast for o in outcomes if o.forecast is not None})
+    else:
+        show_outcomes(outcomes)
     raise typer.Exit(exit_code_of(outcomes))
 
 
@@ -149,23 +138,35 @@ def submit(
     ] = 5.0,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print what is stale and what it would cost, with --on."),
+        typer.Option("--dry-run", help="Print what is stale, its cost and schedule, with --on."),
     ] = False,
     on: options.On = None,
     rates: options.Rates = None,
+    failing_every: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="With --dry-run: hours between failures of a worker."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="With --failing-every: of other failures.")] = 0,
     as_json: options.Json = False,
 ) -> None:
     """Make a catalog's stale runs as Ray Jobs, and resume those that failed."""
-    from jobs.run_costs import refuse_without_dry_run
+    from jobs.cli.dry_runs import show_schedule
+    from jobs.fleet.simulation import Failures
+    from jobs.run_costs import PricedMachine, refuse_without_dry_run
 
     refuse_without_dry_run(on, rates, dry_run=dry_run)
+    if failing_every is not None and not dry_run:
+        raise PipelineError(f"--failing-every {failing_every:g}: add --dry-run, which heeds it")
     if dry_run and on is None:
         raise PipelineError(
             "--dry-run: a dashboard does not say what machines there are; name workers with --on, "
             "such as --on 8xH100, or use quantfleet nightly --dry-run --address"
         )
+    catalog, root = _opened(file, only)
     if dry_run:
-        nightly(file, None, only, dry_run=True, on=on, rates=rates, as_json=as_json)
+        failures = None if failing_every is None else Failures(3600 * failing_every, seed)
+        priced = PricedMachine.of(on, rates)
+        show_schedule(catalog, root, priced, at_once, failures, as_json=as_json)
     from jobs.fleet.fleet_report import update_fleet_report
     from jobs.fleet.nightly import exit_code_of, night_entries, outcomes_table, preview
     from jobs.fleet.nights import Clock, save_night
@@ -179,7 +180,6 @@ def submit(
     )
     from pipeline.executor.ray_jobs import RayJobs
 
-    catalog, root = _opened(file, only)
     jobs = RayJobs(address, working_dir=working_dir)
     began = Clock.started()
     with status("looking for stale runs"):

@@ -37,7 +37,7 @@ class SimulatedRun:
     lost_seconds: float = 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Failures:
     """How workers fail.
 

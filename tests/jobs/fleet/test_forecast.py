@@ -101,3 +101,21 @@ def test_what_earlier_runs_took_corrects_the_model(
         [elsewhere] = catalog.nightly("--dry-run", "--on", "H100")[1].values()
         assert "corrected_by" not in elsewhere["cost"]
         assert json.dumps(one)
+
+
+def test_a_submission_on_paper_is_scheduled_by_priority_and_workers(tmp_path: Path) -> None:
+    with tiny_catalog(tmp_path) as catalog:
+        for name, more in (("alpha", {}), ("beta", {"priority": 5})):
+            catalog.add(name, ["int8", "int4"], resources={"workers": 1}, **more)
+        given = ["--address", "http://x", "--dry-run", "--on", "2xcpu16", "--at-once", 3]
+        code, found = catalog.call("submit", catalog.file, *given)
+        assert (code, catalog.work.solves) == (0, 0)
+        schedule = found["schedule"]
+        assert [one["name"].split()[0] for one in schedule["runs"]] == ["beta"] * 2 + ["alpha"] * 2
+        assert [one["start"] > 0 for one in schedule["runs"]] == [False] * 2 + [True] * 2
+        assert {one["after"].split()[0] for one in schedule["runs"][2:]} == {"beta"}
+        seconds = sum(one["cost"]["seconds"] for one in found["runs"])
+        assert schedule["seconds"] * 2 * schedule["utilisation"] == pytest.approx(seconds)
+        _, failing = catalog.call("submit", catalog.file, *given, "--failing-every", 0.001)
+        assert failing["schedule"]["failures"] > 0
+        assert failing["schedule"]["seconds"] > schedule["seconds"]
