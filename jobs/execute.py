@@ -315,7 +315,7 @@ def execute(
                     plan,
                     store,
                     executor,
-                    metrics.also(log.also(report)),
+                    metrics.also(log.also(report), num_parts=len(plan.parts)),
                     keep_every=options.keep_every,
                     check_lease=held.check,
                     place=partial(compute.place, plan),

@@ -23,6 +23,12 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
         "Result's perplexity over its source's, of several sets of texts the worst.",
         ("model", "recipe"),
     ),
+    "quantfleet_parts": ("Files of weights that a run makes.", ("model", "recipe")),
+    "quantfleet_parts_left": ("Those that are not committed yet.", ("model", "recipe")),
+    "quantfleet_entries": (
+        "Entries of a catalog, by what became of them in the last pass.",
+        ("catalog", "result"),
+    ),
     "quantfleet_last_block_timestamp_seconds": ("Unix time of the last commit.", ("model",)),
     "quantfleet_nightly_timestamp_seconds": ("Unix time of the last good pass.", ("catalog",)),
 }
@@ -37,10 +43,23 @@ class RunMetrics:
     model: str
     recipe: str
 
-    def also(self, report: Report) -> Report:
-        """A report function that counts each step before it passes it on to `report`."""
+    def also(self, report: Report, *, num_parts: int) -> Report:
+        """A report function that counts each step before it passes it on to `report`.
+
+        Args:
+            num_parts: of the run.
+        """
+        done: set[int] = set()
+
+        def tell_parts() -> None:
+            tags = {"model": self.model, "recipe": self.recipe}
+            _record("quantfleet_parts", num_parts, **tags)
+            _record("quantfleet_parts_left", num_parts - len(done), **tags)
 
         def both(step: Step) -> None:
+            if step.event == "resumed":
+                done.update(step.parts)
+                tell_parts()
             for stage, seconds in step.seconds.items():
                 _record("quantfleet_stage_seconds_total", seconds, model=self.model, stage=stage)
             if step.event == "lost":
@@ -49,6 +68,8 @@ class RunMetrics:
                 size_bytes = step.record.size_bytes
                 _record("quantfleet_blocks_total", 1, model=self.model)
                 _record("quantfleet_written_bytes_total", size_bytes, model=self.model)
+                done.add(step.record.part)
+                tell_parts()
                 _record("quantfleet_last_block_timestamp_seconds", time.time(), model=self.model)
             report(step)
 
@@ -66,6 +87,12 @@ class RunMetrics:
             # NaN, which compares with nothing, is worse than any number.
             worst = max(ratios, key=lambda ratio: (math.isnan(ratio), ratio))
             _record("quantfleet_perplexity_ratio", worst, model=self.model, recipe=self.recipe)
+
+
+def nightly_counted(catalog: str, entries: Mapping[str, int]) -> None:
+    """Set how many of a catalog's entries ended how in a pass."""
+    for result, number in entries.items():
+        _record("quantfleet_entries", number, catalog=catalog, result=result)
 
 
 def nightly_ended(catalog: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from functools import partial
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated
@@ -80,7 +81,7 @@ def nightly(
     from jobs.fleet.nightly import exit_code_of, foresee, log_outcome, night_entries, run_stale
     from jobs.fleet.nights import Clock, save_night
     from jobs.fleet.staleness import decide
-    from jobs.metrics import nightly_ended
+    from jobs.metrics import nightly_counted, nightly_ended
     from jobs.run_costs import PricedMachine, refuse_without_dry_run
     from pipeline.executor.ray_cluster import connect
 
@@ -106,13 +107,18 @@ def nightly(
         outcomes = list(run_stale(root, decisions, fulfil_one))
         save_night(root, began.night(file, len(outcomes), night_entries(outcomes)))
         update_fleet_report(root, catalog)
-        if address is not None and not exit_code_of(outcomes):
-            with connect(address):  # a cluster of our own ends with its run, and so do its metrics
-                nightly_ended(PurePath(file).stem)
     if as_json:
         print_json([outcome.to_dict() for outcome in outcomes])
     else:
         show_outcomes(outcomes)
+    if address is not None and not dry_run:
+        # Last, as the cluster may be what failed. One of our own ends with its run, and so do its
+        # metrics.
+        name = PurePath(file).stem
+        with connect(address):
+            nightly_counted(name, Counter(outcome.result for outcome in outcomes))
+            if not exit_code_of(outcomes):
+                nightly_ended(name)
     raise typer.Exit(exit_code_of(outcomes))
 
 

@@ -15,7 +15,7 @@ _WORDS = re.compile(r"\bby \(([^)]*)\)|label_values\([^,]*, (\w+)\)")
 _MATCHED = re.compile(r"(\w+)\s*=~?\s*\"")
 _SHOWN = re.compile(r"\$labels\.(\w+)")
 # Every label that some metric has.
-LABELS = {"model", "recipe", "outcome", "stage", "catalog"}
+LABELS = {"model", "recipe", "outcome", "stage", "catalog", "result"}
 
 
 def faults(infra: Path, root: Path) -> list[str]:

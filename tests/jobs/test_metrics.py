@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from jobs.metrics import COUNTERS, GAUGES, RunMetrics, nightly_ended
+from jobs.metrics import COUNTERS, GAUGES, RunMetrics, nightly_counted, nightly_ended
 from pipeline.executor import ray_cluster
 from pipeline.fidelity import Fidelity, SetFidelity
 from pipeline.run.events import Step
@@ -44,7 +44,11 @@ def test_a_run_counts_what_it_commits_and_loses(told: Told) -> None:
     seen: list[Step] = []
     metrics = RunMetrics(model="llama", recipe="w4")
     execute(
-        planned("gptq"), store, workers=2, report=metrics.also(seen.append), lose=[("solve", 2)]
+        planned("gptq"),
+        store,
+        workers=2,
+        report=metrics.also(seen.append, num_parts=NUM_BLOCKS + 1),
+        lose=[("solve", 2)],
     )
     metrics.ended("finished")
     metrics.judged(Fidelity(num_windows=1, count=1, source_perplexity=20.0, result_perplexity=22.0))
@@ -56,6 +60,16 @@ def test_a_run_counts_what_it_commits_and_loses(told: Told) -> None:
     assert told.values["quantfleet_perplexity_ratio", "llama", "w4"] == pytest.approx(1.1)
     assert told.values["quantfleet_stage_seconds_total", "llama", "capture"] > 0
     assert told.values["quantfleet_last_block_timestamp_seconds", "llama"] > 1.7e9
+    assert told.values["quantfleet_parts", "llama", "w4"] == NUM_BLOCKS + 1
+    assert told.values["quantfleet_parts_left", "llama", "w4"] == 0
+
+
+def test_parts_that_a_resumed_run_finds_are_not_left(told: Told) -> None:
+    report = RunMetrics(model="llama", recipe="w4").also(lambda _: None, num_parts=30)
+    report(Step(event="resumed", parts=(0, 1, 2)))
+    report(Step(event="resumed", parts=(0, 1, 2, 3)))
+    assert told.values["quantfleet_parts_left", "llama", "w4"] == 26
+    assert told.values["quantfleet_parts", "llama", "w4"] == 30
 
 
 @pytest.mark.parametrize("names", [("code", "novels"), ("novels", "code")])
@@ -71,6 +85,8 @@ def test_a_set_without_a_number_is_the_worst(told: Told, names: tuple[str, str])
 
 def test_a_nightly_pass_says_when_it_ended(told: Told) -> None:
     nightly_ended("fleet")
+    nightly_counted("fleet", {"published": 3, "gate failed": 1})
+    assert told.values["quantfleet_entries", "fleet", "gate failed"] == 1
     assert told.values["quantfleet_nightly_timestamp_seconds", "fleet"] > 1.7e9
 
 
