@@ -15,11 +15,12 @@ from functools import partial
 
 from jobs.composition_tables import Outlook
 from jobs.composition_texts import AskedTexts, CompositionTexts, read_composition_texts
-from jobs.evaluating import evaluate
+from jobs.evaluating import Rows, keep, measure
 from jobs.execute import Compute, DriverOptions, check_identity, open_compute
 from jobs.logging import is_json, log_event, print_json, print_result, set_run, status, url_name
 from jobs.reachable import absolute, check_writable, finished_manifest, reachable
 from jobs.release.cards import update_cards
+from jobs.report.run_report import update_report
 from jobs.summary import Summary, summary_table
 from pipeline.artifact.loading import load_hints
 from pipeline.composition.composed_plan import (
@@ -39,7 +40,7 @@ from pipeline.composition.decision import (
     question,
 )
 from pipeline.composition.parts import copy_parts, seal
-from pipeline.composition.sensitivities import Sensitivity, measure
+from pipeline.composition.sensitivities import Sensitivity, measure_blocks
 from pipeline.errors import (
     DamagedObjectError,
     MissingObjectError,
@@ -50,16 +51,17 @@ from pipeline.errors import (
 )
 from pipeline.evaluation.tasks import read_tasks
 from pipeline.executor.protocol import ComputeSpec, FunctionRunner
-from pipeline.fidelity import Fidelity
+from pipeline.fidelity import Fidelity, fidelity_of
 from pipeline.model.preset import CONFIG_FILE, check_preset
 from pipeline.plain.plan import is_plain
 from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.remote_planning import identity
 from pipeline.run.claim import check_empty, claim
 from pipeline.run.commits import read_manifest
-from pipeline.run.evaluations import Evaluation, find_evaluations, measured_on
+from pipeline.run.evaluations import find_evaluations, measured_on
 from pipeline.run.records import MANIFEST_KEY
 from pipeline.run.worker_api import PartsOfRuns
+from pipeline.run.worst_windows import find_worst_windows
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.overlap import check_apart
 
@@ -206,6 +208,7 @@ class _Composing:
             fidelity=fidelity,
         )
         update_cards(self.store)
+        update_report(self.store)
         said = decision.outcome
         if as_json:
             found_out = {"decision": decision.content(), "summary": summary.to_dict()}
@@ -227,7 +230,7 @@ class _Composing:
         given = self.texts.measured
         at_once = self.compute.evaluation_pass(self.runs[0].plan, given)
         with status("measuring what each block alone costs the model"):
-            return measure(
+            return measure_blocks(
                 self.compute.executor,
                 self.store,
                 self.runs,
@@ -236,11 +239,11 @@ class _Composing:
                 tell=partial(log_event, "measured"),
             )
 
-    def _evaluated(self, picked: Sequence[int]) -> Fidelity:
-        """The figures of an artifact of which run `picked[b]` gives block b."""
+    def _evaluated(self, picked: Sequence[int]) -> Rows:
+        """What is found of an artifact of which run `picked[b]` gives block b."""
         plan = composed_plan(self.runs, picked, self.job.target.recipe_name)
         given = self.texts.judged
-        return evaluate(
+        return measure(
             self.compute.executor,
             given,
             self.compute.evaluation_pass(plan, given),
@@ -262,7 +265,7 @@ class _Composing:
     def _decided(
         self,
         outlook: Outlook,
-    ) -> tuple[Decision, Mapping[tuple[int, ...], Fidelity]]:
+    ) -> tuple[Decision, Mapping[tuple[int, ...], Rows]]:
         """The decision, as it was made before or is made now, and what was measured for it now."""
         measured_windows = self.texts.measured.windows
         assert measured_windows is not None
@@ -283,7 +286,7 @@ class _Composing:
                     "evaluate"
                 )
         picked = outlook.choice.picked
-        found: dict[tuple[int, ...], Fidelity] = {}
+        found: dict[tuple[int, ...], Rows] = {}
         costs: dict[int, float] = {}
         limit = self.job.target.block_bytes(self.runs[0])
         if len(set(picked)) > 1:
@@ -292,8 +295,8 @@ class _Composing:
                 if blocks_bytes(run) <= limit:
                     uniform = (number,) * len(picked)
                     found[uniform] = self._evaluated(uniform)
-                    costs[number] = measured_cost(found[uniform])
-        measured = measured_cost(found[picked]) if found else None
+                    costs[number] = self._cost(found[uniform])
+        measured = self._cost(found[picked]) if found else None
         best = min(costs, key=lambda number: (costs[number], number), default=None)
         kept = None
         if best is not None and measured is not None and costs[best] < measured:
@@ -321,6 +324,9 @@ class _Composing:
         )
         self.store.put(made.key, made.to_json())
         return made, found
+
+    def _cost(self, found: Rows) -> float:
+        return measured_cost(fidelity_of(self.texts.judged, found))
 
     def _make(self, decision: Decision) -> Plan:
         """Claim the output, copy parts and write the manifest; what is done is not done again."""
@@ -353,7 +359,7 @@ class _Composing:
         by_manifest = {run.manifest.record_sha256: run for run in self.runs}
         return [by_manifest[origin.manifest_sha256] for origin in plan.composed]
 
-    def _judged(self, decision: Decision, found: Mapping[tuple[int, ...], Fidelity]) -> Fidelity:
+    def _judged(self, decision: Decision, found: Mapping[tuple[int, ...], Rows]) -> Fidelity:
         """The figures of what is kept.
 
         They are stored where they were asked for, and not if they are of the texts that the choice
@@ -362,12 +368,14 @@ class _Composing:
         manifest = read_manifest(self.store).record_sha256
         given, asked = self.texts.judged, self.job.asked.judges
         for one in find_evaluations(self.store, manifest, partial(log_event, "damaged")):
-            if asked and one.measured_on == measured_on(given):
+            is_same = asked and one.measured_on == measured_on(given)
+            # They are written last.
+            if is_same and (not given.text_sets or find_worst_windows(self.store, one)):
                 return Fidelity.from_figures(one.figures)
-        fidelity = found.get(decision.givers) or self._evaluated(decision.givers)
-        if asked:
-            Evaluation.of(manifest, given, fidelity).save(self.store)
-        return fidelity
+        rows = found.get(decision.givers) or self._evaluated(decision.givers)
+        if not asked:
+            return fidelity_of(given, rows)
+        return keep(self.compute.executor, self.store, self.source_url, manifest, given, rows)
 
 
 def _finite(cost: float | None) -> float | None:

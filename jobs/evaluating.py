@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from jobs.logging import log_event, status
 from pipeline.calibration.windows import TokenWindows
@@ -18,6 +19,9 @@ from pipeline.run.evaluations import Evaluation
 from pipeline.run.worker_api import PartsOfRuns, WorkerApi
 from pipeline.run.worst_windows import WorstWindows
 from pipeline.storage.object_store import ObjectStore
+
+Rows: TypeAlias = list[list[WindowFidelity] | list[ChoiceLikelihood]]
+"""What was found of each row of each batch."""
 
 _MOST_LOSSES = 5
 
@@ -80,6 +84,18 @@ def judge(
         tokens_per_pass: how many have room on a worker's device (see `Compute.evaluation_pass`).
     """
     found = measure(executor, given, tokens_per_pass)
+    return keep(executor, store, source_url, manifest_sha256, given, found)
+
+
+def keep(
+    executor: Executor,
+    store: ObjectStore,
+    source_url: str,
+    manifest_sha256: str,
+    given: EvaluationSet,
+    found: Rows,
+) -> Fidelity:
+    """Keep what `measure` found of a finished result beside it; returns its figures."""
     fidelity = fidelity_of(given, found)
     evaluation = Evaluation.of(manifest_sha256, given, fidelity)
     evaluation.save(store)
@@ -92,22 +108,12 @@ def judge(
     return fidelity
 
 
-def evaluate(
-    executor: Executor,
-    given: EvaluationSet,
-    tokens_per_pass: int = TOKENS_PER_PASS,
-    of: PartsOfRuns | None = None,
-) -> Fidelity:
-    """How close a finished result is to its source; see `measure`."""
-    return fidelity_of(given, measure(executor, given, tokens_per_pass, of))
-
-
 def measure(
     executor: Executor,
     given: EvaluationSet,
     tokens_per_pass: int = TOKENS_PER_PASS,
     of: PartsOfRuns | None = None,
-) -> list[list[WindowFidelity] | list[ChoiceLikelihood]]:
+) -> Rows:
     """Compare a finished result with its source, with the batches spread over the workers.
 
     Args:

@@ -85,7 +85,7 @@ class Sensitivity(StoredRecord):
         )
 
 
-def measure(
+def measure_blocks(
     executor: Executor,
     store: ObjectStore,
     runs: Sequence[GivenRun],

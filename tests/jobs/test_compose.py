@@ -27,6 +27,7 @@ from pipeline.plan import read_plan
 from pipeline.run.commits import committed_parts, read_manifest
 from pipeline.run.evaluations import EVALUATIONS_PREFIX, Evaluation
 from pipeline.run.records import ARTIFACT_PREFIX, PartRecord, file_key, record_key
+from pipeline.run.worst_windows import find_worst_windows
 from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.worker.streamed_model import artifact_model
 from quantizer.schemes import GPTQScheme, Int8Scheme, Scheme
@@ -146,6 +147,9 @@ def test_a_composition_is_a_run_like_any_other(runs: Runs, command: Command) -> 
     evaluation = Evaluation.read(out, key)
     assert evaluation.manifest_sha256 == manifest.record_sha256
     assert evaluation.figures["divergence"] == pytest.approx(decision["measured"])
+    assert find_worst_windows(out, evaluation)
+    for page in ("README.md", "report.html"):
+        assert b"w4" in out.get(page)
     assert command("verify", out.root_url, "--no-stock") == 0
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.calibration.windows import TokenWindows
 from pipeline.composition.composed_plan import GivenRun, read_given_run
-from pipeline.composition.sensitivities import Sensitivity, measure
+from pipeline.composition.sensitivities import Sensitivity, measure_blocks
 from pipeline.evaluation.batches import EvaluationSet
 from pipeline.executor.protocol import ExecutorError
 from pipeline.storage.object_store import ObjectStore, open_store
@@ -57,7 +57,7 @@ def measured(
     )
     given = [read_given_run(run.store) for run in runs]
     tokens_per_pass = 600  # so that the two batches take turns
-    return measure(
+    return measure_blocks(
         executor,
         store,
         given,
@@ -150,5 +150,5 @@ def test_only_blocks_of_a_run_that_is_new_are_measured(folder: Path) -> None:
         lambda: Watched(first.plan, str(first.source), str(first.folder)), 1
     )
     given = [read_given_run(run.store) for run in runs]
-    measure(executor, store, given, GIVEN, tokens_per_pass=1 << 15, tell=lambda text: None)
+    measure_blocks(executor, store, given, GIVEN, tokens_per_pass=1 << 15, tell=lambda text: None)
     assert asked == [["int4-32"]] * NUM_BLOCKS

@@ -11,7 +11,7 @@ import keras_hub
 import numpy as np
 import pytest
 
-from jobs.evaluating import evaluate as evaluate_on_workers
+from jobs.evaluating import measure
 from jobs.publish.verdict import failures
 from pipeline.calibration.windows import TokenWindows
 from pipeline.evaluation import batches
@@ -19,7 +19,7 @@ from pipeline.evaluation.batches import EvaluationSet
 from pipeline.evaluation.choices import task_rows
 from pipeline.evaluation.tasks import Question, Task
 from pipeline.executor.protocol import WorkerLostError
-from pipeline.fidelity import fidelity_of
+from pipeline.fidelity import Fidelity, fidelity_of
 from pipeline.model.preset import read_preset
 from pipeline.model.skeleton import build_skeleton
 from pipeline.planning.token_windows import question_tokens
@@ -104,6 +104,10 @@ def test_choices_are_as_likely_as_stock_keras_finds_them(run: FinishedRun) -> No
 
 
 @pytest.mark.exhaustive
+def evaluate_on_workers(executor: LocalExecutor, given: EvaluationSet, *most: int) -> Fidelity:
+    return fidelity_of(given, measure(executor, given, *most))
+
+
 def test_any_number_of_workers_finds_the_same(run: FinishedRun) -> None:
     given = judged_on(run.source)
     figures = evaluate_on_workers(workers(run, 1), given).figures()
@@ -153,11 +157,11 @@ def test_a_lost_worker_s_share_is_evaluated_again(run: FinishedRun, monkeypatch)
     executor = workers(run, 2)
     calls = []
 
-    def lose_once(self, evaluated, numbers, tokens_per_pass):
+    def lose_once(self, evaluated, numbers, tokens_per_pass, of):
         calls.append(list(numbers))
         if len(calls) == 2:
             raise WorkerLostError("killed")
-        return original(self, evaluated, numbers, tokens_per_pass)
+        return original(self, evaluated, numbers, tokens_per_pass, of)
 
     original = Worker.evaluate
     monkeypatch.setattr(Worker, "evaluate", lose_once)
