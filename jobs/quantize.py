@@ -63,6 +63,7 @@ class Job:
         evaluation_windows: of each set.
         chat: how conversations among the evaluation texts are read; None as in the calibration.
         exports: what to export the finished result as, besides what the run was started with.
+        statistics_url: the folder of statistics that runs share; "" for the run's own.
     """
 
     source_url: str
@@ -73,6 +74,7 @@ class Job:
     tasks: tuple[str, ...] = ()
     chat: bool | None = None
     exports: tuple[ExportSettings, ...] = ()
+    statistics_url: str = ""
     options: DriverOptions = field(default_factory=DriverOptions)
 
     @property
@@ -114,8 +116,16 @@ def run_job(
         dry_run: where the plan is to be costed instead of carried out.
     """
     job = dataclasses.replace(
-        job, source_url=absolute(job.source_url), output_url=absolute(job.output_url)
+        job,
+        source_url=absolute(job.source_url),
+        output_url=absolute(job.output_url),
+        statistics_url=absolute(job.statistics_url),
     )
+    if job.statistics_url and not recipe.uses_float_statistics:
+        raise PipelineError(
+            f"--statistics {job.statistics_url}: recipe {recipe.name} uses none; give its "
+            "calibration statistics: float, or leave --statistics out"
+        )
     set_run(run=url_name(job.output_url), model=url_name(job.source_url), recipe=recipe.name)
     check_apart(job.source_url, job.output_url)
     if dry_run is None:
@@ -127,6 +137,8 @@ def run_job(
         finished = store.exists(MANIFEST_KEY)
         if not finished or job.is_evaluated or job.exports:
             check_writable(store)
+    if job.statistics_url:
+        check_writable(reachable(job.statistics_url, PLAN_KEY))
 
     def plan_all(runner: FunctionRunner) -> PlannedJob:
         # Before all else, since it reads no weights.
@@ -179,6 +191,8 @@ def run_job(
         planned.exports.warn(recipe)
         planned.warn()
         wanted = {settings.key: settings.to_json() for settings in job.exports}
+        if job.statistics_url:
+            plan = dataclasses.replace(plan, statistics_url=job.statistics_url)
         plan = claim(store, plan, planned.windows, beside=wanted)
         want_exports(store, job.exports)
         _finish(plan, job, store, compute, costs, judged_on, as_json=as_json)

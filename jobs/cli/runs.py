@@ -63,6 +63,13 @@ def quantize(
         ),
     ] = None,
     like: options.Like = None,
+    statistics: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or URL of the statistics that runs of a recipe with statistics: float "
+            "share; by default below the output."
+        ),
+    ] = None,
     address: options.Address = None,
     workers: options.Workers = None,
     threads: options.Threads = None,
@@ -93,6 +100,7 @@ def quantize(
                 "--evaluate-on": evaluate_on,
                 "--tasks": tasks,
                 "--export": export,
+                "--statistics": statistics,
                 "--address": address,
                 "--workers": workers,
                 "--accelerator": accelerator,
@@ -117,6 +125,7 @@ def quantize(
         tasks=tuple(tasks or ()),
         chat=chat,
         exports=_exports(export or (), like),
+        statistics_url=statistics or "",
         options=DriverOptions(keep_every=keep_every, wait=wait, lease_seconds=lease_seconds),
     )
     spec = ComputeSpec(

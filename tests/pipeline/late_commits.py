@@ -63,7 +63,7 @@ class LateCommits(CountingExecutor):
             for late in self._late.pop(worker, []):
                 late.end()
         submit = super().submit
-        if method is not WorkerApi.commit:
+        if method not in (WorkerApi.commit, WorkerApi.commit_sums):
             return submit(worker, method, *args, **kwargs)
         late = _Late(lambda: submit(worker, method, *args, **kwargs))
         self._late.setdefault(worker, []).append(late)

@@ -31,6 +31,7 @@ from tests.families.tiny_families import shared_family
 from tests.pipeline.artifacts import load
 from tests.pipeline.float_runs import (
     execute_in_float,
+    lasting_all,
     planned_in_float,
     sharing,
     statistics_of_run,
@@ -61,12 +62,6 @@ def expected() -> dict[str, bytes]:
     store = fresh()
     execute_in_float(planned_in_float("gptq"), store)
     return lasting_all(store)
-
-
-def lasting_all(store: ObjectStore) -> dict[str, bytes]:
-    """As `lasting`, of the run and of its statistics."""
-    passing = ("/events/", "/activations/", "/quarantine/", "/leases/")
-    return {key: x for key, x in lasting(store).items() if not any(p in key for p in passing)}
 
 
 def stock_inputs(model: Any, block: int, name: str, tokens: Any) -> Any:
