@@ -104,9 +104,12 @@ Rates = Annotated[
     typer.Option(help="With --dry-run: a YAML file with rates and prices of machines."),
 ]
 FinishedRun = Annotated[str, typer.Argument(help="Folder or URL of a finished run.")]
-RunOrFleet = Annotated[
-    str,
-    typer.Argument(help="A finished run, a catalog's file, or the URL of a catalog's root."),
+RunsOrFleet = Annotated[
+    list[str],
+    typer.Argument(
+        help="A finished run or several, a catalog's file, or the URL of a catalog's root.",
+        show_default=False,
+    ),
 ]
 CatalogFile = Annotated[str, typer.Argument(help="The catalog: a YAML file, or its URL.")]
 Only = Annotated[list[str] | None, typer.Option(help="Only these models; repeatable.")]

@@ -83,17 +83,24 @@ def card(
 
 @app.command()
 def report(
-    output: options.RunOrFleet,
+    outputs: options.RunsOrFleet,
     to: Annotated[
         str | None,
         typer.Option(help="Write the page to this file instead of into the run, or the fleet."),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Write a page for any browser: the report of a finished result, or of a whole fleet."""
-    from jobs.fleet.fleet_report import find_fleet, report_fleet
-    from jobs.report.run_report import report_run
+    """Write a page for any browser: of a finished result, of several side by side, or of a fleet.
 
+    Several need --to, since their page belongs to none of them.
+    """
+    from jobs.fleet.fleet_report import find_fleet, report_fleet
+    from jobs.report.run_report import compare_runs, report_run
+
+    if len(outputs) > 1:
+        compare_runs(outputs, to, as_json=as_json)
+        return
+    [output] = outputs
     fleet = find_fleet(output)
     if fleet is None:
         report_run(output, to, as_json=as_json)

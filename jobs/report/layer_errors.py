@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jobs.release.contents import FinishedRun
 from pipeline.plan import Plan
 from pipeline.run.records import LayerRecord, PartRecord
+from pipeline.storage.record import MAX_RECORD_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,25 @@ def layer_errors(plan: Plan | None, records: Iterable[PartRecord]) -> tuple[Laye
         prefix = f"{plan.parts[record.part].name}/" if plan is not None and record.part else ""
         found += (_error(one, block, prefix) for one in record.layers if one.scheme is not None)
     return tuple(found)
+
+
+def read_records(run: FinishedRun) -> list[PartRecord]:
+    """The records of a finished run's parts; none of a plain Keras model.
+
+    Raises:
+        DamagedObjectError: one is damaged.
+    """
+    if run.plan is None:
+        return []
+    return [
+        PartRecord.from_json(run.store.get(key, sha256=digest, at_most=MAX_RECORD_BYTES))
+        for key, digest in sorted(run.manifest.records.items())
+    ]
+
+
+def errors_of(run: FinishedRun, records: Sequence[PartRecord]) -> tuple[LayerError, ...]:
+    """All quantized layers of a finished run, in the model's order."""
+    return layer_errors(run.plan, records) if records else errors_outside_blocks(run.layers)
 
 
 def errors_outside_blocks(layers: Iterable[LayerRecord]) -> tuple[LayerError, ...]:

@@ -6,6 +6,8 @@ known.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from rich.text import Text
@@ -18,8 +20,9 @@ from jobs.release.loading import Place, load_commands
 from jobs.release.markdown import yaml_text
 from jobs.release.model_card import facts_of, left_in_float, published_recipe
 from jobs.release.quality import measured_on, quality_rows
+from jobs.report.comparison import comparison
 from jobs.report.figures import error_figures, sizes_figure
-from jobs.report.layer_errors import errors_outside_blocks, layer_errors, worst
+from jobs.report.layer_errors import errors_of, read_records, worst
 from jobs.report.page import page
 from jobs.report.time_figures import stages_figure, workers_figure
 from jobs.report.timeline import Timeline, read_timeline
@@ -29,7 +32,6 @@ from pipeline.run.evaluations import Evaluation
 from pipeline.run.records import ARTIFACT_PREFIX, PartRecord
 from pipeline.run.worst_windows import find_worst_windows
 from pipeline.storage.object_store import ObjectStore, open_store
-from pipeline.storage.record import MAX_RECORD_BYTES
 
 REPORT_KEY = "report.html"
 _NUM_WORST = 20
@@ -55,8 +57,34 @@ def report_run(run_url: str, to_url: str | None, *, as_json: bool) -> None:
         content = run_report(read_run(store, run_url))
         target, key = (store, REPORT_KEY) if to_url is None else page_file(to_url)
         target.put(key, content)
-    url = target.url(key).removeprefix("file://")
-    print_result({"url": url, "size_bytes": len(content)}, Text(f"report: {url}"), as_json=as_json)
+    _print_place(target.url(key), content, as_json=as_json)
+
+
+def compare_runs(run_urls: Sequence[str], to_url: str | None, *, as_json: bool) -> None:
+    """Write the page of several finished runs side by side, and say where it is.
+
+    Raises:
+        PipelineError: no file to write to, or the same run twice.
+        DamagedObjectError: a run is not finished, or a record is damaged.
+    """
+    if to_url is None:
+        raise PipelineError(
+            f"{len(run_urls)} runs are compared on a page that is none of theirs; say where it is "
+            "to be with --to FILE.html"
+        )
+    if repeated := [url for url, count in Counter(map(absolute, run_urls)).items() if count > 1]:
+        raise PipelineError(f"{repeated[0]}: given more than once; compare it with other runs")
+    target, key = page_file(to_url)
+    with status("comparing the runs"):
+        content = comparison({url: open_store(absolute(url)) for url in run_urls})
+        target.put(key, content)
+    _print_place(target.url(key), content, as_json=as_json)
+
+
+def _print_place(url: str, content: bytes, *, as_json: bool) -> None:
+    place = url.removeprefix("file://")
+    told = {"url": place, "size_bytes": len(content)}
+    print_result(told, Text(f"report: {place}"), as_json=as_json)
 
 
 def page_file(url: str) -> tuple[ObjectStore, str]:
@@ -78,8 +106,8 @@ def run_report(run: FinishedRun) -> bytes:
         DamagedObjectError: a record is damaged.
     """
     contents = artifact_contents(run)
-    records = [] if run.plan is None else _records(run)
-    layers = layer_errors(run.plan, records) if records else errors_outside_blocks(run.layers)
+    records = read_records(run)
+    layers = errors_of(run, records)
     timeline = read_timeline(run.store)
     names = [part.name for part in run.plan.parts] if run.plan is not None else []
     figures = [
@@ -112,14 +140,8 @@ def run_report(run: FinishedRun) -> bytes:
 
 
 def _worst_texts(run: FinishedRun, evaluation: Evaluation) -> list[WorstText]:
-    return [worst_text(one) for one in find_worst_windows(run.store, evaluation)]
-
-
-def _records(run: FinishedRun) -> list[PartRecord]:
-    return [
-        PartRecord.from_json(run.store.get(key, sha256=digest, at_most=MAX_RECORD_BYTES))
-        for key, digest in sorted(run.manifest.records.items())
-    ]
+    found = find_worst_windows(run.store, evaluation)
+    return [] if found is None else [worst_text(one) for one in found.windows]
 
 
 def _sizes(

@@ -1,4 +1,7 @@
-"""The windows of text that a result does worst on, kept for whoever looks for what went wrong.
+"""What an evaluation found of each window of text, and the text of the worst ones.
+
+The figures tell two results apart that were judged on the same windows, and the texts what went
+wrong.
 
 A record of its own beside each evaluation, and no part of what is published: it holds pieces of the
 texts themselves.
@@ -8,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 import numpy as np
@@ -69,11 +72,14 @@ class WorstWindows(StoredRecord):
         manifest_sha256: of the result.
         evaluation: digest of what it was measured on.
         windows: of each set in turn, the worst first.
+        lost: by set, of every window in its order: the mean divergence in nats a token, or of an
+            encoder one less its mean cosine; None where that is not finite.
     """
 
     manifest_sha256: Digest
     evaluation: Digest
     windows: tuple[WorstWindow, ...]
+    lost: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -106,6 +112,7 @@ class WorstWindows(StoredRecord):
                     chosen, stretches, texts, strict=True
                 )
             ),
+            lost={name: tuple(map(_lost, of_set)) for name, of_set in by_set.items()},
         )
 
     def save(self, run: ObjectStore) -> None:
@@ -113,15 +120,15 @@ class WorstWindows(StoredRecord):
         run.put(_key(self.evaluation), self.to_json())
 
 
-def find_worst_windows(run: ObjectStore, evaluation: Evaluation) -> tuple[WorstWindow, ...]:
-    """Those of an evaluation; none where it kept none, or only damaged ones are left."""
+def find_worst_windows(run: ObjectStore, evaluation: Evaluation) -> WorstWindows | None:
+    """Those of an evaluation; None where it kept none, or only damaged ones are left."""
     digest = digest_of(evaluation.measured_on)
     try:
         found = WorstWindows.read(run, _key(digest))
     except (MissingObjectError, DamagedObjectError):
-        return ()
+        return None
     ours = (found.manifest_sha256, found.evaluation) == (evaluation.manifest_sha256, digest)
-    return found.windows if ours else ()
+    return found if ours else None
 
 
 def _key(evaluation: str) -> str:
@@ -134,6 +141,14 @@ def _rank(window: WindowFidelity) -> float:
         return math.inf
     closeness = window.cosine if _is_encoders(window) else -window.divergence
     return closeness / window.count if math.isfinite(closeness) else -math.inf
+
+
+def _lost(window: WindowFidelity) -> float | None:
+    if not window.count:
+        return None
+    mean = (window.cosine if _is_encoders(window) else window.divergence) / window.count
+    value = 1 - mean if _is_encoders(window) else mean
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def _is_encoders(window: WindowFidelity) -> bool:

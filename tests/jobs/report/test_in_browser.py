@@ -11,6 +11,8 @@ import vl_convert
 from playwright.sync_api import Browser
 
 from jobs.release.contents import read_run
+from jobs.report.comparison import PairedDifference
+from jobs.report.comparison_figures import Point, pareto_figure, ratio_figure
 from jobs.report.figure import Figure
 from jobs.report.figures import error_figures
 from jobs.report.page import page
@@ -136,6 +138,44 @@ def test_hostile_names_are_shown_as_text_and_nothing_of_them_runs(
     opened.page.locator("#share .mark-rect path").first.hover()
     opened.page.locator("#vg-tooltip-element").wait_for(state="visible")
     assert opened.page.locator("img").count() == 0
+
+
+def test_runs_side_by_side_are_drawn_and_their_names_stay_text(
+    browser: Browser, tmp_path: Path
+) -> None:
+    layers = [layer(b, name, 1.0 + b) for b in range(3) for name in ("query", HOSTILE)]
+    worse = [layer(b, name, 2.0) for b in range(3) for name in ("query", HOSTILE)]
+    points = [Point(name=n, recipe=HOSTILE, stored_bytes=1 << 20, loss=1.0) for n in "AB"]
+    figures = [pareto_figure(points, "perplexity"), ratio_figure(layers, worse)]
+    run = SimpleNamespace(
+        recipe=SimpleNamespace(name=HOSTILE), origin=SimpleNamespace(name=HOSTILE)
+    )
+    file = tmp_path / "page.html"
+    file.write_bytes(
+        page(
+            "comparison.html.jinja",
+            [one for one in figures if one is not None],
+            runs=[SimpleNamespace(label=HOSTILE, url=HOSTILE, run=run)] * 2,
+            sources=["a", "b"],
+            rows=[(HOSTILE, [HOSTILE] * 2)],
+            quality=[(HOSTILE, [HOSTILE] * 3)],
+            measured=[(HOSTILE, HOSTILE)],
+            differences=[
+                PairedDifference(
+                    name="B", text_set=HOSTILE, mean=-0.1, standard_error=None, better=1, windows=1
+                )
+            ],
+            recipes=[[(HOSTILE, True), (HOSTILE, False)]] * 2,
+        )
+    )
+    for width in (1100, 360):
+        opened = Opened(browser, file, width=width)
+        assert opened.said == []
+        assert opened.page.locator("img").count() == 0
+        assert opened.marks("ratio") >= 6
+        assert opened.marks("pareto") >= 2
+        assert opened.overflow() == 0
+        assert opened.faults() == []
 
 
 def test_a_keyboard_reaches_sections_tables_and_the_recipe(

@@ -47,6 +47,17 @@ def decode(texts: Sequence[Sequence[int]]) -> list[list[str]]:
     return [[f"<{token}>" for token in tokens] for tokens in texts]
 
 
+def test_every_window_s_loss_is_kept_to_compare_results_by() -> None:
+    given = EvaluationSet(windows=token_windows(3), named={"code": token_windows(1)})
+    record = judged(given, [lost(0.7), lost(math.inf), lost(1.4), lost(2.1)])
+    assert record.lost == {"": (0.1, None, 0.2), "code": (0.3,)}
+    encoders = judged(
+        EvaluationSet(windows=token_windows(2)),
+        [WindowFidelity(count=8, cosine=value) for value in (8.0, 6.0)],
+    )
+    assert encoders.lost == {"": (0.0, 0.25)}
+
+
 def judged(given: EvaluationSet, windows: Sequence[WindowFidelity]) -> WorstWindows:
     """Args: windows: of all sets, in their order."""
     rest = iter(windows)
@@ -113,12 +124,12 @@ def test_they_are_found_again_and_never_for_another_result(tmp_path: Path) -> No
     given = EvaluationSet(windows=token_windows(2))
     found = [[lost(1.0), lost(2.0)]]
     evaluation = Evaluation.of(RESULT, given, fidelity_of(given, found))
-    assert find_worst_windows(store, evaluation) == ()
+    assert find_worst_windows(store, evaluation) is None
     record = WorstWindows.of(evaluation, given, found, decode)
     record.save(store)
-    assert find_worst_windows(store, evaluation) == record.windows
+    assert find_worst_windows(store, evaluation) == record
     other = dataclasses.replace(evaluation, manifest_sha256="2" * 64)
-    assert find_worst_windows(store, other) == ()
+    assert find_worst_windows(store, other) is None
     [key] = store.list()
     store.put(key, b"{}")
-    assert find_worst_windows(store, evaluation) == ()
+    assert find_worst_windows(store, evaluation) is None
