@@ -41,6 +41,15 @@ from pipeline.storage.object_store import ObjectStore, open_store
 FLEET_PAGE_KEY = "report/index.html"
 _TO_ROOT = "../"
 _MOST_NIGHTS = 90
+_FEWEST_DAYS = 20
+"""That the picture of nights spans."""
+_COLOURS = {
+    "published": "#4c78a8",
+    "gate failed": "#f58518",
+    "failed": "#e45756",
+    "elsewhere": "#72b7b2",
+    "set aside": "#9d9da1",
+}
 _FAILED = ("failed", "gate failed")
 _INTERRUPTED = ("stopped", "silent")
 _BROKEN_STATES = ("damaged", "gate failed", *_INTERRUPTED)
@@ -161,12 +170,13 @@ def fleet_page(
     root_url: str, lines: Sequence[EntryLine], nights: Sequence[Night], num_damaged: int
 ) -> bytes:
     """The page of these entries and nights."""
-    figures = [_nights_figure(nights)] if nights else []
+    # One day is no trend.
+    figures = [_nights_figure(nights)] if len({one.began_at.date() for one in nights}) > 1 else []
     return page(
         "fleet_report.html.jinja",
         figures,
         scripts=("table.js",),
-        root_url=root_url,
+        root_url=root_url.removeprefix("file://"),
         headline=_headline(lines),
         lines=lines,
         states=sorted({line.row.state for line in lines}),
@@ -266,6 +276,10 @@ def _nights_figure(nights: Sequence[Night]) -> Figure:
         for night in nights
         for result, count in sorted(Counter(entry.result for entry in night.entries).items())
     ]
+    colours = {name: _COLOURS[name] for name in _COLOURS if name in {v["result"] for v in values}}
+    # A bar without height, so that few nights are not drawn as wide ones.
+    long_before = nights[-1].began_at - datetime.timedelta(days=_FEWEST_DAYS)
+    values.append({"night": long_before.isoformat(), "result": values[-1]["result"], "entries": 0})
     return figure(
         "nights",
         "What nights made",
@@ -286,7 +300,7 @@ def _nights_figure(nights: Sequence[Night]) -> Figure:
                 "field": "result",
                 "type": "nominal",
                 "title": None,
-                "scale": {"scheme": "tableau10"},
+                "scale": {"domain": list(colours), "range": list(colours.values())},
                 "legend": {"orient": "bottom"},
             },
             "tooltip": [

@@ -50,9 +50,9 @@ const UNITS = [["year", 31557600], ["month", 2629800], ["day", 86400], ["hour", 
 const format = new Intl.RelativeTimeFormat("en", { numeric: "always" });
 for (const time of document.querySelectorAll("time")) {
   const passed = (Date.now() - Date.parse(time.dateTime)) / 1000;
-  const [unit, seconds] = UNITS.find(([, one]) => passed >= one) || UNITS[UNITS.length - 1];
+  const found = UNITS.find(([, one]) => passed >= one);
   time.title = time.textContent;
-  time.textContent = format.format(-Math.floor(passed / seconds), unit);
+  time.textContent = found ? format.format(-Math.floor(passed / found[1]), found[0]) : "just now";
 }
 
 document.getElementById("written").textContent = new Date(document.lastModified).toLocaleString();

@@ -92,9 +92,16 @@ def test_what_was_published_since_it_failed_needs_no_hand(root: ObjectStore) -> 
     assert b"Needs a hand" not in fleet_report(root, to_root="../")
 
 
+def test_nights_are_drawn_once_there_are_two_to_compare(root: ObjectStore) -> None:
+    night_of(root, "m0002", "published", "", year=2029)
+    assert b'id="nights"' not in fleet_report(root, to_root="../")
+    night_of(root, "m0002", "published", "", year=2030)
+    assert b'id="nights"' in fleet_report(root, to_root="../")
+
+
 def test_a_damaged_night_is_told(root: ObjectStore) -> None:
     root.put(f"{NIGHTS_PREFIX}20261231T000000-00.json", b"{}")
-    assert b"Records of 1 nights cannot be read" in fleet_report(root, to_root="../")
+    assert b"Records of nights that cannot be read: 1." in fleet_report(root, to_root="../")
 
 
 def test_the_command_tells_a_fleet_from_a_run_by_what_lies_there(
