@@ -21,7 +21,7 @@ from jobs.metrics import RunMetrics
 from jobs.planned_job import PlannedJob, log_finished_before, report_plan
 from jobs.reachable import absolute, check_writable, reachable
 from jobs.release.cards import update_cards
-from jobs.report.run_report import update_report
+from jobs.report.run_report import report_place, update_report
 from jobs.run_costs import PricedMachine, Workers
 from jobs.run_exports import (
     check_exports,
@@ -360,4 +360,5 @@ def _print_summary(
         log_event("finished", "", {"summary": summary.to_dict()}, table=summary_table(summary))
         for hint in load_hints(store):
             log_event("loadable", hint)
+        log_event("reported", f"report:  {report_place(store)}")
         log_exports(exports)

@@ -23,6 +23,8 @@ class LayerError:
             summed over output channels; None where the scheme needs no calibration.
         rounded_output_error: the same of rounding to nearest.
         weight_error: ‖W - Ŵ‖ / ‖W‖.
+        account: what the solver says of it (see docs/reference.md).
+        damping: that the recipe asks for; None where the scheme has none.
     """
 
     block: int | None
@@ -33,6 +35,7 @@ class LayerError:
     rounded_output_error: float | None
     weight_error: float | None
     account: dict[str, Any]
+    damping: float | None = None
 
     @property
     def of_rounding(self) -> float | None:
@@ -100,7 +103,42 @@ def _error(layer: LayerRecord, block: int | None, prefix: str) -> LayerError:
         rounded_output_error=account.get("rtn_output_error") if calibrated else None,
         weight_error=account.get("weight_error"),
         account=account,
+        damping=getattr(layer.scheme, "hessian_damping", None),
     )
+
+
+def remarks(layers: Sequence[LayerError]) -> list[str]:
+    """In words, what went otherwise than a recipe asks: layers damped more, or only rounded."""
+    found = []
+    damped = [
+        one
+        for one in layers
+        if one.damping is not None and one.damping < (one.account.get("damping") or 0)
+    ]
+    if damped:
+        most = max(one.account["damping"] for one in damped)
+        found.append(
+            f"{_layers(damped)} more damping than the recipe asks for, up to {most:g}, since their "
+            "inputs are too alike to be told apart"
+        )
+    rounded = [one for one in layers if one.damping and one.account.get("kept") == "rtn"]
+    if rounded:
+        found.append(
+            f"{_layers(rounded)} rounding to nearest instead of GPTQ, in all their output channels"
+        )
+    dead = [one for one in layers if one.account.get("dead_inputs")]
+    if dead:
+        inputs = sum(one.account["dead_inputs"] for one in dead)
+        found.append(
+            f"{_layers(dead)} inputs that calibration never showed, {inputs} in all, whose weights "
+            "were rounded to nearest"
+        )
+    return found
+
+
+def _layers(layers: Sequence[LayerError]) -> str:
+    first = layers[0].path
+    return f"{first} has" if len(layers) == 1 else f"{len(layers)} layers, such as {first}, have"
 
 
 def worst(layers: Sequence[LayerError], number: int) -> tuple[LayerError, ...]:

@@ -22,7 +22,7 @@ from jobs.release.model_card import facts_of, left_in_float, published_recipe
 from jobs.release.quality import measured_on, quality_rows
 from jobs.report.comparison import comparison
 from jobs.report.figures import error_figures, sizes_figure
-from jobs.report.layer_errors import errors_of, read_records, worst
+from jobs.report.layer_errors import errors_of, read_records, remarks, worst
 from jobs.report.page import page
 from jobs.report.time_figures import stages_figure, workers_figure
 from jobs.report.timeline import Timeline, read_timeline
@@ -41,6 +41,11 @@ def update_report(store: ObjectStore) -> None:
     """Write the report of the finished run at a store's root."""
     with status("writing the report"):
         store.put(REPORT_KEY, run_report(read_run(store, store.root_url)))
+
+
+def report_place(store: ObjectStore) -> str:
+    """Where the report of the run at a store's root is, as a path or a URL."""
+    return store.url(REPORT_KEY).removeprefix("file://")
 
 
 def report_run(run_url: str, to_url: str | None, *, as_json: bool) -> None:
@@ -127,6 +132,7 @@ def run_report(run: FinishedRun) -> bytes:
         ],
         levels=LEVELS,
         worst=worst(layers, _NUM_WORST),
+        remarks=remarks(layers),
         num_layers=len(layers),
         in_float=list(left_in_float(run)),
         notes=run.plan.notes if run.plan is not None else (),
@@ -183,7 +189,7 @@ def _quality(figures: dict[str, Any]) -> list[tuple[str, str]]:
     before, after = figures.get("source_perplexity"), figures.get("result_perplexity")
     rows = []
     if before and after:
-        rows.append(("perplexity", f"{before:.2f} → {after:.2f}"))
+        rows.append(("perplexity", f"{before:.4g} → {after:.4g}"))
     if figures.get("divergence") is not None:
         rows.append(("KL divergence, nats a token", f"{figures['divergence']:.4f}"))
     if figures.get("cosine") is not None:

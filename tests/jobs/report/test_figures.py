@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 from jobs.report.figures import error_figures, sizes_figure
-from jobs.report.layer_errors import LayerError, worst
+from jobs.report.layer_errors import LayerError, remarks, worst
 
 
 def layer(block: int | None, name: str, error: float | None, **values: Any) -> LayerError:
@@ -56,3 +56,22 @@ def test_sizes_are_stacked_in_the_order_given() -> None:
     values = sizes_figure(rows).spec["data"]["values"]
     assert [v["row"] for v in values] == [0, 1, 2]
     assert [v["size"] for v in values] == ["3.0 MiB", "1.0 MiB", "512 B"]
+
+
+def test_remarks_name_what_went_otherwise_than_the_recipe_asks() -> None:
+    as_asked = layer(0, "a", 1.0, damping=0.01, account={"damping": 0.01, "kept": "gptq"})
+    assert remarks([as_asked, layer(0, "b", None, account={"kept": "rtn"})]) == []
+    found = remarks(
+        [
+            layer(0, "c", 1.0, damping=0.01, account={"damping": 0.1, "dead_inputs": 3}),
+            layer(1, "c", 1.0, damping=0.01, account={"damping": 1.0, "dead_inputs": 4}),
+            layer(2, "d", 1.0, damping=0.01, account={"damping": 0.01, "kept": "rtn"}),
+        ]
+    )
+    assert [one.partition(" more ")[0].partition(" round")[0] for one in found] == [
+        "2 layers, such as 0/c, have",
+        "2/d has",
+        "2 layers, such as 0/c, have inputs that calibration never showed, 7 in all, whose weights "
+        "were",
+    ]
+    assert "up to 1," in found[0]

@@ -77,6 +77,7 @@ def hostile_page(num_blocks: int, num_layers: int) -> bytes:
         levels=LEVELS,
         worst=layers[:3],
         num_layers=len(layers),
+        remarks=[HOSTILE],
         in_float=[(1, HOSTILE, HOSTILE)],
         notes=[HOSTILE],
         recipe=HOSTILE,

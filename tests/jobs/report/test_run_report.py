@@ -35,7 +35,7 @@ def test_a_report_says_what_was_made_of_what_and_how_good_it_is(run: ObjectStore
     assert "This result was not evaluated" not in text
     for said in (
         "<h1>tiny-mistral",
-        "20.00 → 22.00",
+        "20 → 22",
         "90.9%",
         "<code>apache-2.0</code>",
         read_manifest(run).record_sha256,
