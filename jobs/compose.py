@@ -12,6 +12,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from typing import Any
 
 from jobs.composition_tables import Outlook
 from jobs.composition_texts import AskedTexts, CompositionTexts, read_composition_texts
@@ -180,6 +181,7 @@ class _Composing:
 
     def run(self, *, dry_run: bool, as_json: bool) -> None:
         """See `compose`."""
+        before = None if dry_run else self._decided_before()  # or refused, before it takes long
         sensitivities = self._sensitivities()
         choices, numbers = options_of(self.runs, sensitivities)
         target = self.job.target
@@ -195,7 +197,7 @@ class _Composing:
             print_result(outlook, outlook.tables(), as_json=as_json)
             return
         log_event("chosen", "", {"choice": asdict(outlook.choice)}, table=outlook.tables())
-        decision, found = self._decided(outlook)
+        decision, found = self._decided(before, outlook)
         plan = self._make(decision)
         fidelity = self._judged(decision, found)
         summary = Summary.of(
@@ -252,39 +254,47 @@ class _Composing:
             ),
         )
 
-    def _decision_before(self) -> Decision | None:
-        """What was decided before, if that can be read; else the same measurements decide again."""
-        try:
-            return Decision.read(self.store, Decision.key)
-        except MissingObjectError:
-            return None
-        except DamagedObjectError as error:
-            log_event("damaged", f"{error}; it is decided again", level=logging.WARNING)
-            return None
-
-    def _decided(
-        self,
-        outlook: Outlook,
-    ) -> tuple[Decision, Mapping[tuple[int, ...], Rows]]:
-        """The decision, as it was made before or is made now, and what was measured for it now."""
+    @property
+    def _question(self) -> dict[str, Any]:
+        """What the decision depends on, but for what is measured."""
         measured_windows = self.texts.measured.windows
         assert measured_windows is not None
-        wanted = question(
+        return question(
             self.job.target,
             [run.manifest.record_sha256 for run in self.runs],
             measured_windows.digest,
             self.texts.judged_digest,
         )
-        made = self._decision_before()
-        if made is not None:
-            if made.question == wanted:
-                return made, {}
-            if self.store.exists(PLAN_KEY):
-                raise PlanMismatchError(
-                    f"{self.store.url(Decision.key)} is of another composition: other runs, target "
-                    "or texts; choose another --output, or judge what is there with quantfleet "
-                    "evaluate"
-                )
+
+    def _decided_before(self) -> Decision | None:
+        """What was decided before; None if that is damaged, since the same would be decided again.
+
+        Raises:
+            PlanMismatchError: another composition is there.
+        """
+        try:
+            made = Decision.read(self.store, Decision.key)
+        except MissingObjectError:
+            return None
+        except DamagedObjectError as error:
+            log_event("damaged", f"{error}; it is decided again", level=logging.WARNING)
+            return None
+        if made.question == self._question:
+            return made
+        if self.store.exists(PLAN_KEY):
+            raise PlanMismatchError(
+                f"{self.store.url(Decision.key)} is of another composition: other runs, target or "
+                "texts; choose another --output, or judge what is there with quantfleet evaluate"
+            )
+        return None
+
+    def _decided(
+        self, before: Decision | None, outlook: Outlook
+    ) -> tuple[Decision, Mapping[tuple[int, ...], Rows]]:
+        """The decision, as it was made before or is made now, and what was measured for it now."""
+        if before is not None:
+            return before, {}
+        wanted = self._question
         picked = outlook.choice.picked
         found: dict[tuple[int, ...], Rows] = {}
         costs: dict[int, float] = {}

@@ -151,6 +151,9 @@ def test_a_composition_is_a_run_like_any_other(runs: Runs, command: Command) -> 
     for page in ("README.md", "report.html"):
         assert b"w4" in out.get(page)
     assert command("verify", out.root_url, "--no-stock") == 0
+    other = ("--target-bits", "99", "--output", out.root_url)
+    assert command("compose", *given(runs, *names), *other, *JUDGED) == 2
+    assert "is of another composition" in command.complaint
 
 
 def test_what_is_measured_serves_every_budget_and_is_shown_before_anything_is_made(
