@@ -15,12 +15,13 @@ from pipeline.artifact.weights_file import read_weights_file
 from pipeline.errors import RecipeError, StatisticsError
 from pipeline.float_statistics import statistics_plan
 from pipeline.model.preset import read_preset
-from pipeline.plan import Plan
+from pipeline.plan import PartPlan, Plan
 from pipeline.planning.make_plan import make_plan
 from pipeline.recipe.recipe_file import recipe_from_dict
 from pipeline.run.commits import damaged_files, quarantine, read_manifest
-from pipeline.run.records import file_key, record_key
+from pipeline.run.records import MANIFEST_KEY, file_key, record_key
 from pipeline.run.sums_records import statistics_bytes, sums_key
+from pipeline.run.worker_api import SolvedLayer
 from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.worker.solve_stored import at_scheme, solve_block
 from pipeline.worker.statistics import finished
@@ -99,6 +100,7 @@ def test_stored_sums_are_those_over_the_float_models_inputs() -> None:
     assert 0 <= stored - statistics_bytes(given.plan) < 1000 * NUM_BLOCKS  # headers
 
 
+@pytest.mark.exhaustive
 def test_the_first_block_is_solved_as_in_sequence_where_nothing_of_it_is_quantized_before() -> None:
     """Its query, key and value have the same inputs either way; what follows them does not."""
     in_turn = fresh()
@@ -167,6 +169,7 @@ def test_calls_may_come_in_any_order_that_what_they_are_given_allows() -> None:
     assert capturing.calls["restore"] == 2  # nothing had to be repeated
 
 
+@pytest.mark.exhaustive
 def test_recipes_of_any_scheme_share_what_the_first_one_captured() -> None:
     root = fresh().root_url
     recipes = [
@@ -222,24 +225,36 @@ def test_damaged_statistics_are_refused_and_only_what_is_damaged_is_made_again(d
     assert 0 not in solving.solved_parts()
 
 
-def test_a_block_solved_apart_is_the_runs_own_and_at_any_width() -> None:
-    given, store = planned_in_float("gptq"), fresh()
-    captured, found = statistics_of_run(given, store)
+@cache
+def captured_block() -> BlockSums:
+    """The sums of the second block."""
+    captured, found = statistics_of_run(planned_in_float("gptq"), fresh())
     execute(captured, found)
-    model = model_state(given.plan.to_json(), given.plan.source_url)
-    part = given.plan.parts[2]
-    values, sums = model.read(2), BlockSums.read(found, captured.plan.digest, 2)
-    layers = solve_block(model.targets(2), part, values, sums)
-    _, files = encode_solved_part(
-        given.plan, model.parts[2], "", values, {layer.path: layer for layer in layers}
-    )
+    return BlockSums.read(found, captured.plan.digest, 2)
+
+
+def solved_apart(part: PartPlan) -> list[SolvedLayer]:
+    plan = planned_in_float("gptq").plan
+    model = model_state(plan.to_json(), plan.source_url)
+    return solve_block(model.targets(2), part, model.read(2), captured_block())
+
+
+def test_a_block_solved_apart_has_the_runs_own_bytes() -> None:
+    plan = planned_in_float("gptq").plan
+    model = model_state(plan.to_json(), plan.source_url)
+    layers = {layer.path: layer for layer in solved_apart(plan.parts[2])}
+    _, files = encode_solved_part(plan, model.parts[2], "", model.read(2), layers)
     assert files[file_key(2)] == expected()[file_key(2)]
+
+
+@pytest.mark.exhaustive
+def test_a_block_is_solved_apart_at_any_width() -> None:
+    part = planned_in_float("gptq").plan.parts[2]
 
     def error(bits: int) -> float:
         scheme = GPTQScheme(weight_bits=bits, group_size=32)
         other = at_scheme(part, {name: scheme for g in part.groups for name in g.targets})
-        solved = solve_block(model.targets(2), other, values, sums)
-        return sum(layer.report["output_error"] for layer in solved)
+        return sum(layer.report["output_error"] for layer in solved_apart(other))
 
     assert error(4) < error(2)
     with pytest.raises(KeyError, match="no stored statistics"):
@@ -264,17 +279,29 @@ def test_recipes_that_need_other_statistics_are_refused(
         recipe_from_dict(recipe("gptq", statistics="float").to_dict() | values)
 
 
-def test_experts_on_float_statistics_are_refused_in_planning() -> None:
-    preset = read_preset(str(shared_family("Mixtral")))
+def mixture_in_float() -> dict[str, Any]:
     values = recipe("gptq", statistics="float").to_dict()
     values["calibration"]["sequence_length"] = 32
     values["scheme"]["group_size"] = 16
+    return values
+
+
+def test_experts_on_float_statistics_are_refused_in_planning() -> None:
+    preset = read_preset(str(shared_family("Mixtral")))
     with pytest.raises(RecipeError, match=r"experts are calibrated on the tokens.*int8, int4"):
-        make_plan(preset, recipe_from_dict(values), threads=2)
+        make_plan(preset, recipe_from_dict(mixture_in_float()), threads=2)
+
+
+@pytest.mark.exhaustive
+def test_what_is_beside_experts_is_solved_on_float_statistics() -> None:
+    preset = read_preset(str(shared_family("Mixtral")))
+    values = mixture_in_float()
     values["rules"] = [{"pattern": "experts/", "scheme": {"mode": "int8"}}]
-    plan = make_plan(preset, recipe_from_dict(values), threads=2).plan
-    assert plan.uses_float_statistics
-    assert not any("experts" in n for p in plan.parts for g in p.captured for n in g.targets)
+    given, store = make_plan(preset, recipe_from_dict(values), threads=2), fresh()
+    assert given.plan.uses_float_statistics
+    assert not any("experts" in n for p in given.plan.parts for g in p.captured for n in g.targets)
+    execute_in_float(given, store)
+    assert store.exists(MANIFEST_KEY)
 
 
 def test_sequential_statistics_are_named_in_no_stored_byte() -> None:

@@ -15,17 +15,23 @@ from tests.jobs.fleet.tiny_catalog import TinyCatalog, tiny_catalog
 BLOCKS = 2
 
 
-def in_float(catalog: TinyCatalog, bits: int) -> dict[str, Any]:
-    recipe = catalog.gptq(bits)
+def in_float(catalog: TinyCatalog, name: str = "all", **more: Any) -> dict[str, Any]:
+    recipe = catalog.gptq()
     recipe["calibration"]["statistics"] = "float"
-    return recipe | {"name": f"float-w{bits}"}
+    return recipe | {"name": name, **more}
+
+
+def without(pattern: str, scheme: dict[str, Any] | None) -> dict[str, Any]:
+    """A recipe with another scheme for some layers; their sums are stored nevertheless."""
+    return {"rules": [{"pattern": pattern, "scheme": scheme}]}
 
 
 @pytest.fixture
 def catalog(tmp_path: Path) -> Iterator[TinyCatalog]:
     with tiny_catalog(tmp_path) as made:
-        awq = in_float(made, 4) | {"name": "awq", "scheme": {"mode": "awq", "group_size": 32}}
-        made.add("alpha", [in_float(made, 4), in_float(made, 3), awq])
+        awq = in_float(made, "awq", scheme={"mode": "awq", "group_size": 32})
+        mixed = in_float(made, "mixed", **without("feedforward", {"mode": "int8"}))
+        made.add("alpha", [mixed, in_float(made), awq])
         yield made
 
 
@@ -50,10 +56,11 @@ def test_three_recipes_capture_once(catalog: TinyCatalog) -> None:
     before = {key: catalog.root.get(key) for key in sums(catalog)}
     last = sums(catalog)[-1]
     catalog.root.put(last, before[last][:-1] + bytes([before[last][-1] ^ 1]))
-    catalog.values["models"][0]["recipes"].append(in_float(catalog, 2))
+    fourth = in_float(catalog, "fourth", **without("query", None))
+    catalog.values["models"][0]["recipes"].append(fourth)
     code, found = catalog.nightly()
     assert code == 0, catalog.err
-    assert found["alpha float-w2"]["result"] == "published"
+    assert found["alpha fourth"]["result"] == "published"
     assert catalog.work.calls["commit_sums"] == BLOCKS + 1
     assert {key: catalog.root.get(key) for key in sums(catalog)} == before
     told = " ".join(catalog.err.split())
@@ -62,7 +69,7 @@ def test_three_recipes_capture_once(catalog: TinyCatalog) -> None:
 
 
 def test_statistics_go_with_the_last_run_that_uses_them(catalog: TinyCatalog) -> None:
-    catalog.values["models"][0]["recipes"] = [in_float(catalog, 4)]
+    catalog.values["models"][0]["recipes"] = [in_float(catalog)]
     assert catalog.nightly()[0] == 0
     root = catalog.root.root_url
     code, swept = catalog.call("gc", root, "--delete")
@@ -79,7 +86,9 @@ def test_statistics_go_with_the_last_run_that_uses_them(catalog: TinyCatalog) ->
     assert code == 0
     assert catalog.root.list(f"{STATISTICS_FOLDER}/") == ()
     # What another recipe needs is captured again.
-    catalog.values["models"][0]["recipes"].append(in_float(catalog, 3))
+    catalog.values["models"][0]["recipes"].append(
+        in_float(catalog, "other", **without("query", None))
+    )
     assert catalog.nightly()[0] == 0
     assert catalog.work.calls["commit_sums"] == 2 * BLOCKS
     # With its runs gone nothing uses it.
@@ -90,6 +99,7 @@ def test_statistics_go_with_the_last_run_that_uses_them(catalog: TinyCatalog) ->
     assert catalog.root.list(f"{STATISTICS_FOLDER}/") == ()
 
 
+@pytest.mark.exhaustive
 def test_a_dry_run_counts_the_capture_once(catalog: TinyCatalog) -> None:
     code, found = catalog.nightly("--dry-run", "--on", "2xcpu16")
     assert code == 0, catalog.err
