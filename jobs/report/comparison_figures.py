@@ -144,7 +144,7 @@ def ratio_figure(first: Sequence[LayerError], second: Sequence[LayerError]) -> F
                     "reverse": True,
                     "domain": _around_one([ratio for _, _, ratio in shared]),
                 },
-                "legend": {"orient": "top", "format": ".2~g", "gradientLength": 240},
+                "legend": {"orient": "top", "format": ".2~g", "gradientLength": 150},
             },
             "tooltip": [
                 {"field": "layer"},

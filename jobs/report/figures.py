@@ -85,7 +85,7 @@ def error_figures(layers: Sequence[LayerError]) -> tuple[Figure, ...]:
             "type": "quantitative",
             "title": "of rounding's error",
             "scale": {"scheme": "viridis", "domain": [0, 1], "clamp": True},
-            "legend": {"orient": "top", "format": ".0%", "gradientLength": 240},
+            "legend": {"orient": "top", "format": ".0%", "gradientLength": 150},
         },
     )
     error = _error_map(
@@ -109,7 +109,7 @@ def error_figures(layers: Sequence[LayerError]) -> tuple[Figure, ...]:
             "type": "quantitative",
             "title": "squared error",
             "scale": {"type": "log", "scheme": "viridis"},
-            "legend": {"orient": "top", "format": ".0e", "gradientLength": 240},
+            "legend": {"orient": "top", "format": ".0e", "gradientLength": 150},
         },
     )
     return share, error
