@@ -71,19 +71,23 @@ def carry_out(folder: Path, workers: int, killed_after: int | None = None) -> li
     return steps
 
 
+@pytest.fixture(scope="module")
+def of_one_worker(driver: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("one")
+    carry_out(folder, 1)
+    return lasting_all(open_store(str(folder)))
+
+
 @pytest.mark.ray
-@pytest.mark.exhaustive
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "killed_after"), [(2, None), (2, 1), (3, None)])
 def test_any_workers_leave_the_same_bytes_though_one_is_killed(
-    driver: None, tmp_path: Path
+    workers: int, killed_after: int | None, of_one_worker: dict[str, bytes], tmp_path: Path
 ) -> None:
-    carry_out(tmp_path / "one", 1)
-    expected = lasting_all(open_store(str(tmp_path / "one")))
-    assert sum("/sums/" in key for key in expected) == NUM_BLOCKS
-    for workers, killed_after in ((2, 1), (3, None)):
-        folder = tmp_path / str(workers)
-        steps = carry_out(folder, workers, killed_after)
-        assert lasting_all(open_store(str(folder))) == expected
-        assert any(step.event == "lost" for step in steps) == (killed_after is not None)
+    steps = carry_out(tmp_path, workers, killed_after)
+    assert lasting_all(open_store(str(tmp_path))) == of_one_worker
+    assert sum("/sums/" in key for key in of_one_worker) == NUM_BLOCKS
+    assert any(step.event == "lost" for step in steps) == (killed_after is not None)
 
 
 @pytest.mark.exhaustive
