@@ -21,12 +21,12 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.measure import Measurement
-from rich.segment import Segments
+from rich.segment import Segment, Segments
 from rich.spinner import Spinner
 from rich.table import Column, Table
 from rich.text import Text
@@ -36,9 +36,35 @@ from jobs.quantities import duration
 FORMAT_VARIABLE = "QUANTFLEET_LOG"
 LogFormat = Literal["text", "json"]
 
+_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
+_PICTURES |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+def visible(text: str) -> str:
+    """Text in which control characters, but line feeds and tabs, are seen and do nothing.
+
+    Names and messages may come from files of others, and a terminal obeys what it is sent.
+    """
+    return text.translate(_PICTURES)
+
+
+class TextConsole(Console):
+    """Paths and names are text, neither markup nor commands to a terminal, however spelled."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, highlight=False, **options)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            # Rich's own movements of the cursor are marked as such.
+            shown = segment.text if segment.control else visible(segment.text)
+            yield Segment(shown, segment.style, segment.control)
+
+
 LOG = logging.getLogger("quantfleet")
-STDERR = Console(stderr=True, markup=False, highlight=False)
-"""Paths and names are text, not markup, however they are spelled."""
+STDERR = TextConsole(stderr=True)
 
 _RUN: ContextVar[Mapping[str, str]] = ContextVar("run")
 # Threads start with an empty context; they work for the run that the process last named.
@@ -161,7 +187,7 @@ def print_result(value: object, table: RenderableType, *, as_json: bool) -> None
     if as_json:
         print_json(value)
     else:
-        print_table(Console(), table)
+        print_table(TextConsole(), table)
 
 
 def print_table(console: Console, table: RenderableType) -> None:

@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
 from jobs.logging import (
     LOG,
     JsonFormatter,
+    TextConsole,
     TextHandler,
     configure,
     log_event,
@@ -269,3 +271,20 @@ def test_a_pipe_gets_every_row_on_one_line() -> None:
     for row in ROWS:
         [line] = [line for line in shown.splitlines() if row[0] in line]
         assert all(cell in line for cell in row)
+
+
+def test_no_text_of_others_steers_the_terminal() -> None:
+    stream = io.StringIO()
+    console = TextConsole(file=stream, width=100, force_terminal=True, color_system=None)
+    table = Table("name \x1b[2J")
+    table.add_row("[b]\x1b]0;title\x07\x9b31m")
+    TextHandler(console).emit(logging.makeLogRecord({"msg": "damaged: \x1b[1A\x1b[2Kall is well"}))
+    print_table(console, table)
+    with Live(Text("model\x1b[5n"), console=console):
+        pass
+    sent = stream.getvalue()
+    for command in ("\x1b[2J", "\x1b]0;", "\x9b", "\x1b[1A\x1b[2Kall", "\x1b[5n"):
+        assert command not in sent
+    for seen in ("name ␛[2J", "[b]␛]0;title", "damaged: ␛[1A␛[2Kall is well", "model␛[5n"):
+        assert seen in sent
+    assert "\x1b[?25h" in sent  # what Rich itself sends
