@@ -11,18 +11,17 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from rich.console import Group, RenderableType
-from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
 from jobs.logging import live
+from jobs.progress.bar import HowFar
 from jobs.quantities import duration
 
 EntryPhase = Literal["done", "running", "waiting", "failed"]
 _PHASES: tuple[EntryPhase, ...] = get_args(EntryPhase)
 _MOST_PRIORITIES = 6
 _MOST_NAMED = 5
-_BAR_WIDTH = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +81,9 @@ def watch_catalog(entries: Sequence[EntryProgress]) -> Iterator[ShowEntry]:
 def _head(entries: Sequence[EntryProgress]) -> RenderableType:
     counts = Counter(entry.phase for entry in entries)
     over = counts["done"] + counts["failed"]
-    line = Table.grid(padding=(0, 1))
     told = " · ".join(f"{counts[phase]} {phase}" for phase in _PHASES if counts[phase])
-    bar = ProgressBar(total=max(len(entries), 1), completed=over, width=_BAR_WIDTH)
-    line.add_row(Text("catalog", style="bold"), bar, f"{over}/{len(entries)} entries")
-    return Group(line, Text(told, style="dim"))
+    line = HowFar(Text("catalog", style="bold"), over, len(entries), "entries")
+    return Group(line, _line((told, "dim")))
 
 
 def _by_priority(entries: Sequence[EntryProgress]) -> Sequence[RenderableType]:

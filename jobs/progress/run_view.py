@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Group, RenderableType
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
+from jobs.progress.bar import HowFar
 from jobs.progress.time_left import Expected, seconds_a_block, seconds_left
 from jobs.quantities import duration
 from pipeline.executor.work_spans import Doing
@@ -21,7 +20,6 @@ from pipeline.run.events import Step
 
 _MOST_WORKERS = 8
 """With a line each."""
-_BAR_WIDTH = 40
 _MISHAPS = {
     "lost": "workers lost",
     "damaged": "damaged objects made again",
@@ -92,15 +90,8 @@ class RunView:
         """What is made, and how much of it there is."""
         total = len(self.plan.due_parts)
         done = total - len(self._missing)
-        line = Table.grid(padding=(0, 1))
-        line.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-        line.add_column(width=_BAR_WIDTH)
-        line.add_column(no_wrap=True, justify="right")
         name = Text.assemble((self.plan.model, "bold"), f" × {self.plan.recipe.name}")
-        bar = ProgressBar(total=total, completed=done, width=_BAR_WIDTH)
-        line.add_row(name, bar, f"{done}/{total} parts")
-        line.expand = False
-        return [line]
+        return [HowFar(name, done, total, "parts")]
 
     def _pace(self) -> Text:
         now = self.clock()
