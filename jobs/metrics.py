@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from jobs.logging import log_event
+from pipeline.executor.protocol import ExecutorError
 from pipeline.fidelity import Fidelity
 from pipeline.run.events import Report, Step
 
@@ -30,6 +33,7 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
         ("catalog", "result"),
     ),
     "quantfleet_last_block_timestamp_seconds": ("Unix time of the last commit.", ("model",)),
+    "quantfleet_pass_timestamp_seconds": ("Unix time of the last pass.", ("catalog",)),
     "quantfleet_nightly_timestamp_seconds": ("Unix time of the last good pass.", ("catalog",)),
 }
 
@@ -89,15 +93,35 @@ class RunMetrics:
             _record("quantfleet_perplexity_ratio", worst, model=self.model, recipe=self.recipe)
 
 
-def nightly_counted(catalog: str, entries: Mapping[str, int]) -> None:
-    """Set how many of a catalog's entries ended how in a pass."""
+def tell_of_pass(
+    address: str, catalog: str, entries: Mapping[str, int], *, went_well: bool
+) -> None:
+    """Tell a cluster's metrics how a pass over a catalog ended.
+
+    Where the cluster is gone, that is said, and the pass ends as it would have.
+
+    Args:
+        entries: how many of them ended how, also where that is none.
+    """
+    # Nothing may import Ray before a run needs it.
+    from pipeline.executor.ray_cluster import connect
+
+    try:
+        with connect(address):
+            pass_ended(catalog, entries, went_well=went_well)
+    except ExecutorError as problem:
+        message = f"the cluster's metrics were not told how this pass ended: {problem}"
+        log_event("not told", message, level=logging.WARNING)
+
+
+def pass_ended(catalog: str, entries: Mapping[str, int], *, went_well: bool) -> None:
+    """Set the metrics of a pass over a catalog that ends now. Ray must be running."""
+    now = time.time()
     for result, number in entries.items():
         _record("quantfleet_entries", number, catalog=catalog, result=result)
-
-
-def nightly_ended(catalog: str) -> None:
-    """Note when a nightly pass of a catalog ended well."""
-    _record("quantfleet_nightly_timestamp_seconds", time.time(), catalog=catalog)
+    _record("quantfleet_pass_timestamp_seconds", now, catalog=catalog)
+    if went_well:
+        _record("quantfleet_nightly_timestamp_seconds", now, catalog=catalog)
 
 
 def _record(name: str, value: float, **tags: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from functools import partial
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +15,7 @@ from jobs.logging import (
     print_json,
     print_result,
     status,
+    visible,
     waiting,
 )
 from pipeline.errors import PipelineError
@@ -77,17 +77,23 @@ def nightly(
     from jobs import execute
     from jobs.cli.dry_runs import show_outcomes
     from jobs.fleet import fulfil as fulfilling
-    from jobs.fleet.fleet_report import update_fleet_report
-    from jobs.fleet.nightly import exit_code_of, foresee, log_outcome, night_entries, run_stale
-    from jobs.fleet.nights import Clock, save_night
+    from jobs.fleet.nightly import (
+        exit_code_of,
+        foresee,
+        log_outcome,
+        night_entries,
+        num_by_result,
+        run_stale,
+    )
+    from jobs.fleet.nights import Clock
+    from jobs.fleet.remembering import remembering
     from jobs.fleet.staleness import decide
-    from jobs.metrics import nightly_counted, nightly_ended
+    from jobs.metrics import tell_of_pass
     from jobs.run_costs import PricedMachine, refuse_without_dry_run
-    from pipeline.executor.ray_cluster import connect
 
     refuse_without_dry_run(on, rates, dry_run=dry_run)
     priced = PricedMachine.of(on, rates) if dry_run else None
-    catalog, root = _opened(file, only)
+    whole, catalog, root = _opened(file, only)
     began = Clock.started()
     with status("looking for stale runs"):
         decisions = tuple(decide(root, catalog, save_verified=not dry_run))
@@ -104,9 +110,9 @@ def nightly(
         )
         compute = partial(execute.open_compute, address=address)
         fulfil_one = partial(fulfilling.fulfil, root, open_compute=compute, options=driven)
-        outcomes = list(run_stale(root, decisions, fulfil_one))
-        save_night(root, began.night(file, len(outcomes), night_entries(outcomes)))
-        update_fleet_report(root, catalog)
+        outcomes = []
+        with remembering(root, whole, file, began, len(decisions), lambda: night_entries(outcomes)):
+            outcomes.extend(run_stale(root, decisions, fulfil_one))
     if as_json:
         print_json([outcome.to_dict() for outcome in outcomes])
     else:
@@ -114,11 +120,8 @@ def nightly(
     if address is not None and not dry_run:
         # Last, as the cluster may be what failed. One of our own ends with its run, and so do its
         # metrics.
-        name = PurePath(file).stem
-        with connect(address):
-            nightly_counted(name, Counter(outcome.result for outcome in outcomes))
-            if not exit_code_of(outcomes):
-                nightly_ended(name)
+        went_well = not exit_code_of(outcomes)
+        tell_of_pass(address, PurePath(file).stem, num_by_result(outcomes), went_well=went_well)
     raise typer.Exit(exit_code_of(outcomes))
 
 
@@ -168,14 +171,14 @@ def submit(
             "--dry-run: a dashboard does not say what machines there are; name workers with --on, "
             "such as --on 8xH100, or use quantfleet nightly --dry-run --address"
         )
-    catalog, root = _opened(file, only)
+    whole, catalog, root = _opened(file, only)
     if dry_run:
         failures = None if failing_every is None else Failures(3600 * failing_every, seed)
         priced = PricedMachine.of(on, rates)
         show_schedule(catalog, root, priced, at_once, failures, as_json=as_json)
-    from jobs.fleet.fleet_report import update_fleet_report
     from jobs.fleet.nightly import exit_code_of, night_entries, outcomes_table, preview
-    from jobs.fleet.nights import Clock, save_night
+    from jobs.fleet.nights import Clock
+    from jobs.fleet.remembering import remembering
     from jobs.fleet.staleness import decide
     from jobs.fleet.submission import (
         Submission,
@@ -201,11 +204,18 @@ def submit(
         entrypoint=entrypoint,
     )
     if wait:
-        with watch_tasks(decisions) as show:
+        with (
+            remembering(
+                root,
+                whole,
+                file,
+                began,
+                len(decisions),
+                lambda: [*night_entries_of_tasks(submission.tasks), *night_entries(others)],
+            ),
+            watch_tasks(decisions) as show,
+        ):
             submission.finish(show)
-        made = night_entries_of_tasks(submission.tasks)
-        save_night(root, began.night(file, len(decisions), [*made, *night_entries(others)]))
-        update_fleet_report(root, catalog)
     else:
         submission.step()
     jobs_json = [task.to_dict() for task in submission.tasks]
@@ -321,7 +331,7 @@ def logs(
     if as_json:
         print_json([event.to_dict() for event in events])
     else:
-        typer.echo("\n".join(event.line() for event in events))
+        typer.echo(visible("\n".join(event.line() for event in events)))
 
 
 @app.command()
@@ -363,14 +373,14 @@ def _print_current(current: Current, *, as_json: bool) -> None:
         )
 
 
-def _opened(file: str, only: list[str] | None) -> tuple[Catalog, ObjectStore]:
-    """A checked catalog, and its root, which was reached."""
+def _opened(file: str, only: list[str] | None) -> tuple[Catalog, Catalog, ObjectStore]:
+    """A checked catalog, what of it was chosen, and its root, which was reached."""
     from jobs.catalog.catalog_file import read_catalog
     from jobs.catalog.request import REQUESTS_PREFIX
     from jobs.reachable import reachable
 
     with waiting("reading the catalog"):
-        catalog = read_catalog(file)
+        whole = catalog = read_catalog(file)
     if only:
         unknown = sorted(set(only) - {entry.name for entry in catalog.entries})
         if unknown:
@@ -378,4 +388,4 @@ def _opened(file: str, only: list[str] | None) -> tuple[Catalog, ObjectStore]:
         chosen = tuple(entry for entry in catalog.entries if entry.name in only)
         catalog = dataclasses.replace(catalog, entries=chosen)
     with waiting("looking at the catalog's root"):
-        return catalog, reachable(catalog.root_url, REQUESTS_PREFIX.rstrip("/"))
+        return whole, catalog, reachable(catalog.root_url, REQUESTS_PREFIX.rstrip("/"))

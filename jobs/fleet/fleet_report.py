@@ -22,7 +22,7 @@ from rich.text import Text
 from jobs.catalog.catalog_file import Catalog, read_catalog
 from jobs.catalog.entries import Gate
 from jobs.catalog.request import REQUESTS_PREFIX, RUNS_PREFIX, request_key
-from jobs.fleet.nights import Night, NightEntry, read_nights
+from jobs.fleet.nights import FAILED, MOST_NIGHTS, Night, NightEntry, latest, read_nights
 from jobs.fleet.status import Row, catalog_names, status
 from jobs.logging import print_result, waiting
 from jobs.publish.closeness import Closeness, closest
@@ -40,7 +40,6 @@ from pipeline.storage.object_store import ObjectStore, open_store
 
 FLEET_PAGE_KEY = "report/index.html"
 _TO_ROOT = "../"
-_MOST_NIGHTS = 90
 _FEWEST_DAYS = 20
 """That the picture of nights spans."""
 _COLOURS = {
@@ -50,7 +49,6 @@ _COLOURS = {
     "elsewhere": "#72b7b2",
     "set aside": "#9d9da1",
 }
-_FAILED = ("failed", "gate failed")
 _INTERRUPTED = ("stopped", "silent")
 _BROKEN_STATES = ("damaged", "gate failed", *_INTERRUPTED)
 
@@ -64,7 +62,7 @@ class EntryLine:
         quality: in words.
         closeness: to the limit that it is closest to.
         since: when its release was published, by the store's clock.
-        decided, decision: the latest night on which it was not up to date, and what that made.
+        decided, decision: the latest night that had to do with it, and what that made.
         mend: the command that mends what is wrong; "" where nothing is.
     """
 
@@ -90,7 +88,7 @@ class EntryLine:
     @property
     def trouble(self) -> str:
         """What is wrong, in words."""
-        if self.decision is not None and self.decision.result in _FAILED:
+        if self.decision is not None and self.decision.result in FAILED:
             return self.decision.text or "; ".join(self.decision.reasons)
         return self.row.text
 
@@ -161,7 +159,7 @@ def fleet_report(root: ObjectStore, catalog: Catalog | None = None, *, to_root: 
         catalog: whose entries are shown even if nothing of them is in storage yet.
         to_root: from the page to the root, ending in a slash.
     """
-    nights, num_damaged = read_nights(root, _MOST_NIGHTS)
+    nights, num_damaged = read_nights(root, MOST_NIGHTS)
     lines = _lines(root, catalog, nights, to_root)
     return fleet_page(root.root_url, lines, nights, num_damaged)
 
@@ -193,13 +191,11 @@ def fleet_page(
 def _lines(
     root: ObjectStore, catalog: Catalog | None, nights: Sequence[Night], to_root: str
 ) -> list[EntryLine]:
-    decided = {
-        (entry.model, entry.recipe): (night, entry) for night in nights for entry in night.entries
-    }
+    decided = latest(nights)
     rows = list(status(root))
     known = {(row.model, row.recipe) for row in rows}
-    # An entry whose source is away was never requested.
-    wanted = [*decided, *(() if catalog is None else catalog_names(catalog))]
+    # An entry whose source is away was never requested. What its catalog no longer names is gone.
+    wanted = decided if catalog is None else catalog_names(catalog)
     missing = dict.fromkeys(names for names in wanted if names not in known)
     rows += [Row(model=model, recipe=recipe, state="not started") for model, recipe in missing]
     rows.sort(key=lambda row: (row.model, row.recipe, row.state != "published"))
@@ -221,21 +217,28 @@ def _line(
     is_linked = report in reports and (to_root == _TO_ROOT or to_root.startswith("file://"))
     release = f"{MODELS_PREFIX}{row.model}/{row.recipe}/history/{row.release or 0:06d}.json"
     since = published.get(release)
-    fidelity = None if row.quality is None else Fidelity.from_figures(row.quality)
-    gate = None if row.gate is None else Gate.model_validate(row.gate)
     return EntryLine(
         row=row,
         report=to_root + quote(report) if is_linked else "",
         quality=quality_text(row.quality),
-        closeness=closest(gate, fidelity),
+        closeness=_closeness(row),
         since=None if since is None else datetime.datetime.fromtimestamp(since, datetime.UTC),
     )
+
+
+def _closeness(row: Row) -> Closeness | None:
+    if row.gate is None or row.quality is None:
+        return None
+    try:
+        return closest(Gate.model_validate(row.gate), Fidelity.from_figures(row.quality))
+    except (TypeError, ValueError):  # a later version's limits, or figures
+        return None
 
 
 def _mend(root: ObjectStore, line: EntryLine) -> str:
     """The command that mends an entry; "" where nothing is wrong with it."""
     row, night, entry = line.row, line.decided, line.decision
-    has_failed = night is not None and entry is not None and entry.result in _FAILED
+    has_failed = night is not None and entry is not None and entry.result in FAILED
     if has_failed and night is not None and line.since is not None:
         has_failed = line.since < night.began_at  # or else it was mended since
     if not has_failed and row.state not in _BROKEN_STATES:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rich.table import Table
 from rich.text import Text
@@ -173,7 +174,7 @@ def _outcome_of_run(decision: Decision, fulfil: Callable[[Request], Fulfilled]) 
 
 
 def night_entries(outcomes: Sequence[Outcome]) -> list[NightEntry]:
-    """What is to be remembered of a night: of entries that were not up to date."""
+    """What may be remembered of a night."""
     return [
         NightEntry(
             model=outcome.decision.run.entry.name,
@@ -185,8 +186,13 @@ def night_entries(outcomes: Sequence[Outcome]) -> list[NightEntry]:
         )
         for outcome in outcomes
         for request in [outcome.decision.run.request]
-        if outcome.result != "up to date"
     ]
+
+
+def num_by_result(outcomes: Sequence[Outcome]) -> dict[str, int]:
+    """How many entries ended how, also where that is none."""
+    found = Counter(outcome.result for outcome in outcomes)
+    return {result: found[result] for result in get_args(Result) if result != "to do"}
 
 
 def log_outcome(outcome: Outcome) -> None:

@@ -1,6 +1,6 @@
 """What nights made of a catalog, kept below its root: why each entry was made, what became of it.
 
-ROOT/report/nights/20261130T021500-….json   one for each night on which anything was to be done
+ROOT/report/nights/20261130T021500.123-….json   one for each night on which anything was to be done
 
 They are for people; nothing is decided by them.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,6 +21,10 @@ from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.record import STRICT, StoredRecord
 
 NIGHTS_PREFIX = "report/nights/"
+MOST_NIGHTS = 90
+"""That anyone looks back at."""
+FAILED = ("failed", "gate failed")
+"""Results that need a hand."""
 _NUM_THREADS = 16
 
 
@@ -53,7 +57,7 @@ class Night(StoredRecord):
         catalog: its file or URL, as it was given.
         began: by the driver's clock, in UTC, as ISO 8601.
         num_entries: that were looked at.
-        entries: those that were not up to date.
+        entries: those that were not up to date, or that are again after they failed.
     """
 
     catalog: str
@@ -82,7 +86,7 @@ class Clock:
         passed = datetime.datetime.now(datetime.UTC) - self.began
         return Night(
             catalog=catalog,
-            began=self.began.isoformat(timespec="seconds"),
+            began=self.began.isoformat(timespec="milliseconds"),
             seconds=round(passed.total_seconds(), 1),
             num_entries=num_entries,
             entries=tuple(entries),
@@ -92,7 +96,8 @@ class Clock:
 def save_night(root: ObjectStore, night: Night) -> None:
     """Keep a night; one on which everything was up to date leaves nothing."""
     if night.entries:
-        stamp = f"{night.began_at:%Y%m%dT%H%M%S}"
+        at = night.began_at
+        stamp = f"{at:%Y%m%dT%H%M%S}.{at.microsecond // 1000:03}"
         root.create(f"{NIGHTS_PREFIX}{stamp}-{secrets.token_hex(4)}.json", night.to_json())
 
 
@@ -110,3 +115,14 @@ def read_nights(root: ObjectStore, most: int) -> tuple[tuple[Night, ...], int]:
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         found = tuple(night for night in pool.map(read, keys) if night is not None)
     return found, len(keys) - len(found)
+
+
+def latest(nights: Iterable[Night]) -> dict[tuple[str, str], tuple[Night, NightEntry]]:
+    """Of each model and recipe, the last of these nights that had to do with it.
+
+    Args:
+        nights: oldest first.
+    """
+    return {
+        (entry.model, entry.recipe): (night, entry) for night in nights for entry in night.entries
+    }

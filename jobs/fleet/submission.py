@@ -181,7 +181,7 @@ class Submission:
 
 
 def night_entries_of_tasks(tasks: Sequence[Task]) -> list[NightEntry]:
-    """What is to be remembered of a night on which jobs did the work."""
+    """What may be remembered of a night on which jobs did the work: of those that are over."""
     return [
         NightEntry(
             model=task.request.model,
@@ -192,6 +192,7 @@ def night_entries_of_tasks(tasks: Sequence[Task]) -> list[NightEntry]:
             text=task.text,
         )
         for task in tasks
+        if task.is_over
     ]
 
 

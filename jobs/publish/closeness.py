@@ -49,7 +49,7 @@ def _of_texts(limits: TextLimits, name: str, found: TextFidelity) -> Iterator[Cl
         ("cosine", _loss(found.cosine), _loss(limits.min_cosine)),
     )
     for figure, lost, allowed in rows:
-        if lost is not None and allowed is not None:
+        if allowed is not None:
             yield Closeness(figure=f"{name} {figure}".strip(), used=_used(lost, allowed))
 
 
@@ -59,7 +59,7 @@ def _of_task(gate: Gate, task: TaskFidelity) -> Iterator[Closeness]:
         ("flips", task.flips / task.num_questions, gate.max_flips),
     )
     for figure, lost, allowed in rows:
-        if lost is not None and allowed is not None:
+        if allowed is not None:
             yield Closeness(figure=f"{task.name} {figure}", used=_used(lost, allowed))
 
 
@@ -68,7 +68,9 @@ def _loss(share: float | None) -> float | None:
     return None if share is None else 1 - share
 
 
-def _used(lost: float, allowed: float) -> float:
+def _used(lost: float | None, allowed: float) -> float:
+    if lost is None or math.isnan(lost):  # it was not measured, and so fails its limit
+        return math.inf
     if lost <= 0:  # nothing was lost; a limit may ask for more than the source has
         return 0.0 if lost <= allowed else math.inf
     return lost / allowed if allowed > 0 else math.inf

@@ -25,7 +25,7 @@ def test_every_metric_that_is_emitted_is_shown() -> None:
 
 
 def test_a_metric_is_found_where_it_stands() -> None:
-    assert len(asked_for(INFRA)) == 11
+    assert len(asked_for(INFRA)) == 12
     assert outcomes('m.ended("a" if isinstance(e, B) else "c")') == {"a", "c"}
     assert emitted('runs = Counter("quantfleet_runs_total", "Runs.")') == {"quantfleet_runs_total"}
 

@@ -9,7 +9,8 @@ from functools import partial
 
 import pytest
 
-from jobs.metrics import COUNTERS, GAUGES, RunMetrics, nightly_counted, nightly_ended
+from jobs.logging import LOG
+from jobs.metrics import COUNTERS, GAUGES, RunMetrics, pass_ended, tell_of_pass
 from pipeline.executor import ray_cluster
 from pipeline.fidelity import Fidelity, SetFidelity
 from pipeline.run.events import Step
@@ -84,10 +85,22 @@ def test_a_set_without_a_number_is_the_worst(told: Told, names: tuple[str, str])
 
 
 def test_a_nightly_pass_says_when_it_ended(told: Told) -> None:
-    nightly_ended("fleet")
-    nightly_counted("fleet", {"published": 3, "gate failed": 1})
+    pass_ended("fleet", {"published": 3, "gate failed": 1, "failed": 0}, went_well=False)
     assert told.values["quantfleet_entries", "fleet", "gate failed"] == 1
+    assert told.values["quantfleet_entries", "fleet", "failed"] == 0
+    assert told.values["quantfleet_pass_timestamp_seconds", "fleet"] > 1.7e9
+    assert ("quantfleet_nightly_timestamp_seconds", "fleet") not in told.values
+    pass_ended("fleet", {}, went_well=True)
     assert told.values["quantfleet_nightly_timestamp_seconds", "fleet"] > 1.7e9
+
+
+def test_a_pass_outlives_the_cluster_that_it_would_tell_of_itself(
+    told: Told, caplog: pytest.LogCaptureFixture
+) -> None:
+    LOG.propagate = True
+    tell_of_pass("127.0.0.1:1", "fleet", {"published": 3}, went_well=True)
+    assert told.values == {}
+    assert "no Ray cluster at 127.0.0.1:1" in caplog.text
 
 
 def test_names_are_prometheus_own_and_counters_end_as_they_should() -> None:

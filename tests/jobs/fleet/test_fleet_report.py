@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import datetime
 import hashlib
 import html
@@ -15,6 +16,8 @@ import pytest
 from jobs.cli.main import main
 from jobs.fleet.fleet_report import FLEET_PAGE_KEY, find_fleet, fleet_report, update_fleet_report
 from jobs.fleet.nights import NIGHTS_PREFIX, Clock, NightEntry, save_night
+from jobs.publish.releases import Current
+from pipeline.fidelity import Fidelity
 from pipeline.storage.object_store import ObjectStore, open_store
 from tests.jobs.fleet.large_catalog import catalog_text, done_catalog
 from tests.jobs.fleet.sample_fleet import lines, sample_page
@@ -131,6 +134,28 @@ def test_a_catalog_s_entries_without_anything_are_shown(url: str, root: ObjectSt
     assert found is not None
     rows = rows_of(fleet_report(*found, to_root="../"))
     assert words_of(rows["m0004"]) == "m0004 int8 not started –"
+
+
+@pytest.mark.parametrize("of_later_version", ["gate", "quality"])
+def test_a_release_of_a_later_version_has_its_line(
+    root: ObjectStore, of_later_version: str
+) -> None:
+    key = "models/m0001/int8/current.json"
+    before = root.get(key)
+    current = Current.from_json(before)
+    figures = Fidelity(num_windows=1, count=1, divergence=0.1).figures()
+    known = dataclasses.replace(
+        current.release, gate={"max_divergence": 0.4}, quality=figures, source_bytes=1 << 30
+    )
+    try:
+        root.put(key, dataclasses.replace(current, release=known).to_json())
+        assert "25%, divergence" in words_of(rows_of(fleet_report(root, to_root="../"))["m0001"])
+        more = {**getattr(known, of_later_version), "later": 1}
+        later = dataclasses.replace(known, **{of_later_version: more})
+        root.put(key, dataclasses.replace(current, release=later).to_json())
+        assert "1.0 GiB" in words_of(rows_of(fleet_report(root, to_root="../"))["m0001"])
+    finally:
+        root.put(key, before)
 
 
 def test_writing_the_page_again_changes_nothing(root: ObjectStore) -> None:

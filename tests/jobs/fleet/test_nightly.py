@@ -81,6 +81,63 @@ def test_a_night_is_remembered_beside_the_fleet_s_page_and_gc_keeps_both(made: T
     assert made.root.list("report/") == tuple(key for key in before if key != FLEET_PAGE_KEY)
 
 
+def test_an_outcome_outlives_the_cluster_that_its_metrics_are_for(made: TinyCatalog) -> None:
+    code, found = made.nightly("--address", "127.0.0.1:1")
+    assert code == 0
+    assert len(found) == 3
+    assert "no Ray cluster at 127.0.0.1:1" in made.err
+
+
+def test_an_outcome_outlives_a_page_that_cannot_be_written(made: TinyCatalog) -> None:
+    folder = made.folder / "results" / "report"
+    folder.rename(folder.with_name("aside"))
+    folder.write_text("no folder")
+    try:
+        code, found = made.nightly()
+    finally:
+        folder.unlink()
+        folder.with_name("aside").rename(folder)
+    assert code == 0
+    assert len(found) == 3
+    assert "no new page of the fleet could be written" in made.err
+
+
+def test_a_night_of_some_models_leaves_the_page_of_all(made: TinyCatalog) -> None:
+    made.values["models"].append({"name": "later", "preset": "presets/later", "recipes": ["int8"]})
+    made.nightly("--only", "beta")
+    made.values["models"].pop()
+    assert b"later <span>int8" in made.root.get(FLEET_PAGE_KEY)
+    made.nightly()
+    assert b"later <span>int8" not in made.root.get(FLEET_PAGE_KEY)
+
+
+def test_a_source_that_is_back_after_a_night_needs_no_hand(made: TinyCatalog) -> None:
+    preset = made.folder / "presets" / "beta"
+    preset.rename(preset.with_name("away"))
+    assert made.nightly()[0] == 2
+    assert b"Needs a hand" in made.root.get(FLEET_PAGE_KEY)
+    preset.with_name("away").rename(preset)
+    for _ in range(2):
+        assert made.nightly()[0] == 0
+        assert b"Needs a hand" not in made.root.get(FLEET_PAGE_KEY)
+    (failed, back), _ = read_nights(made.root, 2)
+    assert [one.result for one in (*failed.entries, *back.entries)] == ["failed", "up to date"]
+
+
+def test_an_interrupted_night_leaves_what_it_made_until_then(made: TinyCatalog) -> None:
+    made.values["models"].insert(0, {"name": "gone", "preset": "gone", "recipes": ["int8"]})
+    made.values["models"].append(made.values["models"][-1] | {"name": "again"})
+    made.work.fail = KeyboardInterrupt()
+    code, _ = made.nightly()
+    del made.values["models"][0], made.values["models"][-1]
+    assert code == 130
+    [night], _ = read_nights(made.root, 1)
+    assert night.num_entries == 5
+    assert [(one.model, one.result) for one in night.entries] == [("gone", "failed")]
+    assert b"gone <span>int8" in made.root.get(FLEET_PAGE_KEY)
+    made.nightly()
+
+
 def test_a_changed_byte_in_a_source_makes_its_runs_again_and_no_others(made: TinyCatalog) -> None:
     with h5py.File(made.folder / "presets" / "beta" / "model.weights.h5", "r+") as file:
         names: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -81,6 +82,17 @@ def test_a_limit_that_allows_nothing_is_kept_or_exceeded_and_nothing_in_between(
         one = closest(gate, Fidelity(num_windows=1, count=1, divergence=divergence))
         assert one is not None
         assert one.used == used
+
+
+@pytest.mark.parametrize("limit", [{"min_cosine": 0.9}, {"min_recovery": 0.9}])
+def test_a_figure_that_was_not_measured_exceeds_its_limit(limit: dict[str, float]) -> None:
+    gate = Gate.model_validate({"max_divergence": 0.1, **limit})
+    asked = dataclasses.replace(task(0.5), recovery=None)
+    found = Fidelity(num_windows=1, count=1, **text(0.5), tasks=(asked,))
+    assert failures(gate, found)
+    one = closest(gate, found)
+    assert one is not None
+    assert one.used == math.inf
 
 
 def test_without_gate_or_figures_nothing_is_close() -> None:
