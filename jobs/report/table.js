@@ -58,5 +58,7 @@ for (const time of document.querySelectorAll("time")) {
 document.getElementById("written").textContent = new Date(document.lastModified).toLocaleString();
 words.addEventListener("input", filter);
 state.addEventListener("change", filter);
-document.getElementById("filter").hidden = false;
+const form = document.getElementById("filter");
+form.addEventListener("submit", (event) => event.preventDefault());
+form.hidden = false;
 filter();

@@ -57,6 +57,7 @@ def test_a_keyboard_sorts_and_filters_the_table(browser: Browser, file: Path) ->
     keyboard.type("gate failed 0.10")
     assert models(opened) == ["model-0008", "model-0018", "model-0028"]
     expect(page.locator("#told")).to_have_text("3 of 30 entries")
+    keyboard.press("Enter")
     keyboard.press("ControlOrMeta+a")
     keyboard.press("Delete")
     keyboard.press("Tab")
@@ -81,6 +82,7 @@ def test_a_keyboard_sorts_and_filters_the_table(browser: Browser, file: Path) ->
         keyboard.press(key)
         assert {one[-1] for one in models(opened)[-9:]} == {"7", "8", "9"}
     assert opened.faults() == []
+    assert opened.said == []
 
 
 def test_hostile_names_are_shown_as_text_and_nothing_of_them_runs(
