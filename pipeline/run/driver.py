@@ -34,7 +34,14 @@ from pipeline.run.commits import Committed, committed_parts, quarantine
 from pipeline.run.events import Report, Step
 from pipeline.run.records import CommittedRecord, Manifest, PartRecord
 from pipeline.run.sums_records import SumsRecord
-from pipeline.run.worker_api import HeldSum, InputSum, SolvedLayers, Values, WorkerApi
+from pipeline.run.worker_api import (
+    CommittedPart,
+    HeldSum,
+    InputSum,
+    SolvedLayers,
+    Values,
+    WorkerApi,
+)
 from pipeline.storage.object_store import ObjectStore
 
 KEEP_EVERY = 8
@@ -110,11 +117,11 @@ class _Commit:
     """The commit of a block, which may go on while the next block is under way.
 
     Attributes:
-        record: what the commit returns.
+        done: what the commit returns.
         work: on the block.
     """
 
-    record: Handle[CommittedRecord]
+    done: Handle[CommittedPart]
     work: list[WorkSpan]
 
 
@@ -187,17 +194,26 @@ class _Drive:
             quarantine(self.store, found.findings)
         parts: dict[int, CommittedRecord] = {**found.parts}
         if self.committing is not None and self.committing in parts:
-            self._committed(parts[self.committing], self._take_work())
+            # What its worker counted for the log went with it.
+            self._committed(CommittedPart(record=parts[self.committing]), self._take_work())
         self.committing = None
         if parts:
             text = f"{len(parts)} of {len(self.plan.due_parts)} parts were committed before"
             self.report(Step(event="resumed", parts=tuple(parts), text=text))
         self.records |= parts
 
-    def _committed(self, record: CommittedRecord, work: Sequence[WorkSpan]) -> None:
+    def _committed(self, done: CommittedPart, work: Sequence[WorkSpan]) -> None:
+        record, self.committing = done.record, None
         self.records[record.part] = record
-        self.committing = None
-        self.report(Step(event="committed", part=record.part, record=record, work=work))
+        self.report(
+            Step(
+                event="committed",
+                part=record.part,
+                record=record,
+                work=work,
+                histograms=done.histograms,
+            )
+        )
 
     def _take_work(self) -> list[WorkSpan]:
         """Work that no report has named yet, and that no other will."""
@@ -214,8 +230,8 @@ class _Drive:
                 self.executor.submit(worker, WorkerApi.quantize_alone, part)
                 for worker, part in enumerate(wave)
             ]
-            for record in self.executor.fetch(handles):
-                self._committed(record, self._take_work())
+            for done in self.executor.fetch(handles):
+                self._committed(done, self._take_work())
 
     def _go_in_turn(self) -> None:
         """Take the calibration windows through the blocks, and make what is missing of each.
@@ -256,10 +272,10 @@ class _Drive:
             if block - kept >= self.keep_every:
                 self._keep(block, shards)
                 kept = block
-            record = self._begin_commit(block, values, solved, sums) if block in missing else None
+            done = self._begin_commit(block, values, solved, sums) if block in missing else None
             if block == last:
-                assert record is not None
-                executor.fetch([record])
+                assert done is not None
+                executor.fetch([done])
             else:
                 executor.fetch(
                     [
@@ -275,8 +291,8 @@ class _Drive:
                         for w in shards
                     ]
                 )
-            if record is not None:
-                commit = _Commit(record=record, work=self._take_work())
+            if done is not None:
+                commit = _Commit(done=done, work=self._take_work())
             values = following
         assert commit is not None
         self._conclude(commit)
@@ -287,7 +303,7 @@ class _Drive:
         values: Values,
         solved: Sequence[SolvedLayers],
         sums: Sequence[InputSum],
-    ) -> Handle[CommittedRecord]:
+    ) -> Handle[CommittedPart]:
         """Submit a block's commit; no other may be under way.
 
         Args:
@@ -303,12 +319,12 @@ class _Drive:
 
     def _conclude(self, commit: _Commit) -> None:
         """Wait for a block's record."""
-        [record] = self.executor.fetch([commit.record])
+        [done] = self.executor.fetch([commit.done])
         # All else that took time meanwhile was for the next block.
         work = self._take_work()
         stage = "commit_sums" if self._captures else "commit"
         self.work = [span for span in work if span.stage != stage]
-        self._committed(record, [*commit.work, *(s for s in work if s.stage == stage)])
+        self._committed(done, [*commit.work, *(s for s in work if s.stage == stage)])
 
     def _keep(self, block: int, shards: dict[int, list[int]]) -> None:
         """Store the activations that enter a block, and delete those stored before.

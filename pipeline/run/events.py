@@ -13,14 +13,15 @@ import platform
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 from pipeline.errors import DamagedObjectError, MissingObjectError
 from pipeline.executor.protocol import Allocation
 from pipeline.executor.work_spans import WorkSpan, coarse, seconds_by_stage
 from pipeline.plan import Plan
+from pipeline.run.code_histograms import CodeHistogram
 from pipeline.run.records import CommittedRecord
 from pipeline.storage.object_store import ObjectStore
 
@@ -43,6 +44,7 @@ class Step:
     Attributes:
         parts: those that a resumed run found committed.
         work: of all workers, on the part, or since the last report.
+        histograms: of the part's layers, by path.
     """
 
     event: StepEvent
@@ -51,6 +53,7 @@ class Step:
     record: CommittedRecord | None = None
     work: Sequence[WorkSpan] = ()
     text: str = ""
+    histograms: Mapping[str, CodeHistogram] = field(default_factory=dict)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -92,8 +95,15 @@ class EventLog:
         def both(step: Step) -> None:
             self.seconds.update(step.seconds)
             size_bytes = None if step.record is None else step.record.size_bytes
-            given = {"seconds": step.seconds, "part": step.part, "text": step.text}
-            self._add(step.event, **given, size_bytes=size_bytes, work=self._spans(step.work))
+            self._add(
+                step.event,
+                seconds=step.seconds,
+                part=step.part,
+                text=step.text,
+                size_bytes=size_bytes,
+                work=self._spans(step.work),
+                histograms={path: one.to_dict() for path, one in step.histograms.items()},
+            )
             if step.event != "resumed":
                 self._write()
             report(step)
@@ -143,7 +153,9 @@ class Event:
 
     def line(self) -> str:
         """One line for people."""
-        values = {name: value for name, value in self.values.items() if name != "work"}
+        values = {
+            name: value for name, value in self.values.items() if name not in ("work", "histograms")
+        }
         text = values.pop("text", "")
         for stage, spent in values.pop("seconds", {}).items():
             values[f"{stage}_seconds"] = round(spent, 2)

@@ -19,8 +19,8 @@ from pipeline.fidelity import WindowFidelity
 from pipeline.plan import Plan
 from pipeline.recipe.recipe import StatisticsKind
 from pipeline.run.activations import SavedShard
-from pipeline.run.records import CommittedRecord, Manifest, PartRecord, TuningRecord
-from pipeline.run.sums_records import SumsRecord
+from pipeline.run.code_histograms import CodeHistogram
+from pipeline.run.records import CommittedRecord, Manifest, TuningRecord
 
 if TYPE_CHECKING:
     from quantizer.expert_codes import ExpertCodes
@@ -180,6 +180,18 @@ class PartsOfRuns:
     run_urls: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class CommittedPart:
+    """A part that a worker has committed.
+
+    Attributes:
+        histograms: of its layers that have codes, by path; for the log.
+    """
+
+    record: CommittedRecord
+    histograms: Mapping[str, CodeHistogram] = field(default_factory=dict)
+
+
 class WorkerApi(Protocol):
     """One worker: it holds calibration shards, and captures, solves, commits and propagates.
 
@@ -287,8 +299,10 @@ class WorkerApi(Protocol):
         """
 
     @concurrent("commit")
-    def commit(self, part: int, previous: str, values: Values, *solved: SolvedLayers) -> PartRecord:
-        """Write a part's file and record, and return the record.
+    def commit(
+        self, part: int, previous: str, values: Values, *solved: SolvedLayers
+    ) -> CommittedPart:
+        """Write a part's file and record.
 
         Args:
             previous: digest of the record of the block before; "" where there is none.
@@ -296,8 +310,8 @@ class WorkerApi(Protocol):
         """
 
     @concurrent("commit")
-    def commit_sums(self, part: int, *sums: InputSum) -> SumsRecord:
-        """Write the sums over a float block's inputs, of all groups, and return their record."""
+    def commit_sums(self, part: int, *sums: InputSum) -> CommittedPart:
+        """Write the sums over a float block's inputs, of all groups, and their record."""
 
     @concurrent("commit")
     def settle(self) -> None:
@@ -313,7 +327,7 @@ class WorkerApi(Protocol):
                 to be captured before.
         """
 
-    def quantize_alone(self, part: int) -> PartRecord:
+    def quantize_alone(self, part: int) -> CommittedPart:
         """Read, solve and commit a part that depends on no other.
 
         Its layers need no calibration, or are solved on stored statistics.

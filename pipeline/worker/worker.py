@@ -22,9 +22,9 @@ from pipeline.machine import check_machine
 from pipeline.plan import LayerPlan, Plan
 from pipeline.run import activations
 from pipeline.run.commits import commit_part, committed_file
-from pipeline.run.records import CommittedRecord, Manifest, PartRecord
-from pipeline.run.sums_records import SumsRecord
+from pipeline.run.records import CommittedRecord, Manifest
 from pipeline.run.worker_api import (
+    CommittedPart,
     HeldSum,
     InputSum,
     PartsOfRuns,
@@ -40,6 +40,7 @@ from pipeline.run.worker_api import (
 from pipeline.storage.object_store import open_store
 from pipeline.worker.block_weights import BlockWeights, Stored
 from pipeline.worker.captured_inputs import captured, captured_of_experts
+from pipeline.worker.code_histograms import code_histograms
 from pipeline.worker.device_memory import device_errors
 from pipeline.worker.devices import Devices
 from pipeline.worker.evaluate import evaluate
@@ -256,7 +257,9 @@ class Worker(WorkerApi):
             self._model.graph.blocks[block], values, weights, layers, batches
         )
 
-    def commit(self, part: int, previous: str, values: Values, *solved: SolvedLayers) -> PartRecord:
+    def commit(
+        self, part: int, previous: str, values: Values, *solved: SolvedLayers
+    ) -> CommittedPart:
         block = whole_block(solved)
         record, files = encode_solved_part(
             self._plan,
@@ -267,13 +270,14 @@ class Worker(WorkerApi):
             block.record,
         )
         commit_part(self._store, record, files)
-        return record
+        histograms = code_histograms(self._plan.parts[part].layers, block.layers)
+        return CommittedPart(record=record, histograms=histograms)
 
-    def commit_sums(self, part: int, *sums: InputSum) -> SumsRecord:
+    def commit_sums(self, part: int, *sums: InputSum) -> CommittedPart:
         groups = self._plan.parts[part].groups
         record, files = encode_sums(self._plan.digest, part, groups, sums)
         commit_part(self._store, record, files)
-        return record
+        return CommittedPart(record=record)
 
     def settle(self) -> None:
         """Do nothing: that this is called means that a commit which had begun has ended.
@@ -294,7 +298,7 @@ class Worker(WorkerApi):
         self._passage.finish_block(block, shards, values, _stored(done.layers), done.floats)
 
     @device_errors()
-    def quantize_alone(self, part: int) -> PartRecord:
+    def quantize_alone(self, part: int) -> CommittedPart:
         self._begin()
         sums = self._stored_sums(part)  # if they are damaged, nothing else need be done
         values = self.read(part)

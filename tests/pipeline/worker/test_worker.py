@@ -11,7 +11,7 @@ from pipeline.canonical import sha256
 from pipeline.errors import DivergenceError, MissingObjectError
 from pipeline.run import activations
 from pipeline.run.claim import claim
-from pipeline.run.records import PartRecord, file_key, record_key
+from pipeline.run.records import FileDigest, PartRecord, file_key, record_key
 from pipeline.run.worker_api import SolvedLayer
 from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.worker.shards import LostShardError
@@ -109,10 +109,10 @@ def test_shards_are_restored_to_the_same_bits_from_wherever(start: int, store: O
 
 def test_work_can_be_repeated_without_harm(store: ObjectStore) -> None:
     worker = worker_of(store)
-    record = worker.quantize_alone(0)
-    assert worker.quantize_alone(0) == record
-    assert worker_of(store).quantize_alone(0) == record
-    assert sha256(store.get(file_key(0))) == record.sha256
+    done = worker.quantize_alone(0)
+    assert worker.quantize_alone(0) == done
+    assert worker_of(store).quantize_alone(0) == done
+    assert FileDigest.of(store.get(file_key(0))) == done.record.files[file_key(0)]
 
 
 def test_other_bytes_under_a_committed_name_are_refused(store: ObjectStore) -> None:
