@@ -20,12 +20,13 @@ from jobs.release.loading import Place, load_commands
 from jobs.release.markdown import yaml_text
 from jobs.release.model_card import facts_of, left_in_float, published_recipe
 from jobs.release.quality import measured_on, quality_rows
+from jobs.report.code_figures import logged_histograms, worst_codes
 from jobs.report.comparison import comparison
 from jobs.report.figures import error_figures, sizes_figure
 from jobs.report.layer_errors import errors_of, read_records, remarks, worst
 from jobs.report.page import page
 from jobs.report.time_figures import stages_figure, workers_figure
-from jobs.report.timeline import Timeline, read_timeline
+from jobs.report.timeline import Timeline, read_logs, timeline
 from jobs.report.worst_texts import LEVELS, WorstText, worst_text
 from pipeline.errors import PipelineError
 from pipeline.run.evaluations import Evaluation
@@ -113,19 +114,25 @@ def run_report(run: FinishedRun) -> bytes:
     contents = artifact_contents(run)
     records = read_records(run)
     layers = errors_of(run, records)
-    timeline = read_timeline(run.store)
+    logs = read_logs(run.store)
+    times = timeline(logs)
+    histograms = logged_histograms(logs)
+    codes = worst_codes(layers, histograms)
     names = [part.name for part in run.plan.parts] if run.plan is not None else []
     figures = [
         sizes_figure(_sizes(run, contents, records)),
         *error_figures(layers),
-        stages_figure(timeline, names),
-        workers_figure(timeline, names),
+        stages_figure(times, names),
+        workers_figure(times, names),
     ]
     return page(
         "run_report.html.jinja",
-        [one for one in figures if one is not None],
+        [
+            *(one for one in figures if one is not None),
+            *(drawn for one in codes for drawn in (one.codes, one.scales)),
+        ],
         run=run,
-        headline=_headline(run, contents, timeline),
+        headline=_headline(run, contents, times),
         evaluations=[
             (one, quality_rows(one), measured_on(one), _worst_texts(run, one))
             for one in run.evaluations
@@ -134,14 +141,16 @@ def run_report(run: FinishedRun) -> bytes:
         worst=worst(layers, _NUM_WORST),
         remarks=remarks(layers),
         num_layers=len(layers),
+        codes=codes,
+        num_with_codes=sum(one.path in histograms for one in layers),
         in_float=list(left_in_float(run)),
         notes=run.plan.notes if run.plan is not None else (),
         recipe=yaml_text(published_recipe(run)),
         facts=facts_of(contents),
         commands=load_commands(contents, Place(folder=ARTIFACT_PREFIX.rstrip("/"))),
         license=run.origin.license,
-        timeline=timeline,
-        stages=timeline.shares,
+        timeline=times,
+        stages=times.shares,
     )
 
 

@@ -100,10 +100,10 @@ class Timeline:
         ]
 
 
-def read_timeline(store: ObjectStore) -> Timeline:
-    """Of the run at a store's root."""
+def read_logs(store: ObjectStore) -> list[tuple[Event, ...]]:
+    """Those of each driver of the run at a store's root, but for empty ones."""
     logs = [read_events(store, [key]) for key in store.list(EVENTS_PREFIX)]
-    return timeline(log for log in logs if log)
+    return [log for log in logs if log]
 
 
 def timeline(logs: Iterable[tuple[Event, ...]]) -> Timeline:

@@ -5,7 +5,6 @@ They are for people; nothing in a run's result depends on them, and no record na
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -74,7 +73,7 @@ class CodeHistogram:
             return None
         if not isinstance(scale, float | int) or isinstance(scale, bool):
             return None
-        if not math.isfinite(scale) or not sum(codes) or not sum(scales) or max(ends) > sum(codes):
+        if not 0 <= scale < _MOST or not sum(codes) or not sum(scales) or max(ends) > sum(codes):
             return None
         return cls(
             lowest=lowest,

@@ -11,6 +11,7 @@ import vl_convert
 from playwright.sync_api import Browser
 
 from jobs.release.contents import read_run
+from jobs.report.code_figures import worst_codes
 from jobs.report.comparison import PairedDifference
 from jobs.report.comparison_figures import Point, pareto_figure, ratio_figure
 from jobs.report.figure import Figure
@@ -24,6 +25,7 @@ from pipeline.run.worst_windows import WorstWindow
 from pipeline.storage.object_store import open_store
 from tests.jobs.release.runs import finished
 from tests.jobs.report.browser import Opened, chromium
+from tests.jobs.report.test_code_figures import counts
 from tests.jobs.report.test_figures import layer
 from tests.jobs.report.test_page import HOSTILE
 from tests.jobs.report.test_timeline import KILLED, RESUMED
@@ -47,7 +49,11 @@ def hostile_page(num_blocks: int, num_layers: int) -> bytes:
     found = timeline([KILLED, RESUMED])
     parts = ("rest", HOSTILE, "block_1")
     given = (*error_figures(layers), stages_figure(found, parts), workers_figure(found, parts))
-    figures: list[Figure] = [one for one in given if one is not None]
+    codes = worst_codes(layers, {one.path: counts(1 + i % 30) for i, one in enumerate(layers)})
+    figures: list[Figure] = [
+        *(one for one in given if one is not None),
+        *(drawn for one in codes for drawn in (one.codes, one.scales)),
+    ]
     bad = WorstWindow(
         text_set=HOSTILE,
         number=3,
@@ -77,6 +83,8 @@ def hostile_page(num_blocks: int, num_layers: int) -> bytes:
         levels=LEVELS,
         worst=layers[:3],
         num_layers=len(layers),
+        codes=codes,
+        num_with_codes=len(layers) - 1,
         remarks=[HOSTILE],
         in_float=[(1, HOSTILE, HOSTILE)],
         notes=[HOSTILE],
@@ -116,13 +124,33 @@ def test_every_figure_has_its_marks_and_a_tooltip(browser: Browser, tmp_path: Pa
     )
     assert opened.marks("workers") >= 2 + 3 + 7
     assert opened.marks("stages") >= 4
-    for figure in ("share", "error", "stages", "workers"):
+    histograms = [f"{kind}-{i}" for kind in ("codes", "scales") for i in range(1, 7)]
+    assert [opened.marks(one) for one in histograms] == [32] * 6 + [24] * 6
+    assert opened.page.locator("#codes-7").count() == 0
+    for figure in ("share", "error", "stages", "workers", *histograms):
         picture = opened.page.locator(f"#{figure} svg")
         assert len(set(picture.screenshot())) > 50  # not an empty region
-    opened.page.locator("#share .mark-rect path").first.hover()
+    opened.page.locator("#scales-6 .mark-rect path").nth(12).hover()
     tooltip = opened.page.locator("#vg-tooltip-element")
     tooltip.wait_for(state="visible")
+    assert "times the median" in tooltip.inner_text()
+    opened.page.locator("#share .mark-rect path").first.hover()
+    tooltip.wait_for(state="visible")
     assert "of rounding's error" in tooltip.inner_text()
+
+
+def test_histograms_are_beside_each_other_below_each_other_and_read_aloud(
+    browser: Browser, tmp_path: Path
+) -> None:
+    file = tmp_path / "report.html"
+    file.write_bytes(hostile_page(4, 7))
+    for width, dark, columns in ((1100, False, 3), (1100, True, 3), (360, False, 1)):
+        opened = Opened(browser, file, width=width, dark=dark)
+        assert opened.said == []
+        boxes = [opened.page.locator(f"#codes-{i} svg").bounding_box() for i in range(1, 7)]
+        assert len({box["x"] for box in boxes if box}) == columns
+        assert opened.overflow() == 0
+        assert opened.faults() == []
 
 
 def test_hostile_names_are_shown_as_text_and_nothing_of_them_runs(

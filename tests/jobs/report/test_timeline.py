@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from jobs.report.timeline import read_timeline, timeline
+from jobs.report.timeline import read_logs, timeline
 from pipeline.run.events import Event, EventName
 from pipeline.storage.object_store import open_store
 from tests.pipeline.executor.test_work_spans import spell
@@ -88,7 +88,7 @@ def test_seconds_are_summed_by_part_and_stage() -> None:
 
 
 def test_a_run_without_logs_has_no_timeline(tmp_path: Any) -> None:
-    found = read_timeline(open_store(str(tmp_path)))
+    found = timeline(read_logs(open_store(str(tmp_path))))
     assert (found.began, found.sittings, found.by_stage) == (None, (), {})
 
 
