@@ -208,7 +208,9 @@ class RayExecutor:
 
     def doing(self) -> Mapping[int, Doing]:
         # Whoever watches must not be kept, and a message may be lost: the next answer comes soon.
-        return ask_all(self._actors, "doing", seconds=_WATCHING_SECONDS)
+        actors = self._actors  # which another thread may replace
+        answers = ask_all(actors, "doing", seconds=_WATCHING_SECONDS)
+        return {self._all.index(actors[i]): answer for i, answer in answers.items()}
 
     def recover(self) -> Sequence[str]:
         """Wait for all workers, or else go on with those whose nodes are still there.

@@ -231,3 +231,16 @@ def test_a_worker_reads_and_commits_while_it_computes() -> None:
     finally:
         for actor in executor._actors:
             ray.kill(actor)
+
+
+@pytest.mark.usefixtures("driver")
+def test_who_watches_sees_the_same_numbers_after_a_worker_is_lost_for_good() -> None:
+    executor = RayExecutor(Allocation(workers=2, threads=1), _waiting_worker)
+    try:
+        assert executor.doing().keys() <= {0, 1}
+        executor._actors = executor._all[1:]  # as after `recover`
+        executor.fetch([executor.submit(0, WorkerApi.settle)])
+        assert executor.doing().keys() == {1}
+    finally:
+        for actor in executor._all:
+            ray.kill(actor)
