@@ -70,6 +70,10 @@ class Night(StoredRecord):
     def began_at(self) -> datetime.datetime:
         return datetime.datetime.fromisoformat(self.began)
 
+    @property
+    def ended_at(self) -> datetime.datetime:
+        return self.began_at + datetime.timedelta(seconds=self.seconds)
+
 
 @dataclass(frozen=True)
 class Clock:
@@ -108,8 +112,8 @@ def read_nights(root: ObjectStore, most: int) -> tuple[tuple[Night, ...], int]:
     def read(key: str) -> Night | None:
         try:
             night = Night.read(root, key)
-            return night if night.began_at.tzinfo else None
-        except (DamagedObjectError, MissingObjectError, ValueError):
+            return night if night.ended_at.tzinfo else None
+        except (DamagedObjectError, MissingObjectError, ValueError, OverflowError):
             return None
 
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
@@ -118,11 +122,11 @@ def read_nights(root: ObjectStore, most: int) -> tuple[tuple[Night, ...], int]:
 
 
 def latest(nights: Iterable[Night]) -> dict[tuple[str, str], tuple[Night, NightEntry]]:
-    """Of each model and recipe, the last of these nights that had to do with it.
+    """Of each model and recipe, the last of these nights that had to do with it, by their ends.
 
-    Args:
-        nights: oldest first.
+    One that began while another was at work may only have found that out.
     """
+    ordered = sorted(nights, key=lambda night: night.ended_at)
     return {
-        (entry.model, entry.recipe): (night, entry) for night in nights for entry in night.entries
+        (entry.model, entry.recipe): (night, entry) for night in ordered for entry in night.entries
     }

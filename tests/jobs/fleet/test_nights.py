@@ -1,8 +1,9 @@
+import dataclasses
 import datetime
 
 import pytest
 
-from jobs.fleet.nights import NIGHTS_PREFIX, Clock, NightEntry, read_nights, save_night
+from jobs.fleet.nights import NIGHTS_PREFIX, Clock, NightEntry, latest, read_nights, save_night
 from pipeline.storage.object_store import ObjectStore, open_store
 
 ENTRY = NightEntry(
@@ -39,3 +40,20 @@ def test_damaged_nights_are_counted_and_left_out(root: ObjectStore) -> None:
     root.put(f"{NIGHTS_PREFIX}20261231T000000-00.json", b"{}")
     root.put(f"{NIGHTS_PREFIX}20261231T000000-01.json", b"\xff")
     assert read_nights(root, 10) == (before, 2)
+
+
+def test_what_ended_last_counts_not_what_only_found_another_at_work() -> None:
+    failed = clock(2).night("team.yaml", 1, [ENTRY])
+    beside = clock(2).night("team.yaml", 1, [dataclasses.replace(ENTRY, result="elsewhere")])
+    failed = dataclasses.replace(failed, seconds=3600.0)
+    beside = dataclasses.replace(beside, began="2026-11-02T02:20:00+00:00", seconds=5.0)
+    assert latest([failed, beside]) == {("a", "int8"): (failed, ENTRY)}
+
+
+def test_a_night_without_a_sensible_time_is_damaged(root: ObjectStore) -> None:
+    before = read_nights(root, 10)[1]
+    for changed in ({"seconds": 1e300}, {"began": "2026-12-31T00:00:00"}, {"began": "yesterday"}):
+        night = dataclasses.replace(clock(4).night("team.yaml", 1, [ENTRY]), **changed)
+        key = f"{NIGHTS_PREFIX}20261231T000000-{len(root.list())}.json"
+        root.put(key, night.to_json())
+    assert read_nights(root, 10)[1] == before + 3
