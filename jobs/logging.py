@@ -207,6 +207,8 @@ def print_table(console: Console, table: RenderableType) -> None:
                 column.no_wrap = column.min_width == max(cell.maximum for cell in cells)
             needed = Measurement.get(console, unlimited, part).minimum
             options = options.update(width=max(options.max_width, needed))
+        elif isinstance(part, Text):  # a terminal wraps a path so that it can be copied
+            options = unlimited
         console.print(Segments(console.render(part, options)), crop=False, end="")
 
 

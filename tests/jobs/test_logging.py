@@ -288,3 +288,11 @@ def test_no_text_of_others_steers_the_terminal() -> None:
     for seen in ("name ␛[2J", "[b]␛]0;title", "damaged: ␛[1A␛[2Kall is well", "model␛[5n"):
         assert seen in sent
     assert "\x1b[?25h" in sent  # what Rich itself sends
+
+
+def test_a_path_on_a_narrow_terminal_is_not_broken() -> None:
+    stream = io.StringIO()
+    console = TextConsole(file=stream, width=40, force_terminal=True, color_system=None)
+    path = f"/a folder/{'of results/' * 9}report.html"
+    print_table(console, Text(f"report: {path}"))
+    assert stream.getvalue() == f"report: {path}\n"
