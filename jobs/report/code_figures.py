@@ -125,7 +125,12 @@ def _scales_figure(name: str, histogram: CodeHistogram) -> Figure:
         x={
             "title": "scale / median",
             "scale": {"type": "log", "base": 2},
-            "axis": {"values": [2.0**one for one in octaves], "format": "~g", "grid": False},
+            "axis": {
+                "values": [2.0**one for one in octaves],
+                "format": "~g",
+                "grid": False,
+                "labelFlush": False,
+            },
         },
         domain=[2.0**-SCALE_OCTAVES, 2.0**SCALE_OCTAVES],
         tooltip=[
@@ -158,7 +163,7 @@ def _bars(
                 "field": "share",
                 "type": "quantitative",
                 "title": None,
-                "axis": {"format": ".0%", "tickCount": 3},
+                "axis": {"format": ".0%", "tickCount": 3, "minExtent": 34},
             },
             "tooltip": [*tooltip, {"field": "share", "format": ".2%"}],
         },
