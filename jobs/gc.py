@@ -8,22 +8,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 from rich.table import Table
 from rich.text import Text
 
+from jobs.catalog.entries import NAME_PATTERN
 from jobs.catalog.request import REQUESTS_PREFIX, RUNS_PREFIX
 from jobs.logging import log_event, print_json, status
-from jobs.publish.releases import (
-    MODELS_PREFIX,
-    Current,
-    Release,
-    find_current,
-    history,
-    published_names,
-)
+from jobs.publish.kept_releases import Releases, kept_now
+from jobs.publish.releases import MODELS_PREFIX
 from jobs.publish.verified_files import verified_files_key
 from jobs.quantities import size
 from pipeline.errors import PipelineError
@@ -48,7 +42,9 @@ class _UnreferencedRun(NamedTuple):
     run_id: str
     reason: str
     published_as: frozenset[tuple[str, str]]
-    """Models and recipes under which it may be promoted again."""
+    """Models and recipes under which it may be published or promoted meanwhile."""
+    is_empty: bool = False
+    """Whether there were leases alone."""
     is_statistics: bool = False
     """Not a run of the catalog, but statistics that no run uses any more."""
 
@@ -94,7 +90,7 @@ def collect(
     is_catalog_root = any(
         True for prefix in (MODELS_PREFIX, REQUESTS_PREFIX) for _ in root.stream(prefix)
     )
-    releases = _Releases.read(root) if is_catalog_root else None
+    releases = Releases.read(root) if is_catalog_root else None
     unreferenced: dict[str, _UnreferencedRun] = {}
     if releases is None:
         runs = {run.rstrip("/") for run in find_runs(root)}
@@ -107,22 +103,25 @@ def collect(
     if releases is not None:
         below = (key.split("/") for key in root.stream(f"{STATISTICS_FOLDER}/"))
         shared = {"/".join(parts[:2]) for parts in below}
-    runs |= shared
-    if not runs:
+    if not runs | shared:
         raise PipelineError(f"{url}: no run is there or below it (no plan.json)")
     going = frozenset(f"{root.root_url}/{RUNS_PREFIX}{run_id}" for run_id in unreferenced)
     use = _Use(going=going, unfinished=statistics)
-    unreferenced |= {
-        folder: _UnreferencedRun(folder, use.reason, frozenset(), is_statistics=True)
-        for folder in shared
-        if not use.of(open_store(f"{root.root_url}/{folder}"))
-    }
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        folders = sorted(shared)
+        uses = pool.map(lambda folder: use.of(open_store(f"{root.root_url}/{folder}")), folders)
+        unreferenced |= {
+            folder: _UnreferencedRun(folder, use.reason, frozenset(), is_statistics=True)
+            for folder, is_used in zip(folders, uses, strict=True)
+            if not is_used
+        }
     sweep = _Sweep(
         root=root, releases=releases, use=use, delete=delete, lease_seconds=lease_seconds
     )
     swept: list[SweptRun] = []
-    with status(f"searching {len(runs)} runs"), ThreadPoolExecutor(_NUM_THREADS) as pool:
-        for group in _groups(sorted(runs)):
+    with status(f"searching {len(runs | shared)} runs"), ThreadPoolExecutor(_NUM_THREADS) as pool:
+        # Statistics after all runs: those that are deleted then use them no longer.
+        for group in (*_groups(sorted(runs - shared)), *_groups(sorted(shared))):
             # A run at the root itself is the only one.
             listed = {"": root.versions()} if group == [""] else _listed(root, group)
             swept += pool.map(
@@ -156,8 +155,12 @@ class _Use:
         return f"statistics that no {'unfinished ' if self.unfinished else ''}run uses"
 
     def of(self, store: ObjectStore) -> bool:
-        """Whether any run uses the statistics at a store's root."""
+        """Whether any run uses the statistics at a store's root, or will once others are gone."""
         return bool(users(store, unfinished=self.unfinished) - self.going)
+
+    def still_of(self, store: ObjectStore) -> bool:
+        """Whether any run uses them now, be it one that was to be deleted and is still there."""
+        return bool(users(store, unfinished=self.unfinished))
 
 
 def _groups(runs: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -197,68 +200,8 @@ def _catalog_runs(root: ObjectStore) -> dict[str, _FoundRun]:
     return dict(found)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Releases:
-    """Every release below a catalog's root, read once.
-
-    Attributes:
-        kept: the current ones and the newest.
-        published_as: of each run, the names under which it may be promoted again.
-        older: of each run, its latest release in words.
-    """
-
-    kept: tuple[Release, ...]
-    published_as: Mapping[str, frozenset[tuple[str, str]]]
-    older: Mapping[str, str]
-
-    @cached_property
-    def kept_runs(self) -> frozenset[str]:
-        return frozenset(release.run_id for release in self.kept)
-
-    @cached_property
-    def named_exports(self) -> frozenset[str]:
-        """The folders, below the root, of all exports that kept releases name."""
-        return frozenset(export.folder for release in self.kept for export in release.exports)
-
-    @classmethod
-    def read(cls, root: ObjectStore) -> _Releases:
-        """Read them.
-
-        Raises:
-            DamagedObjectError: a release cannot be read, so what it refers to is unknown.
-        """
-        kept: list[Release] = []
-        published_as: defaultdict[str, set[tuple[str, str]]] = defaultdict(set)
-        older: dict[str, str] = {}
-        names = published_names(root)
-        with ThreadPoolExecutor(_NUM_THREADS) as pool:
-            for one, (current, past) in zip(
-                names, pool.map(lambda one: _releases_of(root, one), names), strict=True
-            ):
-                kept += _kept(current, past)
-                for release in past:
-                    published_as[release.run_id].add(one)
-                    older[release.run_id] = (
-                        f"release {release.number} of {release.model} in {release.recipe_name}, "
-                        f"older than the {release.keep} that are kept"
-                    )
-        named = {run_id: frozenset(names) for run_id, names in published_as.items()}
-        return cls(kept=tuple(kept), published_as=named, older=older)
-
-
-def _releases_of(
-    root: ObjectStore, names: tuple[str, str]
-) -> tuple[Current | None, tuple[Release, ...]]:
-    return find_current(root, *names), history(root, *names)
-
-
-def _kept(current: Current | None, past: tuple[Release, ...]) -> tuple[Release, ...]:
-    """Of a model's and recipe's releases, the current one and the newest."""
-    return () if current is None else (current.release, *past[-current.release.keep :])
-
-
 def _unreferenced_runs(
-    runs: Mapping[str, _FoundRun], releases: _Releases, *, unpublished: bool
+    runs: Mapping[str, _FoundRun], releases: Releases, *, unpublished: bool
 ) -> dict[str, _UnreferencedRun]:
     """Runs that neither the current nor one of the newest releases refers to, by id.
 
@@ -274,10 +217,27 @@ def _unreferenced_runs(
         elif unpublished:
             reasons[run_id] = "never published"
     return {
-        run_id: _UnreferencedRun(run_id, reason, releases.published_as.get(run_id, frozenset()))
+        run_id: _UnreferencedRun(
+            run_id,
+            reason,
+            releases.published_as.get(run_id) or _own_names(run_id),
+            is_empty=runs[run_id].is_empty,
+        )
         for run_id, reason in reasons.items()
         if run_id not in releases.kept_runs
     }
+
+
+def _own_names(run_id: str) -> frozenset[tuple[str, str]]:
+    """The models and recipes that may have given a run its id, MODEL-RECIPE-DIGEST.
+
+    Aliases are not among them, but no run is published under these alone.
+    """
+    words = run_id.split("-")[:-1]
+    pairs = (("-".join(words[:i]), "-".join(words[i:])) for i in range(1, len(words)))
+    return frozenset(
+        pair for pair in pairs if all(re.fullmatch(NAME_PATTERN, name) for name in pair)
+    )
 
 
 # Of exports that `fulfil` makes; others were made by a person.
@@ -295,7 +255,7 @@ class _Sweep:
     """
 
     root: ObjectStore
-    releases: _Releases | None
+    releases: Releases | None
     use: _Use
     delete: bool
     lease_seconds: float
@@ -321,24 +281,22 @@ class _Sweep:
         if not self.delete or not (found or whole):
             return SweptRun(url=store.root_url, garbage=found, deleted=self.delete)
         with lease.acquire(store, seconds=self.lease_seconds, wait=False) as held:
-            # A person may have promoted it since it was found.
-            now = (
-                [_kept(*_releases_of(self.root, one)) for one in whole.published_as]
-                if whole
-                else []
-            )
+            # It may have been promoted since it was found; or made, judged and published.
+            now = [kept_now(self.root, *one) for one in whole.published_as] if whole else []
             if whole and any(r.run_id == whole.run_id for kept in now for r in kept):
                 text = "a release of it was made current meanwhile"
                 return SweptRun(url=store.root_url, skipped=text)
-            if whole and whole.is_statistics and self.use.of(store):
-                return SweptRun(url=store.root_url, skipped="a run has begun to use it meanwhile")
-            # Listed under the lease: a running driver may still need what it has just written, and
-            # exports may have been published.
+            if whole and whole.is_statistics and self.use.still_of(store):
+                return SweptRun(url=store.root_url, skipped="a run still uses it")
+            # Listed under the lease: a running driver may still need what it has just written.
+            known = store.versions()
+            if whole and whole.is_empty and not all(key.startswith(lease.PREFIX) for key in known):
+                return SweptRun(url=store.root_url, skipped="a run has begun here meanwhile")
+            found = self._garbage(store, known, whole, self.releases)
             has_exports = any(one.key.startswith(EXPORTS_PREFIX) for one in found)
-            releases = self.releases
-            if releases is not None and has_exports and whole is None:
-                releases = _Releases.read(self.root)
-            found = self._garbage(store, store.versions(), whole, releases)
+            if self.releases is not None and has_exports and whole is None:
+                # Some may have been made and published since the releases were read.
+                found = self._garbage(store, known, whole, Releases.read(self.root))
             for one in found:
                 if whole is None or not one.key.startswith(lease.PREFIX):
                     held.check()
@@ -356,7 +314,7 @@ class _Sweep:
         store: ObjectStore,
         known: Mapping[str, Version],
         whole: _UnreferencedRun | None,
-        releases: _Releases | None,
+        releases: Releases | None,
     ) -> tuple[Garbage, ...]:
         if whole is not None:
             return whole_run(known, whole.reason)
@@ -368,7 +326,7 @@ class _Sweep:
 
 
 def _unnamed_exports(
-    prefix: str, known: Mapping[str, Version], releases: _Releases
+    prefix: str, known: Mapping[str, Version], releases: Releases
 ) -> tuple[Garbage, ...]:
     """Exports of a run, which lies at a prefix, that no kept release names."""
     folders = {key: match[1] for key in known if (match := _EXPORT.match(key))}
