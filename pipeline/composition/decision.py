@@ -17,6 +17,9 @@ from pipeline.fidelity import Fidelity
 from pipeline.run.records import Digest
 from pipeline.storage.record import STRICT, StoredRecord
 
+_MOST_BITS = 1000
+"""Of a weight, with room for scales and all else in the file of a tiny block."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
@@ -38,10 +41,14 @@ class Target:
             raise PipelineError("give --target-bits or --target-bytes, and not both")
         if not 0 < (self.bits or self.num_bytes or 0) < math.inf:
             raise PipelineError(f"{self}: a target is more than 0")
+        if self.bits is not None and self.bits > _MOST_BITS:
+            raise PipelineError(
+                f"{self}: no weight takes more than {_MOST_BITS} bits; --target-bytes counts bytes"
+            )
 
     def __str__(self) -> str:
         if self.bits is not None:
-            return f"--target-bits {self.bits:g}"
+            return f"--target-bits {self.bits}"
         return f"--target-bytes {self.num_bytes}"
 
     @property
