@@ -22,7 +22,7 @@ from pipeline.evaluation.batches import EvaluationSet
 from pipeline.executor.protocol import Executor, ExecutorError, WorkerLostError
 from pipeline.fidelity import WindowFidelity
 from pipeline.run.records import Digest
-from pipeline.run.worker_api import PartsOfRuns, WorkerApi
+from pipeline.run.worker_api import RunAt, WorkerApi
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.record import StoredRecord
 
@@ -139,17 +139,14 @@ def measure_blocks(
         try:
             # Artifacts are those that any block needs, so that workers go on with the same ones.
             asked = [run for run in runs if any(run in some for some in pending.values())]
-            artifacts = [
-                PartsOfRuns(plan=x.plan, run_urls=(x.store.root_url,) * (num_blocks + 1))
-                for x in asked
-            ]
+            at = [RunAt(url=x.store.root_url, plan_digest=x.plan.digest) for x in asked]
             handles = {
                 block: executor.submit(
                     # The first blocks have most behind them: every worker gets some of them.
                     place % executor.num_workers,
                     WorkerApi.sensitivities,
                     block,
-                    artifacts,
+                    at,
                     given,
                     tokens_per_pass,
                 )

@@ -192,6 +192,18 @@ class CommittedPart:
     histograms: Mapping[str, CodeHistogram] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunAt:
+    """A finished run of the source by where it is: a plan is too long to be sent with every call.
+
+    Attributes:
+        plan_digest: of the plan that is to be there.
+    """
+
+    url: str
+    plan_digest: str
+
+
 class WorkerApi(Protocol):
     """One worker: it holds calibration shards, and captures, solves, commits and propagates.
 
@@ -359,11 +371,11 @@ class WorkerApi(Protocol):
     def sensitivities(
         self,
         block: int,
-        artifacts: Sequence[PartsOfRuns],
+        runs: Sequence[RunAt],
         given: EvaluationSet,
         tokens_per_pass: int = TOKENS_PER_PASS,
     ) -> list[list[WindowFidelity]]:
-        """Compare the source with what it is with this one block of an artifact instead of its own.
+        """Compare the source with what it is with this one block of a run instead of its own.
 
         Blocks that are asked for in their order go on with the source's activations.
 
@@ -371,5 +383,8 @@ class WorkerApi(Protocol):
             given: windows of text without a name.
 
         Returns:
-            For each artifact, what was found of each window.
+            For each run, what was found of each window.
+
+        Raises:
+            PlanMismatchError: another run has taken a run's place.
         """

@@ -13,13 +13,14 @@ from jax import Array
 from numpy.typing import NDArray
 
 from pipeline.artifact.parts import encode_solved_part, finalize
+from pipeline.errors import PlanMismatchError
 from pipeline.evaluation.answers import ChoiceLikelihood
 from pipeline.evaluation.batches import TOKENS_PER_PASS, EvaluationSet
 from pipeline.executor.protocol import ActivationPlace
 from pipeline.fidelity import WindowFidelity
 from pipeline.float_statistics import statistics_plan, statistics_store
 from pipeline.machine import check_machine
-from pipeline.plan import LayerPlan, Plan
+from pipeline.plan import LayerPlan, Plan, read_plan
 from pipeline.run import activations
 from pipeline.run.commits import commit_part, committed_file
 from pipeline.run.records import CommittedRecord, Manifest
@@ -28,6 +29,7 @@ from pipeline.run.worker_api import (
     HeldSum,
     InputSum,
     PartsOfRuns,
+    RunAt,
     SolvedLayer,
     SolvedLayers,
     SolvedSlices,
@@ -358,15 +360,15 @@ class Worker(WorkerApi):
     def sensitivities(
         self,
         block: int,
-        artifacts: Sequence[PartsOfRuns],
+        runs: Sequence[RunAt],
         given: EvaluationSet,
         tokens_per_pass: int = TOKENS_PER_PASS,
     ) -> list[list[WindowFidelity]]:
-        wanted = (tuple(artifacts), given.windows and given.windows.digest)
+        wanted = (tuple(runs), given.windows and given.windows.digest)
         if self._replaced is None or self._replaced[0] != wanted:
             self._begin_evaluation()
             _ = self._model.evaluation_models  # built by one thread
-            opened = [self._composed(one) for one in artifacts]
+            opened = [self._composed(_parts_of(run)) for run in runs]
 
             def replaced(device: int) -> ReplacedBlocks:
                 return ReplacedBlocks(
@@ -426,6 +428,15 @@ class Worker(WorkerApi):
         batch = self._shards.get(shard, block)[0]
         taken = batch.taken(self._model.call(block))
         self._passage.program(block, batch).check_routing(weights[batch.memory.device], taken)
+
+
+def _parts_of(run: RunAt) -> PartsOfRuns:
+    plan = read_plan(open_store(run.url))
+    if plan.digest != run.plan_digest:
+        raise PlanMismatchError(
+            f"{run.url}: another run has taken its place since the command began; start it again"
+        )
+    return PartsOfRuns(plan=plan, run_urls=(run.url,) * len(plan.parts))
 
 
 def _stored(solved: Iterable[SolvedLayer]) -> dict[str, Stored]:

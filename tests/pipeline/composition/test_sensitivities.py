@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 
 from pipeline.calibration.windows import TokenWindows
-from pipeline.composition.composed_plan import GivenRun, read_given_run
+from pipeline.composition.composed_plan import read_given_run
 from pipeline.composition.sensitivities import Sensitivity, measure_blocks
+from pipeline.errors import PlanMismatchError
 from pipeline.evaluation.batches import EvaluationSet
 from pipeline.executor.protocol import ExecutorError
 from pipeline.storage.object_store import ObjectStore, open_store
@@ -20,13 +22,12 @@ from quantizer.schemes import Int4Scheme
 from tests.integration.quantized import FinishedRun, batch_of, finished_run, recipe
 from tests.pipeline.presets import shared_preset
 from tests.pipeline.tiny_runs import CountingExecutor, QuickWorker
-from tests.selection import by_default
 
 NUM_BLOCKS = 2
-# Two batches, since one has at most 1,024 tokens.
-TOKENS = np.random.default_rng(0).integers(5, 60, (5, 260)).astype(np.int32)
+# Two batches, since one has at most 1,024 tokens; a tiny Bert has 256 positions.
+TOKENS = np.random.default_rng(0).integers(5, 60, (5, 250)).astype(np.int32)
 WINDOWS = TokenWindows(
-    tokens=TOKENS, lengths=np.full(5, 260, np.int32), fingerprint="00" * 32, num_documents=1
+    tokens=TOKENS, lengths=np.full(5, 250, np.int32), fingerprint="00" * 32, num_documents=1
 )
 GIVEN = EvaluationSet(windows=WINDOWS)
 _stores = iter(range(1_000))
@@ -95,7 +96,8 @@ def cost(before: Any, after: Any, *, predicts: bool) -> tuple[float, float]:
     return float(means.mean()), float(means.std(ddof=1) / len(means) ** 0.5)
 
 
-@pytest.mark.parametrize("architecture", by_default(["Llama3", "Bert"], ["Llama3"]))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("architecture", ["Llama3", "Bert"])
 def test_it_is_the_loss_of_the_model_with_this_block_alone(architecture: str, folder: Path) -> None:
     runs = runs_of(architecture, folder)
     found, _ = measured(runs, fresh())
@@ -110,7 +112,7 @@ def test_it_is_the_loss_of_the_model_with_this_block_alone(architecture: str, fo
             assert sensitivity.cost == pytest.approx(expected, rel=0.02, abs=2e-7)
             assert sensitivity.standard_error == pytest.approx(error, rel=0.1, abs=2e-7)
             assert sensitivity.num_windows == 5
-            assert sensitivity.count == 5 * (259 if predicts else 260)
+            assert sensitivity.count == 5 * (249 if predicts else 250)
             assert sensitivity.figure == ("divergence" if predicts else "cosine")
     costs = [[one.cost for one in of_block] for of_block in found]
     assert all(fine < coarse for fine, coarse in costs)
@@ -138,12 +140,12 @@ def test_only_blocks_of_a_run_that_is_new_are_measured(folder: Path) -> None:
     runs = runs_of("Llama3", folder)
     store = fresh()
     measured(runs[:1], store)
-    asked: list[list[GivenRun]] = []
+    asked: list[list[str]] = []
 
     class Watched(QuickWorker):
-        def sensitivities(self, block: int, artifacts: Any, *rest: Any) -> Any:
-            asked.append([one.plan.recipe.name for one in artifacts])
-            return super().sensitivities(block, artifacts, *rest)
+        def sensitivities(self, block: int, runs: Any, *rest: Any) -> Any:
+            asked.append([one.url for one in runs])
+            return super().sensitivities(block, runs, *rest)
 
     first = runs[0]
     executor = CountingExecutor(
@@ -151,4 +153,20 @@ def test_only_blocks_of_a_run_that_is_new_are_measured(folder: Path) -> None:
     )
     given = [read_given_run(run.store) for run in runs]
     measure_blocks(executor, store, given, GIVEN, tokens_per_pass=1 << 15, tell=lambda text: None)
-    assert asked == [["int4-32"]] * NUM_BLOCKS
+    assert asked == [[runs[1].store.root_url]] * NUM_BLOCKS
+
+
+@pytest.mark.exhaustive
+def test_a_run_that_another_has_replaced_is_not_measured_in_its_name(folder: Path) -> None:
+    runs = runs_of("Llama3", folder)
+    first, other = (read_given_run(run.store) for run in runs)
+    replaced = dataclasses.replace(first, store=other.store)
+    executor = CountingExecutor(
+        lambda: QuickWorker(runs[0].plan, str(runs[0].source), str(runs[0].folder)), 1
+    )
+    store = fresh()
+    with pytest.raises(PlanMismatchError, match="another run has taken its place"):
+        measure_blocks(
+            executor, store, [replaced], GIVEN, tokens_per_pass=600, tell=lambda text: None
+        )
+    assert not store.list()
