@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -50,6 +50,7 @@ from pipeline.errors import (
     UniformResultKeptError,
     UnusableResultError,
 )
+from pipeline.evaluation.batches import EvaluationSet
 from pipeline.evaluation.tasks import read_tasks
 from pipeline.executor.protocol import ComputeSpec, FunctionRunner
 from pipeline.fidelity import Fidelity, fidelity_of
@@ -181,7 +182,8 @@ class _Composing:
 
     def run(self, *, dry_run: bool, as_json: bool) -> None:
         """See `compose`."""
-        before = None if dry_run else self._decided_before()  # or refused, before it takes long
+        if not dry_run:
+            self._decided_before()  # or refused, before it takes long
         sensitivities = self._sensitivities()
         choices, numbers = options_of(self.runs, sensitivities)
         target = self.job.target
@@ -197,8 +199,10 @@ class _Composing:
             print_result(outlook, outlook.tables(), as_json=as_json)
             return
         log_event("chosen", "", {"choice": asdict(outlook.choice)}, table=outlook.tables())
-        decision, found = self._decided(before, outlook)
-        plan = self._make(decision)
+        # From the decision on: another driver of the same output may have been told otherwise.
+        with self.job.options.acquire_lease(self.store) as held:
+            decision, found = self._decided(outlook, held.check)
+            plan = self._make(decision, held.check)
         fidelity = self._judged(decision, found)
         summary = Summary.of(
             plan,
@@ -289,9 +293,10 @@ class _Composing:
         return None
 
     def _decided(
-        self, before: Decision | None, outlook: Outlook
+        self, outlook: Outlook, check_lease: Callable[[], None]
     ) -> tuple[Decision, Mapping[tuple[int, ...], Rows]]:
         """The decision, as it was made before or is made now, and what was measured for it now."""
+        before = self._decided_before()
         if before is not None:
             return before, {}
         wanted = self._question
@@ -332,13 +337,14 @@ class _Composing:
             measured=_finite(measured),
             kept=kept,
         )
+        check_lease()
         self.store.put(made.key, made.to_json())
         return made, found
 
     def _cost(self, found: Rows) -> float:
         return measured_cost(fidelity_of(self.texts.judged, found))
 
-    def _make(self, decision: Decision) -> Plan:
+    def _make(self, decision: Decision, check_lease: Callable[[], None]) -> Plan:
         """Claim the output, copy parts and write the manifest; what is done is not done again."""
         plan = composed_plan(self.runs, decision.givers, self.job.target.recipe_name)
         plan = dataclasses.replace(plan, source_url=self.source_url)
@@ -352,16 +358,15 @@ class _Composing:
         if self.store.exists(MANIFEST_KEY):
             log_event("finished before", f"{self.job.output_url}: composed before")
             return plan
-        with self.job.options.acquire_lease(self.store) as held:
-            with status("copying the parts"):
-                copy_parts(
-                    self.store,
-                    plan,
-                    self._givers(plan),
-                    check_lease=held.check,
-                    tell=partial(log_event, "copied"),
-                )
-            self.compute.executor.run(seal, self.store.root_url, self.source_url)
+        with status("copying the parts"):
+            copy_parts(
+                self.store,
+                plan,
+                self._givers(plan),
+                check_lease=check_lease,
+                tell=partial(log_event, "copied"),
+            )
+        self.compute.executor.run(seal, self.store.root_url, self.source_url)
         return plan
 
     def _givers(self, plan: Plan) -> list[GivenRun]:
@@ -372,19 +377,21 @@ class _Composing:
     def _judged(self, decision: Decision, found: Mapping[tuple[int, ...], Rows]) -> Fidelity:
         """The figures of what is kept.
 
-        They are stored where they were asked for, and not if they are of the texts that the choice
-        was made by.
+        They are stored where they were asked for, and not those of the texts that the choice was
+        made by.
         """
         manifest = read_manifest(self.store).record_sha256
-        given, asked = self.texts.judged, self.job.asked.judges
+        judged, asked = self.texts.judged, self.job.asked
+        given = judged if asked.evaluated_on else EvaluationSet(tasks=judged.tasks)
         for one in find_evaluations(self.store, manifest, partial(log_event, "damaged")):
-            is_same = asked and one.measured_on == measured_on(given)
+            is_same = asked.judges and one.measured_on == measured_on(given)
             # They are written last.
             if is_same and (not given.text_sets or find_worst_windows(self.store, one)):
                 return Fidelity.from_figures(one.figures)
         rows = found.get(decision.givers) or self._evaluated(decision.givers)
-        if not asked:
-            return fidelity_of(given, rows)
+        if not asked.judges:
+            return fidelity_of(judged, rows)
+        rows = rows[len(judged.batches) - len(given.batches) :]  # those of tasks are last
         return keep(self.compute.executor, self.store, self.source_url, manifest, given, rows)
 
 

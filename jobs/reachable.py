@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 
 from pipeline.errors import DamagedObjectError, StorageError
-from pipeline.plan import PLAN_KEY
+from pipeline.plan import PLAN_KEY, read_plan
 from pipeline.run.commits import read_manifest
 from pipeline.run.records import MANIFEST_KEY, Manifest
 from pipeline.storage.backend import Patience
@@ -51,9 +51,12 @@ def finished_manifest(store: ObjectStore, run_url: str) -> Manifest:
             f"{run_url}: neither {MANIFEST_KEY} nor {PLAN_KEY} is there; name the folder that "
             "quantfleet quantize wrote to"
         )
+    # A composition needs to be told of the runs that it is made of.
+    command = f"quantfleet resume {shlex.quote(run_url)}"
+    if read_plan(store).composed:
+        command = "the quantfleet compose that began it"
     raise DamagedObjectError(
-        f"{store.url(MANIFEST_KEY)} is missing: the run is not finished; finish it with "
-        f"quantfleet resume {shlex.quote(run_url)}"
+        f"{store.url(MANIFEST_KEY)} is missing: the run is not finished; finish it with {command}"
     )
 
 

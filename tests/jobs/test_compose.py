@@ -21,7 +21,9 @@ import pipeline.worker.worker
 from jobs.composition_tables import blocks_of
 from jobs.execute import Compute
 from pipeline.artifact.verification import ask_stock
+from pipeline.composition.decision import Decision
 from pipeline.composition.sensitivities import Sensitivity
+from pipeline.errors import LeaseHeldError
 from pipeline.executor.protocol import Allocation, ComputeSpec
 from pipeline.plan import read_plan
 from pipeline.run.commits import committed_parts, read_manifest
@@ -65,8 +67,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """The command line, with two workers in this process."""
+def command(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Command:
+    """The command line, with workers in this process: one by default, since each compiles."""
+    workers = 2 if request.node.get_closest_marker("exhaustive") else 1
     executors: dict[tuple[str, str], LateExecutor] = {}
 
     @contextlib.contextmanager
@@ -74,8 +81,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         spec: ComputeSpec, source_url: str, run_url: str, **_: Any
     ) -> Iterator[Compute]:
         urls = source_url, run_url
-        executor = executors.setdefault(urls, LateExecutor(2, *urls))
-        yield Compute(Allocation(workers=2, threads=1), lambda: executor)
+        executor = executors.setdefault(urls, LateExecutor(workers, *urls))
+        yield Compute(Allocation(workers=workers, threads=1), lambda: executor)
 
     monkeypatch.setattr(jobs.compose, "open_compute", open_compute)
     monkeypatch.setattr(jobs.quantize, "open_compute", open_compute)
@@ -110,7 +117,7 @@ JUDGED = (*MEASURED, "--evaluate-on", text_file(), "--windows", "2")
 def test_a_composition_is_a_run_like_any_other(runs: Runs, command: Command) -> None:
     """The best that its size allows, by what was measured of each block alone; of its runs' very
     bytes; with evaluation, provenance and a size that is kept."""
-    names, out = ("w2", "w4"), open_store(fresh())
+    names, out = ("w2", "int8"), open_store(fresh())
     bits = between(runs, *names)
     target = ("--target-bits", bits, "--output", out.root_url)
     code = command("compose", *given(runs, *names), *target, *JUDGED, "--json")
@@ -120,9 +127,9 @@ def test_a_composition_is_a_run_like_any_other(runs: Runs, command: Command) -> 
     picked = decision["picked"]
     assert set(picked) == {0, 1}
     assert found["choice"]["bits"] <= float(bits)
-    # Every block costs less at four bits, and the whole lies between the two runs.
+    # Every block costs less at eight bits, and the whole lies between the two runs.
     costs = [block["costs"] for block in found["blocks"]]
-    assert all(w4 < w2 for w2, w4 in costs)
+    assert all(int8 < w2 for w2, int8 in costs)
     assert decision["measured"] < decision["runs"][0]["measured"]
     assert decision["expected"] == pytest.approx(
         sum(of_block[one] for of_block, one in zip(costs, picked, strict=True))
@@ -149,13 +156,14 @@ def test_a_composition_is_a_run_like_any_other(runs: Runs, command: Command) -> 
     assert evaluation.figures["divergence"] == pytest.approx(decision["measured"])
     assert find_worst_windows(out, evaluation)
     for page in ("README.md", "report.html"):
-        assert b"w4" in out.get(page)
+        assert b"int8" in out.get(page)
     assert command("verify", out.root_url, "--no-stock") == 0
     other = ("--target-bits", "99", "--output", out.root_url)
     assert command("compose", *given(runs, *names), *other, *JUDGED) == 2
     assert "is of another composition" in command.complaint
 
 
+@pytest.mark.exhaustive
 def test_what_is_measured_serves_every_budget_and_is_shown_before_anything_is_made(
     runs: Runs, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,7 +199,7 @@ def test_what_is_measured_serves_every_budget_and_is_shown_before_anything_is_ma
 
 def refusals(runs: Runs) -> Iterator[tuple[list[str | Path], str]]:
     """Arguments beside --output, and what is said of them."""
-    two = given(runs, "w2", "w4")
+    two = given(runs, "w2", "int8")
     bits = ("--target-bits", "9")
     yield [two[0], *bits], "at least two runs"
     yield [two[0], two[0], *bits], "the same result .* name each run once"
@@ -213,7 +221,7 @@ def test_what_cannot_be_composed_is_refused_before_anything_is_written(
         assert command("compose", *arguments, "--output", tmp_path / "out") in (2, 4)
         assert re.search(expected, command.complaint), command.complaint
     inside = runs["w2"].folder / "out"
-    command("compose", *given(runs, "w2", "w4"), "--target-bits", "9", "--output", inside)
+    command("compose", *given(runs, "w2", "int8"), "--target-bits", "9", "--output", inside)
     assert "lies inside the run's own folder" in command.complaint
     assert not (tmp_path / "out").exists()
     assert not inside.exists()
@@ -224,9 +232,9 @@ def test_what_cannot_be_composed_is_refused_before_anything_is_written(
     for folder in taken:
         folder.mkdir()
         (folder / "stranger.txt").write_text("")
-    shutil.copy(runs["w4"].folder / "plan.json", tmp_path / "run")
+    shutil.copy(runs["int8"].folder / "plan.json", tmp_path / "run")
     for folder, expected in taken.items():
-        command("compose", *given(runs, "w2", "w4"), "--target-bits", "9", "--output", folder)
+        command("compose", *given(runs, "w2", "int8"), "--target-bits", "9", "--output", folder)
         assert expected in command.complaint
         assert not (folder / "composition").exists()
 
@@ -292,8 +300,67 @@ def test_a_composition_that_is_killed_again_and_again_is_the_same_in_the_end(
             assert plan
             assert command("resume", out.root_url) == 2
             assert "go on with the quantfleet compose" in command.complaint
+            assert command("verify", out.root_url) == 4
+            assert "finish it with the quantfleet compose" in command.complaint
     assert kills > 8
     assert lasting(out) == lasting(whole)
+
+
+@pytest.mark.exhaustive
+def test_one_composition_at_a_time_decides_what_an_output_is(
+    runs: Runs, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = open_store(fresh())
+
+    def compose(bits: str) -> int:
+        target = ("--target-bits", bits, "--output", out.root_url, *MEASURED)
+        return command(
+            "compose", *given(runs, "w2", "w4"), *target, "--no-wait", "--lease-seconds", "5"
+        )
+
+    met: list[int] = []
+    measure = jobs.compose.measure
+
+    def meanwhile(*arguments: Any) -> Any:
+        if not met:
+            met.append(0)
+            met[0] = compose("99")
+            assert "is at work on this run" in command.complaint
+        return measure(*arguments)
+
+    monkeypatch.setattr(jobs.compose, "measure", meanwhile)
+    bits = between(runs, "w2", "w4")
+    ended = compose(bits)
+    assert ended in (0, 6), command.err
+    assert met == [LeaseHeldError.exit_code]
+    assert Decision.read(out, Decision.key).target.bits == float(bits)
+    made = lasting(out)
+    assert compose("99") == 2
+    assert "is of another composition" in command.complaint
+    assert compose(bits) == ended
+    assert lasting(out) == made
+
+
+@pytest.mark.exhaustive
+def test_questions_alone_leave_no_figures_of_the_texts_that_the_choice_was_made_by(
+    runs: Runs, command: Command, tmp_path: Path
+) -> None:
+    out = open_store(fresh())
+    questions = tmp_path / "common.jsonl"
+    questions.write_text('{"question": "The dog is", "choices": ["lazy", "a box"], "answer": 0}')
+    target = ("--target-bits", between(runs, "w2", "w4"), "--output", out.root_url)
+    arguments = (*given(runs, "w2", "w4"), *target, *MEASURED, "--tasks", str(questions))
+    ended = command("compose", *arguments)
+    assert ended in (0, 6), command.err
+    [key] = out.list(EVALUATIONS_PREFIX)
+    evaluation = Evaluation.read(out, key)
+    assert list(evaluation.measured_on) == ["tasks"]
+    assert [task["name"] for task in evaluation.figures["tasks"]] == ["common"]
+    assert evaluation.figures["num_windows"] == 0
+    kept = out.get(key)
+    assert command("compose", *arguments) == ended
+    assert out.list(EVALUATIONS_PREFIX) == (key,)
+    assert out.get(key) == kept
 
 
 @pytest.mark.exhaustive
