@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from jobs.publish.kept_releases import Releases, kept_now
 from jobs.publish.releases import MODELS_PREFIX
 from jobs.publish.verified_files import verified_files_key
 from jobs.quantities import size
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, StorageError
 from pipeline.export.manifest import EXPORT_KEY
 from pipeline.export.settings import EXPORTS_PREFIX
 from pipeline.float_statistics import STATISTICS_FOLDER
@@ -99,17 +100,22 @@ def collect(
         unreferenced = _unreferenced_runs(found, releases, unpublished=unpublished)
         runs = {f"{RUNS_PREFIX}{run_id}" for run_id, one in found.items() if one.is_planned}
         runs |= {f"{RUNS_PREFIX}{run_id}" for run_id in unreferenced}
-    shared = {run for run in runs if holds_statistics(run)}
+    candidates = set(runs)
     if releases is not None:
         below = (key.split("/") for key in root.stream(f"{STATISTICS_FOLDER}/"))
-        shared = {"/".join(parts[:2]) for parts in below}
-    if not runs | shared:
-        raise PipelineError(f"{url}: no run is there or below it (no plan.json)")
-    going = frozenset(f"{root.root_url}/{RUNS_PREFIX}{run_id}" for run_id in unreferenced)
-    use = _Use(going=going, unfinished=statistics)
+        candidates = {"/".join(parts[:2]) for parts in below if len(parts) > 2}
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        stores = {
+            run: open_store(f"{root.root_url}/{run}".rstrip("/")) for run in sorted(candidates)
+        }
+        told = zip(stores, pool.map(holds_statistics, stores.values()), strict=True)
+        shared = {run for run, is_statistics in told if is_statistics}
+        if not runs | shared:
+            raise PipelineError(f"{url}: no run is there or below it (no plan.json)")
+        going = frozenset(f"{root.root_url}/{RUNS_PREFIX}{run_id}" for run_id in unreferenced)
+        use = _Use(going=going, unfinished=statistics)
         folders = sorted(shared)
-        uses = pool.map(lambda folder: use.of(open_store(f"{root.root_url}/{folder}")), folders)
+        uses = pool.map(lambda folder: use.of(stores[folder]), folders)
         unreferenced |= {
             folder: _UnreferencedRun(folder, use.reason, frozenset(), is_statistics=True)
             for folder, is_used in zip(folders, uses, strict=True)
@@ -155,8 +161,15 @@ class _Use:
         return f"statistics that no {'unfinished ' if self.unfinished else ''}run uses"
 
     def of(self, store: ObjectStore) -> bool:
-        """Whether any run uses the statistics at a store's root, or will once others are gone."""
-        return bool(users(store, unfinished=self.unfinished) - self.going)
+        """Whether any run uses the statistics at a store's root, or will once others are gone.
+
+        So it counts if that cannot be told.
+        """
+        try:
+            return bool(users(store, unfinished=self.unfinished) - self.going)
+        except StorageError as error:  # of where such a run is
+            log_event("kept", f"{store.root_url}: {error}", level=logging.WARNING)
+            return True
 
     def still_of(self, store: ObjectStore) -> bool:
         """Whether any run uses them now, be it one that was to be deleted and is still there."""

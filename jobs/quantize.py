@@ -32,6 +32,7 @@ from jobs.run_exports import (
     pending_exports,
     want_exports,
 )
+from jobs.shared_statistics import check_same_folder, check_statistics_folder
 from jobs.summary import Summary, summary_table
 from jobs.termination import Terminated
 from pipeline.artifact.loading import load_hints
@@ -121,13 +122,10 @@ def run_job(
         output_url=absolute(job.output_url),
         statistics_url=absolute(job.statistics_url),
     )
-    if job.statistics_url and not recipe.uses_float_statistics:
-        raise PipelineError(
-            f"--statistics {job.statistics_url}: recipe {recipe.name} uses none; give its "
-            "calibration statistics: float, or leave --statistics out"
-        )
     set_run(run=url_name(job.output_url), model=url_name(job.source_url), recipe=recipe.name)
     check_apart(job.source_url, job.output_url)
+    if job.statistics_url:
+        check_statistics_folder(job.statistics_url, job.source_url, job.output_url, recipe)
     if dry_run is None:
         read_tasks(job.tasks)  # mistakes in them need no model to be found
     with waiting("looking at preset and output"):
@@ -137,8 +135,8 @@ def run_job(
         finished = store.exists(MANIFEST_KEY)
         if not finished or job.is_evaluated or job.exports:
             check_writable(store)
-    if job.statistics_url:
-        check_writable(reachable(job.statistics_url, PLAN_KEY))
+        if job.statistics_url:
+            check_writable(reachable(job.statistics_url, PLAN_KEY), "--statistics")
 
     def plan_all(runner: FunctionRunner) -> PlannedJob:
         # Before all else, since it reads no weights.
@@ -191,9 +189,14 @@ def run_job(
         planned.exports.warn(recipe)
         planned.warn()
         wanted = {settings.key: settings.to_json() for settings in job.exports}
+        plan = claim(
+            store,
+            dataclasses.replace(plan, statistics_url=job.statistics_url),
+            planned.windows,
+            beside=wanted,
+        )
         if job.statistics_url:
-            plan = dataclasses.replace(plan, statistics_url=job.statistics_url)
-        plan = claim(store, plan, planned.windows, beside=wanted)
+            check_same_folder(job.statistics_url, plan, store)
         want_exports(store, job.exports)
         _finish(plan, job, store, compute, costs, judged_on, as_json=as_json)
 

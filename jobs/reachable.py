@@ -60,8 +60,11 @@ def finished_manifest(store: ObjectStore, run_url: str) -> Manifest:
     )
 
 
-def check_writable(store: ObjectStore) -> None:
+def check_writable(store: ObjectStore, what: str = "output") -> None:
     """Check that a folder on a local disk may be written, or made; object stores answer later.
+
+    Args:
+        what: the user is to choose another of.
 
     Raises:
         StorageError: it may not.
@@ -72,9 +75,9 @@ def check_writable(store: ObjectStore) -> None:
     # What must be made lies in the last folder that is there.
     nearest = next(folder for folder in (path, *path.parents) if folder.exists())
     if not nearest.is_dir():
-        raise StorageError(f"{path}: {nearest} is a file, not a folder; choose another output")
+        raise StorageError(f"{path}: {nearest} is a file, not a folder; choose another {what}")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise StorageError(
             f"{path}: {nearest} cannot be written by this user, or is read-only; choose another "
-            "output, or change its permissions"
+            f"{what}, or change its permissions"
         )

@@ -1,24 +1,75 @@
-"""Statistics of the float model that a run needs: found, or captured before it solves anything."""
+"""Statistics of the float model that a run needs: where, and captured before it solves anything."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import TypeVar
 
 from jobs.logging import log_event
-from pipeline.errors import DamagedObjectError, MissingObjectError, StatisticsError
-from pipeline.float_statistics import statistics_plan, statistics_store
+from pipeline.errors import (
+    DamagedObjectError,
+    MissingObjectError,
+    PipelineError,
+    StatisticsError,
+)
+from pipeline.float_statistics import STATISTICS_FOLDER, statistics_plan, statistics_store
 from pipeline.plan import PLAN_KEY, Plan, TokensPlan, read_plan
-from pipeline.run.claim import claim
-from pipeline.run.commits import Finding, damaged_files, quarantine, read_manifest
+from pipeline.recipe.recipe import Recipe
+from pipeline.run.commits import Finding, damaged_files, quarantine
 from pipeline.run.lease import Lease
 from pipeline.run.records import MANIFEST_KEY, RECORDS_PREFIX, Manifest, record_key
 from pipeline.run.statistics_users import note_user
 from pipeline.storage.object_store import ObjectStore
+from pipeline.storage.overlap import is_inside
 
 _T = TypeVar("_T")
 _MOST_REPAIRS = 3
+
+
+def check_statistics_folder(
+    statistics_url: str, source_url: str, output_url: str, recipe: Recipe
+) -> None:
+    """Refuse a folder for statistics that its user cannot mean; nothing is opened.
+
+    Raises:
+        PipelineError: the recipe uses none, or what is written there would be taken for something
+            else.
+    """
+    named = f"--statistics {statistics_url}"
+    if not recipe.uses_float_statistics:
+        raise PipelineError(
+            f"{named}: recipe {recipe.name} uses none; give its calibration statistics: float, or "
+            "leave --statistics out"
+        )
+    if is_inside(statistics_url, source_url):
+        raise PipelineError(
+            f"{named}: lies inside the preset's own folder, {source_url}; name a folder elsewhere"
+        )
+    own = f"{output_url.rstrip('/')}/{STATISTICS_FOLDER}"
+    if is_inside(statistics_url, output_url) and not is_inside(statistics_url, own):
+        raise PipelineError(
+            f"{named}: lies inside the output, among the run's own files; name a folder elsewhere, "
+            f"or leave --statistics out for {own}"
+        )
+
+
+def check_same_folder(statistics_url: str, claimed: Plan, store: ObjectStore) -> None:
+    """Refuse to go on with other statistics than those that a run was started with.
+
+    Args:
+        claimed: the plan at the run's root, which names their folder.
+
+    Raises:
+        PipelineError: the folder is another.
+    """
+    theirs = claimed.statistics_url or f"{store.root_url}/{STATISTICS_FOLDER}"
+    if not (is_inside(statistics_url, theirs) and is_inside(theirs, statistics_url)):
+        raise PipelineError(
+            f"--statistics {statistics_url}: the run at {store.root_url} was started with those in "
+            f"{theirs}; leave --statistics out, or choose another --output"
+        )
 
 
 def with_statistics(
@@ -33,13 +84,13 @@ def with_statistics(
     Args:
         store: opened at the run's root.
         acquire_lease: makes this process the only driver of the run at a store's root.
-        capture: carries out the plan of statistics that it is given, claimed in that store.
+        capture: carries out the plan of statistics that it is given, which is in that store.
         solve: drives the run's own blocks; raises StatisticsError if statistics cannot be used.
 
     Raises:
         StatisticsError: they are damaged again and again.
     """
-    if not plan.uses_float_statistics or _is_solved(plan, store):
+    if not plan.uses_float_statistics:
         return solve()
     found, wanted, tokens = (
         statistics_store(plan, store.root_url),
@@ -49,25 +100,31 @@ def with_statistics(
     assert tokens is not None
 
     def capture_missing(*, verify: bool) -> None:
+        note_user(found, store.root_url)  # before anything that may be swept is looked for
+        if not verify and found.exists(MANIFEST_KEY):
+            log_event("statistics", f"{found.root_url}: captured before; nothing to capture")
+            return
         with acquire_lease(found) as held:
-            if verify:
-                damaged = _damaged(found, tokens)
-                for finding in damaged:
-                    log_event("damaged", f"made again: {finding.problem}", level=logging.WARNING)
-                held.check()
-                quarantine(found, damaged)
-            elif found.exists(MANIFEST_KEY):
+            if not verify and found.exists(MANIFEST_KEY):
                 return  # by the driver that was waited for
+            # Whoever held the lease may have swept it, the note among it.
+            note_user(found, store.root_url)
+            damaged = _damaged(found, wanted, tokens)
+            for finding in damaged:
+                log_event("damaged", f"made again: {finding.problem}", level=logging.WARNING)
+            held.check()
+            quarantine(found, damaged)
             text = "captured once, for all recipes of the model with the same tokens"
             log_event("statistics", f"{found.root_url}: {text}")
             windows = store.get(tokens.key, sha256=tokens.digest)
-            found.create(tokens.key, windows)  # also where they are no longer
-            capture(claim(found, wanted, windows), found, held)
+            found.create(tokens.key, windows)
+            # Whatever else is there, the folder's name says that it is of this plan. A driver that
+            # woke up late may have written it, with its own place of the source.
+            with contextlib.suppress(FileExistsError):
+                found.create(PLAN_KEY, wanted.to_json())
+            capture(read_plan(found), found, held)
 
-    note_user(found, store.root_url)
-    if found.exists(MANIFEST_KEY):
-        log_event("statistics", f"{found.root_url}: captured before; nothing to capture")
-    else:
+    if not _is_solved(plan, store):
         capture_missing(verify=False)
     repairs = 0
     while True:
@@ -82,13 +139,16 @@ def with_statistics(
 
 
 def _is_solved(plan: Plan, store: ObjectStore) -> bool:
-    """Whether all parts that statistics are for are committed, as far as their records tell."""
+    """Whether all parts that statistics are for are committed, as far as their records tell.
+
+    Of one that turns out damaged they are needed nevertheless.
+    """
     present = store.list(RECORDS_PREFIX)
     return all(record_key(part.part) in present for part in plan.parts if part.groups)
 
 
-def _damaged(found: ObjectStore, tokens: TokensPlan) -> list[Finding]:
-    """What cannot be used of statistics that were captured before."""
+def _damaged(found: ObjectStore, wanted: Plan, tokens: TokensPlan) -> list[Finding]:
+    """What cannot be used of statistics that were captured before, in part or whole."""
     findings = []
     try:
         found.get(tokens.key, sha256=tokens.digest)
@@ -96,9 +156,11 @@ def _damaged(found: ObjectStore, tokens: TokensPlan) -> list[Finding]:
         pass  # written again
     except DamagedObjectError as error:
         findings.append(Finding(key=tokens.key, problem=str(error), is_damaged=True))
-    for key, read in ((PLAN_KEY, read_plan), (MANIFEST_KEY, read_manifest)):
+    kinds: tuple[tuple[str, type[Plan | Manifest]], ...]
+    kinds = (PLAN_KEY, Plan), (MANIFEST_KEY, Manifest)
+    for key, kind in kinds:
         try:
-            record = read(found)
+            record = kind.read(found, key)
         except MissingObjectError:
             continue
         except DamagedObjectError as error:
@@ -106,4 +168,7 @@ def _damaged(found: ObjectStore, tokens: TokensPlan) -> list[Finding]:
             continue
         if isinstance(record, Manifest):
             findings += damaged_files(found, record)
+        elif record.digest != wanted.digest:
+            problem = f"{found.url(key)} is the plan of other statistics"
+            findings.append(Finding(key=key, problem=problem, is_damaged=True))
     return findings

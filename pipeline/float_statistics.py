@@ -69,4 +69,4 @@ def statistics_store(plan: Plan, run_url: str) -> ObjectStore:
         run_url: the run's root, below which they are if the plan names no other folder.
     """
     folder = plan.statistics_url or f"{run_url}/{STATISTICS_FOLDER}"
-    return open_store(f"{folder}/{statistics_plan(plan).digest}")
+    return open_store(f"{folder.rstrip('/')}/{statistics_plan(plan).digest}")

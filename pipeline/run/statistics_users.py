@@ -10,14 +10,16 @@ from dataclasses import dataclass
 
 from pipeline.canonical import sha256
 from pipeline.errors import DamagedObjectError, MissingObjectError
-from pipeline.float_statistics import STATISTICS_FOLDER
-from pipeline.plan import PLAN_KEY
+from pipeline.plan import PLAN_KEY, read_plan
+from pipeline.run import lease
 from pipeline.run.records import MANIFEST_KEY
 from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.storage.record import StoredRecord
 
 USERS_PREFIX = "users/"
-_FOLDER = re.compile(rf"(?:^|/){STATISTICS_FOLDER}/[0-9a-f]{{64}}/?$")
+_FOLDER = re.compile(r"/[0-9a-f]{64}$")
+_BEFORE_PLAN = (USERS_PREFIX, lease.PREFIX, "tokens/")
+"""What is written before the plan, and may be left where that never was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +32,20 @@ class StatisticsUser(StoredRecord):
 def note_user(found: ObjectStore, run_url: str) -> None:
     """Note that a run uses the statistics at a store's root; before it captures or reads them."""
     note = StatisticsUser(run_url=run_url)
-    found.create(f"{USERS_PREFIX}{sha256(run_url.encode())[:32]}.json", note.to_json())
+    # Over one that was damaged, too.
+    found.put(f"{USERS_PREFIX}{sha256(run_url.encode())[:32]}.json", note.to_json())
 
 
-def holds_statistics(url: str) -> bool:
-    """Whether a folder is one of statistics, by its name."""
-    return _FOLDER.search(url) is not None
+def holds_statistics(store: ObjectStore) -> bool:
+    """Whether a store's root is a folder of statistics, begun at least, and nothing else."""
+    if not _FOLDER.search(store.root_url):
+        return False
+    try:
+        return read_plan(store).makes == "statistics"
+    except DamagedObjectError:
+        return bool(store.list(USERS_PREFIX))
+    except MissingObjectError:
+        return all(key.startswith(_BEFORE_PLAN) for key in store.list())
 
 
 def users(found: ObjectStore, *, unfinished: bool = False) -> frozenset[str]:

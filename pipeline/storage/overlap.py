@@ -1,4 +1,4 @@
-"""Two places that must not lie inside each other: what is read, and what is written."""
+"""Places that must not lie inside each other, such as what is read, and what is written."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ def check_apart(source_url: str, output_url: str, what: str = "preset") -> None:
         f"{output_url}: the output {how}; the two would take each other's files for their own; "
         f"write to a folder beside the {what}, not inside or above it"
     )
+
+
+def is_inside(url: str, folder_url: str) -> bool:
+    """Whether a place is a folder, or lies inside it, in whatever spelling."""
+    place, folder = _place(url), _place(folder_url)
+    return place[: len(folder)] == folder
 
 
 def _place(url: str) -> list[str]:

@@ -68,6 +68,7 @@ def test_three_recipes_capture_once(catalog: TinyCatalog) -> None:
     assert f"made again: {catalog.root.url(last)} is damaged" in told
 
 
+@pytest.mark.exhaustive
 def test_statistics_go_with_the_last_run_that_uses_them(catalog: TinyCatalog) -> None:
     catalog.values["models"][0]["recipes"] = [in_float(catalog)]
     assert catalog.nightly()[0] == 0
@@ -85,6 +86,14 @@ def test_statistics_go_with_the_last_run_that_uses_them(catalog: TinyCatalog) ->
     code, swept = catalog.call("gc", root, "--statistics", "--delete")
     assert code == 0
     assert catalog.root.list(f"{STATISTICS_FOLDER}/") == ()
+    # Nothing else there is taken for statistics.
+    mine = f"{STATISTICS_FOLDER}/mine/table.csv"
+    catalog.root.put(mine, b"a,b")
+    code, swept = catalog.call("gc", root, "--statistics", "--delete")
+    assert code == 0
+    assert not any("mine" in one["url"] for one in swept)
+    assert catalog.root.list(f"{STATISTICS_FOLDER}/") == (mine,)
+    catalog.root.delete(mine)
     # What another recipe needs is captured again.
     catalog.values["models"][0]["recipes"].append(
         in_float(catalog, "other", **without("query", None))
