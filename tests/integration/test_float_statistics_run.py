@@ -79,8 +79,14 @@ def of_one_worker(driver: None, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 @pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.parametrize(("workers", "killed_after"), [(2, None), (2, 1), (3, None)])
+@pytest.mark.parametrize(
+    ("workers", "killed_after"),
+    [
+        pytest.param(2, None, marks=pytest.mark.exhaustive),
+        pytest.param(2, 1, marks=pytest.mark.slow),
+        pytest.param(3, None, marks=pytest.mark.slow),
+    ],
+)
 def test_any_workers_leave_the_same_bytes_though_one_is_killed(
     workers: int, killed_after: int | None, of_one_worker: dict[str, bytes], tmp_path: Path
 ) -> None:
