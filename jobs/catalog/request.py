@@ -147,13 +147,18 @@ def run_store(root: ObjectStore, run_id: str) -> ObjectStore:
     return open_store(f"{root.root_url}/{run_prefix(run_id)}")
 
 
+def is_id(given: str) -> bool:
+    """Whether this may be the id of a request or a run."""
+    return _ID.fullmatch(given) is not None and ".." not in given
+
+
 def checked_id(given: str) -> str:
     """Return a request's or a run's id, which becomes part of keys, if it is valid.
 
     Raises:
         PipelineError: it is not.
     """
-    if not _ID.fullmatch(given) or ".." in given:
+    if not is_id(given):
         raise PipelineError(
             f"{given[:200]!r} is not a run's or request's id: lower-case letters, digits and ._- "
             "only; use one that quantfleet status shows"

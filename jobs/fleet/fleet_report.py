@@ -13,6 +13,7 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -21,7 +22,7 @@ from rich.text import Text
 
 from jobs.catalog.catalog_file import Catalog, read_catalog
 from jobs.catalog.entries import Gate
-from jobs.catalog.request import REQUESTS_PREFIX, RUNS_PREFIX, request_key
+from jobs.catalog.request import REQUESTS_PREFIX, RUNS_PREFIX, is_id, request_key, run_prefix
 from jobs.fleet.nights import FAILED, MOST_NIGHTS, Night, NightEntry, latest, read_nights
 from jobs.fleet.status import Row, catalog_names, status
 from jobs.logging import print_result, waiting
@@ -40,6 +41,9 @@ from pipeline.storage.object_store import ObjectStore, open_store
 
 FLEET_PAGE_KEY = "report/index.html"
 _TO_ROOT = "../"
+_NUM_THREADS = 16
+_FOLDERS_TOGETHER = 64
+"""Of runs, listed by one thread."""
 _FEWEST_DAYS = 20
 """That the picture of nights spans."""
 _COLOURS = {
@@ -121,9 +125,8 @@ def find_fleet(what: str) -> tuple[ObjectStore, Catalog | None] | None:
         catalog = read_catalog(what)
         return open_store(catalog.root_url), catalog
     store = open_store(absolute(what))
-    if store.exists(MANIFEST_KEY) or not (store.list(MODELS_PREFIX) or store.list(REQUESTS_PREFIX)):
-        return None
-    return store, None
+    is_root = any(True for prefix in (MODELS_PREFIX, REQUESTS_PREFIX) for _ in store.stream(prefix))
+    return None if store.exists(MANIFEST_KEY) or not is_root else (store, None)
 
 
 def update_fleet_report(root: ObjectStore, catalog: Catalog | None = None) -> None:
@@ -200,7 +203,7 @@ def _lines(
     rows += [Row(model=model, recipe=recipe, state="not started") for model, recipe in missing]
     rows.sort(key=lambda row: (row.model, row.recipe, row.state != "published"))
     published = {key: one.modified for key, one in root.versions(MODELS_PREFIX).items()}
-    reports = {key for key in root.list(RUNS_PREFIX) if key.endswith(f"/{REPORT_KEY}")}
+    reports = _reports(root, rows) if _is_linked(to_root) else frozenset()
     found = []
     for row in rows:
         line = _line(row, published, reports, to_root)
@@ -210,16 +213,33 @@ def _lines(
     return found
 
 
+def _is_linked(to_root: str) -> bool:
+    """Whether a browser can follow links from the page to what is below the root."""
+    return to_root == _TO_ROOT or to_root.startswith("file://")
+
+
+def _reports(root: ObjectStore, rows: Sequence[Row]) -> frozenset[str]:
+    """The keys of the reports that the rows' runs have; other runs are not looked at."""
+    ids = sorted({row.run_id for row in rows if row.run_id is not None and is_id(row.run_id)})
+    groups = [ids[i : i + _FOLDERS_TOGETHER] for i in range(0, len(ids), _FOLDERS_TOGETHER)]
+
+    def of(group: Sequence[str]) -> list[str]:
+        found = root.folders(map(run_prefix, group))
+        return [f"{prefix}{REPORT_KEY}" for prefix, files in found if REPORT_KEY in files]
+
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        return frozenset(key for keys in pool.map(of, groups) for key in keys)
+
+
 def _line(
     row: Row, published: Mapping[str, float], reports: Container[str], to_root: str
 ) -> EntryLine:
     report = f"{RUNS_PREFIX}{row.run_id}/{REPORT_KEY}"
-    is_linked = report in reports and (to_root == _TO_ROOT or to_root.startswith("file://"))
     release = f"{MODELS_PREFIX}{row.model}/{row.recipe}/history/{row.release or 0:06d}.json"
     since = published.get(release)
     return EntryLine(
         row=row,
-        report=to_root + quote(report) if is_linked else "",
+        report=to_root + quote(report) if report in reports else "",
         quality=quality_text(row.quality),
         closeness=_closeness(row),
         since=None if since is None else datetime.datetime.fromtimestamp(since, datetime.UTC),

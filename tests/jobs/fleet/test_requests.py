@@ -12,6 +12,7 @@ import pytest
 from jobs.catalog.catalog_file import Catalog, parse_catalog
 from jobs.catalog.request import catalog_runs
 from jobs.cli.main import main
+from jobs.fleet.fleet_report import fleet_report
 from jobs.fleet.staleness import decide
 from jobs.fleet.status import status
 from pipeline.plan import PLAN_KEY
@@ -106,6 +107,17 @@ def test_gc_lists_by_pages_and_looks_at_nothing_beside_the_catalog(
     # is no run, and two of the runs' own files.
     assert found["list"] <= 3 + (NUMBER - 2) + 4 + 2
     assert found["head"] == 0
+
+
+def test_the_fleet_s_page_lists_the_runs_that_it_shows(
+    fleet: tuple[PagedStore, Catalog],
+) -> None:
+    server, catalog = fleet
+    root = open_store(catalog.root_url)
+    found = asked(server, lambda: fleet_report(root, catalog, to_root="../"))
+    # Nights, requests, what is published, twice; and a page or two of runs.
+    assert found["list"] <= 4 + 2
+    assert found["get"] == NUMBER - 2
 
 
 def test_memory_does_not_grow_with_what_was_decided_before(
