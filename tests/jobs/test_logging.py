@@ -231,7 +231,8 @@ def test_a_run_logs_every_part_and_layer_as_json(tmp_path: Path) -> None:
     assert finished["summary"]["stored_bytes"] == sum(line["size_bytes"] for line in committed)
     code, _, err = command("resume", tmp_path / "run-1", QUANTFLEET_LOG="json")
     assert code == 0
-    ends = ["finished_before", "finished", "loadable", "loadable", "reported"]
+    pages = ["began", "began"]  # card and report
+    ends = ["finished_before", *pages, "finished", "loadable", "loadable", "reported"]
     assert [line["event"] for line in lines(err)] == ends
 
 
