@@ -182,7 +182,8 @@ def _forecast(
             workers.plan(plan), workers, num_windows=num_windows, captured=shared in captured
         )
         captured.add(shared)
-        if past := correction(root, request, workers):
+        # Only what was published has runs to learn from.
+        if decision.current is not None and (past := correction(root, request, workers)):
             cost = cost.corrected(past)
     return Forecast(
         exports=exports,
@@ -220,7 +221,15 @@ class _Planner:
             for name, token in request.source.items()
             if name.endswith(".json") and "tokenizer" not in name and "vocab" not in name
         }
-        key = digest_of({"files": files, "recipe": _shape(request), "kind": request.needs.device})
+        # And the names of all: a folder without weights is not its neighbour.
+        key = digest_of(
+            {
+                "files": files,
+                "names": sorted(request.source),
+                "recipe": _shape(request),
+                "kind": request.needs.device,
+            }
+        )
         if key not in self._plans:
             self._plans[key] = self._runner.run(
                 plan_for_costs, request.source_url, decision.run.recipe, _THREADS

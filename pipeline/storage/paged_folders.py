@@ -42,7 +42,7 @@ def folders_by_pages(
 
     Args:
         list_one: all objects of one folder, where a store lists in no order, as S3's directory
-            buckets do.
+            buckets do, or gives pages without keys.
         prefixes: sorted; each ends in "/", and none is within another.
     """
     common = os.path.commonprefix(list(prefixes))  # noqa: RUF071 - letters, not folders
@@ -54,7 +54,8 @@ def folders_by_pages(
         page = read(common, after)
         is_last = not page.token
         keys = [after, *(key for key, _ in page.entries)]
-        if any(key <= before for before, key in itertools.pairwise(keys)):
+        is_stuck = not page.entries and not is_last  # there is more, but no key to go on from
+        if is_stuck or any(key <= before for before, key in itertools.pairwise(keys)):
             for prefix in prefixes[place:]:
                 yield prefix, {key.removeprefix(prefix): one for key, one in list_one(prefix)}
             return

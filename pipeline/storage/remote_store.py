@@ -143,7 +143,8 @@ class RemoteBackend(Backend):
 
     def _page(self, prefix: str, after: str = "", *, token: str = "") -> Page:
         """A page of keys with a prefix: the first after a key, or the one that a token names."""
-        bucket, _, below = self._root.partition("/")
+        # Not at the first slash: the name of an access point has one.
+        bucket, below, _ = self._filesystem().split_path(self._root)
         root = f"{below}/" if below else ""
         place = {"ContinuationToken": token} if token else {}
         place |= {"StartAfter": f"{root}{after}"} if after else {}

@@ -119,3 +119,14 @@ def test_a_submission_on_paper_is_scheduled_by_priority_and_workers(tmp_path: Pa
         _, failing = catalog.call("submit", catalog.file, *given, "--failing-every", 0.001)
         assert failing["schedule"]["failures"] > 0
         assert failing["schedule"]["seconds"] > schedule["seconds"]
+
+
+def test_a_folder_without_weights_is_not_costed_as_its_neighbour(tmp_path: Path) -> None:
+    with tiny_catalog(tmp_path) as catalog:
+        catalog.add("alpha", [catalog.gptq()])
+        catalog.add("beta", [catalog.gptq()])
+        (catalog.folder / "presets" / "beta" / "model.weights.h5").unlink()
+        code, found = catalog.nightly("--dry-run", "--on", "8xH100")
+    assert code == 2
+    assert "cost" in found["alpha gptq-w4"]
+    assert "cost" not in found["beta gptq-w4"]

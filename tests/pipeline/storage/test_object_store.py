@@ -514,6 +514,19 @@ def spoiled(server):
         yield proxy_and_url
 
 
+def test_an_access_point_is_listed_by_its_own_name(monkeypatch):
+    asked = {}
+
+    def call_s3(self, method, **given):
+        asked.update(given)
+        return {}
+
+    monkeypatch.setattr("s3fs.S3FileSystem.call_s3", call_s3)
+    point = "arn:aws:s3:us-west-2:123456789012:accesspoint/quantized"
+    assert open_store(f"s3://{point}/fleet").list("runs/") == ()
+    assert (asked["Bucket"], asked["Prefix"]) == (point, "fleet/runs/")
+
+
 class TestS3Faults:
     @pytest.fixture
     def proxy(self, spoiled, bucket, monkeypatch):

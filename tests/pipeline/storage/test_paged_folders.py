@@ -78,3 +78,11 @@ def test_a_store_that_lists_in_no_order_is_listed_folder_by_folder() -> None:
     entries = tuple((key, version(key)) for key in ("b/1", "a/2", "a/1"))
     found = folders_by_pages(lambda *_: Page(entries=entries), pages.list_one, ["a/", "b/"])
     assert {prefix: set(files) for prefix, files in found} == {"a/": {"1", "2"}, "b/": {"1"}}
+
+
+def test_a_store_that_gives_a_page_without_keys_is_listed_folder_by_folder() -> None:
+    pages = Pages({"a/1", "b/1"}, 1000)
+    found = folders_by_pages(
+        lambda *_: Page(entries=(), token="more"), pages.list_one, ["a/", "b/"]
+    )
+    assert {prefix: set(files) for prefix, files in found} == {"a/": {"1"}, "b/": {"1"}}
