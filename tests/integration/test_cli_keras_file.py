@@ -91,7 +91,8 @@ def test_a_file_is_quantized_once_and_verified(
     assert "left in float: logits: the rule 'logits' says so" in command.err
     assert f"keras.models.load_model('{output}/model.keras')" in command.err
     written = {path.name for path in output.iterdir()}
-    assert written == {"manifest.json", "model.keras", "README.md", "eval.json", "card.json"}
+    beside = {"README.md", "eval.json", "card.json", "report.html"}
+    assert written == {"manifest.json", "model.keras", *beside}
     made = (output / "model.keras").stat()
 
     # The plan is the same whichever process makes it.

@@ -86,10 +86,12 @@ def test_what_cannot_be_exported_costs_one_line(
     assert message in line
 
 
-def test_an_unfinished_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unfinished_run_is_refused(
+    run: ObjectStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert command(str(tmp_path)) == 4
     assert "name the folder that quantfleet quantize wrote to" in capsys.readouterr().err
-    (tmp_path / PLAN_KEY).write_text("{}")
+    (tmp_path / PLAN_KEY).write_bytes(run.get(PLAN_KEY))
     assert command(str(tmp_path)) == 4
     error = capsys.readouterr().err
     assert f"{MANIFEST_KEY} is missing: the run is not finished" in error

@@ -25,5 +25,6 @@ def test_what_waits_for_storage_runs_beside_what_computes() -> None:
     assert {name: group for name, group in groups.items() if group} == {
         "read": "read",
         "commit": "commit",
+        "commit_sums": "commit",
         "settle": "commit",
     }

@@ -103,11 +103,11 @@ def test_choices_are_as_likely_as_stock_keras_finds_them(run: FinishedRun) -> No
     assert [one.result for one in found] == pytest.approx(stock_likelihoods(run.artifact), rel=1e-5)
 
 
-@pytest.mark.exhaustive
 def evaluate_on_workers(executor: LocalExecutor, given: EvaluationSet, *most: int) -> Fidelity:
     return fidelity_of(given, measure(executor, given, *most))
 
 
+@pytest.mark.exhaustive
 def test_any_number_of_workers_finds_the_same(run: FinishedRun) -> None:
     given = judged_on(run.source)
     figures = evaluate_on_workers(workers(run, 1), given).figures()
