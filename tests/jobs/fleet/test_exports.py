@@ -225,6 +225,6 @@ def test_a_night_killed_at_any_write_after_the_run_ends_the_same(
 
 
 def lasting(root: ObjectStore) -> dict[str, bytes]:
-    """What a night leaves, but for logs, leases and what depends on files' times."""
-    passing = ("/events/", "/leases/", "seen/")
+    """What a night leaves, but for logs, leases, what it tells of nights, and of files' times."""
+    passing = ("/events/", "/leases/", "/report/", "seen/")
     return {key: root.get(key) for key in root.list() if not any(x in f"/{key}" for x in passing)}
