@@ -40,7 +40,8 @@ from tests.pipeline.tiny_runs import NUM_BLOCKS, recipe, source
 
 ROOT = Path(__file__).parents[2]
 # Leases, events and caches: what differs between executions, or may be missing.
-PASSING = ("events/", "activations/", "quarantine/", "leases/")
+# The report is of what happened: when, and by which drivers and workers.
+PASSING = ("events/", "activations/", "quarantine/", "leases/", "report.html")
 TARGETS = ("driver", "worker", "node")
 # Of an undisturbed run's time: some runs end unharmed, and most are hit more than once.
 _SHORTEST_DELAY, _LONGEST_DELAY = 0.05, 1.25

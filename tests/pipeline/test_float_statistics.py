@@ -137,6 +137,7 @@ def test_any_number_of_workers_leaves_the_same_bytes(workers: int) -> None:
             (method, number)
             for method in ("restore", "capture", "merge", "send", "commit_sums", "propagate")
             for number in (1, 2, 3)
+            if (method, number) != ("restore", 3)  # once by each of two workers
         ]
         + [("finalize", 1)],
         default=[("commit_sums", 2), ("capture", 3)],

@@ -36,7 +36,8 @@ from tests.pipeline.presets import shared_preset
 TEXT = "The quick brown fox jumps over the lazy dog, again and again and again. " * 300
 NUM_BLOCKS = 3
 # What differs between executions, or is only a cache.
-PASSING = ("events/", "activations/", "quarantine/", "leases/")
+# The report is of what happened: when, and by which drivers and workers.
+PASSING = ("events/", "activations/", "quarantine/", "leases/", "report.html")
 
 SCHEMES: dict[str, dict[str, Any]] = {
     # The simplest of each: the solvers have tests of their own.
