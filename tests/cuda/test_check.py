@@ -145,7 +145,7 @@ def test_codes_and_speed_are_measured(tmp_path: Path) -> None:
     assert all(told[-1]["64 × 128"][name] > 0 for name in ("first", "then"))
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_pair_of_blocks_passes_the_command_and_a_single_process_alike(tmp_path: Path) -> None:
     check = Check(tmp_path, tiny=True)

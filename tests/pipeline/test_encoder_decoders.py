@@ -127,7 +127,7 @@ def test_the_pieces_together_are_the_stock_model(family: str) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("family", ["Bart", "T5"])
+@pytest.mark.parametrize("family", ["Bart", pytest.param("T5", marks=pytest.mark.slow)])
 def test_a_run_that_dies_in_the_decoder_resumes_to_the_same_bytes(family: str) -> None:
     # Stock KerasHub cannot build T5 with layers in gptq.
     scheme = Float8Scheme() if family == "T5" else GPTQ
