@@ -65,6 +65,10 @@ def terminable() -> Iterator[None]:
         raise
     finally:
         ending.close(waiting)
+        if ending.exception is not None:
+            # What else came meanwhile has had its end: it is not for the handler of before.
+            while signal.sigtimedwait({signal.SIGTERM}, 0):
+                pass
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

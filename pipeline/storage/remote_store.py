@@ -143,14 +143,14 @@ class RemoteBackend(Backend):
 
     def _page(self, prefix: str, after: str = "", *, token: str = "") -> Page:
         """A page of keys with a prefix: the first after a key, or the one that a token names."""
-        # Not at the first slash: the name of an access point has one.
-        bucket, below, _ = self._filesystem().split_path(self._root)
-        root = f"{below}/" if below else ""
-        place = {"ContinuationToken": token} if token else {}
-        place |= {"StartAfter": f"{root}{after}"} if after else {}
 
-        def ask(fs: Any, _: str) -> Any:
-            return fs.call_s3(
+        def ask(fs: Any, _: str) -> tuple[str, Any]:
+            # Not at the first slash: the name of an access point has one.
+            bucket, below, _ = fs.split_path(self._root)
+            root = f"{below}/" if below else ""
+            place = {"ContinuationToken": token} if token else {}
+            place |= {"StartAfter": f"{root}{after}"} if after else {}
+            return root, fs.call_s3(
                 "list_objects_v2",
                 Bucket=bucket,
                 Prefix=f"{root}{prefix}",
@@ -159,7 +159,7 @@ class RemoteBackend(Backend):
             )
 
         try:
-            answer = self._try(prefix, ask)
+            root, answer = self._try(prefix, ask)
         except FileNotFoundError:  # no such bucket
             return Page(entries=())
         entries = tuple(

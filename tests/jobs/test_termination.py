@@ -113,6 +113,26 @@ except Terminated:
     assert (finished.returncode, finished.stdout) == (0, "in order\n"), finished.stderr
 
 
+def test_a_signal_while_the_block_ends_is_not_left_to_the_handler_of_before() -> None:
+    # As Ray's: it ends the process. In one of its own, where no thread is older than the block.
+    program = """
+import os, signal, sys
+from jobs.termination import Terminated, terminable
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("not in order"))
+try:
+    with terminable():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+except Terminated:
+    print("in order")
+"""
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (finished.returncode, finished.stdout) == (0, "in order\n"), finished.stderr
+
+
 def test_cleaning_up_that_takes_for_ever_is_cut_off() -> None:
     program = """
 import os, signal, time
