@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import jobs.compose
+import jobs.composing
 import jobs.quantize
 import pipeline.storage.memory_store
 import pipeline.worker.worker
@@ -319,7 +320,7 @@ def test_one_composition_at_a_time_decides_what_an_output_is(
         )
 
     met: list[int] = []
-    measure = jobs.compose.measure
+    measure = jobs.composing.measure
 
     def meanwhile(*arguments: Any) -> Any:
         if not met:
@@ -328,7 +329,7 @@ def test_one_composition_at_a_time_decides_what_an_output_is(
             assert "is at work on this run" in command.complaint
         return measure(*arguments)
 
-    monkeypatch.setattr(jobs.compose, "measure", meanwhile)
+    monkeypatch.setattr(jobs.composing, "measure", meanwhile)
     bits = between(runs, "w2", "w4")
     ended = compose(bits)
     assert ended in (0, 6), command.err

@@ -1,0 +1,232 @@
+"""How blocks of finished runs become one artifact: measured, chosen, compared, copied.
+
+Whoever composes (`quantfleet compose`, say) checks what it is given, holds the output's lease, and
+judges and reports the result; what is between is the same for all, and is here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from jobs.composition_tables import Outlook
+from jobs.composition_texts import CompositionTexts
+from jobs.evaluating import Rows, measure
+from jobs.execute import Compute
+from jobs.logging import log_event, status
+from pipeline.composition.composed_plan import GivenRun, composed_plan
+from pipeline.composition.decision import (
+    Decision,
+    JudgedRun,
+    Target,
+    blocks_bytes,
+    measured_cost,
+    options_of,
+    question,
+)
+from pipeline.composition.parts import copy_parts, seal
+from pipeline.composition.sensitivities import Sensitivity, measure_blocks
+from pipeline.errors import (
+    DamagedObjectError,
+    MissingObjectError,
+    PlanMismatchError,
+    UnusableResultError,
+)
+from pipeline.fidelity import fidelity_of
+from pipeline.plan import PLAN_KEY, Plan
+from pipeline.run.claim import claim
+from pipeline.run.records import MANIFEST_KEY
+from pipeline.run.worker_api import PartsOfRuns
+from pipeline.storage.object_store import ObjectStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composing:
+    """One composition under way.
+
+    Attributes:
+        recipe_name: of the composition, where it is not one run alone.
+        runs: as `check_composable` and `check_target` let pass.
+        store: of the output, opened at its root.
+        source_url: where the source is now.
+    """
+
+    target: Target
+    recipe_name: str
+    runs: Sequence[GivenRun]
+    store: ObjectStore
+    compute: Compute
+    texts: CompositionTexts
+    source_url: str
+
+    def outlook(self) -> Outlook:
+        """Measure what each block alone costs, keep that, and choose by it.
+
+        Raises:
+            UnusableResultError: only blocks that spoil the model are small enough.
+        """
+        sensitivities = self._sensitivities()
+        choices, numbers = options_of(self.runs, sensitivities)
+        limit = self.target.block_bytes(self.runs[0])
+        if limit < choices.least_bytes:
+            raise UnusableResultError(
+                f"{self.target}: only blocks with which the model's answers are not finite are "
+                "small enough; raise it, or name other runs"
+            )
+        choice = choices.within(limit)
+        assert choice is not None
+        return Outlook.of(self.runs, self.target, sensitivities, choices, numbers, choice)
+
+    def _sensitivities(self) -> tuple[tuple[Sensitivity, ...], ...]:
+        given = self.texts.measured
+        at_once = self.compute.evaluation_pass(self.runs[0].plan, given)
+        with status("measuring what each block alone costs the model"):
+            return measure_blocks(
+                self.compute.executor,
+                self.store,
+                self.runs,
+                given,
+                tokens_per_pass=at_once,
+                tell=partial(log_event, "measured"),
+            )
+
+    def evaluated(self, picked: Sequence[int]) -> Rows:
+        """What is found of an artifact of which run `picked[b]` gives block b."""
+        plan = composed_plan(self.runs, picked, self.recipe_name)
+        given = self.texts.judged
+        return measure(
+            self.compute.executor,
+            given,
+            self.compute.evaluation_pass(plan, given),
+            PartsOfRuns(
+                plan=plan, run_urls=tuple(run.store.root_url for run in self._givers(plan))
+            ),
+        )
+
+    @property
+    def _question(self) -> dict[str, Any]:
+        """What the decision depends on, but for what is measured."""
+        measured_windows = self.texts.measured.windows
+        assert measured_windows is not None
+        return question(
+            self.target,
+            [run.manifest.record_sha256 for run in self.runs],
+            measured_windows.digest,
+            self.texts.judged_digest,
+        )
+
+    def decided_before(self) -> Decision | None:
+        """What was decided before; None if that is damaged, since the same would be decided again.
+
+        Raises:
+            PlanMismatchError: another composition is there.
+        """
+        try:
+            made = Decision.read(self.store, Decision.key)
+        except MissingObjectError:
+            return None
+        except DamagedObjectError as error:
+            log_event("damaged", f"{error}; it is decided again", level=logging.WARNING)
+            return None
+        if made.question == self._question:
+            return made
+        if self.store.exists(PLAN_KEY):
+            raise PlanMismatchError(
+                f"{self.store.url(Decision.key)} is of another composition: other runs, target or "
+                "texts; choose another --output, or judge what is there with quantfleet evaluate"
+            )
+        return None
+
+    def decided(
+        self, outlook: Outlook, check_lease: Callable[[], None]
+    ) -> tuple[Decision, Mapping[tuple[int, ...], Rows]]:
+        """The decision, as it was made before or is made now, and what was measured for it now.
+
+        Args:
+            check_lease: raises if another driver has taken over, which may decide otherwise.
+        """
+        before = self.decided_before()
+        if before is not None:
+            return before, {}
+        wanted = self._question
+        picked = outlook.choice.picked
+        found: dict[tuple[int, ...], Rows] = {}
+        costs: dict[int, float] = {}
+        limit = self.target.block_bytes(self.runs[0])
+        if len(set(picked)) > 1:
+            found[picked] = self.evaluated(picked)
+            for number, run in enumerate(self.runs):
+                if blocks_bytes(run) <= limit:
+                    uniform = (number,) * len(picked)
+                    found[uniform] = self.evaluated(uniform)
+                    costs[number] = self._cost(found[uniform])
+        measured = self._cost(found[picked]) if found else None
+        best = min(costs, key=lambda number: (costs[number], number), default=None)
+        kept = None
+        if best is not None and measured is not None and costs[best] < measured:
+            kept = best
+        made = Decision(
+            target=self.target,
+            windows_sha256=wanted["windows"],
+            judged_on=wanted["judged_on"],
+            runs=tuple(
+                JudgedRun(
+                    recipe=run.name,
+                    plan_digest=run.plan.digest,
+                    manifest_sha256=run.manifest.record_sha256,
+                    size_bytes=run.size_bytes,
+                    expected=outlook.runs[number].expected,
+                    measured=_finite(costs.get(number)),
+                )
+                for number, run in enumerate(self.runs)
+            ),
+            picked=picked,
+            size_bytes=outlook.choice.num_bytes,
+            expected=outlook.choice.expected,
+            measured=_finite(measured),
+            kept=kept,
+        )
+        check_lease()
+        self.store.put(made.key, made.to_json())
+        return made, found
+
+    def _cost(self, found: Rows) -> float:
+        return measured_cost(fidelity_of(self.texts.judged, found))
+
+    def make(self, decision: Decision, check_lease: Callable[[], None]) -> Plan:
+        """Claim the output, copy parts and write the manifest; what is done is not done again."""
+        plan = composed_plan(self.runs, decision.givers, self.recipe_name)
+        plan = dataclasses.replace(plan, source_url=self.source_url)
+        windows = None
+        for run in self.runs:
+            tokens = plan.tokens
+            if tokens is not None and run.plan.tokens == tokens and run.store.exists(tokens.key):
+                windows = run.store.get(tokens.key, sha256=tokens.digest)
+                break
+        plan = claim(self.store, plan, windows)
+        if self.store.exists(MANIFEST_KEY):
+            log_event("finished before", f"{self.store.root_url}: composed before")
+            return plan
+        with status("copying the parts"):
+            copy_parts(
+                self.store,
+                plan,
+                self._givers(plan),
+                check_lease=check_lease,
+                tell=partial(log_event, "copied"),
+            )
+        self.compute.executor.run(seal, self.store.root_url, self.source_url)
+        return plan
+
+    def _givers(self, plan: Plan) -> list[GivenRun]:
+        """The run that gives each part."""
+        by_manifest = {run.manifest.record_sha256: run for run in self.runs}
+        return [by_manifest[origin.manifest_sha256] for origin in plan.composed]
+
+
+def _finite(cost: float | None) -> float | None:
+    return None if cost is None or cost == float("inf") else cost
