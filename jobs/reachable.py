@@ -7,7 +7,7 @@ import os
 import shlex
 from pathlib import Path
 
-from pipeline.errors import DamagedObjectError, StorageError
+from pipeline.errors import DamagedObjectError, StorageError, StorageUrlError
 from pipeline.plan import PLAN_KEY, read_plan
 from pipeline.run.commits import read_manifest
 from pipeline.run.records import MANIFEST_KEY, Manifest
@@ -67,8 +67,15 @@ def check_writable(store: ObjectStore, what: str = "output") -> None:
         what: the user is to choose another of.
 
     Raises:
-        StorageError: it may not.
+        StorageUrlError: the kind of store keeps no runs.
+        StorageError: the folder may not be written.
     """
+    if not store.is_writable:
+        protocol = store.root_url.partition("://")[0]
+        raise StorageUrlError(
+            f"{store.root_url}: {protocol}:// can only be read, as it has no create-once writes; "
+            f"choose another {what}: a path, or s3://"
+        )
     if not store.root_url.startswith("file://"):
         return
     path = Path(store.root_url.removeprefix("file://"))

@@ -10,6 +10,7 @@ from typing import TypeVar
 from jobs.logging import log_event
 from pipeline.errors import (
     DamagedObjectError,
+    LeaseLostError,
     MissingObjectError,
     PipelineError,
     StatisticsError,
@@ -26,6 +27,7 @@ from pipeline.storage.overlap import is_inside
 
 _T = TypeVar("_T")
 _MOST_REPAIRS = 3
+_MOST_LOSSES = 3
 
 
 def check_statistics_folder(
@@ -83,12 +85,14 @@ def with_statistics(
 
     Args:
         store: opened at the run's root.
-        acquire_lease: makes this process the only driver of the run at a store's root.
+        acquire_lease: makes this process the only driver of the run at a store's root. Where
+            another takes over a capture, it is called again, to wait for that one.
         capture: carries out the plan of statistics that it is given, which is in that store.
         solve: drives the run's own blocks; raises StatisticsError if statistics cannot be used.
 
     Raises:
         StatisticsError: they are damaged again and again.
+        LeaseLostError: other drivers took over captures again and again.
     """
     if not plan.uses_float_statistics:
         return solve()
@@ -124,8 +128,23 @@ def with_statistics(
                 found.create(PLAN_KEY, wanted.to_json())
             capture(read_plan(found), found, held)
 
+    def captured(*, verify: bool) -> None:
+        losses = 0
+        while True:
+            try:
+                capture_missing(verify=verify)
+            except LeaseLostError:
+                losses += 1
+                if losses == _MOST_LOSSES:
+                    raise
+                # It captures the same; the run itself is still this driver's.
+                text = "another driver took over, since this one was silent; waiting for that one"
+                log_event("waiting", f"{found.root_url}: {text}", level=logging.WARNING)
+            else:
+                return
+
     if not _is_solved(plan, store):
-        capture_missing(verify=False)
+        captured(verify=False)
     repairs = 0
     while True:
         try:
@@ -135,7 +154,7 @@ def with_statistics(
             if repairs > _MOST_REPAIRS:
                 raise
             log_event("damaged", f"{error}; they are made again", level=logging.WARNING)
-            capture_missing(verify=True)
+            captured(verify=True)
 
 
 def _is_solved(plan: Plan, store: ObjectStore) -> bool:

@@ -39,6 +39,12 @@ class StorageError(PipelineError):
     exit_code = 3
 
 
+class StorageUrlError(StorageError):
+    """A storage URL that cannot be opened, or not for what it was given for."""
+
+    exit_code = 2
+
+
 class MissingObjectError(StorageError, FileNotFoundError):
     """There is no object under this key."""
 

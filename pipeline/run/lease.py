@@ -115,7 +115,8 @@ class Lease:
             raise LeaseLostError(
                 f"{self.store.root_url}: this driver was silent for {self.seconds:g} s or more, "
                 f"and {find_latest(self.store)} has taken the run over; this one stops, "
-                "and nothing is lost"
+                "and what is committed stays: to go on from it, repeat the command once that has "
+                "ended"
             )
 
     def release(self) -> None:

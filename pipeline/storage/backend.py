@@ -27,6 +27,9 @@ class Version:
 class Backend(Protocol):
     """Stores bytes under keys, which are valid. A missing object raises FileNotFoundError."""
 
+    is_writable: bool = True
+    """Whether it can create an object once, which all that is kept of a run needs."""
+
     def read(self, key: str, num_bytes: int | None) -> bytes:
         """Read the whole object; `num_bytes` is its size if the caller knows it."""
 

@@ -43,6 +43,11 @@ class ObjectStore:
         # Pickle the URL alone: a filesystem object would include its credentials.
         return open_store, (self.root_url,)
 
+    @property
+    def is_writable(self) -> bool:
+        """Whether runs can be kept here, as far as the kind of store tells."""
+        return self.backend.is_writable
+
     def url(self, key: str) -> str:
         """The object's full URL."""
         return f"{self.root_url}/{_checked(key)}"

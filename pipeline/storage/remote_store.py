@@ -14,13 +14,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from inspect import Parameter, signature
 from typing import Any, TypeVar
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 
 from pipeline.canonical import digest_of
-from pipeline.errors import StorageError
+from pipeline.errors import StorageError, StorageUrlError
 from pipeline.storage.backend import Backend, Patience, Version
 from pipeline.storage.paged_folders import Page, folders_by_pages
 from pipeline.storage.remote_errors import FAILURES, classify
@@ -59,14 +60,20 @@ class RemoteBackend(Backend):
         self._protocol, _, path = root_url.partition("://")
         self._opened: tuple[int, Any] | None = None
         if not path:
-            raise StorageError(f"{root_url}:// names no bucket; write {root_url}://bucket/path")
+            raise StorageUrlError(f"{root_url}:// names no bucket; write {root_url}://bucket/path")
         try:
             filesystem_class = fsspec.get_filesystem_class(self._protocol)
         except (ImportError, ValueError) as error:
-            raise StorageError(
+            raise StorageUrlError(
                 f"{root_url}: no filesystem for {self._protocol}:// is installed; use a path or "
                 "s3://, or install the fsspec package of that protocol"
             ) from error
+        if wanted := _wanted_settings(filesystem_class):
+            raise StorageUrlError(
+                f"{root_url}: {self._protocol}:// cannot be opened, since its filesystem wants "
+                f"settings ({', '.join(wanted)}); use a path or s3://"
+            )
+        self.is_writable = self._protocol in _CREATE_ONCE
         self._root: str = filesystem_class._strip_protocol(root_url)
 
     def read(self, key: str, num_bytes: int | None) -> bytes:
@@ -100,7 +107,7 @@ class RemoteBackend(Backend):
 
     def replace(self, key: str, data: bytes, expected: bytes) -> None:
         if self._protocol not in _S3:
-            raise StorageError(
+            raise StorageUrlError(
                 f"{self._root_url}: {self._protocol}:// has no compare-and-set, which updating a "
                 "pointer needs; use a path or s3://"
             )
@@ -192,8 +199,8 @@ class RemoteBackend(Backend):
     def _pipe(
         self, key: str, data: bytes, mode: str, conditions: Mapping[str, str] | None = None
     ) -> None:
-        if self._protocol not in _CREATE_ONCE:
-            raise StorageError(
+        if not self.is_writable:
+            raise StorageUrlError(
                 f"{self._root_url}: {self._protocol}:// has no create-once writes, so it is "
                 "read-only; use a path or s3://"
             )
@@ -253,6 +260,13 @@ class RemoteBackend(Backend):
         if self._opened is None or self._opened[0] != os.getpid():
             self._opened = (os.getpid(), _shared(self._protocol, self._patience))
         return self._opened[1]
+
+
+def _wanted_settings(filesystem_class: type[Any]) -> list[str]:
+    """What a filesystem cannot be opened without, such as ftp's host: we pass nothing of a URL."""
+    named = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    _, *parameters = signature(filesystem_class.__init__).parameters.values()
+    return [one.name for one in parameters if one.default is Parameter.empty and one.kind in named]
 
 
 # Creating a client takes half a second, and a fleet opens thousands of stores.

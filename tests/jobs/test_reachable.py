@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.reachable import check_writable, reachable
-from pipeline.errors import StorageError
+from pipeline.errors import StorageError, StorageUrlError
 from pipeline.storage.backend import PATIENCE_VARIABLE
 from pipeline.storage.object_store import open_store
 from tests.faults.test_disk_full import small_disk
@@ -38,6 +38,22 @@ def test_a_store_that_does_not_answer_is_named_in_seconds(
     monkeypatch.setenv(PATIENCE_VARIABLE, "0")
     with pytest.raises(StorageError, match=r"1 times in \d seconds"):
         reachable("s3://bucket/x", "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("https://127.0.0.1:9/runs/x", r"can only be read.* choose another output"),
+        ("ftp://127.0.0.1/x", r"wants settings \(host\); use a path or s3://"),
+    ],
+)
+def test_a_kind_of_store_that_keeps_no_runs_is_refused_without_being_asked(
+    url: str, problem: str
+) -> None:
+    with pytest.raises(StorageUrlError, match=problem) as told:
+        check_writable(open_store(url))
+    assert told.value.exit_code == 2
+    assert "\n" not in str(told.value)
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_anything_starts(tmp_path: Path) -> None:

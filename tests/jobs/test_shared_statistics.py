@@ -16,11 +16,12 @@ import yaml
 import jobs.quantize
 from jobs.cli.main import main
 from jobs.shared_statistics import with_statistics
-from pipeline.errors import LeaseHeldError, StatisticsError
+from pipeline.errors import LeaseHeldError, LeaseLostError, StatisticsError
 from pipeline.float_statistics import statistics_plan, statistics_store
 from pipeline.plan import PLAN_KEY, Plan
 from pipeline.planning.make_plan import Planned
 from pipeline.run.claim import claim
+from pipeline.run.lease import PREFIX as LEASES
 from pipeline.run.lease import Lease, acquire
 from pipeline.run.records import MANIFEST_KEY, record_key
 from pipeline.run.statistics_users import USERS_PREFIX, users
@@ -71,7 +72,7 @@ def soon(store: ObjectStore) -> Lease:
 def obtain(
     root: str,
     name: str,
-    captures: Captures,
+    captures: Callable[[Plan, ObjectStore, Lease], None],
     acquire_lease: Callable[[ObjectStore], Lease] = soon,
 ) -> ObjectStore:
     """Have a run solve on its statistics; returns where these are."""
@@ -114,6 +115,28 @@ def test_who_may_not_wait_is_told_who_captures() -> None:
     impatient = partial(acquire, seconds=0.5, wait=False)
     with soon(found), pytest.raises(LeaseHeldError, match=r"statistics/.*at work"):
         obtain(root, "one", Captures(), impatient)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_capture_that_another_driver_takes_over_is_waited_for(ends: bool) -> None:
+    root, captures = fresh(), Captures()
+    leases: list[Lease] = []
+
+    def taken_over(plan: Plan, found: ObjectStore, held: Lease) -> None:
+        leases.append(Lease(store=found, epoch=held.epoch + 1).start())
+        found.create(f"{LEASES}{held.epoch + 1:05d}.json", b"{}")
+        if ends:
+            captures(plan, found, held)  # by the other one
+        leases[-1].release()
+        held.check()
+
+    if ends:
+        assert obtain(root, "one", taken_over).exists(MANIFEST_KEY)
+        assert captures.number == 1
+        return
+    with pytest.raises(LeaseLostError, match=r"statistics/.*: to go on from it, repeat"):
+        obtain(root, "one", taken_over)
+    assert len(leases) == 3
 
 
 def test_a_finished_run_whose_result_is_damaged_has_swept_statistics_captured_again() -> None:
