@@ -15,7 +15,7 @@ from rich.text import Text
 
 from jobs.logging import log_event, print_json, print_result, status
 from jobs.quantities import size
-from jobs.reachable import finished_manifest
+from jobs.reachable import finished_manifest, reachable
 from jobs.release.cards import write_card
 from jobs.release.contents import export_contents, read_run
 from pipeline.errors import ExportError
@@ -72,7 +72,7 @@ def export_run(job: ExportJob, *, dry_run: bool, as_json: bool) -> None:
     from pipeline.export import exporting
     from pipeline.export.description import ExportDescription
 
-    run = open_store(job.run_url)
+    run = reachable(job.run_url)
     finished_manifest(run, job.run_url)
     if dry_run:
         with status("finding where each tensor goes"):

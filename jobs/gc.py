@@ -21,6 +21,7 @@ from jobs.publish.kept_releases import Releases, kept_now
 from jobs.publish.releases import MODELS_PREFIX
 from jobs.publish.verified_files import verified_files_key
 from jobs.quantities import size
+from jobs.reachable import reachable
 from pipeline.errors import PipelineError, StorageError
 from pipeline.export.manifest import EXPORT_KEY
 from pipeline.export.settings import EXPORTS_PREFIX
@@ -87,7 +88,7 @@ def collect(
     Raises:
         PipelineError: no run is there.
     """
-    root = open_store(url)
+    root = reachable(url)
     is_catalog_root = any(
         True for prefix in (MODELS_PREFIX, REQUESTS_PREFIX) for _ in root.stream(prefix)
     )

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from jobs.logging import log_event, print_json, print_result, status
 from jobs.quantities import size
-from jobs.reachable import absolute
+from jobs.reachable import absolute, reachable
 from jobs.release.cards import card_store, edited_card, read_card_record
 from jobs.release.contents import (
     EVAL_FILE,
@@ -89,7 +89,7 @@ def push_run(job: PushJob, *, dry_run: bool, as_json: bool) -> None:
     """
     repository = Repository(repository_of(job.repository_url), job.revision)
     with status("reading what is known of the run"):
-        run = read_run(open_store(absolute(job.run_url)), job.run_url)
+        run = read_run(reachable(absolute(job.run_url)), job.run_url)
         _check_usable(run)
         contents = _chosen(run, job.what)
         files = _files(contents, repository)

@@ -130,13 +130,13 @@ def run_job(
         read_tasks(job.tasks)  # mistakes in them need no model to be found
     with waiting("looking at preset and output"):
         # Before anything else: an output that cannot be read cannot be written either.
-        store = reachable(job.output_url, PLAN_KEY)
+        store = reachable(job.output_url)
         check_preset(reachable(job.source_url, CONFIG_FILE))
         finished = store.exists(MANIFEST_KEY)
         if not finished or job.is_evaluated or job.exports:
             check_writable(store)
         if job.statistics_url:
-            check_writable(reachable(job.statistics_url, PLAN_KEY), "--statistics")
+            check_writable(reachable(job.statistics_url), "--statistics")
 
     def plan_all(runner: FunctionRunner) -> PlannedJob:
         # Before all else, since it reads no weights.
@@ -220,7 +220,7 @@ def resume_job(
     read_tasks(job.tasks)
     output_url = absolute(job.output_url)
     set_run(run=url_name(output_url))
-    store = reachable(output_url, PLAN_KEY)
+    store = reachable(output_url)
     if not store.exists(PLAN_KEY):
         raise PipelineError(
             f"{store.url(PLAN_KEY)} is missing: no run was started there; start one with "

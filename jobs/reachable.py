@@ -24,7 +24,7 @@ def absolute(url: str) -> str:
     return os.path.normpath(Path(url).expanduser().absolute()) if is_local else url
 
 
-def reachable(url: str, key: str) -> ObjectStore:
+def reachable(url: str, key: str = PLAN_KEY) -> ObjectStore:
     """Open the store at a URL, and make sure that it answers, by asking for a key.
 
     During a run a store may be away for minutes (see `Patience`), but not when it is named.

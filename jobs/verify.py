@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from jobs.logging import log_event, print_json, status
-from jobs.reachable import finished_manifest
+from jobs.reachable import finished_manifest, reachable
 from pipeline.artifact.loading import load_hints
 from pipeline.errors import ArtifactError, DamagedObjectError
 from pipeline.export.manifest import find_exports, verify_export
@@ -33,7 +33,7 @@ def verify_run(output_url: str, *, stock: bool, as_json: bool) -> None:
         DamagedObjectError: the run is not finished, or a file differs from its manifest.
         ArtifactError: stock KerasHub does not load it, or its outputs are not finite.
     """
-    store = open_store(output_url)
+    store = reachable(output_url)
     manifest = finished_manifest(store, output_url)
     with status("reading and hashing every file"):
         damaged = damaged_files(store, manifest)

@@ -19,7 +19,7 @@ from jobs.logging import (
     waiting,
 )
 from pipeline.errors import PipelineError
-from pipeline.storage.object_store import ObjectStore, open_store
+from pipeline.storage.object_store import ObjectStore
 
 if TYPE_CHECKING:
     from jobs.catalog.catalog_file import Catalog
@@ -298,14 +298,15 @@ def show_status(
     from jobs.catalog.catalog_file import read_catalog
     from jobs.fleet.status import run_row, status_table
     from jobs.fleet.status import status as find_status
+    from jobs.reachable import reachable
     from pipeline.plan import PLAN_KEY
     from pipeline.run import lease
 
     if what.endswith((".yaml", ".yml")):
         catalog = read_catalog(what)
-        rows = find_status(open_store(catalog.root_url), catalog)
+        rows = find_status(reachable(catalog.root_url), catalog)
     else:
-        store = open_store(what)
+        store = reachable(what)
         if store.exists(PLAN_KEY) or store.list(lease.PREFIX):
             rows = (run_row(store),)
         else:
@@ -321,9 +322,10 @@ def logs(
     as_json: options.Json = False,
 ) -> None:
     """Print the events that a run's drivers logged, oldest first."""
+    from jobs.reachable import reachable
     from pipeline.run.events import read_events
 
-    events = read_events(open_store(run))
+    events = read_events(reachable(run))
     if not events:
         raise PipelineError(
             f"{run}: no events are there; give a run, as quantfleet status lists them"
@@ -344,8 +346,9 @@ def promote(
 ) -> None:
     """Make a run's newest release the current one; nothing is deleted."""
     from jobs.publish import releases
+    from jobs.reachable import reachable
 
-    _print_current(releases.promote(open_store(root), model, recipe, run_id), as_json=as_json)
+    _print_current(releases.promote(reachable(root), model, recipe, run_id), as_json=as_json)
 
 
 @app.command()
@@ -357,8 +360,9 @@ def rollback(
 ) -> None:
     """Make the previous release the current one; nothing is deleted."""
     from jobs.publish import releases
+    from jobs.reachable import reachable
 
-    _print_current(releases.rollback(open_store(root), model, recipe), as_json=as_json)
+    _print_current(releases.rollback(reachable(root), model, recipe), as_json=as_json)
 
 
 def _print_current(current: Current, *, as_json: bool) -> None:

@@ -30,14 +30,14 @@ from jobs.publish.closeness import Closeness, closest
 from jobs.publish.releases import MODELS_PREFIX
 from jobs.publish.verdict import quality_text
 from jobs.quantities import duration, size
-from jobs.reachable import absolute
+from jobs.reachable import absolute, reachable
 from jobs.report.figure import Figure, figure
 from jobs.report.page import page
 from jobs.report.run_report import REPORT_KEY, page_file
 from pipeline.errors import PipelineError
 from pipeline.fidelity import Fidelity
 from pipeline.run.records import MANIFEST_KEY
-from pipeline.storage.object_store import ObjectStore, open_store
+from pipeline.storage.object_store import ObjectStore
 
 FLEET_PAGE_KEY = "report/index.html"
 _TO_ROOT = "../"
@@ -123,8 +123,8 @@ def find_fleet(what: str) -> tuple[ObjectStore, Catalog | None] | None:
     """
     if what.endswith((".yaml", ".yml")):
         catalog = read_catalog(what)
-        return open_store(catalog.root_url), catalog
-    store = open_store(absolute(what))
+        return reachable(catalog.root_url), catalog
+    store = reachable(absolute(what))
     is_root = any(True for prefix in (MODELS_PREFIX, REQUESTS_PREFIX) for _ in store.stream(prefix))
     return None if store.exists(MANIFEST_KEY) or not is_root else (store, None)
 

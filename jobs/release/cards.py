@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.logging import log_event, print_result, status
-from jobs.reachable import absolute
+from jobs.reachable import absolute, reachable
 from jobs.release.contents import (
     EVAL_FILE,
     Contents,
@@ -166,7 +166,7 @@ def card_run(
         DamagedObjectError: the run is not finished, or a record is damaged.
         ExportError: no export of this run is there.
     """
-    store = open_store(absolute(run_url))
+    store = reachable(absolute(run_url))
     with status("reading what is known of the run"):
         run = read_run(store, run_url)
         if to_url is None:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from jobs.logging import print_result, status
 from jobs.quantities import duration, size
-from jobs.reachable import absolute
+from jobs.reachable import absolute, reachable
 from jobs.release.contents import Contents, FinishedRun, artifact_contents, read_run
 from jobs.release.loading import Place, load_commands
 from jobs.release.markdown import yaml_text
@@ -58,7 +58,7 @@ def report_run(run_url: str, to_url: str | None, *, as_json: bool) -> None:
     Raises:
         DamagedObjectError: the run is not finished, or a record is damaged.
     """
-    store = open_store(absolute(run_url))
+    store = reachable(absolute(run_url))
     with status("writing the report"):
         content = run_report(read_run(store, run_url))
         target, key = (store, REPORT_KEY) if to_url is None else page_file(to_url)
@@ -82,7 +82,7 @@ def compare_runs(run_urls: Sequence[str], to_url: str | None, *, as_json: bool) 
         raise PipelineError(f"{repeated[0]}: given more than once; compare it with other runs")
     target, key = page_file(to_url)
     with status("comparing the runs"):
-        content = comparison({url: open_store(absolute(url)) for url in run_urls})
+        content = comparison({url: reachable(absolute(url)) for url in run_urls})
         target.put(key, content)
     _print_place(target.url(key), content, as_json=as_json)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.cli.main import main
 from jobs.reachable import check_writable, reachable
 from pipeline.errors import StorageError, StorageUrlError
 from pipeline.storage.backend import PATIENCE_VARIABLE
@@ -66,3 +67,32 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_starts(tmp_pat
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
         with pytest.raises(StorageError, match=r"disk/a/run: .*/disk cannot be written by this"):
             check_writable(open_store(str(folder / "a" / "run")))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["status", "s3://bucket/x"],
+        ["logs", "s3://bucket/x"],
+        ["verify", "s3://bucket/x"],
+        ["gc", "s3://bucket/x"],
+        ["card", "s3://bucket/x"],
+        ["report", "s3://bucket/x"],
+        ["push", "s3://bucket/x", "hf://owner/name"],
+        ["export", "s3://bucket/x", "--to", "s3://bucket/y", "--format", "compressed-tensors"],
+        ["promote", "s3://bucket/x", "model", "recipe", "0" * 16],
+        ["rollback", "s3://bucket/x", "model", "recipe"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_every_command_names_a_store_that_does_not_answer(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("jobs.reachable._DEADLINE_SECONDS", 0.0)
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 3
+    assert "x/plan.json: the server cannot be reached" in capsys.readouterr().err
