@@ -152,6 +152,17 @@ def test_only_a_recipe_that_is_servable_says_so():
     assert builtin_recipes()["gptq-w4-g128-sym"].to_dict()["servable"] is True
 
 
+def test_built_in_recipes_train_at_two_bits_and_where_their_name_says_so():
+    for name, recipe in builtin_recipes().items():
+        is_trained = name.startswith("gptq-w2-") or name.endswith("-best")
+        assert (recipe.tuning is not None) == is_trained
+        if is_trained:
+            assert recipe.scheme.drift_correction == 1.0
+            assert recipe.scheme.scale_refit
+        else:
+            assert not getattr(recipe.scheme, "drift_correction", 0.0)
+
+
 def test_built_in_gptq_uses_its_most_accurate_settings():
     for recipe in builtin_recipes().values():
         if isinstance(recipe.scheme, GPTQScheme):
