@@ -6,21 +6,20 @@ block and no more. Ray turns workers into actors in `pipeline.executor.ray_execu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jax import Array
 from numpy.typing import NDArray
 
 from pipeline.artifact.parts import encode_solved_part, finalize
-from pipeline.errors import PlanMismatchError
 from pipeline.evaluation.answers import ChoiceLikelihood
 from pipeline.evaluation.batches import TOKENS_PER_PASS, EvaluationSet
 from pipeline.executor.protocol import ActivationPlace
 from pipeline.fidelity import WindowFidelity
 from pipeline.float_statistics import statistics_plan, statistics_store
 from pipeline.machine import check_machine
-from pipeline.plan import LayerPlan, Plan, read_plan
+from pipeline.plan import LayerPlan, Plan
 from pipeline.run import activations
 from pipeline.run.commits import commit_part, committed_file
 from pipeline.run.records import CommittedRecord, Manifest
@@ -45,11 +44,10 @@ from pipeline.worker.captured_inputs import captured, captured_of_experts
 from pipeline.worker.code_histograms import code_histograms
 from pipeline.worker.device_memory import device_errors
 from pipeline.worker.devices import Devices
-from pipeline.worker.evaluate import evaluate
 from pipeline.worker.held_sums import HeldSums
+from pipeline.worker.judging import Judging
 from pipeline.worker.model_state import ModelState
 from pipeline.worker.passage import Passage
-from pipeline.worker.replaced_blocks import ReplacedBlocks, by_artifact
 from pipeline.worker.shards import CalibrationShards
 from pipeline.worker.solve import CompiledAhead, join_layer, solve_layers, solve_slices
 from pipeline.worker.solve_stored import solve_block
@@ -65,7 +63,6 @@ from pipeline.worker.statistics import (
     sum_routed,
 )
 from pipeline.worker.stored_sums import BlockSums, encode_sums, finalize_statistics
-from pipeline.worker.streamed_model import StreamedModel, artifact_model, source_model
 from pipeline.worker.tune import batch_numbers, schedule_of, tuning_batch
 from quantizer.experts import ExpertHessians
 
@@ -80,7 +77,6 @@ class Worker(WorkerApi):
         self._plan = plan
         self._devices = Devices.of_this_process() if devices is None else devices
         self._store = open_store(run_url)
-        self._source_url = source_url
         self._model = ModelState(self._plan, source_url)
         self._weights = BlockWeights(self._model, self._devices)
         self._shards = CalibrationShards()
@@ -89,9 +85,9 @@ class Worker(WorkerApi):
             self._model, self._store, self._shards, self._weights, self._devices
         )
         self._compiled = CompiledAhead(plan, self._model.targets, self._model.scale_dtype)
-        # Of other plans for the same source, by digest.
-        self._others: dict[str, ModelState] = {}
-        self._replaced: tuple[object, list[ReplacedBlocks]] | None = None
+        self._judging = Judging(
+            self._model, self._store, self._devices, lambda plan: ModelState(plan, source_url)
+        )
 
     def read(self, part: int) -> dict[str, NDArray[Any]]:
         # A GPU comes with its share of a host.
@@ -336,25 +332,8 @@ class Worker(WorkerApi):
         tokens_per_pass: int = TOKENS_PER_PASS,
         of: PartsOfRuns | None = None,
     ) -> list[list[WindowFidelity] | list[ChoiceLikelihood]]:
-        self._begin_evaluation()
-        shares = [numbers[device :: len(self._devices)] for device in range(len(self._devices))]
-        layout, skeleton = self._model.layout, self._model.skeleton
-        _ = self._model.evaluation_models  # built by one thread
-        judged = self._own_artifact if of is None else self._composed(of)
-
-        def compare(device: int) -> list[list[WindowFidelity] | list[ChoiceLikelihood]]:
-            return evaluate(
-                source_model(self._model),
-                judged(),
-                layout,
-                given,
-                shares[device],
-                predicts_tokens=skeleton.predicts_tokens,
-                tokens_per_pass=tokens_per_pass,
-            )
-
-        found = [iter(rows) for rows in self._devices.each(compare)]
-        return [next(found[i % len(found)]) for i in range(len(numbers))]
+        self._begin_judging()
+        return self._judging.evaluate(given, numbers, tokens_per_pass, of)
 
     @device_errors()
     def sensitivities(
@@ -364,47 +343,16 @@ class Worker(WorkerApi):
         given: EvaluationSet,
         tokens_per_pass: int = TOKENS_PER_PASS,
     ) -> list[list[WindowFidelity]]:
-        wanted = (tuple(runs), given.windows and given.windows.digest)
-        if self._replaced is None or self._replaced[0] != wanted:
-            self._begin_evaluation()
-            _ = self._model.evaluation_models  # built by one thread
-            opened = [self._composed(_parts_of(run)) for run in runs]
+        if not self._judging.holds(runs, given):
+            self._begin_judging()
+        return self._judging.sensitivities(block, runs, given, tokens_per_pass)
 
-            def replaced(device: int) -> ReplacedBlocks:
-                return ReplacedBlocks(
-                    source_model(self._model),
-                    [open_artifact() for open_artifact in opened],
-                    self._model.layout,
-                    given,
-                    range(device, len(given.batches), len(self._devices)),
-                    predicts_tokens=self._model.skeleton.predicts_tokens,
-                    tokens_per_pass=tokens_per_pass,
-                )
-
-            self._replaced = wanted, self._devices.each(replaced)
-        held = self._replaced[1]
-        found = self._devices.each(lambda device: held[device].compare(block))
-        return by_artifact(found, len(given.batches))
-
-    def _begin_evaluation(self) -> None:
+    def _begin_judging(self) -> None:
         """Make room."""
         self._sums.clear()
         self._shards.clear()
         self._weights.free()
-        self._replaced = None
-
-    def _own_artifact(self) -> StreamedModel:
-        return artifact_model(self._model, self._store)
-
-    def _composed(self, of: PartsOfRuns) -> Callable[[], StreamedModel]:
-        """What opens an artifact that is made of parts of runs, for a device of its own."""
-        digest = of.plan.digest
-        if digest != self._plan.digest and digest not in self._others:
-            self._others[digest] = ModelState(of.plan, self._source_url)
-        model = self._others.get(digest, self._model)
-        _ = model.evaluation_models  # built by one thread
-        stores = {part: open_store(url) for part, url in enumerate(of.run_urls)}
-        return lambda: artifact_model(model, self._store, stores)
+        self._judging.clear()
 
     @property
     def _captures(self) -> bool:
@@ -428,15 +376,6 @@ class Worker(WorkerApi):
         batch = self._shards.get(shard, block)[0]
         taken = batch.taken(self._model.call(block))
         self._passage.program(block, batch).check_routing(weights[batch.memory.device], taken)
-
-
-def _parts_of(run: RunAt) -> PartsOfRuns:
-    plan = read_plan(open_store(run.url))
-    if plan.digest != run.plan_digest:
-        raise PlanMismatchError(
-            f"{run.url}: another run has taken its place since the command began; start it again"
-        )
-    return PartsOfRuns(plan=plan, run_urls=(run.url,) * len(plan.parts))
 
 
 def _stored(solved: Iterable[SolvedLayer]) -> dict[str, Stored]:
