@@ -53,6 +53,7 @@ class Composing:
         runs: as `check_composable` and `check_target` let pass.
         store: of the output, opened at its root.
         source_url: where the source is now.
+        beside: prefixes of what the output may hold before it is claimed (see `check_empty`).
     """
 
     target: Target
@@ -62,6 +63,7 @@ class Composing:
     compute: Compute
     texts: CompositionTexts
     source_url: str
+    beside: tuple[str, ...] = ()
 
     def outlook(self) -> Outlook:
         """Measure what each block alone costs, keep that, and choose by it.
@@ -207,7 +209,7 @@ class Composing:
             if tokens is not None and run.plan.tokens == tokens and run.store.exists(tokens.key):
                 windows = run.store.get(tokens.key, sha256=tokens.digest)
                 break
-        plan = claim(self.store, plan, windows)
+        plan = claim(self.store, plan, windows, others=self.beside)
         if self.store.exists(MANIFEST_KEY):
             log_event("finished before", f"{self.store.root_url}: composed before")
             return plan

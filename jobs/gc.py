@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from jobs.publish.releases import MODELS_PREFIX
 from jobs.publish.verified_files import verified_files_key
 from jobs.quantities import size
 from jobs.reachable import reachable
+from pipeline.composition.auto_run import result_of_choice
 from pipeline.errors import PipelineError, StorageError
 from pipeline.export.manifest import EXPORT_KEY
 from pipeline.export.settings import EXPORTS_PREFIX
@@ -29,6 +30,7 @@ from pipeline.float_statistics import STATISTICS_FOLDER
 from pipeline.plan import PLAN_KEY
 from pipeline.run import lease
 from pipeline.run.garbage import Garbage, find_garbage, find_runs, remove, whole_run
+from pipeline.run.records import MANIFEST_KEY
 from pipeline.run.statistics_users import holds_statistics, users
 from pipeline.storage.backend import Version
 from pipeline.storage.object_store import ObjectStore, open_store
@@ -49,6 +51,8 @@ class _UnreferencedRun(NamedTuple):
     """Whether there were leases alone."""
     is_statistics: bool = False
     """Not a run of the catalog, but statistics that no run uses any more."""
+    choice_of: str | None = None
+    """URL of the finished result that it is a choice of (see `pipeline.composition.auto_run`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,7 @@ def collect(
     as_json: bool,
     unpublished: bool = False,
     statistics: bool = False,
+    choices: bool = False,
 ) -> None:
     """Find, and delete if asked, the garbage of the runs at and below a URL.
 
@@ -84,6 +89,7 @@ def collect(
         lease_seconds: silence after which another driver of a run counts as dead.
         unpublished: include whole runs that were never published.
         statistics: include statistics of which all runs that use them are finished.
+        choices: include the choices' runs of finished results whose widths were chosen.
 
     Raises:
         PipelineError: no run is there.
@@ -96,6 +102,8 @@ def collect(
     unreferenced: dict[str, _UnreferencedRun] = {}
     if releases is None:
         runs = {run.rstrip("/") for run in find_runs(root)}
+        if choices:
+            unreferenced = dict(_choices_of_finished(root, runs))
     else:
         found = _catalog_runs(root)
         unreferenced = _unreferenced_runs(found, releases, unpublished=unpublished)
@@ -113,7 +121,10 @@ def collect(
         shared = {run for run, is_statistics in told if is_statistics}
         if not runs | shared:
             raise PipelineError(f"{url}: no run is there or below it (no plan.json)")
-        going = frozenset(f"{root.root_url}/{RUNS_PREFIX}{run_id}" for run_id in unreferenced)
+        going = frozenset(
+            f"{root.root_url}/{one.run_id if one.choice_of else f'{RUNS_PREFIX}{run_id}'}"
+            for run_id, one in unreferenced.items()
+        )
         use = _Use(going=going, unfinished=statistics)
         folders = sorted(shared)
         uses = pool.map(lambda folder: use.of(stores[folder]), folders)
@@ -214,6 +225,23 @@ def _catalog_runs(root: ObjectStore) -> dict[str, _FoundRun]:
     return dict(found)
 
 
+def _choices_of_finished(
+    root: ObjectStore, runs: Iterable[str]
+) -> Iterator[tuple[str, _UnreferencedRun]]:
+    """The choices' runs, among those below a root, of which the result is made."""
+    for run in sorted(runs):
+        result = result_of_choice(run)
+        if result is None:
+            continue
+        url = f"{root.root_url}/{result}".rstrip("/")
+        if open_store(url).exists(MANIFEST_KEY):
+            reason = "choice of a finished result"
+            yield (
+                run.removeprefix(RUNS_PREFIX),
+                _UnreferencedRun(run, reason, frozenset(), choice_of=url),
+            )
+
+
 def _unreferenced_runs(
     runs: Mapping[str, _FoundRun], releases: Releases, *, unpublished: bool
 ) -> dict[str, _UnreferencedRun]:
@@ -302,6 +330,8 @@ class _Sweep:
                 return SweptRun(url=store.root_url, skipped=text)
             if whole and whole.is_statistics and self.use.still_of(store):
                 return SweptRun(url=store.root_url, skipped="a run still uses it")
+            if whole and whole.choice_of and not open_store(whole.choice_of).exists(MANIFEST_KEY):
+                return SweptRun(url=store.root_url, skipped="its result is not finished any more")
             # Listed under the lease: a running driver may still need what it has just written.
             known = store.versions()
             if whole and whole.is_empty and not all(key.startswith(lease.PREFIX) for key in known):
@@ -319,7 +349,7 @@ class _Sweep:
             # The lease's own files go last; a run with leases alone would still be listed.
             for key in store.list(lease.PREFIX):
                 store.delete(key)
-            if not whole.is_statistics:
+            if not (whole.is_statistics or whole.choice_of):
                 self.root.delete(verified_files_key(whole.run_id))
         return SweptRun(url=store.root_url, garbage=found, deleted=True)
 

@@ -7,6 +7,7 @@ import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from jobs.evaluating import judge, read_evaluation_set
 from jobs.execute import (
@@ -152,7 +153,7 @@ def run_job(
             plan, windows = plan_on(runner, *given)
         check_exports(runner, job.source_url, plan, job.exports)
         # Before anything is claimed: a mistyped file must not cost a run.
-        judged_on = None if dry_run is not None else _evaluation_set(job, plan, runner)
+        judged_on = None if dry_run is not None else read_job_evaluation(job, plan, runner)
         return PlannedJob(
             plan=plan,
             windows=windows,
@@ -172,7 +173,7 @@ def run_job(
         spec, job.source_url, job.output_url, address=address, plan_only=dry_run is not None
     ) as compute:
         if dry_run is None or dry_run.named is None:  # else what is at hand decides nothing
-            _log_allocation(compute.allocation, spec, address, plan_only=dry_run is not None)
+            log_allocation(compute.allocation, spec, address, plan_only=dry_run is not None)
         with status("planning: hashing the source, checking every layer, cutting texts"):
             has_work = not finished or job.is_evaluated or bool(job.exports)
             planned = compute.plan(plan_all, with_workers=has_work and dry_run is None)
@@ -257,7 +258,7 @@ def resume_job(
         update_cards(store)
         update_report(store)
         summary = Summary.of(plan, store, found, costs, {}, wall_seconds=0.0, fidelity=None)
-        _print_summary(summary, store, made, as_json=as_json)
+        print_summary(summary, store, made, as_json=as_json)
         return
     job = dataclasses.replace(job, source_url=source_url, output_url=output_url)
     check_preset(reachable(source_url, CONFIG_FILE))
@@ -265,11 +266,11 @@ def resume_job(
     def check_source(runner: FunctionRunner) -> EvaluationSet | None:
         found = runner.run(identity, source_url, compute.allocation.threads)
         check_identity(plan, found, source_url, finished=finished)
-        return _evaluation_set(job, plan, runner)
+        return read_job_evaluation(job, plan, runner)
 
     spec = plan.resuming(spec, finished=finished)
     with open_compute(spec, source_url, output_url, address=address) as compute:
-        _log_allocation(compute.allocation, spec, address)
+        log_allocation(compute.allocation, spec, address)
         with status("checking that source and machine are what they were"):
             judged_on = compute.plan(check_source)
         costs = compute.placed(compute.estimate(plan))
@@ -278,9 +279,10 @@ def resume_job(
         _finish(plan, job, store, compute, costs, judged_on, as_json=as_json)
 
 
-def _log_allocation(
+def log_allocation(
     allocation: Allocation, spec: ComputeSpec, address: str | None, *, plan_only: bool = False
 ) -> None:
+    """Say what a run computes with."""
     where = address or ("" if plan_only else "a Ray cluster started on ") + "this machine"
     on = "CPU"
     if allocation.gpus:
@@ -333,7 +335,7 @@ def _finish(
     summary = execution.summarize(costs, fidelity, after)
     update_cards(store)
     update_report(store)
-    _print_summary(summary, store, made, as_json=as_json)
+    print_summary(summary, store, made, as_json=as_json)
     if fidelity is not None and fidelity.not_finite is not None:
         raise UnusableResultError(
             f"{job.output_url}: the result gives {fidelity.not_finite}; keep what stays in float "
@@ -341,7 +343,8 @@ def _finish(
         )
 
 
-def _evaluation_set(job: Job, plan: Plan, runner: FunctionRunner) -> EvaluationSet | None:
+def read_job_evaluation(job: Job, plan: Plan, runner: FunctionRunner) -> EvaluationSet | None:
+    """What a job's result is to be judged by (see `read_evaluation_set`)."""
     return read_evaluation_set(
         runner,
         job.source_url,
@@ -354,11 +357,21 @@ def _evaluation_set(job: Job, plan: Plan, runner: FunctionRunner) -> EvaluationS
     )
 
 
-def _print_summary(
-    summary: Summary, store: ObjectStore, exports: Sequence[MadeExport], *, as_json: bool
+def print_summary(
+    summary: Summary,
+    store: ObjectStore,
+    exports: Sequence[MadeExport],
+    *,
+    as_json: bool,
+    **others: Mapping[str, Any],
 ) -> None:
+    """Print what became of a run.
+
+    Args:
+        others: what else is known of it, for machines.
+    """
     if as_json:
-        print_json(summary.to_dict() | exports_json(exports))
+        print_json(summary.to_dict() | exports_json(exports) | others)
     if not as_json or is_json():
         log_event("finished", "", {"summary": summary.to_dict()}, table=summary_table(summary))
         for hint in load_hints(store):

@@ -7,6 +7,7 @@ import os
 import shlex
 from pathlib import Path
 
+from pipeline.composition.auto_run import AutoRun
 from pipeline.errors import DamagedObjectError, StorageError, StorageUrlError
 from pipeline.plan import PLAN_KEY, read_plan
 from pipeline.run.commits import read_manifest
@@ -46,14 +47,15 @@ def finished_manifest(store: ObjectStore, run_url: str) -> Manifest:
     """
     if store.exists(MANIFEST_KEY):
         return read_manifest(store)
-    if not store.exists(PLAN_KEY):
+    command = f"quantfleet resume {shlex.quote(run_url)}"
+    has_choices = store.exists(AutoRun.key)
+    if not has_choices and not store.exists(PLAN_KEY):
         raise DamagedObjectError(
             f"{run_url}: neither {MANIFEST_KEY} nor {PLAN_KEY} is there; name the folder that "
             "quantfleet quantize wrote to"
         )
     # A composition needs to be told of the runs that it is made of.
-    command = f"quantfleet resume {shlex.quote(run_url)}"
-    if read_plan(store).composed:
+    if not has_choices and read_plan(store).composed:
         command = "the quantfleet compose that began it"
     raise DamagedObjectError(
         f"{store.url(MANIFEST_KEY)} is missing: the run is not finished; finish it with {command}"

@@ -106,6 +106,38 @@ def _plan(
     return found.plan, windows, found.variables
 
 
+def plan_others(
+    source_url: str,
+    recipes: Sequence[Recipe],
+    threads: int,
+    like: Plan,
+    windows: bytes | None,
+) -> tuple[Plan, ...]:
+    """Plans of recipes that differ in nothing but their schemes from one that is planned.
+
+    Neither weights nor texts are read again.
+
+    Args:
+        like: the one that is planned, without its weights' digests in a dry run.
+        windows: that it names, serialized.
+
+    Raises:
+        PipelineError: as `plan_run`.
+    """
+    from pipeline.calibration.windows import TokenWindows
+    from pipeline.model.preset import read_preset
+    from pipeline.planning.make_plan import make_plan
+
+    preset = read_preset(source_url)
+    given = None if windows is None else TokenWindows.from_bytes(windows)
+    plans = (
+        make_plan(preset, recipe, threads=threads, read_weights=False, given=given).plan
+        for recipe in recipes
+    )
+    digests = [part.source_sha256 for part in like.parts]
+    return tuple(plan.of_source(digests) for plan in plans)
+
+
 def read_share(
     source_url: str, dtype: str | None, share: Sequence[SizedPath], threads: int
 ) -> dict[str, VariableDigest]:

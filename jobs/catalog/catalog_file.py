@@ -15,8 +15,9 @@ from pydantic_core import ErrorDetails
 from jobs.catalog.entries import CatalogFile, Export, Gate, Model, Settings
 from pipeline.errors import PipelineError, RecipeError, StorageError
 from pipeline.evaluation.named_texts import unknown_name
+from pipeline.recipe.auto_recipe import AnyRecipe, AutoRecipe
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.recipe_file import load_recipe, recipe_from_dict
+from pipeline.recipe.recipe_file import any_recipe_from_dict, load_recipe, recipe_from_dict
 from pipeline.recipe.yaml_document import (
     MarkedYaml,
     YamlPath,
@@ -288,12 +289,12 @@ class _Resolver:
     def _recipe(self, given: str | dict[str, Any], model: Model, at: YamlPath) -> Recipe:
         try:
             if isinstance(given, dict):
-                recipe = recipe_from_dict(given)
+                recipe = _of_one_run(any_recipe_from_dict(given))
             else:
                 if given not in self._recipes:  # a file is read once, however many models name it
                     is_file = "/" in given or given.endswith((".yaml", ".yml"))
                     url = self._absolute(given, at) if is_file else given
-                    self._recipes[given] = load_recipe(url)
+                    self._recipes[given] = _of_one_run(load_recipe(url))
                 recipe = self._recipes[given]
             if model.dtype is not None:
                 recipe = recipe.model_copy(update={"dtype": model.dtype})
@@ -330,3 +331,17 @@ class _Resolver:
 
     def _error(self, path: YamlPath, text: str) -> CatalogError:
         return _error(self._document, path, text)
+
+
+def _of_one_run(recipe: AnyRecipe) -> Recipe:
+    """The recipe, if it is one that a catalog makes.
+
+    Raises:
+        RecipeError: it chooses widths.
+    """
+    if isinstance(recipe, AutoRecipe):
+        raise RecipeError(
+            f"recipe {recipe.name}: mode: auto is of quantfleet quantize alone, and catalogs make "
+            "no such results; give the entry one width, or quantize the model by itself"
+        )
+    return recipe

@@ -158,6 +158,10 @@ def gc(
         bool,
         typer.Option("--statistics", help="Also statistics that only finished runs have used."),
     ] = False,
+    choices: Annotated[
+        bool,
+        typer.Option("--choices", help="Also the runs of widths that a finished result is of."),
+    ] = False,
     lease_seconds: options.LeaseSeconds = 60.0,
     as_json: options.Json = False,
 ) -> None:
@@ -171,4 +175,5 @@ def gc(
         as_json=as_json,
         unpublished=unpublished,
         statistics=statistics,
+        choices=choices,
     )

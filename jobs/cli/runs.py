@@ -15,7 +15,7 @@ from pipeline.export.code_formats import ExportFormat
 from pipeline.export.settings import ExportSettings
 
 if TYPE_CHECKING:
-    from pipeline.recipe.recipe import Recipe
+    from pipeline.recipe.auto_recipe import AnyRecipe
 
 app = typer.Typer()
 
@@ -112,6 +112,7 @@ def quantize(
     from jobs.execute import DriverOptions
     from jobs.quantize import Job, run_job
     from jobs.run_costs import PricedMachine, refuse_without_dry_run
+    from pipeline.recipe.auto_recipe import AutoRecipe
 
     refuse_without_dry_run(on, rates, dry_run=dry_run)
     priced = PricedMachine.of(on, rates, gpus_per_worker) if dry_run else None
@@ -142,6 +143,17 @@ def quantize(
         changed = changed.model_copy(update={"allow_partial": True})
     if inputs:
         changed = _with_inputs(changed, inputs, keep_texts=not is_file)
+    if isinstance(changed, AutoRecipe):
+        from jobs.auto_quantize import run_auto
+
+        if is_file:
+            raise PipelineError(
+                f"recipe {changed.name}: mode: auto chooses the width of each block of a preset, "
+                f"and the blocks of a plain Keras model, {preset}, are not known; give its scheme "
+                "mode: gptq and weight_bits"
+            )
+        run_auto(job, changed, spec, address, as_json=as_json, dry_run=priced)
+        return
     if is_file:
         from jobs.quantize_file import run_file
 
@@ -171,6 +183,7 @@ def resume(
     as_json: options.Json = False,
 ) -> None:
     """Continue a run from its last committed block, then evaluate its result if asked to."""
+    from jobs.auto_quantize import resume_auto
     from jobs.execute import DriverOptions
     from jobs.quantize import Job, resume_job
 
@@ -192,7 +205,8 @@ def resume(
         accelerator=accelerator,
         gpus_per_worker=gpus_per_worker,
     )
-    resume_job(job, spec, address, as_json=as_json)
+    if not resume_auto(job, spec, address, as_json=as_json):
+        resume_job(job, spec, address, as_json=as_json)
 
 
 @app.command()
@@ -259,8 +273,8 @@ def _recipe(
     num_samples: int | None,
     sequence_length: int | None,
     chat: bool | None,
-) -> Recipe:
-    from pipeline.recipe.recipe_file import load_recipe, recipe_from_dict
+) -> AnyRecipe:
+    from pipeline.recipe.recipe_file import any_recipe_from_dict, load_recipe
 
     recipe = load_recipe(name)
     given = {
@@ -274,12 +288,12 @@ def _recipe(
         return recipe
     values = recipe.to_dict()
     values["calibration"] |= changes
-    return recipe_from_dict(values, where=name)
+    return any_recipe_from_dict(values, where=name)
 
 
-def _with_inputs(recipe: Recipe, inputs: Sequence[str], *, keep_texts: bool) -> Recipe:
+def _with_inputs(recipe: AnyRecipe, inputs: Sequence[str], *, keep_texts: bool) -> AnyRecipe:
     """The recipe, calibrated on arrays that are given as NAME=FILE.npy."""
-    from pipeline.recipe.recipe_file import recipe_from_dict
+    from pipeline.recipe.recipe_file import any_recipe_from_dict
 
     for given in inputs:
         if not all(given.partition("=")):
@@ -291,4 +305,4 @@ def _with_inputs(recipe: Recipe, inputs: Sequence[str], *, keep_texts: bool) -> 
     values = recipe.to_dict()
     arrays = {name: file for name, _, file in (given.partition("=") for given in inputs)}
     values["calibration"] |= {"inputs": arrays} | ({} if keep_texts else {"texts": []})
-    return recipe_from_dict(values, where=recipe.name)
+    return any_recipe_from_dict(values, where=recipe.name)

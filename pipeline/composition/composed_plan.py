@@ -106,17 +106,24 @@ def check_composable(runs: Sequence[GivenRun]) -> None:
                     f"scheme: {'; '.join(found)}; compose runs of one source, calibrated alike on "
                     "one type of machine"
                 )
-    _check_names(runs)
+    check_names([run.plan for run in runs])
 
 
-def _check_names(runs: Sequence[GivenRun]) -> None:
-    """Refuse models of which a preset cannot name one block's layers without another's."""
-    keys = _policy_keys([run.plan for run in runs])
+def check_names(plans: Sequence[Plan]) -> None:
+    """Refuse models of which a preset cannot name one block's layers without another's.
+
+    Args:
+        plans: of all runs of a composition.
+
+    Raises:
+        PipelineError: names two blocks.
+    """
+    keys = _policy_keys(plans)
     block_of: dict[str, str] = {}
-    for part in runs[0].plan.parts:
+    for part in plans[0].parts:
         for key in {keys[layer.path] for layer in part.layers if layer.path in keys}:
             first = block_of.setdefault(key, part.name)
-            if first != part.name and len({run.plan.policies.get(key) for run in runs}) > 1:
+            if first != part.name and len({plan.policies.get(key) for plan in plans}) > 1:
                 raise PipelineError(
                     f"{first} and {part.name} have layers that differ only in a number that Keras "
                     "gives them, which is another in every process, so that they cannot have "

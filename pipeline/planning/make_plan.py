@@ -70,6 +70,7 @@ def make_plan(
     threads: int,
     read_weights: bool = True,
     read_texts: bool = True,
+    given: TokenWindows | None = None,
 ) -> Planned:
     """Decide everything about a run.
 
@@ -80,6 +81,7 @@ def make_plan(
             reads no more of the files than where each variable is.
         read_texts: False plans for windows of the same shape without text; such a plan is not to
             be carried out.
+        given: the windows, where they were cut for another recipe with the same calibration.
 
     Raises:
         PipelineError: a source, recipe or calibration that cannot be used.
@@ -117,7 +119,7 @@ def make_plan(
     try:
         if calibration is not None:
             cut = token_windows if read_texts else blank_windows
-            windows = cut(preset, skeleton, calibration)
+            windows = given or cut(preset, skeleton, calibration)
         digests = reading.result()
     finally:
         reading.cancel()

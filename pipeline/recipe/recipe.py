@@ -56,6 +56,11 @@ def statistics_of(scheme: Scheme | None) -> StatisticsKind | None:
 def _read_scheme(value: object) -> Scheme:
     if isinstance(value, Scheme):
         return value
+    if isinstance(value, dict) and value.get("mode") == "auto":
+        raise ValueError(
+            "mode: auto is for the scheme of a whole recipe, not for some of its layers; give "
+            "these a scheme such as {mode: gptq, weight_bits: 4}"
+        )
     if not isinstance(value, dict):
         raise ValueError(
             f"{value!r} is not a scheme; give a mapping such as {{mode: gptq, weight_bits: 4}}, or "
@@ -88,6 +93,7 @@ def _check_pattern(pattern: str) -> str:
 
 
 SchemeField = Annotated[Scheme, PlainValidator(_read_scheme), PlainSerializer(scheme_to_dict)]
+EmbeddingsField = Annotated[SchemeField, AfterValidator(_check_embeddings)]
 _PatternField = Annotated[
     StrictStr, Field(min_length=1, max_length=500), AfterValidator(_check_pattern)
 ]
@@ -233,7 +239,7 @@ class Recipe(BaseModel):
     """The scheme of every kernel that no rule matches; null leaves them in float."""
     rules: tuple[Rule, ...] = ()
     """Exceptions, for kernels; the first rule that matches decides."""
-    embeddings: Annotated[SchemeField, AfterValidator(_check_embeddings)] | None = None
+    embeddings: EmbeddingsField | None = None
     """The scheme of every embedding table, int8 or int4; null leaves them in float."""
     calibration: Calibration | None = None
     """Needed by gptq, awq and float8; otherwise ignored."""

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.errors import RecipeError
+from pipeline.recipe.auto_recipe import AnyRecipe, AutoRecipe, is_auto
 from pipeline.recipe.recipe import Calibration, Recipe, Tuning
 from pipeline.recipe.yaml_document import (
     MAX_BYTES,
@@ -26,7 +27,7 @@ from pipeline.storage.user_files import read_given_text
 from quantizer.schemes import AWQScheme, Float8Scheme, GPTQScheme, Int4Scheme, Int8Scheme, Scheme
 
 
-def load_recipe(name_or_file: str) -> Recipe:
+def load_recipe(name_or_file: str) -> AnyRecipe:
     """A built-in recipe by its name, or one read from a YAML file.
 
     Args:
@@ -50,21 +51,22 @@ def load_recipe(name_or_file: str) -> Recipe:
     return parse_recipe(text, where=name_or_file)
 
 
-def parse_recipe(text: str, *, where: str) -> Recipe:
+def parse_recipe(text: str, *, where: str) -> AnyRecipe:
     """Read a recipe from YAML text.
 
     Raises:
         RecipeError: `where:line: what is wrong; what to do`.
     """
     document = read_yaml(text, where=where, error_type=RecipeError)
+    model = _model(document.values)
     try:
-        return Recipe.model_validate(document.values)
+        return model.model_validate(document.values)
     except ValidationError as invalid:
         errors = sorted(
             mistakes_in(invalid), key=lambda error: mistake_order(error, _line(error, document))
         )
         line = _line(errors[0], document)
-        raise RecipeError(f"{where}:{line}: {_first_of(errors)}") from None
+        raise RecipeError(f"{where}:{line}: {_first_of(errors, model)}") from None
 
 
 def recipe_from_dict(values: object, *, where: str = "recipe") -> Recipe:
@@ -76,12 +78,29 @@ def recipe_from_dict(values: object, *, where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as invalid:
-        raise RecipeError(f"{where}: {_first_of(mistakes_in(invalid))}") from None
+        raise RecipeError(f"{where}: {_first_of(mistakes_in(invalid), Recipe)}") from None
 
 
-def _first_of(errors: list[ErrorDetails]) -> str:
+def any_recipe_from_dict(values: object, *, where: str = "recipe") -> AnyRecipe:
+    """The same of a recipe that may choose widths; the inverse of `AutoRecipe.to_dict` too.
+
+    Raises:
+        RecipeError: as `recipe_from_dict`.
+    """
+    model = _model(values)
+    try:
+        return model.model_validate(values)
+    except ValidationError as invalid:
+        raise RecipeError(f"{where}: {_first_of(mistakes_in(invalid), model)}") from None
+
+
+def _model(values: object) -> type[AnyRecipe]:
+    return AutoRecipe if is_auto(values) else Recipe
+
+
+def _first_of(errors: list[ErrorDetails], model: type[AnyRecipe]) -> str:
     more = f" ({len(errors) - 1} more after it)" if len(errors) > 1 else ""
-    return describe_mistake(errors[0], Recipe) + more
+    return describe_mistake(errors[0], model) + more
 
 
 def _line(error: ErrorDetails, document: MarkedYaml) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from pipeline.errors import PlanMismatchError
@@ -16,12 +16,14 @@ def claim(
     plan: Plan,
     windows: bytes | None = None,
     beside: Mapping[str, bytes] = MappingProxyType({}),
+    others: Sequence[str] = (),
 ) -> Plan:
     """Write the plan into an empty run directory, or make sure that it is the one there.
 
     Args:
         windows: that the plan names; written first, so that a plan can always be carried out.
         beside: other objects of a new run by key, below exports/; written first too.
+        others: as of `check_empty`.
 
     Raises:
         PlanMismatchError: the directory belongs to another plan, or holds other things.
@@ -34,7 +36,7 @@ def claim(
                 "choose another --output, or resume that run with what it was started with"
             )
         return found
-    check_empty(store)
+    check_empty(store, others)
     if plan.tokens is not None and windows is not None:
         store.create(plan.tokens.key, windows)
     for key, data in beside.items():
@@ -43,13 +45,24 @@ def claim(
     return plan
 
 
-def check_empty(store: ObjectStore) -> None:
+def check_empty(store: ObjectStore, others: Sequence[str] = ()) -> None:
     """Refuse a directory without a plan that holds other things than a run may find there.
+
+    Args:
+        others: prefixes of what it may find besides.
 
     Raises:
         PlanMismatchError: it does.
     """
-    own = ("tokens/", "leases/", "exports/", "composition/", "users/", f"{STATISTICS_FOLDER}/")
+    own = (
+        "tokens/",
+        "leases/",
+        "exports/",
+        "composition/",
+        "users/",
+        f"{STATISTICS_FOLDER}/",
+        *others,
+    )
     foreign = [key for key in store.list() if not key.startswith(own)]
     if foreign:
         raise PlanMismatchError(
