@@ -17,13 +17,13 @@ from jobs.auto_choices import (
 from jobs.auto_outlook import AutoOutlook
 from jobs.evaluating import judge
 from jobs.execute import Compute, check_identity, open_compute
+from jobs.finished_result import print_finished
 from jobs.logging import is_json, log_event, print_json, set_run, status, url_name, waiting
 from jobs.metrics import RunMetrics
 from jobs.planned_job import log_finished_before, warn_of_narrow_calibration
 from jobs.quantize import (
     Job,
     log_allocation,
-    print_summary,
     read_job_evaluation,
     resume_job,
 )
@@ -308,7 +308,13 @@ def _finish(
     )
     update_cards(store)
     update_report(store)
-    print_summary(summary, store, made, as_json=as_json, decision=decision.content())
+    print_finished(
+        summary,
+        store,
+        made,
+        values=summary.to_dict() | {"decision": decision.content()},
+        as_json=as_json,
+    )
     if not as_json or is_json():
         said = decision.outcome.replace(str(decision.target), recipe.scheme.target_text)
         log_event("composed", said)

@@ -8,48 +8,44 @@ target, before any of it is written; and the better result is made of copies of 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import shlex
 from dataclasses import asdict, dataclass, field
-from functools import partial
 
 from jobs.composing import Composing
 from jobs.composition_texts import AskedTexts, CompositionTexts, read_composition_texts
-from jobs.evaluating import Rows, keep
 from jobs.execute import DriverOptions, check_identity, open_compute
-from jobs.logging import is_json, log_event, print_json, print_result, set_run, status, url_name
+from jobs.finished_result import print_finished
+from jobs.logging import log_event, print_result, set_run, status, url_name
 from jobs.reachable import absolute, check_writable, finished_manifest, reachable
 from jobs.release.cards import update_cards
 from jobs.report.run_report import update_report
-from jobs.summary import Summary, summary_table
-from pipeline.artifact.loading import load_hints
-from pipeline.composition.composed_plan import (
-    GivenRun,
-    check_composable,
-    read_given_run,
+from jobs.run_exports import (
+    arguments_of,
+    check_exports,
+    foresee_exports,
+    make_exports,
+    want_exports,
 )
-from pipeline.composition.decision import (
-    Decision,
-    Target,
-    check_target,
-)
+from jobs.summary import Summary
+from jobs.termination import Terminated
+from pipeline.composition.composed_plan import GivenRun, check_composable, read_given_run
+from pipeline.composition.decision import check_target
+from pipeline.composition.target import Target
 from pipeline.errors import (
     PipelineError,
     PlanMismatchError,
     UniformResultKeptError,
     UnusableResultError,
 )
-from pipeline.evaluation.batches import EvaluationSet
 from pipeline.evaluation.tasks import read_tasks
 from pipeline.executor.protocol import ComputeSpec, FunctionRunner
-from pipeline.fidelity import Fidelity, fidelity_of
+from pipeline.export.settings import ExportSettings
 from pipeline.model.preset import CONFIG_FILE, check_preset
 from pipeline.plain.plan import is_plain
 from pipeline.plan import PLAN_KEY, read_plan
 from pipeline.remote_planning import identity
 from pipeline.run.claim import check_empty
 from pipeline.run.commits import read_manifest
-from pipeline.run.evaluations import find_evaluations, measured_on
-from pipeline.run.worst_windows import find_worst_windows
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.overlap import check_apart
 
@@ -61,6 +57,7 @@ class ComposeJob:
     Attributes:
         source_url: the preset, if it has moved; "" where the first run says.
         asked: what to measure sensitivities and judge results on.
+        exports: what to export the result as.
     """
 
     run_urls: tuple[str, ...]
@@ -68,7 +65,18 @@ class ComposeJob:
     target: Target
     asked: AskedTexts
     source_url: str = ""
+    exports: tuple[ExportSettings, ...] = ()
     options: DriverOptions = field(default_factory=DriverOptions)
+
+    @property
+    def command(self) -> str:
+        """What goes on with this composition, and ends as it would have."""
+        words = ["quantfleet", "compose", *self.run_urls, *str(self.target).split()]
+        words += ["--output", self.output_url]
+        if self.source_url:
+            words += ["--source", self.source_url]
+        words += [*self.asked.arguments, *arguments_of(self.exports)]
+        return shlex.join(words)
 
 
 def compose(
@@ -115,6 +123,9 @@ def compose(
     plan = runs[0].plan
 
     def read_texts(runner: FunctionRunner) -> CompositionTexts:
+        # Before all else, since it reads no weights.
+        for run in runs if job.exports else ():
+            _foresee(run, job.exports, source_url, runner)
         found = runner.run(identity, source_url, compute.allocation.threads)
         check_identity(plan, found, source_url, finished=True)
         return read_composition_texts(job.asked, runs, source_url, runner)
@@ -158,21 +169,41 @@ def _given_run(url: str) -> GivenRun:
     return read_given_run(store)
 
 
+def _foresee(
+    run: GivenRun, exports: tuple[ExportSettings, ...], source_url: str, runner: FunctionRunner
+) -> None:
+    """Refuse exports that a run's blocks have no place in; say what no kernel would take."""
+    recipe = run.plan.recipe
+    foreseen = foresee_exports(runner, source_url, recipe, exports, dry_run=False)
+    check_exports(runner, source_url, run.plan, exports)
+    foreseen.warn(recipe)
+
+
 def _run(job: ComposeJob, composing: Composing, *, dry_run: bool, as_json: bool) -> None:
     """See `compose`."""
     store = composing.store
     if not dry_run:
         composing.decided_before()  # or refused, before it takes long
-    outlook = composing.outlook()
-    if dry_run:
-        print_result(outlook, outlook.tables(), as_json=as_json)
-        return
-    log_event("chosen", "", {"choice": asdict(outlook.choice)}, table=outlook.tables())
-    # From the decision on: another driver of the same output may have been told otherwise.
-    with job.options.acquire_lease(store) as held:
-        decision, found = composing.decided(outlook, held.check)
-        plan = composing.make(decision, held.check)
-    fidelity = _judged(job.asked, composing, decision, found)
+    try:
+        outlook = composing.outlook()
+        if dry_run:
+            print_result(outlook, outlook.tables(), as_json=as_json)
+            return
+        log_event("chosen", "", {"choice": asdict(outlook.choice)}, table=outlook.tables())
+        wanted = {settings.key: settings.to_json() for settings in job.exports}
+        # From the decision on: another driver of the same output may have been told otherwise.
+        with job.options.acquire_lease(store) as held:
+            decision, found = composing.decided(outlook, held.check)
+            plan = composing.make(decision, held.check, wanted=wanted)
+        want_exports(store, job.exports)
+        fidelity = composing.judged(job.asked, decision, found)
+        made = make_exports(composing.compute, store, job.exports)
+    except (UnusableResultError, PlanMismatchError):
+        raise  # it would end so again
+    except (Exception, KeyboardInterrupt, Terminated):
+        if not dry_run:
+            log_event("resumable", f"to go on from what is measured and copied: {job.command}")
+        raise
     summary = Summary.of(
         plan,
         store,
@@ -184,50 +215,19 @@ def _run(job: ComposeJob, composing: Composing, *, dry_run: bool, as_json: bool)
     )
     update_cards(store)
     update_report(store)
-    said = decision.outcome
-    if as_json:
-        found_out = {"decision": decision.content(), "summary": summary.to_dict()}
-        print_json(asdict(outlook) | found_out)
-    if not as_json or is_json():
-        log_event("finished", "", {"summary": summary.to_dict()}, table=summary_table(summary))
-        log_event("composed", said)
-        for hint in load_hints(store):
-            log_event("loadable", hint)
+    values = {"decision": decision.content(), "summary": summary.to_dict()}
+    print_finished(
+        summary,
+        store,
+        made,
+        values=asdict(outlook) | values,
+        composed=decision.outcome,
+        as_json=as_json,
+    )
     if decision.kept is not None:
-        raise UniformResultKeptError(said)
+        raise UniformResultKeptError(decision.outcome)
     if fidelity.not_finite is not None:
         raise UnusableResultError(
             f"{job.output_url}: the result gives {fidelity.not_finite}; raise the target, "
             "or name other runs"
         )
-
-
-def _judged(
-    asked: AskedTexts,
-    composing: Composing,
-    decision: Decision,
-    found: Mapping[tuple[int, ...], Rows],
-) -> Fidelity:
-    """The figures of what is kept.
-
-    They are stored where they were asked for, and not those of the texts that the choice was made
-    by.
-
-    Args:
-        found: what was measured for the decision.
-    """
-    store = composing.store
-    manifest = read_manifest(store).record_sha256
-    judged = composing.texts.judged
-    given = judged if asked.evaluated_on else EvaluationSet(tasks=judged.tasks)
-    for one in find_evaluations(store, manifest, partial(log_event, "damaged")):
-        is_same = asked.judges and one.measured_on == measured_on(given)
-        # They are written last.
-        if is_same and (not given.text_sets or find_worst_windows(store, one)):
-            return Fidelity.from_figures(one.figures)
-    rows = found.get(decision.givers) or composing.evaluated(decision.givers)
-    if not asked.judges:
-        return fidelity_of(judged, rows)
-    rows = rows[len(judged.batches) - len(given.batches) :]  # those of tasks are last
-    executor = composing.compute.executor
-    return keep(executor, store, composing.source_url, manifest, given, rows)

@@ -11,18 +11,18 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from jobs.composition_tables import Outlook
-from jobs.composition_texts import CompositionTexts
-from jobs.evaluating import Rows, measure
+from jobs.composition_texts import AskedTexts, CompositionTexts
+from jobs.evaluating import Rows, keep, measure
 from jobs.execute import Compute
 from jobs.logging import log_event, status
 from pipeline.composition.composed_plan import GivenRun, composed_plan
 from pipeline.composition.decision import (
     Decision,
     JudgedRun,
-    Target,
     blocks_bytes,
     measured_cost,
     options_of,
@@ -30,17 +30,22 @@ from pipeline.composition.decision import (
 )
 from pipeline.composition.parts import copy_parts, seal
 from pipeline.composition.sensitivities import Sensitivity, measure_blocks
+from pipeline.composition.target import Target
 from pipeline.errors import (
     DamagedObjectError,
     MissingObjectError,
     PlanMismatchError,
     UnusableResultError,
 )
-from pipeline.fidelity import fidelity_of
+from pipeline.evaluation.batches import EvaluationSet
+from pipeline.fidelity import Fidelity, fidelity_of
 from pipeline.plan import PLAN_KEY, Plan
 from pipeline.run.claim import claim
+from pipeline.run.commits import Finding, quarantine, read_manifest
+from pipeline.run.evaluations import find_evaluations, measured_on
 from pipeline.run.records import MANIFEST_KEY
 from pipeline.run.worker_api import PartsOfRuns
+from pipeline.run.worst_windows import find_worst_windows
 from pipeline.storage.object_store import ObjectStore
 
 
@@ -54,6 +59,8 @@ class Composing:
         store: of the output, opened at its root.
         source_url: where the source is now.
         beside: prefixes of what the output may hold before it is claimed (see `check_empty`).
+        kept_in_runs: whether each run keeps what its blocks cost, for other compositions of it;
+            else the output does.
     """
 
     target: Target
@@ -64,6 +71,7 @@ class Composing:
     texts: CompositionTexts
     source_url: str
     beside: tuple[str, ...] = ()
+    kept_in_runs: bool = False
 
     def outlook(self) -> Outlook:
         """Measure what each block alone costs, keep that, and choose by it.
@@ -89,7 +97,7 @@ class Composing:
         with status("measuring what each block alone costs the model"):
             return measure_blocks(
                 self.compute.executor,
-                self.store,
+                [run.store if self.kept_in_runs else self.store for run in self.runs],
                 self.runs,
                 given,
                 tokens_per_pass=at_once,
@@ -110,7 +118,7 @@ class Composing:
         )
 
     @property
-    def _question(self) -> dict[str, Any]:
+    def question(self) -> dict[str, Any]:
         """What the decision depends on, but for what is measured."""
         measured_windows = self.texts.measured.windows
         assert measured_windows is not None
@@ -134,7 +142,7 @@ class Composing:
         except DamagedObjectError as error:
             log_event("damaged", f"{error}; it is decided again", level=logging.WARNING)
             return None
-        if made.question == self._question:
+        if made.question == self.question:
             return made
         if self.store.exists(PLAN_KEY):
             raise PlanMismatchError(
@@ -154,7 +162,7 @@ class Composing:
         before = self.decided_before()
         if before is not None:
             return before, {}
-        wanted = self._question
+        wanted = self.question
         picked = outlook.choice.picked
         found: dict[tuple[int, ...], Rows] = {}
         costs: dict[int, float] = {}
@@ -199,8 +207,20 @@ class Composing:
     def _cost(self, found: Rows) -> float:
         return measured_cost(fidelity_of(self.texts.judged, found))
 
-    def make(self, decision: Decision, check_lease: Callable[[], None]) -> Plan:
-        """Claim the output, copy parts and write the manifest; what is done is not done again."""
+    def make(
+        self,
+        decision: Decision,
+        check_lease: Callable[[], None],
+        *,
+        damaged: Sequence[Finding] = (),
+        wanted: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> Plan:
+        """Claim the output, copy parts and write the manifest; what is done is not done again.
+
+        Args:
+            damaged: found in what was finished before; it is moved aside and made again.
+            wanted: exports to note, by key, beside a new plan.
+        """
         plan = composed_plan(self.runs, decision.givers, self.recipe_name)
         plan = dataclasses.replace(plan, source_url=self.source_url)
         windows = None
@@ -209,8 +229,11 @@ class Composing:
             if tokens is not None and run.plan.tokens == tokens and run.store.exists(tokens.key):
                 windows = run.store.get(tokens.key, sha256=tokens.digest)
                 break
-        plan = claim(self.store, plan, windows, others=self.beside)
-        if self.store.exists(MANIFEST_KEY):
+        plan = claim(self.store, plan, windows, wanted, others=self.beside)
+        if damaged:
+            check_lease()
+            quarantine(self.store, damaged)
+        elif self.store.exists(MANIFEST_KEY):
             log_event("finished before", f"{self.store.root_url}: composed before")
             return plan
         with status("copying the parts"):
@@ -223,6 +246,31 @@ class Composing:
             )
         self.compute.executor.run(seal, self.store.root_url, self.source_url)
         return plan
+
+    def judged(
+        self, asked: AskedTexts, decision: Decision, found: Mapping[tuple[int, ...], Rows]
+    ) -> Fidelity:
+        """The figures of what is kept.
+
+        They are stored where they were asked for, and not those of the texts that the choice was
+        made by.
+
+        Args:
+            found: what was measured for the decision.
+        """
+        manifest = read_manifest(self.store).record_sha256
+        judged = self.texts.judged
+        given = judged if asked.evaluated_on else EvaluationSet(tasks=judged.tasks)
+        for one in find_evaluations(self.store, manifest, partial(log_event, "damaged")):
+            is_same = asked.judges and one.measured_on == measured_on(given)
+            # They are written last.
+            if is_same and (not given.text_sets or find_worst_windows(self.store, one)):
+                return Fidelity.from_figures(one.figures)
+        rows = found.get(decision.givers) or self.evaluated(decision.givers)
+        if not asked.judges:
+            return fidelity_of(judged, rows)
+        rows = rows[len(judged.batches) - len(given.batches) :]  # those of tasks are last
+        return keep(self.compute.executor, self.store, self.source_url, manifest, given, rows)
 
     def _givers(self, plan: Plan) -> list[GivenRun]:
         """The run that gives each part."""

@@ -12,8 +12,9 @@ from rich.text import Text
 from jobs.quantities import size
 from pipeline.composition.choice import Choice, Choices
 from pipeline.composition.composed_plan import GivenRun, part_bytes
-from pipeline.composition.decision import Target, block_weights, blocks_bytes, picked_runs
+from pipeline.composition.decision import blocks_bytes, picked_runs
 from pipeline.composition.sensitivities import Sensitivity
+from pipeline.composition.target import Target, block_weights
 
 _NUM_POINTS = 16
 

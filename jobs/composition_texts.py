@@ -34,6 +34,19 @@ class AskedTexts:
     chat: bool | None = None
 
     @property
+    def arguments(self) -> list[str]:
+        """The same, as arguments of `quantfleet compose`."""
+        words = [word for text in self.measure_texts for word in ("--measure-on", text)]
+        words += ["--measure-windows", str(self.measure_windows)]
+        for text in self.evaluated_on.arguments:
+            words += ["--evaluate-on", text]
+        if self.evaluated_on:
+            words += ["--windows", str(self.evaluation_windows)]
+        for task in self.tasks:
+            words += ["--tasks", task]
+        return words + {None: [], True: ["--chat"], False: ["--no-chat"]}[self.chat]
+
+    @property
     def judges(self) -> bool:
         """Whether anything is named to judge results by."""
         return bool(self.evaluated_on or self.tasks)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from jobs.evaluating import judge, read_evaluation_set
 from jobs.execute import (
@@ -17,26 +16,24 @@ from jobs.execute import (
     execute,
     open_compute,
 )
-from jobs.logging import is_json, log_event, print_json, set_run, status, url_name, waiting
+from jobs.finished_result import print_finished
+from jobs.logging import log_event, set_run, status, url_name, waiting
 from jobs.metrics import RunMetrics
 from jobs.planned_job import PlannedJob, log_finished_before, report_plan
 from jobs.reachable import absolute, check_writable, reachable
 from jobs.release.cards import update_cards
-from jobs.report.run_report import report_place, update_report
+from jobs.report.run_report import update_report
 from jobs.run_costs import PricedMachine, Workers
 from jobs.run_exports import (
     check_exports,
-    exports_json,
     foresee_exports,
-    log_exports,
     make_exports,
     pending_exports,
     want_exports,
 )
 from jobs.shared_statistics import check_same_folder, check_statistics_folder
-from jobs.summary import Summary, summary_table
+from jobs.summary import Summary
 from jobs.termination import Terminated
-from pipeline.artifact.loading import load_hints
 from pipeline.errors import PipelineError, UnusableResultError
 from pipeline.evaluation.batches import EvaluationSet
 from pipeline.evaluation.named_texts import EvaluatedTexts
@@ -258,7 +255,7 @@ def resume_job(
         update_cards(store)
         update_report(store)
         summary = Summary.of(plan, store, found, costs, {}, wall_seconds=0.0, fidelity=None)
-        print_summary(summary, store, made, as_json=as_json)
+        print_finished(summary, store, made, as_json=as_json)
         return
     job = dataclasses.replace(job, source_url=source_url, output_url=output_url)
     check_preset(reachable(source_url, CONFIG_FILE))
@@ -335,7 +332,7 @@ def _finish(
     summary = execution.summarize(costs, fidelity, after)
     update_cards(store)
     update_report(store)
-    print_summary(summary, store, made, as_json=as_json)
+    print_finished(summary, store, made, as_json=as_json)
     if fidelity is not None and fidelity.not_finite is not None:
         raise UnusableResultError(
             f"{job.output_url}: the result gives {fidelity.not_finite}; keep what stays in float "
@@ -355,26 +352,3 @@ def read_job_evaluation(job: Job, plan: Plan, runner: FunctionRunner) -> Evaluat
         chat=job.chat,
         named=f"--evaluate-on, with --windows {job.evaluation_windows}",
     )
-
-
-def print_summary(
-    summary: Summary,
-    store: ObjectStore,
-    exports: Sequence[MadeExport],
-    *,
-    as_json: bool,
-    **others: Mapping[str, Any],
-) -> None:
-    """Print what became of a run.
-
-    Args:
-        others: what else is known of it, for machines.
-    """
-    if as_json:
-        print_json(summary.to_dict() | exports_json(exports) | others)
-    if not as_json or is_json():
-        log_event("finished", "", {"summary": summary.to_dict()}, table=summary_table(summary))
-        for hint in load_hints(store):
-            log_event("loadable", hint)
-        log_event("reported", f"report:  {report_place(store)}")
-        log_exports(exports)

@@ -234,6 +234,13 @@ def want_exports(run: ObjectStore, exports: Sequence[ExportSettings]) -> None:
         run.put(settings.key, settings.to_json())
 
 
+def arguments_of(exports: Sequence[ExportSettings]) -> list[str]:
+    """What asks for exports on the command line, which has one --like for all of them."""
+    words = [word for one in exports for word in ("--export", one.format)]
+    like = next((one.like_url for one in exports if one.like_url is not None), None)
+    return words if like is None else [*words, "--like", like]
+
+
 def exports_json(made: Sequence[MadeExport]) -> dict[str, Any]:
     """What was exported, as plain JSON values; nothing where nothing was."""
     return {"exports": [exported_json(one) for one in made]} if made else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from jobs.catalog.composition import Composition, CompositionError, composition_of
 from jobs.catalog.entries import CatalogFile, Export, Gate, Model, Settings
 from pipeline.errors import PipelineError, RecipeError, StorageError
 from pipeline.evaluation.named_texts import unknown_name
@@ -48,6 +49,7 @@ class Entry:
     Attributes:
         aliases: other names under which its results are published, sorted.
         recipes: with the catalog's calibration settings applied.
+        compositions: results to make of their blocks, once they are made.
         settings: all others.
     """
 
@@ -56,6 +58,12 @@ class Entry:
     aliases: tuple[str, ...]
     recipes: tuple[Recipe, ...]
     settings: Settings
+    compositions: tuple[Composition, ...] = ()
+
+    @property
+    def result_names(self) -> tuple[str, ...]:
+        """Of all results that are published, in the order in which they are made."""
+        return tuple(one.name for one in (*self.recipes, *self.compositions))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +80,7 @@ class Catalog:
 
     @property
     def num_runs(self) -> int:
-        return sum(len(entry.recipes) for entry in self.entries)
+        return sum(len(entry.result_names) for entry in self.entries)
 
 
 def read_catalog(path: str) -> Catalog:
@@ -232,6 +240,7 @@ class _Resolver:
                     at, f"{model.name} has two recipes named {recipe.name}; rename or remove one"
                 )
             recipes[recipe.name] = recipe
+        compositions = tuple(self._compositions(model, recipes, path))
         preset = self._absolute(model.preset, (*path, "preset"))
         try:
             for written in _WRITTEN:
@@ -249,6 +258,7 @@ class _Resolver:
             preset=preset,
             aliases=aliases,
             recipes=tuple(recipes.values()),
+            compositions=compositions,
             settings=model.model_copy(
                 update={
                     "evaluate_on": texts or None,
@@ -257,6 +267,26 @@ class _Resolver:
                 }
             ),
         )
+
+    def _compositions(
+        self, model: Model, recipes: Mapping[str, Recipe], path: YamlPath
+    ) -> Iterator[Composition]:
+        taken = dict.fromkeys(recipes, "recipe")
+        for index, asked in enumerate(model.compose):
+            at: YamlPath = (*path, "compose", index)
+            measure_on: Any = self._absolute_files(asked.measure_on, (*at, "measure_on"))
+            try:
+                made = composition_of(asked, recipes, measure_on)
+            except CompositionError as error:
+                raise self._error(at, f"{model.name}: {error}") from None
+            if made.name in taken:
+                raise self._error(
+                    at,
+                    f"{model.name} has a {taken[made.name]} named {made.name} already; give this "
+                    "composition another name: ...",
+                )
+            taken[made.name] = "composition"
+            yield made
 
     def _absolute_files(self, given: Any, at: YamlPath) -> Any:
         """The same URLs, in the same lists and mappings."""

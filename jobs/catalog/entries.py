@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline.composition.target import MOST_BITS, Target
 from pipeline.evaluation.named_texts import SET_NAME_PATTERN, EvaluatedTexts
 from pipeline.executor.protocol import ComputeSpec, Device, ExecutorError
 from pipeline.export.code_formats import ExportFormat
@@ -195,6 +196,35 @@ class Export(_Mapping):
     """Hugging Face folder of the model, to take config and tokenizer from."""
 
 
+class Compose(_Mapping):
+    """A result of a given size to compose of the blocks of a model's finished runs."""
+
+    name: Name | None = None
+    """What it is published as, beside the recipes' names; such as composed-3.5-bits."""
+    target_bits: Annotated[_Number, Field(gt=0, le=MOST_BITS)] | None = None
+    """Bits a weight of the blocks may take, as stored, with scales and all."""
+    target_bytes: Annotated[ByteSize, Field(gt=0), BeforeValidator(_size)] | None = None
+    """What all weights files may take, such as 5GB."""
+    recipes: tuple[StrictStr, ...] | None = None
+    """Names of the model's recipes to take blocks of; of all by default."""
+    measure_on: _Files | None = None
+    """Texts to measure each block's cost on; the recipes' calibration windows by default."""
+    measure_windows: Annotated[StrictInt, Field(ge=1, le=1_000_000)] = 8
+    """Token windows to measure it on."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Compose:
+        if (self.target_bits is None) == (self.target_bytes is None):
+            raise ValueError("give target_bits, such as 3.5, or target_bytes, and not both")
+        return self
+
+    @property
+    def target(self) -> Target:
+        """How large it may be."""
+        num_bytes = None if self.target_bytes is None else int(self.target_bytes)
+        return Target(bits=self.target_bits, num_bytes=num_bytes)
+
+
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str | dict) else value
 
@@ -249,6 +279,8 @@ class Settings(_Mapping):
 
     recipes: Annotated[tuple[StrictStr | dict[str, Any], ...], Field(min_length=1)] | None = None
     """Names of built-in recipes, paths of recipe files, or recipes as mappings."""
+    compose: Annotated[tuple[Compose, ...], BeforeValidator(_as_list)] = ()
+    """Results of given sizes to make of the recipes' blocks: {target_bits: 3.5}, or several."""
     owner: StrictStr = ""
     tags: tuple[StrictStr, ...] = ()
     priority: Annotated[StrictInt, Field(ge=-1_000_000, le=1_000_000)] = 0

@@ -7,6 +7,7 @@ that is read.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 import re
@@ -16,12 +17,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict
 
 from jobs.catalog.catalog_file import Catalog, Entry
+from jobs.catalog.composition import Composition
 from jobs.catalog.entries import Gate
 from jobs.catalog.source_files import SourceFingerprints
 from pipeline.canonical import digest_of
+from pipeline.composition.target import Target
 from pipeline.errors import CalibrationTextError, MissingObjectError, PipelineError
 from pipeline.evaluation.named_texts import EvaluatedTexts
 from pipeline.executor.protocol import ComputeSpec
@@ -29,7 +34,7 @@ from pipeline.export.settings import ExportSettings
 from pipeline.recipe.recipe import Recipe
 from pipeline.storage.local_store import file_version
 from pipeline.storage.object_store import ObjectStore, open_store
-from pipeline.storage.record import StoredRecord
+from pipeline.storage.record import STRICT, StoredRecord
 from pipeline.storage.user_files import find_given_files
 
 REQUESTS_PREFIX = "requests/"
@@ -47,13 +52,33 @@ _ENTRIES_AT_ONCE = 512
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComposedOf:
+    """What a composition is made of.
+
+    Attributes:
+        recipes: whose runs give blocks, each as `Recipe.to_dict` returns it.
+        measure_texts, measure_windows: what blocks are measured on; without texts, the windows
+            that the recipes calibrate on.
+        measured_on: fingerprints of these texts, by file.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    target: Target
+    recipes: tuple[dict[str, Any], ...]
+    measure_texts: tuple[str, ...]
+    measure_windows: int
+    measured_on: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request(StoredRecord):
     """A result that is asked for, with the fingerprints of everything that it is made from.
 
     Attributes:
         model, recipe_name: the names under which the result is published.
         aliases: other models' names under which it is published too.
-        recipe: as `Recipe.to_dict` returns it.
+        recipe: as `Recipe.to_dict` returns it; empty for a composition.
         evaluation_texts, evaluation_sets, evaluation_windows, tasks: what the result is evaluated
             on: texts without a name, named sets (omitted where there are none), windows of each,
             and questions; it is not evaluated without texts or tasks.
@@ -65,6 +90,7 @@ class Request(StoredRecord):
         source, texts, evaluation: fingerprints, by file, of the source, the calibration texts and
             what the result is evaluated on.
         versions: of the packages that compute the result.
+        composed_of: of a composition; omitted for all others.
     """
 
     model: str
@@ -85,10 +111,11 @@ class Request(StoredRecord):
     exports: tuple[ExportSettings, ...] = ()
     exports_like: dict[str, str] = field(default_factory=dict)
     evaluation_sets: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    composed_of: ComposedOf | None = None
 
     def content(self) -> dict[str, Any]:
         values = super().content()
-        for name in ("tasks", "exports", "exports_like", "evaluation_sets"):
+        for name in ("tasks", "exports", "exports_like", "evaluation_sets", "composed_of"):
             if not values[name]:
                 del values[name]  # older versions did not know it
         for name in ("accelerator", "gpus_per_worker", "one_gpu_each"):
@@ -99,7 +126,7 @@ class Request(StoredRecord):
     @cached_property
     def run_id(self) -> str:
         """Id of the run that makes the result; it depends only on what decides the bytes."""
-        decisive = {
+        decisive: dict[str, Any] = {
             "model": self.model,
             "recipe": self.recipe,
             "source": self.source,
@@ -110,12 +137,34 @@ class Request(StoredRecord):
         }
         if self.needs.accelerator is not None:
             decisive["accelerator"] = self.needs.accelerator
+        if self.composed_of is not None:
+            # Of what its size allows, that is kept which is found better.
+            values = self.content()
+            names = ("composed_of", *EVALUATED_ON, "evaluation")
+            decisive |= {name: values[name] for name in names if name in values}
         return f"{self._name}-{digest_of(decisive)[:12]}"
 
     @cached_property
     def request_id(self) -> str:
         """Id of the whole request; two requests for the same run may differ in how it is judged."""
         return f"{self._name}-{digest_of(self.content())[:12]}"
+
+    @cached_property
+    def givers(self) -> tuple[Request, ...]:
+        """The requests whose runs a composition takes blocks of; none for all others."""
+        if self.composed_of is None:
+            return ()
+        return tuple(
+            dataclasses.replace(
+                self,
+                recipe_name=recipe["name"],
+                recipe=recipe,
+                # Those that calibrate do so on the same texts.
+                texts={} if recipe["calibration"] is None else self.texts,
+                composed_of=None,
+            )
+            for recipe in self.composed_of.recipes
+        )
 
     @property
     def evaluated_on(self) -> EvaluatedTexts:
@@ -204,19 +253,29 @@ class CatalogRun:
 
     Attributes:
         request: None where its files cannot be fingerprinted.
+        recipe: a composition's, too, has a name.
         problem: why not.
         bytes_read: to fingerprint the source; counted for the first run that uses it.
     """
 
     entry: Entry
-    recipe: Recipe
+    recipe: Recipe | Composition
     request: Request | None = None
     problem: PipelineError | None = None
     bytes_read: int = 0
 
     @property
     def name(self) -> str:
-        return f"{self.entry.name} × {self.recipe.name}"
+        return self._name_of(self.recipe)
+
+    @property
+    def giver_names(self) -> tuple[str, ...]:
+        """Of the runs that a composition takes blocks of; none for all others."""
+        recipes = self.recipe.recipes if isinstance(self.recipe, Composition) else ()
+        return tuple(map(self._name_of, recipes))
+
+    def _name_of(self, recipe: Recipe | Composition) -> str:
+        return f"{self.entry.name} × {recipe.name}"
 
 
 def catalog_runs(catalog: Catalog) -> Iterator[CatalogRun]:
@@ -240,16 +299,16 @@ def catalog_runs(catalog: Catalog) -> Iterator[CatalogRun]:
             entries = catalog.entries[start : start + _ENTRIES_AT_ONCE]
             fingerprints.find([url for entry in entries for url in _source_urls(entry)], pool)
             for entry in entries:
-                for recipe in entry.recipes:
+                for recipe in (*entry.recipes, *entry.compositions):
                     try:
                         source, bytes_read = fingerprints.of(entry.preset)
-                        calibration = recipe.calibration if recipe.needs_calibration else None
                         request = _request(
                             entry,
                             recipe,
                             source=source,
-                            texts=texts(
-                                () if calibration is None else calibration.sources
+                            texts=texts(_calibrated_on(recipe)).result(),
+                            measured_on=texts(
+                                recipe.measure_texts if isinstance(recipe, Composition) else ()
                             ).result(),
                             evaluation=texts(entry.settings.evaluated_urls).result()
                             | texts(entry.settings.tasks or ()).result(),
@@ -277,14 +336,37 @@ def _source_urls(entry: Entry) -> tuple[str, ...]:
     return tuple(dict.fromkeys((entry.preset, *_like_urls(entry))))
 
 
-def _request(entry: Entry, recipe: Recipe, **fingerprints: dict[str, str]) -> Request:
+def _calibrated_on(recipe: Recipe | Composition) -> tuple[str, ...]:
+    """The files that a recipe, or those recipes of a composition that calibrate, do so on."""
+    recipes = recipe.recipes if isinstance(recipe, Composition) else (recipe,)
+    found = (one.calibration for one in recipes if one.needs_calibration)
+    calibration = next(found, None)
+    return () if calibration is None else calibration.sources
+
+
+def _request(
+    entry: Entry,
+    recipe: Recipe | Composition,
+    measured_on: dict[str, str],
+    **fingerprints: dict[str, str],
+) -> Request:
     settings = entry.settings
+    composed_of = None
+    if isinstance(recipe, Composition):
+        composed_of = ComposedOf(
+            target=recipe.target,
+            recipes=tuple(one.to_dict() for one in recipe.recipes),
+            measure_texts=recipe.measure_texts,
+            measure_windows=recipe.measure_windows,
+            measured_on=measured_on,
+        )
     return Request(
         model=entry.name,
         recipe_name=recipe.name,
         aliases=entry.aliases,
         source_url=entry.preset,
-        recipe=recipe.to_dict(),
+        recipe={} if isinstance(recipe, Composition) else recipe.to_dict(),
+        composed_of=composed_of,
         evaluation_texts=settings.evaluated_on.texts,
         evaluation_sets=dict(settings.evaluated_on.sets),
         evaluation_windows=settings.windows,

@@ -41,6 +41,8 @@ def compose(
     tasks: options.Tasks = None,
     chat: options.Chat = None,
     windows: options.Windows = 8,
+    export: options.Export = None,
+    like: options.Like = None,
     source: options.Source = None,
     address: options.Address = None,
     workers: options.Workers = None,
@@ -66,7 +68,7 @@ def compose(
     from jobs.compose import compose as compose_runs
     from jobs.composition_texts import AskedTexts
     from jobs.execute import DriverOptions
-    from pipeline.composition.decision import Target
+    from pipeline.composition.target import Target
 
     job = ComposeJob(
         run_urls=tuple(runs),
@@ -81,6 +83,7 @@ def compose(
             tasks=tuple(tasks or ()),
             chat=chat,
         ),
+        exports=options.exports_of(export or (), like),
         options=DriverOptions(wait=wait, lease_seconds=lease_seconds),
     )
     spec = ComputeSpec(

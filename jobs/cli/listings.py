@@ -128,6 +128,10 @@ def catalog_json(catalog: Catalog) -> dict[str, Any]:
                 "preset": entry.preset,
                 "aliases": list(entry.aliases),
                 "recipes": [recipe.to_dict() for recipe in entry.recipes],
+                "compositions": [
+                    {"name": one.name, "recipes": [recipe.name for recipe in one.recipes]}
+                    for one in entry.compositions
+                ],
                 **entry.settings.model_dump(
                     mode="json", exclude={"name", "preset", "alias_of", "recipes"}
                 ),
@@ -140,7 +144,7 @@ def catalog_json(catalog: Catalog) -> dict[str, Any]:
 def catalog_table(catalog: Catalog) -> Table:
     """One line per model, in execution order."""
     table = Table(
-        *("model", "recipes", "evaluated on", "gate", "exports", "priority", "owner", "preset"),
+        *("model", "results", "evaluated on", "gate", "exports", "priority", "owner", "preset"),
         caption=f"{len(catalog.entries)} models, {catalog.num_runs} runs, in {catalog.root_url}",
     )
     for entry in catalog.entries:
@@ -148,7 +152,7 @@ def catalog_table(catalog: Catalog) -> Table:
         exports = ", ".join(dict.fromkeys(one.format for one in settings.export))
         table.add_row(
             Text("\n".join((entry.name, *(f"= {alias}" for alias in entry.aliases)))),
-            Text(", ".join(recipe.name for recipe in entry.recipes)),
+            Text(", ".join(entry.result_names)),
             Text("\n".join(_evaluated_on(settings)) or "–"),
             Text("\n".join(_limits(settings.gate)) or "–"),
             Text(exports or "–"),

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, get_args
 
 import typer
 
+from pipeline.errors import PipelineError
 from pipeline.executor import protocol
+from pipeline.export.code_formats import ExportFormat
+from pipeline.export.settings import ExportSettings
 from pipeline.storage.backend import PATIENCE_VARIABLE
 
 
@@ -88,6 +92,10 @@ StoragePatience = Annotated[
         help="Seconds that storage may be unavailable before the run ends; default: 300.",
     ),
 ]
+Export = Annotated[
+    list[str] | None,
+    typer.Option(help="Export the result too: compressed-tensors, gptq or dense; repeatable."),
+]
 Like = Annotated[
     str | None,
     typer.Option(help="Hugging Face folder of the model: exports take config and tokenizer of it."),
@@ -116,3 +124,23 @@ Only = Annotated[list[str] | None, typer.Option(help="Only these models; repeata
 CatalogRoot = Annotated[str, typer.Argument(help="URL of the catalog's root.")]
 ModelName = Annotated[str, typer.Argument(help="The model's name in the catalog.")]
 RecipeName = Annotated[str, typer.Argument(help="The recipe's name.")]
+
+
+def exports_of(formats: Sequence[str], like: str | None) -> tuple[ExportSettings, ...]:
+    """The exports that options ask for.
+
+    Raises:
+        PipelineError: an unknown format, or --like without one.
+    """
+    from jobs.reachable import absolute
+
+    if like and not formats:
+        raise PipelineError("--like is of an export; give --export compressed-tensors, say, too")
+    known = {name: name for name in get_args(ExportFormat)}
+    for name in formats:
+        if name not in known:
+            raise PipelineError(f"--export {name}: choose one of {', '.join(known)}")
+    like_url = None if like is None else absolute(like)
+    return tuple(
+        ExportSettings(format=known[name], like_url=like_url) for name in dict.fromkeys(formats)
+    )

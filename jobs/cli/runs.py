@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,8 +11,6 @@ from jobs.cli import options
 from pipeline.errors import PipelineError
 from pipeline.evaluation.named_texts import parse_texts
 from pipeline.executor.protocol import ComputeSpec
-from pipeline.export.code_formats import ExportFormat
-from pipeline.export.settings import ExportSettings
 
 if TYPE_CHECKING:
     from pipeline.recipe.auto_recipe import AnyRecipe
@@ -56,12 +54,7 @@ def quantize(
     tasks: options.Tasks = None,
     chat: options.Chat = None,
     windows: options.Windows = 8,
-    export: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Export the result too: compressed-tensors, gptq or dense; repeatable.",
-        ),
-    ] = None,
+    export: options.Export = None,
     like: options.Like = None,
     statistics: Annotated[
         str | None,
@@ -125,7 +118,7 @@ def quantize(
         evaluation_windows=windows,
         tasks=tuple(tasks or ()),
         chat=chat,
-        exports=_exports(export or (), like),
+        exports=options.exports_of(export or (), like),
         statistics_url=statistics or "",
         options=DriverOptions(keep_every=keep_every, wait=wait, lease_seconds=lease_seconds),
     )
@@ -245,26 +238,6 @@ def evaluate(
         workers=workers, device=device, accelerator=accelerator, gpus_per_worker=gpus_per_worker
     )
     resume_job(job, spec, address, as_json=as_json, must_be_finished=True)
-
-
-def _exports(formats: Sequence[str], like: str | None) -> tuple[ExportSettings, ...]:
-    """The exports that options ask for.
-
-    Raises:
-        PipelineError: an unknown format, or --like without one.
-    """
-    from jobs.reachable import absolute
-
-    if like and not formats:
-        raise PipelineError("--like is of an export; give --export compressed-tensors, say, too")
-    known = {name: name for name in get_args(ExportFormat)}
-    for name in formats:
-        if name not in known:
-            raise PipelineError(f"--export {name}: choose one of {', '.join(known)}")
-    like_url = None if like is None else absolute(like)
-    return tuple(
-        ExportSettings(format=known[name], like_url=like_url) for name in dict.fromkeys(formats)
-    )
 
 
 def _recipe(

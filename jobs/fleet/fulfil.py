@@ -18,7 +18,9 @@ from jobs.execute import (
     check_identity,
     execute,
 )
-from jobs.fleet.known_quality import judged_request, known_fidelity
+from jobs.fleet.composed_result import compose
+from jobs.fleet.intact_runs import IntactRun, find_intact, intact, read_intact
+from jobs.fleet.known_quality import known_fidelity
 from jobs.fleet.release_exports import release_exports
 from jobs.logging import log_event, set_run, status
 from jobs.metrics import RunMetrics
@@ -28,7 +30,6 @@ from jobs.publish.releases import Release, find_current, publish
 from jobs.publish.verdict import (
     Verdict,
     failures,
-    find_verdict,
     quality_figures,
     save_verdict,
 )
@@ -36,7 +37,7 @@ from jobs.publish.verified_files import VerifiedFiles
 from jobs.release.cards import update_cards
 from jobs.report.run_report import update_report
 from jobs.run_exports import CATALOG_OPTION, check_exports, foresee_exports
-from pipeline.errors import DamagedObjectError, MissingObjectError, PipelineError
+from pipeline.errors import DamagedObjectError, PipelineError
 from pipeline.evaluation.batches import EvaluationSet
 from pipeline.executor.protocol import FunctionRunner
 from pipeline.fidelity import Fidelity
@@ -46,9 +47,9 @@ from pipeline.planning.coverage import Coverage
 from pipeline.recipe.recipe_file import recipe_from_dict
 from pipeline.remote_planning import identity, plan_on
 from pipeline.run.claim import claim
-from pipeline.run.commits import Finding, damaged_files, read_manifest
+from pipeline.run.commits import damaged_files
 from pipeline.run.lease import Lease
-from pipeline.run.records import MANIFEST_KEY, Manifest, is_weights_file
+from pipeline.run.records import MANIFEST_KEY, is_weights_file
 from pipeline.storage.object_store import ObjectStore
 
 
@@ -64,29 +65,21 @@ class Fulfilled:
 
     Attributes:
         releases: under each of its names; none where the gate was not passed.
-        solved: whether anything had to be quantized.
+        solved: whether anything had to be quantized, or composed.
+        note: what else there is to know, in words.
     """
 
     request: Request
     verdict: Verdict
     releases: tuple[Release, ...]
     solved: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Artifact:
-    """A finished run, found intact."""
-
-    run_id: str
-    plan: Plan
-    manifest: Manifest
-    solved: bool = False
+    note: str = ""
 
 
 def fulfil(
     root: ObjectStore, request: Request, open_compute: OpenCompute, options: DriverOptions
 ) -> Fulfilled:
-    """Quantize what is not quantized, evaluate, verify, judge, and publish.
+    """Quantize or compose what is not there yet, evaluate, verify, judge, and publish.
 
     Doing so again, or at the same time, finds done what was done; workers are started only if
     something is to be computed.
@@ -102,11 +95,15 @@ def fulfil(
         options.acquire_lease(run_store(root, request.run_id)) as held,
         _request_compute(request, open_compute) as compute,
     ):
-        artifact = _find_intact(root, request)
-        if artifact is None:
+        artifact = find_intact(root, request)
+        fidelity, note = None, ""
+        if artifact is None and request.givers:
+            make = partial(_make_giver, root, open_compute=open_compute, options=options)
+            made = compose(root, request, compute.for_run, held, make)
+            artifact, fidelity, note = made.run, made.fidelity, made.note
+        elif artifact is None:
             artifact = _quantize(root, request, compute, held, options)
-        fidelity = None
-        if request.evaluated_on or request.tasks:
+        if fidelity is None and (request.evaluated_on or request.tasks):
             fidelity = known_fidelity(root, request, artifact.manifest.record_sha256)
             if fidelity is None:
                 fidelity = _evaluate(root, request, artifact, compute)
@@ -133,7 +130,24 @@ def fulfil(
             if fidelity is not None:
                 compute.metrics.judged(fidelity)
             compute.metrics.ended("finished" if verdict.passed else "gate_failed")
-    return Fulfilled(request=request, verdict=verdict, releases=releases, solved=artifact.solved)
+    return Fulfilled(
+        request=request, verdict=verdict, releases=releases, solved=artifact.solved, note=note
+    )
+
+
+def _make_giver(
+    root: ObjectStore, request: Request, open_compute: OpenCompute, options: DriverOptions
+) -> IntactRun:
+    """Make a run again that a composition takes blocks of: it was swept, or is damaged."""
+    log_event("again", f"{request.run_id}: to be composed, and not there or damaged; made again")
+    with (
+        options.acquire_lease(run_store(root, request.run_id)) as held,
+        _request_compute(request, open_compute) as compute,
+    ):
+        made = find_intact(root, request) or _quantize(root, request, compute, held, options)
+        if compute.has_workers:
+            compute.metrics.ended("finished")
+        return made
 
 
 @dataclass
@@ -184,55 +198,16 @@ def _request_compute(request: Request, open_compute: OpenCompute) -> Iterator[_R
             raise
 
 
-def _read_intact(store: ObjectStore) -> tuple[Manifest | None, tuple[Finding, ...]]:
-    """A run's manifest, once all files that it names were read and are intact; else what is not."""
-    try:
-        manifest = read_manifest(store)
-    except MissingObjectError:
-        return None, ()
-    except DamagedObjectError as error:
-        return None, (Finding(key=MANIFEST_KEY, problem=str(error), is_damaged=True),)
-    damaged = damaged_files(store, manifest)
-    return (None, damaged) if damaged else (manifest, ())
-
-
-def _intact(root: ObjectStore, run_id: str, plan: Plan | None = None) -> _Artifact | None:
-    store = run_store(root, run_id)
-    manifest, _ = _read_intact(store)
-    if manifest is None:
-        return None
-    return _Artifact(run_id=run_id, plan=plan or read_plan(store), manifest=manifest)
-
-
-def _find_intact(root: ObjectStore, request: Request) -> _Artifact | None:
-    """The finished and intact artifact of the request's own run, or of one with the same bytes."""
-    found = map(partial(_intact, root), dict.fromkeys(_candidates(root, request)))
-    return next(filter(None, found), None)
-
-
-def _candidates(root: ObjectStore, request: Request) -> Iterator[str]:
-    """Runs whose artifacts have the bytes that the request asks for."""
-    yield request.run_id
-    verdict = find_verdict(root, request.request_id)
-    if verdict is not None:
-        yield verdict.run_id
-    current = find_current(root, request.model, request.recipe_name)
-    if current is not None:
-        before = judged_request(root, current.release)
-        if before is not None and before.run_id == request.run_id:
-            yield current.release.run_id
-
-
 def _quantize(
     root: ObjectStore,
     request: Request,
     compute: _RequestCompute,
     held: Lease,
     options: DriverOptions,
-) -> _Artifact:
+) -> IntactRun:
     """Finish the request's run; or find the artifact of a run with the very same plan."""
     store = run_store(root, request.run_id)
-    _, damaged = _read_intact(store)
+    _, damaged = read_intact(store)
     run_compute = compute.for_run(store)
     threads = run_compute.allocation.threads
     with status("planning: hashing the source, checking every layer, cutting texts"):
@@ -243,7 +218,7 @@ def _quantize(
     if is_new:
         current = find_current(root, request.model, request.recipe_name)
         same_plan = current is not None and current.release.plan_digest == plan.digest
-        twin = _intact(root, current.release.run_id, plan) if current and same_plan else None
+        twin = intact(root, current.release.run_id, plan) if current and same_plan else None
         if twin is not None:
             log_event(
                 "same content",
@@ -263,7 +238,7 @@ def _quantize(
         log_event("damaged", f"made again: {finding.problem}", level=logging.WARNING)
     execution = execute(plan, store, run_compute, held, compute.metrics, options, damaged=damaged)
     execution.summarize(costs, None)
-    return _Artifact(run_id=request.run_id, plan=plan, manifest=execution.manifest, solved=True)
+    return IntactRun(run_id=request.run_id, plan=plan, manifest=execution.manifest, solved=True)
 
 
 def _sharing_statistics(root: ObjectStore, plan: Plan) -> Plan:
@@ -309,7 +284,7 @@ def _plan(
 
 
 def _evaluate(
-    root: ObjectStore, request: Request, artifact: _Artifact, compute: _RequestCompute
+    root: ObjectStore, request: Request, artifact: IntactRun, compute: _RequestCompute
 ) -> Fidelity:
     """Compare a finished result with its source, on the texts and tasks that a request names."""
     store = run_store(root, artifact.run_id)
@@ -333,7 +308,7 @@ def _evaluation_set(request: Request, plan: Plan, runner: FunctionRunner) -> Eva
     )
 
 
-def _judge(request: Request, artifact: _Artifact, fidelity: Fidelity | None) -> Verdict:
+def _judge(request: Request, artifact: IntactRun, fidelity: Fidelity | None) -> Verdict:
     files = artifact.manifest.files.items()
     return Verdict(
         request_id=request.request_id,
@@ -350,7 +325,7 @@ def _judge(request: Request, artifact: _Artifact, fidelity: Fidelity | None) -> 
     )
 
 
-def _verify(root: ObjectStore, artifact: _Artifact) -> None:
+def _verify(root: ObjectStore, artifact: IntactRun) -> None:
     """Read and hash everything once more, and note which versions of the files that was.
 
     Raises:

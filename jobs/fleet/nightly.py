@@ -121,9 +121,35 @@ def run_stale(
 ) -> Iterator[Outcome]:
     """Make what is stale, one run after another; a failure does not stop the others."""
     known = [preview(decision) for decision in decisions]
+    became: dict[str, Outcome] = {}
     with watch_catalog([entry_progress(outcome) for outcome in known]) as show:
         for outcome in known:
-            yield _carried_out(root, outcome, fulfil, show)
+            run = outcome.decision.run
+            held_up = None
+            if outcome.result == "to do":
+                held_up = _held_up(outcome.decision, [became.get(one) for one in run.giver_names])
+            if held_up is None:
+                became[run.name] = _carried_out(root, outcome, fulfil, show)
+            else:
+                became[run.name] = held_up
+                show(entry_progress(held_up))
+                log_outcome(held_up)
+            yield became[run.name]
+
+
+def _held_up(decision: Decision, givers: Sequence[Outcome | None]) -> Outcome | None:
+    """Why a composition is not to be tried; None where all runs that it is made of are done."""
+    for giver in givers:
+        if giver is not None and giver.result in ("failed", "elsewhere"):
+            name, failed = giver.decision.run.name, giver.result == "failed"
+            why = "failed" if failed else "is being made by another driver; the next night composes"
+            return Outcome(
+                decision=decision,
+                result=giver.result,
+                text=f"not composed, since {name} {why}",
+                exit_code=giver.exit_code,
+            )
+    return None
 
 
 def entry_progress(outcome: Outcome, *, is_begun: bool = False) -> EntryProgress:
@@ -166,7 +192,7 @@ def _outcome_of_run(decision: Decision, fulfil: Callable[[Request], Fulfilled]) 
     verdict = fulfilled.verdict
     return became(
         result="published" if verdict.passed else "gate failed",
-        text="; ".join(verdict.failures),
+        text="; ".join(verdict.failures) or fulfilled.note,
         exit_code=0 if verdict.passed else GateFailedError.exit_code,
         quality=verdict.quality,
         solved=fulfilled.solved,

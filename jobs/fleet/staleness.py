@@ -13,6 +13,7 @@ from jobs.catalog.catalog_file import Catalog
 from jobs.catalog.request import (
     EVALUATED_ON,
     CatalogRun,
+    ComposedOf,
     Request,
     catalog_runs,
     request_key,
@@ -22,6 +23,7 @@ from jobs.catalog.request import (
 from jobs.publish.releases import Current, find_current
 from jobs.publish.verdict import Verdict, find_verdict
 from jobs.publish.verified_files import ArtifactCheck, check_artifact
+from pipeline.canonical import digest_of
 from pipeline.errors import DamagedObjectError, MissingObjectError, PipelineError
 from pipeline.plan import PLAN_KEY
 from pipeline.storage.backend import Version
@@ -238,7 +240,8 @@ def changes(before: Request, now: Request) -> Iterator[str]:
         yield f"source changed: {found}"
     if before.recipe | {"calibration": None} != now.recipe | {"calibration": None}:
         yield "recipe changed"
-    if before.recipe["calibration"] != now.recipe["calibration"]:
+    yield from _changes_of_composition(before.composed_of, now.composed_of)
+    if before.recipe.get("calibration") != now.recipe.get("calibration"):
         yield "calibration changed: its settings"
     elif found := _differing(before.texts, now.texts):
         yield f"calibration changed: {found}"
@@ -266,6 +269,26 @@ def changes(before: Request, now: Request) -> Iterator[str]:
     ):
         if getattr(before, name) != getattr(now, name):
             yield change
+
+
+def _changes_of_composition(before: ComposedOf | None, now: ComposedOf | None) -> Iterator[str]:
+    """What differs between what two results are composed of, in words."""
+    if before is None or now is None:
+        if before is not now:
+            yield "composed" if before is None else "no longer composed"
+        return
+    if before.target != now.target:
+        yield "target changed"
+    if before.recipes != now.recipes:
+        ours, theirs = (
+            {recipe["name"]: digest_of(recipe) for recipe in one.recipes} for one in (now, before)
+        )
+        yield f"recipes changed: {_differing(theirs, ours) or 'their order'}"
+    names = ("measure_texts", "measure_windows")
+    if any(getattr(before, name) != getattr(now, name) for name in names):
+        yield "measured otherwise: its settings"
+    elif found := _differing(before.measured_on, now.measured_on):
+        yield f"measured otherwise: {found}"
 
 
 def _differing(before: Mapping[str, str], now: Mapping[str, str]) -> str:

@@ -145,10 +145,10 @@ def status(root: ObjectStore, catalog: Catalog | None = None) -> tuple[Row, ...]
 def catalog_names(catalog: Catalog) -> dict[tuple[str, str], None]:
     """Every model and recipe that a catalog asks for, aliases too, in its order."""
     return {
-        (name, recipe.name): None
+        (name, result): None
         for entry in catalog.entries
         for name in (entry.name, *entry.aliases)
-        for recipe in entry.recipes
+        for result in entry.result_names
     }
 
 

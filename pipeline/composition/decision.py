@@ -12,66 +12,11 @@ from pydantic import ConfigDict
 from pipeline.composition.choice import Choice, Choices, Option
 from pipeline.composition.composed_plan import GivenRun, part_bytes
 from pipeline.composition.sensitivities import COMPOSITION_PREFIX, Sensitivity
+from pipeline.composition.target import Target, block_weights
 from pipeline.errors import PipelineError, UnusableResultError
 from pipeline.fidelity import Fidelity
 from pipeline.run.records import Digest
 from pipeline.storage.record import STRICT, StoredRecord
-
-_MOST_BITS = 1000
-"""Of a weight, with room for scales and all else in the file of a tiny block."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """How large a composition may be: one of the two.
-
-    Attributes:
-        bits: of a weight in the blocks' matrices, as stored: with scales, zero points and all else
-            in the blocks' files.
-        num_bytes: of all weights files.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    bits: float | None = None
-    num_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        if (self.bits is None) == (self.num_bytes is None):
-            raise PipelineError("give --target-bits or --target-bytes, and not both")
-        if not 0 < (self.bits or self.num_bytes or 0) < math.inf:
-            raise PipelineError(f"{self}: a target is more than 0")
-        if self.bits is not None and self.bits > _MOST_BITS:
-            raise PipelineError(
-                f"{self}: no weight takes more than {_MOST_BITS} bits; --target-bytes counts bytes"
-            )
-
-    def __str__(self) -> str:
-        if self.bits is not None:
-            return f"--target-bits {self.bits}"
-        return f"--target-bytes {self.num_bytes}"
-
-    @property
-    def recipe_name(self) -> str:
-        """What a composition's recipe is called."""
-        bits = None if self.bits is None else f"composed-{self.bits:g}-bits"
-        return bits or f"composed-{self.num_bytes}-bytes"
-
-    def block_bytes(self, run: GivenRun) -> int:
-        """The most that all blocks together may take.
-
-        Args:
-            run: any of those that the composition is made of.
-        """
-        if self.bits is not None:
-            return math.floor(self.bits * block_weights(run) / 8)
-        assert self.num_bytes is not None
-        return self.num_bytes - part_bytes(run.records[0])
-
-
-def block_weights(run: GivenRun) -> int:
-    """Elements of the blocks' matrices."""
-    return sum(part.num_weights for part in run.plan.parts[1:])
 
 
 def blocks_bytes(run: GivenRun) -> int:

@@ -87,7 +87,7 @@ class Sensitivity(StoredRecord):
 
 def measure_blocks(
     executor: Executor,
-    store: ObjectStore,
+    stores: Sequence[ObjectStore],
     runs: Sequence[GivenRun],
     given: EvaluationSet,
     *,
@@ -97,7 +97,7 @@ def measure_blocks(
     """Measure what has not been, block by block, spread over the workers; each is kept at once.
 
     Args:
-        store: where to keep them.
+        stores: of each run, where to keep them; each record is looked for in all of these.
         given: windows of text without a name.
         tokens_per_pass: how many have room on a worker's device.
         tell: is told how far it is, in words.
@@ -117,15 +117,19 @@ def measure_blocks(
         weights = run.records[part].sha256
         return f"{_PREFIX}{context}/block-{part - 1:05d}-{weights[:16]}.json"
 
+    kept_at = {run.store.root_url: store for run, store in zip(runs, stores, strict=True)}
     known: dict[str, Sensitivity] = {}
-    present = set(store.list(f"{_PREFIX}{context}/"))
+    present: dict[str, ObjectStore] = {}
+    for store in {store.root_url: store for store in stores}.values():
+        for name in store.list(f"{_PREFIX}{context}/"):
+            present.setdefault(name, store)
     for name in sorted({key(run, part) for run in runs for part in range(1, num_blocks + 1)}):
         if name in present:
             try:
-                known[name] = Sensitivity.read(store, name)
+                known[name] = Sensitivity.read(present[name], name)
             except (DamagedObjectError, MissingObjectError) as error:
                 tell(f"{error}; it is measured again")
-                store.delete(name)
+                present[name].delete(name)
     losses = 0
     while True:
         pending = {
@@ -158,7 +162,7 @@ def measure_blocks(
                     made = Sensitivity.of(run, block + 1, windows_sha256, rows)
                     name = key(run, block + 1)
                     if name not in known:
-                        store.put(name, made.to_json())
+                        kept_at[run.store.root_url].put(name, made.to_json())
                         known[name] = made
                 tell(f"block {block}: measured, {number} of {len(handles)}")
         except WorkerLostError as error:

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from pipeline.composition.decision import Target, question
+from pipeline.composition.decision import question
+from pipeline.composition.target import Target
 from pipeline.errors import PipelineError
 
 

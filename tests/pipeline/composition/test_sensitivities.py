@@ -60,7 +60,7 @@ def measured(
     tokens_per_pass = 600  # so that the two batches take turns
     return measure_blocks(
         executor,
-        store,
+        [store] * len(given),
         given,
         GIVEN,
         tokens_per_pass=tokens_per_pass,
@@ -153,7 +153,9 @@ def test_only_blocks_of_a_run_that_is_new_are_measured(folder: Path) -> None:
         lambda: Watched(first.plan, str(first.source), str(first.folder)), 1
     )
     given = [read_given_run(run.store) for run in runs]
-    measure_blocks(executor, store, given, GIVEN, tokens_per_pass=1 << 15, tell=lambda text: None)
+    measure_blocks(
+        executor, [store] * 2, given, GIVEN, tokens_per_pass=1 << 15, tell=lambda text: None
+    )
     assert asked == [[runs[1].store.root_url]] * NUM_BLOCKS
 
 
@@ -168,6 +170,6 @@ def test_a_run_that_another_has_replaced_is_not_measured_in_its_name(folder: Pat
     store = fresh()
     with pytest.raises(PlanMismatchError, match="another run has taken its place"):
         measure_blocks(
-            executor, store, [replaced], GIVEN, tokens_per_pass=600, tell=lambda text: None
+            executor, [store], [replaced], GIVEN, tokens_per_pass=600, tell=lambda text: None
         )
     assert not store.list()
