@@ -227,6 +227,12 @@ def refuse_without_dry_run(on: str | None, rates: str | None, *, dry_run: bool) 
             )
 
 
+def windows_of_text(plan: Plan, num_windows: int) -> Evaluated:
+    """Text that a plan's result is judged on: windows as long as calibration's."""
+    length = _EVALUATED_TOKENS if plan.tokens is None else plan.tokens.sequence_length
+    return Evaluated(num_windows=num_windows, sequence_length=length)
+
+
 def cost_of(
     plan: Plan,
     workers: Workers,
@@ -242,8 +248,7 @@ def cost_of(
         num_windows: that source and result are compared on; 0 for none.
         captured: whether another run has made the statistics that it uses, if it uses any.
     """
-    length = _EVALUATED_TOKENS if plan.tokens is None else plan.tokens.sequence_length
-    evaluated = Evaluated(num_windows=num_windows, sequence_length=length) if num_windows else None
+    evaluated = windows_of_text(plan, num_windows) if num_windows else None
     return run_cost(
         plan,
         workers.machine,

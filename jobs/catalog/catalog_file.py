@@ -63,7 +63,8 @@ class Entry:
     @property
     def result_names(self) -> tuple[str, ...]:
         """Of all results that are published, in the order in which they are made."""
-        return tuple(one.name for one in (*self.recipes, *self.compositions))
+        recipes = tuple(recipe.name for recipe in self.recipes)
+        return recipes + tuple(one.name for one in self.compositions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,7 +372,7 @@ def _of_one_run(recipe: AnyRecipe) -> Recipe:
     """
     if isinstance(recipe, AutoRecipe):
         raise RecipeError(
-            f"recipe {recipe.name}: mode: auto is of quantfleet quantize alone, and catalogs make "
-            "no such results; give the entry one width, or quantize the model by itself"
+            f"recipe {recipe.name}: mode: auto is of quantfleet quantize alone; in a catalog give "
+            "the entry a recipe of each width, and compose: {target_bits: 3.5}"
         )
     return recipe

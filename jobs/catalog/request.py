@@ -299,7 +299,8 @@ def catalog_runs(catalog: Catalog) -> Iterator[CatalogRun]:
             entries = catalog.entries[start : start + _ENTRIES_AT_ONCE]
             fingerprints.find([url for entry in entries for url in _source_urls(entry)], pool)
             for entry in entries:
-                for recipe in (*entry.recipes, *entry.compositions):
+                results: tuple[Recipe | Composition, ...] = (*entry.recipes, *entry.compositions)
+                for recipe in results:
                     try:
                         source, bytes_read = fingerprints.of(entry.preset)
                         request = _request(

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 
 from jobs.catalog.request import Request, run_store
 from jobs.composing import Composing
 from jobs.composition_texts import AskedTexts, CompositionTexts, read_composition_texts
+from jobs.evaluating import Rows
 from jobs.execute import Compute, check_identity
 from jobs.fleet.intact_runs import IntactRun, find_intact, intact, read_intact
 from jobs.logging import log_event, status
@@ -28,6 +30,8 @@ from pipeline.remote_planning import identity
 from pipeline.run.commits import Finding, read_manifest
 from pipeline.run.lease import Lease
 from pipeline.storage.object_store import ObjectStore
+
+_NOTHING: Mapping[tuple[int, ...], Rows] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +109,7 @@ def _made(
     for finding in damaged:
         log_event("damaged", f"made again: {finding.problem}", level=logging.WARNING)
     with _as_catalogs_say():
-        decision, found = composing.decided_before(), {}
+        decision, found = composing.decided_before(), _NOTHING
         if decision is None:
             outlook = composing.outlook()
             log_event("chosen", "", {"choice": asdict(outlook.choice)}, table=outlook.tables())

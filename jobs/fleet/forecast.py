@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from jobs.catalog.composition import Composition
 from jobs.catalog.request import Request
 from jobs.execute import Compute, OpenCompute
+from jobs.fleet.composition_forecast import foresee_composition
 from jobs.fleet.past_runs import correction
 from jobs.fleet.staleness import Decision
 from jobs.logging import STDERR, log_event, print_table
@@ -24,6 +26,7 @@ from pipeline.executor.protocol import ComputeSpec, ExecutorError, FunctionRunne
 from pipeline.plan import Plan
 from pipeline.planning.run_cost import RunCost
 from pipeline.planning.stored_sizes import stored_bytes
+from pipeline.recipe.recipe import Recipe
 from pipeline.remote_planning import plan_for_costs
 from pipeline.storage.object_store import ObjectStore
 from quantizer.errors import QuantizationError
@@ -114,7 +117,9 @@ def _spec(decision: Decision, priced: PricedMachine) -> ComputeSpec:
     needs = decision.request.needs
     if priced.named is not None:
         return ComputeSpec(threads=_THREADS)
-    return needs if decision.run.recipe.chains_blocks else needs.with_one_gpu_each()
+    recipe = decision.run.recipe
+    chains = isinstance(recipe, Composition) or recipe.chains_blocks
+    return needs if chains else needs.with_one_gpu_each()
 
 
 def _finder(
@@ -131,13 +136,17 @@ def _finder(
         captured: set[str] = set()
         for place in places:
             try:
-                plan = planner.plan(decisions[place])
+                request, recipe = decisions[place].request, decisions[place].run.recipe
+                if isinstance(recipe, Composition):
+                    found[place] = _composed(request, recipe, planner, priced, at_hand)
+                    continue
+                plan = planner.plan(request, recipe)
                 if (
                     priced.named is None and not compute.allocation.gpus
                 ):  # theirs workers would tell
                     compute.check_room(compute.estimate(plan))
                 found[place] = _forecast(
-                    root, decisions[place], plan, runner, priced, at_hand, captured
+                    root, decisions[place], recipe, plan, runner, priced, at_hand, captured
                 )
             except (PipelineError, QuantizationError) as error:
                 found[place] = error
@@ -149,6 +158,7 @@ def _finder(
 def _forecast(
     root: ObjectStore,
     decision: Decision,
+    recipe: Recipe,
     plan: Plan,
     runner: FunctionRunner,
     priced: PricedMachine,
@@ -160,8 +170,7 @@ def _forecast(
     Args:
         captured: statistics that runs before it make; its own are added.
     """
-    request, recipe = decision.request, decision.run.recipe
-    exports = None
+    request, exports = decision.request, None
     if request.exports:
         exports = foresee_exports(
             runner,
@@ -193,6 +202,28 @@ def _forecast(
     )
 
 
+def _composed(
+    request: Request,
+    composition: Composition,
+    planner: _Planner,
+    priced: PricedMachine,
+    at_hand: Workers | str,
+) -> Forecast:
+    """What a composition would take, once its runs are there."""
+    givers = zip(request.givers, composition.recipes, strict=True)
+    plans = [planner.plan(giver, recipe) for giver, recipe in givers]
+    workers = at_hand
+    if isinstance(workers, Workers) and priced.named is not None:
+        workers = workers.for_needs(request.needs)
+    found = foresee_composition(request, plans, workers)
+    return Forecast(
+        exports=None,
+        cost=found.cost,
+        source_bytes=found.source_bytes,
+        stored_bytes=found.stored_bytes,
+    )
+
+
 def _statistics_of(request: Request) -> str:
     """What decides the statistics of the float model, as far as the request tells."""
     return digest_of(
@@ -213,8 +244,7 @@ class _Planner:
         self._runner = runner
         self._plans: dict[str, Plan] = {}
 
-    def plan(self, decision: Decision) -> Plan:
-        request = decision.request
+    def plan(self, request: Request, recipe: Recipe) -> Plan:
         # What a model is, is told by its JSON; that of shards names each of its variables.
         files = {
             name: token
@@ -232,7 +262,7 @@ class _Planner:
         )
         if key not in self._plans:
             self._plans[key] = self._runner.run(
-                plan_for_costs, request.source_url, decision.run.recipe, _THREADS
+                plan_for_costs, request.source_url, recipe, _THREADS
             )
         return self._plans[key]
 

@@ -124,8 +124,13 @@ class Submission:
             if not task.is_over:
                 self._update(task, attempts.get(task.request.request_id, {}))
         alive = sum(1 for task in self.tasks if task.phase == "running")
+        by_name = {task.name: task for task in self.tasks}
         for task in self.tasks:
-            if task.phase == "waiting" and alive < self.at_once:
+            givers = [by_name[one] for one in task.decision.run.giver_names if one in by_name]
+            if task.phase == "waiting" and (failed := _failed(givers)):
+                task.phase, task.text = "failed", f"not composed, since {failed} failed"
+            is_ready = all(giver.is_over for giver in givers)
+            if task.phase == "waiting" and is_ready and alive < self.at_once:
                 numbers = attempts.get(task.request.request_id, {})
                 self._start(task, max(numbers, default=0) + 1)
                 alive += 1
@@ -178,6 +183,11 @@ class Submission:
             task.job, f"{self.entrypoint} fulfil {shlex.quote(url)} --address auto", task.labels
         )
         task.phase = "running"
+
+
+def _failed(givers: Sequence[Task]) -> str:
+    """The first of the runs that a composition is made of that has failed; "" if none has."""
+    return next((giver.name for giver in givers if giver.phase == "failed"), "")
 
 
 def night_entries_of_tasks(tasks: Sequence[Task]) -> list[NightEntry]:

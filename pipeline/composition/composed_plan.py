@@ -95,18 +95,30 @@ def check_composable(runs: Sequence[GivenRun]) -> None:
                 )
     if len(runs) < 2:
         raise PipelineError("a composition takes blocks of at least two runs; name another one")
+    check_plans([run.plan for run in runs], [run.store.root_url for run in runs])
+
+
+def check_plans(plans: Sequence[Plan], names: Sequence[str]) -> None:
+    """Refuse runs that differ in more than their schemes, by their plans alone.
+
+    Args:
+        names: of the runs, for messages.
+
+    Raises:
+        PipelineError: names the two runs, and what differs.
+    """
     # Runs without calibration say nothing of how the others are calibrated.
-    references = [runs[0], *[run for run in runs if run.plan.tokens is not None][:1]]
-    for run in runs:
+    references = [0, *[n for n, plan in enumerate(plans) if plan.tokens is not None][:1]]
+    for number, plan in enumerate(plans):
         for first in references:
-            found = list(_differences(first.plan, run.plan))
+            found = list(_differences(plans[first], plan))
             if found:
                 raise PipelineError(
-                    f"{run.store.root_url} differs from {first.store.root_url} in more than its "
-                    f"scheme: {'; '.join(found)}; compose runs of one source, calibrated alike on "
-                    "one type of machine"
+                    f"{names[number]} differs from {names[first]} in more than its scheme: "
+                    f"{'; '.join(found)}; compose runs of one source, calibrated alike on one type "
+                    "of machine"
                 )
-    check_names([run.plan for run in runs])
+    check_names(plans)
 
 
 def check_names(plans: Sequence[Plan]) -> None:

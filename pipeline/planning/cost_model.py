@@ -75,7 +75,7 @@ _COMMIT_PASSES = 4.0
 # Of stored sums: read, and made whole and symmetric, which is twice as large.
 _UNPACK_PASSES = 5.0
 _MOST_HASHING_THREADS = 8
-_EVALUATED_PER_PASS = 1 << 15
+EVALUATED_PER_PASS = 1 << 15
 """Tokens of which a worker holds activations (`pipeline.worker.evaluate`)."""
 
 
@@ -98,7 +98,7 @@ def run_cost(
         keep_every: blocks between activations that are stored.
         captured: whether another run has made the statistics that the plan uses, if it uses any.
     """
-    model = _Model(planned_on(plan, machine.device), machine, workers, together)
+    model = RunModel(planned_on(plan, machine.device), machine, workers, together)
     model.begin()
     if model.plan.makes == "statistics":
         model.part_seconds.append(0.0)  # of what is outside the blocks
@@ -123,7 +123,7 @@ def run_cost(
     )
 
 
-class _Model:
+class RunModel:
     """Goes through a run as its driver would, and adds up what it takes."""
 
     def __init__(self, plan: Plan, machine: Machine, devices: int, together: int) -> None:
@@ -147,14 +147,21 @@ class _Model:
             host_bytes=source / threads,
             seconds=_PLAN_SECONDS + _PLAN_BLOCK_SECONDS * self.plan.num_blocks,
         )
-        planning = self.ledger.add("plan", hashed)
+        self._start(hashed)
+        self.ledger.add("compile", Work(seconds=self._compile_seconds()))
+
+    def open(self) -> None:
+        """Start, for a result of runs that are planned already; of the source only JSON is read."""
+        self._start(Work(seconds=_PLAN_SECONDS))
+
+    def _start(self, planned: Work) -> None:
+        planning = self.ledger.add("plan", planned)
         waited = _START_SECONDS
         if self._machine.device == "cpu":
             waited = max(0.0, _START_SECONDS - planning)
         start = Work(seconds=_START_SECONDS)
         self.ledger.add("start", start, share=waited / _START_SECONDS)
         self.ledger.add("start", Work(seconds=_OPEN_BLOCK_SECONDS * self.plan.num_blocks))
-        self.ledger.add("compile", Work(seconds=self._compile_seconds()))
 
     def _compile_seconds(self) -> float:
         """One program for each form of a solve, and for each stage of each form of a block."""
@@ -408,7 +415,7 @@ class _Model:
         windows = evaluated.worker_windows(self._devices)
         tokens = evaluated.as_tokens(self.plan, windows)
         num_tokens = windows * evaluated.sequence_length
-        passes = -(-num_tokens // _EVALUATED_PER_PASS)
+        passes = -(-num_tokens // EVALUATED_PER_PASS)
         batches = -(-windows // tokens.micro_batch)
         blocks = self.plan.parts[1:]
         source = sum(part.source_bytes for part in self.plan.parts)

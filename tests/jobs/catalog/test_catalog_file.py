@@ -379,6 +379,57 @@ MISTAKES = {
         "    export: {format: gptq, bits: 4}\n",
         6, "the keys here are format, dtype, like",
     ),
+    "a composition of one recipe": (
+        "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int8]\n"
+        "    compose: {target_bits: 3.5, measure_on: [s3://b/t]}\n",
+        6, "a: a composition takes blocks of at least two recipes, and there is 1; add another",
+    ),
+    "a composition of an unknown recipe": (
+        "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int8, int4]\n"
+        "    compose: [{target_bits: 3.5, recipes: [int8, int5]}]\n",
+        6, "takes the blocks of recipes of this model, and int5 is none; did you mean int",
+    ),
+    "a composition without a target": (
+        "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int8, int4]\n"
+        "    compose: [{name: small}]\n",
+        6, "give target_bits, such as 3.5, or target_bytes, and not both",
+    ),
+    "a composition of no bits": (
+        "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int8, int4]\n"
+        "    compose: {target_bits: 0}\n",
+        6, "compose[0].target_bits must be greater than 0",
+    ),
+    "nothing to measure blocks on": (
+        "models:\n  - name: a\n    preset: s3://b/p\n"
+        "    recipes: [int8, {name: own, scheme: {mode: int4}, embeddings: {mode: int8}}]\n"
+        "    compose: {target_bits: 5}\n",
+        6, "add measure_on: [texts.jsonl] to compose",
+    ),
+    "a composition of other windows": (
+        "models:\n  - name: a\n    preset: s3://b/p\n    recipes:\n"
+        "      - {name: x, scheme: {mode: gptq}, calibration: {texts: [s3://b/t]}}\n"
+        "      - {name: y, scheme: {mode: gptq}, calibration: {texts: [s3://b/t], seed: 1}}\n"
+        "    compose: {target_bits: 5}\n",
+        8, "recipes x and y cannot be composed: they calibrate on other windows (seed); give both",
+    ),
+    "a composition of other embeddings": (
+        "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int4, int8]\n"
+        "    compose: {target_bits: 5, measure_on: [s3://b/t]}\n",
+        6, "int4 and int8 cannot be composed: embeddings int8, there int4/128; give both the same",
+    ),
+    "a composition by a recipe's name": (
+        "models:\n  - name: a\n    preset: s3://b/p\n"
+        "    recipes: [int8, {name: own, scheme: {mode: int4}, embeddings: {mode: int8}}]\n"
+        "    compose: {target_bits: 5, name: own, measure_on: [s3://b/t]}\n",
+        6, "a has a recipe named own already; give this composition another name",
+    ),
+    "two compositions of a size": (
+        "models:\n  - name: a\n    preset: s3://b/p\n"
+        "    recipes: [int8, {name: own, scheme: {mode: int4}, embeddings: {mode: int8}}]\n"
+        "    compose:\n      - {target_bits: 5, measure_on: [s3://b/t]}\n"
+        "      - {target_bits: 5, measure_on: [s3://b/u]}\n",
+        8, "a has a composition named composed-5-bits already",
+    ),
     "no mapping": ("- a\n", 1, "must be a mapping"),
     "keys twice": ("models: []\nmodels: []\n", 3, "models is given twice"),
 }  # fmt: skip

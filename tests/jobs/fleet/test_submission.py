@@ -210,3 +210,37 @@ def test_cancel_stops_the_living_jobs_of_one_request_only(
     assert stop_jobs(jobs, request_id) == (job(decisions[0], 1),)
     assert stop_jobs(jobs, request_id) == ()
     assert jobs.stopped == [job(decisions[0], 1)]
+
+
+def test_a_composition_starts_when_its_runs_are_over(root: ObjectStore, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.json").write_text("{}")
+    (tmp_path / "texts.txt").write_text("text")
+    text = (
+        f"root: {root.root_url}\nmodels:\n  - name: a\n    preset: a\n    recipes:\n"
+        "      - {name: int4, scheme: {mode: int4}}\n      - {name: int8, scheme: {mode: int8}}\n"
+        "    compose: {target_bits: 6, measure_on: [texts.txt]}\n"
+    )
+    catalog = parse_catalog(text, where="catalog.yaml", folder=tmp_path)
+    runs = list(decide(root, catalog, save_verified=True))
+    jobs = FakeJobs()
+    submission = Submission(root=root, jobs=jobs, decisions=runs)
+    submission.step()
+    assert [task.phase for task in submission.tasks] == ["running", "running", "waiting"]
+    carried_out(root, runs[0])
+    jobs.end(job(runs[0], 1), 0)
+    submission.step()
+    assert submission.tasks[2].phase == "waiting"
+    carried_out(root, runs[1], failures=("divergence 1 nats, more than 0.5",))
+    jobs.end(job(runs[1], 1), 5)  # a run that failed its gate has blocks all the same
+    submission.step()
+    assert [task.phase for task in submission.tasks] == ["published", "gate failed", "running"]
+
+    again = Submission(root=root, jobs=FakeJobs(), decisions=runs, attempts=1)
+    again.step()
+    for task in again.tasks[:2]:
+        task.phase = "failed"
+    again.step()
+    composed = again.tasks[2]
+    assert (composed.phase, composed.started) == ("failed", 0)
+    assert composed.text == "not composed, since a × int4 failed"
