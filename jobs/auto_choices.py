@@ -23,8 +23,9 @@ from pipeline.composition.composed_plan import (
     check_names,
     read_given_run,
 )
-from pipeline.composition.decision import Decision, Target, block_weights, blocks_bytes
-from pipeline.errors import ExportError, PipelineError, PlanMismatchError
+from pipeline.composition.decision import Decision, blocks_bytes
+from pipeline.composition.target import Target, block_weights
+from pipeline.errors import PipelineError, PlanMismatchError
 from pipeline.executor.protocol import FunctionRunner
 from pipeline.export.settings import ExportSettings
 from pipeline.plan import PLAN_KEY, Plan
@@ -34,20 +35,6 @@ from pipeline.run.claim import check_empty, claim
 from pipeline.run.commits import damaged_files, read_manifest
 from pipeline.run.records import MANIFEST_KEY
 from pipeline.storage.object_store import ObjectStore
-
-
-def refuse_exports(exports: Sequence[ExportSettings]) -> None:
-    """Refuse exports that a result of several widths cannot have.
-
-    Raises:
-        ExportError: names the format.
-    """
-    for one in exports:
-        if one.format == "gptq":
-            raise ExportError(
-                "--export gptq: that format holds one width for all layers, and the recipe chooses "
-                "one for each block; give --export compressed-tensors or dense"
-            )
 
 
 def plan_choices(

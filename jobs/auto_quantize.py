@@ -12,7 +12,6 @@ from jobs.auto_choices import (
     claim_choices,
     make_auto,
     plan_choices,
-    refuse_exports,
 )
 from jobs.auto_outlook import AutoOutlook
 from jobs.evaluating import judge
@@ -36,6 +35,7 @@ from jobs.run_exports import (
     check_exports,
     foresee_exports,
     make_exports,
+    refuse_exports,
 )
 from jobs.shared_statistics import check_same_folder, check_statistics_folder
 from jobs.summary import Summary

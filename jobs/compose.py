@@ -24,6 +24,7 @@ from jobs.run_exports import (
     check_exports,
     foresee_exports,
     make_exports,
+    refuse_exports,
     want_exports,
 )
 from jobs.summary import Summary
@@ -103,6 +104,7 @@ def compose(
         source_url=absolute(job.source_url),
     )
     set_run(run=url_name(job.output_url), recipe=job.target.recipe_name)
+    refuse_exports(job.exports)
     read_tasks(job.asked.tasks)
     for url in job.run_urls:
         check_apart(url, job.output_url, "run")

@@ -156,6 +156,20 @@ def check_exports(
             runner.run(check_planned_exports, source_url, plan, exports)
 
 
+def refuse_exports(exports: Sequence[ExportSettings]) -> None:
+    """Refuse exports that a result of several widths cannot have.
+
+    Raises:
+        ExportError: names the format.
+    """
+    for one in exports:
+        if one.format == "gptq":
+            raise ExportError(
+                "--export gptq: that format holds one width for all layers, and here each block "
+                "has the one that is chosen for it; give --export compressed-tensors or dense"
+            )
+
+
 def make_exports(
     compute: Compute, run: ObjectStore, asked: Sequence[ExportSettings] = ()
 ) -> tuple[MadeExport, ...]:

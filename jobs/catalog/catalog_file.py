@@ -272,6 +272,12 @@ class _Resolver:
     def _compositions(
         self, model: Model, recipes: Mapping[str, Recipe], path: YamlPath
     ) -> Iterator[Composition]:
+        if model.compose and any(export.format == "gptq" for export in model.export):
+            raise self._error(
+                (*path, "export"),
+                f"{model.name}: a gptq checkpoint holds one width for all layers, and compositions "
+                "have several; export compressed-tensors or dense, or remove compose",
+            )
         taken = dict.fromkeys(recipes, "recipe")
         for index, asked in enumerate(model.compose):
             at: YamlPath = (*path, "compose", index)

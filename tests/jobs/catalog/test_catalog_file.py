@@ -389,6 +389,11 @@ MISTAKES = {
         "    compose: [{target_bits: 3.5, recipes: [int8, int5]}]\n",
         6, "takes the blocks of recipes of this model, and int5 is none; did you mean int",
     ),
+    "a composition in a format of one width": (
+        "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int8, int4]\n"
+        "    export: gptq\n    compose: [{target_bits: 5}]\n",
+        6, "a: a gptq checkpoint holds one width for all layers, and compositions have several",
+    ),
     "a composition without a target": (
         "models:\n  - name: a\n    preset: s3://b/p\n    recipes: [int8, int4]\n"
         "    compose: [{name: small}]\n",
