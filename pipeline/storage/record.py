@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from pipeline.canonical import canonical_json, digest_of, sha256
+from pipeline.canonical import canonical_json, sha256
 from pipeline.errors import DamagedObjectError, PipelineError
 from pipeline.storage.object_store import ObjectStore
 
@@ -66,7 +66,7 @@ class StoredRecord:
         content = without_digest(data)
         try:
             # From JSON, since strict validation accepts lists for tuples only there.
-            record: Self = adapter_of(cls).validate_json(canonical_json(content))
+            record: Self = adapter_of(cls).validate_json(json.dumps(content))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
@@ -93,7 +93,10 @@ class StoredRecord:
 
 def with_digest(content: Any) -> bytes:
     """The stored bytes for a JSON value."""
-    return canonical_json({"content": content, "sha256": digest_of(content)})
+    text = canonical_json(content)
+    # As the value of a key it is the same text, deeper: line breaks in strings are escaped.
+    inner = text.removesuffix(b"\n").replace(b"\n", b"\n  ")
+    return b'{\n  "content": %b,\n  "sha256": "%b"\n}\n' % (inner, sha256(text).encode())
 
 
 def without_digest(data: bytes) -> Any:

@@ -39,6 +39,8 @@ def shuffled(value, seed):
 def test_order_of_keys_does_not_matter_and_nothing_is_lost(value, seed):
     data = canonical_json(value)
     assert canonical_json(shuffled(value, seed)) == data
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, indent=2)
+    assert data == text.encode() + b"\n"
     assert repr(json.loads(data)) == repr(json.loads(json.dumps(value, sort_keys=True)))
     assert canonical_json(json.loads(data)) == data
     assert digest_of(value) == sha256(data)
