@@ -20,8 +20,6 @@ from tests.models.texts import evaluation_documents, write_texts
 # Of the real models; test_source and test_converted_files convert tiny ones by default.
 pytestmark = pytest.mark.exhaustive
 
-SENTENCES = [document[:300] for document in evaluation_documents()[:8]]
-
 # The least cosine between a sentence's vectors, of the float model and the quantized one.
 FIDELITY: dict[str, tuple[Scheme, float]] = {
     "int8": (Int8Scheme(), 0.995),
@@ -47,12 +45,13 @@ def test_a_real_encoder_embeds_strings_as_the_float_model_does(
     scheme: str, stock: StockSession, tmp_path: Path
 ) -> None:
     wanted, least = FIDELITY[scheme]
+    sentences = [document[:300] for document in evaluation_documents()[:8]]
     run = finished_run(
         preset_folder(), recipe_on_texts(wanted, tmp_path / "texts", 32), tmp_path / "run"
     )
-    stock.ask_to_embed(preset_folder(), SENTENCES, task="TextEmbedder")
+    stock.ask_to_embed(preset_folder(), sentences, task="TextEmbedder")
     before = stock.answer().output
-    stock.ask_to_embed(run.artifact, SENTENCES)
+    stock.ask_to_embed(run.artifact, sentences)
     after = stock.answer()
     assert set(after.quantized.values()) == {wanted.mode}
     assert np.allclose(np.linalg.norm(after.output, axis=1), 1, atol=1e-3)
