@@ -3,6 +3,7 @@
     quantfleet 3                                    our GPTQ as our recipes have it, 3 bits
     quantfleet 3 {hessian_damping: 0.1}             with an option of the scheme
     quantfleet 3 {texts: [manual, novels]}          calibrated on other texts
+    quantfleet auto {target_bits: 3.5}              of several widths, within a size
     quantfleet int8                                 a built-in recipe, embeddings included
     llmcompressor 3 {observer: mse}                 a peer, with options for its script
     rounding 3                                      to nearest, on min-max grids
@@ -22,8 +23,10 @@ from typing import Any
 
 import yaml
 
+from pipeline.recipe.auto_recipe import MODE as AUTO
+from pipeline.recipe.auto_recipe import AnyRecipe
 from pipeline.recipe.recipe import Calibration, Recipe
-from pipeline.recipe.recipe_file import load_recipe
+from pipeline.recipe.recipe_file import any_recipe_from_dict, load_recipe
 
 GROUP_SIZE = 64
 OURS, ROUNDING = "quantfleet", "rounding"
@@ -37,7 +40,8 @@ class Row:
 
     Attributes:
         quantizer: quantfleet, a peer or rounding.
-        recipe: bits of a GPTQ in groups of 64, as text, or the name of a built-in recipe.
+        recipe: bits of a GPTQ in groups of 64, as text, or that they are chosen by block; or the
+            name of a built-in recipe.
         options: everything that differs from the quantizer's defaults.
     """
 
@@ -92,7 +96,7 @@ class Row:
         """The options that are for the quantizer."""
         return {k: v for k, v in self.options.items() if k not in Calibration.model_fields}
 
-    def our_recipe(self, calibration: Calibration) -> Recipe:
+    def our_recipe(self, calibration: Calibration) -> AnyRecipe:
         """Ours, as the package's recipes have it, with this row's options.
 
         Raises:
@@ -100,16 +104,19 @@ class Row:
         """
         fields = {k: v for k, v in self.setting.items() if k in Recipe.model_fields}
         scheme = {k: v for k, v in self.setting.items() if k not in Recipe.model_fields}
-        if self.recipe.isdecimal():
+        is_auto = self.recipe == AUTO
+        if is_auto or self.recipe.isdecimal():
             # Embeddings stay in float, as the peers leave them.
-            values = load_recipe(f"gptq-w{self.bits}-g{GROUP_SIZE}").to_dict() | {
-                "embeddings": None
-            }
+            bits = 3 if is_auto else self.bits
+            values = load_recipe(f"gptq-w{bits}-g{GROUP_SIZE}").to_dict() | {"embeddings": None}
         else:
             values = load_recipe(self.recipe).to_dict()
         values["scheme"] = values["scheme"] | scheme
         values["calibration"] = calibration.model_dump(mode="json")
-        return Recipe.model_validate(values | fields)
+        if is_auto:
+            values["scheme"]["mode"] = AUTO
+            del values["scheme"]["weight_bits"]
+        return any_recipe_from_dict(values | fields)
 
     def to_json(self) -> str:
         """Canonical: equal rows give equal text."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.recipe.auto_recipe import AutoRecipe
 from pipeline.recipe.recipe_file import load_recipe
 from quantizer.schemes import GPTQScheme
 from tests.benchmarks.quality.rows import Row
@@ -45,6 +46,15 @@ def test_a_built_in_recipe_keeps_its_embeddings() -> None:
     row = Row.parse("quantfleet gptq-w3-g64")
     recipe = row.our_recipe(row.calibration(TEXTS, 0))
     assert recipe.embeddings == load_recipe("gptq-w3-g64").embeddings is not None
+
+
+def test_widths_are_chosen_among_those_of_the_built_in_gptq() -> None:
+    row = Row.parse("quantfleet auto {target_bits: 3.5, choices: [2, 3, 4]}")
+    recipe = row.our_recipe(row.calibration(TEXTS, 2))
+    assert isinstance(recipe, AutoRecipe)
+    assert (recipe.scheme.target_bits, recipe.scheme.choices) == (3.5, (2, 3, 4))
+    assert recipe.scheme.of_width(3) == load_recipe("gptq-w3-g64").scheme
+    assert (recipe.embeddings, recipe.calibration.seed) == (None, 2)
 
 
 def test_unknown_texts_are_refused() -> None:
