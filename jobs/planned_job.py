@@ -35,6 +35,7 @@ class PlannedJob:
         num_evaluated: windows of text to evaluate on.
         has_tasks: whether there are questions to evaluate it on, too.
         keep_every: blocks between activations kept in storage.
+        captured: whether the statistics that it uses, if it does, are there already.
     """
 
     plan: Plan
@@ -45,6 +46,7 @@ class PlannedJob:
     num_evaluated: int
     has_tasks: bool
     keep_every: int
+    captured: bool = False
 
     @cached_property
     def coverage(self) -> Coverage | None:
@@ -114,7 +116,11 @@ def _print_plan(
     cost: RunCost | str
     if isinstance(priced, Workers):
         cost = cost_of(
-            plan, priced, num_windows=planned.num_evaluated, keep_every=planned.keep_every
+            plan,
+            priced,
+            num_windows=planned.num_evaluated,
+            keep_every=planned.keep_every,
+            captured=planned.captured,
         )
     else:
         cost = priced
@@ -135,5 +141,7 @@ def _print_plan(
     table = Group(plan_table(plan, costs, allocation, planned.coverage), shown)
     log_event("planned", "", values, table=table)
     planned.exports.show()
+    if planned.captured:
+        log_event("not counted", "the statistics were captured before, so that is not counted")
     if planned.has_tasks:
         log_event("not counted", "the cost is without the questions of --tasks")

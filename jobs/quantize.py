@@ -31,7 +31,7 @@ from jobs.run_exports import (
     pending_exports,
     want_exports,
 )
-from jobs.shared_statistics import check_same_folder, check_statistics_folder
+from jobs.shared_statistics import captured_before, check_same_folder, check_statistics_folder
 from jobs.summary import Summary
 from jobs.termination import Terminated
 from pipeline.errors import PipelineError, UnusableResultError
@@ -143,9 +143,13 @@ def run_job(
         )
         given = job.source_url, recipe, compute.allocation.threads
         priced: Workers | str = ""
+        captured = False
         if dry_run is not None:
             plan, windows, _ = runner.run(plan_by_metadata, *given)
             priced = dry_run.find(runner, compute.allocation)
+            if dry_run.named is None:  # sums of other machines are other sums
+                there = dataclasses.replace(plan, statistics_url=job.statistics_url)
+                captured = captured_before(there, job.output_url)
         else:
             plan, windows = plan_on(runner, *given)
         check_exports(runner, job.source_url, plan, job.exports)
@@ -160,6 +164,7 @@ def run_job(
             num_evaluated=job.evaluation_windows * len(job.evaluated_on.by_name),
             has_tasks=bool(job.tasks),
             keep_every=job.options.keep_every,
+            captured=captured,
         )
 
     if not recipe.chains_blocks:

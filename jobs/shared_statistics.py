@@ -22,7 +22,7 @@ from pipeline.run.commits import Finding, damaged_files, quarantine
 from pipeline.run.lease import Lease
 from pipeline.run.records import MANIFEST_KEY, RECORDS_PREFIX, Manifest, record_key
 from pipeline.run.statistics_users import note_user
-from pipeline.storage.object_store import ObjectStore
+from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.storage.overlap import is_inside
 
 _T = TypeVar("_T")
@@ -72,6 +72,33 @@ def check_same_folder(statistics_url: str, claimed: Plan, store: ObjectStore) ->
             f"--statistics {statistics_url}: the run at {store.root_url} was started with those in "
             f"{theirs}; leave --statistics out, or choose another --output"
         )
+
+
+def captured_before(plan: Plan, run_url: str) -> bool:
+    """Whether the statistics that a run would use are finished already, as far as metadata tell.
+
+    Args:
+        plan: of the run; of a dry run's, which names no weights, files of the same sizes are taken
+            for the same.
+        run_url: the run's root.
+    """
+    if not plan.uses_float_statistics:
+        return False
+    folder = open_store(plan.statistics_url or f"{run_url}/{STATISTICS_FOLDER}")
+    wanted = statistics_plan(plan)
+    for key in folder.list():
+        digest, _, name = key.partition("/")
+        if name != MANIFEST_KEY:
+            continue
+        try:
+            found = read_plan(open_store(f"{folder.root_url}/{digest}"))
+        except (DamagedObjectError, MissingObjectError):
+            continue  # which would be captured again
+        if found.makes == "statistics" and len(found.parts) == len(wanted.parts):
+            same = wanted.of_source([part.source_sha256 for part in found.parts])
+            if same.digest == found.digest:
+                return True
+    return False
 
 
 def with_statistics(

@@ -35,6 +35,8 @@ _MAX_BYTES = 8 << 20
 """Some ten thousand models, with settings of their own."""
 _WRITTEN = ("models", "requests", "runs")
 """The folders below a catalog's root."""
+_REPLACED = {"compose"}
+"""Settings of which a model's own replace the defaults, though both may be a mapping."""
 _FILES = {"evaluate_on": "texts", "tasks": "FILE.jsonl"}
 
 
@@ -148,7 +150,7 @@ def _with_defaults(values: Any) -> Any:
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over`, completed from `under`; nested mappings are merged too."""
     found = {**under, **over}
-    for name in under.keys() & over.keys():
+    for name in under.keys() & over.keys() - _REPLACED:
         if isinstance(under[name], dict) and isinstance(over[name], dict):
             found[name] = _merged(under[name], over[name])
     return found

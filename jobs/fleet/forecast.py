@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from jobs.catalog.composition import Composition
 from jobs.catalog.request import Request
 from jobs.execute import Compute, OpenCompute
+from jobs.fleet.captured_statistics import are_captured, statistics_of
 from jobs.fleet.composition_forecast import foresee_composition
 from jobs.fleet.past_runs import correction
 from jobs.fleet.staleness import Decision
@@ -186,7 +187,9 @@ def _forecast(
         if priced.named is not None:
             workers.check_room(workers.estimate(plan))
         num_windows = request.evaluation_windows * len(request.evaluated_on.by_name)
-        shared = _statistics_of(request)
+        shared = statistics_of(request)
+        if recipe.uses_float_statistics and are_captured(root, request, decision.run.entry.recipes):
+            captured.add(shared)
         cost = cost_of(
             workers.plan(plan), workers, num_windows=num_windows, captured=shared in captured
         )
@@ -221,19 +224,6 @@ def _composed(
         cost=found.cost,
         source_bytes=found.source_bytes,
         stored_bytes=found.stored_bytes,
-    )
-
-
-def _statistics_of(request: Request) -> str:
-    """What decides the statistics of the float model, as far as the request tells."""
-    return digest_of(
-        {
-            "source": request.source,
-            "texts": request.texts,
-            "calibration": request.recipe.get("calibration"),
-            "dtype": request.recipe.get("dtype"),
-            "needs": [request.needs.threads, request.needs.device, request.needs.accelerator],
-        }
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,13 +20,19 @@ import jobs.composing
 import jobs.quantize
 import pipeline.storage.memory_store
 import pipeline.worker.worker
+from jobs.cli.main import app
+from jobs.compose import ComposeJob
 from jobs.composition_tables import blocks_of
+from jobs.composition_texts import AskedTexts
 from jobs.execute import Compute
 from pipeline.artifact.verification import ask_stock
 from pipeline.composition.decision import Decision
 from pipeline.composition.sensitivities import Sensitivity
-from pipeline.errors import LeaseHeldError
+from pipeline.composition.target import Target
+from pipeline.errors import LeaseHeldError, StorageError
+from pipeline.evaluation.named_texts import EvaluatedTexts
 from pipeline.executor.protocol import Allocation, ComputeSpec
+from pipeline.export.settings import ExportSettings
 from pipeline.plan import read_plan
 from pipeline.run.commits import committed_parts, read_manifest
 from pipeline.run.evaluations import EVALUATIONS_PREFIX, Evaluation
@@ -393,6 +400,71 @@ def streamed(runs: Runs, names: tuple[str, ...], tokens: Any) -> Any:
     for block, model in enumerate(models):
         model.advance(block, states)
     return models[0].head()(states[0], batch)
+
+
+@pytest.mark.exhaustive
+def test_an_export_is_made_with_the_composition_or_by_the_command_that_it_leaves(
+    runs: Runs, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = open_store(fresh())
+    bits = between(runs, "w2", "w4")
+    arguments = ("--target-bits", bits, "--output", out.root_url, "--export", "compressed-tensors")
+    assert command("compose", *given(runs, "w2", "w4"), *arguments[:4], "--export", "gptq") == 2
+    assert "one width for all layers" in command.complaint
+    assert not out.list()
+
+    def full(*_: Any) -> None:
+        raise StorageError("the store is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs.compose, "make_exports", full)
+        assert command("compose", *given(runs, "w2", "w4"), *arguments, *MEASURED) == 3
+    told = " ".join(command.err.split())
+    words = shlex.split(told[told.index("quantfleet compose") :].partition(" quantfleet: ")[0])
+    made = lasting(out)
+    assert command(*words[1:]) in (0, 6), command.err
+    export = out.list("exports/compressed-tensors/")
+    assert "exports/compressed-tensors/export.json" in export
+    assert {key: data for key, data in lasting(out).items() if key in made} == made
+    lines = command.err.splitlines()
+    assert any(line.startswith("report:  ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ComposeJob(
+            run_urls=("/runs/a b", "s3://bucket/run"),
+            output_url="/o",
+            target=Target(bits=3.5),
+            asked=AskedTexts(measure_windows=3),
+        ),
+        ComposeJob(
+            run_urls=("a", "b"),
+            output_url="o",
+            target=Target(num_bytes=5_000_000_000),
+            source_url="s3://bucket/it's moved",
+            asked=AskedTexts(
+                measure_texts=("m.txt",),
+                evaluated_on=EvaluatedTexts(texts=("t",), sets={"code": ("c.jsonl",)}),
+                evaluation_windows=2,
+                tasks=("one.jsonl",),
+                chat=False,
+            ),
+            exports=(ExportSettings(format="dense", like_url="s3://bucket/source"),),
+        ),
+    ],
+    ids=["alone", "with all there is"],
+)
+def test_the_command_to_go_on_asks_for_the_same_composition(
+    asked: ComposeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[ComposeJob] = []
+    monkeypatch.setattr(jobs.compose, "compose", lambda job, *_, **__: found.append(job))
+    program, *arguments = shlex.split(asked.command)
+    assert program == "quantfleet"
+    app(arguments, standalone_mode=False)
+    assert found == [asked]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 import time
@@ -15,7 +16,7 @@ import yaml
 
 import jobs.quantize
 from jobs.cli.main import main
-from jobs.shared_statistics import with_statistics
+from jobs.shared_statistics import captured_before, with_statistics
 from pipeline.errors import LeaseHeldError, LeaseLostError, StatisticsError
 from pipeline.float_statistics import statistics_plan, statistics_store
 from pipeline.plan import PLAN_KEY, Plan
@@ -107,6 +108,18 @@ def test_of_two_drivers_at_once_one_captures_and_the_other_waits_for_it() -> Non
     assert captures.number == 1
     found = statistics_store(shared(root).plan, "")
     assert users(found) == {f"{root}/runs/one", f"{root}/runs/two"}
+
+
+def test_a_dry_run_finds_what_was_captured_though_it_names_no_weights() -> None:
+    root = fresh()
+    plan = shared(root).plan
+    by_metadata = plan.of_source([""] * len(plan.parts))
+    assert not captured_before(by_metadata, "memory://elsewhere")
+    obtain(root, "one", Captures())
+    assert captured_before(by_metadata, "memory://elsewhere")
+    assert plan.tokens is not None
+    others = dataclasses.replace(plan.tokens, digest="0" * 64)
+    assert not captured_before(dataclasses.replace(by_metadata, tokens=others), "")
 
 
 def test_who_may_not_wait_is_told_who_captures() -> None:

@@ -118,3 +118,11 @@ def test_a_dry_run_counts_the_capture_once(catalog: TinyCatalog) -> None:
     ]
     assert forward[0] > 0
     assert forward[1:] == [0, 0]
+    # Nor is it counted where an earlier run has made them.
+    recipes = catalog.values["models"][0]["recipes"]
+    catalog.values["models"][0]["recipes"] = recipes[:1]
+    assert catalog.nightly()[0] == 0
+    catalog.values["models"][0]["recipes"] = recipes
+    _, found = catalog.nightly("--dry-run", "--on", "2xcpu16")
+    costs = [one["cost"] for one in found.values() if one["result"] == "to do"]
+    assert [s["seconds"] for c in costs for s in c["stages"] if s["name"] == "forward"] == [0, 0]
