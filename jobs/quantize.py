@@ -34,6 +34,7 @@ from jobs.run_exports import (
 from jobs.shared_statistics import captured_before, check_same_folder, check_statistics_folder
 from jobs.summary import Summary
 from jobs.termination import Terminated
+from pipeline.composition.auto_run import AutoRun
 from pipeline.errors import PipelineError, UnusableResultError
 from pipeline.evaluation.batches import EvaluationSet
 from pipeline.evaluation.named_texts import EvaluatedTexts
@@ -224,12 +225,13 @@ def resume_job(
     output_url = absolute(job.output_url)
     set_run(run=url_name(output_url))
     store = reachable(output_url)
-    if not store.exists(PLAN_KEY):
+    finished = store.exists(MANIFEST_KEY)
+    # Its choices are made before it is planned.
+    if not store.exists(PLAN_KEY) and not (must_be_finished and store.exists(AutoRun.key)):
         raise PipelineError(
             f"{store.url(PLAN_KEY)} is missing: no run was started there; start one with "
             "quantfleet quantize"
         )
-    finished = store.exists(MANIFEST_KEY)
     if must_be_finished and not finished:
         raise PipelineError(
             f"{store.url(MANIFEST_KEY)} is missing: the run is not finished; finish it with "

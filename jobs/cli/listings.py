@@ -74,7 +74,11 @@ def _first_line(text: str | None) -> str:
 
 def schemes_table(described: dict[str, dict[str, Any]]) -> Table:
     """The schemes that `describe_scheme` described, one after another."""
-    table = Table("scheme", "field", "default", "meaning")
+    table = Table(
+        *("scheme", "field", "default", "meaning"),
+        caption="a recipe's mode: auto, with target_bits or target_bytes, and choices, gives each "
+        "block the gptq of the width that serves the model best",
+    )
     for mode, scheme in described.items():
         table.add_row(Text(mode, style="bold"), "", "", Text(scheme["summary"]))
         for field in scheme["fields"]:
