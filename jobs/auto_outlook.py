@@ -12,9 +12,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from jobs.quantities import size
-from jobs.run_costs import Workers, cost_of
+from jobs.run_costs import Workers, cost_of, windows_of_text
 from pipeline.errors import PipelineError
 from pipeline.plan import Plan
+from pipeline.planning.composition_cost import composition_cost
 from pipeline.planning.stored_sizes import stored_bytes
 from pipeline.recipe.auto_recipe import AutoRecipe
 from pipeline.run.sums_records import statistics_bytes
@@ -48,8 +49,8 @@ class AutoOutlook:
         target: as the recipe names it.
         target_block_bytes: what that leaves to the blocks, by an estimate.
         statistics_bytes: of the sums that all choices share.
-        measure_seconds: of measuring each block of each choice, and the choice beside uniform
-            widths; None where no rates are known.
+        measure_seconds: of measuring each block of each choice, the choice beside uniform widths,
+            and the result on what it is evaluated on; None where no rates are known.
         cost_unknown: why they are not; "" where they are.
     """
 
@@ -94,19 +95,29 @@ class AutoOutlook:
                 )
             )
         first, scheme = choices[0], recipe.scheme
-        measure = None
-        if isinstance(priced, Workers):
-            # Comparing two models passes both: half of the blocks' passes behind each of them, for
-            # each choice, and then the composition and the uniform results.
-            passes = len(plans) * (plans[0].num_blocks + 1) / 4 + len(plans) + 1
-            windows = math.ceil(scheme.measure_windows * passes) + num_evaluated
-            costs = cost_of(priced.plan(plans[-1]), priced, num_windows=windows)
-            measure = costs.stage("evaluate").seconds
         bits, num_bytes = scheme.target_bits, scheme.target_bytes
         room = (num_bytes or 0) - (first.num_bytes - first.block_bytes)
+        limit = room if bits is None else math.floor(bits * weights / 8)
+        measure = None
+        if isinstance(priced, Workers):
+            there = [priced.plan(plan) for plan in plans]
+            measured = windows_of_text(there[0], scheme.measure_windows)
+            costs = composition_cost(
+                there,
+                priced.machine,
+                priced.number,
+                together=priced.together_for(there[0]),
+                measured=measured,
+                judged=measured,
+                num_judged=1 + sum(one.block_bytes <= limit for one in choices),
+            )
+            measure = costs.stage("evaluate").seconds
+            if num_evaluated:
+                last = cost_of(there[0], priced, num_windows=num_evaluated)
+                measure += last.stage("evaluate").seconds
         return cls(
             target=scheme.target_text,
-            target_block_bytes=room if bits is None else math.floor(bits * weights / 8),
+            target_block_bytes=limit,
             choices=tuple(choices),
             statistics_bytes=statistics_bytes(plans[0]),
             measure_seconds=measure,

@@ -12,13 +12,18 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from jobs.catalog.composition import Composition, CompositionError, composition_of
+from jobs.catalog.composition import (
+    Composition,
+    CompositionError,
+    composition_of,
+    composition_of_choices,
+)
 from jobs.catalog.entries import CatalogFile, Export, Gate, Model, Settings
 from pipeline.errors import PipelineError, RecipeError, StorageError
 from pipeline.evaluation.named_texts import unknown_name
 from pipeline.recipe.auto_recipe import AnyRecipe, AutoRecipe
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.recipe_file import any_recipe_from_dict, load_recipe, recipe_from_dict
+from pipeline.recipe.recipe_file import any_recipe_from_dict, load_recipe
 from pipeline.recipe.yaml_document import (
     MarkedYaml,
     YamlPath,
@@ -50,8 +55,9 @@ class Entry:
 
     Attributes:
         aliases: other names under which its results are published, sorted.
-        recipes: with the catalog's calibration settings applied.
-        compositions: results to make of their blocks, once they are made.
+        recipes: with the catalog's calibration settings applied, but for those that choose widths.
+        compositions: results to make of blocks: of these recipes' runs, once they are made, or,
+            of a recipe that chooses widths, of runs of their own.
         settings: all others.
     """
 
@@ -162,7 +168,7 @@ class _Resolver:
     def __init__(self, document: MarkedYaml, folder: Path | None) -> None:
         self._document = document
         self._folder = folder
-        self._recipes: dict[str, Recipe] = {}
+        self._recipes: dict[str, AnyRecipe] = {}
         self._root_url = ""
 
     def catalog(self, written: CatalogFile) -> Catalog:
@@ -235,15 +241,20 @@ class _Resolver:
         if model.gate is not None:
             self._check_gate(model, model.gate, (*path, "gate"))
         recipes: dict[str, Recipe] = {}
+        compositions: dict[str, Composition] = {}
         for index, given in enumerate(model.recipes):
             at: YamlPath = (*path, "recipes", index)
             recipe = self._recipe(given, model, at)
-            if recipe.name in recipes:
+            if recipe.name in (*recipes, *compositions):
                 raise self._error(
                     at, f"{model.name} has two recipes named {recipe.name}; rename or remove one"
                 )
-            recipes[recipe.name] = recipe
-        compositions = tuple(self._compositions(model, recipes, path))
+            if isinstance(recipe, AutoRecipe):
+                compositions[recipe.name] = composition_of_choices(recipe)
+            else:
+                recipes[recipe.name] = recipe
+        for made in self._compositions(model, recipes, compositions, path):
+            compositions[made.name] = made
         preset = self._absolute(model.preset, (*path, "preset"))
         try:
             for written in _WRITTEN:
@@ -261,7 +272,7 @@ class _Resolver:
             preset=preset,
             aliases=aliases,
             recipes=tuple(recipes.values()),
-            compositions=compositions,
+            compositions=tuple(compositions.values()),
             settings=model.model_copy(
                 update={
                     "evaluate_on": texts or None,
@@ -272,15 +283,20 @@ class _Resolver:
         )
 
     def _compositions(
-        self, model: Model, recipes: Mapping[str, Recipe], path: YamlPath
+        self,
+        model: Model,
+        recipes: Mapping[str, Recipe],
+        others: Mapping[str, Composition],
+        path: YamlPath,
     ) -> Iterator[Composition]:
-        if model.compose and any(export.format == "gptq" for export in model.export):
+        if (model.compose or others) and any(export.format == "gptq" for export in model.export):
             raise self._error(
                 (*path, "export"),
-                f"{model.name}: a gptq checkpoint holds one width for all layers, and compositions "
-                "have several; export compressed-tensors or dense, or remove compose",
+                f"{model.name}: a gptq checkpoint holds one width for all layers, and compositions, "
+                "those of mode: auto too, have several; export compressed-tensors or dense, or "
+                "remove them",
             )
-        taken = dict.fromkeys(recipes, "recipe")
+        taken = dict.fromkeys((*recipes, *others), "recipe")
         for index, asked in enumerate(model.compose):
             at: YamlPath = (*path, "compose", index)
             measure_on: Any = self._absolute_files(asked.measure_on, (*at, "measure_on"))
@@ -325,15 +341,15 @@ class _Resolver:
             return export
         return export.model_copy(update={"like": self._absolute(export.like, at)})
 
-    def _recipe(self, given: str | dict[str, Any], model: Model, at: YamlPath) -> Recipe:
+    def _recipe(self, given: str | dict[str, Any], model: Model, at: YamlPath) -> AnyRecipe:
         try:
             if isinstance(given, dict):
-                recipe = _of_one_run(any_recipe_from_dict(given))
+                recipe = any_recipe_from_dict(given)
             else:
                 if given not in self._recipes:  # a file is read once, however many models name it
                     is_file = "/" in given or given.endswith((".yaml", ".yml"))
                     url = self._absolute(given, at) if is_file else given
-                    self._recipes[given] = _of_one_run(load_recipe(url))
+                    self._recipes[given] = load_recipe(url)
                 recipe = self._recipes[given]
             if model.dtype is not None:
                 recipe = recipe.model_copy(update={"dtype": model.dtype})
@@ -345,7 +361,7 @@ class _Resolver:
             calibration = values["calibration"]
             calibration |= model.calibration.model_dump(mode="json", exclude_none=True)
             calibration["texts"] = [self._text(text, at) for text in calibration["texts"]]
-            return recipe_from_dict(values, where=recipe.name)
+            return any_recipe_from_dict(values, where=recipe.name)
         except RecipeError as error:
             raise self._error(at, str(error)) from None
 
@@ -370,17 +386,3 @@ class _Resolver:
 
     def _error(self, path: YamlPath, text: str) -> CatalogError:
         return _error(self._document, path, text)
-
-
-def _of_one_run(recipe: AnyRecipe) -> Recipe:
-    """The recipe, if it is one that a catalog makes.
-
-    Raises:
-        RecipeError: it chooses widths.
-    """
-    if isinstance(recipe, AutoRecipe):
-        raise RecipeError(
-            f"recipe {recipe.name}: mode: auto is of quantfleet quantize alone; in a catalog give "
-            "the entry a recipe of each width, and compose: {target_bits: 3.5}"
-        )
-    return recipe

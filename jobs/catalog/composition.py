@@ -10,6 +10,7 @@ from typing import Any
 from jobs.catalog.entries import Compose
 from pipeline.composition.target import Target
 from pipeline.errors import PipelineError
+from pipeline.recipe.auto_recipe import AutoRecipe
 from pipeline.recipe.recipe import Recipe
 
 
@@ -25,6 +26,7 @@ class Composition:
         name: what it is published as, where runs have their recipes' names.
         recipes: whose runs give blocks, in the catalog's order.
         measure_texts, measure_windows: see `jobs.composition_texts.AskedTexts`.
+        makes_runs: whether the runs are made for it alone, and not published themselves.
     """
 
     name: str
@@ -32,6 +34,20 @@ class Composition:
     recipes: tuple[Recipe, ...]
     measure_texts: tuple[str, ...]
     measure_windows: int
+    makes_runs: bool = False
+
+
+def composition_of_choices(recipe: AutoRecipe) -> Composition:
+    """What a recipe that chooses widths asks for: a run of each, and the best of their blocks."""
+    scheme = recipe.scheme
+    return Composition(
+        name=recipe.name,
+        target=Target(bits=scheme.target_bits, num_bytes=scheme.target_bytes),
+        recipes=recipe.recipes,
+        measure_texts=(),
+        measure_windows=scheme.measure_windows,
+        makes_runs=True,
+    )
 
 
 def composition_of(

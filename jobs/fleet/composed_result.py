@@ -17,6 +17,7 @@ from jobs.composing import Composing
 from jobs.composition_texts import AskedTexts, CompositionTexts, read_composition_texts
 from jobs.evaluating import Rows
 from jobs.execute import Compute, check_identity
+from jobs.fleet.composition_forecast import foresee_composition
 from jobs.fleet.intact_runs import IntactRun, find_intact, intact, read_intact
 from jobs.logging import log_event, status
 from jobs.publish.releases import find_current
@@ -25,8 +26,9 @@ from pipeline.composition.decision import Decision, check_target
 from pipeline.errors import DamagedObjectError, MissingObjectError, PipelineError
 from pipeline.executor.protocol import FunctionRunner
 from pipeline.fidelity import Fidelity
-from pipeline.plan import PLAN_KEY
-from pipeline.remote_planning import identity
+from pipeline.plan import PLAN_KEY, Plan
+from pipeline.recipe.recipe_file import recipe_from_dict
+from pipeline.remote_planning import identity, plan_for_costs
 from pipeline.run.commits import Finding, read_manifest
 from pipeline.run.lease import Lease
 from pipeline.storage.object_store import ObjectStore
@@ -68,7 +70,10 @@ def compose(
     """
     asked_of = request.composed_of
     assert asked_of is not None
-    givers = [find_intact(root, giver) or make_run(giver) for giver in request.givers]
+    known = [find_intact(root, giver) for giver in request.givers]
+    if None in known:
+        _check_plans(request, compute_for(run_store(root, request.run_id)))
+    givers = [one or make_run(giver) for one, giver in zip(known, request.givers, strict=True)]
     runs = [read_given_run(run_store(root, giver.run_id)) for giver in givers]
     store = run_store(root, request.run_id)
     with _as_catalogs_say():
@@ -97,6 +102,25 @@ def compose(
         return ComposedResult(run=twin)
     _, damaged = read_intact(store)
     return _made(request, composing, asked, held, damaged)
+
+
+def _check_plans(request: Request, compute: Compute) -> None:
+    """Refuse, before runs are made for it, a composition that metadata tells is impossible."""
+
+    def plan(runner: FunctionRunner) -> list[Plan]:
+        return [
+            runner.run(
+                plan_for_costs,
+                giver.source_url,
+                recipe_from_dict(giver.recipe),
+                compute.allocation.threads,
+            )
+            for giver in request.givers
+        ]
+
+    with status("planning the runs to compose"):
+        plans = compute.plan(plan, with_workers=False)
+    foresee_composition(request, plans, "")
 
 
 def _made(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from jobs.catalog.composition import Composition
-from jobs.catalog.request import Request
+from jobs.catalog.request import Request, run_store
 from jobs.execute import Compute, OpenCompute
 from jobs.fleet.captured_statistics import are_captured, statistics_of
 from jobs.fleet.composition_forecast import foresee_composition
@@ -29,6 +29,7 @@ from pipeline.planning.run_cost import RunCost
 from pipeline.planning.stored_sizes import stored_bytes
 from pipeline.recipe.recipe import Recipe
 from pipeline.remote_planning import plan_for_costs
+from pipeline.run.records import MANIFEST_KEY
 from pipeline.storage.object_store import ObjectStore
 from quantizer.errors import QuantizationError
 
@@ -139,7 +140,7 @@ def _finder(
             try:
                 request, recipe = decisions[place].request, decisions[place].run.recipe
                 if isinstance(recipe, Composition):
-                    found[place] = _composed(request, recipe, planner, priced, at_hand)
+                    found[place] = _composed(root, request, recipe, planner, priced, at_hand)
                     continue
                 plan = planner.plan(request, recipe)
                 if (
@@ -206,25 +207,34 @@ def _forecast(
 
 
 def _composed(
+    root: ObjectStore,
     request: Request,
     composition: Composition,
     planner: _Planner,
     priced: PricedMachine,
     at_hand: Workers | str,
 ) -> Forecast:
-    """What a composition would take, once its runs are there."""
+    """What a composition would take, once its runs are there; with those made for it alone."""
     givers = zip(request.givers, composition.recipes, strict=True)
     plans = [planner.plan(giver, recipe) for giver, recipe in givers]
     workers = at_hand
     if isinstance(workers, Workers) and priced.named is not None:
         workers = workers.for_needs(request.needs)
     found = foresee_composition(request, plans, workers)
-    return Forecast(
-        exports=None,
-        cost=found.cost,
-        source_bytes=found.source_bytes,
-        stored_bytes=found.stored_bytes,
-    )
+    cost, source_bytes, written = found.cost, found.source_bytes, found.stored_bytes
+    missing = [
+        plan
+        for plan, giver in zip(plans, request.givers, strict=True)
+        if composition.makes_runs and not run_store(root, giver.run_id).exists(MANIFEST_KEY)
+    ]
+    for number, plan in enumerate(missing):
+        source_bytes += sum(part.source_bytes for part in plan.parts)
+        written += int(sum(stored_bytes(plan, part) for part in plan.parts))
+        if isinstance(workers, Workers) and isinstance(cost, RunCost):
+            there = workers.plan(plan)
+            captured = number > 0 or len(missing) < len(plans)
+            cost = cost.after(cost_of(there, workers, num_windows=0, captured=captured))
+    return Forecast(exports=None, cost=cost, source_bytes=source_bytes, stored_bytes=written)
 
 
 class _Planner:

@@ -138,8 +138,8 @@ def fulfil(
 def _make_giver(
     root: ObjectStore, request: Request, open_compute: OpenCompute, options: DriverOptions
 ) -> IntactRun:
-    """Make a run again that a composition takes blocks of: it was swept, or is damaged."""
-    log_event("again", f"{request.run_id}: to be composed, and not there or damaged; made again")
+    """Make a run that a composition takes blocks of: its own, or one that is swept or damaged."""
+    log_event("giver", f"{request.run_id}: to be composed, and not there, or damaged; it is made")
     with (
         options.acquire_lease(run_store(root, request.run_id)) as held,
         _request_compute(request, open_compute) as compute,

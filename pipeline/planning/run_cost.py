@@ -100,6 +100,20 @@ class RunCost:
         parts = tuple(correction.factor * seconds for seconds in self.part_seconds)
         return dataclasses.replace(self, stages=stages, part_seconds=parts, correction=correction)
 
+    def after(self, earlier: RunCost) -> RunCost:
+        """Both, one after the other, on the same machines."""
+        stages = tuple(
+            StageCost(
+                name=one.name,
+                seconds=one.seconds + other.seconds,
+                hidden_seconds=one.hidden_seconds + other.hidden_seconds,
+                bound=max(one, other, key=lambda stage: stage.seconds).bound,
+            )
+            for one, other in zip(self.stages, earlier.stages, strict=True)
+        )
+        parts = (*earlier.part_seconds, *self.part_seconds)
+        return dataclasses.replace(self, stages=stages, part_seconds=parts)
+
     @property
     def timed_seconds(self) -> float:
         """Of the stages that a driver times, from a run's claim to its manifest."""

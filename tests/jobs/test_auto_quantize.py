@@ -311,16 +311,10 @@ def test_mistakes_cost_one_line(
     assert not command.opened
 
 
-def test_plain_models_and_catalogs_refuse_it(command: AutoCommand, tmp_path: Path) -> None:
-    path = recipe_file(tmp_path)
-    given = ("--recipe", path, "--output", tmp_path / "out")
+def test_plain_models_refuse_it(command: AutoCommand, tmp_path: Path) -> None:
+    given = ("--recipe", recipe_file(tmp_path), "--output", tmp_path / "out")
     assert command("quantize", "model.keras", *given) == 2
     assert "the blocks of a plain Keras model, model.keras, are not known" in command.complaint
-    catalog = tmp_path / "catalog.yaml"
-    model = {"name": "m", "preset": str(source()), "recipes": [str(path)]}
-    catalog.write_text(yaml.safe_dump({"root": str(tmp_path / "root"), "models": [model]}))
-    assert command("catalog", "check", catalog) == 2
-    assert "recipe auto: mode: auto is of quantfleet quantize alone" in command.complaint
 
 
 def test_an_output_that_holds_something_else_is_refused(
