@@ -292,8 +292,8 @@ class _Resolver:
         if (model.compose or others) and any(export.format == "gptq" for export in model.export):
             raise self._error(
                 (*path, "export"),
-                f"{model.name}: a gptq checkpoint holds one width for all layers, and compositions, "
-                "those of mode: auto too, have several; export compressed-tensors or dense, or "
+                f"{model.name}: a gptq checkpoint holds one width for all layers, and compositions "
+                "have several, those of mode: auto too; export compressed-tensors or dense, or "
                 "remove them",
             )
         taken = dict.fromkeys((*recipes, *others), "recipe")

@@ -178,7 +178,7 @@ class _RequestCompute:
             if store.exists(PLAN_KEY):
                 # As the run was started: it decides rounding.
                 spec = read_plan(store).resuming(spec, finished=store.exists(MANIFEST_KEY))
-            elif not recipe_from_dict(self.request.recipe).chains_blocks:
+            elif self.request.givers or not recipe_from_dict(self.request.recipe).chains_blocks:
                 spec = spec.with_one_gpu_each()
             opened = self.open_compute(spec, self.request.source_url, store.root_url)
             self.opened = store.root_url, self.stack.enter_context(opened)

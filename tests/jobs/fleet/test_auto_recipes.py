@@ -14,7 +14,7 @@ from pipeline.storage.object_store import open_store
 from tests.jobs.fleet.tiny_catalog import TinyCatalog, tiny_catalog
 
 BLOCKS = 2
-BITS = 7.5
+BITS = 8.9
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def catalog(tmp_path: Path) -> Iterator[TinyCatalog]:
 
 def auto(catalog: TinyCatalog, bits: float = BITS, **more: Any) -> dict[str, Any]:
     scheme = {"mode": "auto", "target_bits": bits, "choices": [2, 4], "measure_windows": 2}
-    return catalog.gptq() | {"name": "within", "scheme": scheme | {"group_size": 32}} | more
+    return catalog.gptq() | {"name": "within", "scheme": scheme | {"group_size": 16}} | more
 
 
 JUDGED: dict[str, Any] = {
@@ -80,7 +80,7 @@ def test_a_target_out_of_reach_is_refused_before_anything_is_captured(
 def test_what_it_cannot_be_is_told_with_its_line(catalog: TinyCatalog) -> None:
     catalog.add("alpha", [auto(catalog)], export="gptq")
     assert catalog.call("catalog", "check", catalog.file)[0] == 2
-    assert "those of mode: auto too, have several" in catalog.err
+    assert "have several, those of mode: auto too" in catalog.err
     catalog.values["models"][0] = catalog.values["models"][0] | {
         "export": "dense",
         "recipes": [auto(catalog), catalog.gptq(name="within")],
