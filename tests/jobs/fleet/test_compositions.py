@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-import pipeline.run.commits
+import jobs.composing
+import pipeline.composition.parts
 from pipeline.composition.decision import Decision
 from pipeline.errors import StorageError
 from pipeline.plan import read_plan
@@ -196,3 +197,20 @@ def test_what_makes_a_composition_stale_is_said(catalog: TinyCatalog) -> None:
     made = {name: catalog.work.calls[name] - calls[name] for name in calls}
     assert not made["quantize_alone"]
     assert not made["sensitivities"]
+
+
+@pytest.mark.exhaustive
+def test_a_run_that_measures_better_is_published_in_its_place_and_that_is_said(
+    catalog: TinyCatalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = iter([0.1, 0.2])  # of int4, which is small enough, and of the choice
+    monkeypatch.setattr(jobs.composing, "measured_cost", lambda fidelity: next(costs))
+    code, found = catalog.nightly()
+    assert code == 0, catalog.err
+    composed = found[f"alpha {HALF}"]
+    assert composed["result"] == "published"
+    assert "the run is kept, and the output is a copy of it" in composed["text"]
+    made, kept = store_of(catalog, composed), store_of(catalog, found["alpha int4"])
+    for part in range(BLOCKS + 1):
+        assert made.get(file_key(part)) == kept.get(file_key(part))
+    assert composed["quality"] == found["alpha int4"]["quality"]
