@@ -57,6 +57,7 @@ class ComposeJob:
 
     Attributes:
         source_url: the preset, if it has moved; "" where the first run says.
+        by_layers: whether layers of a block may come from several runs.
         asked: what to measure sensitivities and judge results on.
         exports: what to export the result as.
     """
@@ -67,6 +68,7 @@ class ComposeJob:
     asked: AskedTexts
     source_url: str = ""
     exports: tuple[ExportSettings, ...] = ()
+    by_layers: bool = False
     options: DriverOptions = field(default_factory=DriverOptions)
 
     @property
@@ -76,6 +78,8 @@ class ComposeJob:
         words += ["--output", self.output_url]
         if self.source_url:
             words += ["--source", self.source_url]
+        if self.by_layers:
+            words.append("--by-layers")
         words += [*self.asked.arguments, *arguments_of(self.exports)]
         return shlex.join(words)
 
@@ -144,6 +148,7 @@ def compose(
             compute=compute,
             texts=texts,
             source_url=source_url,
+            by_layers=job.by_layers,
         )
         _run(job, composing, dry_run=dry_run, as_json=as_json)
 

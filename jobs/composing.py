@@ -19,16 +19,25 @@ from jobs.composition_texts import AskedTexts, CompositionTexts
 from jobs.evaluating import Rows, keep, measure
 from jobs.execute import Compute
 from jobs.logging import log_event, status
-from pipeline.composition.composed_plan import GivenRun, composed_plan
+from pipeline.composition.composed_plan import (
+    GivenRun,
+    Pick,
+    composed_plan,
+    part_bytes,
+    parts_of_runs,
+)
 from pipeline.composition.decision import (
     Decision,
     JudgedRun,
+    OtherChoice,
     blocks_bytes,
     measured_cost,
     options_of,
     question,
 )
-from pipeline.composition.parts import copy_parts, seal
+from pipeline.composition.layer_choice import LayerChoice, LayerChoices
+from pipeline.composition.layer_errors import measure_layers
+from pipeline.composition.parts import assemble_each, copy_parts, seal
 from pipeline.composition.sensitivities import Sensitivity, measure_blocks
 from pipeline.composition.target import Target
 from pipeline.errors import (
@@ -44,9 +53,11 @@ from pipeline.run.claim import claim
 from pipeline.run.commits import Finding, quarantine, read_manifest
 from pipeline.run.evaluations import find_evaluations, measured_on
 from pipeline.run.records import MANIFEST_KEY
-from pipeline.run.worker_api import PartsOfRuns
 from pipeline.run.worst_windows import find_worst_windows
 from pipeline.storage.object_store import ObjectStore
+
+_MOST_SIZES = 8
+"""How often a choice by layers is made smaller until its files are: by a few bytes, if at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +72,7 @@ class Composing:
         beside: prefixes of what the output may hold before it is claimed (see `check_empty`).
         kept_in_runs: whether each run keeps what its blocks cost, for other compositions of it;
             else the output does.
+        by_layers: whether layers of a block may come from several runs.
     """
 
     target: Target
@@ -72,6 +84,7 @@ class Composing:
     source_url: str
     beside: tuple[str, ...] = ()
     kept_in_runs: bool = False
+    by_layers: bool = False
 
     def outlook(self) -> Outlook:
         """Measure what each block alone costs, keep that, and choose by it.
@@ -89,7 +102,62 @@ class Composing:
             )
         choice = choices.within(limit)
         assert choice is not None
-        return Outlook.of(self.runs, self.target, sensitivities, choices, numbers, choice)
+        outlook = Outlook.of(self.runs, self.target, sensitivities, choices, numbers, choice)
+        if not self.by_layers:
+            return outlook
+        found = self._choice_by_layers(sensitivities)
+        if found is None or (found.picked, found.layers) == (outlook.choice.picked, ()):
+            why = "no other is small enough" if found is None else "it is the best by layers too"
+            log_event("by layers", f"the choice of whole blocks stands alone: {why}")
+            return outlook
+        return dataclasses.replace(outlook, by_layers=outlook.point(self.runs, found))
+
+    def _choice_by_layers(
+        self, sensitivities: Sequence[Sequence[Sensitivity]]
+    ) -> LayerChoice | None:
+        """The best choice of layers that the target has room for, with its exact size."""
+        given = self.texts.measured
+        at_once = self.compute.evaluation_pass(self.runs[0].plan, given)
+        with status("measuring what layers alone do to their blocks"):
+            errors = measure_layers(
+                self.compute.executor,
+                self._kept_at,
+                self.runs,
+                given,
+                tokens_per_pass=at_once,
+                tell=partial(log_event, "measured"),
+            )
+        choices = LayerChoices(self.runs, sensitivities, errors)
+        limit = self.target.block_bytes(self.runs[0])
+        most = limit
+        for _ in range(_MOST_SIZES):
+            found = choices.within(most)
+            if found is None:
+                return None
+            size = self._exact_size(found)
+            if size <= limit:
+                return dataclasses.replace(found, size_bytes=size)
+            most = min(most, found.size_bytes) - (size - limit)
+        return None
+
+    def _exact_size(self, choice: LayerChoice) -> int:
+        """Of all blocks: those that come from several runs are put together to know it."""
+        plan = composed_plan(self.runs, choice.picked, self.recipe_name, choice.layers)
+        mixed = sorted({one.block + 1 for one in choice.layers})
+        made = assemble_each(
+            self.compute.executor, parts_of_runs(plan, self.runs), self.source_url, "", mixed
+        )
+        whole = [
+            part_bytes(self.runs[number].records[part])
+            for part, number in enumerate(choice.picked, 1)
+            if part not in mixed
+        ]
+        return sum(one.size_bytes for one in made) + sum(whole)
+
+    @property
+    def _kept_at(self) -> list[ObjectStore]:
+        """Where what is measured of each run is kept."""
+        return [run.store if self.kept_in_runs else self.store for run in self.runs]
 
     def _sensitivities(self) -> tuple[tuple[Sensitivity, ...], ...]:
         given = self.texts.measured
@@ -97,24 +165,23 @@ class Composing:
         with status("measuring what each block alone costs the model"):
             return measure_blocks(
                 self.compute.executor,
-                [run.store if self.kept_in_runs else self.store for run in self.runs],
+                self._kept_at,
                 self.runs,
                 given,
                 tokens_per_pass=at_once,
                 tell=partial(log_event, "measured"),
             )
 
-    def evaluated(self, picked: Sequence[int]) -> Rows:
-        """What is found of an artifact of which run `picked[b]` gives block b."""
-        plan = composed_plan(self.runs, picked, self.recipe_name)
+    def evaluated(self, pick: Pick) -> Rows:
+        """What is found of the artifact that such parts of the runs make."""
+        picked, layers = pick
+        plan = composed_plan(self.runs, picked, self.recipe_name, layers)
         given = self.texts.judged
         return measure(
             self.compute.executor,
             given,
             self.compute.evaluation_pass(plan, given),
-            PartsOfRuns(
-                plan=plan, run_urls=tuple(run.store.root_url for run in self._givers(plan))
-            ),
+            parts_of_runs(plan, self.runs),
         )
 
     @property
@@ -127,6 +194,7 @@ class Composing:
             [run.manifest.record_sha256 for run in self.runs],
             measured_windows.digest,
             self.texts.judged_digest,
+            by_layers=self.by_layers,
         )
 
     def decided_before(self) -> Decision | None:
@@ -153,7 +221,7 @@ class Composing:
 
     def decided(
         self, outlook: Outlook, check_lease: Callable[[], None]
-    ) -> tuple[Decision, Mapping[tuple[int, ...], Rows]]:
+    ) -> tuple[Decision, Mapping[Pick, Rows]]:
         """The decision, as it was made before or is made now, and what was measured for it now.
 
         Args:
@@ -163,18 +231,30 @@ class Composing:
         if before is not None:
             return before, {}
         wanted = self.question
-        picked = outlook.choice.picked
-        found: dict[tuple[int, ...], Rows] = {}
+        found: dict[Pick, Rows] = {}
         costs: dict[int, float] = {}
         limit = self.target.block_bytes(self.runs[0])
-        if len(set(picked)) > 1:
-            found[picked] = self.evaluated(picked)
+        mixed = [x for x in (outlook.choice, outlook.by_layers) if x is not None and x.is_mixed]
+        for point in mixed:
+            found[point.pick] = self.evaluated(point.pick)
+        if mixed:
             for number, run in enumerate(self.runs):
                 if blocks_bytes(run) <= limit:
-                    uniform = (number,) * len(picked)
+                    uniform = ((number,) * len(outlook.choice.picked), ())
                     found[uniform] = self.evaluated(uniform)
                     costs[number] = self._cost(found[uniform])
-        measured = self._cost(found[picked]) if found else None
+        # Of equal ones whole blocks, which come first.
+        mixed.sort(key=lambda point: self._cost(found[point.pick]))
+        choice = mixed[0] if mixed else outlook.choice
+        measured = self._cost(found[choice.pick]) if mixed else None
+        other = None
+        for point in mixed[1:]:
+            other = OtherChoice(
+                by="layers" if point.layers else "blocks",
+                size_bytes=point.num_bytes,
+                expected=point.expected,
+                measured=_finite(self._cost(found[point.pick])),
+            )
         best = min(costs, key=lambda number: (costs[number], number), default=None)
         kept = None
         if best is not None and measured is not None and costs[best] < measured:
@@ -194,11 +274,14 @@ class Composing:
                 )
                 for number, run in enumerate(self.runs)
             ),
-            picked=picked,
-            size_bytes=outlook.choice.num_bytes,
-            expected=outlook.choice.expected,
+            picked=choice.picked,
+            size_bytes=choice.num_bytes,
+            expected=choice.expected,
             measured=_finite(measured),
             kept=kept,
+            by_layers=self.by_layers,
+            layers=choice.layers,
+            other=other,
         )
         check_lease()
         self.store.put(made.key, made.to_json())
@@ -221,7 +304,8 @@ class Composing:
             damaged: found in what was finished before; it is moved aside and made again.
             wanted: exports to note, by key, beside a new plan.
         """
-        plan = composed_plan(self.runs, decision.givers, self.recipe_name)
+        picked, layers = decision.given
+        plan = composed_plan(self.runs, picked, self.recipe_name, layers)
         plan = dataclasses.replace(plan, source_url=self.source_url)
         windows = None
         for run in self.runs:
@@ -240,16 +324,21 @@ class Composing:
             copy_parts(
                 self.store,
                 plan,
-                self._givers(plan),
+                self.runs,
+                assembled=partial(
+                    assemble_each,
+                    self.compute.executor,
+                    parts_of_runs(plan, self.runs),
+                    self.source_url,
+                    self.store.root_url,
+                ),
                 check_lease=check_lease,
                 tell=partial(log_event, "copied"),
             )
         self.compute.executor.run(seal, self.store.root_url, self.source_url)
         return plan
 
-    def judged(
-        self, asked: AskedTexts, decision: Decision, found: Mapping[tuple[int, ...], Rows]
-    ) -> Fidelity:
+    def judged(self, asked: AskedTexts, decision: Decision, found: Mapping[Pick, Rows]) -> Fidelity:
         """The figures of what is kept.
 
         They are stored where they were asked for, and not those of the texts that the choice was
@@ -266,16 +355,11 @@ class Composing:
             # They are written last.
             if is_same and (not given.text_sets or find_worst_windows(self.store, one)):
                 return Fidelity.from_figures(one.figures)
-        rows = found.get(decision.givers) or self.evaluated(decision.givers)
+        rows = found.get(decision.given) or self.evaluated(decision.given)
         if not asked.judges:
             return fidelity_of(judged, rows)
         rows = rows[len(judged.batches) - len(given.batches) :]  # those of tasks are last
         return keep(self.compute.executor, self.store, self.source_url, manifest, given, rows)
-
-    def _givers(self, plan: Plan) -> list[GivenRun]:
-        """The run that gives each part."""
-        by_manifest = {run.manifest.record_sha256: run for run in self.runs}
-        return [by_manifest[origin.manifest_sha256] for origin in plan.composed]
 
 
 def _finite(cost: float | None) -> float | None:

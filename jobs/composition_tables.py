@@ -11,8 +11,9 @@ from rich.text import Text
 
 from jobs.quantities import size
 from pipeline.composition.choice import Choice, Choices
-from pipeline.composition.composed_plan import GivenRun, part_bytes
+from pipeline.composition.composed_plan import GivenLayers, GivenRun, Pick, part_bytes
 from pipeline.composition.decision import blocks_bytes, picked_runs
+from pipeline.composition.layer_choice import LayerChoice
 from pipeline.composition.sensitivities import Sensitivity
 from pipeline.composition.target import Target, block_weights
 
@@ -57,13 +58,26 @@ class Point:
     """The best choice of a size.
 
     Attributes:
+        num_bytes: of all weights files.
         picked: of each block, the number of the run.
+        layers: what others give of blocks.
     """
 
     num_bytes: int
     bits: float
     expected: float
     picked: tuple[int, ...]
+    layers: tuple[GivenLayers, ...] = ()
+
+    @property
+    def pick(self) -> Pick:
+        """What the runs give."""
+        return self.picked, self.layers
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether more than one run gives anything."""
+        return len(set(self.picked)) > 1 or bool(self.layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +86,8 @@ class Outlook:
 
     Attributes:
         figure, num_windows: what costs are, and on how many windows they were measured.
-        curve: the best choices, by size.
+        curve: the best choices of whole blocks, by size.
+        by_layers: the best choice of layers, where it was asked for and is another one.
     """
 
     target: str
@@ -82,6 +97,7 @@ class Outlook:
     blocks: tuple[BlockRow, ...]
     choice: Point
     curve: tuple[Point, ...]
+    by_layers: Point | None = None
 
     @classmethod
     def of(
@@ -138,6 +154,16 @@ class Outlook:
             curve=tuple(map(point, choices.curve(_NUM_POINTS))),
         )
 
+    def point(self, runs: Sequence[GivenRun], found: LayerChoice) -> Point:
+        """A choice of layers."""
+        return Point(
+            num_bytes=found.size_bytes + part_bytes(runs[0].records[0]),
+            bits=8 * found.size_bytes / block_weights(runs[0]),
+            expected=found.cost,
+            picked=found.picked,
+            layers=found.layers,
+        )
+
     def tables(self) -> Group:
         """All of it, for people."""
         figure = "KL, nats a token" if self.figure == "divergence" else "1 - mean cosine"
@@ -165,7 +191,24 @@ class Outlook:
                 f"{one.expected:.5f}",
                 Text(blocks_of(one.picked, names)),
             )
-        return Group(blocks, curve, Text(f"{self.target}; bits and sizes are as stored"))
+        if (found := self.by_layers) is not None:
+            mixed = len({one.block for one in found.layers})
+            words = f"{blocks_of(found.picked, names)}; layers of {mixed} blocks from others"
+            cost = f"{found.expected:.5f}"
+            curve.add_row(
+                "by layers", size(found.num_bytes), f"{found.bits:.3f}", cost, Text(words)
+            )
+        rows = [blocks, curve]
+        if self.by_layers is not None:
+            rows.append(_layers_table(self.by_layers.layers, names))
+        return Group(*rows, Text(f"{self.target}; bits and sizes are as stored"))
+
+
+def _layers_table(layers: Sequence[GivenLayers], names: Sequence[str]) -> Table:
+    table = Table("block", "layers", "of", title="layers from other runs than most of their block")
+    for one in layers:
+        table.add_row(str(one.block), Text(", ".join(one.layers)), Text(names[one.run]))
+    return table
 
 
 def _cost(cost: float | None, error: float | None) -> str:

@@ -241,13 +241,12 @@ class TokensPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartOrigin:
-    """The finished run that gives a part of a composed result.
+class LayersOrigin:
+    """The finished run that gives some layers of a part whose others come from another.
 
     Attributes:
-        recipe: the name of its recipe.
-        manifest_sha256: of the run.
-        record_sha256: of the part's record there.
+        recipe, manifest_sha256, record_sha256: as of `PartOrigin`.
+        layers: paths.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -255,6 +254,26 @@ class PartOrigin:
     recipe: str
     manifest_sha256: str
     record_sha256: str
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartOrigin:
+    """The finished run that gives a part of a composed result.
+
+    Attributes:
+        recipe: the name of its recipe.
+        manifest_sha256: of the run.
+        record_sha256: of the part's record there.
+        layers: what other runs give of the part; omitted where it is whole.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    recipe: str
+    manifest_sha256: str
+    record_sha256: str
+    layers: tuple[LayersOrigin, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +330,9 @@ class Plan(StoredRecord):
         for name in ("notes", "composed", "statistics_url"):
             if not values[name]:
                 del values[name]
+        for origin in values.get("composed", ()):
+            if not origin["layers"]:
+                del origin["layers"]
         if self.makes == "artifact":
             del values["makes"]
         if self.tokens is not None and self.tokens.attention == "scores":

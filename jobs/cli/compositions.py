@@ -37,6 +37,14 @@ def compose(
     measure_windows: Annotated[
         int, typer.Option(min=1, max=1_000_000, help="Token windows to measure it on.")
     ] = 8,
+    by_layers: Annotated[
+        bool,
+        typer.Option(
+            "--by-layers",
+            help="Let layers of a block come from several runs too, those that read one input "
+            "together; whole blocks are kept where they measure better.",
+        ),
+    ] = False,
     evaluate_on: options.EvaluateOn = None,
     tasks: options.Tasks = None,
     chat: options.Chat = None,
@@ -75,6 +83,7 @@ def compose(
         output_url=output,
         target=Target(bits=target_bits, num_bytes=target_bytes),
         source_url=source or "",
+        by_layers=by_layers,
         asked=AskedTexts(
             measure_texts=tuple(measure_on or ()),
             measure_windows=measure_windows,

@@ -21,7 +21,12 @@ from jobs.fleet.composition_forecast import foresee_composition
 from jobs.fleet.intact_runs import IntactRun, find_intact, intact, read_intact
 from jobs.logging import log_event, status
 from jobs.publish.releases import find_current
-from pipeline.composition.composed_plan import GivenRun, check_composable, read_given_run
+from pipeline.composition.composed_plan import (
+    GivenRun,
+    Pick,
+    check_composable,
+    read_given_run,
+)
 from pipeline.composition.decision import Decision, check_target
 from pipeline.errors import DamagedObjectError, MissingObjectError, PipelineError
 from pipeline.executor.protocol import FunctionRunner
@@ -33,7 +38,7 @@ from pipeline.run.commits import Finding, read_manifest
 from pipeline.run.lease import Lease
 from pipeline.storage.object_store import ObjectStore
 
-_NOTHING: Mapping[tuple[int, ...], Rows] = MappingProxyType({})
+_NOTHING: Mapping[Pick, Rows] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -212,8 +212,10 @@ def facts_of(contents: Contents) -> list[tuple[str, str]]:
         if key in given:
             rows.append((label, given[key]))
     for origin in given.get("composed", ()):
-        parts = ", ".join(map(str, origin["parts"]))
-        rows.append((f"parts of the run {origin['recipe']}", parts))
+        for what in ("parts", "layers"):
+            if origin.get(what):
+                given_by = ", ".join(map(str, origin[what]))
+                rows.append((f"{what} of the run {origin['recipe']}", given_by))
         rows.append(("SHA-256 of its manifest.json", origin["manifest_sha256"]))
     calibration = given.get("calibration") or {}
     for label, key in (

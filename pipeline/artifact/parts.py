@@ -24,7 +24,7 @@ from pipeline.errors import ArtifactError, WeightsFileError
 from pipeline.model.preset import INDEX_FILE
 from pipeline.model.preset_json import quantized_json
 from pipeline.model.weight_layout import StoredVariable
-from pipeline.plan import Plan
+from pipeline.plan import LayersOrigin, PartOrigin, Plan
 from pipeline.run.commits import verify_and_seal
 from pipeline.run.records import (
     ARTIFACT_PREFIX,
@@ -167,7 +167,15 @@ def decode_part(part: Part, data: bytes) -> dict[str, NDArray[Any]]:
     Raises:
         WeightsFileError: a file that is damaged, hostile, or does not hold exactly this part.
     """
-    groups = read_weights_file(data, max_bytes=part.num_bytes)
+    return values_of(part, read_weights_file(data, max_bytes=part.num_bytes))
+
+
+def values_of(part: Part, groups: Mapping[str, Sequence[NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    """A part's values by `name_path`, of the arrays of its file by HDF5 group.
+
+    Raises:
+        WeightsFileError: they are not exactly those of this part.
+    """
     found = Counter({name: len(arrays) for name, arrays in groups.items()})
     expected = Counter(variable.h5_group for variable in part.variables)
     for name in sorted(found | expected):
@@ -323,9 +331,18 @@ def _provenance(plan: Plan) -> dict[str, Any]:
 
 
 def _origins(plan: Plan) -> list[dict[str, Any]]:
-    """The runs that a composition is made of, each with the parts that it gives."""
+    """The runs that a composition is made of, each with the parts that it gives.
+
+    A run may give single layers of parts too, or these alone.
+    """
     found: dict[str, dict[str, Any]] = {}
+
+    def run(origin: PartOrigin | LayersOrigin) -> dict[str, Any]:
+        named = {"recipe": origin.recipe, "manifest_sha256": origin.manifest_sha256, "parts": []}
+        return found.setdefault(origin.manifest_sha256, named)
+
     for part, origin in enumerate(plan.composed):
-        run = {"recipe": origin.recipe, "manifest_sha256": origin.manifest_sha256, "parts": []}
-        found.setdefault(origin.manifest_sha256, run)["parts"].append(part)
+        run(origin)["parts"].append(part)
+        for some in origin.layers:
+            run(some).setdefault("layers", []).extend(some.layers)
     return [found[digest] for digest in sorted(found)]

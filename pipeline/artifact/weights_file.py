@@ -92,6 +92,16 @@ def read_weights_file(data: bytes, *, max_bytes: int) -> dict[str, list[NDArray[
         ) from None
 
 
+def stored_bytes(data: bytes) -> dict[str, int]:
+    """What the arrays of each group take in a weights file; all else in it is HDF5's own."""
+    sizes: dict[str, int] = {}
+    with h5py.File(io.BytesIO(data), "r") as file:
+        for path, dataset in _walk(file):
+            group = path.rpartition("/")[0]
+            sizes[group] = sizes.get(group, 0) + int(dataset.id.get_storage_size())
+    return sizes
+
+
 def _make_group(file: h5py.File, name: str) -> h5py.Group:
     group = file
     # One level at a time: HDF5 stores the time in intermediate groups that it creates itself.

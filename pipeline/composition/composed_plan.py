@@ -8,18 +8,21 @@ give. Part 0, which is outside the blocks, is the same in all of them, and the f
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
+
+from pydantic import ConfigDict
 
 from pipeline.errors import PipelineError
-from pipeline.plan import PartOrigin, PartPlan, Plan, read_plan
+from pipeline.plan import LayersOrigin, PartOrigin, PartPlan, Plan, read_plan
 from pipeline.recipe.recipe import Recipe, Rule
 from pipeline.run.claim import differences
 from pipeline.run.commits import read_manifest
 from pipeline.run.records import Manifest, PartRecord
+from pipeline.run.worker_api import LayersOfRun, PartsOfRuns
 from pipeline.storage.object_store import ObjectStore
-from pipeline.storage.record import MAX_RECORD_BYTES
+from pipeline.storage.record import MAX_RECORD_BYTES, STRICT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +133,7 @@ def check_names(plans: Sequence[Plan]) -> None:
     Raises:
         PipelineError: names two blocks.
     """
-    keys = _policy_keys(plans)
+    keys = policy_keys(plans)
     block_of: dict[str, str] = {}
     for part in plans[0].parts:
         for key in {keys[layer.path] for layer in part.layers if layer.path in keys}:
@@ -143,7 +146,7 @@ def check_names(plans: Sequence[Plan]) -> None:
                 )
 
 
-def _policy_keys(plans: Sequence[Plan]) -> dict[str, str]:
+def policy_keys(plans: Sequence[Plan]) -> dict[str, str]:
     """What Keras looks a layer's policy up by, for each layer that has one in any plan."""
     known = dict.fromkeys(key for plan in plans for key in plan.policies)
     paths = [layer.path for part in plans[0].parts for layer in part.layers]
@@ -187,21 +190,53 @@ def _differences(first: Plan, second: Plan) -> Iterable[str]:
         yield f"{path}, outside the blocks, is {schemes[0]}, there {schemes[1]}"
 
 
-def composed_plan(runs: Sequence[GivenRun], picked: Sequence[int], name: str) -> Plan:
+@dataclass(frozen=True, kw_only=True)
+class GivenLayers:
+    """Layers of a block that another run gives than the rest of it.
+
+    Attributes:
+        block: its number.
+        run: the number of the run.
+        layers: paths: all layers of any run's input group, or none (see `layer_choice`).
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    block: int
+    run: int
+    layers: tuple[str, ...]
+
+
+Pick: TypeAlias = tuple[tuple[int, ...], tuple[GivenLayers, ...]]
+"""Of each block, the number of the run that gives it, but for layers that others give."""
+
+
+def composed_plan(
+    runs: Sequence[GivenRun],
+    picked: Sequence[int],
+    name: str,
+    given_layers: Sequence[GivenLayers] = (),
+) -> Plan:
     """The plan of a composition; that of one run, but for the origins, if it gives all blocks.
 
     Args:
         runs: as `check_composable` lets pass.
         picked: the number of the run that gives each block.
         name: of the composition's recipe.
+        given_layers: what other runs give of blocks.
     """
     givers = [runs[number] for number in picked]
-    if len(set(picked)) == 1:
+    if len(set(picked)) == 1 and not given_layers:
         only = givers[0]
         origins = tuple(only.origin(part.part) for part in only.plan.parts)
         return replace(only.plan, composed=origins, statistics_url="")
     by_part = (runs[0], *givers)
-    plans = [run.plan for run in by_part]
+    others = {(one.block + 1, path): runs[one.run] for one in given_layers for path in one.layers}
+    by_layer = [
+        {layer.path: others.get((part, layer.path), run) for layer in run.plan.parts[part].layers}
+        for part, run in enumerate(by_part)
+    ]
+    plans = [*(run.plan for run in by_part), *(runs[one.run].plan for one in given_layers)]
     # A block without calibration is the same wherever it stands. Of runs that are calibrated on the
     # quantized model and on the float one, the former's recipe allows all schemes.
     calibrated = min(
@@ -211,14 +246,14 @@ def composed_plan(runs: Sequence[GivenRun], picked: Sequence[int], name: str) ->
     )
     tunings = {plan.recipe.tuning for plan in plans[1:]}
     first = runs[0].plan
-    parts = tuple(plan.parts[number] for number, plan in enumerate(plans))
-    rules = [rule for n, part in enumerate(parts) if n for rule in _rules(part, plans[n].recipe)]
-    keys = _policy_keys([run.plan for run in runs])
+    parts = tuple(_part(number, run, by_layer[number]) for number, run in enumerate(by_part))
+    rules = [rule for n, part in enumerate(parts) if n for rule in _rules(part, by_layer[n])]
+    keys = policy_keys([run.plan for run in runs])
     policies = {
-        keys[layer.path]: plan.policies[keys[layer.path]]
-        for part, plan in zip(parts, plans, strict=True)
-        for layer in part.layers
-        if keys.get(layer.path) in plan.policies
+        keys[path]: run.plan.policies[keys[path]]
+        for of_part in by_layer
+        for path, run in of_part.items()
+        if keys.get(path) in run.plan.policies
     }
     recipe: dict[str, Any] = first.recipe.to_dict() | {
         "name": name,
@@ -239,14 +274,61 @@ def composed_plan(runs: Sequence[GivenRun], picked: Sequence[int], name: str) ->
         policies=policies,
         weights_format=max(plan.weights_format for plan in plans),
         notes=tuple(dict.fromkeys(note for plan in plans for note in plan.notes)),
-        composed=tuple(run.origin(part) for part, run in enumerate(by_part)),
+        composed=tuple(
+            replace(
+                run.origin(part),
+                layers=tuple(
+                    _layers_origin(runs[one.run].origin(part), one.layers)
+                    for one in given_layers
+                    if one.block + 1 == part
+                ),
+            )
+            for part, run in enumerate(by_part)
+        ),
         statistics_url="",
     )
 
 
-def _rules(part: PartPlan, recipe: Recipe) -> Iterable[Rule]:
-    """What a recipe asks for in a block, as rules for this block alone."""
-    wanted = {x.path: recipe.scheme_for(x.path, x.kind) for x in part.layers if x.kind == "kernel"}
+def _layers_origin(of: PartOrigin, layers: tuple[str, ...]) -> LayersOrigin:
+    return LayersOrigin(
+        recipe=of.recipe,
+        manifest_sha256=of.manifest_sha256,
+        record_sha256=of.record_sha256,
+        layers=layers,
+    )
+
+
+def _part(number: int, run: GivenRun, by_layer: Mapping[str, GivenRun]) -> PartPlan:
+    """A part of a run, with the layers of others, and their inputs."""
+    part = run.plan.parts[number]
+    if all(giver is run for giver in by_layer.values()):
+        return part
+    planned = {
+        id(giver): {layer.path: layer for layer in giver.plan.parts[number].layers}
+        for giver in by_layer.values()
+    }
+    places = {layer.name: place for place, layer in enumerate(part.layers)}
+    givers = {layer.name: by_layer[layer.path] for layer in part.layers}
+    groups = [
+        group
+        for giver in {id(giver): giver for giver in by_layer.values()}.values()
+        for group in giver.plan.parts[number].groups
+        if all(givers[name] is giver for name in group.targets)
+    ]
+    return replace(
+        part,
+        layers=tuple(planned[id(by_layer[x.path])][x.path] for x in part.layers),
+        groups=tuple(sorted(groups, key=lambda group: places[group.targets[0]])),
+    )
+
+
+def _rules(part: PartPlan, by_layer: Mapping[str, GivenRun]) -> Iterable[Rule]:
+    """What the recipes of a block's layers ask for, as rules for this block alone."""
+    wanted = {
+        x.path: by_layer[x.path].plan.recipe.scheme_for(x.path, x.kind)
+        for x in part.layers
+        if x.kind == "kernel"
+    }
     first = next(iter(wanted.values()), None)
     inside = all(path.startswith(f"{part.name}/") for path in wanted)
     if inside and all(scheme == first for scheme in wanted.values()):
@@ -254,3 +336,17 @@ def _rules(part: PartPlan, recipe: Recipe) -> Iterable[Rule]:
         return
     for path, scheme in wanted.items():
         yield Rule(pattern=f"^{re.escape(path)}$", scheme=scheme)
+
+
+def parts_of_runs(plan: Plan, runs: Sequence[GivenRun]) -> PartsOfRuns:
+    """Where the parts of a composition's plan are, and the layers that others give of them."""
+    urls = {run.manifest.record_sha256: run.store.root_url for run in runs}
+    return PartsOfRuns(
+        plan=plan,
+        run_urls=tuple(urls[origin.manifest_sha256] for origin in plan.composed),
+        layers=tuple(
+            LayersOfRun(part=part, url=urls[one.manifest_sha256], layers=one.layers)
+            for part, origin in enumerate(plan.composed)
+            for one in origin.layers
+        ),
+    )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
 from pipeline.composition.choice import Choice, Choices, Option
-from pipeline.composition.composed_plan import GivenRun, part_bytes
+from pipeline.composition.composed_plan import GivenLayers, GivenRun, Pick, part_bytes
 from pipeline.composition.sensitivities import COMPOSITION_PREFIX, Sensitivity
 from pipeline.composition.target import Target, block_weights
 from pipeline.errors import PipelineError, UnusableResultError
@@ -121,6 +121,23 @@ class JudgedRun:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OtherChoice:
+    """The composition that measured no better, of that by blocks and that by layers.
+
+    Attributes:
+        by: what its runs give.
+        size_bytes, expected, measured: as of `Decision`.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    by: Literal["blocks", "layers"]
+    size_bytes: int
+    expected: float
+    measured: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Decision(StoredRecord):
     """How a composition came about.
 
@@ -133,6 +150,9 @@ class Decision(StoredRecord):
         measured: what it costs.
         kept: the number of the run that is kept whole, since it measured better; None if the
             choice is kept.
+        by_layers: whether layers of a block might come from several runs; omitted if not.
+        layers: those that others give than `picked` says; omitted where there are none.
+        other: what else was measured; omitted where there was one choice.
     """
 
     key: ClassVar[str] = f"{COMPOSITION_PREFIX}decision.json"
@@ -146,6 +166,16 @@ class Decision(StoredRecord):
     expected: float
     measured: float | None
     kept: int | None
+    by_layers: bool = False
+    layers: tuple[GivenLayers, ...] = ()
+    other: OtherChoice | None = None
+
+    def content(self) -> dict[str, Any]:
+        values = super().content()
+        for name in ("by_layers", "layers", "other"):
+            if not values[name]:
+                del values[name]
+        return values
 
     @property
     def question(self) -> dict[str, Any]:
@@ -155,6 +185,7 @@ class Decision(StoredRecord):
             [run.manifest_sha256 for run in self.runs],
             self.windows_sha256,
             self.judged_on,
+            by_layers=self.by_layers,
         )
 
     @property
@@ -162,13 +193,16 @@ class Decision(StoredRecord):
         """Which result is kept, and why, in words."""
         size = f"{self.size_bytes:,} bytes"
         measured = "not finite" if self.measured is None else f"{self.measured:.5f}"
-        if len(set(self.picked)) == 1:
+        if len(set(self.picked)) == 1 and not self.layers:
             only = self.runs[self.picked[0]].recipe
             return f"the best choice within {self.target} is the run {only} as it is, {size}"
+        composition = "composition"
+        if self.by_layers:
+            composition = f"composition of {'layers' if self.layers else 'whole blocks'}"
         if self.kept is not None:
             run = self.runs[self.kept]
             return (
-                f"the composition ({size}) costs {measured}, and the run {run.recipe} "
+                f"the {composition} ({size}) costs {measured}, and the run {run.recipe} "
                 f"({run.size_bytes:,} bytes) {run.measured:.5f}: the run is kept, and the output "
                 "is a copy of it"
             )
@@ -178,8 +212,11 @@ class Decision(StoredRecord):
             if run.measured is not None
         ]
         beside = f"; of runs within the target: {', '.join(others)}" if others else ""
+        if self.other is not None:
+            cost = "not finite" if self.other.measured is None else f"{self.other.measured:.5f}"
+            beside = f"; by {self.other.by} {cost} ({self.other.size_bytes:,} bytes){beside}"
         return (
-            f"the composition, {size}, costs {measured}, where {self.expected:.5f} was expected "
+            f"the {composition}, {size}, costs {measured}, where {self.expected:.5f} was expected "
             f"of its blocks alone{beside}"
         )
 
@@ -188,9 +225,19 @@ class Decision(StoredRecord):
         """Of each block, the number of the run that gives it to the result that is kept."""
         return self.picked if self.kept is None else (self.kept,) * len(self.picked)
 
+    @property
+    def given(self) -> Pick:
+        """All that is given to the result that is kept."""
+        return self.givers, self.layers if self.kept is None else ()
+
 
 def question(
-    target: Target, manifests: Sequence[str], windows_sha256: str, judged_on: str
+    target: Target,
+    manifests: Sequence[str],
+    windows_sha256: str,
+    judged_on: str,
+    *,
+    by_layers: bool = False,
 ) -> dict[str, Any]:
     """What a decision depends on, but for what is measured."""
     return {
@@ -198,4 +245,5 @@ def question(
         "runs": list(manifests),
         "windows": windows_sha256,
         "judged_on": judged_on,
+        "by_layers": by_layers,
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -28,8 +28,10 @@ from pipeline.storage.record import StoredRecord
 
 COMPOSITION_PREFIX = "composition/"
 """Of what a composition keeps in its folder besides what every run does."""
-_PREFIX = f"{COMPOSITION_PREFIX}sensitivities/"
 _MOST_LOSSES = 5
+_PASSES_HELD = 3
+"""Of how many passes of a block a worker holds the source's activations at once: they take less
+than what a block computes for one pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +61,10 @@ class Sensitivity(StoredRecord):
 
     @classmethod
     def of(
-        cls, run: GivenRun, part: int, windows_sha256: str, found: Sequence[WindowFidelity]
+        cls, run: GivenRun, part: int, windows_sha256: str, given: Sequence[list[WindowFidelity]]
     ) -> Self:
         """The sensitivity from what was found of each window."""
+        found = [window for some in given for window in some]
         predicts = any(window.source_loss for window in found)
         count = sum(window.count for window in found)
         sums = [w.divergence if predicts else w.count - w.cosine for w in found]
@@ -108,6 +111,58 @@ def measure_blocks(
     Raises:
         ExecutorError: workers were lost again and again.
     """
+    return measured(
+        Sensitivity,
+        WorkerApi.sensitivities,
+        f"{COMPOSITION_PREFIX}sensitivities/",
+        executor,
+        stores,
+        runs,
+        given,
+        tokens_per_pass=tokens_per_pass,
+        tell=tell,
+    )
+
+
+class BlockRecord(Protocol):
+    """What is kept of a block of a run."""
+
+    @classmethod
+    def of(cls, run: GivenRun, part: int, windows_sha256: str, given: Sequence[Any]) -> Self:
+        """The record of what workers found, for each of the parts that windows came in."""
+
+    @classmethod
+    def read(cls, store: ObjectStore, key: str) -> Self: ...
+
+    def to_json(self) -> bytes: ...
+
+
+RecordT = TypeVar("RecordT", bound=BlockRecord)
+
+
+def measured(
+    kind: type[RecordT],
+    method: Callable[..., list[Any]],
+    prefix: str,
+    executor: Executor,
+    stores: Sequence[ObjectStore],
+    runs: Sequence[GivenRun],
+    given: EvaluationSet,
+    *,
+    tokens_per_pass: int,
+    tell: Callable[[str], None],
+) -> tuple[tuple[RecordT, ...], ...]:
+    """What is kept of every block of every run, measured where it is not known.
+
+    Workers hold the source's activations of all windows that they are given, twice. Many windows
+    come one part after another; what is found of a block is kept after the last.
+
+    Args:
+        kind: of the records.
+        method: of `WorkerApi`: (block, runs, given, tokens_per_pass) → what is found, for each run.
+        prefix: of the records' keys.
+        executor, stores, runs, given, tokens_per_pass, tell: as of `measure_blocks`.
+    """
     assert given.windows is not None
     windows_sha256 = given.windows.digest
     context = digest_of([runs[0].plan.source_digest, runs[0].plan.recipe.dtype, windows_sha256])
@@ -115,58 +170,69 @@ def measure_blocks(
 
     def key(run: GivenRun, part: int) -> str:
         weights = run.records[part].sha256
-        return f"{_PREFIX}{context}/block-{part - 1:05d}-{weights[:16]}.json"
+        return f"{prefix}{context}/block-{part - 1:05d}-{weights[:16]}.json"
 
     kept_at = {run.store.root_url: store for run, store in zip(runs, stores, strict=True)}
-    known: dict[str, Sensitivity] = {}
+    known: dict[str, RecordT] = {}
     present: dict[str, ObjectStore] = {}
     for store in {store.root_url: store for store in stores}.values():
-        for name in store.list(f"{_PREFIX}{context}/"):
+        for name in store.list(f"{prefix}{context}/"):
             present.setdefault(name, store)
     for name in sorted({key(run, part) for run in runs for part in range(1, num_blocks + 1)}):
         if name in present:
             try:
-                known[name] = Sensitivity.read(present[name], name)
+                known[name] = kind.read(present[name], name)
             except (DamagedObjectError, MissingObjectError) as error:
                 tell(f"{error}; it is measured again")
                 present[name].delete(name)
+    parts = _parts(given, tokens_per_pass)
+    found: dict[tuple[str, int], Any] = {}
     losses = 0
     while True:
         pending = {
-            block: list(missing.values())
+            (number, block): missing
+            for number in range(len(parts))
             for block in range(num_blocks)
-            if (missing := {n: run for run in runs if (n := key(run, block + 1)) not in known})
+            if (
+                missing := [
+                    run
+                    for run in runs
+                    if (name := key(run, block + 1)) not in known and (name, number) not in found
+                ]
+            )
         }
         if not pending:
             break
-        before = len(known)
+        before = len(known), len(found)
         try:
             # Artifacts are those that any block needs, so that workers go on with the same ones.
             asked = [run for run in runs if any(run in some for some in pending.values())]
             at = [RunAt(url=x.store.root_url, plan_digest=x.plan.digest) for x in asked]
             handles = {
-                block: executor.submit(
+                (number, block): executor.submit(
                     # The first blocks have most behind them: every worker gets some of them.
                     place % executor.num_workers,
-                    WorkerApi.sensitivities,
+                    method,
                     block,
                     at,
-                    given,
+                    parts[number],
                     tokens_per_pass,
                 )
-                for place, block in enumerate(pending)
+                for place, (number, block) in enumerate(pending)
             }
-            for number, (block, handle) in enumerate(handles.items(), 1):
-                [found] = executor.fetch([handle])
-                for run, rows in zip(asked, found, strict=True):
-                    made = Sensitivity.of(run, block + 1, windows_sha256, rows)
+            for done, ((number, block), handle) in enumerate(handles.items(), 1):
+                [of_runs] = executor.fetch([handle])
+                for run, one in zip(asked, of_runs, strict=True):
                     name = key(run, block + 1)
-                    if name not in known:
+                    found[name, number] = one
+                    each = [found.get((name, i)) for i in range(len(parts))]
+                    if name not in known and None not in each:
+                        made = kind.of(run, block + 1, windows_sha256, each)
                         kept_at[run.store.root_url].put(name, made.to_json())
                         known[name] = made
-                tell(f"block {block}: measured, {number} of {len(handles)}")
+                tell(f"block {block}: measured, {done} of {len(handles)}")
         except WorkerLostError as error:
-            losses = losses + 1 if len(known) == before else 1
+            losses = losses + 1 if (len(known), len(found)) == before else 1
             if losses > _MOST_LOSSES:
                 raise ExecutorError(
                     f"workers were lost {_MOST_LOSSES} times while they measured one block, the "
@@ -175,3 +241,16 @@ def measure_blocks(
                 ) from error
             executor.recover()
     return tuple(tuple(known[key(run, block + 1)] for run in runs) for block in range(num_blocks))
+
+
+def _parts(given: EvaluationSet, tokens_per_pass: int) -> list[EvaluationSet]:
+    """Windows in parts of a few passes each."""
+    assert given.windows is not None
+    num_windows, length = given.windows.tokens.shape
+    size = max(1, _PASSES_HELD * tokens_per_pass // max(1, length))
+    if size >= num_windows:
+        return [given]
+    return [
+        EvaluationSet(windows=given.windows.chosen(range(a, min(a + size, num_windows))))
+        for a in range(0, num_windows, size)
+    ]

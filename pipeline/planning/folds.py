@@ -17,11 +17,12 @@ import jax
 from pipeline.calibration.windows import TokenWindows
 from pipeline.fold import Fold, FoldedVariable
 from pipeline.model.blocks import Block, BlockGraph, Call
+from pipeline.model.call_shapes import taken_by
 from pipeline.model.inputs import InputLayout
 from pipeline.model.targets import call_with, recorded_inputs
 from pipeline.plan import InputGroup, LayerPlan
 from pipeline.planning.flat_program import FlatProgram, flat_program
-from pipeline.planning.input_groups import embedded_shapes, taken_by
+from pipeline.planning.input_groups import embedded_shapes
 from pipeline.planning.scale_paths import ScalePath, ScalePaths, Strides
 from quantizer import kernel_layout
 from quantizer.schemes import AWQScheme, Float8Scheme, Scheme

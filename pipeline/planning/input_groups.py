@@ -11,7 +11,8 @@ import numpy as np
 
 from pipeline.calibration.windows import TokenWindows
 from pipeline.errors import RecipeError, SourceError
-from pipeline.model.blocks import Block, BlockGraph, Call, Glue
+from pipeline.model.blocks import Block, BlockGraph
+from pipeline.model.call_shapes import Shapes, taken_by
 from pipeline.model.inputs import InputBatch, InputLayout
 from pipeline.model.preset import keras_errors
 from pipeline.model.targets import outputs_with
@@ -20,9 +21,6 @@ from pipeline.recipe.recipe import StatisticsKind, statistics_of
 from pipeline.worker.block_memory import BlockMemory
 from pipeline.worker.block_program import BlockProgram, hidden_states, trace_block
 from pipeline.worker.expert_products import expert_products
-
-Shapes = dict[int, Any]
-"""Shapes and dtypes of values, by number (see `pipeline.model.blocks`)."""
 
 # Of inputs that are not text: frames, and samples of sound, of which a model needs many.
 _ANY_LENGTHS = (16, 4096)
@@ -167,20 +165,6 @@ def embedded_shapes(
     with keras_errors(problem, "give arrays as the model's own preprocessor makes them"):
         embedded = jax.eval_shape(lambda values: outputs_with(graph.embed, values, inputs), weights)
     return dict(zip(graph.embedded, embedded, strict=True))
-
-
-def taken_by(call: Call, values: Shapes) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """What a call takes, once the glue before it has run, whose values are added."""
-    if call.glue is not None:
-        values |= _given_by(call.glue, values)
-    return tuple(jax.ShapeDtypeStruct(values[n].shape, values[n].dtype) for n in call.takes)
-
-
-def _given_by(glue: Glue, values: Mapping[int, Any]) -> Shapes:
-    weights = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in glue.model.weights]
-    taken = [values[number] for number in glue.takes]
-    given = jax.eval_shape(lambda *args: outputs_with(glue.model, *args), weights, taken)
-    return dict(zip(glue.gives, given, strict=True))
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 from numpy.typing import NDArray
+from pydantic import ConfigDict
 
 from pipeline.evaluation.answers import ChoiceLikelihood
 from pipeline.evaluation.batches import TOKENS_PER_PASS, EvaluationSet
@@ -21,6 +22,7 @@ from pipeline.recipe.recipe import StatisticsKind
 from pipeline.run.activations import SavedShard
 from pipeline.run.code_histograms import CodeHistogram
 from pipeline.run.records import CommittedRecord, Manifest, TuningRecord
+from pipeline.storage.record import STRICT
 
 if TYPE_CHECKING:
     from quantizer.expert_codes import ExpertCodes
@@ -168,16 +170,46 @@ class InputSum:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayersOfRun:
+    """Layers of a part, by path, that another run gives than the rest of it."""
+
+    part: int
+    url: str
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class PartsOfRuns:
     """A model made of parts of finished runs of one source; a run of its own need not exist.
 
     Attributes:
         plan: of the whole.
         run_urls: where each part is committed.
+        layers: what other runs give of parts.
     """
 
     plan: Plan
     run_urls: tuple[str, ...]
+    layers: tuple[LayersOfRun, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersAlone:
+    """Layers of a block that have to be of one run, and what they do in place of the source's.
+
+    Attributes:
+        layers: paths.
+        error: of what the block gives for the source's inputs, Σ‖y' - y‖² / ‖y‖² by token, divided
+            by num_tokens; None if it is not finite.
+        stored_bytes: of their arrays in the block's file.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    layers: tuple[str, ...]
+    error: float | None
+    num_tokens: int
+    stored_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -387,4 +419,20 @@ class WorkerApi(Protocol):
 
         Raises:
             PlanMismatchError: another run has taken a run's place.
+        """
+
+    def layer_errors(
+        self,
+        block: int,
+        runs: Sequence[RunAt],
+        given: EvaluationSet,
+        tokens_per_pass: int = TOKENS_PER_PASS,
+    ) -> list[tuple[LayersAlone, ...]]:
+        """Compare what a block gives with what it gives with some layers of a run.
+
+        Arguments and errors as of `sensitivities`.
+
+        Returns:
+            For each run, for all units of the block's layers, the same of all runs; none of a block
+            that gives no hidden states.
         """

@@ -105,7 +105,9 @@ class BlockWeights:
             if variable.path in layers:
                 layer = layers[variable.path]
                 target, stored = targets[layer.path], solved[layer.path]
-                kernel = _decoded(target, layer, stored, values[variable.path].dtype, variable)
+                kernel = decoded_kernel(
+                    target, layer, stored, values[variable.path].dtype, variable
+                )
                 self._held[variable.path, True] = kernel
         return [self._held[one] for one in wanted]
 
@@ -123,7 +125,7 @@ class BlockWeights:
             copies.clear()
 
 
-def _decoded(
+def decoded_kernel(
     target: Target, layer: LayerPlan, stored: Stored, dtype: np.dtype[Any], variable: Any
 ) -> Array:
     """The kernel of a solved layer on the device; experts are stored in the source's dtype."""

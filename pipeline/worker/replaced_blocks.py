@@ -2,19 +2,27 @@
 
 The source's activations go to the block once; from there each artifact's go on through its block
 and the rest of the source. They all pass a block together, so that each is read once.
+
+Of some of a block's layers alone it is compared what the block gives, and no more: the source's own
+block runs with their kernels decoded.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from numpy.typing import NDArray
 
 from pipeline.evaluation.batches import EvaluationSet
 from pipeline.fidelity import WindowFidelity
 from pipeline.model.inputs import InputLayout
 from pipeline.worker.evaluate import compare_outputs, one_row
+from pipeline.worker.layer_units import Units, compared_states, layer_units
 from pipeline.worker.streamed_model import BatchValues, StreamedModel
 
 
@@ -61,6 +69,10 @@ class ReplacedBlocks:
         calls = self._source.graph.calls
         first = next(number for number, call in enumerate(calls) if call.block == block)
         entering = self._advanced_to(first)
+        if not self._last:
+            self._last = [dict(state) for state in entering]
+            for number in range(first, len(calls)):
+                self._source.advance(number, self._last)
         found: list[list[list[WindowFidelity]]] = []
         for some in self._passes():
             states = [[dict(entering[i]) for i in some] for _ in self._artifacts]
@@ -74,9 +86,75 @@ class ReplacedBlocks:
             found += self._compared(some, states)
         return found
 
+    def units(self, block: int) -> Units:
+        """Layers of a block that have to be of one run, if errors of what it gives tell them apart.
+
+        Needs a batch.
+        """
+        calls = self._source.graph.calls
+        first = next(number for number, call in enumerate(calls) if call.block == block)
+        values = self._advanced_to(first)[0]
+        shapes = {n: jax.ShapeDtypeStruct(one.shape, one.dtype) for n, one in values.items()}
+        found = self._source.graph.blocks[block]
+        return layer_units(found, calls[first], shapes, len(self._windows[0].lengths))
+
+    def compare_layers(
+        self, block: int, units: Units, kernels: Sequence[Callable[[], Mapping[str, Array]]]
+    ) -> tuple[NDArray[np.float64], int]:
+        """Put units of each run's layers in the place of the source's, one unit at a time.
+
+        Args:
+            kernels: for each run, what makes its layers' kernels, by path.
+
+        Returns:
+            [batches, runs, units], the sum over tokens of ‖y' - y‖² / ‖y‖², of all the block gives;
+            and the number of tokens of all batches.
+        """
+        calls, graph = self._source.graph.calls, self._source.graph
+        whole = self._source.block(block)
+        variables = {target.path: target.kernel_path for target in graph.blocks[block].targets}
+        errors = np.zeros((len(self._batches), len(kernels), len(units)))
+        num_tokens = 0
+        for number in (number for number, call in enumerate(calls) if call.block == block):
+            entering = self._advanced_to(number)
+            for some in self._passes():
+                expected = [dict(entering[i]) for i in some]
+                self._source.advance(number, expected, whole)
+                rows = {
+                    i: self._rows(i, given, calls[number].gives)
+                    for i, given in zip(some, expected, strict=True)
+                }
+                num_tokens += sum(int(own.sum()) for of in rows.values() for own in of.values())
+                for run, make in enumerate(kernels):
+                    made = make()
+                    for unit, layers in enumerate(units):
+                        own = {variables[path]: made[path] for path in layers if path in made}
+                        if not own:
+                            continue  # they are in float
+                        states = [dict(entering[i]) for i in some]
+                        pairs = [(v, own.get(str(v.path), value)) for v, value in whole]
+                        self._source.advance(number, states, pairs)
+                        for i, found, exact in zip(some, states, expected, strict=True):
+                            errors[i, run, unit] += sum(
+                                _relative_error(found[n], exact[n], mask)
+                                for n, mask in rows[i].items()
+                            )
+        return errors, num_tokens
+
+    def _rows(
+        self, index: int, values: BatchValues, gives: Sequence[int]
+    ) -> dict[int, NDArray[np.bool_]]:
+        """Which vectors of a batch are no padding, of each of the hidden states that a call gives.
+
+        By the numbers of the values.
+        """
+        windows = self._windows[index]
+        batch = self._layout.batch(windows, slice(None), len(windows.lengths))
+        places = compared_states([values[n] for n in gives], len(windows.lengths))
+        return {gives[i]: batch.rows(values[gives[i]].shape[:2]) for i in places}
+
     def _advanced_to(self, call: int) -> list[BatchValues]:
         """The source's values where they enter a call, for each batch."""
-        calls = self._source.graph.calls
         if self._entering is None or call < self._call:
             batches = [
                 self._layout.batch(windows, slice(None), len(windows.lengths))
@@ -86,10 +164,6 @@ class ReplacedBlocks:
         while self._call < call:
             self._source.advance(self._call, self._entering)
             self._call += 1
-        if not self._last:
-            self._last = [dict(state) for state in self._entering]
-            for number in range(call, len(calls)):
-                self._source.advance(number, self._last)
         return self._entering
 
     def _passes(self) -> Iterator[list[int]]:
@@ -126,6 +200,18 @@ class ReplacedBlocks:
 
     def _taken(self, state: BatchValues) -> BatchValues:
         return {number: state[number] for number in self._source.graph.head_takes}
+
+
+def _relative_error(found: Array, expected: Array, rows: NDArray[np.bool_]) -> float:
+    """Σ‖y' - y‖² / ‖y‖² over some vectors."""
+    errors, sizes = (np.asarray(one, np.float64)[rows] for one in _squares(found, expected))
+    return float(np.sum(np.divide(errors, sizes, out=np.zeros_like(errors), where=sizes > 0)))
+
+
+@jax.jit
+def _squares(found: Array, expected: Array) -> tuple[Array, Array]:
+    exact = expected.astype(jnp.float32)
+    return jnp.square(found.astype(jnp.float32) - exact).sum(-1), jnp.square(exact).sum(-1)
 
 
 def by_artifact(

@@ -14,9 +14,8 @@ gives in stock Keras.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -36,7 +35,7 @@ from pipeline.storage.object_store import ObjectStore
 from pipeline.worker.model_state import ModelState
 from quantizer.schemes import Float8Scheme, Int4Scheme, Int8Scheme
 
-Pairs = list[tuple[Any, NDArray[Any]]]
+Pairs = Sequence[tuple[Any, NDArray[Any] | Array]]
 """A model's variables, each with its value."""
 
 _TRACING = threading.RLock()
@@ -79,8 +78,17 @@ class StreamedModel:
         found = [run([batch.structured(embed)], {}) for batch in batches]
         return [_numbered(numbers, one) for one in found]
 
-    def advance(self, call: int, states: Sequence[BatchValues]) -> None:
-        """Send every batch through one call of a block and the glue before it, in place."""
+    def block(self, number: int) -> Pairs:
+        """A block's variables and their values, on the device."""
+        pairs = self._read(number + 1)
+        return list(zip([v for v, _ in pairs], _placed(pairs), strict=True))
+
+    def advance(self, call: int, states: Sequence[BatchValues], pairs: Pairs | None = None) -> None:
+        """Send every batch through one call of a block and the glue before it, in place.
+
+        Args:
+            pairs: the block's variables with the values that they are to have; None to read them.
+        """
         found = self.graph.calls[call]
         if found.glue is not None:
             run = self._load(0, f"glue {call}", found.glue.model)
@@ -88,7 +96,7 @@ class StreamedModel:
                 results = run([[state[n] for n in found.glue.takes]], {})
                 state.update(_numbered(found.glue.gives, results))
         # Calls of one signature list their variables in the same order, and share a program.
-        run = self._load(found.block + 1, found.signature, found.layer)
+        run = self._load(found.block + 1, found.signature, found.layer, pairs)
         still_used = {*self.graph.head_takes, *found.gives}
         for later in self.graph.calls[call + 1 : call + 2]:
             still_used.update(later.live, later.glue.takes if later.glue else ())
@@ -103,9 +111,11 @@ class StreamedModel:
         run = self._load(0, "head", self.graph.head)
         return lambda values, batch: run([self.graph.bind_head(values, batch.arrays)], {})
 
-    def _load(self, part: int, name: str, layer: Any) -> Callable[[list[Any], dict[str, Any]], Any]:
+    def _load(
+        self, part: int, name: str, layer: Any, pairs: Pairs | None = None
+    ) -> Callable[[list[Any], dict[str, Any]], Any]:
         """Read a part; returns the function (args, kwargs) → a layer's output with its values."""
-        pairs = self._read(part)
+        pairs = self._read(part) if pairs is None else pairs
         compiled = self._compiles and part not in self._one_by_one
         key = (name, len(pairs), compiled)
         if key not in self._programs:
@@ -118,9 +128,18 @@ class StreamedModel:
                     return layer(*args, **kwargs)
 
             self._programs[key] = jax.jit(call) if compiled else call
-        # Once for all batches.
-        values = jax.device_put([np.asarray(value, np.dtype(v.dtype)) for v, value in pairs])
-        return partial(self._programs[key], values)
+        return partial(self._programs[key], _placed(pairs))  # once for all batches
+
+
+def _placed(pairs: Pairs) -> Sequence[Array]:
+    """The values on the device, in their variables' dtypes."""
+    placed: Sequence[Array] = jax.device_put(
+        [
+            value if isinstance(value, Array) else np.asarray(value, np.dtype(v.dtype))
+            for v, value in pairs
+        ]
+    )
+    return placed
 
 
 def _numbered(numbers: Sequence[int], outputs: Any) -> BatchValues:
@@ -160,14 +179,15 @@ def source_model(model: ModelState) -> StreamedModel:
 
 
 def artifact_model(
-    model: ModelState, store: ObjectStore, others: Mapping[int, ObjectStore] = MappingProxyType({})
+    model: ModelState, store: ObjectStore, file_of: Callable[[int], bytes] | None = None
 ) -> StreamedModel:
     """The artifact, from its committed files.
 
     Args:
         store: opened at its run's root.
-        others: at the roots of other runs, by the number of the part that is there instead.
+        file_of: gives the file of each part, if they are not there.
     """
+    file_of = file_of or partial(committed_file, store)
     _, (skeleton, graph) = model.evaluation_models
     skeleton.mark_calibrated()
     variables = {stored.name_path: stored.variable for stored in skeleton.stored}
@@ -175,8 +195,10 @@ def artifact_model(
     of_task = {str(v.path): v for v in skeleton.model.variables if id(v) not in of_backbone}
 
     def read(part: int) -> Pairs:
-        values = decode_part(model.parts[part], committed_file(others.get(part, store), part))
-        pairs = [(variables[name_path], value) for name_path, value in values.items()]
+        values = decode_part(model.parts[part], file_of(part))
+        pairs: list[tuple[Any, NDArray[Any] | Array]] = [
+            (variables[name_path], value) for name_path, value in values.items()
+        ]
         if part == 0 and of_task:
             source = model.read(0)
             pairs += [(v, source[path]) for path, v in of_task.items() if path in source]

@@ -27,6 +27,7 @@ from pipeline.run.worker_api import (
     CommittedPart,
     HeldSum,
     InputSum,
+    LayersAlone,
     PartsOfRuns,
     RunAt,
     SolvedLayer,
@@ -346,6 +347,18 @@ class Worker(WorkerApi):
         if not self._judging.holds(runs, given):
             self._begin_judging()
         return self._judging.sensitivities(block, runs, given, tokens_per_pass)
+
+    @device_errors()
+    def layer_errors(
+        self,
+        block: int,
+        runs: Sequence[RunAt],
+        given: EvaluationSet,
+        tokens_per_pass: int = TOKENS_PER_PASS,
+    ) -> list[tuple[LayersAlone, ...]]:
+        if not self._judging.holds(runs, given):
+            self._begin_judging()
+        return self._judging.layer_errors(block, runs, given, tokens_per_pass)
 
     def _begin_judging(self) -> None:
         """Make room."""

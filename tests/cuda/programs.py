@@ -127,11 +127,12 @@ def compile_block(where: Any, length: int, dtype: str) -> CompiledBlock:
     import jax
 
     from pipeline.model.blocks import find_blocks
+    from pipeline.model.call_shapes import taken_by
     from pipeline.model.inputs import input_layout
     from pipeline.model.preset import read_preset
     from pipeline.model.skeleton import build_skeleton
     from pipeline.planning.estimates import micro_batch_bytes
-    from pipeline.planning.input_groups import embedded_shapes, taken_by
+    from pipeline.planning.input_groups import embedded_shapes
     from pipeline.worker.block_program import BlockProgram
     from tests.cuda.llama import LLAMA_8B
     from tests.cuda.topology import placed, tracing_for_h100

@@ -25,8 +25,11 @@ from jobs.compose import ComposeJob
 from jobs.composition_tables import blocks_of
 from jobs.composition_texts import AskedTexts
 from jobs.execute import Compute
+from pipeline.artifact.parts import decode_part
 from pipeline.artifact.verification import ask_stock
+from pipeline.composition.composed_plan import GivenLayers
 from pipeline.composition.decision import Decision
+from pipeline.composition.layer_errors import LayerErrors
 from pipeline.composition.sensitivities import Sensitivity
 from pipeline.composition.target import Target
 from pipeline.errors import LeaseHeldError, StorageError
@@ -39,11 +42,20 @@ from pipeline.run.evaluations import EVALUATIONS_PREFIX, Evaluation
 from pipeline.run.records import ARTIFACT_PREFIX, PartRecord, file_key, record_key
 from pipeline.run.worst_windows import find_worst_windows
 from pipeline.storage.object_store import ObjectStore, open_store
+from pipeline.worker.model_state import ModelState
 from pipeline.worker.streamed_model import artifact_model
 from quantizer.schemes import GPTQScheme, Int8Scheme, Scheme
 from tests.faults.killing import Killed, Killer, kill, killing_memory
-from tests.integration.quantized import FinishedRun, batch_of, distance, finished_run, recipe
+from tests.integration.quantized import (
+    FinishedRun,
+    answer,
+    batch_of,
+    distance,
+    finished_run,
+    recipe,
+)
 from tests.integration.test_cli_quantize import Command, LateExecutor
+from tests.pipeline.composition.composed_runs import composed_run
 from tests.pipeline.presets import shared_preset
 from tests.pipeline.tiny_runs import NUM_BLOCKS, lasting, model_state, text_file
 
@@ -169,6 +181,116 @@ def test_a_composition_is_a_run_like_any_other(runs: Runs, command: Command) -> 
     other = ("--target-bits", "99", "--output", out.root_url)
     assert command("compose", *given(runs, *names), *other, *JUDGED) == 2
     assert "is of another composition" in command.complaint
+
+
+def by_layer(model: ModelState, store: ObjectStore, part: int) -> dict[str, dict[str, Any]]:
+    """What is stored of a part, by layer and name."""
+    values = decode_part(model.parts[part], store.get(file_key(part)))
+    found: dict[str, dict[str, Any]] = {}
+    for stored in model.parts[part].variables:
+        found.setdefault(stored.layer_path, {})[stored.name] = values[stored.name_path]
+    return found
+
+
+def test_a_block_of_several_runs_holds_what_they_store(runs: Runs, tmp_path: Path) -> None:
+    """Each layer is stored, and told of in record and provenance, as its own run has it."""
+    two = {name: runs[name] for name in ("w2", "int8")}
+    layers = [layer.path for layer in runs["w2"].plan.parts[2].layers if layer.scheme]
+    moved = tuple(x for x in layers if x.rpartition("/")[2] in ("query", "key", "value"))
+    moved = (*moved, layers[-1])
+    assert len(moved) == 4
+    out, manifest = composed_run(
+        [run.store for run in two.values()],
+        [0, 0, 0],
+        str(tmp_path / "out"),
+        [GivenLayers(block=1, run=1, layers=moved)],
+    )
+    plan = read_plan(out)
+    assert [out.get(file_key(n)) == runs["w2"].store.get(file_key(n)) for n in PARTS] == [
+        n != 2 for n in PARTS
+    ]
+    theirs = {name: by_layer(run.model, run.store, 2) for name, run in two.items()}
+    found = by_layer(ModelState(plan, str(runs["w2"].source)), out, 2)
+    assert found.keys() == theirs["w2"].keys()
+    for path, arrays in found.items():
+        expected = theirs["int8" if path in moved else "w2"][path]
+        assert arrays.keys() == expected.keys()
+        assert all(np.array_equal(arrays[name], expected[name]) for name in arrays)
+    records = committed_parts(
+        out, PartRecord, plan_digest=plan.digest, num_blocks=NUM_BLOCKS, chained=True, verify=True
+    )
+    assert not records.findings
+    accounts = {name: run.layers() for name, run in two.items()}
+    for layer in records.parts[2].layers:
+        assert layer == accounts["int8" if layer.path in moved else "w2"][layer.path]
+    origins = {x["recipe"]: x for x in manifest.provenance["composed"]}
+    assert origins["w2"]["parts"] == [0, *PARTS]
+    assert origins["int8"]["parts"] == []
+    assert origins["int8"]["layers"] == list(moved)
+
+
+@pytest.mark.exhaustive
+def test_layers_of_a_block_are_chosen_and_made_so_whatever_is_killed(
+    runs: Runs, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of two runs within the size; stock Keras answers as the pipeline measured it."""
+    bits = between(runs, "w2", "w4")
+
+    def arguments(out: ObjectStore) -> tuple[str | Path, ...]:
+        target = ("--target-bits", bits, "--by-layers", "--output", out.root_url)
+        return (*given(runs, "w2", "w4"), *target, *JUDGED)
+
+    whole = open_store(str(tmp_path / "out"))
+    expected = command("compose", *arguments(whole))
+    assert expected in (0, 6), command.err
+    decision = Decision.read(whole, Decision.key)
+    plan = read_plan(whole)
+    assert decision.by_layers
+    assert decision.other is not None
+    # By layers, or by blocks: the one that measured better.
+    assert decision.measured is not None
+    assert decision.other.measured is not None
+    assert decision.measured <= decision.other.measured
+    sizes = [decision.size_bytes, decision.other.size_bytes]
+    weights = sum(part.num_weights for part in plan.parts[1:])
+    outside = whole.size(file_key(0))
+    assert all(8 * (size - outside) <= float(bits) * weights for size in sizes)
+    keys = whole.list("composition/layers/")
+    assert len(keys) == 2 * NUM_BLOCKS
+    first = next(x for key in keys if (x := LayerErrors.read(whole, key)).part == 1)
+    for key in keys:
+        found = LayerErrors.read(whole, key)
+        inside = [sorted(path.rpartition("/")[2] for path in unit.layers) for unit in found.units]
+        assert ["key", "query", "value"] in inside
+        assert sum(map(len, inside)) == 7
+        assert len(inside) == 4
+        assert found.shares is not None
+        assert sum(found.shares) == pytest.approx(1)
+    out, kills = open_store(fresh()), 0
+    for number in range(4, 1_000, 29):
+        killer = Killer(end=kill, at=number, after=bool(number % 2))
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline.storage.memory_store, "MemoryBackend", killing_memory(killer))
+            try:
+                assert command("compose", *arguments(out)) == expected
+                break
+            except Killed:
+                kills += 1
+    assert kills > 2
+    made = lasting(whole)
+    assert lasting(out) == made
+    # As a kept run has no layers of others, this is seen to whatever was kept.
+    mixed, _ = composed_run(
+        [runs[name].store for name in ("w2", "w4")],
+        decision.picked,
+        str(tmp_path / "mixed"),
+        decision.layers
+        or [GivenLayers(block=0, run=1 - decision.picked[0], layers=first.units[0].layers)],
+    )
+    tokens = np.arange(5, 17, dtype=np.int32).reshape(1, 12)
+    [theirs] = ask_stock([tmp_path / "mixed" / ARTIFACT_PREFIX], [tokens]).outputs
+    state = ModelState(read_plan(mixed), str(runs["w2"].source))
+    assert distance(theirs, answer(artifact_model(state, mixed), tokens)) < 1e-5
 
 
 @pytest.mark.exhaustive

@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
-from pipeline.composition.composed_plan import GivenRun, check_composable, composed_plan
+from pipeline.composition.composed_plan import (
+    GivenLayers,
+    GivenRun,
+    check_composable,
+    composed_plan,
+    parts_of_runs,
+)
 from pipeline.errors import PipelineError
 from pipeline.plan import Plan
 from pipeline.recipe.recipe import Recipe
@@ -89,6 +95,43 @@ def test_layers_that_a_rule_treats_otherwise_stay_so() -> None:
     assert {s and s.policy for p, s in found.items() if p != path} == {"gptq/3/32"}
     for layer in plan.parts[1].layers:
         assert plan.recipe.scheme_for(layer.path, layer.kind) == layer.scheme
+
+
+def test_each_layer_is_what_its_run_made_it() -> None:
+    given_runs = runs()
+    layers = [x for x in given_runs[0].plan.parts[2].layers if x.scheme]
+    query = next(x.path for x in layers if "query" in x.path)
+    inputs = next(g for g in given_runs[0].plan.parts[2].groups if query.endswith(g.targets[0]))
+    attention = tuple(x.path for x in layers if x.name in inputs.targets)
+    last = layers[-1].path
+    others = (
+        GivenLayers(block=1, run=1, layers=attention),
+        GivenLayers(block=1, run=2, layers=(last,)),
+    )
+    plan = composed_plan(given_runs, [1, 0, 1], "mixed", others)
+    giver = {path: one.run for one in others for path in one.layers}
+    for layer in plan.parts[2].layers:
+        own = {x.path: x for x in given_runs[giver.get(layer.path, 0)].plan.parts[2].layers}
+        assert layer == own[layer.path]
+        assert plan.recipe.scheme_for(layer.path, layer.kind) == layer.scheme
+        assert plan.policies.get(layer.path) == (layer.scheme and layer.scheme.policy)
+    # Of a layer that needs no calibration no input is summed.
+    calibrated = [path for path in given_runs[0].plan.parts[2].groups if last not in path.targets]
+    names = {name for group in plan.parts[2].groups for name in group.targets}
+    assert names == {x.name for x in layers if x.path != last}
+    assert [g.targets for g in plan.parts[2].groups] == [
+        g.targets for g in calibrated if names.issuperset(g.targets)
+    ]
+    origin = plan.composed[2]
+    assert origin.recipe == "w4"
+    assert [(x.recipe, x.layers) for x in origin.layers] == [("w3", attention), ("int8", (last,))]
+    assert not plan.composed[1].layers
+    assert Plan.from_json(plan.to_json()) == plan
+    of = parts_of_runs(plan, given_runs)
+    assert [(x.part, x.url) for x in of.layers] == [
+        (2, given_runs[1].store.root_url),
+        (2, given_runs[2].store.root_url),
+    ]
 
 
 def test_one_runs_blocks_alone_are_its_plan_and_where_they_come_from() -> None:

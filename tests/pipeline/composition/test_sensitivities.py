@@ -50,14 +50,18 @@ def runs_of(architecture: str, folder: Path) -> list[FinishedRun]:
 
 
 def measured(
-    runs: list[FinishedRun], store: ObjectStore, *, workers: int = 1, **options: Any
+    runs: list[FinishedRun],
+    store: ObjectStore,
+    *,
+    workers: int = 1,
+    tokens_per_pass: int = 600,  # so that the two batches take turns
+    **options: Any,
 ) -> tuple[tuple[tuple[Sensitivity, ...], ...], CountingExecutor]:
     first = runs[0]
     executor = CountingExecutor(
         lambda: QuickWorker(first.plan, str(first.source), str(first.folder)), workers, **options
     )
     given = [read_given_run(run.store) for run in runs]
-    tokens_per_pass = 600  # so that the two batches take turns
     return measure_blocks(
         executor,
         [store] * len(given),
@@ -134,6 +138,21 @@ def test_lost_workers_and_their_number_change_nothing(folder: Path) -> None:
     assert len(keys) == 2 * NUM_BLOCKS
     with pytest.raises(ExecutorError, match="what is measured is kept"):
         measured(runs, fresh(), lose=[("sensitivities", number) for number in range(1, 99)])
+
+
+@pytest.mark.exhaustive
+def test_many_windows_are_measured_in_parts(folder: Path) -> None:
+    """So that a worker holds the activations of few; a part is not measured twice."""
+    runs = runs_of("Llama3", folder)
+    whole, _ = measured(runs, fresh())
+    lose = [("sensitivities", 4)]
+    parts, executor = measured(runs, fresh(), workers=2, tokens_per_pass=200, lose=lose)
+    # Two windows each, and the last; from the lost one on they come again.
+    assert executor.calls["sensitivities"] == 3 * NUM_BLOCKS + 3
+    for one, other in zip(sum(parts, ()), sum(whole, ()), strict=True):
+        assert one.cost == pytest.approx(other.cost, rel=1e-3)
+        assert one.standard_error == pytest.approx(other.standard_error, rel=1e-3)
+        assert (one.num_windows, one.count) == (other.num_windows, other.count)
 
 
 @pytest.mark.exhaustive

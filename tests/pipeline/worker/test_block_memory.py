@@ -14,12 +14,13 @@ import pipeline.planning.make_plan
 from pipeline.calibration.windows import TokenWindows
 from pipeline.executor.protocol import DeviceMemory
 from pipeline.model.blocks import Block, find_blocks
+from pipeline.model.call_shapes import taken_by
 from pipeline.model.inputs import input_layout
 from pipeline.model.preset import read_preset
 from pipeline.model.skeleton import build_skeleton
 from pipeline.plan import Plan
 from pipeline.planning.estimates import estimate
-from pipeline.planning.input_groups import embedded_shapes, taken_by
+from pipeline.planning.input_groups import embedded_shapes
 from pipeline.planning.make_plan import make_plan
 from pipeline.worker.block_memory import BlockMemory
 from pipeline.worker.block_program import BlockProgram
