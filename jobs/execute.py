@@ -324,10 +324,12 @@ def execute(
         def capture(wanted: Plan, found: ObjectStore, held: lease.Lease) -> None:
             own = EventLog(found, wanted, compute.allocation, epoch=held.epoch)
             compute.executor.work_on(found.root_url)
+            began = time.monotonic()
             try:
                 drive(wanted, found, own, held)
             finally:
                 compute.executor.work_on(store.root_url)
+                log.captured(time.monotonic() - began)
 
         manifest = with_statistics(
             plan,

@@ -15,10 +15,11 @@ import logging
 import os
 import re
 import sys
+import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Literal
@@ -34,6 +35,8 @@ from rich.text import Text
 from jobs.quantities import duration
 
 FORMAT_VARIABLE = "QUANTFLEET_LOG"
+MOST_ROWS = 1000
+"""Of a table about a whole catalog: nobody reads ten thousand, which take minutes to lay out."""
 LogFormat = Literal["text", "json"]
 
 _PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
@@ -180,6 +183,16 @@ def is_live() -> bool:
 def print_json(value: object) -> None:
     """Write a result, of plain JSON values and dataclasses, to stdout."""
     sys.stdout.write(json.dumps(value, indent=2, default=dataclasses.asdict) + "\n")
+
+
+def print_json_list(values: Iterable[object]) -> None:
+    """Write a list of results to stdout as `print_json` does, one of them at a time."""
+    separator = "[\n"
+    for value in values:
+        text = json.dumps(value, indent=2, default=dataclasses.asdict)
+        sys.stdout.write(separator + textwrap.indent(text, "  "))
+        separator = ",\n"
+    sys.stdout.write("[]\n" if separator == "[\n" else "\n]\n")
 
 
 def print_result(value: object, table: RenderableType, *, as_json: bool) -> None:

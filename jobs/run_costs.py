@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Column, Table
 from rich.text import Text
 
+from jobs.logging import MOST_ROWS
 from jobs.quantities import duration, size
 from jobs.room import check_device_memory, check_memory, place_activations
 from pipeline.errors import PipelineError
@@ -292,44 +293,56 @@ def cost_table(cost: RunCost) -> Table:
 class CatalogCost:
     """What one run of several costs, with the bytes of weights that it reads and writes."""
 
+    name: str
     cost: RunCost
     read_bytes: int
     stored_bytes: int
 
 
-def costs_table(costs: Mapping[str, CatalogCost]) -> Table:
-    """What several runs cost, one after another, each by its name."""
-    found = [one.cost for one in costs.values()]
-    kind = _kind(found[0])
-    machines = dict.fromkeys(f"{cost.workers} × {cost.machine.name}" for cost in found)
+def costs_table(costs: Iterable[CatalogCost]) -> Table:
+    """What several runs, one at least, cost one after another; of very many the first are shown."""
     table = Table(
         "run",
-        *(Column(name, justify="right") for name in ("seconds", f"{kind}-hours", "price")),
-        *(Column(name, justify="right") for name in ("reads", "stores")),
+        *(Column(name, justify="right") for name in ("seconds", "", "price", "reads", "stores")),
         "corrected by",
-        title=f"cost on {', '.join(machines)}: a model, not a measurement",
-        caption=found[0].machine.price_source or None,
     )
-    for name, one in costs.items():
-        past = one.cost.correction
-        table.add_row(
-            Text(name),
-            f"{one.cost.seconds:.0f}",
-            f"{one.cost.worker_hours:.3g}",
-            _dollars(one.cost),
-            size(one.read_bytes),
-            size(one.stored_bytes),
-            "–" if past is None else f"{past.corrected_by} run(s), × {past.factor:.2f}",
-        )
+    machines: dict[str, None] = {}
+    number, seconds, hours, read_bytes, written_bytes = 0, 0.0, 0.0, 0, 0
+    price: float | None = None
+    for one in costs:
+        cost, past = one.cost, one.cost.correction
+        machines[f"{cost.workers} × {cost.machine.name}"] = None
+        seconds += cost.seconds
+        hours += cost.worker_hours
+        read_bytes += one.read_bytes
+        written_bytes += one.stored_bytes
+        if cost.price is not None:
+            price = (price or 0.0) + cost.price
+        if number == 0:
+            table.columns[2].header = f"{_kind(cost)}-hours"
+            table.caption = cost.machine.price_source or None
+        if number < MOST_ROWS:
+            table.add_row(
+                Text(one.name),
+                f"{cost.seconds:.0f}",
+                f"{cost.worker_hours:.3g}",
+                _dollars(cost),
+                size(one.read_bytes),
+                size(one.stored_bytes),
+                "–" if past is None else f"{past.corrected_by} run(s), × {past.factor:.2f}",
+            )
+        number += 1
+    if number > MOST_ROWS:
+        table.add_row(f"and {number - MOST_ROWS} more; --json has all")
+    table.title = f"cost on {', '.join(machines)}: a model, not a measurement"
     table.add_section()
-    priced = [cost.price for cost in found if cost.price is not None]
     table.add_row(
         "in all",
-        f"{sum(cost.seconds for cost in found):.0f}",
-        f"{sum(cost.worker_hours for cost in found):.3g}",
-        f"${sum(priced):.2f}" if priced else "–",
-        size(sum(one.read_bytes for one in costs.values())),
-        size(sum(one.stored_bytes for one in costs.values())),
+        f"{seconds:.0f}",
+        f"{hours:.3g}",
+        "–" if price is None else f"${price:.2f}",
+        size(read_bytes),
+        size(written_bytes),
         "",
     )
     return table

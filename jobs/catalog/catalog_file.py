@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,6 +43,8 @@ _WRITTEN = ("models", "requests", "runs")
 """The folders below a catalog's root."""
 _REPLACED = {"compose"}
 """Settings of which a model's own replace the defaults, though both may be a mapping."""
+_OWN = set(Model.model_fields) - set(Settings.model_fields)
+"""What settings of a model no other model can have."""
 _FILES = {"evaluate_on": "texts", "tasks": "FILE.jsonl"}
 
 
@@ -169,6 +172,8 @@ class _Resolver:
         self._document = document
         self._folder = folder
         self._recipes: dict[str, AnyRecipe] = {}
+        self._made: dict[tuple[object, ...], AnyRecipe] = {}
+        self._settings: dict[str, Settings] = {}
         self._root_url = ""
 
     def catalog(self, written: CatalogFile) -> Catalog:
@@ -188,12 +193,22 @@ class _Resolver:
             raise self._error(("root",), str(error)) from None
         aliases = self._aliases(written, indices)
         entries = [
-            self._entry(model, ("models", index), tuple(sorted(aliases.get(model.name, ()))))
+            self._shared(
+                self._entry(model, ("models", index), tuple(sorted(aliases.get(model.name, ()))))
+            )
             for index, model in enumerate(written.models)
             if model.alias_of is None
         ]
         entries.sort(key=lambda entry: -entry.settings.priority)
         return Catalog(root_url=self._root_url, entries=tuple(entries))
+
+    def _shared(self, entry: Entry) -> Entry:
+        """The same entry; of settings that many entries have, one copy is kept."""
+        key = entry.settings.model_dump_json(exclude=_OWN)
+        if key not in self._settings:
+            values = {name: getattr(entry.settings, name) for name in Settings.model_fields}
+            self._settings[key] = Settings.model_construct(**values)
+        return dataclasses.replace(entry, settings=self._settings[key])
 
     def _aliases(self, written: CatalogFile, indices: Mapping[str, int]) -> dict[str, list[str]]:
         """The aliases of each real model; an alias may name another alias."""
@@ -342,28 +357,38 @@ class _Resolver:
         return export.model_copy(update={"like": self._absolute(export.like, at)})
 
     def _recipe(self, given: str | dict[str, Any], model: Model, at: YamlPath) -> AnyRecipe:
-        try:
-            if isinstance(given, dict):
-                recipe = any_recipe_from_dict(given)
-            else:
-                if given not in self._recipes:  # a file is read once, however many models name it
-                    is_file = "/" in given or given.endswith((".yaml", ".yml"))
-                    url = self._absolute(given, at) if is_file else given
-                    self._recipes[given] = load_recipe(url)
-                recipe = self._recipes[given]
-            if model.dtype is not None:
-                recipe = recipe.model_copy(update={"dtype": model.dtype})
-            if model.allow_partial:
-                recipe = recipe.model_copy(update={"allow_partial": True})
-            if not recipe.needs_calibration:
-                return recipe
-            values = recipe.to_dict()
-            calibration = values["calibration"]
-            calibration |= model.calibration.model_dump(mode="json", exclude_none=True)
-            calibration["texts"] = [self._text(text, at) for text in calibration["texts"]]
-            return any_recipe_from_dict(values, where=recipe.name)
-        except RecipeError as error:
-            raise self._error(at, str(error)) from None
+        changes = model.dtype, model.allow_partial, model.calibration.model_dump_json()
+        key = repr(given), *changes
+        if key not in self._made:
+            try:
+                self._made[key] = self._changed(self._given(given, at), model, at)
+            except RecipeError as error:
+                raise self._error(at, str(error)) from None
+        return self._made[key]
+
+    def _given(self, given: str | dict[str, Any], at: YamlPath) -> AnyRecipe:
+        """A recipe as it is written, here or in a file."""
+        if isinstance(given, dict):
+            return any_recipe_from_dict(given)
+        if given not in self._recipes:  # a file is read once, however many models name it
+            is_file = "/" in given or given.endswith((".yaml", ".yml"))
+            url = self._absolute(given, at) if is_file else given
+            self._recipes[given] = load_recipe(url)
+        return self._recipes[given]
+
+    def _changed(self, recipe: AnyRecipe, model: Model, at: YamlPath) -> AnyRecipe:
+        """A recipe with what a model's settings change in it."""
+        if model.dtype is not None:
+            recipe = recipe.model_copy(update={"dtype": model.dtype})
+        if model.allow_partial:
+            recipe = recipe.model_copy(update={"allow_partial": True})
+        if not recipe.needs_calibration:
+            return recipe
+        values = recipe.to_dict()
+        calibration = values["calibration"]
+        calibration |= model.calibration.model_dump(mode="json", exclude_none=True)
+        calibration["texts"] = [self._text(text, at) for text in calibration["texts"]]
+        return any_recipe_from_dict(values, where=recipe.name)
 
     def _text(self, text: str | dict[str, Any], at: YamlPath) -> str | dict[str, Any]:
         if isinstance(text, str):

@@ -12,7 +12,7 @@ import functools
 import importlib.metadata
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +23,7 @@ from pydantic import ConfigDict
 
 from jobs.catalog.catalog_file import Catalog, Entry
 from jobs.catalog.composition import Composition
-from jobs.catalog.entries import Gate
+from jobs.catalog.entries import Gate, Resources
 from jobs.catalog.source_files import SourceFingerprints
 from pipeline.canonical import digest_of
 from pipeline.composition.target import Target
@@ -247,6 +247,11 @@ def load_request(url: str) -> tuple[ObjectStore, Request]:
     return root, request
 
 
+def run_name(model: str, recipe_name: str) -> str:
+    """What people call one run of a catalog."""
+    return f"{model} × {recipe_name}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class CatalogRun:
     """One run that a catalog asks for.
@@ -275,7 +280,7 @@ class CatalogRun:
         return tuple(map(self._name_of, recipes))
 
     def _name_of(self, recipe: Recipe | Composition) -> str:
-        return f"{self.entry.name} × {recipe.name}"
+        return run_name(self.entry.name, recipe.name)
 
 
 def catalog_runs(catalog: Catalog) -> Iterator[CatalogRun]:
@@ -289,6 +294,14 @@ def catalog_runs(catalog: Catalog) -> Iterator[CatalogRun]:
     needed = Counter(url for entry in catalog.entries for url in _source_urls(entry))
     fingerprints = SourceFingerprints()
     counted: set[str] = set()
+    # Of a recipe that ten thousand entries name there is one.
+    recipe_values: dict[int, dict[str, Any]] = {}
+
+    def values_of(recipe: Recipe) -> dict[str, Any]:
+        if id(recipe) not in recipe_values:
+            recipe_values[id(recipe)] = recipe.to_dict()
+        return recipe_values[id(recipe)]
+
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
 
         @functools.cache
@@ -306,6 +319,7 @@ def catalog_runs(catalog: Catalog) -> Iterator[CatalogRun]:
                         request = _request(
                             entry,
                             recipe,
+                            values_of,
                             source=source,
                             texts=texts(_calibrated_on(recipe)).result(),
                             measured_on=texts(
@@ -348,6 +362,7 @@ def _calibrated_on(recipe: Recipe | Composition) -> tuple[str, ...]:
 def _request(
     entry: Entry,
     recipe: Recipe | Composition,
+    values_of: Callable[[Recipe], dict[str, Any]],
     measured_on: dict[str, str],
     **fingerprints: dict[str, str],
 ) -> Request:
@@ -356,7 +371,7 @@ def _request(
     if isinstance(recipe, Composition):
         composed_of = ComposedOf(
             target=recipe.target,
-            recipes=tuple(one.to_dict() for one in recipe.recipes),
+            recipes=tuple(map(values_of, recipe.recipes)),
             measure_texts=recipe.measure_texts,
             measure_windows=recipe.measure_windows,
             measured_on=measured_on,
@@ -366,14 +381,14 @@ def _request(
         recipe_name=recipe.name,
         aliases=entry.aliases,
         source_url=entry.preset,
-        recipe={} if isinstance(recipe, Composition) else recipe.to_dict(),
+        recipe={} if isinstance(recipe, Composition) else values_of(recipe),
         composed_of=composed_of,
         evaluation_texts=settings.evaluated_on.texts,
         evaluation_sets=dict(settings.evaluated_on.sets),
         evaluation_windows=settings.windows,
         tasks=settings.tasks or (),
         gate=settings.gate,
-        needs=settings.resources.needs,
+        needs=_needs(settings.resources),
         keep=settings.retention.keep,
         exports=tuple(
             ExportSettings(format=one.format, dtype=one.dtype, like_url=one.like)
@@ -381,6 +396,11 @@ def _request(
         ),
         **fingerprints,
     )
+
+
+@functools.cache
+def _needs(resources: Resources) -> ComputeSpec:
+    return resources.needs
 
 
 def _like_urls(entry: Entry) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
@@ -118,6 +119,7 @@ def source_fingerprint(url: str, versions: Mapping[str, Version] | None = None) 
     for name, version in (store.versions() if versions is None else versions).items():
         if not decides_model(name):
             continue
+        name = sys.intern(name)
         tokens[name] = version.token
         if is_on_disk and name.endswith(".json") and version.size_bytes <= _MAX_JSON_BYTES:
             content = store.get(name, at_most=_MAX_JSON_BYTES)

@@ -11,7 +11,7 @@ import typer
 from jobs import execute
 from jobs.catalog.catalog_file import Catalog
 from jobs.fleet.forecast import show
-from jobs.fleet.nightly import Outcome, exit_code_of, foresee, outcomes_table
+from jobs.fleet.nightly import Outcome, Survey, exit_code_of, foresee, outcomes_table
 from jobs.fleet.schedule import schedule_json, schedule_of, schedule_table
 from jobs.fleet.simulation import Failures
 from jobs.fleet.staleness import decide
@@ -24,16 +24,17 @@ def show_outcomes(outcomes: Sequence[Outcome]) -> None:
     """Print what became of each run, and what those that are to be made would take."""
     if not is_json():  # each was logged when it was known
         print_table(STDERR, outcomes_table(outcomes))
-        show({o.decision.run.name: o.forecast for o in outcomes if o.forecast is not None})
+        show([(o.name, o.forecast) for o in outcomes if o.forecast is not None])
 
 
 def show_schedule(
     catalog: Catalog,
     root: ObjectStore,
     priced: PricedMachine,
-    at_once: int,
     failures: Failures | None,
     *,
+    at_once: int,
+    poll_seconds: float,
     as_json: bool,
 ) -> Never:
     """Print what a catalog's stale runs would take, and when `submit` would make each; then end.
@@ -41,14 +42,21 @@ def show_schedule(
     Args:
         priced: machines that the user names.
         at_once: jobs alive at the same time.
+        poll_seconds: between two polls of the jobs.
     """
     assert priced.named is not None
     with status("looking for stale runs"):
-        decisions = tuple(decide(root, catalog, save_verified=False))
+        survey = Survey.of(decide(root, catalog, save_verified=False))
     with status("working out what each run would take"):
         plan_only = partial(execute.open_compute, plan_only=True)
-        outcomes = foresee(root, decisions, plan_only, priced)
-    schedule = schedule_of(outcomes, priced.named.number, at_once=at_once, failures=failures)
+        outcomes = foresee(root, survey, plan_only, priced)
+    schedule = schedule_of(
+        outcomes,
+        priced.named.number,
+        at_once=at_once,
+        poll_seconds=poll_seconds,
+        failures=failures,
+    )
     found = schedule_json(schedule)
     if as_json:
         print_json({"runs": [outcome.to_dict() for outcome in outcomes], "schedule": found})

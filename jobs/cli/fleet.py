@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from functools import partial
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,7 @@ from jobs.cli import options
 from jobs.logging import (
     log_event,
     print_json,
+    print_json_list,
     print_result,
     status,
     visible,
@@ -78,6 +80,7 @@ def nightly(
     from jobs.cli.dry_runs import show_outcomes
     from jobs.fleet import fulfil as fulfilling
     from jobs.fleet.nightly import (
+        Survey,
         exit_code_of,
         foresee,
         log_outcome,
@@ -96,12 +99,12 @@ def nightly(
     whole, catalog, root = _opened(file, only)
     began = Clock.started()
     with status("looking for stale runs"):
-        decisions = tuple(decide(root, catalog, save_verified=not dry_run))
-
+        survey = Survey.of(decide(root, catalog, save_verified=not dry_run))
+    num_entries = len(survey.outcomes)
     if priced is not None:
         plan_only = partial(execute.open_compute, address=address, plan_only=True)
         with status("working out what each run would take"):
-            outcomes = foresee(root, decisions, plan_only, priced)
+            outcomes = foresee(root, survey, plan_only, priced)
         for outcome in outcomes:
             log_outcome(outcome)
     else:
@@ -111,10 +114,10 @@ def nightly(
         compute = partial(execute.open_compute, address=address)
         fulfil_one = partial(fulfilling.fulfil, root, open_compute=compute, options=driven)
         outcomes = []
-        with remembering(root, whole, file, began, len(decisions), lambda: night_entries(outcomes)):
-            outcomes.extend(run_stale(root, decisions, fulfil_one))
+        with remembering(root, whole, file, began, num_entries, lambda: night_entries(outcomes)):
+            outcomes.extend(run_stale(root, survey, fulfil_one))
     if as_json:
-        print_json([outcome.to_dict() for outcome in outcomes])
+        print_json_list(outcome.to_dict() for outcome in outcomes)
     else:
         show_outcomes(outcomes)
     if address is not None and not dry_run:
@@ -175,8 +178,13 @@ def submit(
     if dry_run:
         failures = None if failing_every is None else Failures(3600 * failing_every, seed)
         priced = PricedMachine.of(on, rates)
-        show_schedule(catalog, root, priced, at_once, failures, as_json=as_json)
-    from jobs.fleet.nightly import exit_code_of, night_entries, outcomes_table, preview
+        show_schedule(
+            *(catalog, root, priced, failures),
+            at_once=at_once,
+            poll_seconds=poll_seconds,
+            as_json=as_json,
+        )
+    from jobs.fleet.nightly import Survey, exit_code_of, night_entries, outcomes_table
     from jobs.fleet.nights import Clock
     from jobs.fleet.remembering import remembering
     from jobs.fleet.staleness import decide
@@ -192,12 +200,12 @@ def submit(
     jobs = RayJobs(address, working_dir=working_dir)
     began = Clock.started()
     with status("looking for stale runs"):
-        decisions = tuple(decide(root, catalog, save_verified=True))
-    others = [preview(decision) for decision in decisions if decision.state != "stale"]
+        survey = Survey.of(decide(root, catalog, save_verified=True))
+    others = survey.others
     submission = Submission(
         root=root,
         jobs=jobs,
-        decisions=decisions,
+        decisions=survey.stale.values(),
         at_once=at_once,
         attempts=attempts,
         poll_seconds=poll_seconds,
@@ -210,10 +218,12 @@ def submit(
                 whole,
                 file,
                 began,
-                len(decisions),
-                lambda: [*night_entries_of_tasks(submission.tasks), *night_entries(others)],
+                len(survey.outcomes),
+                lambda: itertools.chain(
+                    night_entries_of_tasks(submission.tasks), night_entries(others)
+                ),
             ),
-            watch_tasks(decisions) as show,
+            watch_tasks(survey.outcomes) as show,
         ):
             submission.finish(show)
     else:

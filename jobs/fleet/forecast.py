@@ -6,8 +6,10 @@ models of one architecture in one recipe are planned once.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import dataclasses
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -19,13 +21,20 @@ from jobs.fleet.composition_forecast import foresee_composition
 from jobs.fleet.past_runs import correction
 from jobs.fleet.staleness import Decision
 from jobs.logging import STDERR, log_event, print_table
-from jobs.run_costs import CatalogCost, PricedMachine, Workers, cost_of, costs_table
+from jobs.run_costs import (
+    CatalogCost,
+    PricedMachine,
+    Workers,
+    cost_json,
+    cost_of,
+    costs_table,
+)
 from jobs.run_exports import CATALOG_OPTION, ForeseenExports, foresee_exports
 from pipeline.canonical import digest_of
 from pipeline.errors import PipelineError
 from pipeline.executor.protocol import ComputeSpec, ExecutorError, FunctionRunner
 from pipeline.plan import Plan
-from pipeline.planning.run_cost import RunCost
+from pipeline.planning.run_cost import Correction, RunCost
 from pipeline.planning.stored_sizes import stored_bytes
 from pipeline.recipe.recipe import Recipe
 from pipeline.remote_planning import plan_for_costs
@@ -35,78 +44,83 @@ from quantizer.errors import QuantizationError
 
 # A worker's plan depends on them only on CPUs, and its work not at all.
 _THREADS = 1
+_NUM_THREADS = 16
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Forecast:
     """What a run would take.
 
     Attributes:
         exports: that it would make; None if it is to make none.
-        cost: in words, why it is not known.
+        model_cost: what the cost model says, which is shared by all runs that are alike; in words,
+            why it is not known.
+        correction: of that, by what earlier runs took.
         source_bytes, stored_bytes: that it would read and write, of weights.
     """
 
     exports: ForeseenExports | None
-    cost: RunCost | str
+    model_cost: RunCost | str
+    correction: Correction | None = None
     source_bytes: int
     stored_bytes: int
+
+    @property
+    def cost(self) -> RunCost | str:
+        """Corrected; in words, why it is not known."""
+        if self.correction is None or isinstance(self.model_cost, str):
+            return self.model_cost
+        return self.model_cost.corrected(self.correction)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         sizes = {"source_bytes": self.source_bytes, "stored_bytes": self.stored_bytes}
         exports = {} if self.exports is None else self.exports.to_dict()
-        if isinstance(self.cost, str):
-            return {**exports, "cost": None, "cost_unknown": self.cost, "forecast": sizes}
-        return {**exports, "cost": self.cost.to_dict(), "forecast": sizes}
+        return {**exports, **cost_json(self.cost), "forecast": sizes}
 
 
 Foreseen: TypeAlias = Forecast | PipelineError | QuantizationError
 """Of one run; or why it cannot be carried out."""
 
 
-def show(forecasts: Mapping[str, Forecast]) -> None:
+def show(forecasts: Sequence[tuple[str, Forecast]]) -> None:
     """Print what each run, by its name, would take, and all together."""
-    for name, one in forecasts.items():
+    for name, one in forecasts:
         if one.exports is not None:
             one.exports.show(name)
-    rows = {
-        name: CatalogCost(cost=one.cost, read_bytes=one.source_bytes, stored_bytes=one.stored_bytes)
-        for name, one in forecasts.items()
-        if isinstance(one.cost, RunCost)
-    }
-    if rows:
-        print_table(STDERR, costs_table(rows))
-    for text, names in _unknown(forecasts).items():
-        log_event("cost unknown", f"cost of {len(names)} run(s) unknown: {text}")
+    known = [(name, one) for name, one in forecasts if isinstance(one.model_cost, RunCost)]
+    if known:
+        print_table(STDERR, costs_table(map(_catalog_cost, known)))
+    unknown = Counter(one.cost for _, one in forecasts if isinstance(one.cost, str))
+    for text, number in unknown.items():
+        log_event("cost unknown", f"cost of {number} run(s) unknown: {text}")
 
 
-def _unknown(forecasts: Mapping[str, Forecast]) -> dict[str, list[str]]:
-    found: defaultdict[str, list[str]] = defaultdict(list)
-    for name, one in forecasts.items():
-        if isinstance(one.cost, str):
-            found[one.cost].append(name)
-    return found
+def _catalog_cost(named: tuple[str, Forecast]) -> CatalogCost:
+    name, one = named
+    cost = one.cost
+    assert isinstance(cost, RunCost)
+    sizes = {"read_bytes": one.source_bytes, "stored_bytes": one.stored_bytes}
+    return CatalogCost(name=name, cost=cost, **sizes)
 
 
 def forecasts(
     root: ObjectStore,
-    decisions: Sequence[Decision],
+    stale: Mapping[int, Decision],
     open_compute: OpenCompute,
     priced: PricedMachine,
 ) -> dict[int, Foreseen]:
-    """What each stale run would take, by its place among the decisions."""
+    """What each stale run would take, by its place in the catalog."""
     groups: defaultdict[ComputeSpec, list[int]] = defaultdict(list)
-    for place, decision in enumerate(decisions):
-        if decision.state == "stale":
-            groups[_spec(decision, priced)].append(place)
+    for place, decision in stale.items():
+        groups[_spec(decision, priced)].append(place)
     found: dict[int, Foreseen] = {}
     for spec, places in groups.items():
-        first = decisions[places[0]].request
+        first = stale[places[0]].request
         try:
             with open_compute(spec, first.source_url, root.url(f"runs/{first.run_id}")) as compute:
                 found |= compute.plan(
-                    _finder(root, decisions, places, compute, priced), with_workers=False
+                    _finder(root, stale, places, compute, priced), with_workers=False
                 )
         except ExecutorError as error:
             # Such as a cluster that has no GPU now.
@@ -126,7 +140,7 @@ def _spec(decision: Decision, priced: PricedMachine) -> ComputeSpec:
 
 def _finder(
     root: ObjectStore,
-    decisions: Sequence[Decision],
+    decisions: Mapping[int, Decision],
     places: Sequence[int],
     compute: Compute,
     priced: PricedMachine,
@@ -134,92 +148,71 @@ def _finder(
     def find(runner: FunctionRunner) -> dict[int, Foreseen]:
         planner = _Planner(runner)
         at_hand = priced.find(runner, compute.allocation)
+        costs = _Costs(root, compute, priced, at_hand)
         found: dict[int, Foreseen] = {}
-        captured: set[str] = set()
+        published: dict[int, Workers] = {}
         for place in places:
+            decision = decisions[place]
             try:
-                request, recipe = decisions[place].request, decisions[place].run.recipe
+                request, recipe = decision.request, decision.run.recipe
                 if isinstance(recipe, Composition):
-                    found[place] = _composed(root, request, recipe, planner, priced, at_hand)
+                    found[place] = _composed(root, request, recipe, planner, costs)
                     continue
                 plan = planner.plan(request, recipe)
-                if (
-                    priced.named is None and not compute.allocation.gpus
-                ):  # theirs workers would tell
-                    compute.check_room(compute.estimate(plan))
-                found[place] = _forecast(
-                    root, decisions[place], recipe, plan, runner, priced, at_hand, captured
+                workers = costs.workers(request.needs)
+                costs.check_room(plan, request.needs, workers)
+                found[place] = Forecast(
+                    exports=_exports(runner, request, recipe),
+                    model_cost=workers
+                    if isinstance(workers, str)
+                    else costs.of(decision, plan, workers),
+                    source_bytes=sum(part.source_bytes for part in plan.parts),
+                    stored_bytes=planner.stored_bytes(plan),
                 )
+                # Only what was published has runs to learn from.
+                if decision.release is not None and isinstance(workers, Workers):
+                    published[place] = workers
             except (PipelineError, QuantizationError) as error:
                 found[place] = error
+
+        def learn(place: int) -> Correction | PipelineError | None:
+            try:
+                return correction(root, decisions[place].request, published[place])
+            except PipelineError as error:
+                return error
+
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            for place, past in zip(published, pool.map(learn, published), strict=True):
+                forecast = found[place]
+                if isinstance(past, PipelineError):
+                    found[place] = past
+                elif isinstance(forecast, Forecast):
+                    found[place] = dataclasses.replace(forecast, correction=past)
         return found
 
     return find
 
 
-def _forecast(
-    root: ObjectStore,
-    decision: Decision,
-    recipe: Recipe,
-    plan: Plan,
-    runner: FunctionRunner,
-    priced: PricedMachine,
-    at_hand: Workers | str,
-    captured: set[str],
-) -> Forecast:
-    """What one run would take.
-
-    Args:
-        captured: statistics that runs before it make; its own are added.
-    """
-    request, exports = decision.request, None
-    if request.exports:
-        exports = foresee_exports(
-            runner,
-            request.source_url,
-            recipe,
-            request.exports,
-            dry_run=True,
-            option=CATALOG_OPTION,
-        )
-    cost: RunCost | str = at_hand if isinstance(at_hand, str) else ""
-    if isinstance(at_hand, Workers):
-        workers = at_hand if priced.named is None else at_hand.for_needs(request.needs)
-        if priced.named is not None:
-            workers.check_room(workers.estimate(plan))
-        num_windows = request.evaluation_windows * len(request.evaluated_on.by_name)
-        shared = statistics_of(request)
-        if recipe.uses_float_statistics and are_captured(root, request, decision.run.entry.recipes):
-            captured.add(shared)
-        cost = cost_of(
-            workers.plan(plan), workers, num_windows=num_windows, captured=shared in captured
-        )
-        captured.add(shared)
-        # Only what was published has runs to learn from.
-        if decision.current is not None and (past := correction(root, request, workers)):
-            cost = cost.corrected(past)
-    return Forecast(
-        exports=exports,
-        cost=cost,
-        source_bytes=sum(part.source_bytes for part in plan.parts),
-        stored_bytes=int(sum(stored_bytes(plan, part) for part in plan.parts)),
+def _exports(runner: FunctionRunner, request: Request, recipe: Recipe) -> ForeseenExports | None:
+    if not request.exports:
+        return None
+    return foresee_exports(
+        runner,
+        request.source_url,
+        recipe,
+        request.exports,
+        dry_run=True,
+        option=CATALOG_OPTION,
     )
 
 
 def _composed(
-    root: ObjectStore,
-    request: Request,
-    composition: Composition,
-    planner: _Planner,
-    priced: PricedMachine,
-    at_hand: Workers | str,
+    root: ObjectStore, request: Request, composition: Composition, planner: _Planner, costs: _Costs
 ) -> Forecast:
     """What a composition would take, once its runs are there; with those made for it alone."""
     givers = zip(request.givers, composition.recipes, strict=True)
     plans = [planner.plan(giver, recipe) for giver, recipe in givers]
-    workers = at_hand
-    if isinstance(workers, Workers) and priced.named is not None:
-        workers = workers.for_needs(request.needs)
+    workers = costs.workers(request.needs)
     found = foresee_composition(request, plans, workers)
     cost, source_bytes, written = found.cost, found.source_bytes, found.stored_bytes
     missing = [
@@ -234,7 +227,66 @@ def _composed(
             there = workers.plan(plan)
             captured = number > 0 or len(missing) < len(plans)
             cost = cost.after(cost_of(there, workers, num_windows=0, captured=captured))
-    return Forecast(exports=None, cost=cost, source_bytes=source_bytes, stored_bytes=written)
+    return Forecast(exports=None, model_cost=cost, source_bytes=source_bytes, stored_bytes=written)
+
+
+class _Costs:
+    """What plans cost on the workers that their runs would have; of runs that are alike, once."""
+
+    def __init__(
+        self, root: ObjectStore, compute: Compute, priced: PricedMachine, at_hand: Workers | str
+    ) -> None:
+        """Args: at_hand: workers, or, in words, why they are not known."""
+        self._root = root
+        self._compute = compute
+        self._is_named = priced.named is not None
+        self._at_hand = at_hand
+        self._fitting: set[tuple[int, ComputeSpec | None]] = set()
+        self._found: dict[tuple[int, Workers, int, bool], RunCost] = {}
+        self._captured: set[str] = set()
+
+    def workers(self, needs: ComputeSpec) -> Workers | str:
+        """Those that a run would have; or why they are not known.
+
+        Raises:
+            RatesError: there are not so many.
+        """
+        if self._is_named and isinstance(self._at_hand, Workers):
+            return self._at_hand.for_needs(needs)
+        return self._at_hand
+
+    def check_room(self, plan: Plan, needs: ComputeSpec, workers: Workers | str) -> None:
+        """Refuse a run that has no room on its workers.
+
+        Raises:
+            ExecutorError: it has none.
+        """
+        key = id(plan), needs if self._is_named else None
+        if key in self._fitting:
+            return
+        if self._is_named and isinstance(workers, Workers):
+            workers.check_room(workers.estimate(plan))
+        elif not self._is_named and not self._compute.allocation.gpus:  # theirs workers would tell
+            self._compute.check_room(self._compute.estimate(plan))
+        self._fitting.add(key)
+
+    def of(self, decision: Decision, plan: Plan, workers: Workers) -> RunCost:
+        """What a run costs; statistics that are not there are made by the first that uses them."""
+        request = decision.request
+        num_windows = request.evaluation_windows * len(request.evaluated_on.by_name)
+        captured = False
+        if plan.uses_float_statistics:
+            shared = statistics_of(request)
+            captured = shared in self._captured or are_captured(
+                self._root, request, decision.run.entry.recipes
+            )
+            self._captured.add(shared)
+        key = id(plan), workers, num_windows, captured
+        if key not in self._found:
+            self._found[key] = cost_of(
+                workers.plan(plan), workers, num_windows=num_windows, captured=captured
+            )
+        return self._found[key]
 
 
 class _Planner:
@@ -243,6 +295,7 @@ class _Planner:
     def __init__(self, runner: FunctionRunner) -> None:
         self._runner = runner
         self._plans: dict[str, Plan] = {}
+        self._stored_bytes: dict[int, int] = {}
 
     def plan(self, request: Request, recipe: Recipe) -> Plan:
         # What a model is, is told by its JSON; that of shards names each of its variables.
@@ -265,6 +318,13 @@ class _Planner:
                 plan_for_costs, request.source_url, recipe, _THREADS
             )
         return self._plans[key]
+
+    def stored_bytes(self, plan: Plan) -> int:
+        """Of all its weights files."""
+        if id(plan) not in self._stored_bytes:
+            parts = (stored_bytes(plan, part) for part in plan.parts)
+            self._stored_bytes[id(plan)] = int(sum(parts))
+        return self._stored_bytes[id(plan)]
 
 
 def _shape(request: Request) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -13,13 +13,13 @@ from typing import Any, Literal, get_args
 from rich.table import Table
 from rich.text import Text
 
-from jobs.catalog.request import Request, save_request
+from jobs.catalog.request import Request, run_name, save_request
 from jobs.execute import OpenCompute
 from jobs.fleet.forecast import Forecast, forecasts
 from jobs.fleet.fulfil import Fulfilled, GateFailedError
 from jobs.fleet.nights import NightEntry
-from jobs.fleet.staleness import Decision
-from jobs.logging import is_json, log_event, set_run
+from jobs.fleet.staleness import Decision, Freshness
+from jobs.logging import MOST_ROWS, is_json, log_event, set_run
 from jobs.progress.catalog_view import EntryPhase, EntryProgress, ShowEntry, watch_catalog
 from jobs.publish.verdict import quality_text
 from jobs.quantities import size
@@ -34,36 +34,50 @@ Result = Literal[
 """Of one run: "elsewhere" is driven by another process; "to do" is what a dry run would make."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What became of one run.
+    """What became of one run: a few words and numbers, since a catalog may have ten thousand.
 
     Attributes:
+        priority: of its entry in the catalog.
+        request_id, run_id: None where its files cannot be fingerprinted.
+        state, reasons, bytes_read: as it was decided.
         text: more, in words.
         exit_code: 0 if what the catalog asks for is published, or another process is making it.
         forecast: of what is to do, in a dry run.
+        givers: names of the runs that a composition takes blocks of.
     """
 
-    decision: Decision
+    model: str
+    recipe: str
+    priority: int = 0
+    request_id: str | None
+    run_id: str | None
+    state: Freshness
+    reasons: tuple[str, ...] = ()
+    bytes_read: int = 0
     result: Result
     text: str = ""
     exit_code: int = 0
     quality: dict[str, Any] | None = None
     solved: bool = False
     forecast: Forecast | None = None
+    givers: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return run_name(self.model, self.recipe)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        run = self.decision.run
-        request = run.request
         return {
-            "model": run.entry.name,
-            "recipe": run.recipe.name,
-            "request_id": None if request is None else request.request_id,
-            "run_id": None if request is None else request.run_id,
-            "state": self.decision.state,
-            "reasons": list(self.decision.reasons),
-            "bytes_read": self.decision.bytes_read,
+            "model": self.model,
+            "recipe": self.recipe,
+            "request_id": self.request_id,
+            "run_id": self.run_id,
+            "state": self.state,
+            "reasons": list(self.reasons),
+            "bytes_read": self.bytes_read,
             "result": self.result,
             "solved": self.solved,
             "quality": self.quality,
@@ -72,81 +86,111 @@ class Outcome:
         }
 
 
-def preview(decision: Decision) -> Outcome:
+@dataclass(frozen=True)
+class Survey:
+    """What a pass over a catalog begins with.
+
+    Attributes:
+        outcomes: what is known of every run before anything is made.
+        stale: by their places among these, the runs that are to be made, with all that this takes.
+    """
+
+    outcomes: list[Outcome]
+    stale: dict[int, Decision]
+
+    @classmethod
+    def of(cls, decisions: Iterable[Decision]) -> Survey:
+        """Take in decisions as they are made; of a run that is not stale its outcome is kept."""
+        survey = cls([], {})
+        for place, decision in enumerate(decisions):
+            if decision.state == "stale":
+                survey.stale[place] = decision
+            survey.outcomes.append(_preview(decision))
+        return survey
+
+    @property
+    def others(self) -> list[Outcome]:
+        """Of the runs that are not to be made."""
+        return [outcome for outcome in self.outcomes if outcome.result != "to do"]
+
+
+def _preview(decision: Decision) -> Outcome:
     """What is known of a run before anything is made."""
-    known = partial(Outcome, decision=decision, text="; ".join(decision.reasons))
+    run, request, reasons = decision.run, decision.run.request, decision.reasons
+    known = partial(
+        Outcome,
+        model=run.entry.name,
+        recipe=run.recipe.name,
+        priority=run.entry.settings.priority,
+        request_id=None if request is None else request.request_id,
+        run_id=None if request is None else request.run_id,
+        state=decision.state,
+        reasons=reasons,
+        bytes_read=decision.bytes_read,
+        quality=decision.quality,
+        givers=run.giver_names,
+    )
+    text = "; ".join(reasons)
     match decision.state:
         case "stale":
-            return Outcome(decision=decision, result="to do")
+            return known(result="to do")
         case "fresh":
-            assert decision.current is not None
-            return known(result="up to date", quality=decision.current.release.quality)
+            return known(result="up to date", text=text)
         case "gate failed":
-            quality = None if decision.verdict is None else decision.verdict.quality
-            return known(result="gate failed", exit_code=GateFailedError.exit_code, quality=quality)
+            return known(result="gate failed", text=text, exit_code=GateFailedError.exit_code)
         case "set aside":
-            return known(result="set aside")
+            return known(result="set aside", text=text)
         case "unreachable":
-            problem = decision.run.problem
-            return known(result="failed", exit_code=3 if problem is None else problem.exit_code)
+            code = 3 if run.problem is None else run.problem.exit_code
+            return known(result="failed", text=text, exit_code=code)
 
 
 def foresee(
-    root: ObjectStore,
-    decisions: Sequence[Decision],
-    open_compute: OpenCompute,
-    priced: PricedMachine,
+    root: ObjectStore, survey: Survey, open_compute: OpenCompute, priced: PricedMachine
 ) -> list[Outcome]:
     """What is known of every run, and what those that are to do would take (see `forecasts`)."""
-    found = forecasts(root, decisions, open_compute, priced)
-    outcomes = []
-    for place, decision in enumerate(decisions):
-        outcome, foreseen = preview(decision), found.get(place)
+    outcomes = list(survey.outcomes)
+    for place, foreseen in forecasts(root, survey.stale, open_compute, priced).items():
         match foreseen:
-            case None:
-                pass
             case Forecast():
-                outcome = dataclasses.replace(outcome, forecast=foreseen)
+                change: dict[str, Any] = {"forecast": foreseen}
             case PipelineError() | QuantizationError():
                 code = getattr(foreseen, "exit_code", PipelineError.exit_code)
-                outcome = dataclasses.replace(
-                    outcome, result="failed", text=str(foreseen), exit_code=code
-                )
-        outcomes.append(outcome)
+                change = {"result": "failed", "text": str(foreseen), "exit_code": code}
+        outcomes[place] = dataclasses.replace(outcomes[place], **change)
     return outcomes
 
 
 def run_stale(
-    root: ObjectStore, decisions: Sequence[Decision], fulfil: Callable[[Request], Fulfilled]
+    root: ObjectStore, survey: Survey, fulfil: Callable[[Request], Fulfilled]
 ) -> Iterator[Outcome]:
     """Make what is stale, one run after another; a failure does not stop the others."""
-    known = [preview(decision) for decision in decisions]
     became: dict[str, Outcome] = {}
-    with watch_catalog([entry_progress(outcome) for outcome in known]) as show:
-        for outcome in known:
-            run = outcome.decision.run
-            held_up = None
-            if outcome.result == "to do":
-                held_up = _held_up(outcome.decision, [became.get(one) for one in run.giver_names])
-            if held_up is None:
-                became[run.name] = _carried_out(root, outcome, fulfil, show)
-            else:
-                became[run.name] = held_up
-                show(entry_progress(held_up))
-                log_outcome(held_up)
-            yield became[run.name]
+    with watch_catalog([entry_progress(outcome) for outcome in survey.outcomes]) as show:
+        for place, outcome in enumerate(survey.outcomes):
+            decision = survey.stale.pop(place, None)
+            if decision is not None:
+                held_up = _held_up(outcome, [became.get(one) for one in outcome.givers])
+                outcome = held_up or _made(root, outcome, decision, fulfil, show)
+                became[outcome.name] = outcome
+                show(entry_progress(outcome))
+            elif outcome.result == "failed":
+                became[outcome.name] = outcome
+            log_outcome(outcome)
+            set_run()
+            yield outcome
 
 
-def _held_up(decision: Decision, givers: Sequence[Outcome | None]) -> Outcome | None:
+def _held_up(known: Outcome, givers: Sequence[Outcome | None]) -> Outcome | None:
     """Why a composition is not to be tried; None where all runs that it is made of are done."""
     for giver in givers:
         if giver is not None and giver.result in ("failed", "elsewhere"):
-            name, failed = giver.decision.run.name, giver.result == "failed"
+            failed = giver.result == "failed"
             why = "failed" if failed else "is being made by another driver; the next night composes"
-            return Outcome(
-                decision=decision,
+            return dataclasses.replace(
+                known,
                 result=giver.result,
-                text=f"not composed, since {name} {why}",
+                text=f"not composed, since {giver.name} {why}",
                 exit_code=giver.exit_code,
             )
     return None
@@ -154,36 +198,35 @@ def _held_up(decision: Decision, givers: Sequence[Outcome | None]) -> Outcome | 
 
 def entry_progress(outcome: Outcome, *, is_begun: bool = False) -> EntryProgress:
     """How far an entry is, for whoever watches."""
-    run = outcome.decision.run
     phase: EntryPhase = "failed" if outcome.exit_code else "done"
     if outcome.result == "to do":
         phase = "running" if is_begun else "waiting"
     return EntryProgress(
-        name=run.name, priority=run.entry.settings.priority, phase=phase, text=outcome.text
+        name=outcome.name, priority=outcome.priority, phase=phase, text=outcome.text
     )
 
 
-def _carried_out(
-    root: ObjectStore, known: Outcome, fulfil: Callable[[Request], Fulfilled], show: ShowEntry
+def _made(
+    root: ObjectStore,
+    known: Outcome,
+    decision: Decision,
+    fulfil: Callable[[Request], Fulfilled],
+    show: ShowEntry,
 ) -> Outcome:
-    decision, outcome = known.decision, known
-    if known.result == "to do":
-        request, reasons = decision.request, list(decision.reasons)
-        set_run(run=request.run_id, model=request.model, recipe=request.recipe_name)
-        log_event("stale", f"{decision.run.name}: {'; '.join(reasons)}", {"reasons": reasons})
-        show(entry_progress(known, is_begun=True))
-        save_request(root, request)
-        outcome = _outcome_of_run(decision, fulfil)
-        show(entry_progress(outcome))
-    log_outcome(outcome)
-    set_run()
-    return outcome
+    request, reasons = decision.request, list(decision.reasons)
+    set_run(run=request.run_id, model=request.model, recipe=request.recipe_name)
+    log_event("stale", f"{known.name}: {'; '.join(reasons)}", {"reasons": reasons})
+    show(entry_progress(known, is_begun=True))
+    save_request(root, request)
+    return _outcome_of_run(known, request, fulfil)
 
 
-def _outcome_of_run(decision: Decision, fulfil: Callable[[Request], Fulfilled]) -> Outcome:
-    became = partial(Outcome, decision=decision)
+def _outcome_of_run(
+    known: Outcome, request: Request, fulfil: Callable[[Request], Fulfilled]
+) -> Outcome:
+    became = partial(dataclasses.replace, known)
     try:
-        fulfilled = fulfil(decision.request)
+        fulfilled = fulfil(request)
     except LeaseHeldError as held:
         return became(result="elsewhere", text=str(held))
     except (PipelineError, QuantizationError) as error:
@@ -199,20 +242,17 @@ def _outcome_of_run(decision: Decision, fulfil: Callable[[Request], Fulfilled]) 
     )
 
 
-def night_entries(outcomes: Sequence[Outcome]) -> list[NightEntry]:
+def night_entries(outcomes: Iterable[Outcome]) -> Iterator[NightEntry]:
     """What may be remembered of a night."""
-    return [
-        NightEntry(
-            model=outcome.decision.run.entry.name,
-            recipe=outcome.decision.run.recipe.name,
-            request_id="" if request is None else request.request_id,
+    for outcome in outcomes:
+        yield NightEntry(
+            model=outcome.model,
+            recipe=outcome.recipe,
+            request_id=outcome.request_id or "",
             result=outcome.result,
-            reasons=outcome.decision.reasons,
+            reasons=outcome.reasons,
             text=outcome.text,
         )
-        for outcome in outcomes
-        for request in [outcome.decision.run.request]
-    ]
 
 
 def num_by_result(outcomes: Sequence[Outcome]) -> dict[str, int]:
@@ -239,16 +279,24 @@ def exit_code_of(outcomes: Sequence[Outcome]) -> int:
 
 
 def outcomes_table(outcomes: Sequence[Outcome]) -> Table:
-    """What became of each run, and how much was read to decide that."""
+    """What became of each run, and how much was read to decide that.
+
+    Of very many, only as many are shown as a person reads: those that were up to date go first.
+    """
     table = Table("model", "recipe", "result", "why", "read to decide", "quality")
-    for outcome in outcomes:
-        decision = outcome.decision
+    shown = outcomes
+    if len(outcomes) > MOST_ROWS:
+        shown = [one for one in outcomes if one.result != "up to date"][:MOST_ROWS]
+        left_out = Counter(one.result for one in outcomes) - Counter(one.result for one in shown)
+        counts = ", ".join(f"{number} {result}" for result, number in left_out.items())
+        table.caption = f"and {counts}; --json has all"
+    for outcome in shown:
         table.add_row(
-            decision.run.entry.name,
-            decision.run.recipe.name,
+            outcome.model,
+            outcome.recipe,
             outcome.result,
-            Text(outcome.text or "; ".join(decision.reasons)),
-            size(decision.bytes_read),
+            Text(outcome.text or "; ".join(outcome.reasons)),
+            size(outcome.bytes_read),
             quality_text(outcome.quality),
         )
     return table

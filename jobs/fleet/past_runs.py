@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 from jobs.catalog.request import Request, run_store
-from jobs.publish.releases import history
+from jobs.publish.releases import newest_first
 from jobs.run_costs import Workers, cost_of
 from pipeline.errors import PipelineError
 from pipeline.plan import read_plan
 from pipeline.planning.run_cost import Correction
-from pipeline.run.events import EVENTS_PREFIX, Event, read_events
+from pipeline.run.events import RunTotals, read_totals
 from pipeline.storage.object_store import ObjectStore
 
 _MOST_RUNS = 5
+_MOST_RELEASES = 20
+"""To find them among: a run that was judged again is released again."""
 
 
 def correction(root: ObjectStore, request: Request, workers: Workers) -> Correction | None:
@@ -22,61 +25,56 @@ def correction(root: ObjectStore, request: Request, workers: Workers) -> Correct
 
     Counted are those that one driver made from their beginning to their end, on machines such as
     the workers'. The median of the ratios is taken, which one run on a busy machine does not move.
+    Of each run two small objects and the plan are read.
 
     Raises:
         StorageError: the store cannot be used.
     """
-    runs = dict.fromkeys(
-        release.run_id for release in reversed(history(root, request.model, request.recipe_name))
-    )
     ratios = [
         ratio
-        for run_id in list(runs)[:_MOST_RUNS]
-        for ratio in _ratios(run_store(root, run_id), workers)
+        for run_id in _latest_runs(root, request)
+        if (ratio := _ratio(run_store(root, run_id), workers)) is not None
     ]
     if not ratios:
         return None
     return Correction(factor=statistics.median(ratios), corrected_by=len(ratios))
 
 
-def _ratios(store: ObjectStore, workers: Workers) -> Iterator[float]:
-    """Of a run: what it took over what the model says; nothing where that cannot be told."""
-    for key in store.list(EVENTS_PREFIX):  # of each driver
-        events = read_events(store, [key])
-        seconds = _seconds(events)
-        there = _workers_of(events, workers)
-        if seconds is None or there is None:
-            continue
-        try:
-            plan = read_plan(store)
-        except PipelineError:
-            return  # swept, or of a version that this one does not read: it says nothing
-        predicted = cost_of(plan, there, num_windows=0).timed_seconds
-        if predicted > 0:
-            yield seconds / predicted
-        return
+def _latest_runs(root: ObjectStore, request: Request) -> Iterable[str]:
+    """The runs of the newest releases, each once."""
+    found = newest_first(root, request.model, request.recipe_name)
+    runs = dict.fromkeys(one.run_id for one in itertools.islice(found, _MOST_RELEASES))
+    return itertools.islice(runs, _MOST_RUNS)
 
 
-def _seconds(events: tuple[Event, ...]) -> float | None:
-    """From the claim to the manifest, of a driver that made all of a run without a mishap."""
-    names = [event.name for event in events]
-    if not {"started", "committed", "sealed"} <= set(names):
+def _ratio(store: ObjectStore, workers: Workers) -> float | None:
+    """Of a run: what it took over what the model says; None where that cannot be told.
+
+    Statistics that it uses were made by another run, or in time that its log tells apart. So
+    neither counts them.
+    """
+    totals = read_totals(store)
+    if totals is None or not totals.is_whole or totals.seconds <= 0:
         return None
-    if {"resumed", "damaged", "lost", "fewer"} & set(names):
+    there = _workers_of(totals, workers)
+    if there is None:
         return None
-    ended = events[names.index("sealed")].time
-    return (ended - events[names.index("started")].time).total_seconds() or None
+    try:
+        plan = read_plan(store)
+    except PipelineError:
+        return None  # swept, or of a version that this one does not read: it says nothing
+    predicted = cost_of(plan, there, num_windows=0, captured=True).timed_seconds
+    return totals.seconds / predicted if predicted > 0 else None
 
 
-def _workers_of(events: tuple[Event, ...], workers: Workers) -> Workers | None:
+def _workers_of(totals: RunTotals, workers: Workers) -> Workers | None:
     """The workers that a run had, if they were machines such as these."""
-    started = next((event.values for event in events if event.name == "started"), {})
-    number, gpus, threads = (started.get(name) for name in ("workers", "gpus", "threads"))
+    number, gpus, threads = (totals.allocation.get(name) for name in ("workers", "gpus", "threads"))
     machine = workers.machine
     if not isinstance(number, int) or not isinstance(gpus, int):
         return None
     if machine.device == "gpu":
-        kind = str(started.get("accelerator", ""))
+        kind = str(totals.allocation.get("accelerator", ""))
         return (
             Workers(number=number * gpus, machine=machine, together=gpus)
             if gpus and kind.lower() == machine.name.lower()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 from jobs.catalog.catalog_file import Catalog
 from jobs.fleet.fleet_report import update_fleet_report
@@ -32,7 +32,7 @@ def remembering(
     file: str,
     began: Clock,
     num_entries: int,
-    entries: Callable[[], Sequence[NightEntry]],
+    entries: Callable[[], Iterable[NightEntry]],
 ) -> Iterator[None]:
     """Leave a night and the fleet's page behind when the block ends, however it does.
 
@@ -61,7 +61,7 @@ def _telling(what: str) -> Iterator[None]:
         log_event("not written", message, level=logging.WARNING)
 
 
-def worth_keeping(root: ObjectStore, entries: Sequence[NightEntry]) -> list[NightEntry]:
+def worth_keeping(root: ObjectStore, entries: Iterable[NightEntry]) -> list[NightEntry]:
     """Entries that were not up to date; and those that are again, since they last failed.
 
     Nothing else in storage tells that a source is back which was away for a night.

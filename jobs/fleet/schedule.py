@@ -1,7 +1,8 @@
-"""When a catalog's runs would be made by `quantfleet submit`, as a dry run shows it."""
+"""When a catalog's runs would be made by `quantfleet submit --wait`, as a dry run shows it."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,21 +24,20 @@ def schedule_of(
     workers: int,
     *,
     at_once: int | None = None,
+    poll_seconds: float = 0.0,
     failures: Failures | None = None,
 ) -> Schedule:
-    """Schedule the runs whose cost is known, on so many GPUs or nodes of CPUs.
+    """Schedule the runs whose cost is known, on so many GPUs or nodes of CPUs (see `simulate`).
 
     Args:
         outcomes: in the catalog's order.
     """
     runs = [
-        simulated(
-            one.decision.run.name, one.forecast.cost, one.decision.run.entry.settings.priority
-        )
+        dataclasses.replace(simulated(one.name, one.forecast.cost, one.priority), after=one.givers)
         for one in outcomes
         if one.forecast is not None and isinstance(one.forecast.cost, RunCost)
     ]
-    return simulate(runs, workers, at_once=at_once, failures=failures)
+    return simulate(runs, workers, at_once=at_once, poll_seconds=poll_seconds, failures=failures)
 
 
 def simulated(name: str, cost: RunCost, priority: int = 0) -> SimulatedRun:
@@ -65,6 +65,7 @@ def schedule_json(schedule: Schedule) -> Mapping[str, Any]:
             {
                 "name": one.run.name,
                 "workers": one.run.workers,
+                "submitted": one.submitted,
                 "start": one.start,
                 "end": one.end,
                 "failures": one.failures,

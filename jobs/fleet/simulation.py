@@ -1,8 +1,11 @@
 """A catalog's runs on so many workers, on paper: which starts when, what it waits for, how it ends.
 
-Runs start as `quantfleet submit` starts them: whenever workers are free, the most urgent run that
-they are enough for, and of equally urgent ones the first in the catalog. So no worker is idle while
-a waiting run would fit, and one that needs many may be overtaken by less urgent ones that need few.
+Runs are started as `quantfleet submit --wait` starts them (`to_start`, which it uses too): in the
+catalog's order, the most urgent first, as many at a time as it is told, whether workers are free or
+not; that one has ended is seen when the jobs are polled next. `nightly` is the same with one at a
+time. A run that was started waits for its workers, as Ray lets it: whenever some are free, the
+first that they are enough for gets them. So one that needs many may be overtaken by others that
+need few, and keeps its place among those that are started meanwhile.
 
 A worker fails at random, so that the time between its failures is exponential. Its run keeps its
 other workers and goes on from its last committed block once the worker is back, which takes a fixed
@@ -12,11 +15,14 @@ time. What is drawn depends on the seed and the run's name alone, whatever the s
 from __future__ import annotations
 
 import heapq
+import itertools
+import math
 import random
-from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +34,7 @@ class SimulatedRun:
         workers: that it takes: GPUs, or nodes of CPUs.
         seconds: that it then lasts, if nothing fails.
         lost_seconds: that each failure of one of them costs.
+        after: names of runs; it is not started before those of them that are made have ended.
     """
 
     name: str
@@ -35,6 +42,7 @@ class SimulatedRun:
     seconds: float
     priority: int = 0
     lost_seconds: float = 0.0
+    after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,12 +76,14 @@ class SimulatedEntry:
     """What became of a run.
 
     Attributes:
-        start, end: in seconds from the beginning.
+        submitted: when it was started, to wait for its workers; in seconds from the beginning.
+        start, end: when it got them, and gave them back.
         failures: that it met.
         after: the run whose end let it start; "" where none had to end.
     """
 
     run: SimulatedRun
+    submitted: float = 0.0
     start: float
     end: float
     failures: int = 0
@@ -118,63 +128,115 @@ class Schedule:
         return sum(entry.failures for entry in self.entries)
 
 
+_T = TypeVar("_T")
+
+
+def to_start(waiting: Iterable[_T], alive: int, at_once: int | None) -> list[_T]:
+    """Which of the waiting runs, in their order, are started now.
+
+    Args:
+        alive: how many have been started, and have not ended.
+        at_once: the most that may be; None for any number.
+    """
+    return list(itertools.islice(waiting, None if at_once is None else max(0, at_once - alive)))
+
+
 def simulate(
     runs: Iterable[SimulatedRun],
     workers: int,
     *,
     at_once: int | None = None,
+    poll_seconds: float = 0.0,
     failures: Failures | None = None,
 ) -> Schedule:
     """Schedule runs on so many workers.
 
     Args:
         runs: in the catalog's order.
-        at_once: the most that are made at the same time; None for as many as fit.
+        at_once: the most that are started and have not ended; None for all.
+        poll_seconds: between two looks at which have ended; 0 if that is seen at once.
 
     Raises:
         ValueError: a run takes no workers, more than there are, or no time that passes.
     """
-    waiting = _queues(tuple(runs), workers)
+    waiting = dict(enumerate(_in_order(runs, workers)))
+    unfinished = {run.name for run in waiting.values()}
+    started = _Started()
     running: list[tuple[float, int, SimulatedEntry]] = []
-    started: list[SimulatedEntry] = []
+    entries: list[SimulatedEntry] = []
     free, now, after = workers, 0.0, ""
-    while running or any(waiting.values()):
-        while at_once is None or len(running) < at_once:
-            fitting = [queue[0] for size, queue in waiting.items() if queue and size <= free]
-            if not fitting:
-                break
-            _, run = min(fitting, key=lambda place: place[0])
-            waiting[run.workers].popleft()
+    poll: float | None = 0.0
+    while True:
+        if poll is not None and poll <= now:
+            ready = (one for one in waiting.items() if unfinished.isdisjoint(one[1].after))
+            for number, run in to_start(ready, len(running) + len(started), at_once):
+                started.add(now, run)
+                del waiting[number]
+            poll = None
+        while found := started.take(free):
+            submitted, run = found
             met = failures.of(run) if failures is not None else 0
-            end = now + run.seconds + met * run.lost_seconds
-            entry = SimulatedEntry(run=run, start=now, end=end, failures=met, after=after)
-            heapq.heappush(running, (end, len(started), entry))
-            started.append(entry)
+            entry = SimulatedEntry(
+                run=run,
+                submitted=submitted,
+                start=now,
+                end=now + run.seconds + met * run.lost_seconds,
+                failures=met,
+                after=after,
+            )
+            heapq.heappush(running, (entry.end, len(entries), entry))
+            entries.append(entry)
             free -= run.workers
-        now = running[0][0]
+        if not running and poll is None:
+            return Schedule(workers=workers, entries=tuple(entries))
+        end = running[0][0] if running else math.inf
+        if poll is not None and poll < end:
+            now = poll
+            continue
+        now = end
         while running and running[0][0] == now:
             _, _, ended = heapq.heappop(running)
             free += ended.run.workers
             after = ended.run.name
-    return Schedule(workers=workers, entries=tuple(started))
+            unfinished.discard(after)
+        if poll is None:
+            poll = math.ceil(now / poll_seconds) * poll_seconds if poll_seconds else now
 
 
-_Place = tuple[tuple[int, int], SimulatedRun]
-"""A run after its place in the order: by priority, then as written."""
+class _Started:
+    """Runs that were started and wait for workers."""
+
+    def __init__(self) -> None:
+        self._queues: dict[int, deque[tuple[int, float, SimulatedRun]]] = {}
+        self._number = 0
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def add(self, now: float, run: SimulatedRun) -> None:
+        self._queues.setdefault(run.workers, deque()).append((self._number, now, run))
+        self._number += 1
+        self._length += 1
+
+    def take(self, free: int) -> tuple[float, SimulatedRun] | None:
+        """The first that so many workers are enough for, after when it was started."""
+        heads = [queue[0] for size, queue in self._queues.items() if queue and size <= free]
+        if not heads:
+            return None
+        _, submitted, run = min(heads, key=lambda head: head[0])
+        self._queues[run.workers].popleft()
+        self._length -= 1
+        return submitted, run
 
 
-def _queues(runs: Sequence[SimulatedRun], workers: int) -> dict[int, deque[_Place]]:
-    """Runs by the number of workers that they take, each queue in order."""
-    queues: defaultdict[int, deque[_Place]] = defaultdict(deque)
-    places = sorted(
-        (((-run.priority, number), run) for number, run in enumerate(runs)),
-        key=lambda place: place[0],
-    )
-    for place, run in places:
-        if not 1 <= run.workers <= workers or not 0 <= run.seconds < float("inf"):
+def _in_order(runs: Iterable[SimulatedRun], workers: int) -> list[SimulatedRun]:
+    """By priority, and then as written."""
+    found = sorted(runs, key=lambda run: -run.priority)
+    for run in found:
+        if not 1 <= run.workers <= workers or not 0 <= run.seconds < math.inf:
             raise ValueError(
                 f"{run.name}: {run.workers} workers for {run.seconds} s, and there are {workers}; "
                 "give it at least one, and no more than there are"
             )
-        queues[run.workers].append((place, run))
-    return dict(sorted(queues.items()))
+    return found

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from jobs.catalog.catalog_file import Catalog
 from jobs.catalog.request import (
@@ -48,16 +48,16 @@ class Decision:
     Attributes:
         reasons: why it is not fresh.
         bytes_read: of sources and artifacts, to decide.
-        current: what is published; None before the first release.
-        verdict: on this request, unless it is the one published; None if there is none.
+        release: number of what is published; None before the first release.
+        quality: of what is published, or of what failed its gate.
     """
 
     run: CatalogRun
     state: Freshness
     reasons: tuple[str, ...] = ()
     bytes_read: int = 0
-    current: Current | None = field(default=None, repr=False)
-    verdict: Verdict | None = field(default=None, repr=False)
+    release: int | None = None
+    quality: dict[str, Any] | None = field(default=None, repr=False)
 
     @property
     def request(self) -> Request:
@@ -192,9 +192,17 @@ def decide_run(
         state=state,
         reasons=reasons,
         bytes_read=run.bytes_read + check.bytes_read,
-        current=current,
-        verdict=verdict,
+        release=None if current is None else current.release.number,
+        quality=_quality(state, current, verdict),
     )
+
+
+def _quality(
+    state: Freshness, current: Current | None, verdict: Verdict | None
+) -> dict[str, Any] | None:
+    judged = {"fresh": None if current is None else current.release, "gate failed": verdict}
+    found = judged.get(state)
+    return None if found is None else found.quality
 
 
 def _never_published(

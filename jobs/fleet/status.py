@@ -15,9 +15,9 @@ from rich.text import Text
 
 from jobs.catalog.catalog_file import Catalog
 from jobs.catalog.request import REQUESTS_PREFIX, Request, request_key, run_store
-from jobs.logging import url_name
+from jobs.logging import MOST_ROWS, url_name
 from jobs.publish.published_exports import PublishedExport
-from jobs.publish.releases import Current, find_current, published_names
+from jobs.publish.releases import find_current, published_names
 from jobs.publish.verdict import JudgedRun, find_verdict, quality_text
 from jobs.quantities import duration, size
 from pipeline.errors import DamagedObjectError, PipelineError
@@ -132,10 +132,8 @@ def status(root: ObjectStore, catalog: Catalog | None = None) -> tuple[Row, ...]
     names = None if catalog is None else catalog_names(catalog)
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         published = [one for one in published_names(root) if names is None or one in names]
-        found = pool.map(lambda one: _current_or_problem(root, *one), published)
-        currents = dict(zip(published, found, strict=True))
-        rows = [_released(*one, current) for one, current in currents.items()]
-        keys = _unpublished_requests(root.versions(REQUESTS_PREFIX), currents)
+        rows = list(pool.map(lambda one: _released(root, *one), published))
+        keys = _unpublished_requests(root.versions(REQUESTS_PREFIX), rows)
         rows += filter(None, pool.map(lambda key: _unreleased(root, key, names), keys))
     missing = dict.fromkeys(names or ()).keys() - {(row.model, row.recipe) for row in rows}
     rows += [Row(model=model, recipe=recipe, state="not started") for model, recipe in missing]
@@ -152,16 +150,13 @@ def catalog_names(catalog: Catalog) -> dict[tuple[str, str], None]:
     }
 
 
-def _current_or_problem(root: ObjectStore, model: str, recipe: str) -> Current | str:
+def _released(root: ObjectStore, model: str, recipe: str) -> Row:
     try:
-        return find_current(root, model, recipe) or "deleted a moment ago"
+        current = find_current(root, model, recipe)
     except PipelineError as problem:
-        return str(problem)
-
-
-def _released(model: str, recipe: str, current: Current | str) -> Row:
-    if isinstance(current, str):
-        return Row(model=model, recipe=recipe, state="damaged", text=current)
+        return Row(model=model, recipe=recipe, state="damaged", text=str(problem))
+    if current is None:
+        return Row(model=model, recipe=recipe, state="damaged", text="deleted a moment ago")
     text = f"set aside: {', '.join(current.set_aside)}" if current.set_aside else ""
     row = _judged(current.release, "published", text)
     release = current.release
@@ -184,17 +179,16 @@ def _judged(run: JudgedRun, state: Literal["published", "gate failed"], text: st
 
 
 def _unpublished_requests(
-    versions: Mapping[str, Version], currents: Mapping[tuple[str, str], Current | str]
+    versions: Mapping[str, Version], released: Sequence[Row]
 ) -> Sequence[str]:
     """Keys of each model's and recipe's latest request, unless a later one is published.
 
     "Latest" is by the store's clock, which is good enough to show; nothing is decided by it.
     """
     published = {
-        f"{model}-{recipe}": versions[key].modified
-        for (model, recipe), current in currents.items()
-        if isinstance(current, Current)
-        and (key := request_key(current.release.request_id)) in versions
+        f"{row.model}-{row.recipe}": versions[key].modified
+        for row in released
+        if row.request_id is not None and (key := request_key(row.request_id)) in versions
     }
     latest: dict[str, tuple[float, str]] = {}
     for key, version in versions.items():
@@ -250,14 +244,16 @@ def _with_run_status(row: Row, store: ObjectStore) -> Row:
 
 
 def status_table(rows: Sequence[Row]) -> Table:
-    """One line per row; empty columns are left out, since terminals are narrow."""
+    """One line per row, of so many; empty columns are left out, since terminals are narrow."""
     titles = (
         *("model", "recipe", "state", "parts", "left", "heartbeat"),
         *("weights", "quality", "exports", ""),
     )
-    lines = [_line(row) for row in rows]
+    lines = [_line(row) for row in rows[:MOST_ROWS]]
     shown = [i for i in range(len(titles)) if any(line[i] not in ("", "–") for line in lines)]
-    table = Table(*(titles[i] for i in shown))
+    left_out = len(rows) - len(lines)
+    caption = f"and {left_out} more; --json has all" if left_out else None
+    table = Table(*(titles[i] for i in shown), caption=caption)
     for line in lines:
         table.add_row(*(Text(line[i]) for i in shown))
     return table

@@ -11,7 +11,7 @@ import logging
 import re
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -20,8 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.catalog.request import Request, save_request
-from jobs.fleet.nightly import entry_progress, preview
+from jobs.fleet.nightly import Outcome, entry_progress
 from jobs.fleet.nights import NightEntry
+from jobs.fleet.simulation import to_start
 from jobs.fleet.staleness import Decision, decide_run
 from jobs.logging import is_live, log_event
 from jobs.progress.catalog_view import EntryPhase, EntryProgress, ShowEntry, watch_catalog
@@ -106,14 +107,14 @@ class Submission:
 
     root: ObjectStore
     jobs: RayJobs
-    decisions: InitVar[Sequence[Decision]]
+    decisions: InitVar[Iterable[Decision]]
     at_once: int = 4
     attempts: int = 3
     poll_seconds: float = 5.0
     entrypoint: str = "quantfleet"
     tasks: list[Task] = field(init=False)
 
-    def __post_init__(self, decisions: Sequence[Decision]) -> None:
+    def __post_init__(self, decisions: Iterable[Decision]) -> None:
         self.tasks = [Task(decision=one) for one in decisions if one.state == "stale"]
 
     def step(self) -> None:
@@ -125,15 +126,16 @@ class Submission:
                 self._update(task, attempts.get(task.request.request_id, {}))
         alive = sum(1 for task in self.tasks if task.phase == "running")
         by_name = {task.name: task for task in self.tasks}
+        ready = []
         for task in self.tasks:
             givers = [by_name[one] for one in task.decision.run.giver_names if one in by_name]
             if task.phase == "waiting" and (failed := _failed(givers)):
                 task.phase, task.text = "failed", f"not composed, since {failed} failed"
-            is_ready = all(giver.is_over for giver in givers)
-            if task.phase == "waiting" and is_ready and alive < self.at_once:
-                numbers = attempts.get(task.request.request_id, {})
-                self._start(task, max(numbers, default=0) + 1)
-                alive += 1
+            if task.phase == "waiting" and all(giver.is_over for giver in givers):
+                ready.append(task)
+        for task in to_start(ready, alive, self.at_once):
+            numbers = attempts.get(task.request.request_id, {})
+            self._start(task, max(numbers, default=0) + 1)
 
     def finish(self, show: ShowTasks) -> None:
         """Step until every task is over."""
@@ -156,8 +158,8 @@ class Submission:
     def _settle(self, task: Task, attempts: Mapping[int, RayJob]) -> None:
         """Decide from storage what became of a request whose job has ended."""
         now = decide_run(self.root, task.decision.run, save_verified=True)
-        if now.state == "fresh" and now.current is not None:
-            task.phase, task.text = "published", f"release {now.current.release.number}"
+        if now.state == "fresh":
+            task.phase, task.text = "published", f"release {now.release}"
             return
         if now.state == "gate failed":
             task.phase, task.text = "gate failed", "; ".join(now.reasons)
@@ -190,20 +192,18 @@ def _failed(givers: Sequence[Task]) -> str:
     return next((giver.name for giver in givers if giver.phase == "failed"), "")
 
 
-def night_entries_of_tasks(tasks: Sequence[Task]) -> list[NightEntry]:
+def night_entries_of_tasks(tasks: Sequence[Task]) -> Iterator[NightEntry]:
     """What may be remembered of a night on which jobs did the work: of those that are over."""
-    return [
-        NightEntry(
-            model=task.request.model,
-            recipe=task.request.recipe_name,
-            request_id=task.request.request_id,
-            result=task.phase,
-            reasons=task.decision.reasons,
-            text=task.text,
-        )
-        for task in tasks
-        if task.is_over
-    ]
+    for task in tasks:
+        if task.is_over:
+            yield NightEntry(
+                model=task.request.model,
+                recipe=task.request.recipe_name,
+                request_id=task.request.request_id,
+                result=task.phase,
+                reasons=task.decision.reasons,
+                text=task.text,
+            )
 
 
 def exit_code_of_tasks(tasks: Sequence[Task]) -> int:
@@ -259,14 +259,14 @@ def _show_all(show: ShowEntry, tasks: Sequence[Task]) -> None:
 
 
 @contextlib.contextmanager
-def watch_tasks(decisions: Sequence[Decision]) -> Iterator[ShowTasks]:
+def watch_tasks(outcomes: Sequence[Outcome]) -> Iterator[ShowTasks]:
     """Yield what shows the tasks: a live view on a terminal, a line per change elsewhere.
 
     Args:
-        decisions: of all entries; those that are not stale have no task.
+        outcomes: of all entries; those that are not to do have no task.
     """
     if is_live():
-        with watch_catalog([entry_progress(preview(decision)) for decision in decisions]) as show:
+        with watch_catalog([entry_progress(outcome) for outcome in outcomes]) as show:
             yield partial(_show_all, show)
         return
     shown: dict[str, tuple[str, str]] = {}

@@ -24,7 +24,7 @@ _MOST_PRIORITIES = 6
 _MOST_NAMED = 5
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EntryProgress:
     """How far one model × recipe is.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,16 @@ def history(root: ObjectStore, model: str, recipe_name: str) -> tuple[Release, .
     """
     keys = root.list(f"{release_prefix(model, recipe_name)}history/")
     return tuple(Release.read(root, key) for key in keys)
+
+
+def newest_first(root: ObjectStore, model: str, recipe_name: str) -> Iterator[Release]:
+    """Releases, each read when it is asked for.
+
+    Raises:
+        DamagedObjectError: one of them cannot be read.
+    """
+    keys = root.list(f"{release_prefix(model, recipe_name)}history/")
+    return (Release.read(root, key) for key in reversed(keys))
 
 
 def published_names(root: ObjectStore) -> tuple[tuple[str, str], ...]:

@@ -164,15 +164,16 @@ def check_artifact(
             store.verify(key, sha256=expected.sha256, size=expected.size_bytes)
         except (DamagedObjectError, MissingObjectError):
             damaged.append(key)
-    now = {
-        key: dataclasses.replace(file, token=versions[key].token)
-        for key, file in last.files.items()
-    }
-    verified = dataclasses.replace(last, files=now)
+    verified = None
+    if changed and not damaged:
+        now = {
+            key: dataclasses.replace(last.files[key], token=versions[key].token) for key in changed
+        }
+        verified = dataclasses.replace(last, files=last.files | now)
     return ArtifactCheck(
         problem=_problem("damaged", damaged),
         bytes_read=sum(versions[key].size_bytes for key in changed),
-        verified=verified if changed and not damaged else None,
+        verified=verified,
     )
 
 

@@ -37,7 +37,7 @@ _MOST_ROUNDING_THREADS = 8
 """As in `quantizer.row_stripes`."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StageCost:
     """One stage of a run.
 
@@ -66,7 +66,7 @@ class Correction:
     corrected_by: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunCost:
     """What a run costs on so many machines of one kind.
 

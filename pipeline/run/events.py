@@ -6,6 +6,7 @@ own below `events/`, with one JSON object per line.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
@@ -24,6 +25,7 @@ from pipeline.plan import Plan
 from pipeline.run.code_histograms import CodeHistogram
 from pipeline.run.records import CommittedRecord
 from pipeline.storage.object_store import ObjectStore
+from pipeline.storage.record import adapter_of
 
 EVENTS_PREFIX = "events/"
 _MAX_BYTES = 64 << 20
@@ -33,7 +35,10 @@ _MOST_SPANS = 2000
 StepEvent: TypeAlias = Literal["damaged", "resumed", "committed", "kept", "lost", "fewer", "sealed"]
 """Damaged objects found; committed parts found; a part committed; activations stored; a worker
 lost; fewer workers than before; the manifest written."""
-EventName: TypeAlias = StepEvent | Literal["started", "summary"]
+EventName: TypeAlias = StepEvent | Literal["started", "summary", "totals"]
+_MISHAPS = {"resumed", "damaged", "lost", "fewer"}
+_LAST_BYTES = 64 << 10
+"""Of a log, in which its totals are."""
 _NAMES = frozenset(name for names in get_args(EventName) for name in get_args(names))
 
 
@@ -79,6 +84,10 @@ class EventLog:
         self._key = f"{EVENTS_PREFIX}{_now():%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.jsonl"
         self._lines: list[str] = []
         self._started = time.time()
+        self._counts: Counter[str] = Counter()
+        self._times: dict[EventName, datetime.datetime] = {}
+        self._captured_seconds = 0.0
+        self._allocation = allocation.to_dict()
         self.seconds: Counter[str] = Counter()
         self._add(
             "started",
@@ -86,7 +95,7 @@ class EventLog:
             host=platform.node(),
             process=os.getpid(),
             epoch=epoch,
-            **allocation.to_dict(),
+            **self._allocation,
         )
 
     def also(self, report: Report) -> Report:
@@ -110,13 +119,27 @@ class EventLog:
 
         return both
 
+    def captured(self, seconds: float) -> None:
+        """Take note of time in which this driver made statistics, whose log is another."""
+        self._captured_seconds += seconds
+
     def close(self, summary: dict[str, Any], work: Sequence[WorkSpan] = ()) -> None:
-        """Write the last line, the summary.
+        """Write the last lines: the summary, and totals that are read without all the others.
 
         Args:
             work: that was done after the manifest.
         """
         self._add("summary", summary=summary, work=self._spans(work))
+        if "sealed" in self._times:
+            passed = (self._times["sealed"] - self._times["started"]).total_seconds()
+            totals = RunTotals(
+                seconds=passed - self._captured_seconds,
+                captured_seconds=self._captured_seconds,
+                work_seconds=dict(self.seconds),
+                events=dict(self._counts),
+                allocation=self._allocation,
+            )
+            self._add("totals", totals=dataclasses.asdict(totals))
         self._write()
 
     def _spans(self, work: Sequence[WorkSpan]) -> dict[str, list[list[float]]]:
@@ -129,7 +152,10 @@ class EventLog:
 
     def _add(self, event: EventName, **values: Any) -> None:
         given = {name: value for name, value in values.items() if value not in (None, "", {})}
-        time = _now().isoformat(timespec="milliseconds")
+        now = _now()
+        self._counts[event] += 1
+        self._times[event] = now
+        time = now.isoformat(timespec="milliseconds")
         self._lines.append(json.dumps({"time": time, "event": event, **given}))
 
     def _write(self) -> None:
@@ -138,6 +164,30 @@ class EventLog:
 
 def _now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunTotals:
+    """What one driver took from a run's claim to its manifest.
+
+    Attributes:
+        seconds: without those in which it made statistics.
+        captured_seconds: in which it did.
+        work_seconds: of work by stage, all workers together; statistics among it.
+        events: how many of each name.
+        allocation: the workers that it had.
+    """
+
+    seconds: float
+    captured_seconds: float
+    work_seconds: dict[str, float]
+    events: dict[str, int]
+    allocation: dict[str, int | str]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the driver made all of the run, without a mishap."""
+        return "committed" in self.events and not _MISHAPS & self.events.keys()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +238,27 @@ def read_events(store: ObjectStore, keys: Sequence[str] | None = None) -> tuple[
             if time.tzinfo and name in _NAMES and isinstance(values.get("seconds", {}), dict):
                 events.append(Event(time=time, name=name, values=values))
     return tuple(sorted(events, key=lambda event: event.time))
+
+
+def read_totals(store: ObjectStore) -> RunTotals | None:
+    """Those of the latest driver of the run at the store's root that finished it.
+
+    Of each log only the end is read. None if no driver left any, as those of older versions.
+    """
+    sizes = {key: one.size_bytes for key, one in store.versions(EVENTS_PREFIX).items()}
+    for key, size in sorted(sizes.items(), reverse=True):
+        try:
+            end = store.get_range(key, max(0, size - _LAST_BYTES), size)
+        except (MissingObjectError, DamagedObjectError):
+            continue  # swept or written again meanwhile
+        lines = end.decode("utf-8", "replace").splitlines()
+        try:
+            values = json.loads(lines[-1])["totals"]
+            totals: RunTotals = adapter_of(RunTotals).validate_python(values, strict=True)
+        except (IndexError, KeyError, TypeError, ValueError, RecursionError):
+            continue
+        return totals
+    return None
 
 
 def seconds_per_part(events: Sequence[Event]) -> float | None:

@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +44,9 @@ class LocalBackend(Backend):
     def read_range(self, key: str, start: int, stop: int) -> bytes:
         with self._explained(key) as path, path.open("rb") as file:
             file.seek(start)
-            return file.read(stop - start)
+            # As much as is asked for would be reserved.
+            there = os.fstat(file.fileno()).st_size
+            return file.read(max(0, min(stop, there) - start))
 
     def write(self, key: str, data: bytes) -> None:
         with self._explained(key) as path, _temporary(path, data) as temporary:
@@ -66,34 +69,41 @@ class LocalBackend(Backend):
 
     def version(self, key: str) -> Version:
         with self._explained(key) as path:
-            if path.is_dir():
+            known = path.stat()
+            if stat.S_ISDIR(known.st_mode):
                 raise FileNotFoundError(path)
-            return file_version(path)
+            return _version(known)
 
     def versions(self, prefix: str) -> Iterator[tuple[str, Version]]:
-        for key in self.list(prefix):
-            try:
-                yield key, self.version(key)
-            except FileNotFoundError:  # deleted since the listing
-                continue
+        for key, path in self._files(prefix.rpartition("/")[0]):
+            if key.startswith(prefix):
+                with self._explained(key):
+                    try:
+                        known = os.stat(path)  # noqa: PTH116 - of thousands of files
+                    except FileNotFoundError:  # deleted since the listing
+                        continue
+                    if not stat.S_ISDIR(known.st_mode):
+                        yield key, _version(known)
 
     def list(self, prefix: str) -> Iterator[str]:
-        return (k for k in self._files(prefix.rpartition("/")[0]) if k.startswith(prefix))
+        return (k for k, _ in self._files(prefix.rpartition("/")[0]) if k.startswith(prefix))
 
     def delete(self, key: str) -> None:
         with self._explained(key) as path:
             path.unlink(missing_ok=True)
 
     def leftovers(self) -> Iterator[str]:
-        return (key for key in self._files("") if _TEMPORARY.fullmatch(key.rpartition("/")[2]))
+        return (key for key, _ in self._files("") if _TEMPORARY.fullmatch(key.rpartition("/")[2]))
 
-    def _files(self, directory: str) -> Iterator[str]:
-        """Yield every file below a directory, relative to the root."""
+    def _files(self, directory: str) -> Iterator[tuple[str, str]]:
+        """Yield every file below a directory: relative to the root, and its path."""
+        top = str(self._root).rstrip("/") + "/"
         with self._explained(directory):
-            for folder, folders, names in os.walk(self._root / directory, onerror=_unless_absent):
+            for folder, folders, names in os.walk(f"{top}{directory}", onerror=_unless_absent):
                 folders[:] = [name for name in folders if name[0] != "."]  # not ours
+                start = folder if folder.endswith("/") else f"{folder}/"
                 for name in names:
-                    yield (Path(folder) / name).relative_to(self._root).as_posix()
+                    yield f"{start.removeprefix(top)}{name}", f"{start}{name}"
 
     @contextmanager
     def _explained(self, key: str) -> Iterator[Path]:
@@ -110,7 +120,10 @@ class LocalBackend(Backend):
 
 def file_version(path: Path) -> Version:
     """A file's version. Programs can reset its mtime, but not its ctime."""
-    known = path.stat()
+    return _version(path.stat())
+
+
+def _version(known: os.stat_result) -> Version:
     token = f"{known.st_size}-{known.st_mtime_ns}-{known.st_ctime_ns}-{known.st_ino}"
     return Version(token=token, size_bytes=known.st_size, modified=known.st_mtime)
 

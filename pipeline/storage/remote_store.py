@@ -170,7 +170,7 @@ class RemoteBackend(Backend):
         except FileNotFoundError:  # no such bucket
             return Page(entries=())
         entries = tuple(
-            (one["Key"].removeprefix(root), _version({**one, "size": one["Size"]}))
+            (one["Key"].removeprefix(root), _listed_version(one))
             for one in answer.get("Contents", ())
         )
         return Page(entries=entries, token=answer.get("NextContinuationToken", ""))
@@ -321,6 +321,16 @@ def _session() -> Any:
     session: Any = AioSession()
     session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=parse)
     return session
+
+
+def _listed_version(one: Mapping[str, Any]) -> Version:
+    """Of a listing's line, of which a request has a thousand: the same as `_version`."""
+    size_bytes: int = one["Size"]
+    if not ("ETag" in one and "LastModified" in one):
+        return _version({**one, "size": size_bytes})
+    tag = one["ETag"].strip('"')
+    modified: float = one["LastModified"].timestamp()
+    return Version(token=f"{tag}-{size_bytes}", size_bytes=size_bytes, modified=modified)
 
 
 def _version(info: Mapping[str, Any]) -> Version:

@@ -196,6 +196,10 @@ def test_the_table_has_the_numbers_of_the_json() -> None:
 def test_several_runs_are_summed() -> None:
     workers = Workers(number=1, machine=slow_machine(price_per_hour=3600.0))
     cost = cost_of(plan(), workers, num_windows=0)
-    one = CatalogCost(cost=cost, read_bytes=3 << 20, stored_bytes=1 << 20)
-    text = shown(costs_table({"one": one, "two": one}))
+    text = shown(
+        costs_table(
+            CatalogCost(name=name, cost=cost, read_bytes=3 << 20, stored_bytes=1 << 20)
+            for name in ("one", "two")
+        )
+    )
     assert f"${2 * cost.seconds:.2f}" in text

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -13,6 +15,7 @@ from jobs.catalog.catalog_file import Catalog, parse_catalog
 from jobs.catalog.request import catalog_runs
 from jobs.cli.main import main
 from jobs.fleet.fleet_report import fleet_report
+from jobs.fleet.nightly import Survey
 from jobs.fleet.staleness import decide
 from jobs.fleet.status import status
 from pipeline.plan import PLAN_KEY
@@ -128,3 +131,48 @@ def test_memory_does_not_grow_with_what_was_decided_before(
     assert iter(decisions) is decisions  # one after another, not all at once
     assert os.environ["AWS_ENDPOINT_URL"]
     assert next(decisions).state == "stale"
+
+
+def kept_bytes(make: Callable[[], object]) -> int:
+    """Of what is made the second time, when everything else that stays is there already."""
+    make()
+    gc.collect()
+    tracemalloc.start()
+    try:
+        made = make()
+        gc.collect()
+        found, _ = tracemalloc.get_traced_memory()
+        assert made is not None
+    finally:
+        tracemalloc.stop()
+    return found
+
+
+def test_a_catalog_s_entries_share_what_they_have_in_common() -> None:
+    number = 400
+    text = catalog_text(URL, number)
+    settings = "{recipes: [gptq-w4-g128], calibration: {texts: [/t]}, evaluate_on: [/e]}"
+    text = text.replace("{recipes: [int8]}", settings)
+    found = kept_bytes(lambda: parse_catalog(text, where="catalog.yaml", folder=None))
+    assert found / number < 700
+
+
+def test_little_is_kept_of_each_entry_that_is_decided(fleet: tuple[PagedStore, Catalog]) -> None:
+    _, catalog = fleet
+    root = open_store(catalog.root_url)
+
+    def survey(of: Catalog) -> Survey:
+        return Survey.of(decide(root, of, save_verified=False))
+
+    assert kept_bytes(lambda: survey(catalog)) / NUMBER < 1500
+    # Of a run that is to be made all that its request says.
+    text = catalog_text(URL, NUMBER).replace("int8", "int4")
+    changed = parse_catalog(text, where="catalog.yaml", folder=None)
+    assert len(survey(changed).stale) == NUMBER
+    assert kept_bytes(lambda: survey(changed)) / NUMBER < 4000
+
+
+def test_status_keeps_a_row_for_each_entry_and_no_more(fleet: tuple[PagedStore, Catalog]) -> None:
+    _, catalog = fleet
+    root = open_store(catalog.root_url)
+    assert kept_bytes(lambda: status(root, catalog)) / NUMBER < 1500

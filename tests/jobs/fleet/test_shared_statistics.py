@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from jobs.catalog.request import run_store
 from pipeline.float_statistics import STATISTICS_FOLDER
+from pipeline.run.events import read_totals
 from pipeline.run.sums_records import SUMS_PREFIX
+from tests.jobs.fleet.test_forecast import touch
 from tests.jobs.fleet.tiny_catalog import TinyCatalog, tiny_catalog
 
 BLOCKS = 2
@@ -51,6 +54,11 @@ def test_three_recipes_capture_once(catalog: TinyCatalog) -> None:
     assert catalog.work.calls["quantize_alone"] == 3 * (BLOCKS + 1)
     assert not catalog.work.calls["solve"]
     assert len(sums(catalog)) == BLOCKS
+    for run, expected in zip(found.values(), (True, False, False), strict=True):
+        totals = read_totals(run_store(catalog.root, run["run_id"]))
+        assert totals is not None
+        assert totals.is_whole
+        assert (totals.captured_seconds > 0) is expected
 
     # Damaged at rest: found when the next recipe reads it, said, and that block made again.
     before = {key: catalog.root.get(key) for key in sums(catalog)}
@@ -66,6 +74,29 @@ def test_three_recipes_capture_once(catalog: TinyCatalog) -> None:
     told = " ".join(catalog.err.split())
     assert "statistics cannot be used" in told
     assert f"made again: {catalog.root.url(last)} is damaged" in told
+
+
+def test_what_a_run_took_is_foreseen_though_another_captured_for_it(catalog: TinyCatalog) -> None:
+    assert catalog.nightly()[0] == 0
+    touch(catalog, "alpha")
+    code, found = catalog.nightly("--dry-run")
+    assert code == 0, catalog.err
+    for number, one in enumerate(found.values()):
+        assert one["cost"]["corrected_by"] == 1
+        [run] = {
+            key.split("/")[1]
+            for key in catalog.root.list("runs/")
+            if key.startswith(f"runs/alpha-{one['recipe']}-")
+        }
+        totals = read_totals(run_store(catalog.root, run))
+        assert totals is not None
+        timed = sum(
+            stage["seconds"]
+            for stage in one["cost"]["stages"]
+            if stage["name"] not in ("start", "plan", "evaluate")
+        )
+        # The first captures again, for all.
+        assert timed == pytest.approx(totals.seconds) if number else timed > totals.seconds
 
 
 @pytest.mark.exhaustive

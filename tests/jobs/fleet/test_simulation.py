@@ -51,8 +51,10 @@ def test_workers_suffice_and_none_is_idle_that_a_waiting_run_would_take(
         assert free >= 0
         assert at_once is None or len(held) <= at_once
         waiting = [one.run for one in schedule.entries if one.start > time]
-        if at_once is None or len(held) < at_once:
-            assert all(run.workers > free for run in waiting)
+        # Those that are started wait for workers; the others wait for one of them to end.
+        waiting.sort(key=lambda run: order[run.name])
+        room = len(runs) if at_once is None else at_once - len(held)
+        assert all(run.workers > free for run in waiting[:room])
         # What starts now is more urgent than all that would have fitted in its place.
         for one in schedule.entries:
             if one.start == time:
@@ -105,3 +107,23 @@ def test_a_run_that_fails_faster_than_it_works_ends_the_count() -> None:
 def test_a_run_that_could_never_start_is_refused(workers: int) -> None:
     with pytest.raises(ValueError, match=r"a: \d workers for"):
         simulate([SimulatedRun(name="a", workers=workers, seconds=1.0)], 8)
+
+
+def test_that_a_run_has_ended_is_seen_when_the_jobs_are_polled_next() -> None:
+    runs = [SimulatedRun(name=str(i), workers=1, seconds=7.0) for i in range(3)]
+    schedule = simulate(runs, 8, at_once=1, poll_seconds=5.0)
+    assert [(one.submitted, one.start, one.end) for one in schedule.entries] == [
+        (0.0, 0.0, 7.0),
+        (10.0, 10.0, 17.0),
+        (20.0, 20.0, 27.0),
+    ]
+
+
+def test_a_run_that_waits_for_workers_is_one_of_those_that_are_started() -> None:
+    sizes = {"small": 1, "wide": 8, "next": 1}
+    runs = [SimulatedRun(name=name, workers=size, seconds=10.0) for name, size in sizes.items()]
+    starts = {one.run.name: one.start for one in simulate(runs, 8, at_once=2).entries}
+    assert starts == {"small": 0.0, "wide": 10.0, "next": 20.0}
+    # With more of them the last overtakes the one that waits for all workers.
+    starts = {one.run.name: one.start for one in simulate(runs, 8, at_once=3).entries}
+    assert starts == {"small": 0.0, "next": 0.0, "wide": 10.0}

@@ -106,6 +106,13 @@ def test_a_recipe_comes_back_from_json_and_yaml(recipe):
     assert parse_recipe(yaml.safe_dump(recipe.to_dict()), where="a.yaml") == recipe
 
 
+@pytest.mark.parametrize("text", [FULL, "name: a # b\nscheme: &s {mode: int4}\nembeddings: *s\n"])
+def test_a_file_means_the_same_where_only_the_slow_reader_is(text, monkeypatch):
+    found = parse_recipe(text, where="a.yaml")
+    monkeypatch.setattr(yaml, "__with_libyaml__", False)
+    assert parse_recipe(text, where="a.yaml") == found
+
+
 def test_plain_values_spell_defaults_out():
     short = parse_recipe("name: a\nscheme: {mode: int4}", where="a.yaml")
     long = parse_recipe("name: a\nscheme: {mode: int4, block_size: 128}\nrules: []", where="b.yaml")

@@ -4,8 +4,16 @@ import json
 import pytest
 
 from pipeline.executor.protocol import Allocation
-from pipeline.run.events import EventLog, Step, read_events
+from pipeline.run.events import (
+    EVENTS_PREFIX,
+    EventLog,
+    Step,
+    StepEvent,
+    read_events,
+    read_totals,
+)
 from pipeline.run.records import PartRecord, file_key
+from pipeline.storage.memory_store import MemoryBackend
 from pipeline.storage.object_store import ObjectStore, open_store
 from tests.pipeline.executor.test_work_spans import spell
 from tests.pipeline.tiny_runs import planned
@@ -103,3 +111,55 @@ def test_the_log_says_who_worked_when_by_its_own_start(store: ObjectStore) -> No
     }
     assert summary["work"] == {"evaluate": [[0, pytest.approx(9.0, abs=0.01), 3.0]]}
     assert all("work=" not in event.line() for event in read_events(store))
+
+
+class ReadByRange(MemoryBackend):
+    """A store that counts the bytes that are read, and gives no object whole."""
+
+    num_bytes = 0
+
+    def read(self, key: str, num_bytes: int | None) -> bytes:
+        raise AssertionError(f"{key} is read whole")
+
+    def read_range(self, key: str, start: int, stop: int) -> bytes:
+        found = self._find(key)[0][start:stop]
+        self.num_bytes += len(found)
+        return found
+
+
+def test_totals_are_read_from_the_end_of_a_long_log(store: ObjectStore) -> None:
+    log = EventLog(store, planned("int8").plan, Allocation(workers=2, threads=3))
+    report = log.also(lambda step: None)
+    spans = [spell("solve", 0.001)] * 2000
+    for part in range(20):
+        report(Step(event="committed", part=part, record=record(part), work=spans))
+    assert read_totals(store) is None  # it is not finished
+    report(Step(event="sealed"))
+    log.captured(0.25)
+    log.close({"text": "long" * 10_000})
+    [key] = store.list(EVENTS_PREFIX)
+    assert store.size(key) > 500_000
+    backend = ReadByRange(store.root_url.removeprefix("memory://"))
+    totals = read_totals(ObjectStore(store.root_url, backend))
+    assert backend.num_bytes <= 64 << 10
+    assert totals is not None
+    times = {event.name: event.time for event in read_events(store)}
+    passed = (times["sealed"] - times["started"]).total_seconds()
+    assert totals.seconds + totals.captured_seconds == pytest.approx(passed, abs=0.002)
+    assert totals.captured_seconds == 0.25
+    assert totals.work_seconds == pytest.approx({"solve": 40.0})
+    assert totals.allocation == {"workers": 2, "threads": 3, "gpus": 0}
+    assert totals.is_whole
+
+
+@pytest.mark.parametrize("mishap", ["resumed", "damaged", "lost", "fewer"])
+def test_totals_tell_a_run_with_a_mishap(store: ObjectStore, mishap: StepEvent) -> None:
+    log = EventLog(store, planned("int8").plan, Allocation(workers=1, threads=1))
+    report = log.also(lambda step: None)
+    events: tuple[StepEvent, ...] = ("committed", mishap, "sealed")
+    for event in events:
+        report(Step(event=event, part=0))
+    log.close({})
+    totals = read_totals(store)
+    assert totals is not None
+    assert not totals.is_whole
