@@ -55,7 +55,7 @@ class _UnreferencedRun(NamedTuple):
     """URL of the finished result that it is a choice of (see `pipeline.composition.auto_run`)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SweptRun:
     """What was found in one run.
 
@@ -203,7 +203,7 @@ def _listed(root: ObjectStore, runs: Sequence[str]) -> dict[str, Mapping[str, Ve
     return {prefix.removesuffix("/"): versions for prefix, versions in found}
 
 
-@dataclass
+@dataclass(slots=True)
 class _FoundRun:
     """What the names of a run's files tell.
 

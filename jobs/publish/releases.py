@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -111,8 +112,20 @@ def newest_first(root: ObjectStore, model: str, recipe_name: str) -> Iterator[Re
 
 def published_names(root: ObjectStore) -> tuple[tuple[str, str], ...]:
     """Every model and recipe below a root that has a current release, in order."""
-    paths = [key.split("/") for key in root.list(MODELS_PREFIX)]
-    return tuple((p[1], p[2]) for p in paths if len(p) == 4 and p[3] == "current.json")
+    return tuple(published_releases(root))
+
+
+def published_releases(root: ObjectStore) -> dict[tuple[str, str], list[str]]:
+    """The keys of all releases, oldest first, of each model and recipe that has a current one."""
+    currents: dict[tuple[str, str], list[str]] = {}
+    pasts: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for key in root.list(MODELS_PREFIX):
+        match key.split("/"):
+            case [_, model, recipe, "current.json"]:
+                currents[model, recipe] = pasts[model, recipe]
+            case [_, model, recipe, "history", _]:
+                pasts[model, recipe].append(key)
+    return currents
 
 
 def publish(

@@ -152,10 +152,9 @@ class EventLog:
 
     def _add(self, event: EventName, **values: Any) -> None:
         given = {name: value for name, value in values.items() if value not in (None, "", {})}
-        now = _now()
+        time = _now().isoformat(timespec="milliseconds")
         self._counts[event] += 1
-        self._times[event] = now
-        time = now.isoformat(timespec="milliseconds")
+        self._times[event] = datetime.datetime.fromisoformat(time)
         self._lines.append(json.dumps({"time": time, "event": event, **given}))
 
     def _write(self) -> None:
@@ -254,7 +253,7 @@ def read_totals(store: ObjectStore) -> RunTotals | None:
         lines = end.decode("utf-8", "replace").splitlines()
         try:
             values = json.loads(lines[-1])["totals"]
-            totals: RunTotals = adapter_of(RunTotals).validate_python(values, strict=True)
+            totals: RunTotals = adapter_of(RunTotals).validate_python(values)
         except (IndexError, KeyError, TypeError, ValueError, RecursionError):
             continue
         return totals
