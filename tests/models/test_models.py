@@ -16,6 +16,7 @@ import keras_hub
 import numpy as np
 import pytest
 
+from tests.models.stock_load import load_stock
 from tests.models.tiny import ARCHITECTURES, tiny_preset
 from tests.selection import by_default
 
@@ -27,7 +28,7 @@ TEXT = "The lazy dog sleeps, and 42 foxes in Köln jump over it."
 
 def load_task(architecture: str, preset: Path, **options: Any) -> Any:
     task_class = getattr(keras_hub.models, ARCHITECTURES[architecture].task)
-    return task_class.from_preset(str(preset), **options)
+    return load_stock(task_class, preset, **options)
 
 
 def logits(task: Any, preset: Path) -> np.ndarray:

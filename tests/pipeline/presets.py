@@ -14,6 +14,7 @@ import keras_hub
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.models.stock_load import load_stock
 from tests.models.tiny import ARCHITECTURES, tiny_preset
 
 
@@ -45,7 +46,7 @@ def overflowing_preset(folder: Path) -> Path:
 def stock_task(architecture: str, **options: Any) -> Any:
     """What stock KerasHub loads from the shared preset; not to be changed either."""
     task_class: Any = getattr(keras_hub.models, ARCHITECTURES[architecture].task)
-    return task_class.from_preset(str(shared_preset(architecture, **options)))
+    return load_stock(task_class, shared_preset(architecture, **options))
 
 
 def example_inputs(task: Any) -> dict[str, NDArray[np.int32]]:

@@ -15,6 +15,7 @@ from pipeline.errors import SourceError
 from pipeline.model.huggingface import kerashub_subclass
 from pipeline.model.preset import read_preset
 from pipeline.weights.source import Source, open_source
+from tests.models.stock_load import load_stock
 from tests.models.tiny_huggingface import CONFIGS, tiny_huggingface
 from tests.selection import by_default
 
@@ -35,7 +36,7 @@ def test_every_variable_is_what_stock_kerashub_loads(family: str, tmp_path: Path
     folder = tiny_huggingface(tmp_path, family, extra=extra, torch_dtype="float32", **changes)
     source = source_of(folder)
     source.check_complete()
-    backbone = keras_hub.models.Backbone.from_preset(str(folder), dtype="float32")
+    backbone = load_stock(keras_hub.models.Backbone, folder, dtype="float32")
     expected = {v.path: np.asarray(v.value) for v in backbone.variables}
     found = source.read(source.paths)
     assert set(found) == {path for path in expected if "seed_generator" not in path}

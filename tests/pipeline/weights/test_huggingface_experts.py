@@ -19,6 +19,7 @@ from pipeline.errors import SourceError
 from pipeline.model.preset import PresetFiles, read_preset
 from pipeline.model.recorded_tensors import carried_out
 from pipeline.weights.source import Source, open_source
+from tests.models.stock_load import load_stock
 from tests.models.tiny_huggingface import write_json
 from tests.models.transformers_answers import folder_of
 from tests.selection import by_default
@@ -58,7 +59,7 @@ def test_every_variable_is_what_stock_kerashub_loads(
     source = source_of(folder)
     source.check_complete()
     keras.utils.clear_session()  # numbers the names of blocks anew
-    backbone = keras_hub.models.Backbone.from_preset(str(folder), dtype="float32")
+    backbone = load_stock(keras_hub.models.Backbone, folder, dtype="float32")
     expected = {v.path: np.asarray(v.value) for v in backbone.variables}
     found = source.read(source.paths)
     assert set(found) == {path for path in expected if "seed_generator" not in path}

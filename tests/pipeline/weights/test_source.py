@@ -24,6 +24,7 @@ from pipeline.weights.digests import values_digest
 from pipeline.weights.source import Source, open_source
 from pipeline.weights.weight_files import num_not_finite
 from tests.benchmarks.minilm import preset_folder
+from tests.models.stock_load import load_stock
 from tests.models.tiny import ARCHITECTURES
 from tests.pipeline.presets import shared_preset, stock_task
 from tests.selection import by_default
@@ -323,7 +324,7 @@ def test_a_shard_elsewhere_is_refused(sharded: Path, name: object) -> None:
 
 def test_a_hugging_face_model_is_what_stock_kerashub_loads() -> None:
     source = source_of(preset_folder())
-    expected = values(keras_hub.models.BertBackbone.from_preset(str(preset_folder())))
+    expected = values(load_stock(keras_hub.models.BertBackbone, preset_folder()))
     found = source.read(source.paths)
     assert set(found) == {path for path in expected if "seed_generator" not in path}
     for path, value in found.items():

@@ -28,6 +28,7 @@ from pipeline.worker.evaluate import evaluate
 from pipeline.worker.streamed_model import StreamedModel, artifact_model, source_model
 from pipeline.worker.worker import Worker
 from tests.integration.quantized import SCHEMES, FinishedRun, finished_run, recipe
+from tests.models.stock_load import load_stock
 from tests.pipeline.local_executor import LocalExecutor
 from tests.pipeline.presets import overflowing_preset, shared_preset
 
@@ -70,7 +71,7 @@ def workers(run: FinishedRun, count: int) -> LocalExecutor:
 def stock_likelihoods(preset: Path) -> list[float]:
     """Σ log p of each choice's tokens by stock Keras, all of its text before it."""
     tokenizer = keras_hub.models.Tokenizer.from_preset(str(preset))
-    model = keras_hub.models.CausalLM.from_preset(str(preset))
+    model = load_stock(keras_hub.models.CausalLM, preset)
     ids, bounds = np.zeros((9, 64), np.int32), []
     for question in QUESTIONS:
         context = question.text.rstrip()
