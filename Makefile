@@ -7,6 +7,8 @@ UV     ?= uv
 # Keras picks TensorFlow when nobody chooses, so we choose, whatever the caller's shell says.
 export KERAS_BACKEND := jax
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# What Python and pytest compile is kept: tests start a process again and again.
+unexport PYTHONDONTWRITEBYTECODE
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --no-input --quiet
