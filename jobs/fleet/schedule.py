@@ -70,6 +70,7 @@ def schedule_json(schedule: Schedule) -> Mapping[str, Any]:
                 "end": one.end,
                 "failures": one.failures,
                 "after": one.after,
+                **({"never_ends": True} if one.never_ends else {}),
             }
             for one in schedule.entries
         ],
@@ -95,10 +96,16 @@ def schedule_table(schedule: Schedule, kind: str) -> Table:
             str(one.run.workers),
             duration(one.start),
             duration(one.end),
-            str(one.failures),
+            f"≥ {one.failures}" if one.never_ends else str(one.failures),
             Text(one.after),
         )
-    more = len(schedule.entries) - _MOST_SHOWN
-    if more > 0:
-        table.caption = f"and {more} more; --json has all"
+    told = []
+    if (more := len(schedule.entries) - _MOST_SHOWN) > 0:
+        told.append(f"and {more} more; --json has all")
+    if endless := sum(1 for one in schedule.entries if one.never_ends):
+        told.append(
+            f"{endless} run(s) fail faster than they work (≥): they were followed no further, and "
+            "would hardly end"
+        )
+    table.caption = "\n".join(told) or None
     return table

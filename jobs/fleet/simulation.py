@@ -24,6 +24,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
+_MOST_LOST = 100
+"""Of a run's own time, to failures; one that loses more is not followed to its end."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedRun:
@@ -64,11 +67,16 @@ class Failures:
         found, at, end = 0, drawn.expovariate(rate), run.seconds
         while at < end:
             found += 1
-            if found * run.lost_seconds > 100 * run.seconds:
-                break  # fails faster than it works
+            if _loses_too_much(run, found):
+                break
             end += run.lost_seconds
             at += drawn.expovariate(rate)
         return found
+
+
+def _loses_too_much(run: SimulatedRun, failures: int) -> bool:
+    """Whether a run fails faster than it works, so that more of its failures are not drawn."""
+    return failures * run.lost_seconds > _MOST_LOST * run.seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +96,11 @@ class SimulatedEntry:
     end: float
     failures: int = 0
     after: str = ""
+
+    @property
+    def never_ends(self) -> bool:
+        """Whether it fails faster than it works: more often than this, and it would hardly end."""
+        return _loses_too_much(self.run, self.failures)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
+from jobs.fleet.schedule import schedule_json, schedule_table
 from jobs.fleet.simulation import Failures, Schedule, SimulatedRun, simulate
 
 WORKERS = 8
@@ -98,32 +101,16 @@ def test_failures_are_as_many_as_workers_and_hours_make_and_the_same_for_a_seed(
     assert all(abs(found - expected) < 4 * math.sqrt(expected) for found in of_seeds)
 
 
-def test_a_run_that_fails_faster_than_it_works_ends_the_count() -> None:
-    run = SimulatedRun(name="a", workers=8, seconds=100.0, lost_seconds=1000.0)
-    assert 1 <= Failures(mean_seconds=100.0).of(run) <= 11
-
-
-@pytest.mark.parametrize("workers", [0, 9])
-def test_a_run_that_could_never_start_is_refused(workers: int) -> None:
-    with pytest.raises(ValueError, match=r"a: \d workers for"):
-        simulate([SimulatedRun(name="a", workers=workers, seconds=1.0)], 8)
-
-
-def test_that_a_run_has_ended_is_seen_when_the_jobs_are_polled_next() -> None:
-    runs = [SimulatedRun(name=str(i), workers=1, seconds=7.0) for i in range(3)]
-    schedule = simulate(runs, 8, at_once=1, poll_seconds=5.0)
-    assert [(one.submitted, one.start, one.end) for one in schedule.entries] == [
-        (0.0, 0.0, 7.0),
-        (10.0, 10.0, 17.0),
-        (20.0, 20.0, 27.0),
-    ]
-
-
-def test_a_run_that_waits_for_workers_is_one_of_those_that_are_started() -> None:
-    sizes = {"small": 1, "wide": 8, "next": 1}
-    runs = [SimulatedRun(name=name, workers=size, seconds=10.0) for name, size in sizes.items()]
-    starts = {one.run.name: one.start for one in simulate(runs, 8, at_once=2).entries}
-    assert starts == {"small": 0.0, "wide": 10.0, "next": 20.0}
-    # With more of them the last overtakes the one that waits for all workers.
-    starts = {one.run.name: one.start for one in simulate(runs, 8, at_once=3).entries}
-    assert starts == {"small": 0.0, "next": 0.0, "wide": 10.0}
+def test_a_run_that_fails_faster_than_it_works_is_said_not_to_end() -> None:
+    seconds = {"fast": 0.001, "slow": 1000.0}
+    runs = [SimulatedRun(name=n, workers=1, seconds=s, lost_seconds=60) for n, s in seconds.items()]
+    schedule = simulate(runs, 2, failures=Failures(mean_seconds=50.0))
+    found = {one["name"]: one for one in schedule_json(schedule)["runs"]}
+    assert {name: one.get("never_ends") for name, one in found.items()} == {
+        "fast": None,
+        "slow": True,
+    }
+    told = io.StringIO()
+    Console(width=200, file=told).print(schedule_table(schedule, "H100"))
+    assert f"≥ {found['slow']['failures']}" in told.getvalue()
+    assert "1 run(s) fail faster than they work" in told.getvalue()
