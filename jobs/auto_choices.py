@@ -149,6 +149,7 @@ def make_auto(
         texts=texts,
         source_url=source_url,
         beside=(CHOICES_PREFIX,),
+        by_layers=recipe.scheme.by_layers,
     )
     outlook = dataclasses.replace(composing.outlook(), target=recipe.scheme.target_text)
     log_event("chosen", "", {"choice": asdict(outlook.choice)}, table=outlook.tables())

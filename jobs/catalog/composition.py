@@ -26,6 +26,7 @@ class Composition:
         name: what it is published as, where runs have their recipes' names.
         recipes: whose runs give blocks, in the catalog's order.
         measure_texts, measure_windows: see `jobs.composition_texts.AskedTexts`.
+        by_layers: whether layers of one block may come from several runs.
         makes_runs: whether the runs are made for it alone, and not published themselves.
     """
 
@@ -34,6 +35,7 @@ class Composition:
     recipes: tuple[Recipe, ...]
     measure_texts: tuple[str, ...]
     measure_windows: int
+    by_layers: bool
     makes_runs: bool = False
 
 
@@ -46,6 +48,7 @@ def composition_of_choices(recipe: AutoRecipe) -> Composition:
         recipes=recipe.recipes,
         measure_texts=(),
         measure_windows=scheme.measure_windows,
+        by_layers=scheme.by_layers,
         makes_runs=True,
     )
 
@@ -98,6 +101,7 @@ def composition_of(
         recipes=chosen,
         measure_texts=tuple(measure_texts),
         measure_windows=asked.measure_windows,
+        by_layers=asked.by_layers,
     )
 
 

@@ -211,6 +211,8 @@ class Compose(_Mapping):
     """Texts to measure each block's cost on; the recipes' calibration windows by default."""
     measure_windows: Annotated[StrictInt, Field(ge=1, le=1_000_000)] = 8
     """Token windows to measure it on."""
+    by_layers: StrictBool = False
+    """Let layers of one block come from several runs too."""
 
     @model_validator(mode="after")
     def _check(self) -> Compose:

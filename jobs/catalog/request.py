@@ -59,6 +59,7 @@ class ComposedOf:
         recipes: whose runs give blocks, each as `Recipe.to_dict` returns it.
         measure_texts, measure_windows: what blocks are measured on; without texts, the windows
             that the recipes calibrate on.
+        by_layers: whether layers of one block may come from several runs.
         measured_on: fingerprints of these texts, by file.
     """
 
@@ -68,6 +69,7 @@ class ComposedOf:
     recipes: tuple[dict[str, Any], ...]
     measure_texts: tuple[str, ...]
     measure_windows: int
+    by_layers: bool
     measured_on: dict[str, str]
 
 
@@ -374,6 +376,7 @@ def _request(
             recipes=tuple(map(values_of, recipe.recipes)),
             measure_texts=recipe.measure_texts,
             measure_windows=recipe.measure_windows,
+            by_layers=recipe.by_layers,
             measured_on=measured_on,
         )
     return Request(

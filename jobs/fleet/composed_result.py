@@ -97,6 +97,7 @@ def compose(
         texts=texts,
         source_url=request.source_url,
         kept_in_runs=True,
+        by_layers=asked_of.by_layers,
     )
     if (twin := _same_before(root, request, composing)) is not None:
         log_event(

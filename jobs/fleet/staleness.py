@@ -292,7 +292,7 @@ def _changes_of_composition(before: ComposedOf | None, now: ComposedOf | None) -
             {recipe["name"]: digest_of(recipe) for recipe in one.recipes} for one in (now, before)
         )
         yield f"recipes changed: {_differing(theirs, ours) or 'their order'}"
-    names = ("measure_texts", "measure_windows")
+    names = ("measure_texts", "measure_windows", "by_layers")
     if any(getattr(before, name) != getattr(now, name) for name in names):
         yield "measured otherwise: its settings"
     elif found := _differing(before.measured_on, now.measured_on):

@@ -33,7 +33,7 @@ MODE = "auto"
 MOST_TARGET_BITS = 1000
 """Of a weight, with room for scales and all else in the file of a tiny block."""
 _WIDTHS = (2, 3, 4, 8)
-_OWN = ("target_bits", "target_bytes", "choices", "measure_windows")
+_OWN = ("target_bits", "target_bytes", "choices", "measure_windows", "by_layers")
 _DEFAULT_WINDOWS = 8
 
 
@@ -48,6 +48,7 @@ class AutoScheme:
         choices: bits of a weight, from few to many.
         measure_windows: of calibration, on which the cost of each block's width is measured, and
             the choice beside uniform widths.
+        by_layers: whether layers of one block may have different widths.
         gptq: all else of the blocks' scheme.
     """
 
@@ -55,6 +56,7 @@ class AutoScheme:
     target_bytes: int | None = None
     choices: tuple[int, ...] = _WIDTHS
     measure_windows: int = _DEFAULT_WINDOWS
+    by_layers: bool = False
     gptq: GPTQScheme = dataclasses.field(default_factory=GPTQScheme)
 
     def __post_init__(self) -> None:
@@ -93,6 +95,8 @@ class AutoScheme:
             raise SchemeError(
                 f"measure_windows must be a whole number from 1 to 1000000, got {windows!r}"
             )
+        if type(self.by_layers) is not bool:
+            raise SchemeError(f"by_layers must be true or false, got {self.by_layers!r}")
         if self.gptq.drift_correction:
             raise SchemeError(
                 "drift_correction corrects how far the quantized model's inputs are from the float "
@@ -138,7 +142,7 @@ class AutoScheme:
         gptq = scheme_to_dict(self.gptq)
         del gptq["mode"], gptq["weight_bits"]
         return {"mode": MODE, **self._target, "choices": list(self.choices)} | (
-            {"measure_windows": self.measure_windows} | gptq
+            {"measure_windows": self.measure_windows, "by_layers": self.by_layers} | gptq
         )
 
     @property

@@ -256,6 +256,21 @@ def test_kills_anywhere_leave_the_same_bytes(
     assert found == expected
 
 
+def test_layers_of_one_block_may_have_different_widths(
+    command: AutoCommand, tmp_path: Path
+) -> None:
+    """As `compose --by-layers` of the choices has it."""
+    out, composed = fresh(), fresh()
+    assert quantize(command, out, recipe_file(tmp_path, target_bits=8.5, by_layers=True)) == 0
+    runs = [choice(out, bits).root_url for bits in (2, 4)]
+    target = ("--target-bits", 8.5, "--measure-windows", 4, "--output", composed.root_url)
+    assert command("compose", *runs, *map(str, target), "--by-layers") in (0, 6)
+    decisions = [Decision.read(store, Decision.key) for store in (out, composed)]
+    assert decisions[0].content() == decisions[1].content()
+    assert decisions[0].layers
+    assert all(composed.get(file_key(part)) == out.get(file_key(part)) for part in (0, *PARTS))
+
+
 @pytest.mark.exhaustive
 def test_any_number_of_workers_leaves_the_same_bytes(command: AutoCommand, tmp_path: Path) -> None:
     recipe, found = recipe_file(tmp_path, target_bits=BETWEEN), []

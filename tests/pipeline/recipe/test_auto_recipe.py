@@ -43,7 +43,9 @@ def test_it_stands_for_recipes_that_differ_in_width_alone() -> None:
     assert (same[0]["dtype"], same[0]["servable"]) == ("bfloat16", True)
 
 
-@pytest.mark.parametrize("scheme", [{}, {"target_bits": 3}, {"choices": [4, 8], "symmetric": True}])
+@pytest.mark.parametrize(
+    "scheme", [{}, {"target_bits": 3, "by_layers": True}, {"choices": [4, 8], "symmetric": True}]
+)
 def test_it_comes_back_from_what_it_is_stored_as(scheme: dict[str, Any]) -> None:
     auto = any_recipe_from_dict(given(scheme))
     again = any_recipe_from_dict(auto.to_dict())
