@@ -25,6 +25,7 @@ from pipeline.model.weight_layout import weight_layout
 from quantizer import HessianSum, MagnitudeSum, Scheme, kernel_layout, quantize_layer, solve
 from quantizer.keras_format.kernel_layout import row_groups
 from quantizer.keras_format.variables import embedding_scheme, encode_embedding, encode_kernel
+from tests.models.stock_load import load_stock
 from tests.stock import read_kernel
 
 Schemes = Mapping[str, Scheme]
@@ -129,7 +130,7 @@ def write(source: Path, target: Path, schemes: Schemes) -> Encoded:
 def load(preset: Path, dtype: str | None = None) -> Any:
     """As a user does; without a dtype KerasHub turns a float preset into float32."""
     name = json.loads((preset / "task.json").read_text(encoding="utf-8"))["class_name"]
-    return getattr(keras_hub.models, name).from_preset(str(preset), dtype=dtype)
+    return load_stock(getattr(keras_hub.models, name), preset, dtype=dtype)
 
 
 def quantize_in_place(task: Any, schemes: Schemes) -> Any:
