@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
@@ -33,6 +35,16 @@ MODE = "auto"
 MOST_TARGET_BITS = 1000
 """Of a weight, with room for scales and all else in the file of a tiny block."""
 _WIDTHS = (2, 3, 4, 8)
+ACCURATE: Mapping[str, Any] = MappingProxyType(
+    {
+        "activation_order": True,
+        "scale_search": True,
+        "refinement_sweeps": 2,
+        "correlation_shrinkage": 1.0,
+    }
+)
+"""Settings of gptq with the lowest error, on text like that of the calibration and on other text
+(docs/accuracy.md); each costs time only while quantizing."""
 _OWN = ("target_bits", "target_bytes", "choices", "measure_windows", "by_layers")
 _DEFAULT_WINDOWS = 8
 
@@ -49,7 +61,7 @@ class AutoScheme:
         measure_windows: of calibration, on which the cost of each block's width is measured, and
             the choice beside uniform widths.
         by_layers: whether layers of one block may have different widths.
-        gptq: all else of the blocks' scheme.
+        gptq: all else of the blocks' scheme; what a recipe does not say is as in the built-in ones.
     """
 
     target_bits: float | None = None
@@ -133,13 +145,13 @@ class AutoScheme:
         bits = own.get("target_bits")
         if isinstance(bits, int) and not isinstance(bits, bool):
             own["target_bits"] = float(bits)  # 3 is 3.0
-        gptq = scheme_from_dict({"mode": "gptq", **given})
+        gptq = scheme_from_dict({"mode": "gptq", **ACCURATE, **given})
         assert isinstance(gptq, GPTQScheme)
         return cls(**own, gptq=gptq)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, its mode first."""
-        gptq = scheme_to_dict(self.gptq)
+        gptq = {name: getattr(self.gptq, name) for name in ACCURATE} | scheme_to_dict(self.gptq)
         del gptq["mode"], gptq["weight_bits"]
         return {"mode": MODE, **self._target, "choices": list(self.choices)} | (
             {"measure_windows": self.measure_windows, "by_layers": self.by_layers} | gptq

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.errors import RecipeError
-from pipeline.recipe.auto_recipe import AnyRecipe, AutoRecipe, is_auto
+from pipeline.recipe.auto_recipe import ACCURATE, AnyRecipe, AutoRecipe, is_auto
 from pipeline.recipe.recipe import Calibration, Recipe, Tuning
 from pipeline.recipe.yaml_document import (
     MAX_BYTES,
@@ -166,16 +166,8 @@ def builtin_recipes() -> Mapping[str, Recipe]:
 
 
 def _gptq(weight_bits: int, group_size: int, *, symmetric: bool = False) -> GPTQScheme:
-    # The settings of the lowest error, on text like that of the calibration and on other text
-    # (docs/accuracy.md); each costs time only while quantizing.
     return GPTQScheme(
-        weight_bits=weight_bits,
-        group_size=group_size,
-        symmetric=symmetric,
-        activation_order=True,
-        scale_search=True,
-        refinement_sweeps=2,
-        correlation_shrinkage=1.0,
+        weight_bits=weight_bits, group_size=group_size, symmetric=symmetric, **ACCURATE
     )
 
 

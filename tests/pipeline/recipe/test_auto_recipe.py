@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from pipeline.errors import RecipeError
 from pipeline.recipe.auto_recipe import AutoRecipe
-from pipeline.recipe.recipe_file import any_recipe_from_dict, parse_recipe
+from pipeline.recipe.recipe_file import any_recipe_from_dict, builtin_recipes, parse_recipe
 from quantizer.schemes import GPTQScheme
 
 AUTO = {"mode": "auto", "target_bits": 3.5}
@@ -32,8 +33,10 @@ def test_it_stands_for_recipes_that_differ_in_width_alone() -> None:
     )
     assert isinstance(auto, AutoRecipe)
     schemes = [recipe.scheme for recipe in auto.recipes]
+    accurate = builtin_recipes()["gptq-w3-g64"].scheme
+    assert isinstance(accurate, GPTQScheme)
     assert schemes == [
-        GPTQScheme(weight_bits=bits, group_size=64, scale_search=False) for bits in (2, 3, 4)
+        replace(accurate, weight_bits=bits, scale_search=False) for bits in (2, 3, 4)
     ]
     assert [recipe.name for recipe in auto.recipes] == ["a-w2", "a-w3", "a-w4"]
     same = [{**recipe.to_dict(), "name": "", "scheme": None} for recipe in auto.recipes]
@@ -44,7 +47,12 @@ def test_it_stands_for_recipes_that_differ_in_width_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "scheme", [{}, {"target_bits": 3, "by_layers": True}, {"choices": [4, 8], "symmetric": True}]
+    "scheme",
+    [
+        {},
+        {"target_bits": 3, "by_layers": True},
+        {"choices": [4, 8], "symmetric": True, "correlation_shrinkage": 0.0},
+    ],
 )
 def test_it_comes_back_from_what_it_is_stored_as(scheme: dict[str, Any]) -> None:
     auto = any_recipe_from_dict(given(scheme))
