@@ -68,7 +68,7 @@ class AutoScheme:
     target_bytes: int | None = None
     choices: tuple[int, ...] = _WIDTHS
     measure_windows: int = _DEFAULT_WINDOWS
-    by_layers: bool = False
+    by_layers: bool = True
     gptq: GPTQScheme = dataclasses.field(default_factory=GPTQScheme)
 
     def __post_init__(self) -> None:

@@ -107,6 +107,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 def recipe_file(folder: Path, **scheme: Any) -> Path:
     given = {"target_bits": 100, "choices": [2, 4], "measure_windows": 4, "group_size": 16}
+    given |= {"by_layers": False}
     if "target_bytes" in scheme:
         del given["target_bits"]
     recipe = {

@@ -50,7 +50,7 @@ def test_it_stands_for_recipes_that_differ_in_width_alone() -> None:
     "scheme",
     [
         {},
-        {"target_bits": 3, "by_layers": True},
+        {"target_bits": 3, "by_layers": False},
         {"choices": [4, 8], "symmetric": True, "correlation_shrinkage": 0.0},
     ],
 )
