@@ -26,39 +26,40 @@ _DATE = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 
 
 class Bucket:
-    """Keys in order, with contents; equal contents are held once."""
+    """Keys in order, with contents; equal contents are held once. For several threads."""
 
     def __init__(self) -> None:
+        self._changing = threading.Lock()
         self._contents: dict[str, bytes] = {}
         self._tags: dict[bytes, str] = {}
         self._keys: list[str] = []
 
     def put(self, key: str, data: bytes) -> None:
         self._tags.setdefault(data, hashlib.md5(data, usedforsecurity=False).hexdigest())
-        if key not in self._contents:
-            bisect.insort(self._keys, key)
-        self._contents[key] = data
+        with self._changing:
+            if key not in self._contents:
+                bisect.insort(self._keys, key)
+            self._contents[key] = data
 
     def get(self, key: str) -> bytes | None:
         return self._contents.get(key)
 
     def delete(self, key: str) -> None:
-        if self._contents.pop(key, None) is not None:
-            del self._keys[bisect.bisect_left(self._keys, key)]
+        with self._changing:
+            if self._contents.pop(key, None) is not None:
+                del self._keys[bisect.bisect_left(self._keys, key)]
 
     def tag(self, data: bytes) -> str:
         return self._tags[data]
 
     def page(self, prefix: str, after: str, number: int) -> tuple[list[str], bool]:
         """The first keys with a prefix after another, and whether there are more."""
-        start = bisect.bisect_left(self._keys, prefix)
-        if after:
-            start = max(start, bisect.bisect_right(self._keys, after))
-        found = []
-        for key in itertools.islice(self._keys, start, start + number + 1):
-            if not key.startswith(prefix):
-                break
-            found.append(key)
+        with self._changing:
+            start = bisect.bisect_left(self._keys, prefix)
+            if after:
+                start = max(start, bisect.bisect_right(self._keys, after))
+            near = self._keys[start : start + number + 1]
+        found = list(itertools.takewhile(lambda key: key.startswith(prefix), near))
         return found[:number], len(found) > number
 
     def __len__(self) -> int:
