@@ -13,7 +13,7 @@ JOBS = {
     "alone": Job(source_url="", output_url="/runs/a run"),
     "on texts": Job(
         source_url="",
-        output_url="s3://bucket/run",
+        output_url="memory://bucket/run",
         evaluation_texts=("a b.jsonl", "s3://texts/c.jsonl"),
         evaluation_windows=3,
     ),
