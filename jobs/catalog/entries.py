@@ -22,11 +22,12 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.composition.target import MOST_BITS, Target
+from pipeline.composition.target import Target
 from pipeline.evaluation.named_texts import SET_NAME_PATTERN, EvaluatedTexts
 from pipeline.executor.protocol import ComputeSpec, Device, ExecutorError
 from pipeline.export.code_formats import ExportFormat
 from pipeline.export.settings import ExportDtype
+from pipeline.recipe.auto_recipe import MOST_TARGET_BITS
 from pipeline.recipe.text_sources import CalibrationText, WeightedText
 from pipeline.recipe.yaml_document import UNION_TAG
 
@@ -201,7 +202,7 @@ class Compose(_Mapping):
 
     name: Name | None = None
     """What it is published as, beside the recipes' names; such as composed-3.5-bits."""
-    target_bits: Annotated[_Number, Field(gt=0, le=MOST_BITS)] | None = None
+    target_bits: Annotated[_Number, Field(gt=0, le=MOST_TARGET_BITS)] | None = None
     """Bits a weight of the blocks may take, as stored, with scales and all."""
     target_bytes: Annotated[ByteSize, Field(gt=0), BeforeValidator(_size)] | None = None
     """What all weights files may take, such as 5GB."""

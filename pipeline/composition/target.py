@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import ConfigDict
 
 from pipeline.errors import PipelineError
+from pipeline.recipe.auto_recipe import MOST_TARGET_BITS
 from pipeline.storage.record import STRICT
 
 if TYPE_CHECKING:
     from pipeline.composition.composed_plan import GivenRun
-
-MOST_BITS = 1000
-"""Of a weight, with room for scales and all else in the file of a tiny block."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +36,10 @@ class Target:
             raise PipelineError("give --target-bits or --target-bytes, and not both")
         if not 0 < (self.bits or self.num_bytes or 0) < math.inf:
             raise PipelineError(f"{self}: a target is more than 0")
-        if self.bits is not None and self.bits > MOST_BITS:
+        if self.bits is not None and self.bits > MOST_TARGET_BITS:
             raise PipelineError(
-                f"{self}: no weight takes more than {MOST_BITS} bits; --target-bytes counts bytes"
+                f"{self}: no weight takes more than {MOST_TARGET_BITS} bits; --target-bytes counts "
+                "bytes"
             )
 
     def __str__(self) -> str:
