@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args
 from rich.table import Table
 from rich.text import Text
 
-from jobs.catalog.request import Request, run_name, save_request
+from jobs.catalog.catalog_runs import run_name
+from jobs.catalog.request import Request, save_request
 from jobs.execute import OpenCompute
 from jobs.fleet.forecast import Forecast, forecasts
 from jobs.fleet.fulfil import Fulfilled, GateFailedError

@@ -10,12 +10,11 @@ from functools import partial
 from typing import Any, Literal
 
 from jobs.catalog.catalog_file import Catalog
+from jobs.catalog.catalog_runs import CatalogRun, catalog_runs
 from jobs.catalog.request import (
     EVALUATED_ON,
-    CatalogRun,
     ComposedOf,
     Request,
-    catalog_runs,
     request_key,
     run_prefix,
     run_store,

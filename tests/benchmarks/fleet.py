@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from jobs.catalog.catalog_file import parse_catalog
-from jobs.catalog.request import catalog_runs
+from jobs.catalog.catalog_runs import catalog_runs
 from pipeline.storage.object_store import ObjectStore, open_store
 from tests.benchmarks.paged_store import Bucket, BucketBackend, serve
 from tests.jobs.fleet import large_catalog

@@ -10,14 +10,11 @@ import pytest
 
 from jobs.catalog.entries import Gate
 from jobs.catalog.request import (
-    PACKAGES,
     Request,
     checked_id,
     load_request,
-    package_versions,
     request_key,
     save_request,
-    texts_fingerprint,
 )
 from jobs.catalog.source_files import source_fingerprint
 from jobs.fleet.staleness import changes
@@ -136,27 +133,6 @@ def test_a_source_fingerprint_covers_the_model_files_and_hashes_json(tmp_path: P
     assert [n for n in before if before[n] != after[n]] == ["model.weights.h5"]
     with pytest.raises(SourceError, match=r"no config\.json"):
         source_fingerprint(str(tmp_path / "assets"))
-
-
-def test_texts_are_fingerprinted_file_by_file(tmp_path: Path) -> None:
-    for name in ("a b.txt", "c.txt"):
-        (tmp_path / name).write_text("text")
-    state = texts_fingerprint([f"{tmp_path}/*.txt", "hf:owner/name"])
-    assert list(state) == [
-        f"file://{tmp_path}/a b.txt",
-        f"file://{tmp_path}/c.txt",
-        "hf:owner/name",
-    ]
-    (tmp_path / "c.txt").write_text("tent")
-    again = texts_fingerprint([f"{tmp_path}/*.txt", "hf:owner/name"])
-    assert [n for n in state if state[n] != again[n]] == [f"file://{tmp_path}/c.txt"]
-
-
-def test_package_versions_match_those_of_a_plan() -> None:
-    from pipeline.machine import versions
-
-    assert package_versions() == versions()
-    assert set(PACKAGES) == set(versions())
 
 
 def test_sets_and_their_limits_come_back_from_their_bytes() -> None:

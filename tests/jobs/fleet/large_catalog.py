@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from jobs.catalog.catalog_file import Catalog, parse_catalog
-from jobs.catalog.request import Request, catalog_runs, run_prefix, save_request
+from jobs.catalog.catalog_runs import catalog_runs
+from jobs.catalog.request import Request, run_prefix, save_request
 from jobs.publish.releases import publish
 from jobs.publish.verdict import Verdict, save_verdict
 from jobs.publish.verified_files import VerifiedFiles

@@ -224,11 +224,11 @@ def test_changed_evaluation_texts_are_evaluated_without_quantizing(made: TinyCat
 def test_changed_package_versions_are_reported(
     made: TinyCatalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import jobs.catalog.request
+    import jobs.catalog.catalog_runs
 
-    versions = dict(jobs.catalog.request.package_versions())
+    versions = dict(jobs.catalog.catalog_runs.package_versions())
     monkeypatch.setattr(
-        jobs.catalog.request, "package_versions", lambda: versions | {"keras": "9.9"}
+        jobs.catalog.catalog_runs, "package_versions", lambda: versions | {"keras": "9.9"}
     )
     _, found = made.nightly("--dry-run")
     reasons = [f"versions changed: keras {versions['keras']} → 9.9"]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from jobs.catalog.catalog_file import Catalog, parse_catalog
-from jobs.catalog.request import catalog_runs
+from jobs.catalog.catalog_runs import catalog_runs
 from jobs.cli.main import main
 from jobs.fleet.fleet_report import fleet_report
 from jobs.fleet.nightly import Survey
