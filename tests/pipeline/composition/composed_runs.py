@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pipeline.composition.composed_plan import (
     GivenLayers,
+    GivenRun,
     composed_plan,
     parts_of_runs,
     read_given_run,
@@ -36,3 +37,16 @@ def composed_run(
     )
     seal(store.root_url, plan.source_url)
     return store, read_manifest(store)
+
+
+def every_other_group(run: GivenRun, block: int, giver: int) -> GivenLayers:
+    """Of one block's inputs, the layers that read the second, the fourth, and so on.
+
+    Args:
+        run: any of those that are composed.
+        giver: the number of the run that gives them.
+    """
+    part = run.plan.parts[block + 1]
+    names = {name for group in part.groups[1::2] for name in group.targets}
+    layers = tuple(layer.path for layer in part.layers if layer.name in names)
+    return GivenLayers(block=block, run=giver, layers=layers)
