@@ -86,6 +86,7 @@ def nightly(
         log_outcome,
         night_entries,
         num_by_result,
+        refuse_impossible,
         run_stale,
     )
     from jobs.fleet.nights import Clock
@@ -111,6 +112,7 @@ def nightly(
         driven = execute.DriverOptions(
             keep_every=keep_every, wait=False, lease_seconds=lease_seconds
         )
+        refuse_impossible(root, survey)
         compute = partial(execute.open_compute, address=address)
         fulfil_one = partial(fulfilling.fulfil, root, open_compute=compute, options=driven)
         outcomes = []
@@ -184,7 +186,13 @@ def submit(
             poll_seconds=poll_seconds,
             as_json=as_json,
         )
-    from jobs.fleet.nightly import Survey, exit_code_of, night_entries, outcomes_table
+    from jobs.fleet.nightly import (
+        Survey,
+        exit_code_of,
+        night_entries,
+        outcomes_table,
+        refuse_impossible,
+    )
     from jobs.fleet.nights import Clock
     from jobs.fleet.remembering import remembering
     from jobs.fleet.staleness import decide
@@ -201,6 +209,7 @@ def submit(
     began = Clock.started()
     with status("looking for stale runs"):
         survey = Survey.of(decide(root, catalog, save_verified=True))
+    refuse_impossible(root, survey)
     others = survey.others
     submission = Submission(
         root=root,

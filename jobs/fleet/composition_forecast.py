@@ -60,7 +60,7 @@ def foresee_composition(
         raise PipelineError(
             f"{target}: the smallest blocks of these recipes take about "
             f"{8 * least / weights:.2f} bits a weight, {math.ceil(least + outside)} bytes with "
-            "what is outside the blocks; raise the target, or add a recipe of fewer bits"
+            "what is outside the blocks; raise the target, or add a recipe or choice of fewer bits"
         )
     within = sum(1 for of_run in sizes if sum(of_run[1:]) <= limit)
     cost: RunCost | str = workers if isinstance(workers, str) else ""

@@ -17,6 +17,7 @@ from jobs.catalog.composition import Composition
 from jobs.catalog.request import Request, run_store
 from jobs.execute import Compute, OpenCompute
 from jobs.fleet.captured_statistics import are_captured, statistics_of
+from jobs.fleet.catalog_plans import PLANNING_THREADS, CatalogPlans
 from jobs.fleet.composition_forecast import foresee_composition
 from jobs.fleet.past_runs import correction
 from jobs.fleet.staleness import Decision
@@ -30,20 +31,16 @@ from jobs.run_costs import (
     costs_table,
 )
 from jobs.run_exports import CATALOG_OPTION, ForeseenExports, foresee_exports
-from pipeline.canonical import digest_of
 from pipeline.errors import PipelineError
 from pipeline.executor.protocol import ComputeSpec, ExecutorError, FunctionRunner
 from pipeline.plan import Plan
 from pipeline.planning.run_cost import Correction, RunCost
 from pipeline.planning.stored_sizes import stored_bytes
 from pipeline.recipe.recipe import Recipe
-from pipeline.remote_planning import plan_for_costs
 from pipeline.run.records import MANIFEST_KEY
 from pipeline.storage.object_store import ObjectStore
 from quantizer.errors import QuantizationError
 
-# A worker's plan depends on them only on CPUs, and its work not at all.
-_THREADS = 1
 _NUM_THREADS = 16
 
 
@@ -132,7 +129,7 @@ def _spec(decision: Decision, priced: PricedMachine) -> ComputeSpec:
     """What to ask of the cluster to plan a run."""
     needs = decision.request.needs
     if priced.named is not None:
-        return ComputeSpec(threads=_THREADS)
+        return ComputeSpec(threads=PLANNING_THREADS)
     recipe = decision.run.recipe
     chains = isinstance(recipe, Composition) or recipe.chains_blocks
     return needs if chains else needs.with_one_gpu_each()
@@ -146,7 +143,7 @@ def _finder(
     priced: PricedMachine,
 ) -> Callable[[FunctionRunner], dict[int, Foreseen]]:
     def find(runner: FunctionRunner) -> dict[int, Foreseen]:
-        planner = _Planner(runner)
+        planner = CatalogPlans(runner)
         at_hand = priced.find(runner, compute.allocation)
         costs = _Costs(root, compute, priced, at_hand)
         found: dict[int, Foreseen] = {}
@@ -207,7 +204,11 @@ def _exports(runner: FunctionRunner, request: Request, recipe: Recipe) -> Forese
 
 
 def _composed(
-    root: ObjectStore, request: Request, composition: Composition, planner: _Planner, costs: _Costs
+    root: ObjectStore,
+    request: Request,
+    composition: Composition,
+    planner: CatalogPlans,
+    costs: _Costs,
 ) -> Forecast:
     """What a composition would take, once its runs are there; with those made for it alone."""
     givers = zip(request.givers, composition.recipes, strict=True)
@@ -287,49 +288,3 @@ class _Costs:
                 workers.plan(plan), workers, num_windows=num_windows, captured=captured
             )
         return self._found[key]
-
-
-class _Planner:
-    """Plans each architecture in each recipe once."""
-
-    def __init__(self, runner: FunctionRunner) -> None:
-        self._runner = runner
-        self._plans: dict[str, Plan] = {}
-        self._stored_bytes: dict[int, int] = {}
-
-    def plan(self, request: Request, recipe: Recipe) -> Plan:
-        # What a model is, is told by its JSON; that of shards names each of its variables.
-        files = {
-            name: token
-            for name, token in request.source.items()
-            if name.endswith(".json") and "tokenizer" not in name and "vocab" not in name
-        }
-        # And the names of all: a folder without weights is not its neighbour.
-        key = digest_of(
-            {
-                "files": files,
-                "names": sorted(request.source),
-                "recipe": _shape(request),
-                "kind": request.needs.device,
-            }
-        )
-        if key not in self._plans:
-            self._plans[key] = self._runner.run(
-                plan_for_costs, request.source_url, recipe, _THREADS
-            )
-        return self._plans[key]
-
-    def stored_bytes(self, plan: Plan) -> int:
-        """Of all its weights files."""
-        if id(plan) not in self._stored_bytes:
-            parts = (stored_bytes(plan, part) for part in plan.parts)
-            self._stored_bytes[id(plan)] = int(sum(parts))
-        return self._stored_bytes[id(plan)]
-
-
-def _shape(request: Request) -> Mapping[str, Any]:
-    """A request's recipe but for what it calibrates on."""
-    calibration = request.recipe.get("calibration")
-    if calibration is None:
-        return request.recipe
-    return request.recipe | {"calibration": calibration | {"texts": []}}

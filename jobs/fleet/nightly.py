@@ -16,11 +16,12 @@ from rich.text import Text
 from jobs.catalog.catalog_runs import run_name
 from jobs.catalog.request import Request, save_request
 from jobs.execute import OpenCompute
+from jobs.fleet.composition_checks import impossible_compositions
 from jobs.fleet.forecast import Forecast, forecasts
 from jobs.fleet.fulfil import Fulfilled, GateFailedError
 from jobs.fleet.nights import NightEntry
 from jobs.fleet.staleness import Decision, Freshness
-from jobs.logging import MOST_ROWS, is_json, log_event, set_run
+from jobs.logging import MOST_ROWS, is_json, log_event, set_run, status
 from jobs.progress.catalog_view import EntryPhase, EntryProgress, ShowEntry, watch_catalog
 from jobs.publish.verdict import quality_text
 from jobs.quantities import size
@@ -156,10 +157,26 @@ def foresee(
             case Forecast():
                 change: dict[str, Any] = {"forecast": foreseen}
             case PipelineError() | QuantizationError():
-                code = getattr(foreseen, "exit_code", PipelineError.exit_code)
-                change = {"result": "failed", "text": str(foreseen), "exit_code": code}
+                change = _failure(foreseen)
         outcomes[place] = dataclasses.replace(outcomes[place], **change)
     return outcomes
+
+
+def _failure(error: PipelineError | QuantizationError) -> dict[str, Any]:
+    """What an outcome is by it."""
+    code = error.exit_code if isinstance(error, PipelineError) else PipelineError.exit_code
+    return {"result": "failed", "text": str(error), "exit_code": code}
+
+
+def refuse_impossible(root: ObjectStore, survey: Survey) -> None:
+    """Take compositions that could not be made out of what is to be made, and say so at once."""
+    with status("checking compositions"):
+        found = impossible_compositions(root, survey.stale)
+    for place, error in found.items():
+        del survey.stale[place]
+        refused = dataclasses.replace(survey.outcomes[place], **_failure(error))
+        survey.outcomes[place] = refused
+        log_event("refused", f"{refused.name}: {refused.text}", level=logging.ERROR)
 
 
 def run_stale(
@@ -231,8 +248,7 @@ def _outcome_of_run(
     except LeaseHeldError as held:
         return became(result="elsewhere", text=str(held))
     except (PipelineError, QuantizationError) as error:
-        code = error.exit_code if isinstance(error, PipelineError) else PipelineError.exit_code
-        return became(result="failed", text=str(error), exit_code=code)
+        return became(**_failure(error))
     verdict = fulfilled.verdict
     return became(
         result="published" if verdict.passed else "gate failed",

@@ -11,11 +11,13 @@ import pytest
 
 import jobs.composing
 import pipeline.composition.parts
+import pipeline.executor.ray_jobs
 from pipeline.composition.decision import Decision
 from pipeline.errors import StorageError
 from pipeline.plan import read_plan
 from pipeline.run.records import ARTIFACT_PREFIX, MANIFEST_KEY, file_key
 from pipeline.storage.object_store import ObjectStore, open_store
+from tests.jobs.fleet.test_submission import FakeJobs
 from tests.jobs.fleet.tiny_catalog import TinyCatalog, tiny_catalog
 
 BLOCKS = 2
@@ -66,6 +68,30 @@ def test_a_composition_is_made_judged_and_published_once_its_runs_are_there(
     assert quality["alpha int8"] < quality[f"alpha {HALF}"] < quality["alpha int4"]
     release = catalog.current("alpha", HALF)["release"]
     assert release["run_id"] == found[f"alpha {HALF}"]["run_id"]
+
+
+def test_an_impossible_composition_is_told_before_its_runs_are_made(
+    catalog: TinyCatalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog.values["models"][0]["compose"] = [compose(5.0)]
+    name, text = "alpha composed-5-bits", "target_bits 5.0: the smallest blocks of these recipes"
+    fake = FakeJobs()
+    monkeypatch.setattr(pipeline.executor.ray_jobs, "RayJobs", lambda *_, **__: fake)
+    code, found = catalog.call("submit", catalog.file, "--address", "http://head:8265")
+    assert code == 2, catalog.err
+    assert [job["recipe"] for job in found["jobs"]] == ["int4", "int8"]
+    assert [one["text"][: len(text)] for one in found["others"]] == [text]
+    assert not any("composed" in job for job in fake.jobs)
+
+    catalog.work.fail = StorageError("the store is full")
+    code, found = catalog.nightly()
+    assert {run: one["result"] for run, one in found.items()} == {
+        "alpha int4": "failed", "alpha int8": "published", name: "failed",
+    }  # fmt: skip
+    assert found[name]["text"].startswith(text)
+    said = catalog.err.index(f"{name.replace(' ', ' × ')}: {text}")
+    assert said < catalog.err.index("alpha × int4: ")
+    assert not [key for key in catalog.root.list("requests/") if "composed" in key]
 
 
 @pytest.mark.exhaustive

@@ -29,7 +29,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     def refuse(*_: Any) -> None:
         raise AssertionError("a text was opened")
 
-    monkeypatch.setattr("jobs.fleet.forecast.plan_for_costs", count)
+    monkeypatch.setattr("jobs.fleet.catalog_plans.plan_for_costs", count)
     monkeypatch.setattr(texts, "open_given_file", refuse)
     return calls
 
