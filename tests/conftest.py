@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 # Left to itself, Keras chooses TensorFlow.
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 from hypothesis import settings
@@ -44,11 +44,33 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (given, unlucky)))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Let each of several processes begin to import test modules at another place of a folder.
+
+    pytest rewrites the assertions of a module when it is first imported, which takes as long as all
+    else of collecting, and keeps the result in a file for whoever comes next. Side by side in the
+    same order, all would rewrite everything.
+    """
+    report = yield
+    worker = getattr(collector.config, "workerinput", None)
+    if worker is not None and isinstance(collector, pytest.Directory) and report.passed:
+        number = int(worker["workerid"].removeprefix("gw"))
+        first = len(report.result) * number // worker["workercount"]
+        report.result = [*report.result[first:], *report.result[:first]]
+    return report
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with the modules that start clusters: they take long, and wait more than they compute.
 
     So one process of pytest runs them beside whatever the others do, and its clusters serve all.
     """
+    if hasattr(config, "workerinput"):  # see above: all processes are to know the same order
+        items.sort(key=lambda item: item.path.parts)
     waiting = {item.path for item in items if any(map(item.get_closest_marker, ("ray", "radosgw")))}
     items.sort(key=lambda item: item.path not in waiting)
 
