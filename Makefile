@@ -61,9 +61,10 @@ PYTEST := $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal --durations=3
 test: lint  ## lint, types and the default tests
 	$(PYTEST)
 
-# The second call runs the default tests of layers once more, with Keras on PyTorch.
+# Of the time of the others a third is waiting, for clusters and leases, so one process more runs
+# them. The last call runs the default tests of layers once more, with Keras on PyTorch.
 test-all: test $(TORCH)  ## the default tests, then all others but the slow ones (needs radosgw, chromium)
-	$(PYTEST) -m "(exhaustive or torch or radosgw) and not slow"
+	$(PYTEST) -n $$(($(PROCESSES) + 1)) -m "(exhaustive or torch or radosgw) and not slow"
 	KERAS_BACKEND=torch $(PYTEST) tests/quantizer/keras_format/test_layers.py
 
 test-s3: $(READY)  ## the storage and fault tests on a real S3 server (needs radosgw)
