@@ -112,7 +112,12 @@ def fleet() -> Iterator[Fleet]:
 
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 0, "_system_config": _QUICK_TO_NOTICE},
+        # Its dashboard, which nobody asks, would be ten processes more that import half of Ray.
+        head_node_args={
+            "num_cpus": 0,
+            "include_dashboard": False,
+            "_system_config": _QUICK_TO_NOTICE,
+        },
     )
     found = Fleet(cluster)
     try:

@@ -23,7 +23,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.exhaustive]
 _CLUSTER = """
 import sys
 from ray.cluster_utils import Cluster
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4})
+head = {"num_cpus": 4, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args=head)
 for kind, gpus in (("H100", 2), ("L4", 1)):
     cluster.add_node(num_cpus=4, num_gpus=gpus, resources={f"accelerator_type:{kind}": 1})
 print("cluster", cluster.address, flush=True)
