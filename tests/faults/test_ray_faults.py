@@ -109,7 +109,7 @@ def test_a_node_that_is_replaced_is_waited_for(
     assert not any(step.event == "fewer" for step in steps)
 
 
-@pytest.mark.timeout(600)  # those of which Ray says nothing are noticed after 10 to 15 s each
+@pytest.mark.timeout(600)  # those of which Ray says nothing are noticed after 3 to 4 s each
 def test_lost_messages_change_nothing(expected: dict[str, bytes], tmp_path: Path) -> None:
     given = planned("gptq")
     assert given.windows is not None
