@@ -13,10 +13,11 @@ from jobs.expert_summary import planned_experts
 from jobs.quantities import count, size
 from jobs.summary import layer_notes, left_in_float, share_text, with_examples
 from pipeline.executor.protocol import Allocation
-from pipeline.plan import Plan, TokensPlan
+from pipeline.plan import Plan
 from pipeline.planning.coverage import Coverage
 from pipeline.planning.estimates import Estimate
 from pipeline.recipe.recipe import unmatched_patterns
+from pipeline.tokens_plan import TokensPlan
 
 
 def plan_table(

@@ -16,7 +16,7 @@ from pipeline.errors import (
     StatisticsError,
 )
 from pipeline.float_statistics import STATISTICS_FOLDER, statistics_plan, statistics_store
-from pipeline.plan import PLAN_KEY, Plan, TokensPlan, read_plan
+from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.run.commits import Finding, damaged_files, quarantine
 from pipeline.run.lease import Lease
@@ -24,6 +24,7 @@ from pipeline.run.records import MANIFEST_KEY, RECORDS_PREFIX, Manifest, record_
 from pipeline.run.statistics_users import note_user
 from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.storage.overlap import is_inside
+from pipeline.tokens_plan import TokensPlan
 
 _T = TypeVar("_T")
 _MOST_REPAIRS = 3

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from pipeline.evaluation.batches import TOKENS_PER_PASS, EvaluationSet
-from pipeline.plan import Plan, TokensPlan
+from pipeline.plan import Plan
 from pipeline.planning.estimates import (
     DEVICE_PROGRAMS_BYTES,
     attention_scores_bytes,
@@ -14,6 +14,7 @@ from pipeline.planning.estimates import (
     micro_batch_bytes,
 )
 from pipeline.planning.stored_sizes import source_bits
+from pipeline.tokens_plan import TokensPlan
 
 # A block as read, and what of it Keras' quantized layers decode to compute with.
 _BLOCK_COPIES = 2

@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.errors import RecipeError
-from pipeline.plan import LayerPlan, TokensPlan
+from pipeline.plan import LayerPlan
 from pipeline.recipe.recipe import Recipe
+from pipeline.tokens_plan import TokensPlan
 
 _EVERY = 8
 

@@ -28,13 +28,7 @@ from pipeline.model.preset_json import (
     quantized_json,
 )
 from pipeline.model.skeleton import Skeleton, build_skeleton
-from pipeline.plan import (
-    LayerPlan,
-    PartPlan,
-    Plan,
-    SourceTokens,
-    TokensPlan,
-)
+from pipeline.plan import LayerPlan, PartPlan, Plan
 from pipeline.planning.captured_groups import Groups, captured_groups
 from pipeline.planning.folds import with_folds
 from pipeline.planning.held_back import held_back_every
@@ -44,6 +38,7 @@ from pipeline.planning.micro_batch import fitting_micro_batch, micro_batches
 from pipeline.planning.token_windows import blank_windows, token_windows
 from pipeline.planning.tuning import check_trained
 from pipeline.recipe.recipe import Recipe, statistics_of
+from pipeline.tokens_plan import SourceTokens, TokensPlan
 from pipeline.weights.digests import SizedPath, part_digests, read_in_threads
 from pipeline.weights.source import open_source
 from pipeline.worker.device_memory import device_memory

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.calibration.windows import shard_bounds
-from pipeline.plan import Plan, TokensPlan
+from pipeline.plan import Plan
 from pipeline.planning.estimates import estimate
+from pipeline.tokens_plan import TokensPlan
 
 _CPU_MICRO_BATCH_TOKENS = 512
 _SHARD_TOKENS = 2048

@@ -12,7 +12,7 @@ from functools import reduce
 from operator import add
 
 from pipeline.calibration.windows import shard_bounds
-from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan, TokensPlan
+from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan
 from pipeline.planning.estimates import DRIFT_GRAMS, hidden_features, num_streams
 from pipeline.planning.expert_costs import rows_per_token, run_weights
 from pipeline.planning.micro_batch import micro_batches
@@ -25,6 +25,7 @@ from pipeline.planning.tuning import (
     trained_weights,
     trained_windows,
 )
+from pipeline.tokens_plan import TokensPlan
 from quantizer.experts import expert_ranges
 from quantizer.schemes import AWQScheme, GPTQScheme
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.calibration.windows import shard_bounds
-from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan, TokensPlan
+from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan
 from pipeline.planning.cost_model import run_cost
 from pipeline.planning.estimates import estimate
 from pipeline.planning.machines import Machine, known_machines
@@ -27,6 +27,7 @@ from pipeline.planning.micro_batch import micro_batches
 from pipeline.planning.stage_constants import CONSTANTS
 from pipeline.planning.work import block_work, planned_on
 from pipeline.recipe.recipe import Recipe
+from pipeline.tokens_plan import TokensPlan
 from quantizer import row_slices
 from quantizer.experts import num_expert_ranges
 from quantizer.schemes import GPTQScheme, Int8Scheme

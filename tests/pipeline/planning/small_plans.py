@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan, TokensPlan
+from pipeline.plan import InputGroup, LayerPlan, PartPlan, Plan
 from pipeline.planning.machines import Machine
 from pipeline.recipe.recipe import Recipe
+from pipeline.tokens_plan import TokensPlan
 from quantizer.experts import num_expert_ranges
 from quantizer.schemes import GPTQScheme, Int8Scheme, Scheme
 

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 from pipeline.errors import RecipeError
-from pipeline.plan import TokensPlan
 from pipeline.planning.held_back import held_back_every
 from pipeline.recipe.recipe import Tuning
+from pipeline.tokens_plan import TokensPlan
 from tests.pipeline.planning.small_plans import GPTQ, layer, plan
 
 CORRECTED = layer("up", 64, 128, scheme=dataclasses.replace(GPTQ, drift_correction=1.0))
