@@ -38,7 +38,8 @@ from pipeline.run.records import (
     file_key,
     manifest_of,
 )
-from pipeline.run.worker_api import SolvedLayer, Values
+from pipeline.run.solved_layers import SolvedLayer
+from pipeline.run.worker_api import Values
 from pipeline.storage.object_store import ObjectStore
 from quantizer.schemes import Float8Scheme
 

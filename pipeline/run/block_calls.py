@@ -9,14 +9,8 @@ from typing import Concatenate
 from pipeline.executor.protocol import Executor, P, T, argument
 from pipeline.plan import LayerPlan, Plan
 from pipeline.reduction import join
-from pipeline.run.worker_api import (
-    HeldSum,
-    InputSum,
-    SolvedLayer,
-    SolvedLayers,
-    Values,
-    WorkerApi,
-)
+from pipeline.run.solved_layers import SolvedLayer, SolvedLayers
+from pipeline.run.worker_api import HeldSum, InputSum, Values, WorkerApi
 from quantizer.experts import expert_passes, expert_ranges
 
 

@@ -33,15 +33,9 @@ from pipeline.run.block_calls import BlockCalls
 from pipeline.run.commits import Committed, committed_parts, quarantine
 from pipeline.run.events import Report, Step
 from pipeline.run.records import CommittedRecord, Manifest, PartRecord
+from pipeline.run.solved_layers import SolvedLayers
 from pipeline.run.sums_records import SumsRecord
-from pipeline.run.worker_api import (
-    CommittedPart,
-    HeldSum,
-    InputSum,
-    SolvedLayers,
-    Values,
-    WorkerApi,
-)
+from pipeline.run.worker_api import CommittedPart, HeldSum, InputSum, Values, WorkerApi
 from pipeline.storage.object_store import ObjectStore
 
 KEEP_EVERY = 8

@@ -6,7 +6,7 @@ JAX.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
@@ -21,88 +21,15 @@ from pipeline.plan import Plan
 from pipeline.recipe.recipe import StatisticsKind
 from pipeline.run.activations import SavedShard
 from pipeline.run.code_histograms import CodeHistogram
-from pipeline.run.records import CommittedRecord, Manifest, TuningRecord
+from pipeline.run.records import CommittedRecord, Manifest
+from pipeline.run.solved_layers import SolvedLayer, SolvedLayers, SolvedSlices, TunedBlock
 from pipeline.storage.record import STRICT
 
 if TYPE_CHECKING:
-    from quantizer.expert_codes import ExpertCodes
-    from quantizer.expert_solver import SolvedExpert
-    from quantizer.gptq.solved_rows import SolvedRows
     from quantizer.tuning.training import Batch
 
 Values: TypeAlias = Mapping[str, NDArray[Any]]
 """A part's arrays in the source, by the path of their variable."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SolvedLayer:
-    """One quantized layer, by Keras' path.
-
-    Attributes:
-        variables: what stock Keras stores for it, by the layer's own names; later layers meet the
-            kernel that they decode to.
-        report: the solver's, as plain JSON values.
-        codes: of a bank of experts, whose variable holds what they stand for as floats; it has no
-            variables of its own.
-    """
-
-    path: str
-    variables: dict[str, NDArray[Any]]
-    report: dict[str, Any]
-    codes: ExpertCodes | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class SolvedSlices:
-    """Some of the row slices of a layer, or of the experts of a bank, by Keras' path.
-
-    Attributes:
-        rows: each slice's result, by its number.
-        experts: of a bank of experts with inputs of their own, each one's result, by its number;
-            it has no rows.
-        problem: why they could not be calibrated; "" if they were.
-    """
-
-    path: str
-    rows: dict[int, SolvedRows] = field(default_factory=dict)
-    experts: dict[int, SolvedExpert] = field(default_factory=dict)
-    problem: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TunedBlock:
-    """A solved block after training; the better of the two by windows that it was not trained on.
-
-    Attributes:
-        layers: all of its quantized layers.
-        floats: variables that stay in float and have changed, by path, as they are stored.
-        record: what training did; None if the block has nothing to train.
-    """
-
-    layers: list[SolvedLayer]
-    floats: dict[str, NDArray[Any]]
-    record: TuningRecord | None
-
-    @property
-    def is_changed(self) -> bool:
-        """Whether it is other than it was solved."""
-        return self.record is not None and self.record.kept == "tuned"
-
-
-SolvedLayers: TypeAlias = Sequence[SolvedLayer] | TunedBlock
-"""Results for some layers of a block, or for all of it."""
-
-
-def whole_block(solved: Iterable[SolvedLayers]) -> TunedBlock:
-    """Results for the layers of a block put together; without a record if it was not trained."""
-    layers: dict[str, SolvedLayer] = {}
-    floats: dict[str, NDArray[Any]] = {}
-    record = None
-    for one in solved:
-        if isinstance(one, TunedBlock):
-            floats, record = one.floats, one.record
-        layers |= {x.path: x for x in (one.layers if isinstance(one, TunedBlock) else one)}
-    return TunedBlock(layers=list(layers.values()), floats=floats, record=record)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from pipeline.run.code_histograms import (
     SCALE_OCTAVES,
     CodeHistogram,
 )
-from pipeline.run.worker_api import SolvedLayer
+from pipeline.run.solved_layers import SolvedLayer
 from quantizer.expert_codes import code_format
 from quantizer.schemes import AWQScheme, Float8Scheme, Int4Scheme, Int8Scheme, Scheme
 

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from pipeline.fold import Fold
 from pipeline.model.targets import Target
 from pipeline.plan import LayerPlan, Plan
-from pipeline.run.worker_api import SolvedLayer, SolvedSlices, Values
+from pipeline.run.solved_layers import SolvedLayer, SolvedSlices
+from pipeline.run.worker_api import Values
 from pipeline.worker.memory import make_room
 from pipeline.worker.solve_bank import (
     bank_problem,

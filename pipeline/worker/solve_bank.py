@@ -14,7 +14,8 @@ import jax
 
 from pipeline.model.targets import Target
 from pipeline.plan import LayerPlan
-from pipeline.run.worker_api import SolvedLayer, SolvedSlices, Values
+from pipeline.run.solved_layers import SolvedLayer, SolvedSlices
+from pipeline.run.worker_api import Values
 from quantizer.errors import WeightError
 from quantizer.expert_codes import ExpertCodes
 from quantizer.expert_solver import join_experts, round_experts, solve_experts

@@ -13,7 +13,8 @@ import jax
 
 from pipeline.model.targets import Target
 from pipeline.plan import PartPlan
-from pipeline.run.worker_api import SolvedLayer, Values
+from pipeline.run.solved_layers import SolvedLayer
+from pipeline.run.worker_api import Values
 from pipeline.worker.solve import solve_layers
 from pipeline.worker.statistics import finished
 from pipeline.worker.stored_sums import BlockSums

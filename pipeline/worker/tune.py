@@ -21,7 +21,8 @@ from pipeline.model.targets import Target
 from pipeline.plan import LayerPlan, Plan
 from pipeline.recipe.recipe import Tuning
 from pipeline.run.records import TuningRecord
-from pipeline.run.worker_api import SolvedLayer, TunedBlock, Values
+from pipeline.run.solved_layers import SolvedLayer, TunedBlock
+from pipeline.run.worker_api import Values
 from pipeline.worker.block_program import BlockProgram, hidden_states, trace_block
 from pipeline.worker.shards import MicroBatch
 from quantizer.keras_format.layers import kernel_layout

@@ -23,6 +23,13 @@ from pipeline.plan import LayerPlan, Plan
 from pipeline.run import activations
 from pipeline.run.commits import commit_part, committed_file
 from pipeline.run.records import CommittedRecord, Manifest
+from pipeline.run.solved_layers import (
+    SolvedLayer,
+    SolvedLayers,
+    SolvedSlices,
+    TunedBlock,
+    whole_block,
+)
 from pipeline.run.worker_api import (
     CommittedPart,
     HeldSum,
@@ -30,14 +37,9 @@ from pipeline.run.worker_api import (
     LayersAlone,
     PartsOfRuns,
     RunAt,
-    SolvedLayer,
-    SolvedLayers,
-    SolvedSlices,
-    TunedBlock,
     TuningWindows,
     Values,
     WorkerApi,
-    whole_block,
 )
 from pipeline.storage.object_store import open_store
 from pipeline.worker.block_weights import BlockWeights, Stored

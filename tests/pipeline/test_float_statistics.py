@@ -20,8 +20,8 @@ from pipeline.planning.make_plan import make_plan
 from pipeline.recipe.recipe_file import recipe_from_dict
 from pipeline.run.commits import damaged_files, quarantine, read_manifest
 from pipeline.run.records import MANIFEST_KEY, file_key, record_key
+from pipeline.run.solved_layers import SolvedLayer
 from pipeline.run.sums_records import statistics_bytes, sums_key
-from pipeline.run.worker_api import SolvedLayer
 from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.worker.solve_stored import at_scheme, solve_block
 from pipeline.worker.statistics import finished

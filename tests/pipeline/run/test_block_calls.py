@@ -9,7 +9,7 @@ import pytest
 from pipeline.plan import LayerPlan
 from pipeline.recipe.recipe import Calibration, Recipe, Tuning
 from pipeline.run.block_calls import BlockCalls, share_out
-from pipeline.run.worker_api import SolvedLayer
+from pipeline.run.solved_layers import SolvedLayer
 from quantizer.schemes import GPTQScheme, Int8Scheme
 from tests.pipeline.local_executor import LocalExecutor
 from tests.pipeline.planning.small_plans import GPTQ, plan, with_layers

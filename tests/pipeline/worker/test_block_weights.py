@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pipeline.plan import LayerPlan, Plan
-from pipeline.run.worker_api import SolvedLayer
+from pipeline.run.solved_layers import SolvedLayer
 from pipeline.storage.object_store import open_store
 from pipeline.worker import block_weights
 from pipeline.worker.block_weights import BlockWeights

@@ -13,7 +13,7 @@ from pipeline.plan import LayerPlan
 from pipeline.run.code_histograms import SCALE_OCTAVES, CodeHistogram
 from pipeline.run.commits import committed_file
 from pipeline.run.events import EventLog, read_events
-from pipeline.run.worker_api import SolvedLayer
+from pipeline.run.solved_layers import SolvedLayer
 from pipeline.storage.object_store import open_store
 from pipeline.worker.code_histograms import code_histogram
 from quantizer.expert_codes import ExpertCodes

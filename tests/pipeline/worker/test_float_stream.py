@@ -22,7 +22,7 @@ from pipeline.run.claim import claim
 from pipeline.run.commits import committed_file
 from pipeline.run.driver import quantize
 from pipeline.run.records import RECORDS_PREFIX, PartRecord
-from pipeline.run.worker_api import SolvedLayer
+from pipeline.run.solved_layers import SolvedLayer
 from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.worker.shards import LostShardError, MicroBatch
 from pipeline.worker.statistics import judged_drift

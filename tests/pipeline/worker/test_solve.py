@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.canonical import canonical_json
 from pipeline.plan import LayerPlan
-from pipeline.run.worker_api import SolvedLayer
+from pipeline.run.solved_layers import SolvedLayer
 from pipeline.worker.model_state import ModelState
 from pipeline.worker.solve import solve_layers
 from quantizer import HessianSum, MagnitudeSum, kernel_layout, solver

@@ -14,7 +14,7 @@ from pipeline.model.preset import read_preset
 from pipeline.model.targets import Target
 from pipeline.plan import LayerPlan, Plan
 from pipeline.planning.make_plan import make_plan
-from pipeline.run.worker_api import SolvedLayer
+from pipeline.run.solved_layers import SolvedLayer
 from pipeline.worker.model_state import ModelState
 from pipeline.worker.solve import join_layer, solve_layers, solve_slices
 from quantizer import HessianSum, solve

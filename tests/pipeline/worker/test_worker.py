@@ -12,7 +12,7 @@ from pipeline.errors import DivergenceError, MissingObjectError
 from pipeline.run import activations
 from pipeline.run.claim import claim
 from pipeline.run.records import FileDigest, PartRecord, file_key, record_key
-from pipeline.run.worker_api import SolvedLayer
+from pipeline.run.solved_layers import SolvedLayer
 from pipeline.storage.object_store import ObjectStore, open_store
 from pipeline.worker.shards import LostShardError
 from pipeline.worker.worker import Worker
