@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TypeVar
 
+from jobs.known_plan import KnownPlan
 from jobs.logging import log_event, route_to_root, waiting
 from jobs.metrics import RunMetrics
 from jobs.progress.run import watch
@@ -87,11 +88,22 @@ class Compute:
         allocation: Allocation,
         start_workers: Callable[[], Executor],
         planner: LocalProcess | None = None,
+        *,
+        peak_before: int = 0,
+        known: KnownPlan | None = None,
     ) -> None:
-        """Args: planner: plans beside the workers' start; None where a worker has to plan."""
+        """Workers that may have computed other runs on the same source.
+
+        Args:
+            planner: plans beside the workers' start; None where a worker has to plan.
+            peak_before: the most that any of them used of its GPU for another run.
+            known: what they found out of the source.
+        """
         self.allocation = allocation
+        self.known = KnownPlan() if known is None else known
         self._start_workers = start_workers
         self._planner = planner
+        self._peak_before = peak_before
 
     @cached_property
     def executor(self) -> Executor:
@@ -109,11 +121,31 @@ class Compute:
         return self.executor.run_each(found_device_memory, [()] * self.executor.num_processes)
 
     def device_peak_bytes(self) -> int | None:
-        """The most that any worker has used of its GPU so far; None if there are none."""
+        """The most that any worker has used of its GPU for this run.
+
+        None if there are none, or if they used as much for a run before, which devices do not tell
+        apart.
+        """
         if not self.allocation.gpus:
             return None
         found = self.executor.run_each(found_device_memory, [()] * self.executor.num_processes)
-        return max((x.peak_bytes for x in found if x.peak_bytes is not None), default=None)
+        peak = max((x.peak_bytes for x in found if x.peak_bytes is not None), default=0)
+        return peak if peak > self._peak_before else None
+
+    def for_next_run(self, run_url: str) -> Compute:
+        """The same workers for another run on the same source."""
+        executor = self.executor
+
+        def go_on() -> Executor:
+            executor.work_on(run_url)
+            return executor
+
+        return Compute(
+            self.allocation,
+            go_on,
+            peak_before=max(self._peak_before, self.device_peak_bytes() or 0),
+            known=self.known,
+        )
 
     def estimate(self, plan: Plan) -> Estimate:
         """The costs of a plan on all workers."""

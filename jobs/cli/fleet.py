@@ -79,6 +79,7 @@ def nightly(
     from jobs import execute
     from jobs.cli.dry_runs import show_outcomes
     from jobs.fleet import fulfil as fulfilling
+    from jobs.fleet.kept_workers import kept_workers
     from jobs.fleet.nightly import (
         Survey,
         exit_code_of,
@@ -113,10 +114,12 @@ def nightly(
             keep_every=keep_every, wait=False, lease_seconds=lease_seconds
         )
         refuse_impossible(root, survey)
-        compute = partial(execute.open_compute, address=address)
-        fulfil_one = partial(fulfilling.fulfil, root, open_compute=compute, options=driven)
         outcomes = []
-        with remembering(root, whole, file, began, num_entries, lambda: night_entries(outcomes)):
+        with (
+            remembering(root, whole, file, began, num_entries, lambda: night_entries(outcomes)),
+            kept_workers(partial(execute.open_compute, address=address)) as compute,
+        ):
+            fulfil_one = partial(fulfilling.fulfil, root, open_compute=compute, options=driven)
             outcomes.extend(run_stale(root, survey, fulfil_one))
     if as_json:
         print_json_list(outcome.to_dict() for outcome in outcomes)
@@ -283,14 +286,13 @@ def fulfil(
     from jobs import execute
     from jobs.catalog.request import load_request
     from jobs.fleet import fulfil as fulfilling
+    from jobs.fleet.kept_workers import kept_workers
 
     root, loaded = load_request(request)
-    done = fulfilling.fulfil(
-        root,
-        loaded,
-        partial(execute.open_compute, address=address),
-        execute.DriverOptions(keep_every=keep_every, wait=wait, lease_seconds=lease_seconds),
-    )
+    driven = execute.DriverOptions(keep_every=keep_every, wait=wait, lease_seconds=lease_seconds)
+    # A composition may have to make the runs that it is made of.
+    with kept_workers(partial(execute.open_compute, address=address)) as compute:
+        done = fulfilling.fulfil(root, loaded, compute, driven)
     if as_json:
         print_json(fulfilling.fulfilled_json(done))
     for release in done.releases:

@@ -15,14 +15,23 @@ from pipeline.run.records import MANIFEST_KEY
 from pipeline.storage.object_store import ObjectStore
 
 
-def statistics_of(request: Request) -> str:
-    """What decides the statistics of the float model, as far as the request tells."""
+def planned_on(request: Request) -> str:
+    """What decides the source's digests and the token windows of a plan, as the request tells."""
     return digest_of(
         {
             "source": request.source,
             "texts": request.texts,
             "calibration": request.recipe.get("calibration"),
             "dtype": request.recipe.get("dtype"),
+        }
+    )
+
+
+def statistics_of(request: Request) -> str:
+    """What decides the statistics of the float model, as far as the request tells."""
+    return digest_of(
+        {
+            "planned_on": planned_on(request),
             "needs": [request.needs.threads, request.needs.device, request.needs.accelerator],
         }
     )

@@ -18,10 +18,12 @@ from jobs.execute import (
     check_identity,
     execute,
 )
+from jobs.fleet.captured_statistics import planned_on
 from jobs.fleet.composed_result import compose
 from jobs.fleet.intact_runs import IntactRun, find_intact, intact, read_intact
 from jobs.fleet.known_quality import known_fidelity
 from jobs.fleet.release_exports import release_exports
+from jobs.known_plan import KnownPlan
 from jobs.logging import log_event, set_run, status
 from jobs.metrics import RunMetrics
 from jobs.planned_job import warn_of_narrow_calibration
@@ -45,7 +47,7 @@ from pipeline.float_statistics import STATISTICS_FOLDER
 from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.planning.coverage import Coverage
 from pipeline.recipe.recipe_file import recipe_from_dict
-from pipeline.remote_planning import identity, plan_on
+from pipeline.remote_planning import identity
 from pipeline.run.claim import claim
 from pipeline.run.commits import damaged_files
 from pipeline.run.lease import Lease
@@ -212,7 +214,7 @@ def _quantize(
     threads = run_compute.allocation.threads
     with status("planning: hashing the source, checking every layer, cutting texts"):
         plan, windows, judged_on = run_compute.plan(
-            lambda runner: _plan_all(request, store, runner, threads)
+            lambda runner: _plan_all(request, store, runner, threads, run_compute.known)
         )
     is_new = not store.exists(PLAN_KEY)
     if is_new:
@@ -249,20 +251,21 @@ def _sharing_statistics(root: ObjectStore, plan: Plan) -> Plan:
 
 
 def _plan_all(
-    request: Request, store: ObjectStore, runner: FunctionRunner, threads: int
+    request: Request, store: ObjectStore, runner: FunctionRunner, threads: int, known: KnownPlan
 ) -> tuple[Plan, bytes | None, EvaluationSet | None]:
     """See `_plan`; what the result will be judged by is read too, to find mistakes in it now."""
-    plan, windows = _plan(request, store, runner, threads)
+    plan, windows = _plan(request, store, runner, threads, known)
     check_exports(runner, request.source_url, plan, request.exports, option=CATALOG_OPTION)
     return plan, windows, _evaluation_set(request, plan, runner)
 
 
 def _plan(
-    request: Request, store: ObjectStore, runner: FunctionRunner, threads: int
+    request: Request, store: ObjectStore, runner: FunctionRunner, threads: int, known: KnownPlan
 ) -> tuple[Plan, bytes | None]:
     """The plan that the run was started with, or else a new one and its token windows.
 
-    Only a new one reads the whole source; parts are checked against either when they are read.
+    Only a new one reads the whole source, and not even that if a run before it did; parts are
+    checked against any plan when they are read.
     """
     recipe = recipe_from_dict(request.recipe, where=request.request_id)
     # Before hours are spent on what cannot be exported.
@@ -280,7 +283,7 @@ def _plan(
         found = runner.run(identity, request.source_url, threads)
         check_identity(plan, found, request.source_url, finished=False)
         return plan, None
-    return plan_on(runner, request.source_url, recipe, threads)
+    return known.plan_next(runner, request.source_url, recipe, threads, planned_on(request))
 
 
 def _evaluate(

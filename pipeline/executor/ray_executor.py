@@ -107,7 +107,8 @@ class RayExecutor:
             for i, (args, kwargs) in enumerate(calls):
                 worker = i % len(self._actors)
                 method = self._actors[worker].run.options(num_returns=2)
-                call: Call[Any] = Call(worker=worker, method=method, args=args, kwargs=kwargs)
+                of_run = {**kwargs, "of_run": self._run_url}
+                call: Call[Any] = Call(worker=worker, method=method, args=args, kwargs=of_run)
                 submitted.append(self._calls.submit(call))
             try:
                 return self.fetch(submitted)
@@ -271,8 +272,13 @@ class _WorkerActor:
         with self._busy():
             return None, self._worker(run_url).call(method, *args, **kwargs)
 
-    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[None, Any]:
+    def run(
+        self, function: Callable[..., Any], *args: Any, of_run: str = "", **kwargs: Any
+    ) -> tuple[None, Any]:
+        """Call a function; what is held for another run than that of this URL is freed first."""
         with self._busy():
+            if of_run:
+                self._free_for(of_run)
             return None, function(*args, **kwargs)
 
     def ping(self) -> tuple[str, bool]:
@@ -296,11 +302,15 @@ class _WorkerActor:
     def doing(self) -> Doing:
         return Doing() if self._timed is None else self._timed.doing()
 
-    def _worker(self, run_url: str) -> TimedWorker:
+    def _free_for(self, run_url: str) -> None:
         with self._lock:
             if self._timed is not None and run_url != self._run_url:
                 self._timed = None
                 gc.collect()  # models refer to themselves in cycles
+
+    def _worker(self, run_url: str) -> TimedWorker:
+        self._free_for(run_url)
+        with self._lock:
             if self._timed is None:
                 given = [run_url] if run_url else []
                 self._timed, self._run_url = TimedWorker(self._open_worker(*given)), run_url
