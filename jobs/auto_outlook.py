@@ -11,11 +11,11 @@ from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 
+from jobs.composition_costs import cost_of_composition
 from jobs.quantities import size
-from jobs.run_costs import Workers, cost_of, windows_of_text
+from jobs.run_costs import Workers, cost_of
 from pipeline.errors import PipelineError
 from pipeline.plan import Plan
-from pipeline.planning.composition_cost import composition_cost
 from pipeline.planning.stored_sizes import stored_bytes
 from pipeline.recipe.auto_recipe import AutoRecipe
 from pipeline.run.sums_records import statistics_bytes
@@ -100,20 +100,16 @@ class AutoOutlook:
         limit = room if bits is None else math.floor(bits * weights / 8)
         measure = None
         if isinstance(priced, Workers):
-            there = [priced.plan(plan) for plan in plans]
-            measured = windows_of_text(there[0], scheme.measure_windows)
-            costs = composition_cost(
-                there,
-                priced.machine,
-                priced.number,
-                together=priced.together_for(there[0]),
-                measured=measured,
-                judged=measured,
-                num_judged=1 + sum(one.block_bytes <= limit for one in choices),
+            costs = cost_of_composition(
+                plans,
+                priced,
+                measure_windows=scheme.measure_windows,
+                num_fitting=sum(one.block_bytes <= limit for one in choices),
+                by_layers=scheme.by_layers,
             )
             measure = costs.stage("evaluate").seconds
             if num_evaluated:
-                last = cost_of(there[0], priced, num_windows=num_evaluated)
+                last = cost_of(priced.plan(plans[0]), priced, num_windows=num_evaluated)
                 measure += last.stage("evaluate").seconds
         return cls(
             target=scheme.target_text,

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jobs.catalog.request import Request
-from jobs.run_costs import Workers, windows_of_text
+from jobs.composition_costs import cost_of_composition
+from jobs.run_costs import Workers
 from pipeline.composition.composed_plan import check_plans
 from pipeline.errors import PipelineError
 from pipeline.plan import Plan
-from pipeline.planning.composition_cost import composition_cost
 from pipeline.planning.run_cost import RunCost
 from pipeline.planning.stored_sizes import stored_bytes
 
@@ -65,25 +65,16 @@ def foresee_composition(
     within = sum(1 for of_run in sizes if sum(of_run[1:]) <= limit)
     cost: RunCost | str = workers if isinstance(workers, str) else ""
     if isinstance(workers, Workers):
-        there = [workers.plan(plan) for plan in plans]
-        measured = windows_of_text(_calibrated(there), asked.measure_windows)
-        number = request.evaluation_windows * len(request.evaluated_on.by_name)
-        cost = composition_cost(
-            there,
-            workers.machine,
-            workers.number,
-            together=workers.together_for(there[0]),
-            measured=measured,
-            judged=windows_of_text(_calibrated(there), number) if number else measured,
-            num_judged=1 + within,
+        cost = cost_of_composition(
+            plans,
+            workers,
+            measure_windows=asked.measure_windows,
+            judged_windows=request.evaluation_windows * len(request.evaluated_on.by_name),
+            num_fitting=within,
+            by_layers=asked.by_layers,
         )
     return CompositionForecast(
         cost=cost,
         source_bytes=sum(part.source_bytes for part in plans[0].parts),
         stored_bytes=math.ceil(outside + max(least, min(limit, most))),
     )
-
-
-def _calibrated(plans: Sequence[Plan]) -> Plan:
-    """The plan whose windows' length texts are cut to."""
-    return next((plan for plan in plans if plan.tokens is not None), plans[0])
