@@ -18,6 +18,8 @@ from pipeline.composition.sensitivities import Sensitivity
 from pipeline.composition.target import Target, block_weights
 
 _NUM_POINTS = 16
+_MOST_CHARACTERS = 50
+"""In a cell that lists blocks; the table of blocks has them all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,26 +191,48 @@ class Outlook:
                 size(one.num_bytes),
                 f"{one.bits:.3f}",
                 f"{one.expected:.5f}",
-                Text(blocks_of(one.picked, names)),
+                Text(_blocks_in_short(one.picked, names)),
             )
         if (found := self.by_layers) is not None:
             mixed = len({one.block for one in found.layers})
-            words = f"{blocks_of(found.picked, names)}; layers of {mixed} blocks from others"
+            short = _blocks_in_short(found.picked, names)
+            words = f"{short}; {mixed} mixed inside"
             cost = f"{found.expected:.5f}"
             curve.add_row(
                 "by layers", size(found.num_bytes), f"{found.bits:.3f}", cost, Text(words)
             )
         rows = [blocks, curve]
         if self.by_layers is not None:
-            rows.append(_layers_table(self.by_layers.layers, names))
+            blocks_names = [row.name for row in self.blocks]
+            rows.append(_layers_table(self.by_layers.layers, names, blocks_names))
         return Group(*rows, Text(f"{self.target}; bits and sizes are as stored"))
 
 
-def _layers_table(layers: Sequence[GivenLayers], names: Sequence[str]) -> Table:
-    table = Table("block", "layers", "of", title="layers from other runs than most of their block")
+def _layers_table(
+    layers: Sequence[GivenLayers], names: Sequence[str], block_names: Sequence[str]
+) -> Table:
+    """Layers as they are called within their blocks: blocks alike share a row."""
+    given: dict[tuple[int, str], list[int]] = {}
     for one in layers:
-        table.add_row(str(one.block), Text(", ".join(one.layers)), Text(names[one.run]))
+        within = [path.removeprefix(f"{block_names[one.block]}/") for path in one.layers]
+        for text in _by_folder(within):
+            given.setdefault((one.run, text), []).append(one.block)
+    table = Table("layers", "of", "blocks", title="layers from other runs than most of their block")
+    for (run, text), blocks in sorted(given.items()):
+        table.add_row(Text(text), Text(names[run]), _ranges(blocks))
     return table
+
+
+def _by_folder(paths: Sequence[str]) -> list[str]:
+    """Paths by what precedes their last part, such as "self_attention: query, key, value"."""
+    folders: dict[str, list[str]] = {}
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        folders.setdefault(folder, []).append(name)
+    return [
+        f"{folder}: {', '.join(own)}" if folder else ", ".join(own)
+        for folder, own in folders.items()
+    ]
 
 
 def _cost(cost: float | None, error: float | None) -> str:
@@ -219,15 +243,32 @@ def _cost(cost: float | None, error: float | None) -> str:
 
 def blocks_of(picked: Sequence[int], names: Sequence[str]) -> str:
     """Which run gives which blocks, in words, such as "w4: 0, 3–5; w3: 1–2"."""
-    ranges: dict[int, list[list[int]]] = {}
+    given = _by_run(picked)
+    return "; ".join(f"{names[number]}: {_ranges(given[number])}" for number in sorted(given))
+
+
+def _blocks_in_short(picked: Sequence[int], names: Sequence[str]) -> str:
+    """As `blocks_of`; where that is long, of how many blocks each run gives."""
+    words = blocks_of(picked, names)
+    if len(words) <= _MOST_CHARACTERS:
+        return words
+    given = _by_run(picked)
+    return "; ".join(f"{names[number]}: {len(given[number])} blocks" for number in sorted(given))
+
+
+def _by_run(picked: Sequence[int]) -> dict[int, list[int]]:
+    given: dict[int, list[int]] = {}
     for block, number in enumerate(picked):
-        of_run = ranges.setdefault(number, [])
-        if of_run and of_run[-1][1] == block - 1:
-            of_run[-1][1] = block
+        given.setdefault(number, []).append(block)
+    return given
+
+
+def _ranges(blocks: Sequence[int]) -> str:
+    """Numbers in their order, such as "0, 3–5"."""
+    ranges: list[list[int]] = []
+    for block in blocks:
+        if ranges and ranges[-1][1] == block - 1:
+            ranges[-1][1] = block
         else:
-            of_run.append([block, block])
-    return "; ".join(
-        f"{names[number]}: "
-        + ", ".join(f"{a}" if a == b else f"{a}–{b}" for a, b in ranges[number])
-        for number in sorted(ranges)
-    )
+            ranges.append([block, block])
+    return ", ".join(f"{a}" if a == b else f"{a}–{b}" for a, b in ranges)

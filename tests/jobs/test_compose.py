@@ -22,7 +22,6 @@ import pipeline.storage.memory_store
 import pipeline.worker.worker
 from jobs.cli.main import app
 from jobs.compose import ComposeJob
-from jobs.composition_tables import blocks_of
 from jobs.composition_texts import AskedTexts
 from jobs.execute import Compute
 from pipeline.artifact.parts import decode_part
@@ -587,14 +586,3 @@ def test_the_command_to_go_on_asks_for_the_same_composition(
     assert program == "quantfleet"
     app(arguments, standalone_mode=False)
     assert found == [asked]
-
-
-@pytest.mark.parametrize(
-    ("picked", "expected"),
-    [
-        ([0, 1, 1, 0, 1], "a: 0, 3; b: 1–2, 4"),
-        ([1], "b: 0"),
-    ],
-)
-def test_blocks_are_named_in_ranges(picked: list[int], expected: str) -> None:
-    assert blocks_of(picked, ["a", "b"]) == expected
