@@ -196,7 +196,7 @@ class Outlook:
         if (found := self.by_layers) is not None:
             mixed = len({one.block for one in found.layers})
             short = _blocks_in_short(found.picked, names)
-            words = f"{short}; {mixed} mixed inside"
+            words = f"{short}; {mixed} are mixed"
             cost = f"{found.expected:.5f}"
             curve.add_row(
                 "by layers", size(found.num_bytes), f"{found.bits:.3f}", cost, Text(words)
