@@ -81,5 +81,5 @@ def test_rows_are_lines_and_no_line_is_long_in_a_pipe() -> None:
         ["_feedforward_intermediate_dense, _feedforward_gate_dense", NAMES[2], "0–29"],
     ):
         assert rows.count(expected) == 1
-    [chosen] = [row for row in rows if row[0] == "chosen"]
+    [chosen] = [row for row in rows if row[:1] == ["chosen"]]
     assert chosen[-1] == f"{NAMES[0]}: 15 blocks; {NAMES[1]}: 15 blocks"
