@@ -134,8 +134,7 @@ def check_artifact(
         versions: of the run's files, if they are listed already.
         exports: that were published with it.
     """
-    store = run_store(root, run_id)
-    versions = store.versions() if versions is None else versions
+    versions = run_store(root, run_id).versions() if versions is None else versions
     if MANIFEST_KEY not in versions:
         return ArtifactCheck(problem=_problem("missing", [MANIFEST_KEY]))
     last: VerifiedFiles | None = None
@@ -143,7 +142,7 @@ def check_artifact(
         last = VerifiedFiles.read(root, verified_files_key(run_id))
     if last is None or last.manifest_sha256 != manifest_sha256:
         try:
-            manifest = read_manifest(store)
+            manifest = read_manifest(run_store(root, run_id))
         except (DamagedObjectError, MissingObjectError):
             return ArtifactCheck(problem=_problem("damaged", [MANIFEST_KEY]))
         last = VerifiedFiles.of(run_id, manifest, {})
@@ -161,7 +160,7 @@ def check_artifact(
     for key in changed:
         expected = last.files[key]
         try:
-            store.verify(key, sha256=expected.sha256, size=expected.size_bytes)
+            run_store(root, run_id).verify(key, sha256=expected.sha256, size=expected.size_bytes)
         except (DamagedObjectError, MissingObjectError):
             damaged.append(key)
     verified = None

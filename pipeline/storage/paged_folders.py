@@ -8,7 +8,7 @@ objects where folders lie side by side.
 
 from __future__ import annotations
 
-import itertools
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -55,19 +55,23 @@ def folders_by_pages(
         is_last = not page.token
         keys = [after, *(key for key, _ in page.entries)]
         is_stuck = not page.entries and not is_last  # there is more, but no key to go on from
-        if is_stuck or any(key <= before for before, key in itertools.pairwise(keys)):
+        if is_stuck or any(map(operator.le, keys[1:], keys)):
             for prefix in prefixes[place:]:
                 yield prefix, {key.removeprefix(prefix): one for key, one in list_one(prefix)}
             return
         after = keys[-1]
+        prefix = prefixes[place]
         for key, version in page.entries:
-            while place < len(prefixes) and not key.startswith(prefixes[place]):
-                if key < prefixes[place]:
+            while not key.startswith(prefix):
+                if key < prefix:
                     break  # between two folders
-                yield prefixes[place], found
+                yield prefix, found
                 found, place = {}, place + 1
-            if place < len(prefixes) and key.startswith(prefixes[place]):
-                found[key.removeprefix(prefixes[place])] = version
+                if place == len(prefixes):
+                    return
+                prefix = prefixes[place]
+            else:
+                found[key[len(prefix) :]] = version
     for prefix in prefixes[place:]:
         yield prefix, found
         found = {}

@@ -8,6 +8,7 @@ multipart writes (completing one may ignore that the object exists), no file han
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import os
 import random
@@ -263,11 +264,13 @@ class RemoteBackend(Backend):
         return self._opened[1]
 
 
-def _wanted_settings(filesystem_class: type[Any]) -> list[str]:
+@functools.cache
+def _wanted_settings(filesystem_class: type[Any]) -> tuple[str, ...]:
     """What a filesystem cannot be opened without, such as ftp's host: we pass nothing of a URL."""
     named = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
     _, *parameters = signature(filesystem_class.__init__).parameters.values()
-    return [one.name for one in parameters if one.default is Parameter.empty and one.kind in named]
+    wanted = (one for one in parameters if one.default is Parameter.empty)
+    return tuple(one.name for one in wanted if one.kind in named)
 
 
 # Creating a client takes half a second, and a fleet opens thousands of stores.
@@ -317,7 +320,9 @@ def _session() -> Any:
     session: Any = AioSession()
     factory = session.get_component("response_parser_factory")
     factory.set_parser_defaults(timestamp_parser=parse_time)
-    session.register("before-parse.s3.ListObjectsV2", take_objects)
+    # Before botocore's own, of which one parses the whole page to see whether it is an error.
+    emitter = session.get_component("event_emitter")
+    emitter.register_first("before-parse.s3.ListObjectsV2", take_objects)
     return session
 
 

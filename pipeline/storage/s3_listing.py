@@ -61,25 +61,22 @@ def take_objects(
         return
     try:
         page = ElementTree.fromstring(response_dict["body"])
-        others = [one for one in page if _name(one) != _OBJECT]
-        found = [
-            {
-                name: _VALUES[name](value.text or "")
-                for value in one
-                if (name := _name(value)) in _VALUES
-            }
-            for one in page
-            if _name(one) == _OBJECT
-        ]
+        # As "{http://…}Contents", if the server names its namespace.
+        space = page.tag[: page.tag.rfind("}") + 1]
+        tag = space + _OBJECT
+        read = {space + name: (name, convert) for name, convert in _VALUES.items()}
+        found = []
+        for one in page.iterfind(tag):
+            values = {}
+            for value in one:
+                known = read.get(value.tag)
+                if known is not None:
+                    values[known[0]] = known[1](value.text or "")
+            found.append(values)
     except (ElementTree.ParseError, ValueError):
         return  # botocore says what is wrong with it
     if not found:
         return
-    page[:] = others
+    page[:] = [one for one in page if one.tag != tag]
     response_dict["body"] = ElementTree.tostring(page)
     customized_response_dict[_OBJECT] = found
-
-
-def _name(element: ElementTree.Element) -> str:
-    """An element's name without its namespace."""
-    return element.tag.rpartition("}")[2]

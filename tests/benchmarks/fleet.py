@@ -1,5 +1,6 @@
 """What a large catalog costs to decide, to list and to sweep: requests, seconds and memory.
 
+    export KERAS_BACKEND=jax
     python -m tests.benchmarks.fleet                          1,000 and 10,000 models on S3
     python -m tests.benchmarks.fleet --entries 1000 --on disk
 
@@ -27,6 +28,7 @@ from jobs.catalog.catalog_runs import catalog_runs
 from pipeline.storage.object_store import ObjectStore, open_store
 from tests.benchmarks.paged_store import Bucket, BucketBackend, serve
 from tests.jobs.fleet import large_catalog
+from tests.pipeline.tiny_runs import planned
 from tests.s3 import environment
 
 _URL = "s3://fleet/team"
@@ -63,7 +65,8 @@ def fill(store: ObjectStore, root: ObjectStore, num_entries: int) -> None:
         | {f"artifact/{name}.json": b"{}" for name in ("config", "task", "tokenizer")}
     )
     more = {f"records/block-{part:05d}.json": b"{}" for part in parts}
-    more |= {"plan.json": b"{}", "events/1.jsonl": b"", "leases/00001.json": b"{}"}
+    plan = planned("int8").plan.to_json()
+    more |= {"plan.json": plan, "events/1.jsonl": b"", "leases/00001.json": b"{}"}
     text = large_catalog.catalog_text(url, num_entries)
     for run in catalog_runs(parse_catalog(text, where="catalog.yaml", folder=None)):
         assert run.request is not None, run.problem
