@@ -14,7 +14,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import pipeline.executor.ray_executor
 from pipeline.executor.allocation import NodeResources
 from pipeline.executor.protocol import Allocation
 from pipeline.executor.ray_cluster import connect
@@ -73,9 +72,6 @@ def run_lossy(plan: Path, windows: Path, source: Path, output: Path, *, attempts
 
 
 def main(plan_file: str, windows_file: str, source: str, output: str) -> None:
-    # Calls whose loss Ray does not report are repeated the sooner.
-    pipeline.executor.ray_executor._IDLE_SECONDS = 3.0
-    pipeline.executor.ray_executor._PING_SECONDS = 1.0
     steps: list[Step] = []
     with connect(None, NodeResources(cpus=2)):
         print("started", flush=True)

@@ -24,6 +24,7 @@ from pipeline.run.events import Step
 from pipeline.storage.object_store import open_store
 from tests.faults.lossy_run import run_lossy
 from tests.faults.random_kills import Fleet, fleet, left, start
+from tests.integration.ray_cluster import RunningCluster
 from tests.pipeline.tiny_runs import NUM_BLOCKS, lasting, planned, recipe, source
 
 pytestmark = [
@@ -47,11 +48,11 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What an undisturbed cluster of the same kind leaves: threads decide rounding."""
+def expected(cluster: RunningCluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What workers of the same kind leave where nothing happens: threads decide rounding."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        with fleet() as nodes, connect(nodes.address):
+        with connect(cluster.address):
             return run(tmp_path_factory.mktemp("undisturbed") / "run", lambda step: None)
 
 
@@ -109,7 +110,7 @@ def test_a_node_that_is_replaced_is_waited_for(
     assert not any(step.event == "fewer" for step in steps)
 
 
-@pytest.mark.timeout(600)  # those of which Ray says nothing are noticed after 3 to 4 s each
+@pytest.mark.timeout(600)  # those of which Ray says nothing are noticed after 10 to 15 s each
 def test_lost_messages_change_nothing(expected: dict[str, bytes], tmp_path: Path) -> None:
     given = planned("gptq")
     assert given.windows is not None
@@ -146,7 +147,7 @@ def test_nodes_that_come_late_are_waited_for_and_no_longer(
 
 
 def test_a_cluster_without_its_head_is_given_up_in_order_and_the_run_resumes_on_another(
-    tmp_path: Path,
+    cluster: RunningCluster, tmp_path: Path
 ) -> None:
     """Workers are stopped too: else so small a run ends well without a head."""
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe("gptq").to_dict()))
@@ -172,6 +173,5 @@ def test_a_cluster_without_its_head_is_given_up_in_order_and_the_run_resumes_on_
                 os.kill(worker, signal.SIGKILL)
     assert "the head of the Ray cluster at" in log.read_text()
     assert f"quantfleet resume {cut}" in log.read_text()
-    with fleet() as others:
-        assert start(tmp_path, cut, others.address).wait() == 0
+    assert start(tmp_path, cut, cluster.address).wait() == 0
     assert left(cut) == left(whole)
