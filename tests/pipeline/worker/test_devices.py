@@ -88,7 +88,9 @@ def test_an_error_on_one_device_is_the_workers() -> None:
         Devices([CPU] * 4).each(fail)
 
 
-@pytest.mark.parametrize("scheme", by_default(["gptq", "drift", "awq", "float8", "int8"], ["gptq"]))
+@pytest.mark.parametrize(
+    "scheme", by_default(["gptq", "drift", "awq", "float8", "int8"], ["float8"])
+)
 def test_several_devices_leave_the_bytes_of_one(
     scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
