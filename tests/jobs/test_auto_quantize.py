@@ -40,6 +40,7 @@ from tests.pipeline.tiny_runs import QuickWorker, model_state, text_file
 
 NUM_BLOCKS = 2
 PARTS = range(1, NUM_BLOCKS + 1)
+QUICK_TO_COMPILE = {"scale_search": False, "refinement_sweeps": 0}
 CHOICE_PLAN = re.compile(r"choices/w\d/plan\.json")
 _fresh = itertools.count()
 
@@ -112,7 +113,7 @@ def recipe_file(folder: Path, **scheme: Any) -> Path:
         del given["target_bits"]
     recipe = {
         "name": "auto",
-        "scheme": {"mode": "auto"} | given | {"scale_search": False} | scheme,
+        "scheme": {"mode": "auto"} | given | QUICK_TO_COMPILE | scheme,
         "calibration": {"texts": [str(text_file())], "num_samples": 8, "sequence_length": 64},
     }
     path = folder / "auto.yaml"
@@ -257,6 +258,7 @@ def test_kills_anywhere_leave_the_same_bytes(
     assert found == expected
 
 
+@pytest.mark.exhaustive
 def test_layers_of_one_block_may_have_different_widths(
     command: AutoCommand, tmp_path: Path
 ) -> None:
