@@ -34,7 +34,7 @@ from pipeline.planning.machines import (
     workers_on,
 )
 from pipeline.planning.micro_batch import in_fitting_micro_batches
-from pipeline.planning.run_cost import RunCost, Stage
+from pipeline.planning.run_cost import Correction, RunCost, Stage
 from pipeline.planning.work import planned_on
 from pipeline.remote_planning import measured_machine
 
@@ -329,7 +329,7 @@ def costs_table(costs: Iterable[CatalogCost]) -> Table:
                 _dollars(cost),
                 size(one.read_bytes),
                 size(one.stored_bytes),
-                "–" if past is None else f"{past.corrected_by} run(s), × {past.factor:.2f}",
+                "–" if past is None else _corrected_by(past),
             )
         number += 1
     if number > MOST_ROWS:
@@ -346,6 +346,11 @@ def costs_table(costs: Iterable[CatalogCost]) -> Table:
         "",
     )
     return table
+
+
+def _corrected_by(past: Correction) -> str:
+    text = f"{past.corrected_by} run(s), × {past.factor:.2f}"
+    return text + (f"; start, plan and end × {past.around_factor:.2f}" if past.around_by else "")
 
 
 def _kind(cost: RunCost) -> str:

@@ -49,7 +49,7 @@ def show_schedule(
         survey = Survey.of(decide(root, catalog, save_verified=False))
     with status("working out what each run would take"):
         plan_only = partial(execute.open_compute, plan_only=True)
-        outcomes = foresee(root, survey, plan_only, priced)
+        outcomes = foresee(root, survey, plan_only, priced, in_one_pass=False)
     schedule = schedule_of(
         outcomes,
         priced.named.number,

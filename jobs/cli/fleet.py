@@ -91,6 +91,7 @@ def nightly(
         run_stale,
     )
     from jobs.fleet.nights import Clock
+    from jobs.fleet.past_nights import PastNights
     from jobs.fleet.remembering import remembering
     from jobs.fleet.staleness import decide
     from jobs.metrics import tell_of_pass
@@ -107,6 +108,8 @@ def nightly(
         plan_only = partial(execute.open_compute, address=address, plan_only=True)
         with status("working out what each run would take"):
             outcomes = foresee(root, survey, plan_only, priced)
+        if survey.stale and priced.named is None:
+            PastNights.read(root).tell()
         for outcome in outcomes:
             log_outcome(outcome)
     else:

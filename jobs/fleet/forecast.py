@@ -19,6 +19,7 @@ from jobs.execute import Compute, OpenCompute
 from jobs.fleet.captured_statistics import are_captured, statistics_of
 from jobs.fleet.catalog_plans import PLANNING_THREADS, CatalogPlans
 from jobs.fleet.composition_forecast import foresee_composition
+from jobs.fleet.past_nights import PastNights
 from jobs.fleet.past_runs import correction
 from jobs.fleet.staleness import Decision
 from jobs.logging import STDERR, log_event, print_table
@@ -106,8 +107,15 @@ def forecasts(
     stale: Mapping[int, Decision],
     open_compute: OpenCompute,
     priced: PricedMachine,
+    *,
+    in_one_pass: bool,
 ) -> dict[int, Foreseen]:
-    """What each stale run would take, by its place in the catalog."""
+    """What each stale run would take, by its place in the catalog.
+
+    Args:
+        in_one_pass: whether one process makes them one after another, by workers that stay; and
+            not each by a job of its own.
+    """
     groups: defaultdict[ComputeSpec, list[int]] = defaultdict(list)
     for place, decision in stale.items():
         groups[_spec(decision, priced)].append(place)
@@ -117,7 +125,8 @@ def forecasts(
         try:
             with open_compute(spec, first.source_url, root.url(f"runs/{first.run_id}")) as compute:
                 found |= compute.plan(
-                    _finder(root, stale, places, compute, priced), with_workers=False
+                    _finder(root, stale, places, compute, priced, in_one_pass=in_one_pass),
+                    with_workers=False,
                 )
         except ExecutorError as error:
             # Such as a cluster that has no GPU now.
@@ -141,6 +150,8 @@ def _finder(
     places: Sequence[int],
     compute: Compute,
     priced: PricedMachine,
+    *,
+    in_one_pass: bool,
 ) -> Callable[[FunctionRunner], dict[int, Foreseen]]:
     def find(runner: FunctionRunner) -> dict[int, Foreseen]:
         planner = CatalogPlans(runner)
@@ -148,8 +159,10 @@ def _finder(
         costs = _Costs(root, compute, priced, at_hand)
         found: dict[int, Foreseen] = {}
         published: dict[int, Workers] = {}
+        last: tuple[str, ComputeSpec, int] | None = None  # what workers of the run before are for
         for place in places:
             decision = decisions[place]
+            before, last = last, None
             try:
                 request, recipe = decision.request, decision.run.recipe
                 if isinstance(recipe, Composition):
@@ -158,11 +171,14 @@ def _finder(
                 plan = planner.plan(request, recipe)
                 workers = costs.workers(request.needs)
                 costs.check_room(plan, request.needs, workers)
+                if in_one_pass and isinstance(workers, Workers):
+                    last = request.source_url, request.needs, workers.together_for(plan)
+                are_kept = last is not None and last == before
                 found[place] = Forecast(
                     exports=_exports(runner, request, recipe),
                     model_cost=workers
                     if isinstance(workers, str)
-                    else costs.of(decision, plan, workers),
+                    else costs.of(decision, plan, workers, are_kept=are_kept),
                     source_bytes=sum(part.source_bytes for part in plan.parts),
                     stored_bytes=planner.stored_bytes(plan),
                 )
@@ -174,10 +190,17 @@ def _finder(
 
         def learn(place: int) -> Correction | PipelineError | None:
             try:
-                return correction(root, decisions[place].request, published[place])
+                request = decisions[place].request
+                past, forecast = correction(root, request, published[place]), found[place]
+                if past is None or not isinstance(forecast, Forecast):
+                    return past
+                assert isinstance(forecast.model_cost, RunCost)
+                around = nights.around_seconds(request.model, request.recipe_name)
+                return past.with_around(forecast.model_cost, around)
             except PipelineError as error:
                 return error
 
+        nights = PastNights.read(root) if published else PastNights(())
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
             for place, past in zip(published, pool.map(learn, published), strict=True):
                 forecast = found[place]
@@ -271,8 +294,14 @@ class _Costs:
             self._compute.check_room(self._compute.estimate(plan))
         self._fitting.add(key)
 
-    def of(self, decision: Decision, plan: Plan, workers: Workers) -> RunCost:
-        """What a run costs; statistics that are not there are made by the first that uses them."""
+    def of(
+        self, decision: Decision, plan: Plan, workers: Workers, *, are_kept: bool = False
+    ) -> RunCost:
+        """What a run costs; statistics that are not there are made by the first that uses them.
+
+        Args:
+            are_kept: whether the workers are those of the run before, as of `kept_workers`.
+        """
         request = decision.request
         num_windows = request.evaluation_windows * len(request.evaluated_on.by_name)
         captured = False
@@ -287,4 +316,5 @@ class _Costs:
             self._found[key] = cost_of(
                 workers.plan(plan), workers, num_windows=num_windows, captured=captured
             )
-        return self._found[key]
+        cost = self._found[key]
+        return cost.on_kept_workers() if are_kept else cost

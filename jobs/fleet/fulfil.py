@@ -69,6 +69,7 @@ class Fulfilled:
         releases: under each of its names; none where the gate was not passed.
         solved: whether anything had to be quantized, or composed.
         note: what else there is to know, in words.
+        driven_seconds: from its claim to its manifest; None unless it was quantized.
     """
 
     request: Request
@@ -76,6 +77,7 @@ class Fulfilled:
     releases: tuple[Release, ...]
     solved: bool
     note: str = ""
+    driven_seconds: float | None = None
 
 
 def fulfil(
@@ -133,7 +135,12 @@ def fulfil(
                 compute.metrics.judged(fidelity)
             compute.metrics.ended("finished" if verdict.passed else "gate_failed")
     return Fulfilled(
-        request=request, verdict=verdict, releases=releases, solved=artifact.solved, note=note
+        request=request,
+        verdict=verdict,
+        releases=releases,
+        solved=artifact.solved,
+        note=note,
+        driven_seconds=artifact.driven_seconds,
     )
 
 
@@ -240,7 +247,13 @@ def _quantize(
         log_event("damaged", f"made again: {finding.problem}", level=logging.WARNING)
     execution = execute(plan, store, run_compute, held, compute.metrics, options, damaged=damaged)
     execution.summarize(costs, None)
-    return IntactRun(run_id=request.run_id, plan=plan, manifest=execution.manifest, solved=True)
+    return IntactRun(
+        run_id=request.run_id,
+        plan=plan,
+        manifest=execution.manifest,
+        solved=True,
+        driven_seconds=execution.wall_seconds,
+    )
 
 
 def _sharing_statistics(root: ObjectStore, plan: Plan) -> Plan:

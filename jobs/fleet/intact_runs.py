@@ -23,12 +23,14 @@ class IntactRun:
 
     Attributes:
         solved: whether it was made just now.
+        driven_seconds: from its claim to its manifest, if it was quantized just now.
     """
 
     run_id: str
     plan: Plan
     manifest: Manifest
     solved: bool = False
+    driven_seconds: float | None = None
 
 
 def find_intact(root: ObjectStore, request: Request) -> IntactRun | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ class Outcome:
         state, reasons, bytes_read: as it was decided.
         text: more, in words.
         exit_code: 0 if what the catalog asks for is published, or another process is making it.
+        seconds: that it took, if it was made.
+        driven_seconds: of these, from its claim to its manifest.
         forecast: of what is to do, in a dry run.
         givers: names of the runs that a composition takes blocks of.
     """
@@ -63,6 +66,8 @@ class Outcome:
     exit_code: int = 0
     quality: dict[str, Any] | None = None
     solved: bool = False
+    seconds: float | None = None
+    driven_seconds: float | None = None
     forecast: Forecast | None = None
     givers: tuple[str, ...] = ()
 
@@ -148,11 +153,17 @@ def _preview(decision: Decision) -> Outcome:
 
 
 def foresee(
-    root: ObjectStore, survey: Survey, open_compute: OpenCompute, priced: PricedMachine
+    root: ObjectStore,
+    survey: Survey,
+    open_compute: OpenCompute,
+    priced: PricedMachine,
+    *,
+    in_one_pass: bool = True,
 ) -> list[Outcome]:
     """What is known of every run, and what those that are to do would take (see `forecasts`)."""
     outcomes = list(survey.outcomes)
-    for place, foreseen in forecasts(root, survey.stale, open_compute, priced).items():
+    found = forecasts(root, survey.stale, open_compute, priced, in_one_pass=in_one_pass)
+    for place, foreseen in found.items():
         match foreseen:
             case Forecast():
                 change: dict[str, Any] = {"forecast": foreseen}
@@ -243,6 +254,7 @@ def _outcome_of_run(
     known: Outcome, request: Request, fulfil: Callable[[Request], Fulfilled]
 ) -> Outcome:
     became = partial(dataclasses.replace, known)
+    began = time.monotonic()
     try:
         fulfilled = fulfil(request)
     except LeaseHeldError as held:
@@ -256,6 +268,8 @@ def _outcome_of_run(
         exit_code=0 if verdict.passed else GateFailedError.exit_code,
         quality=verdict.quality,
         solved=fulfilled.solved,
+        seconds=time.monotonic() - began if fulfilled.solved else None,
+        driven_seconds=fulfilled.driven_seconds if fulfilled.solved else None,
     )
 
 
@@ -269,7 +283,13 @@ def night_entries(outcomes: Iterable[Outcome]) -> Iterator[NightEntry]:
             result=outcome.result,
             reasons=outcome.reasons,
             text=outcome.text,
+            seconds=_rounded(outcome.seconds),
+            driven_seconds=_rounded(outcome.driven_seconds),
         )
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)
 
 
 def num_by_result(outcomes: Sequence[Outcome]) -> dict[str, int]:

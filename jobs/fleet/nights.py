@@ -2,7 +2,7 @@
 
 ROOT/report/nights/20261130T021500.123-….json   one for each night on which anything was to be done
 
-They are for people; nothing is decided by them.
+They are for people, and tell a dry run how long a pass may take; nothing is decided by them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import ConfigDict
 
@@ -37,6 +37,8 @@ class NightEntry:
         result: as `nightly` or `submit` names it.
         reasons: why it was to be made, or could not be looked at.
         text: what became of it, in words.
+        seconds: that it took in the pass; None, and omitted, unless it was made.
+        driven_seconds: of these, from its claim to its manifest, statistics among them; likewise.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -47,6 +49,15 @@ class NightEntry:
     result: str
     reasons: tuple[str, ...]
     text: str
+    seconds: float | None = None
+    driven_seconds: float | None = None
+
+    @property
+    def around_seconds(self) -> float | None:
+        """To start and plan, and to evaluate and publish; None unless it was made."""
+        if self.seconds is None or self.driven_seconds is None:
+            return None
+        return max(0.0, self.seconds - self.driven_seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +76,23 @@ class Night(StoredRecord):
     seconds: float
     num_entries: int
     entries: tuple[NightEntry, ...]
+
+    def content(self) -> dict[str, Any]:
+        values = super().content()
+        for entry in values["entries"]:
+            for name in ("seconds", "driven_seconds"):
+                if entry[name] is None:
+                    del entry[name]  # older versions did not know them
+        return values
+
+    @property
+    def outside_seconds(self) -> float | None:
+        """Outside of all entries; None unless every entry of the pass was made."""
+        took = [entry.seconds for entry in self.entries]
+        known = [seconds for seconds in took if seconds is not None]
+        if not known or len(known) < len(took):
+            return None
+        return max(0.0, self.seconds - sum(known))
 
     @property
     def began_at(self) -> datetime.datetime:

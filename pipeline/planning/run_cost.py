@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -60,10 +62,37 @@ class Correction:
     Attributes:
         factor: what they took, over what the model says of them.
         corrected_by: how many they are.
+        around_factor: the same of start, plan and evaluation, which a run's own log does not tell.
+        around_by: how many passes that is known of; none, and both are omitted, as of older ones.
     """
 
     factor: float
     corrected_by: int
+    around_factor: float = 1.0
+    around_by: int = 0
+
+    def with_around(self, cost: RunCost, around_seconds: Sequence[float]) -> Correction:
+        """The same, and what passes took to start, plan, evaluate and publish a run.
+
+        Args:
+            cost: of the run, as the model says.
+            around_seconds: that each pass took for it, before its claim and after its manifest.
+        """
+        predicted = cost.seconds - cost.timed_seconds
+        if not around_seconds or predicted <= 0:
+            return self
+        factor = statistics.median(around_seconds) / predicted
+        return dataclasses.replace(self, around_factor=factor, around_by=len(around_seconds))
+
+    def factor_of(self, stage: Stage) -> float:
+        return self.around_factor if stage in UNTIMED else self.factor
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        values = dataclasses.asdict(self)
+        if not self.around_by:
+            del values["around_factor"], values["around_by"]
+        return values
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,19 +115,27 @@ class RunCost:
     correction: Correction | None = None
 
     def corrected(self, correction: Correction) -> RunCost:
-        """The same by what earlier runs took of the stages that a driver times."""
+        """The same by what earlier runs took."""
         stages = tuple(
-            stage
-            if stage.name in UNTIMED
-            else dataclasses.replace(
+            dataclasses.replace(
                 stage,
-                seconds=stage.seconds * correction.factor,
-                hidden_seconds=stage.hidden_seconds * correction.factor,
+                seconds=stage.seconds * correction.factor_of(stage.name),
+                hidden_seconds=stage.hidden_seconds * correction.factor_of(stage.name),
             )
             for stage in self.stages
         )
         parts = tuple(correction.factor * seconds for seconds in self.part_seconds)
         return dataclasses.replace(self, stages=stages, part_seconds=parts, correction=correction)
+
+    def on_kept_workers(self) -> RunCost:
+        """The same where the run before has started the workers."""
+        stages = tuple(
+            dataclasses.replace(stage, seconds=0.0, hidden_seconds=0.0)
+            if stage.name == "start"
+            else stage
+            for stage in self.stages
+        )
+        return dataclasses.replace(self, stages=stages)
 
     def after(self, earlier: RunCost) -> RunCost:
         """Both, one after the other, on the same machines."""
@@ -148,7 +185,7 @@ class RunCost:
             "seconds": self.seconds,
             "worker_hours": self.worker_hours,
             "price": self.price,
-            **({} if self.correction is None else dataclasses.asdict(self.correction)),
+            **({} if self.correction is None else self.correction.to_dict()),
         }
 
 

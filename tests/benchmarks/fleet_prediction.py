@@ -7,9 +7,10 @@ byte of each model changes, so that all is made again: from the second night on,
 took corrects the model, and from the third on that is of runs that compiled nothing. There is a dry
 run before the first night, whose programs are still to be compiled, and before the last, by which
 the prediction is judged. What is predicted is the sum over all runs, with start, planning and
-evaluation; what is measured is the whole command. At the end stands what is left to explain, phase
-by phase. Run it while the machine has nothing else to do: the first night is predicted from how
-fast the machine is right then, and the last from how fast it was.
+evaluation, and what past nights took beside their runs; what is measured is the whole command. At
+the end stands what is left to explain, phase by phase. Run it while the machine has nothing else to
+do: the first night is predicted from how fast the machine is right then, and the last from how fast
+it was.
 """
 
 from __future__ import annotations
@@ -110,12 +111,14 @@ class Command:
 
     @property
     def predicted_seconds(self) -> float:
-        """Of a dry run: for all runs together."""
+        """Of a dry run: for all runs, and what past nights took beside theirs."""
         seconds: float = sum(one["cost"]["seconds"] for one in self.found)
-        return seconds
+        return seconds + self.predicted(_OUTSIDE)
 
     def predicted(self, phase: str) -> float:
         """Of a dry run: for one phase of all runs."""
+        if phase == _OUTSIDE:
+            return sum(one["seconds"] for one in self.events if one["event"] == "pass")
         seconds: float = sum(
             stage["seconds"]
             for one in self.found
