@@ -17,12 +17,13 @@ from jobs.auto_outlook import AutoOutlook
 from jobs.evaluating import judge
 from jobs.execute import Compute, check_identity, open_compute
 from jobs.finished_result import print_finished
-from jobs.logging import is_json, log_event, print_json, set_run, status, url_name, waiting
+from jobs.logging import is_json, log_event, print_json, set_run, status, url_name
 from jobs.metrics import RunMetrics
 from jobs.planned_job import log_finished_before, warn_of_narrow_calibration
 from jobs.quantize import (
     Job,
     log_allocation,
+    open_job,
     read_job_evaluation,
     resume_job,
 )
@@ -37,7 +38,7 @@ from jobs.run_exports import (
     make_exports,
     refuse_exports,
 )
-from jobs.shared_statistics import check_same_folder, check_statistics_folder
+from jobs.shared_statistics import check_same_folder
 from jobs.summary import Summary
 from jobs.termination import Terminated
 from pipeline.composition.auto_run import CHOICES_PREFIX, AutoRun, choice_stores
@@ -59,7 +60,6 @@ from pipeline.remote_planning import identity
 from pipeline.run.commits import read_manifest
 from pipeline.run.records import MANIFEST_KEY
 from pipeline.storage.object_store import ObjectStore
-from pipeline.storage.overlap import check_apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,29 +94,11 @@ def run_auto(
     Args:
         dry_run: where the plans are to be costed instead of carried out.
     """
-    job = dataclasses.replace(
-        job,
-        source_url=absolute(job.source_url),
-        output_url=absolute(job.output_url),
-        statistics_url=absolute(job.statistics_url),
-    )
-    set_run(run=url_name(job.output_url), model=url_name(job.source_url), recipe=recipe.name)
-    check_apart(job.source_url, job.output_url)
-    if job.statistics_url:
-        check_statistics_folder(
-            job.statistics_url, job.source_url, job.output_url, recipe.recipes[0]
-        )
     refuse_exports(job.exports)
-    if dry_run is None:
-        read_tasks(job.tasks)
-    with waiting("looking at preset and output"):
-        store = reachable(job.output_url, PLAN_KEY)
-        check_preset(reachable(job.source_url, CONFIG_FILE))
-        finished = store.exists(MANIFEST_KEY)
-        if not finished or job.is_evaluated or job.exports:
-            check_writable(store)
-        if job.statistics_url:
-            check_writable(reachable(job.statistics_url, PLAN_KEY), "--statistics")
+    # Statistics are the same for all choices.
+    job, store, finished = open_job(
+        job, recipe.name, recipe.recipes[0], dry_run=dry_run is not None
+    )
 
     def plan_all(runner: FunctionRunner) -> PlannedChoices:
         exports = tuple(

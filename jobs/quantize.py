@@ -115,27 +115,7 @@ def run_job(
     Args:
         dry_run: where the plan is to be costed instead of carried out.
     """
-    job = dataclasses.replace(
-        job,
-        source_url=absolute(job.source_url),
-        output_url=absolute(job.output_url),
-        statistics_url=absolute(job.statistics_url),
-    )
-    set_run(run=url_name(job.output_url), model=url_name(job.source_url), recipe=recipe.name)
-    check_apart(job.source_url, job.output_url)
-    if job.statistics_url:
-        check_statistics_folder(job.statistics_url, job.source_url, job.output_url, recipe)
-    if dry_run is None:
-        read_tasks(job.tasks)  # mistakes in them need no model to be found
-    with waiting("looking at preset and output"):
-        # Before anything else: an output that cannot be read cannot be written either.
-        store = reachable(job.output_url)
-        check_preset(reachable(job.source_url, CONFIG_FILE))
-        finished = store.exists(MANIFEST_KEY)
-        if not finished or job.is_evaluated or job.exports:
-            check_writable(store)
-        if job.statistics_url:
-            check_writable(reachable(job.statistics_url), "--statistics")
+    job, store, finished = open_job(job, recipe.name, recipe, dry_run=dry_run is not None)
 
     def plan_all(runner: FunctionRunner) -> PlannedJob:
         # Before all else, since it reads no weights.
@@ -203,6 +183,41 @@ def run_job(
             check_same_folder(job.statistics_url, plan, store)
         want_exports(store, job.exports)
         _finish(plan, job, store, compute, costs, judged_on, as_json=as_json)
+
+
+def open_job(
+    job: Job, recipe_name: str, recipe: Recipe, *, dry_run: bool
+) -> tuple[Job, ObjectStore, bool]:
+    """Refuse a job whose preset cannot be read, or whose output cannot be written.
+
+    Args:
+        recipe: that shared statistics are to be used by.
+
+    Returns:
+        The job, with absolute URLs; the store at its output; whether there is a result.
+    """
+    job = dataclasses.replace(
+        job,
+        source_url=absolute(job.source_url),
+        output_url=absolute(job.output_url),
+        statistics_url=absolute(job.statistics_url),
+    )
+    set_run(run=url_name(job.output_url), model=url_name(job.source_url), recipe=recipe_name)
+    check_apart(job.source_url, job.output_url)
+    if job.statistics_url:
+        check_statistics_folder(job.statistics_url, job.source_url, job.output_url, recipe)
+    if not dry_run:
+        read_tasks(job.tasks)  # mistakes in them need no model to be found
+    with waiting("looking at preset and output"):
+        # Before anything else: an output that cannot be read cannot be written either.
+        store = reachable(job.output_url)
+        check_preset(reachable(job.source_url, CONFIG_FILE))
+        finished = store.exists(MANIFEST_KEY)
+        if not finished or job.is_evaluated or job.exports:
+            check_writable(store)
+        if job.statistics_url:
+            check_writable(reachable(job.statistics_url), "--statistics")
+    return job, store, finished
 
 
 def resume_job(

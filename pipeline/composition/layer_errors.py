@@ -11,37 +11,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Self
-
-from pydantic import Field
+from typing import Self
 
 from pipeline.composition.composed_plan import GivenRun
-from pipeline.composition.sensitivities import COMPOSITION_PREFIX, measured
+from pipeline.composition.sensitivities import COMPOSITION_PREFIX, MeasuredBlock, measured
 from pipeline.evaluation.batches import EvaluationSet
 from pipeline.executor.protocol import Executor
-from pipeline.run.records import Digest
 from pipeline.run.worker_api import LayersAlone, WorkerApi
 from pipeline.storage.object_store import ObjectStore
-from pipeline.storage.record import StoredRecord
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerErrors(StoredRecord):
+class LayerErrors(MeasuredBlock):
     """What each unit of a block's layers does to the block's output.
 
     Attributes:
-        part: the block's.
-        weights_sha256: of the part's file of weights.
-        source_sha256: of the whole source.
-        windows_sha256: of the windows of text that it was measured on.
         units: layers that have to be of one run; none of a block that gives no hidden states, whose
             layers cannot be told apart so.
     """
 
-    part: Annotated[int, Field(ge=1, le=99_999)]
-    weights_sha256: Digest
-    source_sha256: Digest
-    windows_sha256: Digest
     units: tuple[LayersAlone, ...]
 
     @classmethod
@@ -54,10 +42,7 @@ class LayerErrors(StoredRecord):
     ) -> Self:
         """The record of what workers found, for each of the parts that windows came in."""
         return cls(
-            part=part,
-            weights_sha256=run.records[part].sha256,
-            source_sha256=run.plan.source_digest,
-            windows_sha256=windows_sha256,
+            **cls.named(run, part, windows_sha256),
             units=tuple(map(_joined, zip(*given, strict=True))),
         )
 

@@ -35,24 +35,44 @@ than what a block computes for one pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sensitivity(StoredRecord):
-    """What one block of a run costs the model that is the source everywhere else.
+class MeasuredBlock(StoredRecord):
+    """Names the block of a run that something was measured of, and on what.
 
     Attributes:
         part: the block's.
         weights_sha256: of the part's file of weights.
         source_sha256: of the whole source.
-        windows_sha256: of the windows of text; num_windows, and count of the tokens compared.
-        figure: what the cost is: KL(source ‖ changed) of the next token, in nats, mean over all
-            tokens; of models that predict no tokens, 1 - the mean cosine of the outputs.
-        cost: None if the outputs are not finite.
-        standard_error: of the cost, from the windows' own means; None of a single window.
+        windows_sha256: of the windows of text that it was measured on.
     """
 
     part: Annotated[int, Field(ge=1, le=99_999)]
     weights_sha256: Digest
     source_sha256: Digest
     windows_sha256: Digest
+
+    @staticmethod
+    def named(run: GivenRun, part: int, windows_sha256: str) -> dict[str, Any]:
+        """These fields for a run's block."""
+        return {
+            "part": part,
+            "weights_sha256": run.records[part].sha256,
+            "source_sha256": run.plan.source_digest,
+            "windows_sha256": windows_sha256,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity(MeasuredBlock):
+    """What one block of a run costs the model that is the source everywhere else.
+
+    Attributes:
+        num_windows: of text; count: of the tokens compared.
+        figure: what the cost is: KL(source ‖ changed) of the next token, in nats, mean over all
+            tokens; of models that predict no tokens, 1 - the mean cosine of the outputs.
+        cost: None if the outputs are not finite.
+        standard_error: of the cost, from the windows' own means; None of a single window.
+    """
+
     num_windows: int
     count: int
     figure: Literal["divergence", "cosine"]
@@ -75,10 +95,7 @@ class Sensitivity(StoredRecord):
             error = float(np.std(means, ddof=1)) / math.sqrt(len(means))
         broken = not math.isfinite(cost) or any(window.result_broken_at for window in found)
         return cls(
-            part=part,
-            weights_sha256=run.records[part].sha256,
-            source_sha256=run.plan.source_digest,
-            windows_sha256=windows_sha256,
+            **cls.named(run, part, windows_sha256),
             num_windows=len(found),
             count=count,
             figure="divergence" if predicts else "cosine",
