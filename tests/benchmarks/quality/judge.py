@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 from numpy.typing import NDArray
 
@@ -57,10 +58,8 @@ class Judge:
         """A model's values per window, by kind of text and by `results.METRICS`."""
         hidden_of = _hidden_program(task)
         head = task.backbone.token_embedding
-        weights = (
-            [v.value for v in head.trainable_variables],
-            [v.value for v in head.non_trainable_variables],
-        )
+        variables = head.variables
+        weights = [variable.value for variable in variables]
 
         @jax.jit
         def compare(
@@ -69,7 +68,10 @@ class Judge:
             def of_window(given: Any) -> Any:
                 theirs_TD, ours_TD, following = given
                 theirs = theirs_TD @ table_VD.T
-                answer, _ = head.stateless_call(*weights, ours_TD[None], reverse=True)
+                # Not by stateless_call: a layer whose dtype is of a map, as that of each layer of a
+                # loaded artifact, it takes for a float one (Keras 3.15.1).
+                with keras.StatelessScope(state_mapping=zip(variables, weights, strict=True)):
+                    answer = head(ours_TD[None], reverse=True)
                 ours = answer[0].astype(jnp.float32)
                 # Not by log_softmax: passes over the vocabulary take as long as the products.
                 theirs_sum, ours_sum = (jax.nn.logsumexp(x, axis=-1) for x in (theirs, ours))

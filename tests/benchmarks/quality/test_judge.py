@@ -19,7 +19,7 @@ WINDOWS = {
 }
 
 
-def tiny_task(*, seed: int = 0) -> Any:
+def tiny_task(*, seed: int = 0, dtype: Any = "float32") -> Any:
     backbone = keras_hub.models.Llama3Backbone(
         vocabulary_size=96,
         num_layers=2,
@@ -28,7 +28,7 @@ def tiny_task(*, seed: int = 0) -> Any:
         hidden_dim=32,
         intermediate_dim=48,
         tie_word_embeddings=True,
-        dtype="float32",
+        dtype=dtype,
     )
     rng = np.random.default_rng(seed)
     for variable in backbone.weights:
@@ -54,12 +54,27 @@ def source() -> Any:
     return tiny_task()
 
 
-@pytest.mark.parametrize("mode", [None, "int8"])
-def test_figures_are_those_of_whole_logits(source: Any, tmp_path: Path, mode: str | None) -> None:
+def loaded(quantized: Any, layers: tuple[str, ...]) -> Any:
+    """As a task comes out of an artifact: the dtype of each of its layers is of a map."""
+    int8 = keras.dtype_policies.QuantizedDTypePolicy("int8", "float32")
+    policies = dict.fromkeys(layers, int8)
+    dtype = keras.dtype_policies.DTypePolicyMap(
+        default_policy=keras.DTypePolicy("float32"), policy_map=policies
+    )
+    task = tiny_task(dtype=dtype)
+    for variable, other in zip(task.weights, quantized.weights, strict=True):
+        variable.assign(other)
+    return task
+
+
+@pytest.mark.parametrize("made", ["float", "int8", "int8 and loaded"])
+def test_figures_are_those_of_whole_logits(source: Any, tmp_path: Path, made: str) -> None:
     other = tiny_task(seed=1)
-    if mode is not None:  # inputs are quantized at run time, those of the output head too
-        other.backbone.token_embedding.quantize(mode)
-        other.backbone.transformer_layers[0]._feedforward_gate_dense.quantize(mode)
+    if made != "float":  # inputs are quantized at run time, those of the output head too
+        other.backbone.token_embedding.quantize("int8")
+        other.backbone.transformer_layers[0]._feedforward_gate_dense.quantize("int8")
+    if made == "int8 and loaded":
+        other = loaded(other, ("token_embedding", "transformer_layer_0/feedforward_gate_dense"))
     found = Judge(source, "tiny", WINDOWS, tmp_path).judge(other)
     for kind, tokens_WT in WINDOWS.items():
         theirs, ours = (log_softmax(logits(task, tokens_WT)) for task in (source, other))
