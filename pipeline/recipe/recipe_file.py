@@ -142,11 +142,14 @@ def builtin_recipes() -> Mapping[str, Recipe]:
             _recipe(f"gptq-w{bits}-g{size}", _gptq(bits, size))
             for bits, size in ((4, 128), (4, 64), (4, 32), (3, 128), (3, 64))
         ),
-        # Two bits are of use only if each block is trained; with more it is a choice: a run takes
-        # twenty times as long on a CPU.
-        *(_trained(f"gptq-w2-g{size}", _gptq(2, size)) for size in (64, 32)),
+        # Two bits are of use only if each block is trained, though a run takes twenty times as long
+        # on a CPU. With three, training adds nothing to drift correction and refitted scales.
         *(
-            _trained(f"gptq-w{bits}-g{size}-best", _gptq(bits, size))
+            _recipe(f"gptq-w2-g{size}", _best(2, size)).model_copy(update={"tuning": Tuning()})
+            for size in (64, 32)
+        ),
+        *(
+            _recipe(f"gptq-w{bits}-g{size}-best", _best(bits, size))
             for bits, size in ((4, 128), (4, 64), (3, 64))
         ),
         _recipe("gptq-w8", _gptq(8, 128)),
@@ -171,6 +174,11 @@ def _gptq(weight_bits: int, group_size: int, *, symmetric: bool = False) -> GPTQ
     )
 
 
+def _best(weight_bits: int, group_size: int) -> GPTQScheme:
+    """With what lowers the error further, for a second pass of the float model."""
+    return replace(_gptq(weight_bits, group_size), drift_correction=1.0, scale_refit=True)
+
+
 def _recipe(name: str, scheme: Scheme, embeddings: Scheme | None = None) -> Recipe:
     weights_only = isinstance(scheme, Int8Scheme | Int4Scheme)
     return Recipe(
@@ -179,12 +187,6 @@ def _recipe(name: str, scheme: Scheme, embeddings: Scheme | None = None) -> Reci
         embeddings=embeddings or Int8Scheme(),
         calibration=None if weights_only else CALIBRATION,
     )
-
-
-def _trained(name: str, scheme: GPTQScheme) -> Recipe:
-    """With all that lowers the error, whatever time it takes."""
-    best = replace(scheme, drift_correction=1.0, scale_refit=True)
-    return _recipe(name, best).model_copy(update={"tuning": Tuning()})
 
 
 def _servable(name: str, scheme: Scheme) -> Recipe:

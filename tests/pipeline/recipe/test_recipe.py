@@ -159,11 +159,10 @@ def test_only_a_recipe_that_is_servable_says_so():
     assert builtin_recipes()["gptq-w4-g128-sym"].to_dict()["servable"] is True
 
 
-def test_built_in_recipes_train_at_two_bits_and_where_their_name_says_so():
+def test_built_in_recipes_of_two_bits_train_and_the_best_of_more_correct_drift_alone():
     for name, recipe in builtin_recipes().items():
-        is_trained = name.startswith("gptq-w2-") or name.endswith("-best")
-        assert (recipe.tuning is not None) == is_trained
-        if is_trained:
+        assert (recipe.tuning is not None) == name.startswith("gptq-w2-")
+        if recipe.tuning is not None or name.endswith("-best"):
             assert recipe.scheme.drift_correction == 1.0
             assert recipe.scheme.scale_refit
         else:
