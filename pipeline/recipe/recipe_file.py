@@ -143,7 +143,7 @@ def builtin_recipes() -> Mapping[str, Recipe]:
             for bits, size in ((4, 128), (4, 64), (4, 32), (3, 128), (3, 64))
         ),
         # Two bits are of use only if each block is trained, though a run takes twenty times as long
-        # on a CPU. With three, training adds nothing to drift correction and refitted scales.
+        # on a CPU. With three, training adds next to nothing to drift correction and refits.
         *(
             _recipe(f"gptq-w2-g{size}", _best(2, size)).model_copy(update={"tuning": Tuning()})
             for size in (64, 32)
