@@ -165,15 +165,21 @@ def _finder(
             before, last = last, None
             try:
                 request, recipe = decision.request, decision.run.recipe
-                if isinstance(recipe, Composition):
-                    found[place] = _composed(root, request, recipe, planner, costs)
-                    continue
-                plan = planner.plan(request, recipe)
                 workers = costs.workers(request.needs)
-                costs.check_room(plan, request.needs, workers)
+                plan = None
+                if not isinstance(recipe, Composition):
+                    plan = planner.plan(request, recipe)
+                    costs.check_room(plan, request.needs, workers)
                 if in_one_pass and isinstance(workers, Workers):
-                    last = request.source_url, request.needs, workers.together_for(plan)
+                    together = workers.together if plan is None else workers.together_for(plan)
+                    last = request.source_url, request.needs, together
                 are_kept = last is not None and last == before
+                if isinstance(recipe, Composition):
+                    found[place] = _composed(
+                        root, request, recipe, planner, workers, are_kept=are_kept
+                    )
+                    continue
+                assert plan is not None
                 found[place] = Forecast(
                     exports=_exports(runner, request, recipe),
                     model_cost=workers
@@ -231,12 +237,17 @@ def _composed(
     request: Request,
     composition: Composition,
     planner: CatalogPlans,
-    costs: _Costs,
+    workers: Workers | str,
+    *,
+    are_kept: bool,
 ) -> Forecast:
-    """What a composition would take, once its runs are there; with those made for it alone."""
+    """What a composition would take, once its runs are there; with those made for it alone.
+
+    Args:
+        are_kept: whether the workers are those of the run before, as of `kept_workers`.
+    """
     givers = zip(request.givers, composition.recipes, strict=True)
     plans = [planner.plan(giver, recipe) for giver, recipe in givers]
-    workers = costs.workers(request.needs)
     found = foresee_composition(request, plans, workers)
     cost, source_bytes, written = found.cost, found.source_bytes, found.stored_bytes
     missing = [
@@ -250,7 +261,11 @@ def _composed(
         if isinstance(workers, Workers) and isinstance(cost, RunCost):
             there = workers.plan(plan)
             captured = number > 0 or len(missing) < len(plans)
-            cost = cost.after(cost_of(there, workers, num_windows=0, captured=captured))
+            made = cost_of(there, workers, num_windows=0, captured=captured)
+            # Its runs and what is composed of them share workers.
+            cost = cost.on_kept_workers().after(made)
+    if are_kept and isinstance(cost, RunCost):
+        cost = cost.on_kept_workers()
     return Forecast(exports=None, model_cost=cost, source_bytes=source_bytes, stored_bytes=written)
 
 
