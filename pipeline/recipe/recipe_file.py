@@ -175,7 +175,7 @@ def _gptq(weight_bits: int, group_size: int, *, symmetric: bool = False) -> GPTQ
 
 
 def _best(weight_bits: int, group_size: int) -> GPTQScheme:
-    """With what lowers the error further, for a second pass of the float model."""
+    """More accurate still, and slower: the float model runs beside the quantized one."""
     return replace(_gptq(weight_bits, group_size), drift_correction=1.0, scale_refit=True)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import importlib.metadata
 import os
 import random
 import threading
@@ -298,8 +297,9 @@ def _open(protocol: str, patience: Patience) -> Any:
         "read_timeout": patience.read_seconds,
         # `_try` is the only retry loop: nested ones multiply attempts and pauses.
         "retries": {"total_max_attempts": 1, "mode": "standard"},
-        # botocore would put its own together anew for each request, twice.
-        "user_agent": f"quantfleet/{importlib.metadata.version('quantfleet')}",
+        # botocore would put its own together anew for each request, twice. Without a version, which
+        # a worker that has the code from elsewhere could not look up.
+        "user_agent": "quantfleet",
     }
     if os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
         # Servers other than Amazon's seldom have a host name per bucket.
